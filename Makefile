@@ -1,0 +1,92 @@
+# `make quickstart` and `make test` do all of their own set-up; every target is safe to repeat.
+#
+#   PYTHON      interpreter that creates the environment (default python3.11, else a python3 that is 3.11 or newer)
+#   VENV        where the environment lives (default .venv)
+#   PROCESSES   ranks of the quickstart (default 2)
+#   ARGS        appended to the command of quickstart, test, test-slow and bench
+
+PYTHON ?= python3.11
+VENV ?= .venv
+PROCESSES ?= 2
+ARGS ?=
+
+SHELL := /bin/sh
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+PIP := "$(BIN)/python" -m pip --disable-pip-version-check
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-slow lint bench docs docker clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# The stamp holds a digest of what the environment is made from, and where it lies (its scripts name their interpreter
+# by absolute path, so a moved one is made anew). It is removed before an installation and written after it: an
+# interrupted one is redone. pip resolves its index from the user's own configuration.
+setup: ## create the environment and install the locked packages; does nothing when up to date
+	@set -eu; \
+	venv="$$(realpath -m "$(VENV)")"; \
+	digest="$$(cat requirements.lock pyproject.toml | sha256sum | cut -d ' ' -f 1)"; \
+	if [ "$$(cat "$(STAMP)" 2>/dev/null)" = "$$digest $$venv" ]; then exit 0; fi; \
+	moved=; \
+	if [ -f "$(STAMP)" ] && [ "$$(cut -d ' ' -f 2- "$(STAMP)")" != "$$venv" ]; then moved=yes; fi; \
+	rm -f "$(STAMP)"; \
+	if [ -n "$$moved" ] || ! "$(BIN)/python" -c 'import pip; $(RECENT)' >/dev/null 2>&1; then \
+		if [ -n "$$(ls -A "$(VENV)" 2>/dev/null)" ] && [ ! -f "$(VENV)/pyvenv.cfg" ]; then \
+			echo "make setup: $(VENV) is not a virtual environment; it is left alone" >&2; exit 1; \
+		fi; \
+		for python in "$(PYTHON)" python3 ""; do \
+			if [ -n "$$python" ] && "$$python" -c '$(RECENT)' >/dev/null 2>&1; then break; fi; \
+		done; \
+		if [ -z "$$python" ]; then \
+			echo "make setup: neither $(PYTHON) nor python3 is Python 3.11 or newer;" \
+				"name one that is: make setup PYTHON=/path/to/python3.11" >&2; exit 1; \
+		fi; \
+		echo "creating $(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv --clear "$(VENV)"; \
+	fi; \
+	echo "installing requirements.lock (minutes, the first time)"; \
+	$(PIP) install -q --no-deps -r requirements.lock; \
+	$(PIP) install -q --no-deps --no-build-isolation -e .; \
+	echo "$$digest $$venv" > "$(STAMP).tmp"; \
+	mv "$(STAMP).tmp" "$(STAMP)"; \
+	echo "$(VENV) is ready"
+
+quickstart: setup ## train a small MoE on this machine's Python standard library, on CPU
+	$(BIN)/moefoundry prepare stdlib data/quickstart
+	threads=$$(( $$(nproc) / $(PROCESSES) )); \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))} \
+	$(BIN)/composer -n $(PROCESSES) scripts/train.py configs/quickstart.yaml run_name=quickstart autoresume=true $(ARGS)
+
+test: setup lint ## lint, then every test that is not slow
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup ## the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# lint-imports: without --verbose it draws nested progress displays, which the locked version of rich refuses.
+lint: setup ## style, types, layer order, Dockerfile
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --verbose --no-logo
+	$(BIN)/hadolint Dockerfile
+
+bench: setup ## the comparisons of benchmarks/
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+docs: setup ## regenerate the recipe reference and the architecture picture
+	$(BIN)/python -m moefoundry.config.reference > docs/recipe.md.tmp
+	mv docs/recipe.md.tmp docs/recipe.md
+	$(BIN)/python docs/architecture.py
+
+docker: ## build the GPU image
+	docker build -t moefoundry .
+
+clean: ## remove caches and build outputs; keeps the environment, runs/ and data/
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	for tree in src tests scripts benchmarks docs; do \
+		if [ -d $$tree ]; then find $$tree -type d -name __pycache__ -prune -exec rm -rf {} +; fi; \
+	done

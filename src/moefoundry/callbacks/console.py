@@ -1,0 +1,87 @@
+"""What a person sees while a run trains: one line an interval, and a progress bar on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from composer.core import State, Time
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+from tqdm import tqdm
+
+
+class Console(LoggerDestination):
+    """Prints from rank 0.
+
+    Args:
+        interval: Time between two lines (``10ba``, ``1ep``); None prints only evaluations.
+        progress_bar: Show a bar, if ``stream`` is a terminal.
+        stream: Where to print.
+    """
+
+    def __init__(self, interval: str | None, progress_bar: bool, stream: TextIO = sys.stderr) -> None:
+        self.interval = None if interval is None else Time.from_timestring(interval)
+        self.stream = stream
+        self.progress_bar = progress_bar and stream.isatty()
+        self._metrics: dict[str, Any] = {}
+        self._bar: tqdm | None = None
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._metrics.update(metrics)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        if self.progress_bar and dist.get_global_rank() == 0 and state.max_duration is not None:
+            duration, now = state.max_duration, state.timestamp.get(state.max_duration.unit)
+            self._bar = tqdm(
+                total=duration.value, initial=now.value, unit=duration.unit.value, file=self.stream, leave=False
+            )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if self._bar is not None:
+            assert state.max_duration is not None
+            self._bar.update(state.timestamp.get(state.max_duration.unit).value - self._bar.n)
+        if self.interval is None or state.previous_timestamp is None:
+            return
+        unit, step = self.interval.unit, self.interval.value
+        before, now = state.previous_timestamp.get(unit).value, state.timestamp.get(unit).value
+        if now // step > before // step or state.timestamp.batch.value == 1:
+            self._print(format_train_line(state, self._metrics))
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        name = f"metrics/{state.dataloader_label}/LanguageCrossEntropy"
+        if name in self._metrics:
+            self._print(f"batch {state.timestamp.batch.value}: held-out loss {float(self._metrics[name]):.4f} nats/token")
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, line: str) -> None:
+        if dist.get_global_rank() != 0:
+            return
+        if self._bar is not None:
+            self._bar.write(line, file=self.stream)
+        else:
+            print(line, file=self.stream, flush=True)
+
+
+def format_train_line(state: State, metrics: dict[str, Any]) -> str:
+    """``batch 10/200  loss 6.1234  balance 0.0512 ...``, with what is known at the end of a batch."""
+    duration = state.max_duration
+    assert duration is not None
+    parts = [f"batch {state.timestamp.batch.value}"]
+    parts[0] += f"/{duration.value}" if duration.unit.value == "ba" else f" of {duration.to_timestring()}"
+    for label, name, spec in (
+        ("loss", "loss/train/lm", ".4f"),
+        ("balance", "loss/train/balance", ".4f"),
+        ("z", "loss/train/z", ".4f"),
+        ("grad norm", "grad_norm", ".3f"),
+        ("lr", "lr", ".2e"),
+        ("tokens/s", "throughput/tokens_per_sec", ",.0f"),
+        ("max violation", "moe/max_violation", ".2f"),
+    ):
+        if name in metrics:
+            parts.append(f"{label} {metrics[name]:{spec}}")
+    return "  ".join(parts)

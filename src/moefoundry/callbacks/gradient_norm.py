@@ -1,0 +1,33 @@
+"""Global gradient norm: logged for every step, clipped if the recipe says so."""
+
+from __future__ import annotations
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class GradientNorm(Callback):
+    """Logs ``grad_norm`` (before clipping) and scales gradients down to ``max_norm``.
+
+    Args:
+        max_norm: Largest L2 norm over all parameters of the model; None does not clip.
+    """
+
+    def __init__(self, max_norm: float | None) -> None:
+        self.max_norm = max_norm
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+        norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+        logger.log_metrics({"grad_norm": norm.item()})
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, the same scalar on every rank; shards are summed over their mesh."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

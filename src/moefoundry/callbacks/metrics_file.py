@@ -1,0 +1,78 @@
+"""``run_dir/metrics.jsonl``: one JSON object for every batch, with full float precision.
+
+    batch                                   1-based
+    loss/train/{total,lm,balance,z}         means over the tokens of the global batch, nats; total is the sum
+    grad_norm                               before clipping
+    lr                                      learning rate
+    throughput/tokens_per_sec               all ranks
+    moe/{max_violation,router_entropy,dropped_fraction}
+    moe/load/layer{i}                       list of E shares
+    metrics/eval/LanguageCrossEntropy       nats a token, in the batches after which the model was evaluated
+    checkpoint/stall_seconds                in the batches after which a checkpoint was written
+    memory/peak_host_gib, memory/peak_device_gib
+
+A key is absent where it does not apply. Lines are appended and flushed as their batch ends, so a killed run keeps them;
+after a resume, later lines of the same batch win (:func:`read_metrics`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, LoggerDestination
+from composer.utils import dist
+
+FILE_NAME = "metrics.jsonl"
+KEPT_PREFIXES = ("loss/", "grad_norm", "lr", "throughput/", "moe/", "metrics/", "checkpoint/", "memory/")
+
+
+class MetricsFile(LoggerDestination):
+    """Writes ``metrics.jsonl`` from rank 0.
+
+    Args:
+        run_dir: Where the file goes; it must exist.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / FILE_NAME
+        self._pending: dict[str, Any] = {}
+        self._written: dict[str, Any] = {}
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._pending.update(
+            {name: float(value) for name, value in metrics.items() if name.startswith(KEPT_PREFIXES)}
+        )
+
+    def record(self, metrics: dict[str, list[float]]) -> None:
+        """Take metrics that only this file can hold (Composer's other destinations want scalars)."""
+        self._pending.update(metrics)
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """The last event of a batch: after evaluation, and after the checkpoint callback (loggers run last)."""
+        self._write({"batch": state.timestamp.batch.value, **self._pending})
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """An evaluation at the end of training comes after the last batch's line: write that line again, completed."""
+        if self._written.get("batch") == state.timestamp.batch.value:
+            self._write({**self._written, **self._pending})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._written, self._pending = line, {}
+        if dist.get_global_rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` in batch order, the last line of each batch; a torn last line is left out."""
+    lines: dict[int, dict[str, Any]] = {}
+    for text in (run_dir / FILE_NAME).read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines[line["batch"]] = line
+    return [lines[batch] for batch in sorted(lines)]

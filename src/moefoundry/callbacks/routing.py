@@ -1,0 +1,60 @@
+"""What the routers did in a step, over all micro-batches and all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from moefoundry.moe.balance import max_violation
+
+
+class RoutingMonitor(Callback):
+    """Logs ``moe/max_violation``, ``moe/router_entropy`` (means over MoE layers) and ``moe/dropped_fraction``, and
+    records ``moe/load/layer{i}``: the share of slots of each of E experts, summing to 1.
+
+    Args:
+        record: Takes metrics that are no scalars (see :class:`~moefoundry.callbacks.metrics_file.MetricsFile`).
+        first_moe_layer: Index in the model of the first layer with experts.
+    """
+
+    def __init__(self, record: Callable[[dict[str, list[float]]], None], first_moe_layer: int) -> None:
+        self.record = record
+        self.first_moe_layer = first_moe_layer
+        self._tokens_per_expert_LE: Tensor | None = None
+        self._entropy_sum_L: Tensor | None = None
+        self._micro_batches = 0
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        losses = state.outputs
+        if self._tokens_per_expert_LE is None or self._entropy_sum_L is None:
+            self._tokens_per_expert_LE = torch.zeros_like(losses.tokens_per_expert)
+            self._entropy_sum_L = torch.zeros_like(losses.router_entropy)
+        self._tokens_per_expert_LE += losses.tokens_per_expert
+        self._entropy_sum_L += losses.router_entropy
+        self._micro_batches += 1
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        counts_LE, entropy_L = self._tokens_per_expert_LE, self._entropy_sum_L
+        assert counts_LE is not None and entropy_L is not None, "no forward pass in this batch"
+        entropy_L = entropy_L / self._micro_batches
+        self._tokens_per_expert_LE, self._entropy_sum_L, self._micro_batches = None, None, 0
+        if counts_LE.numel() == 0:
+            return
+        dist.all_reduce(counts_LE)
+        dist.all_reduce(entropy_L)
+        logger.log_metrics(
+            {
+                "moe/max_violation": max_violation(counts_LE).mean().item(),
+                "moe/router_entropy": (entropy_L.mean() / dist.get_world_size()).item(),
+                "moe/dropped_fraction": 0.0,
+            }
+        )
+        load_LE = counts_LE.double() / counts_LE.sum(dim=-1, keepdim=True)
+        self.record(
+            {f"moe/load/layer{self.first_moe_layer + i}": load.tolist() for i, load in enumerate(load_LE)}
+        )

@@ -1,0 +1,66 @@
+"""Throughput and memory of all ranks."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import deque
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+GIB = 2**30
+
+
+class SpeedMonitor(Callback):
+    """Logs ``throughput/tokens_per_sec`` and, a rank, ``throughput/device/tokens_per_sec``.
+
+    Averaged over the last ``window_size`` batches, from the second batch on (the first one warms up). Evaluation and
+    checkpoints are not in it: time counts from the start of a batch to its end.
+    """
+
+    def __init__(self, window_size: int) -> None:
+        self._seconds: deque[float] = deque(maxlen=window_size)
+        self._tokens: deque[int] = deque(maxlen=window_size)
+        self._start = 0.0
+        self._warm = False
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self._start = time.perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if not self._warm:
+            self._warm = True
+            return
+        assert state.previous_timestamp is not None, "set before every batch_end"
+        self._seconds.append(time.perf_counter() - self._start)
+        self._tokens.append(state.timestamp.token.value - state.previous_timestamp.token.value)
+        rate = sum(self._tokens) / sum(self._seconds)
+        logger.log_metrics(
+            {"throughput/tokens_per_sec": rate, "throughput/device/tokens_per_sec": rate / dist.get_world_size()}
+        )
+
+
+class MemoryMonitor(Callback):
+    """Logs ``memory/peak_host_gib`` (resident, summed over ranks) and on a GPU ``memory/peak_device_gib`` (the rank that
+    has most), at the end of every batch."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        peak_host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
+        peak_host = state.device.tensor_to_device(peak_host)
+        dist.all_reduce(peak_host)
+        metrics = {"memory/peak_host_gib": peak_host.item()}
+        if peak_host.is_cuda:
+            peak_device = state.device.tensor_to_device(torch.tensor(torch.cuda.max_memory_allocated() / GIB))
+            dist.all_reduce(peak_device, reduce_operation="MAX")
+            metrics["memory/peak_device_gib"] = peak_device.item()
+        logger.log_metrics(metrics)
+
+
+class LRMonitor(Callback):
+    """Logs ``lr``, the learning rate that the batch was trained with."""
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        logger.log_metrics({"lr": state.optimizers[0].param_groups[0]["lr"]})

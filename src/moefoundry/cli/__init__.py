@@ -1,0 +1,1 @@
+"""The ``moefoundry`` command: one thin file for each subcommand."""

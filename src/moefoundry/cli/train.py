@@ -1,0 +1,38 @@
+"""``moefoundry train``: what ``scripts/train.py`` runs in every rank of a launch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a recipe on this rank",
+        description="Train a recipe. For several ranks: composer -n N scripts/train.py [RECIPE] [key=value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "arguments", nargs="*", metavar="[RECIPE] key=value", help="a YAML file (default: quickstart), then overrides"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from moefoundry.config import UserError, load_recipe, split_arguments
+
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        path, overrides = split_arguments(args.arguments)
+        recipe = load_recipe(path, overrides, world_size=world_size)
+
+        from moefoundry.train import train
+
+        launcher = ["composer", "-n", str(world_size)] if world_size > 1 else ["python"]
+        train(recipe, command=[*launcher, "scripts/train.py", *args.arguments])
+    except UserError:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            raise
+        return 2  # the first rank of this node has said why
+    return 0

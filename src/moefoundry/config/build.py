@@ -1,0 +1,151 @@
+"""Plain values -> schema objects, with every departure from the schema listed.
+
+Strict on purpose: 2.5, "4" and true are not integers, 1 is not true, nan is not a number to train with. The one
+conversion is from an integer to a float.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from enum import StrEnum
+from typing import Any
+
+from moefoundry.config.errors import Problem
+from moefoundry.config.schema import Recipe
+from moefoundry.config.spec import INVALID, Spec, chosen_class, describe, join, options, plain, show, specs, walk
+
+
+class Builder:
+    """Builds schema objects; where a value is wrong it lists why and uses the default instead.
+
+    Attributes:
+        problems: What was wrong.
+        unsound: Paths whose values are not the author's, so that nothing more can be said about them. (A value that is
+            "not available yet" is sound.)
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
+        self.unsound: set[str] = set()
+
+    def build(self, cls: type, values: dict[str, Any], path: str = "", kind: str = "") -> Any:
+        """An object of ``cls`` from a mapping in which every key is present."""
+        built = {}
+        for name, spec in specs(cls).items():
+            if name in values:
+                built[name] = self._value(spec, values[name], join(path, name))
+            else:
+                built[name] = self._fail(join(path, name), "missing", describe(spec))
+        for name in values:
+            if name not in built:
+                self._unknown(name, path, list(built), kind)
+        return cls(**{name: value for name, value in built.items() if value is not INVALID})
+
+    def _fail(self, path: str, message: str, allowed: str = "", suggestion: str = "") -> Any:
+        self.problems.append(Problem(path, message, allowed, suggestion))
+        self.unsound.add(path)
+        return INVALID
+
+    def _value(self, spec: Spec, value: Any, path: str) -> Any:
+        if value is INVALID:
+            self.unsound.add(path)
+            return INVALID
+        if value is None:
+            result = None if spec.optional else self._fail(path, "null is not allowed", describe(spec))
+        elif spec.is_mapping:
+            result = self._mapping(spec, value, path)
+        elif spec.item:
+            result = self._list(spec, value, path)
+        else:
+            result = self._scalar(spec, spec.kind, value, path)
+        if result is not INVALID and spec.available is not None and result not in spec.available:
+            choices = [item if isinstance(item, str) else show(item) for item in map(plain, spec.available)]
+            message = f"{show(value)} is not available yet"
+            self.problems.append(Problem(path, message, ", ".join(choices), _nearest(value, choices)))
+        return result
+
+    def _mapping(self, spec: Spec, value: Any, path: str) -> Any:
+        if not isinstance(value, dict):
+            return self._fail(path, f"got {show(value)}", describe(spec))
+        cls = chosen_class(spec, value)
+        if cls is None:
+            self.unsound.add(path)
+            tag = value.get(spec.tag)
+            if tag is INVALID:
+                return INVALID
+            tags = list(spec.variants or ())
+            return self._fail(join(path, spec.tag), f"got {show(tag)}", ", ".join(tags), _nearest(tag, tags))
+        return self.build(cls, value, path, f" of {spec.tag} {value[spec.tag]!r}" if spec.variants else "")
+
+    def _list(self, spec: Spec, value: Any, path: str) -> Any:
+        if not isinstance(value, list):
+            return self._fail(path, f"got {show(value)}", describe(spec))
+        if spec.length is not None and len(value) != spec.length:
+            return self._fail(path, f"got a list of {len(value)}", describe(spec))
+        items = []
+        for index, item in enumerate(value):
+            where = join(path, index)
+            if item is INVALID:
+                self.unsound.add(where)
+            items.append(item if item is INVALID else self._scalar(spec, spec.item, item, where))
+        return INVALID if INVALID in items else items
+
+    def _scalar(self, spec: Spec, kind: Any, value: Any, path: str) -> Any:
+        allowed = describe(spec, kind)
+        if issubclass(kind, StrEnum):
+            if isinstance(value, str) and value in list(kind):
+                return kind(value)
+            return self._fail(path, f"got {show(value)}", allowed, _nearest(value, options(spec)))
+        accepted = (int, float) if kind is float else (kind,)
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            return self._fail(path, f"got {show(value)} ({_type_name(value)})", allowed)
+        if kind is float:
+            try:
+                value = float(value)
+            except OverflowError:
+                value = math.inf
+            if not math.isfinite(value):
+                return self._fail(path, f"got {show(value)}", allowed)
+        within = {"ge": value.__ge__, "gt": value.__gt__, "le": value.__le__, "lt": value.__lt__} if spec.bounds else {}
+        if not all(within[name](bound) for name, bound in spec.bounds.items()):
+            return self._fail(path, f"got {show(value)}", allowed)
+        if spec.matcher is not None and not spec.matcher.fullmatch(value):
+            return self._fail(path, f"got {show(value)}", allowed)
+        return value
+
+    def _unknown(self, name: str, parent: str, siblings: list[str], kind: str) -> None:
+        path = join(parent, name)
+        everywhere = dict.fromkeys(known for known, _ in walk(Recipe))
+        if name in everywhere and "." in name:
+            self._fail(path, "a dotted key is for overrides; nest it in the file")
+            return
+        leaves: dict[str, list[str]] = {}
+        for known in everywhere:
+            leaves.setdefault(known.rpartition(".")[2], []).append(known)
+        here = difflib.get_close_matches(name, siblings, 1, 0.7)
+        elsewhere = leaves.get(name, [])
+        if not elsewhere and not here:
+            elsewhere = [known for near in difflib.get_close_matches(name, leaves, 1, 0.75) for known in leaves[near]]
+        elsewhere = [known for known in elsewhere if known != path]  # a key of another variant
+        allowed = ", ".join(siblings)
+        suggestion = join(parent, here[0]) if here else ""
+        if len(elsewhere) == 1:
+            allowed, suggestion = "", elsewhere[0]
+        elif elsewhere and not here:
+            allowed = ", ".join(elsewhere)
+        self._fail(path, f"unknown key{kind}", "" if suggestion else allowed, suggestion)
+        if suggestion:
+            self.unsound.add(suggestion)
+
+
+def _nearest(value: Any, choices: list[str]) -> str:
+    if not isinstance(value, str):
+        return ""
+    starting = [choice for choice in choices if value and choice.startswith(value)]
+    return "".join((starting or difflib.get_close_matches(value, choices))[:1])
+
+
+def _type_name(value: Any) -> str:
+    names = {"str": "a string", "int": "an integer", "float": "a float", "bool": "a boolean"}
+    return names.get(type(value).__name__, type(value).__name__)

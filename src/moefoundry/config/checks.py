@@ -1,0 +1,200 @@
+"""What must hold *between* the keys of a recipe. Each rule names its keys and is a plain function of the recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from moefoundry.config.errors import Problem
+from moefoundry.config.schema import Compute, ExpertBackend, GqaConfig, Recipe
+
+Check = Callable[[Recipe, int | None], Iterator[Problem]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check and the keys it reads; it is skipped where one of them is unsound."""
+
+    keys: tuple[str, ...]
+    check: Check
+
+
+RULES: list[Rule] = []
+
+
+def rule(*keys: str) -> Callable[[Check], Check]:
+    def register(check: Check) -> Check:
+        RULES.append(Rule(keys, check))
+        return check
+
+    return register
+
+
+def check_recipe(recipe: Recipe, world_size: int | None = None, skip: Collection[str] = ()) -> list[Problem]:
+    """Every broken relation between keys.
+
+    Args:
+        recipe: A recipe whose values each fit the schema.
+        world_size: Number of ranks, where it is known; without it, only what the recipe itself fixes is checked.
+        skip: Paths about which nothing can be said; rules that read them, or keys below them, are left out.
+    """
+    problems: list[Problem] = []
+    for entry in RULES:
+        if not any(_overlap(path, name) for path in skip for name in entry.keys):
+            problems += entry.check(recipe, world_size)
+    return problems
+
+
+def _overlap(a: str, b: str) -> bool:
+    """Whether two paths are equal, or one lies below the other."""
+    shorter, longer = sorted((a, b), key=len)
+    return longer == shorter or longer.startswith((f"{shorter}.", f"{shorter}["))
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+@rule("model.moe.top_k", "model.moe.num_experts")
+def _top_k(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    moe = recipe.model.moe
+    if moe.top_k > moe.num_experts:
+        message = f"{moe.top_k} experts for each token, but model.moe.num_experts is {moe.num_experts}"
+        yield Problem("model.moe.top_k", message, allowed=f"1 to {moe.num_experts}")
+
+
+@rule("model.n_dense_layers", "model.n_layers")
+def _dense_layers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    model = recipe.model
+    if model.n_dense_layers > model.n_layers:
+        message = f"{model.n_dense_layers} dense layers, but model.n_layers is {model.n_layers}"
+        yield Problem("model.n_dense_layers", message, allowed=f"0 to {model.n_layers}")
+
+
+@rule("model.d_model", "model.attention")
+def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    width, attention = recipe.model.d_model, recipe.model.attention
+    if not isinstance(attention, GqaConfig):
+        return
+    path, heads = "model.attention.n_heads", attention.n_heads
+    if width % heads:
+        yield Problem(path, f"model.d_model {width} is not divisible by {heads} heads", allowed=_divisors(width))
+    elif (width // heads) % 2:
+        message = f"the head width model.d_model / n_heads = {width} / {heads} = {width // heads} is odd"
+        yield Problem(path, message, allowed="an even head width, which rotary embeddings need")
+    if heads % attention.n_kv_heads:
+        message = f"n_heads {heads} is not divisible by {attention.n_kv_heads} key-value heads"
+        yield Problem("model.attention.n_kv_heads", message, allowed=_divisors(heads))
+
+
+@rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision.compute")
+def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """``torch.nn.functional.grouped_mm`` wants strides that are multiples of 16 bytes."""
+    if recipe.model.moe.backend != ExpertBackend.grouped_mm:
+        return
+    multiple = 8 if recipe.precision.compute == Compute.bf16 else 4
+    sizes = {
+        "model.d_model": recipe.model.d_model,
+        "model.moe.expert_hidden_size": recipe.model.moe.expert_hidden_size,
+    }
+    for path, size in sizes.items():
+        if size % multiple:
+            message = f"the grouped_mm backend needs rows of whole 16 bytes, but {size} is not divisible by {multiple}"
+            allowed = f"multiples of {multiple} with precision.compute={recipe.precision.compute}"
+            yield Problem(path, message, allowed, suggestion="model.moe.backend=loop")
+
+
+# ------------------------------------------------------------------------------------------------------ mesh and batch
+
+
+@rule("mesh.replicate", "mesh.shard")
+def _degrees(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
+    mesh = recipe.mesh
+    degrees = {"mesh.replicate": mesh.replicate, "mesh.shard": mesh.shard}
+    for path, degree in degrees.items():
+        if degree == 0:
+            yield Problem(path, "got 0", allowed="a positive integer, or -1 for the ranks that remain")
+    if 0 in degrees.values():
+        return
+    if mesh.replicate == mesh.shard == -1:
+        yield Problem("mesh.shard", "mesh.replicate and mesh.shard are both -1", allowed="at most one -1")
+        return
+    if world_size is None:
+        return
+    product = mesh.replicate * mesh.shard
+    if product < 0 and world_size % -product:
+        path, known = ("mesh.replicate", mesh.replicate) if mesh.shard == -1 else ("mesh.shard", mesh.shard)
+        yield Problem(path, f"{known} does not divide the world size {world_size}", allowed=_divisors(world_size))
+    if product > 0 and product != world_size:
+        message = f"mesh.replicate * mesh.shard is {mesh.replicate} * {mesh.shard} = {product}"
+        yield Problem("mesh.shard", message, allowed=f"the world size, {world_size}")
+
+
+@rule("mesh.expert", "model.moe.num_experts")
+def _experts_divide(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    expert, num_experts = recipe.mesh.expert, recipe.model.moe.num_experts
+    if num_experts % expert:
+        message = f"model.moe.num_experts {num_experts} is not divisible by {expert}"
+        yield Problem("mesh.expert", message, allowed=_divisors(num_experts))
+
+
+@rule("mesh")
+def _expert_divides_shard(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
+    expert, shard = recipe.mesh.expert, _shard_degree(recipe, world_size)
+    if shard is not None and shard % expert:
+        yield Problem("mesh.expert", f"mesh.shard {shard} is not divisible by {expert}", allowed=_divisors(shard))
+
+
+@rule("mesh.replicate", "mesh.shard", "global_train_batch_size")
+def _batch(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
+    """Every rank has its own samples; a last micro-batch that is smaller, or larger than the share, is fine."""
+    batch = recipe.global_train_batch_size
+    known = max(1, recipe.mesh.replicate) * max(1, recipe.mesh.shard)
+    ranks = world_size or known
+    if batch % ranks:
+        what = "the world size" if world_size else "mesh.replicate * mesh.shard"
+        message = f"{batch} sequences are not divisible by {what}, {ranks}"
+        yield Problem("global_train_batch_size", message, allowed=f"multiples of {ranks}")
+
+
+def _shard_degree(recipe: Recipe, world_size: int | None) -> int | None:
+    """``mesh.shard``, inferred where it is -1 and can be."""
+    replicate, shard = recipe.mesh.replicate, recipe.mesh.shard
+    if shard > 0:
+        return shard
+    if shard == -1 and replicate > 0 and world_size and world_size % replicate == 0:
+        return world_size // replicate
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- data and schedule
+
+
+@rule("max_seq_len", "train_loader.dataset.max_seq_len", "eval_loader.dataset.max_seq_len")
+def _sequence_length(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
+    for name, loader in loaders.items():
+        if loader is not None and loader.dataset.max_seq_len != recipe.max_seq_len:
+            message = f"{loader.dataset.max_seq_len} is not the recipe's max_seq_len"
+            yield Problem(f"{name}.dataset.max_seq_len", message, allowed=str(recipe.max_seq_len))
+
+
+@rule("scheduler.t_warmup", "max_duration")
+def _warmup(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    warmup, unit = _duration(recipe.scheduler.t_warmup)
+    limit = "1dur" if unit == "dur" else recipe.max_duration
+    total, total_unit = _duration(limit)
+    if unit == total_unit and warmup > total:
+        message = f"{recipe.scheduler.t_warmup} of warm-up is longer than the run"
+        yield Problem("scheduler.t_warmup", message, allowed=f"at most {limit}")
+
+
+def _duration(text: str) -> tuple[float, str]:
+    number, unit = re.fullmatch(r"([\d.]+)([a-z]+)", text).groups()  # type: ignore[union-attr]  # the schema's pattern
+    return float(number), unit
+
+
+def _divisors(number: int) -> str:
+    if number > 10_000:
+        return f"a divisor of {number}"
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,0 +1,44 @@
+"""A recipe as text: YAML that reads back equal, dotted leaves, and the difference of two recipes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from moefoundry.config.schema import Recipe
+from moefoundry.config.spec import join, plain, show
+from moefoundry.config.yaml_reader import StrictDumper
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML of every key, resolved, in the schema's order. ``load_recipe`` reads it back to an equal recipe."""
+    return yaml.dump(plain(recipe), Dumper=StrictDumper, sort_keys=False, width=120)
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key -> value; lists and empty mappings are leaves, enum members are strings."""
+    return dict(_leaves(plain(recipe), ""))
+
+
+def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [leaf for name, child in value.items() for leaf in _leaves(child, join(path, name))]
+    return [(path, value)]
+
+
+def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
+    """One ``key: old -> new`` line for each leaf that differs; ``(absent)`` where a recipe has none."""
+    before, after = flatten(old), flatten(new)
+    lines = []
+    for path in before | after:
+        if path not in before or path not in after or before[path] != after[path]:
+            was, becomes = (_text(leaves[path]) if path in leaves else "(absent)" for leaves in (before, after))
+            lines.append(f"{path}: {was} -> {becomes}")
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    return "{}" if value == {} else show(value)

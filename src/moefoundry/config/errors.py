@@ -1,0 +1,48 @@
+"""What a bad recipe looks like to its author: every problem at once, each with its key path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a recipe.
+
+    Attributes:
+        path: Full dotted key path, e.g. ``model.moe.top_k`` (or the file, where the file itself is at fault).
+        message: What is wrong, including the bad value.
+        allowed: What would be accepted, or an empty string.
+        suggestion: The key or value that was probably meant, or an empty string.
+    """
+
+    path: str
+    message: str
+    allowed: str = ""
+    suggestion: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"{self.path}: {self.message}"]
+        if self.allowed:
+            parts.append(f"allowed: {self.allowed}")
+        if self.suggestion:
+            parts.append(f"did you mean {self.suggestion!r}?")
+        return "; ".join(parts)
+
+
+class UserError(Exception):
+    """Something the user can put right; the message is one clear line that names the culprit.
+
+    The command line prints it to standard error without a traceback and exits with status 2.
+    """
+
+
+class ConfigError(UserError, ValueError):
+    """A recipe that cannot be used. Carries every :class:`Problem` found, not just the first."""
+
+    def __init__(self, problems: list[Problem], source: str = "recipe") -> None:
+        if not problems:
+            raise ValueError("ConfigError needs at least one problem")
+        self.problems = list(problems)
+        count = f"{len(problems)} error" + ("s" if len(problems) > 1 else "")
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))

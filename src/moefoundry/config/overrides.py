@@ -1,0 +1,107 @@
+"""Dotted ``key=value`` overrides, as given on the command line after the recipe.
+
+The value is YAML, read as strictly as the recipe itself: ``model.moe.top_k=4``, ``optimizer.betas=[0.9,0.99]``,
+``eval_loader=null``, ``loggers.wandb={}``. A mapping is merged into the one that is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from moefoundry.config.errors import ConfigError, Problem
+from moefoundry.config.schema import Recipe
+from moefoundry.config.spec import looks_secret, show, specs
+from moefoundry.config.yaml_reader import parse_yaml
+
+_PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+KeyPath = tuple[str, ...]
+_INDEX = re.compile(r"\[\d+\]|\.\d+$")
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """``[RECIPE] [key=value ...]`` -> (recipe or None, overrides). The recipe comes first and has no ``=``."""
+    if arguments and not arguments[0].startswith("-") and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
+        return arguments[0], list(arguments[1:])
+    return None, list(arguments)
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
+    """Write the overrides into ``tree``, in order; return what is wrong with them.
+
+    Choosing another variant (``scheduler.name=constant_with_warmup``) drops those keys of the mapping that only the
+    other variants have, unless an override sets them: a recipe that writes every key out can still be switched.
+    """
+    problems = []
+    leaves: dict[KeyPath, Any] = {}
+    for token in overrides:
+        try:
+            path, value = _parse(token)
+            leaves.update(_leaves(tuple(path.split(".")), value))
+        except ConfigError as error:
+            problems += error.problems
+    for leaf, value in leaves.items():
+        problem = _assign(tree, leaf, value)
+        if problem:
+            problems.append(problem)
+    for leaf, value in leaves.items():
+        _drop_keys_of_other_variants(tree, leaf, value, leaves)
+    return problems
+
+
+def _parse(token: str) -> tuple[str, Any]:
+    path, equals, text = token.partition("=")
+    bare = path.lstrip("-")
+    if not equals:
+        raise ConfigError(
+            [Problem(token, "an override is written key=value", suggestion=f"{bare}=..." if bare else "")]
+        )
+    if bare != path:
+        text = "..." if looks_secret(bare) else text
+        raise ConfigError([Problem(path, "an override has no leading dashes", suggestion=f"{bare}={text}")])
+    if _INDEX.search(path):
+        raise ConfigError([Problem(path, "a list is set as a whole", suggestion=_INDEX.sub("", path) + "=[...]")])
+    if not _PATH.fullmatch(path):
+        raise ConfigError([Problem(path, "not a dotted key", allowed="key=value or section.key=value")])
+    return path, parse_yaml(text, f"{path}=")
+
+
+def _leaves(path: KeyPath, value: Any) -> dict[KeyPath, Any]:
+    """A mapping as an override of each of its keys; an empty one stays a value."""
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    leaves: dict[KeyPath, Any] = {}
+    for name, child in value.items():
+        leaves.update(_leaves((*path, name), child))
+    return leaves
+
+
+def _assign(tree: Any, path: KeyPath, value: Any) -> Problem | None:
+    for depth, parent in enumerate(path[:-1], start=1):
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            where = ".".join(path[:depth])
+            return Problem(".".join(path), f"{where} is {show(tree)}, not a mapping", allowed=f"{where}=... as a whole")
+    if value != {} or not isinstance(tree.get(path[-1]), dict):
+        tree[path[-1]] = value
+    return None
+
+
+def _drop_keys_of_other_variants(tree: Any, path: KeyPath, value: Any, overridden: Collection[KeyPath]) -> None:
+    cls: Any = Recipe
+    spec = None
+    for parent in path[:-1]:
+        spec = specs(cls).get(parent)
+        if spec is None or not spec.is_mapping or not isinstance(tree.get(parent), dict):
+            return
+        tree, cls = tree[parent], spec.kind
+    if spec is None or spec.variants is None or path[-1] != spec.tag or value not in list(spec.variants):
+        return
+    others = {key for variant in spec.variants.values() for key in specs(variant)}
+    for key in others - specs(spec.variants[value]).keys():
+        if (*path[:-1], key) not in overridden:
+            tree.pop(key, None)

@@ -1,0 +1,88 @@
+"""``docs/recipe.md``, written from the schema: ``python -m moefoundry.config.reference docs/recipe.md``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moefoundry.config.schema import Recipe
+from moefoundry.config.spec import Spec, describe, plain, show, specs
+
+HEADER = """\
+# Recipe reference
+
+Every key of a recipe, with its default (those of `configs/quickstart.yaml`). This page is written from the schema by
+`python -m moefoundry.config.reference docs/recipe.md`; do not edit it by hand.
+
+- Overrides on the command line are dotted: `model.moe.top_k=4`, `optimizer.betas=[0.9,0.99]`, `loggers.wandb={}` (turns
+  an optional mapping on with its defaults), `eval_loader=null` (turns it off). Values are YAML; a list is set whole.
+- `${key}` stands for another key's value, `${oc.env:NAME}` for an environment variable (not one named like a secret).
+- Unknown keys, wrong types and values out of range are errors, all listed at once with exit status 2;
+  `moefoundry validate RECIPE key=value ...` does just that.
+- Plain words are strings: only `true` and `false` are booleans, and a number in quotes is a string.
+"""
+
+
+def reference() -> str:
+    """The whole page as Markdown: one table for each mapping, a mapping with variants has one for each of them."""
+    return "\n".join([HEADER, *_sections(Recipe(), "", "Top level")])
+
+
+def _sections(default: Any, path: str, title: str) -> Iterator[str]:
+    yield f"## {title}\n"
+    nested = []
+    rows = []
+    for name, spec in specs(type(default)).items():
+        value = getattr(default, name)
+        full = f"{path}{name}"
+        rows.append(f"| `{full}` | {_type(spec)} | {_default(spec, value)} | {_allowed(spec)} | {_cell(spec.doc)} |")
+        if spec.is_mapping:
+            variants = spec.variants or {"": type(value) if value is not None else spec.kind}
+            for tag, cls in variants.items():
+                heading = f"`{full}`" + (f" with `{spec.tag}: {tag}`" if tag else "")
+                nested.append((value if type(value) is cls else cls(), f"{full}.", heading))
+    if rows:
+        yield "\n".join(["| key | type | default | allowed | meaning |", "|---|---|---|---|---|", *rows]) + "\n"
+    else:
+        yield "No keys: write `{}`.\n"
+    for child in nested:
+        yield from _sections(*child)
+
+
+def _type(spec: Spec) -> str:
+    names = {int: "integer", float: "number", str: "string", bool: "boolean"}
+    name = (
+        f"list of {names[spec.item]}s" if spec.item else names.get(spec.kind, "mapping" if spec.is_mapping else "name")
+    )
+    return f"{name} or null" if spec.optional else name
+
+
+def _default(spec: Spec, value: Any) -> str:
+    if spec.is_mapping and value is not None:
+        return "see below"
+    value = plain(value)
+    text = f"[{', '.join(show(item) for item in value)}]" if isinstance(value, list) else show(value)
+    return _cell(f"`{text}`")
+
+
+def _allowed(spec: Spec) -> str:
+    if spec.available is not None:
+        values = ", ".join(f"`{show(plain(value))}`" for value in spec.available)
+        return f"{values} in this release"
+    if spec.variants:
+        return f"`{spec.tag}`: " + ", ".join(f"`{tag}`" for tag in spec.variants)
+    plain_type = spec.is_mapping or not (spec.bounds or spec.pattern or spec.length or _type(spec).startswith("name"))
+    return "" if plain_type else _cell(describe(spec))
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(reference(), encoding="utf-8")
+    else:
+        sys.stdout.write(reference())

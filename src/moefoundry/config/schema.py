@@ -1,0 +1,412 @@
+"""The recipe, typed at every depth. Its defaults *are* ``configs/quickstart.yaml`` (a test keeps them equal).
+
+One dataclass for each mapping of the YAML; a parent never repeats a child's fields. :func:`key` adds to a field what
+the type cannot say: its documentation, its range, and which of its values this release can run (``available``), so
+that the error messages, ``docs/recipe.md`` and the checks all come from this file. Units: sizes in tokens or elements,
+durations as Composer time strings (``200ba``, ``1ep``, ``1000000tok``, ``512sp``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+DURATION = r"\d+(ba|ep|tok|sp)|\d+(\.\d+)?dur"
+INTERVAL = r"[1-9]\d*(ba|ep|tok|sp)"
+PATTERN_HINTS = {
+    DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",
+    INTERVAL: "a duration: a positive integer and ba, ep, tok or sp",
+}
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    pattern: str | None = None,
+    length: int | None = None,
+    available: tuple[Any, ...] | None = None,
+    variants: dict[str, type] | None = None,
+    tag: str = "kind",
+) -> Any:
+    """A recipe field.
+
+    Args:
+        default: The value, or a callable that makes it (a dataclass, or a lambda for lists).
+        doc: One sentence for ``docs/recipe.md``.
+        ge, gt, le, lt: Numeric bounds.
+        pattern: A regular expression that a string must match in full.
+        length: How many elements a list must have.
+        available: The values that this release can run; others of the type are refused as "not available yet".
+        variants: For a mapping whose keys depend on one of them: the value of ``tag`` -> the dataclass.
+        tag: The key that selects among ``variants``.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {
+        "doc": doc,
+        "bounds": {name: value for name, value in bounds.items() if value is not None},
+        "pattern": pattern,
+        "length": length,
+        "available": available,
+        "variants": variants,
+        "tag": tag,
+    }
+    if isinstance(default, Callable):  # type: ignore[arg-type]
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+class NormKind(StrEnum):
+    rmsnorm = "rmsnorm"
+    layernorm = "layernorm"
+
+
+class ScoreFunction(StrEnum):
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class AuxLossScope(StrEnum):
+    sequence = "sequence"
+    micro_batch = "micro_batch"
+    global_batch = "global_batch"
+
+
+class ExpertBackend(StrEnum):
+    grouped_mm = "grouped_mm"
+    loop = "loop"
+    megablocks = "megablocks"
+
+
+@dataclass
+class NormConfig:
+    kind: NormKind = key(NormKind.rmsnorm, "Normalization layer.", available=(NormKind.rmsnorm,))
+    eps: float = key(1.0e-6, "Added to the mean square before the root.", gt=0)
+
+
+@dataclass
+class InitConfig:
+    std: float = key(0.02, "Standard deviation of every weight matrix; norms start at 1.", gt=0)
+
+
+@dataclass
+class AttentionConfig:
+    """What every attention kind has; the keys of a kind are in its subclass."""
+
+    kind: str = key("gqa", "Attention kind; it decides the other keys of this mapping.")
+
+
+@dataclass
+class GqaConfig(AttentionConfig):
+    """Grouped-query attention (arXiv 2305.13245); ``n_kv_heads == n_heads`` is multi-head attention."""
+
+    n_heads: int = key(8, "Query heads; the head width is d_model / n_heads.", ge=1)
+    n_kv_heads: int = key(4, "Key and value heads; divides n_heads.", ge=1)
+    rope_theta: float = key(10000.0, "Base of the rotary position embedding.", gt=0)
+
+
+@dataclass
+class RouterConfig:
+    score_function: ScoreFunction = key(
+        ScoreFunction.softmax, "Maps router logits to scores.", available=(ScoreFunction.softmax,)
+    )
+    normalize_topk: bool = key(True, "Divide the top-k weights by their sum.")
+    scale: float = key(1.0, "Multiplies the top-k weights after normalization.", gt=0)
+    num_groups: int = key(1, "Expert groups for group-limited routing.", ge=1, available=(1,))
+    top_k_groups: int = key(1, "Groups a token may reach.", ge=1, available=(1,))
+
+
+@dataclass
+class BalanceConfig:
+    aux_loss_weight: float = key(0.01, "Weight of the load-balance loss.", ge=0)
+    aux_loss_scope: AuxLossScope = key(
+        AuxLossScope.sequence,
+        "Tokens over which the load-balance loss takes its means.",
+        available=(AuxLossScope.sequence, AuxLossScope.micro_batch),
+    )
+    z_loss_weight: float = key(0.001, "Weight of the router z-loss.", ge=0)
+    bias_update_rate: float = key(0.0, "Step of the auxiliary-loss-free expert bias.", ge=0, available=(0.0,))
+
+
+@dataclass
+class MoEConfig:
+    num_experts: int = key(16, "Routed experts of each MoE layer.", ge=1)
+    top_k: int = key(2, "Routed experts of each token.", ge=1)
+    expert_hidden_size: int = key(256, "Hidden width of one routed expert.", ge=1)
+    num_shared_experts: int = key(1, "Experts that see every token (one FFN of this many widths).", ge=0)
+    router: RouterConfig = key(RouterConfig, "Routing.")
+    balance: BalanceConfig = key(BalanceConfig, "Load balancing.")
+    capacity_factor: float | None = key(None, "null is dropless.", gt=0, available=(None,))
+    backend: ExpertBackend = key(
+        ExpertBackend.grouped_mm,
+        "How experts multiply; loop is the plain oracle.",
+        available=(ExpertBackend.grouped_mm, ExpertBackend.loop),
+    )
+
+
+@dataclass
+class MtpConfig:
+    depth: int = key(0, "Multi-token-prediction modules.", ge=0, available=(0,))
+    loss_weight: float = key(0.3, "Weight of the multi-token-prediction loss.", ge=0)
+
+
+@dataclass
+class ModelConfig:
+    name: str = key("moe_causal_lm", "The model family.", available=("moe_causal_lm",))
+    vocab_size: int = key(4096, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=2)
+    d_model: int = key(256, "Width of the residual stream.", ge=1)
+    n_layers: int = key(6, "Transformer blocks.", ge=1)
+    n_dense_layers: int = key(1, "How many of the first blocks use a dense FFN.", ge=0)
+    ffn_hidden_size: int = key(1024, "Hidden width of the dense FFN.", ge=1)
+    norm: NormConfig = key(NormConfig, "Normalization.")
+    tie_embeddings: bool = key(False, "Use the embedding as the output head.")
+    init: InitConfig = key(InitConfig, "Initial weights.")
+    attention: AttentionConfig = key(GqaConfig, "Attention.", variants={"gqa": GqaConfig})
+    moe: MoEConfig = key(MoEConfig, "Mixture of experts.")
+    mtp: MtpConfig = key(MtpConfig, "Multi-token prediction.")
+
+
+# ------------------------------------------------------------------------------------------------- mesh and precision
+
+
+@dataclass
+class MeshConfig:
+    replicate: int = key(1, "Copies of the sharded model; -1 is what world size and shard leave.", ge=-1)
+    shard: int = key(-1, "Ranks that share one copy; -1 is what world size and replicate leave.", ge=-1)
+    expert: int = key(1, "Ranks that share the experts; divides shard.", ge=1, available=(1,))
+
+
+class Compute(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    bf16_emulated = "bf16_emulated"
+
+
+class Moments(StrEnum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Fp8Recipe(StrEnum):
+    tensorwise = "tensorwise"
+    rowwise = "rowwise"
+    deepseek_v3 = "deepseek_v3"
+
+
+@dataclass
+class Fp8Config:
+    recipe: Fp8Recipe | None = key(None, "FP8 training recipe; null trains without FP8.", available=(None,))
+
+
+@dataclass
+class PrecisionConfig:
+    compute: Compute = key(Compute.fp32, "Operands of the matrix products; master weights are always fp32.")
+    optimizer_moments: Moments = key(Moments.fp32, "AdamW's moments.", available=(Moments.fp32,))
+    fp8: Fp8Config = key(Fp8Config, "FP8.")
+
+
+class ActivationCheckpointing(StrEnum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+@dataclass
+class EmaConfig:
+    decay: float = key(0.999, "Decay of the parameters' moving average.", gt=0, lt=1)
+
+
+# ------------------------------------------------------------------------------------------------------ data and loop
+
+
+@dataclass
+class TokenizerConfig:
+    name: str = key("${train_loader.dataset.local}/tokenizer", "A Hugging Face tokenizer directory.")
+
+
+@dataclass
+class DatasetConfig:
+    local: str = key("data/quickstart", "Directory written by `moefoundry prepare`.")
+    remote: str | None = key(None, "Where missing shards are downloaded from (any mosaicml-streaming URL).")
+    split: str = key("train", "Sub-directory of local and remote.")
+    shuffle: bool = key(True, "Shuffle samples.")
+    shuffle_seed: int = key("${seed}", "Seed of the shuffle.", ge=0)
+    max_seq_len: int = key("${max_seq_len}", "Tokens a sample; must be what the data were packed to.", ge=2)
+
+
+def _eval_dataset() -> DatasetConfig:
+    return DatasetConfig(local="${train_loader.dataset.local}", split="val", shuffle=False)
+
+
+@dataclass
+class LoaderConfig:
+    name: str = key("text", "Loader kind.", available=("text",))
+    dataset: DatasetConfig = key(DatasetConfig, "What is read.")
+    drop_last: bool = key(True, "Drop the last incomplete batch.")
+    num_workers: int = key(0, "Loader processes of each rank.", ge=0)
+
+
+def _eval_loader() -> LoaderConfig:
+    return LoaderConfig(dataset=_eval_dataset(), drop_last=False)
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = key("adamw", "Optimizer.", available=("adamw",))
+    lr: float = key(3.0e-3, "Peak learning rate.", gt=0)
+    betas: list[float] = key(lambda: [0.9, 0.95], "Decay of the first and second moment.", ge=0, lt=1, length=2)
+    eps: float = key(1.0e-8, "Added to the root of the second moment.", gt=0)
+    weight_decay: float = key(0.1, "Decoupled decay of weight matrices (not norms, biases, embeddings).", ge=0)
+
+
+@dataclass
+class SchedulerConfig:
+    """What every schedule has; the keys of a schedule are in its subclass."""
+
+    name: str = key("cosine_with_warmup", "Schedule; it decides the other keys of this mapping.")
+    t_warmup: str = key("20ba", "Linear warm-up.", pattern=DURATION)
+
+
+@dataclass
+class ConstantWithWarmupConfig(SchedulerConfig):
+    name: str = key("constant_with_warmup", "Schedule; it decides the other keys of this mapping.")
+
+
+@dataclass
+class CosineWithWarmupConfig(SchedulerConfig):
+    alpha_f: float = key(0.1, "Final learning rate as a fraction of the peak.", ge=0, le=1)
+
+
+@dataclass
+class LinearDecayWithWarmupConfig(SchedulerConfig):
+    name: str = key("linear_decay_with_warmup", "Schedule; it decides the other keys of this mapping.")
+    alpha_f: float = key(0.0, "Final learning rate as a fraction of the peak.", ge=0, le=1)
+
+
+SCHEDULERS: dict[str, type] = {
+    "cosine_with_warmup": CosineWithWarmupConfig,
+    "linear_decay_with_warmup": LinearDecayWithWarmupConfig,
+    "constant_with_warmup": ConstantWithWarmupConfig,
+}
+
+
+class ClippingType(StrEnum):
+    norm = "norm"
+
+
+@dataclass
+class GradientClippingConfig:
+    clipping_type: ClippingType = key(ClippingType.norm, "How gradients are clipped.")
+    clipping_threshold: float = key(1.0, "Largest global gradient norm.", gt=0)
+
+
+@dataclass
+class AlgorithmsConfig:
+    gradient_clipping: GradientClippingConfig | None = key(GradientClippingConfig, "null does not clip.")
+
+
+@dataclass
+class SpeedMonitorConfig:
+    window_size: int = key(10, "Batches over which the throughput is averaged.", ge=1)
+
+
+@dataclass
+class LRMonitorConfig:
+    pass
+
+
+@dataclass
+class MemoryMonitorConfig:
+    pass
+
+
+@dataclass
+class ReportConfig:
+    prompt: str = key('def read_lines(path):\n    """', "Text that the trained model continues at the end of the run.")
+    max_new_tokens: int = key(48, "Tokens of the continuation.", ge=0)
+
+
+@dataclass
+class CallbacksConfig:
+    speed_monitor: SpeedMonitorConfig | None = key(SpeedMonitorConfig, "Tokens per second.")
+    lr_monitor: LRMonitorConfig | None = key(LRMonitorConfig, "Learning rate.")
+    memory_monitor: MemoryMonitorConfig | None = key(MemoryMonitorConfig, "Peak memory of device and host.")
+    report: ReportConfig | None = key(ReportConfig, "Plots, a completion and the resume command at the end.")
+
+
+@dataclass
+class WandbConfig:
+    project: str | None = key(None, "Project.")
+    entity: str | None = key(None, "User or team.")
+    group: str | None = key(None, "Group of runs.")
+    name: str | None = key("${run_name}", "Run name.")
+    tags: list[str] = key(list, "Tags.")
+
+
+@dataclass
+class TensorBoardConfig:
+    log_dir: str = key("${run_dir}/tensorboard", "Where event files go.")
+    flush_interval: int = key(100, "Values between two flushes.", ge=1)
+
+
+@dataclass
+class MLflowConfig:
+    experiment_name: str = key("moefoundry", "Experiment.")
+    run_name: str | None = key("${run_name}", "Run name.")
+    tracking_uri: str | None = key(None, "Server or store; null is ${run_dir}/mlruns, a local file store.")
+
+
+@dataclass
+class LoggersConfig:
+    wandb: WandbConfig | None = key(None, "Weights & Biases (offline with WANDB_MODE=offline).")
+    tensorboard: TensorBoardConfig | None = key(None, "TensorBoard.")
+    mlflow: MLflowConfig | None = key(None, "MLflow.")
+
+
+@dataclass
+class Recipe:
+    """One training run."""
+
+    run_name: str = key("quickstart", "Name of the run.", pattern=r"[\w.\-]+")
+    run_dir: str = key("runs/${run_name}", "Everything a run writes goes here.")
+    seed: int = key(17, "Seed of weights, shuffling and sampling.", ge=0)
+    max_seq_len: int = key(512, "Tokens a sequence.", ge=2)
+    model: ModelConfig = key(ModelConfig, "The model.")
+    mesh: MeshConfig = key(MeshConfig, "The device mesh.")
+    precision: PrecisionConfig = key(PrecisionConfig, "Precision.")
+    activation_checkpointing: ActivationCheckpointing = key(
+        ActivationCheckpointing.none, "What the backward pass recomputes."
+    )
+    compile: bool = key(False, "torch.compile of every block.", available=(False,))
+    ema: EmaConfig | None = key(None, "Moving average of the parameters.", available=(None,))
+    tokenizer: TokenizerConfig = key(TokenizerConfig, "Tokenizer.")
+    train_loader: LoaderConfig = key(LoaderConfig, "Training data.")
+    eval_loader: LoaderConfig | None = key(_eval_loader, "Held-out data; null does not evaluate.")
+    optimizer: OptimizerConfig = key(OptimizerConfig, "Optimizer.")
+    scheduler: SchedulerConfig = key(CosineWithWarmupConfig, "Learning-rate schedule.", variants=SCHEDULERS, tag="name")
+    algorithms: AlgorithmsConfig = key(AlgorithmsConfig, "Changes to the training loop.")
+    callbacks: CallbacksConfig = key(CallbacksConfig, "Monitors.")
+    loggers: LoggersConfig = key(LoggersConfig, "Where metrics go besides metrics.jsonl.")
+    max_duration: str = key("200ba", "Length of training.", pattern=INTERVAL)
+    eval_interval: str = key("50ba", "Time between evaluations.", pattern=INTERVAL)
+    global_train_batch_size: int = key(8, "Sequences of one optimizer step, over all ranks.", ge=1)
+    device_train_microbatch_size: int = key(4, "Sequences of one forward pass of one rank.", ge=1)
+    device_eval_batch_size: int = key(4, "Sequences of one evaluation batch of one rank.", ge=1)
+    save_interval: str = key("100ba", "Time between checkpoints.", pattern=INTERVAL)
+    save_num_checkpoints_to_keep: int = key(2, "Newest checkpoints kept; -1 keeps all.", ge=-1)
+    load_path: str | None = key(None, "Checkpoint to start from.")
+    autoresume: bool = key(False, "Continue from the newest checkpoint of run_dir, if there is one.")
+    dist_timeout: float = key(600.0, "Seconds after which a collective gives up.", gt=0)
+    progress_bar: bool = key(True, "Progress bar on a terminal.")
+    log_to_console: bool = key(True, "Print metrics.")
+    console_log_interval: str = key("10ba", "Time between printed metrics.", pattern=INTERVAL)
+    icl_tasks: list[str] | None = key(None, "In-context tasks to evaluate.", available=(None,))

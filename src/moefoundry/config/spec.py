@@ -1,0 +1,157 @@
+"""What the schema says about each key, in one place for the loader, the reference page and the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cache
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from moefoundry.config.schema import PATTERN_HINTS
+
+
+class _Invalid:
+    def __repr__(self) -> str:
+        return "INVALID"
+
+
+INVALID: Any = _Invalid()  # stands where a value could not be had; its problem is already listed
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One key of one mapping.
+
+    Attributes:
+        kind: ``int``, ``float``, ``bool``, ``str``, a ``StrEnum``, a dataclass, or ``list`` (then ``item`` is set).
+        item: The type of a list's elements, else None.
+        optional: Whether null is accepted.
+    The others are the arguments of :func:`moefoundry.config.schema.key`.
+    """
+
+    name: str
+    kind: Any
+    item: Any
+    optional: bool
+    doc: str
+    bounds: dict[str, float]
+    pattern: str | None
+    length: int | None
+    available: tuple[Any, ...] | None
+    variants: dict[str, type] | None
+    tag: str
+
+    @property
+    def is_mapping(self) -> bool:
+        return dataclasses.is_dataclass(self.kind)
+
+    @property
+    def matcher(self) -> re.Pattern[str] | None:
+        return re.compile(self.pattern) if self.pattern else None
+
+
+def specs(cls: type) -> dict[str, Spec]:
+    """The keys of a schema dataclass, in order."""
+    return _specs(cls)
+
+
+@cache
+def _specs(cls: Any) -> dict[str, Spec]:
+    hints = get_type_hints(cls)
+    result = {}
+    for field in dataclasses.fields(cls):
+        kind, optional = _split_optional(hints[field.name])
+        item = get_args(kind)[0] if get_origin(kind) is list else None
+        result[field.name] = Spec(field.name, list if item else kind, item, optional, **field.metadata)
+    return result
+
+
+def _split_optional(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) not in (Union, types.UnionType):
+        return hint, False
+    (kind,) = (part for part in get_args(hint) if part is not type(None))
+    return kind, True
+
+
+def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Spec]]:
+    """Every (path, key) below ``cls``, mappings before their keys; a key that variants share comes once for each."""
+    for name, spec in specs(cls).items():
+        path = f"{prefix}{name}"
+        yield path, spec
+        if spec.is_mapping:
+            for child in (spec.variants or {"": spec.kind}).values():
+                yield from walk(child, f"{path}.")
+
+
+def join(path: str, key: str | int) -> str:
+    """The path of a mapping's key, or of a list's element."""
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    return f"{path}.{key}" if path else key
+
+
+def chosen_class(spec: Spec, mapping: dict[str, Any], default: Any = None) -> Any:
+    """The dataclass that types this mapping; None where the key is no mapping, or its tag is unknown."""
+    if not spec.is_mapping or spec.variants is None:
+        return spec.kind if spec.is_mapping else None
+    tag = mapping.get(spec.tag, getattr(default, spec.tag, None))
+    return spec.variants.get(tag) if isinstance(tag, str) else None
+
+
+def options(spec: Spec) -> list[str]:
+    """The members of an enum that can be used in this release."""
+    members: Iterable[Any] = spec.available or spec.kind
+    return [str(member) for member in members if member is not None]
+
+
+_NOUNS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a string", "strings")}
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+
+def describe(spec: Spec, kind: Any = None) -> str:
+    """What a key accepts, in words; ``kind`` describes one element of a list instead."""
+    kind = kind or spec.kind
+    bounds = " and ".join(f"{_SIGNS[name]} {bound:g}" for name, bound in spec.bounds.items())
+    if spec.is_mapping:
+        text = "a mapping"
+    elif kind is list:
+        text = f"a list of {spec.length or ''} {_NOUNS[spec.item][1]} {bounds}".replace("  ", " ").rstrip()
+    elif kind is bool:
+        text = "true, false"
+    elif issubclass(kind, StrEnum):
+        text = ", ".join(options(spec))
+    elif spec.pattern:
+        text = PATTERN_HINTS.get(spec.pattern, f"a string that matches {spec.pattern}")
+    else:
+        text = f"{_NOUNS[kind][0]} {bounds}".rstrip()
+    return f"{text}, or null" if spec.optional and kind is spec.kind else text
+
+
+def plain(value: Any) -> Any:
+    """A schema object as dicts, lists and scalars; enum members become their names in YAML."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, StrEnum) else value
+
+
+def looks_secret(name: str) -> bool:
+    """Whether a key or an environment variable is named like a secret, whose value must never be shown or kept."""
+    return re.search(r"key|token(?!izer)|secret|passw|credential", name, re.IGNORECASE) is not None
+
+
+def show(value: Any) -> str:
+    """A value as its author would recognize it in YAML, cut to a line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    text = repr(str(value)) if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

@@ -1,0 +1,96 @@
+"""corpus.json: what a prepared corpus records about itself.
+
+It is the last file that preparation writes, so a directory that has it is complete. Training reads it to check a recipe
+against the data and to report the unigram entropy, without opening a shard.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moefoundry.config.errors import UserError
+
+CORPUS_FILE = "corpus.json"
+FORMAT_VERSION = 1  # of the directory's layout; another number is another preparation
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One split.
+
+    Attributes:
+        documents: Documents, each followed by one end-of-text token.
+        bytes: UTF-8 bytes of their text.
+        tokens: Tokens of the split, end-of-text tokens included.
+        samples: Samples of ``max_seq_len`` tokens on disk.
+        dropped_tokens: The tail that filled no sample; ``tokens == samples * max_seq_len + dropped_tokens``.
+        unigram_entropy_nats: Entropy of the token frequencies of the samples, in nats a token: the loss of the best
+            model that ignores context.
+    """
+
+    documents: int
+    bytes: int
+    tokens: int
+    samples: int
+    dropped_tokens: int
+    unigram_entropy_nats: float
+
+
+@dataclass(frozen=True)
+class CorpusSummary:
+    """A prepared corpus.
+
+    Attributes:
+        format_version: Version of the directory's layout.
+        moefoundry_version: The release that wrote it.
+        source: What was prepared, as given; for people, not compared.
+        max_seq_len: Tokens a sample.
+        vocab_size: Rows the embedding needs at least.
+        eos_token, eos_id: The end-of-text token.
+        tokenizer_sha256: Digest of tokenizer/tokenizer.json.
+        skipped: Files or lines left out as blank or not UTF-8.
+        inputs: Everything that decides the content: the options and the digest of the documents.
+        splits: ``train`` and ``val``.
+    """
+
+    format_version: int
+    moefoundry_version: str
+    source: str
+    max_seq_len: int
+    vocab_size: int
+    eos_token: str
+    eos_id: int
+    tokenizer_sha256: str
+    skipped: int
+    inputs: dict[str, Any]
+    splits: dict[str, SplitSummary]
+
+    def write(self, directory: Path) -> None:
+        """Write corpus.json into ``directory``."""
+        (directory / CORPUS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_corpus_summary(local: str | Path) -> CorpusSummary:
+    """Read corpus.json of a prepared corpus.
+
+    Raises:
+        UserError: It is absent, damaged, or of another format version.
+    """
+    file = Path(local) / CORPUS_FILE
+    try:
+        record = json.loads(file.read_text())
+        version = record["format_version"]
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}; not a directory that `moefoundry prepare` completed") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: damaged: {error}") from error
+    if version != FORMAT_VERSION:
+        raise UserError(f"{file}: format version {version}, this release reads {FORMAT_VERSION}; prepare it again")
+    try:
+        splits = {name: SplitSummary(**split) for name, split in record.pop("splits").items()}
+        return CorpusSummary(**record, splits=splits)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: damaged: {error}") from error

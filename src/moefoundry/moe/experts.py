@@ -1,0 +1,46 @@
+"""The feed-forward networks: one dense SwiGLU, and E of them with stacked weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moefoundry.ops.grouped_linear import GroupedLinear
+from moefoundry.ops.swiglu import swiglu
+
+
+class FeedForward(nn.Module):
+    """Dense SwiGLU: the FFN of dense layers, and the shared experts of MoE layers."""
+
+    def __init__(self, d_model: int, hidden_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, hidden_size, bias=False)
+        self.up_proj = nn.Linear(d_model, hidden_size, bias=False)
+        self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class GroupedExperts(nn.Module):
+    """E SwiGLU experts with stacked weights, each in the layout of ``nn.Linear``.
+
+    Attributes:
+        gate_proj, up_proj: [E, F, D].
+        down_proj: [E, D, F].
+        grouped_linear: The product; a precision policy may wrap it.
+    """
+
+    def __init__(self, num_experts: int, d_model: int, hidden_size: int, grouped_linear: GroupedLinear) -> None:
+        super().__init__()
+        self.gate_proj = nn.Parameter(torch.empty(num_experts, hidden_size, d_model))
+        self.up_proj = nn.Parameter(torch.empty(num_experts, hidden_size, d_model))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, hidden_size))
+        self.grouped_linear = grouped_linear
+
+    def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+        """[R, D] rows in expert order -> [R, D]."""
+        gate_RF = self.grouped_linear(rows_RD, self.gate_proj, tokens_per_expert_E)
+        up_RF = self.grouped_linear(rows_RD, self.up_proj, tokens_per_expert_E)
+        return self.grouped_linear(swiglu(gate_RF, up_RF), self.down_proj, tokens_per_expert_E)

@@ -1,0 +1,107 @@
+"""Output head and cross entropy in one, a chunk of tokens at a time.
+
+All logits of a batch, [T, V] in fp32, are usually a training step's largest tensor. Here one chunk of them exists at a
+time: its loss and its gradients are taken while it is there (the idea of Liger Kernel's fused linear cross entropy,
+arXiv 2410.10989), so the three products are still computed once each. Logits are made in the dtype of the operands and
+raised to fp32 (float64 stays float64) for the softmax.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+CHUNK_TOKENS = 1024
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    chunk_tokens: int = CHUNK_TOKENS,
+    operand_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Sum over tokens of ``-log softmax(hidden @ weight.T)[label]``, in nats.
+
+    Args:
+        hidden_TD: [T, D].
+        weight_VD: [V, D], same dtype.
+        labels_T: int64 [T]; ``IGNORE_INDEX`` counts nothing.
+        chunk_tokens: Tokens whose logits exist at the same time.
+        operand_dtype: If given, operands of the three products are first rounded to it (see ``ops/rounding.py``).
+
+    Returns:
+        Scalar, fp32 (float64 for float64 operands); divide by the number of labels that are not ignored.
+    """
+    return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, operand_dtype)
+
+
+def linear_cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """:func:`linear_cross_entropy` with all logits at once."""
+    logits_TV = (hidden_TD @ weight_VD.T).to(_softmax_dtype(hidden_TD.dtype))
+    return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype).to(x.dtype)
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        chunk_tokens: int,
+        operand_dtype: torch.dtype | None,
+    ) -> Tensor:
+        total = torch.zeros((), dtype=_softmax_dtype(hidden_TD.dtype), device=hidden_TD.device)
+        want_hidden, want_weight = ctx.needs_input_grad[:2]
+        grad_hidden_TD = torch.empty_like(hidden_TD) if want_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if want_weight else None
+        weight_VD = _rounded(weight_VD, operand_dtype)
+        for start in range(0, hidden_TD.shape[0], chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            hidden, labels = _rounded(hidden_TD[rows], operand_dtype), labels_T[rows]
+            logits = (hidden @ weight_VD.T).to(total.dtype)
+            kept = labels != IGNORE_INDEX
+            target = labels.where(kept, 0).unsqueeze(1)
+            log_z = logits.logsumexp(dim=1, keepdim=True)
+            total += ((log_z - logits.gather(1, target)).squeeze(1) * kept).sum()
+            if not (want_hidden or want_weight):
+                continue
+            grad_logits = logits.sub_(log_z).exp_()  # softmax, in the memory of the logits
+            grad_logits.scatter_add_(1, target, -torch.ones_like(log_z))
+            grad_logits.mul_(kept.unsqueeze(1))
+            grad_logits = _rounded(grad_logits.to(hidden.dtype), operand_dtype)
+            if grad_hidden_TD is not None:
+                torch.mm(grad_logits, weight_VD, out=grad_hidden_TD[rows])
+            if grad_weight_VD is not None:
+                if hidden.dtype == total.dtype:
+                    grad_weight_VD.addmm_(grad_logits.T, hidden)
+                else:
+                    grad_weight_VD += grad_logits.T @ hidden
+        ctx.weight_dtype = weight_VD.dtype
+        ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
+        if grad_hidden_TD is not None:
+            grad_hidden_TD = grad_hidden_TD * grad.to(grad_hidden_TD.dtype)
+        if grad_weight_VD is not None:
+            grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+        return grad_hidden_TD, grad_weight_VD, None, None, None

@@ -1,0 +1,49 @@
+"""One linear map for each expert, over rows that lie in expert order.
+
+``F.grouped_mm`` does all experts in one call, forward and backward, without a loop on the host; the loop is the oracle
+(and the only path for float64, which ``grouped_mm`` refuses).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(rows_RI, weight_EOI, tokens_per_expert_E) -> [R, O]``."""
+
+STRIDE_BYTES = 16  # grouped_mm wants the row stride of every operand to be a multiple of this
+
+
+def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """[R, I] x [E, O, I] -> [R, O], each row by the weight of its expert.
+
+    Args:
+        rows_RI: float32 or bfloat16, rows of expert 0 first, then of expert 1, ...
+        weight_EOI: Same dtype; each expert's weight has the layout of ``nn.Linear``.
+        tokens_per_expert_E: int64 [E]; sums to R.
+
+    Raises:
+        ValueError: A dtype or width that ``F.grouped_mm`` does not take; the loop does.
+    """
+    if rows_RI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"backend grouped_mm does not take {rows_RI.dtype}; use backend loop")
+    if any(width * rows_RI.element_size() % STRIDE_BYTES for width in weight_EOI.shape[1:]):
+        raise ValueError(
+            f"backend grouped_mm needs widths of a multiple of {STRIDE_BYTES} bytes, "
+            f"got {tuple(weight_EOI.shape[1:])} of {rows_RI.dtype}; use backend loop"
+        )
+    offsets_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(rows_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
+
+
+def grouped_linear_loop(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """:func:`grouped_linear` as one product for each expert; any float dtype, waits for the host."""
+    groups = rows_RI.split(tokens_per_expert_E.tolist())
+    return torch.cat([rows @ weight.T for rows, weight in zip(groups, weight_EOI, strict=True)])
+
+
+BACKENDS: dict[str, GroupedLinear] = {"grouped_mm": grouped_linear, "loop": grouped_linear_loop}

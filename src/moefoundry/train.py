@@ -1,0 +1,235 @@
+"""Recipe -> Composer ``Trainer`` -> fit. Read :func:`build_trainer`: it is the whole assembly, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import DataSpec, Evaluator, Trainer
+from composer.core import Callback
+from composer.devices import Device
+from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.optim import (
+    ComposerScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    LinearWithWarmupScheduler,
+)
+from composer.utils import dist, get_device
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import AdamW
+
+from moefoundry.callbacks.checkpointing import Checkpointing
+from moefoundry.callbacks.console import Console
+from moefoundry.callbacks.gradient_norm import GradientNorm
+from moefoundry.callbacks.metrics_file import MetricsFile
+from moefoundry.callbacks.report import write_report
+from moefoundry.callbacks.routing import RoutingMonitor
+from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
+from moefoundry.checkpoint.io import read_state
+from moefoundry.checkpoint.run_dir import claim_run_dir, store_of
+from moefoundry.checkpoint.store import find_checkpoint
+from moefoundry.config import (
+    Compute,
+    CosineWithWarmupConfig,
+    LinearDecayWithWarmupConfig,
+    LoaderConfig,
+    LoggersConfig,
+    OptimizerConfig,
+    Recipe,
+    SchedulerConfig,
+    UserError,
+    flatten,
+)
+from moefoundry.data.loader import build_loader
+from moefoundry.foundry import ComposerMoECausalLM, count_tokens
+from moefoundry.mesh import build_mesh, resolve_degrees
+from moefoundry.model.transformer import MoETransformer
+from moefoundry.parallel import materialize, parallelize
+
+
+class MeshTrainer(Trainer):
+    """A ``Trainer`` that takes a model as it is: sharded already, on the recipe's own mesh.
+
+    Composer would shard it again, on a 1-D mesh of its own.
+    """
+
+    def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
+        pass
+
+
+def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
+    """Train as the recipe says, in every rank of the launched world.
+
+    Args:
+        recipe: What to train.
+        command: The command that started this process; the report says how to go on with it.
+    """
+    trainer = build_trainer(recipe)
+    if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
+        trainer.fit()
+    if recipe.callbacks.report:
+        write_report(trainer.state, recipe, command)
+    trainer.close()
+    return trainer
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """Assemble the run.
+
+    Raises:
+        UserError: Something the user can put right, named; nothing has been overwritten.
+    """
+    device = get_device(None)
+    mesh = setup_mesh(recipe, device)
+    run_dir = Path(on_rank_zero(lambda: str(claim_run_dir(recipe))))
+    resume_from = on_rank_zero(lambda: checkpoint_to_resume(recipe, run_dir))
+    train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
+    eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
+    model = build_model(recipe, mesh, device)
+    metrics_file = MetricsFile(run_dir)
+    return MeshTrainer(
+        model=ComposerMoECausalLM(model),
+        optimizers=build_optimizer(model, recipe.optimizer),
+        schedulers=build_scheduler(recipe.scheduler),
+        train_dataloader=train_data,
+        eval_dataloader=eval_data and Evaluator(label="eval", dataloader=eval_data),
+        eval_interval=recipe.eval_interval if eval_data else 0,
+        max_duration=recipe.max_duration,
+        device_train_microbatch_size=recipe.device_train_microbatch_size,
+        accumulate_train_batch_on_tokens=True,
+        callbacks=build_callbacks(recipe, metrics_file, resume_from),
+        loggers=[metrics_file, *build_console(recipe), *build_loggers(recipe.loggers, run_dir)],
+        parallelism_config=None if mesh is None else ParallelismConfig(fsdp2=FSDP2Config()),
+        precision="fp32",  # the model's own: see precision.py
+        device=device,
+        run_name=recipe.run_name,
+        seed=recipe.seed,
+        dist_timeout=recipe.dist_timeout,
+        progress_bar=False,
+        log_to_console=False,
+        spin_dataloaders=False,
+    )
+
+
+def setup_mesh(recipe: Recipe, device: Device) -> DeviceMesh | None:
+    """Join the process group and build the mesh; None where one plain process does."""
+    degrees = resolve_degrees(recipe.mesh, dist.get_world_size())
+    if degrees.world_size == 1 and recipe.precision.compute != Compute.bf16:
+        return None
+    dist.initialize_dist(device, recipe.dist_timeout)
+    return build_mesh(degrees, torch.device(device._device).type)
+
+
+def on_rank_zero(action: Callable[[], Any]) -> Any:
+    """The result of ``action`` on rank 0, given to every rank; a ``UserError`` there is raised on every rank."""
+    outcome: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            outcome[0] = action()
+        except UserError as error:
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+def checkpoint_to_resume(recipe: Recipe, run_dir: Path) -> Path | None:
+    """The checkpoint to continue: with ``autoresume`` the newest of the run, else ``load_path``.
+
+    Raises:
+        UserError: It is absent, unreadable, or of another architecture.
+    """
+    latest = store_of(run_dir).latest() if recipe.autoresume else None
+    checkpoint = latest or (recipe.load_path and find_checkpoint(recipe.load_path))
+    if not checkpoint:
+        return None
+    saved, own = read_state(checkpoint)["recipe"], flatten(recipe)
+    differing = [
+        f"{key}: {saved.get(key)!r} there, {value!r} here"
+        for key, value in own.items()
+        if key.startswith("model.") and saved.get(key) != value and not key.startswith(("model.init", "model.moe.balance"))
+    ]
+    if differing:
+        raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
+    return checkpoint
+
+
+def build_model(recipe: Recipe, mesh: DeviceMesh | None, device: Device) -> MoETransformer:
+    """The model, sharded, with its initial weights; no rank ever holds more than its shard."""
+    with torch.device("meta"):
+        model = MoETransformer(recipe.model)
+    parallelize(model, mesh, recipe.precision, recipe.activation_checkpointing)
+    materialize(model, device._device, recipe.seed)
+    return model
+
+
+def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
+    """The loader of this rank's batches of ``batch_size`` sequences."""
+    loader = build_loader(cfg, batch_size=batch_size, model_vocab_size=recipe.model.vocab_size)
+    return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
+
+
+def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
+    """AdamW; only weight matrices decay, not norms, biases and embeddings."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
+    plain = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return AdamW(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+
+
+def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
+    """The learning-rate schedule."""
+    if isinstance(cfg, CosineWithWarmupConfig):
+        return CosineAnnealingWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
+    if isinstance(cfg, LinearDecayWithWarmupConfig):
+        return LinearWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
+    return ConstantWithWarmupScheduler(t_warmup=cfg.t_warmup)
+
+
+def build_callbacks(recipe: Recipe, metrics_file: MetricsFile, resume_from: Path | None) -> list[Callback]:
+    """The run's callbacks, in the order they act."""
+    clipping, wanted = recipe.algorithms.gradient_clipping, recipe.callbacks
+    checkpointing = Checkpointing(
+        store=store_of(Path(recipe.run_dir)),
+        interval=recipe.save_interval,
+        keep=recipe.save_num_checkpoints_to_keep,
+        recipe=flatten(recipe),
+        resume_from=resume_from,
+    )
+    callbacks = [
+        GradientNorm(clipping and clipping.clipping_threshold),
+        RoutingMonitor(metrics_file.record, first_moe_layer=recipe.model.n_dense_layers),
+        wanted.speed_monitor and SpeedMonitor(wanted.speed_monitor.window_size),
+        wanted.lr_monitor and LRMonitor(),
+        wanted.memory_monitor and MemoryMonitor(),
+        checkpointing,
+    ]
+    return [callback for callback in callbacks if callback]
+
+
+def build_console(recipe: Recipe) -> list[LoggerDestination]:
+    """What a person sees."""
+    if not (recipe.log_to_console or recipe.progress_bar):
+        return []
+    return [Console(recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]
+
+
+def build_loggers(cfg: LoggersConfig, run_dir: Path) -> list[LoggerDestination]:
+    """Experiment trackers."""
+    loggers: list[LoggerDestination] = []
+    if cfg.wandb:
+        loggers.append(WandBLogger(**asdict(cfg.wandb), init_kwargs={"dir": str(run_dir)}))
+    if cfg.tensorboard:
+        loggers.append(TensorboardLogger(**asdict(cfg.tensorboard)))
+    if cfg.mlflow:
+        uri = cfg.mlflow.tracking_uri or f"file://{(run_dir / 'mlruns').resolve()}"
+        loggers.append(MLFlowLogger(cfg.mlflow.experiment_name, cfg.mlflow.run_name, tracking_uri=uri))
+    return loggers

@@ -1,0 +1,111 @@
+"""The command itself: exit status, streams, and what it does not import."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moefoundry.cli.main import main
+from moefoundry.config import load_recipe
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+def moefoundry(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moefoundry", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+
+
+def test_ok_is_one_line(capsys):
+    assert main(["validate", QUICKSTART, "model.moe.top_k=4"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("OK quickstart: moe_causal_lm, 6 layers (1 dense), d_model 256, 16 experts top-4 + 1 shared")
+    assert out.count("\n") == 1
+
+
+def test_recipe_is_optional(capsys):
+    assert main(["validate"]) == 0
+    assert main(["validate", "run_name=other"]) == 0
+    assert "OK other" in capsys.readouterr().out
+
+
+def test_print_is_a_recipe_that_loads(capsys, tmp_path):
+    assert main(["validate", QUICKSTART, "--print", "seed=3"]) == 0
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_recipe(path) == load_recipe(QUICKSTART, ["seed=3"])
+
+
+def test_world_size_and_overrides_in_any_order(capsys):
+    assert main(["validate", "--world-size", "3", QUICKSTART, "global_train_batch_size=9"]) == 0
+    assert main(["validate", QUICKSTART, "seed=1", "--world-size=3", "global_train_batch_size=8"]) == 2
+    assert "global_train_batch_size: 8 sequences are not divisible by the world size, 3" in capsys.readouterr().err
+
+
+def test_row21_errors_exit_2_without_a_traceback():
+    done = moefoundry("validate", QUICKSTART, "model.moe.topk=4", "model.moe.top_k=four", "--seed=3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        f"error: {QUICKSTART}: 3 errors",
+        "  --seed: an override has no leading dashes; did you mean 'seed=3'?",
+        "  model.moe.top_k: got 'four' (a string); allowed: an integer >= 1",
+        "  model.moe.topk: unknown key; did you mean 'model.moe.top_k'?",
+    ]
+
+
+def test_row22_error_names_the_key(capsys):
+    assert main(["validate", QUICKSTART, "model.moe.top_k=17"]) == 2
+    assert "model.moe.top_k: 17 experts for each token" in capsys.readouterr().err
+
+
+def test_row23_tags_and_duplicate_keys_exit_2(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("run_name: !!python/object/apply:os.getcwd []\nseed: 1\nseed: 2\n", encoding="utf-8")
+    done = moefoundry("validate", str(path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"error: {path}: 2 errors",
+        f"  {path}:1: YAML tag '!!python/object/apply:os.getcwd' is refused; allowed: plain values",
+        f"  {path}:3: key 'seed' is given twice (first on line 2)",
+    ]
+
+
+def test_unknown_recipe(capsys):
+    assert main(["validate", str(ROOT / "configs" / "quikstart.yaml")]) == 2
+    assert f"no such recipe file; did you mean {QUICKSTART!r}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["validate", "--world-size", "0"], ["nonsense"], []])
+def test_usage_errors_exit_2(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: moefoundry" in capsys.readouterr().err
+
+
+def test_validate_imports_nothing_heavy():
+    script = (
+        "import sys\n"
+        "from moefoundry.cli.main import main\n"
+        f"assert main(['validate', {QUICKSTART!r}]) == 0\n"
+        "heavy = {'torch', 'composer', 'llmfoundry', 'streaming', 'transformers', 'tokenizers', 'numpy', 'pandas',\n"
+        "         'matplotlib', 'moefoundry.cli.prepare', 'moefoundry.model', 'moefoundry.train'}\n"
+        "print(sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_of_every_command_is_light():
+    script = (
+        "import sys\n"
+        "from moefoundry.cli.main import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert stop.code == 0\n"
+        "print(sorted({'torch', 'composer', 'transformers', 'streaming'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert "validate" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"

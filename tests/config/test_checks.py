@@ -1,0 +1,109 @@
+"""Relations between keys: each broken one is a named error, before any model is built."""
+
+import pytest
+
+from moefoundry.config import ConfigError, check_recipe, load_recipe
+
+
+def broken(*overrides: str, world_size: int | None = None) -> dict[str, str]:
+    """Path -> message of every broken relation (what is not available yet set aside, so that tests outlive it)."""
+    try:
+        load_recipe(None, overrides, world_size)
+    except ConfigError as error:
+        return {p.path: str(p) for p in error.problems if "not available yet" not in p.message}
+    return {}
+
+
+def test_row22_top_k_exceeds_num_experts():
+    (message,) = broken("model.moe.top_k=17").values()
+    assert message == ("model.moe.top_k: 17 experts for each token, but model.moe.num_experts is 16; allowed: 1 to 16")
+
+
+def test_row22_experts_not_divisible_by_the_expert_degree():
+    found = broken("mesh.expert=3", "mesh.shard=6", "global_train_batch_size=6")
+    assert found == {
+        "mesh.expert": "mesh.expert: model.moe.num_experts 16 is not divisible by 3; allowed: 1, 2, 4, 8, 16"
+    }
+
+
+def test_row22_batch_not_divisible_by_the_ranks():
+    assert list(broken("global_train_batch_size=9", world_size=2)) == ["global_train_batch_size"]
+    found = broken("global_train_batch_size=9", "mesh.shard=2")["global_train_batch_size"]
+    assert found.endswith("9 sequences are not divisible by mesh.replicate * mesh.shard, 2; allowed: multiples of 2")
+
+
+def test_row22_check_recipe_alone():
+    recipe = load_recipe()
+    assert check_recipe(recipe) == []
+    recipe.mesh.expert = 4
+    recipe.model.moe.num_experts = 6
+    assert [problem.path for problem in check_recipe(recipe)] == ["mesh.expert"]
+    assert [problem.path for problem in check_recipe(recipe, world_size=2)] == ["mesh.expert", "mesh.expert"]
+    assert check_recipe(recipe, world_size=2, skip={"mesh.expert"}) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "paths"),
+    [
+        (["model.n_dense_layers=7"], None, ["model.n_dense_layers"]),
+        (["model.n_dense_layers=6"], None, []),
+        (["model.d_model=260"], None, ["model.attention.n_heads"]),  # 8 heads do not divide it
+        (["model.d_model=40"], None, ["model.attention.n_heads"]),  # heads of width 5
+        (["model.d_model=48"], None, []),
+        (["model.attention.n_kv_heads=3"], None, ["model.attention.n_kv_heads"]),
+        (["model.attention.n_kv_heads=16"], None, ["model.attention.n_kv_heads"]),
+        # grouped_mm: rows of whole 16 bytes
+        (["model.moe.expert_hidden_size=30"], None, ["model.moe.expert_hidden_size"]),
+        (["model.moe.expert_hidden_size=30", "model.moe.backend=loop"], None, []),
+        (["model.moe.expert_hidden_size=36"], None, []),
+        (["model.moe.expert_hidden_size=36", "precision.compute=bf16"], None, ["model.moe.expert_hidden_size"]),
+        (["model.moe.expert_hidden_size=36", "precision.compute=bf16_emulated"], None, []),
+        (["model.d_model=6", "model.attention={n_heads: 1, n_kv_heads: 1}"], None, ["model.d_model"]),
+        # mesh
+        (["mesh.replicate=-1"], None, ["mesh.shard"]),
+        (["mesh.replicate=-1", "mesh.shard=2"], 4, []),
+        (["mesh.replicate=-1", "mesh.shard=3"], 4, ["mesh.shard"]),
+        (["mesh.replicate=3"], 4, ["mesh.replicate"]),
+        (["mesh.replicate=2", "mesh.shard=2"], 4, []),
+        (["mesh.replicate=2", "mesh.shard=2"], 8, ["mesh.shard"]),
+        (["mesh.shard=0"], 4, ["mesh.shard"]),
+        (["mesh.replicate=0", "mesh.shard=-1"], 4, ["mesh.replicate"]),
+        (["mesh.expert=4", "mesh.replicate=2"], 4, ["mesh.expert"]),  # shard is 2
+        (["mesh.expert=4", "mesh.shard=-1"], 4, []),
+        (["mesh.expert=4", "mesh.shard=-1"], None, []),  # cannot be known yet
+        # batch: only the ranks must divide it
+        (["global_train_batch_size=12", "device_train_microbatch_size=8"], 2, []),
+        (["global_train_batch_size=10", "device_train_microbatch_size=4"], 2, []),
+        (["global_train_batch_size=6", "mesh.replicate=4"], None, ["global_train_batch_size"]),
+        # sequence length
+        (["train_loader.dataset.max_seq_len=256"], None, ["train_loader.dataset.max_seq_len"]),
+        (["eval_loader.dataset.max_seq_len=256"], None, ["eval_loader.dataset.max_seq_len"]),
+        (["max_seq_len=256"], None, []),
+        (["max_seq_len=256", "eval_loader=null"], None, []),
+        # schedule
+        (["max_duration=10ba"], None, ["scheduler.t_warmup"]),
+        (["max_duration=20ba"], None, []),
+        (["max_duration=1ep"], None, []),
+        (["scheduler.t_warmup=0.5dur"], None, []),
+        (["scheduler.t_warmup=1.5dur"], None, ["scheduler.t_warmup"]),
+    ],
+)
+def test_row22_relations(overrides, world_size, paths):
+    assert sorted(broken(*overrides, world_size=world_size)) == paths
+
+
+def test_grouped_mm_suggests_the_loop_backend():
+    assert (
+        "did you mean 'model.moe.backend=loop'?"
+        in broken("model.moe.expert_hidden_size=30")["model.moe.expert_hidden_size"]
+    )
+
+
+def test_nothing_is_said_about_keys_that_are_wrong_in_themselves():
+    assert list(broken("model.moe.top_k=17", "model.moe.num_experts=x")) == ["model.moe.num_experts"]
+    assert list(broken("model.moe.top_k=17", "model.moe.num_expert=32")) == ["model.moe.num_expert"]
+
+
+def test_several_relations_at_once():
+    found = broken("model.moe.top_k=17", "model.n_dense_layers=9", "max_duration=1ba", "mesh.shard=3")
+    assert set(found) == {"model.moe.top_k", "model.n_dense_layers", "scheduler.t_warmup", "global_train_batch_size"}

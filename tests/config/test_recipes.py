@@ -1,0 +1,58 @@
+"""What is committed: every recipe loads, quickstart.yaml is the schema's defaults, docs/recipe.md is up to date."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moefoundry import config
+from moefoundry.config import Recipe, diff_recipes, load_recipe, schema
+from moefoundry.config.reference import reference
+from moefoundry.config.spec import plain
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_loads(path):
+    recipe = load_recipe(path)
+    assert recipe.run_name == path.stem
+    assert load_recipe(path, world_size=2)
+
+
+def test_every_schema_class_is_exported():
+    classes = {name for name, value in vars(schema).items() if getattr(value, "__module__", "") == schema.__name__}
+    assert {name for name in classes if isinstance(getattr(schema, name), type)} <= set(config.__all__)
+
+
+def test_there_are_recipes():
+    assert ROOT / "configs" / "quickstart.yaml" in RECIPES
+
+
+def test_quickstart_is_the_default():
+    """Differences read as `key: schema -> quickstart.yaml`."""
+    assert diff_recipes(load_recipe(), load_recipe(ROOT / "configs" / "quickstart.yaml")) == []
+
+
+def test_quickstart_writes_every_key_out():
+    """In the schema's order, interpolations included: the file is where a reader sees what there is."""
+    text = (ROOT / "configs" / "quickstart.yaml").read_text(encoding="utf-8")
+
+    def keys(tree, path=""):
+        if not isinstance(tree, dict):
+            return [path]
+        return [path, *(leaf for name, child in tree.items() for leaf in keys(child, f"{path}.{name}"))]
+
+    assert keys(yaml.safe_load(text)) == keys(plain(Recipe()))
+
+
+def test_the_reference_page_is_up_to_date():
+    page = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    assert page == reference(), "run: python -m moefoundry.config.reference docs/recipe.md"
+
+
+def test_the_reference_page_has_every_key():
+    page = reference()
+    for key in ("`model.moe.router.score_function`", "`loggers.wandb.project`", "`scheduler.alpha_f`", "`ema.decay`"):
+        assert key in page

@@ -1,0 +1,223 @@
+"""Loaders: the right tokens, the same global batches on every number of ranks, exact resumption, early errors."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from streaming import StreamingDataLoader
+from streaming.base.batching import generate_work
+from streaming.base.shared import SharedMemory
+from streaming.base.world import World
+
+from moefoundry.config.errors import UserError
+from moefoundry.config.schema import DatasetConfig, LoaderConfig
+from moefoundry.data import prepare as prepare_module
+from moefoundry.data.loader import build_loader
+from moefoundry.data.prepare import PrepareOptions, prepare
+
+SEQ_LEN = 16
+VOCAB = 280
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of several shards."""
+    root = tmp_path_factory.mktemp("corpus")
+    for number in range(30):
+        (root / f"{number:02d}.txt").write_text(f"line {number} of a text, {number * 7}\n" * 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "SHARD_BYTES", 4096)
+        prepare(PrepareOptions(str(root), root / "out", max_seq_len=SEQ_LEN, vocab_size=VOCAB, val_fraction=0.2))
+    return root / "out"
+
+
+def config_of(corpus: Path, split: str = "train", **changes: object) -> LoaderConfig:
+    dataset = DatasetConfig(
+        local=str(corpus), split=split, shuffle=split == "train", shuffle_seed=5, max_seq_len=SEQ_LEN
+    )
+    return LoaderConfig(dataset=replace(dataset, **changes), drop_last=split == "train")
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StreamingDataLoader]]:
+    """:func:`build_loader` whose threads, lock files and shared memory are gone after the test."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    segments: list[SharedMemory] = []
+    make = SharedMemory.__init__
+
+    def recording(self: SharedMemory, *args: object, **kwargs: object) -> None:
+        make(self, *args, **kwargs)
+        segments.append(self)
+
+    monkeypatch.setattr(SharedMemory, "__init__", recording)
+    loaders: list[StreamingDataLoader] = []
+
+    def builder(config: LoaderConfig, *, batch_size: int = 4, model_vocab_size: int = VOCAB) -> StreamingDataLoader:
+        loaders.append(build_loader(config, batch_size=batch_size, model_vocab_size=model_vocab_size))
+        return loaders[-1]
+
+    yield builder
+    for loader in loaders:
+        if hasattr(loader.dataset, "_iterator"):
+            loader.dataset._iterator.exit()
+    for segment in segments:
+        segment.cleanup()
+
+
+def tokens_of(loader: StreamingDataLoader, batches: int | None = None) -> list[list[list[int]]]:
+    iterator = iter(loader)
+    taken = [batch["input_ids"].tolist() for _, batch in zip(range(batches or 10**6), iterator, strict=False)]
+    del iterator
+    return taken
+
+
+def test_batches_hold_the_samples_in_order(corpus: Path, build: Callable) -> None:
+    loader = build(config_of(corpus, "val"), batch_size=3)
+    samples = json.loads((corpus / "corpus.json").read_text())["splits"]["val"]["samples"]
+    assert samples % 3, "the last batch is to be short"
+    batches = list(loader)
+    assert len(batches) == len(loader) == -(-samples // 3)
+    for batch in batches:
+        assert set(batch) == {"input_ids", "labels"}
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        assert torch.equal(batch["input_ids"], batch["labels"])
+    read = torch.cat([batch["input_ids"] for batch in batches])
+    assert read.shape == (samples, SEQ_LEN)
+    raw = np.concatenate([loader.dataset.shards[0][index]["tokens"] for index in range(5)])
+    assert read[:5].flatten().tolist() == raw.tolist()
+
+
+def test_an_epoch_is_whole_batches_without_repeats_and_shuffled_anew(corpus: Path, build: Callable) -> None:
+    loader = build(config_of(corpus), batch_size=8)
+    total = loader.dataset.size
+    assert total % 8, "something is to be cut"
+    assert len(loader) == total // 8
+    everything = {tuple(loader.dataset[index]["input_ids"].tolist()) for index in range(total)}
+    epochs = [[tuple(sample) for batch in tokens_of(loader) for sample in batch] for _ in range(2)]
+    for epoch in epochs:
+        assert len(epoch) == total // 8 * 8
+        assert set(epoch) <= everything
+        assert epoch != sorted(epoch)
+    assert epochs[0] != epochs[1]
+    again = build(config_of(corpus), batch_size=8)
+    assert [tuple(sample) for batch in tokens_of(again) for sample in batch] == epochs[0]
+    other = build(config_of(corpus, shuffle_seed=6), batch_size=8)
+    assert [tuple(sample) for batch in tokens_of(other) for sample in batch] != epochs[0]
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_resuming_yields_exactly_the_remaining_batches(corpus: Path, build: Callable, epoch: int) -> None:
+    first = build(config_of(corpus))
+    for _ in range(epoch):
+        tokens_of(first)
+    iterator = iter(first)
+    for _ in range(3):
+        next(iterator)
+    state = json.loads(json.dumps(first.state_dict()))  # it is saved as JSON
+    assert (state["epoch"], state["sample_in_epoch"]) == (epoch, 12)
+    rest = [batch["input_ids"].tolist() for batch in iterator]
+    following = tokens_of(first)
+
+    resumed = build(config_of(corpus))
+    resumed.load_state_dict(state)
+    assert tokens_of(resumed, batches=2) == rest[:2]
+    twice = build(config_of(corpus))
+    twice.load_state_dict(resumed.state_dict())
+    assert tokens_of(twice) == rest[2:]
+    assert tokens_of(twice) == following
+
+
+def test_resuming_at_the_end_of_an_epoch_yields_nothing_then_the_next(corpus: Path, build: Callable) -> None:
+    first = build(config_of(corpus))
+    tokens_of(first)
+    state = first.state_dict()
+    following = tokens_of(first)
+    resumed = build(config_of(corpus))
+    resumed.load_state_dict(state)
+    assert tokens_of(resumed) == []
+    assert tokens_of(resumed) == following
+
+
+@pytest.mark.parametrize("seen", [0, 24])
+def test_global_batches_do_not_depend_on_ranks_nodes_or_workers(corpus: Path, build: Callable, seen: int) -> None:
+    global_batch_size = 12
+    dataset = build(config_of(corpus), batch_size=global_batch_size).dataset
+    dataset._set_shuffle_block_size(World.detect())
+
+    def global_batches(nodes: int, ranks: int, workers: int) -> list[list[int]]:
+        """Sorted sample ids of each global batch, dealt out as the library does for so many processes."""
+        dataset.batch_size = global_batch_size // (nodes * ranks)
+        dealt = generate_work("random", dataset, World(nodes, ranks, workers, 0), 1, seen)
+        in_time = dealt.transpose(3, 2, 0, 1, 4).reshape(-1, global_batch_size)  # batch, worker | node, rank, sample
+        return [sorted(batch) for batch in in_time.tolist() if -1 not in batch]
+
+    reference = global_batches(1, 1, 1)
+    assert len(reference) == (dataset.size - seen) // global_batch_size
+    for nodes, ranks, workers in [(1, 2, 1), (1, 3, 1), (1, 4, 2), (2, 1, 1), (2, 3, 2), (3, 2, 1), (4, 1, 3)]:
+        assert global_batches(nodes, ranks, workers) == reference, (nodes, ranks, workers)
+
+
+def test_workers_keep_the_order(corpus: Path, build: Callable) -> None:
+    expected = tokens_of(build(config_of(corpus)), batches=5)
+    config = replace(config_of(corpus), num_workers=2)
+    assert tokens_of(build(config), batches=5) == expected
+
+
+def test_missing_corpus_gives_the_command(build: Callable, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as raised:
+        build(config_of(tmp_path / "my data"), model_vocab_size=4096)
+    command = f"moefoundry prepare stdlib '{tmp_path}/my data' --max-seq-len {SEQ_LEN} --vocab-size 4096"
+    assert f"my data: no such directory (the recipe's dataset.local); make it with: {command}" in str(raised.value)
+
+
+def test_corpus_that_does_not_fit_the_recipe_is_refused(corpus: Path, build: Callable, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"packed to max_seq_len {SEQ_LEN}, and the recipe's max_seq_len is 64"):
+        build(config_of(corpus, max_seq_len=64))
+    with pytest.raises(UserError, match=f"vocabulary of {VOCAB} exceeds the model's vocab_size {VOCAB - 1}"):
+        build(config_of(corpus), model_vocab_size=VOCAB - 1)
+    with pytest.raises(UserError, match="no split 'test'; it has train, val"):
+        build(config_of(corpus, split="test"))
+    with pytest.raises(UserError, match=r"train: \d+ sample\(s\), fewer than one global batch of 5000"):
+        build(config_of(corpus), batch_size=5000)
+    with pytest.raises(UserError, match=r"corpus\.json: No such file or directory; not a directory that"):
+        build(config_of(tmp_path))
+
+
+def test_damaged_corpus_is_named_before_anything_is_read(corpus: Path, build: Callable, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(corpus, copy)
+    shard = copy / "train" / "shard.00001.mds"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"train/shard\.00001\.mds: truncated shard"):
+        build(config_of(copy))
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train/shard\.00001\.mds: missing shard"):
+        build(config_of(copy))
+    shard.write_bytes(content)
+    index = copy / "train" / "index.json"
+    index.write_text(index.read_text().replace('"xxh64"', '"md5"'))
+    with pytest.raises(UserError, match=r"index\.json: no xxh64 of shard\.00000\.mds"):
+        build(config_of(copy))
+    index.write_text("")
+    with pytest.raises(UserError, match=r"index\.json: cannot be read"):
+        build(config_of(copy))
+    (copy / "corpus.json").write_text("{")
+    with pytest.raises(UserError, match=r"corpus\.json: damaged"):
+        build(config_of(copy))
+
+
+def test_remote_data_are_downloaded_and_checked_as_they_arrive(corpus: Path, build: Callable, tmp_path: Path) -> None:
+    here = tokens_of(build(config_of(corpus)), batches=2)
+    config = config_of(tmp_path / "cache", remote=str(corpus))
+    assert tokens_of(build(config), batches=2) == here
+    longer = config_of(tmp_path / "cache2", remote=str(corpus), max_seq_len=64)
+    with pytest.raises(UserError, match=rf"a sample of {SEQ_LEN} tokens, and the recipe's max_seq_len is 64"):
+        tokens_of(build(longer))
+    with pytest.raises(UserError, match=r"token \d+, and the model's vocab_size is 20"):
+        tokens_of(build(config_of(tmp_path / "cache3", remote=str(corpus)), model_vocab_size=20))
