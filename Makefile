@@ -66,12 +66,11 @@ test: setup lint ## lint, then every test that is not slow
 test-slow: setup ## the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-# lint-imports: without --verbose it draws nested progress displays, which the locked version of rich refuses.
 lint: setup ## style, types, layer order, Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --verbose --no-logo
+	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
 
 bench: setup ## the comparisons of benchmarks/

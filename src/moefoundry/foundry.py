@@ -61,4 +61,3 @@ def count_tokens(batch: Batch) -> dict[str, int]:
     """Tokens of a batch as Composer's ``DataSpec`` wants them: all, and those that are predicted."""
     labels = batch["labels"]
     return {"total": batch["input_ids"].numel(), "loss_generating": int((labels[:, 1:] != IGNORE_INDEX).sum())}
-

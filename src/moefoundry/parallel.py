@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -75,7 +74,7 @@ def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing
     if mode == ActivationCheckpointing.selective:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     for block in model.layers:
-        block.forward = partial(checkpoint, block.forward, **options)
+        block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
 def _keep_products(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moefoundry.config import Compute, PrecisionConfig
+from moefoundry.model.transformer import OutputHead
 from moefoundry.moe.experts import GroupedExperts
 from moefoundry.moe.router import Router
-from moefoundry.model.transformer import OutputHead
 from moefoundry.ops.grouped_linear import GroupedLinear
 from moefoundry.ops.rounding import round_gradient, round_operand
 

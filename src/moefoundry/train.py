@@ -47,10 +47,14 @@ from moefoundry.config import (
     flatten,
 )
 from moefoundry.data.loader import build_loader
+from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, count_tokens
 from moefoundry.mesh import build_mesh, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.parallel import materialize, parallelize
+
+NOT_ARCHITECTURE = ("model.init.", "model.moe.balance.", "model.moe.backend")
+"""Keys of ``model`` that a run may change when it starts from another's checkpoint."""
 
 
 class MeshTrainer(Trainer):
@@ -73,8 +77,10 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     trainer = build_trainer(recipe)
     if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()
-    if recipe.callbacks.report:
-        write_report(trainer.state, recipe, command)
+    if (report := recipe.callbacks.report) is not None:
+        model = trainer.state.model.model
+        completion = complete(model, Path(recipe.tokenizer.name), report.prompt, report.max_new_tokens)
+        on_rank_zero(lambda: write_report(recipe, completion, command))
     trainer.close()
     return trainer
 
@@ -154,7 +160,7 @@ def checkpoint_to_resume(recipe: Recipe, run_dir: Path) -> Path | None:
     differing = [
         f"{key}: {saved.get(key)!r} there, {value!r} here"
         for key, value in own.items()
-        if key.startswith("model.") and saved.get(key) != value and not key.startswith(("model.init", "model.moe.balance"))
+        if key.startswith("model.") and not key.startswith(NOT_ARCHITECTURE) and saved.get(key) != value
     ]
     if differing:
         raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
@@ -205,7 +211,7 @@ def build_callbacks(recipe: Recipe, metrics_file: MetricsFile, resume_from: Path
         resume_from=resume_from,
     )
     callbacks = [
-        GradientNorm(clipping and clipping.clipping_threshold),
+        GradientNorm(clipping.clipping_threshold if clipping else None),
         RoutingMonitor(metrics_file.record, first_moe_layer=recipe.model.n_dense_layers),
         wanted.speed_monitor and SpeedMonitor(wanted.speed_monitor.window_size),
         wanted.lr_monitor and LRMonitor(),

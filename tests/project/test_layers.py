@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def lint_imports(tree: Path) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).with_name("lint-imports"), "--verbose", "--no-logo", "--no-cache"]
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-cache"]
     env = {**os.environ, "PYTHONPATH": str(tree / "src"), "COLUMNS": "200"}
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
 

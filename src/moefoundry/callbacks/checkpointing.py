@@ -80,9 +80,11 @@ class Checkpointing(Callback):
     def load(self, state: State, checkpoint: Path) -> None:
         """Put a saved state back into ``state``: weights, optimizer, schedule, position in the data, generators."""
         document = io.read_state(checkpoint)
-        self._rng = {
-            name: tensor.clone() for name, tensor in rng_tensors(dist.get_global_rank()).items()
-        } if document["world_size"] == dist.get_world_size() else {}
+        self._rng = (
+            {name: tensor.clone() for name, tensor in rng_tensors(dist.get_global_rank()).items()}
+            if document["world_size"] == dist.get_world_size()
+            else {}
+        )
         io.read_into(
             checkpoint,
             {**model_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0]), **self._rng},

@@ -51,7 +51,9 @@ class Console(LoggerDestination):
     def eval_end(self, state: State, logger: Logger) -> None:
         name = f"metrics/{state.dataloader_label}/LanguageCrossEntropy"
         if name in self._metrics:
-            self._print(f"batch {state.timestamp.batch.value}: held-out loss {float(self._metrics[name]):.4f} nats/token")
+            self._print(
+                f"batch {state.timestamp.batch.value}: held-out loss {float(self._metrics[name]):.4f} nats/token"
+            )
 
     def fit_end(self, state: State, logger: Logger) -> None:
         if self._bar is not None:

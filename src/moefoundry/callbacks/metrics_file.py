@@ -42,9 +42,7 @@ class MetricsFile(LoggerDestination):
         self._written: dict[str, Any] = {}
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self._pending.update(
-            {name: float(value) for name, value in metrics.items() if name.startswith(KEPT_PREFIXES)}
-        )
+        self._pending.update({name: float(value) for name, value in metrics.items() if name.startswith(KEPT_PREFIXES)})
 
     def record(self, metrics: dict[str, list[float]]) -> None:
         """Take metrics that only this file can hold (Composer's other destinations want scalars)."""

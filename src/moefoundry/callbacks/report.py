@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import State
-from composer.utils import dist
-from tokenizers import Tokenizer
 
 from moefoundry.callbacks.metrics_file import read_metrics
 from moefoundry.checkpoint.run_dir import store_of
-from moefoundry.config import Recipe, ReportConfig
+from moefoundry.config import Recipe
 from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary
-from moefoundry.evaluation.generation import greedy
 
 LOSS_PLOT = "loss.png"
 LOAD_PLOT = "expert_load.png"
@@ -24,18 +20,14 @@ LOAD_WINDOW = 20  # batches that the load plot averages
 EVAL_KEY = "metrics/eval/LanguageCrossEntropy"
 
 
-def write_report(state: State, recipe: Recipe, command: Sequence[str]) -> None:
-    """Write the plots into ``run_dir`` and print the rest, after training; every rank calls it.
+def write_report(recipe: Recipe, completion: str, command: Sequence[str]) -> None:
+    """Write the plots into ``run_dir`` and print the rest; one rank calls it, when everything else is written.
 
     Args:
-        state: The trainer's, after the last evaluation and the last checkpoint.
-        recipe: The run's recipe; its ``callbacks.report`` must be set.
+        recipe: The run's recipe.
+        completion: A prompt and what the trained model made of it.
         command: The command that started the run, to be repeated for the next.
     """
-    assert recipe.callbacks.report is not None, "the caller checks"
-    prompt, completion = recipe.callbacks.report.prompt, complete(state, recipe, recipe.callbacks.report)
-    if dist.get_global_rank() != 0:
-        return
     run_dir = Path(recipe.run_dir)
     metrics = read_metrics(run_dir)
     entropy = unigram_entropy(recipe)
@@ -49,21 +41,13 @@ def write_report(state: State, recipe: Recipe, command: Sequence[str]) -> None:
         lines.append(f"unigram entropy  {entropy:.4f} nats/token; the model is {entropy - losses[-1]:.4f} better")
     lines += [
         "completion",
-        *("    | " + line for line in (prompt + completion).splitlines()),
+        *("    | " + line for line in completion.splitlines()),
         f"loss curve       {run_dir / LOSS_PLOT}",
         f"expert load      {run_dir / LOAD_PLOT}",
         f"checkpoint       {store_of(run_dir).latest()}",
         f"go on with       {next_command(command, recipe.max_duration)}",
     ]
     print("\n".join(lines), flush=True)
-
-
-def complete(state: State, recipe: Recipe, cfg: ReportConfig) -> str:
-    """The model's continuation of the prompt. Every rank takes part: a sharded model runs on all or on none."""
-    tokenizer = Tokenizer.from_file(str(Path(recipe.tokenizer.name) / "tokenizer.json"))
-    prompt_ids = torch.tensor(tokenizer.encode(cfg.prompt).ids, device=next(state.model.parameters()).device)
-    state.model.eval()
-    return tokenizer.decode(greedy(state.model.model, prompt_ids, cfg.max_new_tokens).tolist())
 
 
 def next_command(command: Sequence[str], max_duration: str) -> str:

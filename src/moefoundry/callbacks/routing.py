@@ -40,7 +40,8 @@ class RoutingMonitor(Callback):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         counts_LE, entropy_L = self._tokens_per_expert_LE, self._entropy_sum_L
-        assert counts_LE is not None and entropy_L is not None, "no forward pass in this batch"
+        assert counts_LE is not None, "no forward pass in this batch"
+        assert entropy_L is not None, "set with the counts"
         entropy_L = entropy_L / self._micro_batches
         self._tokens_per_expert_LE, self._entropy_sum_L, self._micro_batches = None, None, 0
         if counts_LE.numel() == 0:
@@ -55,6 +56,4 @@ class RoutingMonitor(Callback):
             }
         )
         load_LE = counts_LE.double() / counts_LE.sum(dim=-1, keepdim=True)
-        self.record(
-            {f"moe/load/layer{self.first_moe_layer + i}": load.tolist() for i, load in enumerate(load_LE)}
-        )
+        self.record({f"moe/load/layer{self.first_moe_layer + i}": load.tolist() for i, load in enumerate(load_LE)})

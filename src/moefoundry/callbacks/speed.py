@@ -44,8 +44,8 @@ class SpeedMonitor(Callback):
 
 
 class MemoryMonitor(Callback):
-    """Logs ``memory/peak_host_gib`` (resident, summed over ranks) and on a GPU ``memory/peak_device_gib`` (the rank that
-    has most), at the end of every batch."""
+    """Logs ``memory/peak_host_gib`` (resident, summed over ranks) and on a GPU ``memory/peak_device_gib`` (of the rank
+    that has most), at the end of every batch."""
 
     def batch_end(self, state: State, logger: Logger) -> None:
         peak_host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)

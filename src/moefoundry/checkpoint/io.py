@@ -98,8 +98,8 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 def stored_shapes(directory: Path) -> dict[str, torch.Size]:
     """Name and full shape of every tensor of a checkpoint."""
-    metadata = _Reader(directory).read_metadata()
-    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}
+    entries = _Reader(directory).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def read_into(directory: Path, tensors: dict[str, Tensor]) -> None:
@@ -110,7 +110,8 @@ def read_into(directory: Path, tensors: dict[str, Tensor]) -> None:
     """
     stored = stored_shapes(directory)
     problems = [
-        f"{name}: " + (f"has shape {tuple(stored[name])} there, {tuple(tensor.shape)} here" if name in stored else "missing")
+        f"{name}: "
+        + (f"has shape {tuple(stored[name])} there, {tuple(tensor.shape)} here" if name in stored else "missing")
         for name, tensor in tensors.items()
         if stored.get(name) != tensor.shape
     ]

@@ -33,7 +33,7 @@ def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tenso
     """
     if not optimizer.state:
         _allocate_state(optimizer)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"optimizer/{names[parameter]}/{slot}": tensor
         for parameter, slots in optimizer.state.items()
@@ -58,7 +58,8 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
     """This rank's generators, as copies."""
     _, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    assert name == "MT19937" and gauss is None, "generators in an unusual state"
+    assert isinstance(keys, np.ndarray), "legacy=True gives a tuple"
+    assert (name, gauss) == ("MT19937", None), "a generator is in an unusual state"
     states = {
         "torch": torch.random.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
@@ -72,7 +73,9 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
 
 def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
     """Put this rank's generators into the state that :func:`rng_tensors` took."""
-    states = {generator: tensors[f"rng/{rank}/{generator}"] for generator in ("torch", "python", "numpy", "numpy_gauss")}
+    states = {
+        generator: tensors[f"rng/{rank}/{generator}"] for generator in ("torch", "python", "numpy", "numpy_gauss")
+    }
     torch.random.set_rng_state(states["torch"])
     random.setstate((3, tuple(states["python"].tolist()), None))
     *keys, position, has_gauss = states["numpy"].tolist()

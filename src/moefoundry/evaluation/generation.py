@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from tokenizers import Tokenizer
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -33,3 +35,17 @@ def greedy(
     if eos_id is not None and (new_ids == eos_id).any():
         new_ids = new_ids[: int((new_ids == eos_id).int().argmax())]
     return new_ids
+
+
+def complete(model: nn.Module, tokenizer_dir: Path, prompt: str, max_new_tokens: int) -> str:
+    """``prompt`` and its greedy continuation, as text. With a sharded model every rank must call it.
+
+    Args:
+        model: Token ids [1, S] -> logits [1, S, V]; left in evaluation mode.
+        tokenizer_dir: Holds ``tokenizer.json``.
+        prompt: At least one token.
+        max_new_tokens: Tokens to add.
+    """
+    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
+    prompt_ids = torch.tensor(tokenizer.encode(prompt).ids, device=next(model.parameters()).device)
+    return prompt + tokenizer.decode(greedy(model.eval(), prompt_ids, max_new_tokens).tolist())

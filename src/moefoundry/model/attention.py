@@ -36,7 +36,7 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
-def build_attention(cfg: ModelConfig) -> nn.Module:
+def build_attention(cfg: ModelConfig) -> GroupedQueryAttention:
     """The attention module that ``cfg.attention`` declares.
 
     Raises:

@@ -1,8 +1,8 @@
 """Initial weights that depend on the seed and each tensor's own name, and on nothing else.
 
-Every slice along a tensor's first dim has a random stream of its own, so a rank that holds some of the slices draws just
-those: the same model comes out on one process and on any mesh, and no rank ever holds more than its shard plus one
-slice. Streams are drawn on the CPU, so devices agree too.
+Every slice along a tensor's first dim has a random stream of its own, so a rank that holds some of the slices draws
+just those: the same model comes out on one process and on any mesh, and no rank ever holds more than its shard plus
+one slice. Streams are drawn on the CPU, so devices agree too.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def _owned(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:
     """The local part of a parameter, which first-dim slices it holds, and which part of each slice."""
     if not isinstance(parameter, DTensor):
         return parameter, range(parameter.shape[0]), ()
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     local = parameter.to_local()
     columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
     return local, range(offset[0], offset[0] + local.shape[0]), columns

@@ -8,13 +8,14 @@ there are. Build it under ``torch.device("meta")`` and give it weights with ``mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 
 from moefoundry.config import ModelConfig
-from moefoundry.model.attention import build_attention
+from moefoundry.model.attention import GroupedQueryAttention, build_attention
 from moefoundry.model.norm import RMSNorm
 from moefoundry.model.rope import Rotation
 from moefoundry.moe.experts import FeedForward
@@ -53,7 +54,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer_index: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(cfg.d_model, cfg.norm.eps)
-        self.attention = build_attention(cfg)
+        self.attention: GroupedQueryAttention = build_attention(cfg)
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm.eps)
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.ffn_hidden_size)
@@ -95,7 +96,9 @@ class MoETransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
-        self.layers = nn.ModuleList(Block(cfg, index) for index in range(cfg.n_layers))
+        self.layers: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # typed as what it holds
+            Block(cfg, index) for index in range(cfg.n_layers)
+        )
         self.norm = RMSNorm(cfg.d_model, cfg.norm.eps)
         self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:

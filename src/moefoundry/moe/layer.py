@@ -1,7 +1,7 @@
 """The MoE layer: route -> dispatch -> experts -> combine, plus the shared experts.
 
-Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` copies it into the rows of
-those experts; each expert is a SwiGLU over its rows; ``combine`` adds the K results with the router's weights; the
+Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` copies it into the rows
+of those experts; each expert is a SwiGLU over its rows; ``combine`` adds the K results with the router's weights; the
 shared experts, which see every token, are added on top. No token is ever dropped.
 """
 
