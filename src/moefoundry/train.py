@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ from moefoundry.callbacks.report import write_report
 from moefoundry.callbacks.routing import RoutingMonitor
 from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
 from moefoundry.checkpoint.io import read_state
-from moefoundry.checkpoint.run_dir import claim_run_dir, store_of
+from moefoundry.checkpoint.run_dir import check_run_dir, claim_run_dir, store_of
 from moefoundry.checkpoint.store import find_checkpoint
 from moefoundry.config import (
     Compute,
@@ -47,6 +48,7 @@ from moefoundry.config import (
     flatten,
 )
 from moefoundry.data.loader import build_loader
+from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, count_tokens
 from moefoundry.mesh import build_mesh, resolve_degrees
@@ -55,6 +57,13 @@ from moefoundry.parallel import materialize, parallelize
 
 NOT_ARCHITECTURE = ("model.init.", "model.moe.balance.", "model.moe.backend")
 """Keys of ``model`` that a run may change when it starts from another's checkpoint."""
+EXPECTED_WARNINGS = (
+    "FSDP2 Config/APIs are experimental",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "Cannot split tensor of length",  # the last, smaller batch of the held-out split
+    "No batches were trained",  # in the rest of an epoch of which nothing is left to a resumed run
+)
+"""About choices that are made here on purpose; a person at the console can do nothing about them."""
 
 
 class MeshTrainer(Trainer):
@@ -74,6 +83,8 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         recipe: What to train.
         command: The command that started this process; the report says how to go on with it.
     """
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     trainer = build_trainer(recipe)
     if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()
@@ -93,10 +104,9 @@ def build_trainer(recipe: Recipe) -> Trainer:
     """
     device = get_device(None)
     mesh = setup_mesh(recipe, device)
-    run_dir = Path(on_rank_zero(lambda: str(claim_run_dir(recipe))))
-    resume_from = on_rank_zero(lambda: checkpoint_to_resume(recipe, run_dir))
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
+    run_dir, resume_from = on_rank_zero(lambda: open_run(recipe))
     model = build_model(recipe, mesh, device)
     metrics_file = MetricsFile(run_dir)
     return MeshTrainer(
@@ -144,6 +154,30 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return outcome[0]
+
+
+def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
+    """Check everything that the run will need, then claim its directory: that, and the checkpoint to continue."""
+    if recipe.callbacks.report is not None:
+        check_tokenizer(recipe)
+    run_dir = check_run_dir(recipe)
+    checkpoint = checkpoint_to_resume(recipe, run_dir)
+    claim_run_dir(recipe)
+    return run_dir, checkpoint
+
+
+def check_tokenizer(recipe: Recipe) -> None:
+    """The tokenizer of the report, which is needed only when all training is done.
+
+    Raises:
+        UserError: It is absent, or has tokens that the model has not.
+    """
+    vocab_size = load_tokenizer(Path(recipe.tokenizer.name)).vocab_size
+    if vocab_size > recipe.model.vocab_size:
+        raise UserError(
+            f"tokenizer.name: {recipe.tokenizer.name} has a vocabulary of {vocab_size}, "
+            f"which exceeds model.vocab_size {recipe.model.vocab_size}"
+        )
 
 
 def checkpoint_to_resume(recipe: Recipe, run_dir: Path) -> Path | None:

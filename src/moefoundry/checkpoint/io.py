@@ -52,7 +52,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
         if is_dtype or (module, name) in _METADATA_CLASSES:
             return super().find_class(module, name)
-        raise UserError(f"refused to load {module}.{name} from checkpoint metadata: it does not belong there")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong there; refused")
 
 
 class _Reader(dcp.FileSystemReader):
@@ -60,7 +60,7 @@ class _Reader(dcp.FileSystemReader):
         path = Path(self.path) / METADATA_FILE
         try:
             metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-        except (OSError, pickle.UnpicklingError, EOFError) as error:
+        except Exception as error:  # damaged pickles raise nearly anything
             raise UserError(f"{path}: unreadable checkpoint metadata: {error}") from error
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):
@@ -92,7 +92,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     path = directory / STATE_FILE
     try:
         return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable checkpoint state: {error}") from error
 
 
@@ -106,7 +106,8 @@ def read_into(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Fill ``tensors`` in place from a checkpoint of any mesh; every rank calls it.
 
     Raises:
-        UserError: A tensor is missing from the checkpoint, or has another shape there; all of them are named.
+        UserError: A tensor is missing from the checkpoint, or has another shape there (all are named); or a file
+            cannot be read.
     """
     stored = stored_shapes(directory)
     problems = [
@@ -117,7 +118,11 @@ def read_into(directory: Path, tensors: dict[str, Tensor]) -> None:
     ]
     if problems:
         raise UserError(f"{directory} does not fit this model: " + "; ".join(problems[:8]))
-    dcp.load(tensors, storage_reader=_Reader(directory), no_dist=_no_dist())
+    try:
+        dcp.load(tensors, storage_reader=_Reader(directory), no_dist=_no_dist())
+    except dcp.CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        raise UserError(f"{directory}: unreadable checkpoint: {reason}") from error
 
 
 def _no_dist() -> bool:

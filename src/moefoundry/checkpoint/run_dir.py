@@ -32,8 +32,8 @@ FREE_KEYS = (
 """Keys, or prefixes of keys, that a resumed run may change."""
 
 
-def claim_run_dir(recipe: Recipe) -> Path:
-    """Make ``run_dir`` ready for this run and write ``config.yaml``; one rank calls it.
+def check_run_dir(recipe: Recipe) -> Path:
+    """Make sure that ``run_dir`` is there and free for this run; one rank calls it.
 
     Raises:
         UserError: It cannot be written, it belongs to a recipe that differs in more than :data:`FREE_KEYS`, or it holds
@@ -59,8 +59,15 @@ def claim_run_dir(recipe: Recipe) -> Path:
                 f"run_dir: {run_dir} holds checkpoints of this recipe; "
                 "continue it with autoresume=true or choose another run_name"
             )
-    config.write_text(dump_recipe(recipe))
     return run_dir
+
+
+def claim_run_dir(recipe: Recipe) -> None:
+    """Write ``config.yaml``: from now on, ``run_dir`` belongs to this recipe.
+
+    Done when all else has been checked, so that a corrected recipe may use the directory of a mistaken one.
+    """
+    (Path(recipe.run_dir) / CONFIG_FILE).write_text(dump_recipe(recipe))
 
 
 def store_of(run_dir: Path) -> CheckpointStore:

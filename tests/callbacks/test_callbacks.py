@@ -1,0 +1,121 @@
+"""Callbacks by themselves; what they log in a run is tested with the run, in ``tests/train``.
+
+Their modules import Composer, which only the ranks' server has done: the bodies run there.
+"""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.distributed import run_distributed
+
+
+def norms() -> None:
+    from moefoundry.callbacks.gradient_norm import GradientNorm, global_norm
+
+    assert global_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]) == 5.0
+
+    model = torch.nn.Linear(2, 1)
+    model.unused = torch.nn.Linear(2, 1)
+    logged: dict[str, float] = {}
+    logger = SimpleNamespace(log_metrics=logged.update)
+    state = SimpleNamespace(model=model)
+    for max_norm, expected in ((None, [3.0, 4.0]), (10.0, [3.0, 4.0]), (1.0, [0.6, 0.8])):
+        model.weight.grad, model.bias.grad = torch.tensor([[3.0, 0.0]]), torch.tensor([4.0])
+        GradientNorm(max_norm).after_train_batch(state, logger)
+        assert logged == {"grad_norm": 5.0}, "before clipping"
+        assert [model.weight.grad[0, 0].item(), model.bias.grad.item()] == pytest.approx(expected)
+
+
+def test_gradient_norm_and_clipping() -> None:
+    run_distributed(norms, 1)
+
+
+def read(run_dir: Path) -> list[dict]:
+    from moefoundry.callbacks.metrics_file import read_metrics
+
+    return read_metrics(run_dir)
+
+
+def test_later_lines_win_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
+    lines = [{"batch": 1, "lr": 1.0}, {"batch": 2, "lr": 2.0}, {"batch": 3, "lr": 3.0}, {"batch": 2, "lr": 2.5}]
+    text = "\n".join(json.dumps(line) for line in lines) + '\n{"batch": 3, "lr'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert run_distributed(read, 1, tmp_path) == [[lines[0], lines[3], lines[2]]]
+
+
+def full_precision(run_dir: Path) -> str:
+    from composer.core import Timestamp
+
+    from moefoundry.callbacks.metrics_file import MetricsFile
+
+    file = MetricsFile(run_dir)
+    file.log_metrics({"loss/train/lm": torch.tensor(0.1), "time/batch": 3})
+    file.record({"moe/load/layer1": [0.25, 0.75]})
+    file.batch_checkpoint(SimpleNamespace(timestamp=Timestamp(batch=4)), None)
+    file.batch_checkpoint(SimpleNamespace(timestamp=Timestamp(batch=5)), None)
+    return (run_dir / "metrics.jsonl").read_text()
+
+
+def test_a_line_has_every_digit_and_only_its_own_batch(tmp_path: Path) -> None:
+    (text,) = run_distributed(full_precision, 1, tmp_path)
+    first, second = (json.loads(line) for line in text.splitlines())
+    assert first == {"batch": 4, "loss/train/lm": torch.tensor(0.1).item(), "moe/load/layer1": [0.25, 0.75]}
+    assert second == {"batch": 5}
+
+
+def routing() -> list[dict]:
+    from moefoundry.callbacks.routing import RoutingMonitor
+
+    recorded: list[dict] = []
+    monitor = RoutingMonitor(recorded.append, first_moe_layer=1)
+    logger = SimpleNamespace(log_metrics=recorded.append)
+    for counts, entropy in (([[3, 1], [2, 2]], [0.2, 0.4]), ([[3, 1], [0, 4]], [0.4, 0.6])):
+        outputs = SimpleNamespace(tokens_per_expert=torch.tensor(counts), router_entropy=torch.tensor(entropy))
+        monitor.after_loss(SimpleNamespace(outputs=outputs), logger)
+    monitor.batch_end(SimpleNamespace(), logger)
+    return recorded
+
+
+def test_routing_over_micro_batches_by_hand() -> None:
+    """Layer 1: loads 6 and 2 of 8, violation 0.5. Layer 2: 2 and 6, violation 0.5. Entropies 0.3 and 0.5."""
+    logged, loads = run_distributed(routing, 1)[0]
+    assert logged["moe/max_violation"] == pytest.approx(0.5)
+    assert logged["moe/router_entropy"] == pytest.approx(0.4)
+    assert logged["moe/dropped_fraction"] == 0.0
+    assert loads == {"moe/load/layer1": [0.75, 0.25], "moe/load/layer2": [0.25, 0.75]}
+
+
+def commands() -> list[str]:
+    from moefoundry.callbacks.report import next_command
+
+    return [
+        next_command(["composer", "-n", "2", "scripts/train.py", "r.yaml", "autoresume=true", "seed=3"], "200ba"),
+        next_command(["python", "scripts/train.py", "max_duration=1ep", "callbacks.report={prompt: 'a b'}"], "1ep"),
+    ]
+
+
+def test_next_command_trains_twice_as_long() -> None:
+    assert run_distributed(commands, 1)[0] == [
+        "composer -n 2 scripts/train.py r.yaml seed=3 autoresume=true max_duration=400ba",
+        """python scripts/train.py 'callbacks.report={prompt: '"'"'a b'"'"'}' autoresume=true max_duration=2ep""",
+    ]
+
+
+def mean_over_targets() -> list[float]:
+    from moefoundry.foundry import LanguageCrossEntropy, count_tokens
+
+    metric = LanguageCrossEntropy()
+    metric.update(torch.tensor(2.0), torch.tensor(3))
+    metric.update(torch.tensor(4.0), torch.tensor(1))
+    batch = {"input_ids": torch.zeros(2, 4), "labels": torch.tensor([[5, 1, -100, 2], [-100, -100, -100, 3]])}
+    assert count_tokens(batch) == {"total": 8, "loss_generating": 3}
+    return metric.compute().item()
+
+
+def test_held_out_loss_is_a_mean_over_targets() -> None:
+    assert math.isclose(run_distributed(mean_over_targets, 1)[0], 2.5)
