@@ -1,0 +1,79 @@
+"""What several test packages share: a tiny corpus, recipes for it, and the ranks' server started in time."""
+
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moefoundry.config import Recipe, load_recipe
+
+TINY = (
+    "run_name=tiny",
+    "max_seq_len=64",
+    "model.vocab_size=384",
+    "model.d_model=32",
+    "model.n_layers=3",
+    "model.ffn_hidden_size=64",
+    "model.attention={n_heads: 4, n_kv_heads: 2}",
+    "model.moe={num_experts: 4, top_k: 2, expert_hidden_size: 32}",
+    "optimizer.lr=1e-2",
+    "scheduler.t_warmup=2ba",
+    "callbacks.report=null",
+    "max_duration=4ba",
+    "eval_interval=1000ba",
+    "global_train_batch_size=8",
+    "save_interval=1000ba",
+)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The server's imports run beside the tests that need no ranks."""
+    if session.items and not session.config.option.collectonly and "tests.distributed" in sys.modules:
+        sys.modules["tests.distributed"].start_server()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of Python-like text: vocabulary 384, samples of 64 tokens, about 50 of them for training, so
+    that an epoch of global batches of 8 sequences has 6 batches."""
+    from moefoundry.data.prepare import PrepareOptions, prepare
+
+    root = tmp_path_factory.mktemp("tiny")
+    words = random.Random(0)
+    for number in range(52):
+        lines = [
+            f"def {name}_{number}(value):\n    return value {words.choice('+-*')} {words.randrange(1000)}\n"
+            for name in words.sample(["first", "second", "third", "last", "inner", "outer", "left", "right"], 6)
+        ]
+        (root / f"module{number:02d}.py").write_text("\n".join(lines))
+    prepare(PrepareOptions(str(root), root / "corpus", max_seq_len=64, vocab_size=384, val_fraction=0.2))
+    return root / "corpus"
+
+
+@pytest.fixture
+def tiny_overrides(tiny_corpus: Path) -> Callable[..., list[str]]:
+    """``tiny_overrides(run_dir, "key=value", ...)``: the overrides that make the default recipe tiny."""
+
+    def overrides(run_dir: Path, *changes: str) -> list[str]:
+        return [*TINY, f"train_loader.dataset.local={tiny_corpus}", f"run_dir={run_dir}", *changes]
+
+    return overrides
+
+
+@pytest.fixture
+def tiny_recipe(tiny_overrides: Callable[..., list[str]]) -> Callable[..., Recipe]:
+    """``tiny_recipe(run_dir, "key=value", ...)``: that recipe."""
+    return lambda run_dir, *changes: load_recipe(None, tiny_overrides(run_dir, *changes))

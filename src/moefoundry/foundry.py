@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import torch
@@ -9,8 +10,10 @@ from composer.models import ComposerModel
 from torch import Tensor
 from torchmetrics import Metric
 
+from moefoundry.config import load_recipe
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
+from moefoundry.parallel import materialize
 
 Batch = Mapping[str, Tensor]
 """``input_ids`` and ``labels``, int64 [B, S]."""
@@ -55,6 +58,26 @@ class ComposerMoECausalLM(ComposerModel):
 
     def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> None:
         metric.update(outputs.lm, outputs.num_targets)
+
+
+class FoundryMoECausalLM(ComposerMoECausalLM):
+    """``model.name: moe_causal_lm`` in a recipe of LLM Foundry's own, which finds it by its entry point.
+
+    Args:
+        tokenizer: What LLM Foundry hands to every model; not used.
+        seed: Of the initial weights.
+        model: The keys of this project's ``model`` mapping.
+
+    Raises:
+        ConfigError: They are not valid.
+    """
+
+    def __init__(self, tokenizer: object = None, seed: int = 17, **model: object) -> None:
+        cfg = load_recipe(None, [f"model={json.dumps(model)}"]).model
+        with torch.device("meta"):
+            transformer = MoETransformer(cfg)
+        materialize(transformer, "cpu", seed)
+        super().__init__(transformer)
 
 
 def count_tokens(batch: Batch) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,12 @@ from moefoundry.parallel import materialize, parallelize
 
 NOT_ARCHITECTURE = ("model.init.", "model.moe.balance.", "model.moe.backend")
 """Keys of ``model`` that a run may change when it starts from another's checkpoint."""
+EXPECTED_WARNINGS = (
+    "FSDP2 Config/APIs are experimental",
+    "torch.distributed is disabled, unavailable or uninitialized",
+    "Cannot split tensor of length",  # the last, smaller batch of the held-out split
+)
+"""About choices that are made here on purpose; a person at the console can do nothing about them."""
 
 
 class MeshTrainer(Trainer):
@@ -74,6 +81,8 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         recipe: What to train.
         command: The command that started this process; the report says how to go on with it.
     """
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     trainer = build_trainer(recipe)
     if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()

@@ -17,13 +17,13 @@ class Console(LoggerDestination):
     Args:
         interval: Time between two lines (``10ba``, ``1ep``); None prints only evaluations.
         progress_bar: Show a bar, if ``stream`` is a terminal.
-        stream: Where to print.
+        stream: Where to print; standard error if None.
     """
 
-    def __init__(self, interval: str | None, progress_bar: bool, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, interval: str | None, progress_bar: bool, stream: TextIO | None = None) -> None:
         self.interval = None if interval is None else Time.from_timestring(interval)
-        self.stream = stream
-        self.progress_bar = progress_bar and stream.isatty()
+        self.stream = sys.stderr if stream is None else stream
+        self.progress_bar = progress_bar and self.stream.isatty()
         self._metrics: dict[str, Any] = {}
         self._bar: tqdm | None = None
 

@@ -8,8 +8,8 @@ there are. Build it under ``torch.device("meta")`` and give it weights with ``mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, overload
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from moefoundry.model.rope import Rotation
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from moefoundry.ops.rounding import round_gradient, round_operand
 
 
 class CausalLMLosses(NamedTuple):
@@ -83,10 +84,16 @@ class OutputHead(nn.Linear):
     def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
         """Logits [B, S, V], or with ``targets_BS`` the sum of their cross entropies, a scalar."""
         if targets_BS is None:
-            return super().forward(hidden_BSD)
+            return self._logits(hidden_BSD)
         return linear_cross_entropy(
             hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
         )
+
+    def _logits(self, hidden_BSD: Tensor) -> Tensor:
+        if self.operand_dtype is None:
+            return super().forward(hidden_BSD)
+        operands = (round_operand(x, self.operand_dtype) for x in (hidden_BSD, self.weight))
+        return round_gradient(nn.functional.linear(*operands), self.operand_dtype)
 
 
 class MoETransformer(nn.Module):
@@ -103,6 +110,13 @@ class MoETransformer(nn.Module):
         self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=False)
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep tied weights tied: ``nn.Module`` gives each module a tensor of its own when it leaves meta."""
+        super()._apply(fn, recurse)
+        if self.cfg.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        return self
 
     @overload
     def forward(self, input_ids_BS: Tensor, labels_BS: None = None) -> Tensor: ...

@@ -31,8 +31,8 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
     num_tokens, num_experts = scores_TE.shape
     if num_tokens % num_segments:
         raise ValueError(f"{num_tokens} tokens do not split into {num_segments} segments")
-    probs_GSE = (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).view(num_segments, -1, num_experts)
-    ids_GN = topk_expert_ids_TK.view(num_segments, -1)
+    probs_GSE = (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).reshape(num_segments, -1, num_experts)
+    ids_GN = topk_expert_ids_TK.reshape(num_segments, -1)
     segment_offset_G1 = torch.arange(num_segments, device=ids_GN.device).unsqueeze(1) * num_experts
     counts_GE = count_by_expert(ids_GN + segment_offset_G1, num_segments * num_experts).view(num_segments, num_experts)
     fraction_GE = counts_GE.to(scores_TE.dtype) * (num_experts / ids_GN.shape[1])

@@ -39,6 +39,8 @@ def linear_cross_entropy(
     Returns:
         Scalar, fp32 (float64 for float64 operands); divide by the number of labels that are not ignored.
     """
+    if not torch.is_grad_enabled():  # needs_input_grad is true of a parameter even then
+        hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, operand_dtype)
 
 

@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(rows_RI, weight_EOI, tokens_per_expert_E) -> [R, O]``."""
@@ -37,7 +39,7 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Ten
             f"got {tuple(weight_EOI.shape[1:])} of {rows_RI.dtype}; use backend loop"
         )
     offsets_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(rows_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
+    return _RowMajorGradient.apply(F.grouped_mm(rows_RI, weight_EOI.transpose(-2, -1), offs=offsets_E))
 
 
 def grouped_linear_loop(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
@@ -47,3 +49,20 @@ def grouped_linear_loop(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E
 
 
 BACKENDS: dict[str, GroupedLinear] = {"grouped_mm": grouped_linear, "loop": grouped_linear_loop}
+
+
+class _RowMajorGradient(Function):
+    """Identity; its gradient lies in memory row by row, where ``grouped_mm`` refuses an expanded or transposed one.
+
+    Not ``contiguous()``, which takes any strides for contiguous where there are no rows or there is one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_RO: Tensor) -> Tensor:
+        return rows_RO.view_as(rows_RO)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RO: Tensor) -> Tensor:
+        if grad_RO.stride() == (grad_RO.shape[1], 1):
+            return grad_RO
+        return torch.empty(grad_RO.shape, dtype=grad_RO.dtype, device=grad_RO.device).copy_(grad_RO)

@@ -1,0 +1,59 @@
+"""The model as Composer and LLM Foundry see it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moefoundry.config import ConfigError
+from moefoundry.foundry import FoundryMoECausalLM, LanguageCrossEntropy, count_tokens
+
+TINY = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "n_layers": 2,
+    "ffn_hidden_size": 64,
+    "attention": {"kind": "gqa", "n_heads": 4, "n_kv_heads": 2, "rope_theta": 10000.0},
+    "moe": {"num_experts": 4, "expert_hidden_size": 32},
+}
+
+
+def batch(sequences: int = 2) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 64, (sequences, 16), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+def test_named_losses_sum_to_the_total() -> None:
+    model = FoundryMoECausalLM(**TINY)
+    losses = model.loss(model(batch()), batch())
+    assert set(losses) == {"total", "lm", "balance", "z"}
+    torch.testing.assert_close(losses["total"], losses["lm"] + losses["balance"] + losses["z"])
+    assert losses["balance"] > 0
+    assert losses["z"] > 0
+
+
+def test_cross_entropy_metric_weighs_batches_by_their_targets() -> None:
+    metric = LanguageCrossEntropy()
+    metric.update(torch.tensor(2.0), torch.tensor(30))
+    metric.update(torch.tensor(5.0), torch.tensor(10))
+    assert metric.compute().item() == pytest.approx((2 * 30 + 5 * 10) / 40)
+
+
+def test_tokens_that_are_predicted_leave_out_the_first_and_the_ignored() -> None:
+    labels = torch.tensor([[1, 2, -100, 4], [5, -100, -100, 8]])
+    counts = count_tokens({"input_ids": torch.zeros(2, 4, dtype=torch.int64), "labels": labels})
+    assert counts == {"total": 8, "loss_generating": 3}
+
+
+def test_a_bad_model_key_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.moe\.top_kk.*top_k"):
+        FoundryMoECausalLM(**TINY | {"moe": {"top_kk": 2}})
+
+
+@pytest.mark.slow
+def test_llm_foundry_builds_the_model_by_its_registered_name() -> None:
+    from llmfoundry.utils.builders import build_composer_model
+
+    model = build_composer_model("moe_causal_lm", TINY, tokenizer=None)
+    expected = FoundryMoECausalLM(**TINY)
+    torch.testing.assert_close(model(batch()).lm, expected(batch()).lm, rtol=0, atol=0)

@@ -1,0 +1,249 @@
+"""A sharded model is the single process's model: the same weights, and the same training to rounding."""
+
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from moefoundry.config import (
+    ActivationCheckpointing,
+    BalanceConfig,
+    ExpertBackend,
+    GqaConfig,
+    InitConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+)
+from tests.distributed import run_distributed
+
+MESHES = [(1, 2), (2, 1), (1, 4), (2, 2)]
+STEPS = 5
+SEQUENCES, LENGTH = 16, 16
+SEED = 5
+
+
+class Mode(NamedTuple):
+    """How a step is computed; none of it may change what is computed."""
+
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    micro_batches: int = 1
+    dtype: torch.dtype = torch.float32
+
+
+PLAIN = Mode()
+FP32_MODES = [Mode(checkpointing, count) for checkpointing in ActivationCheckpointing for count in (1, 4)]
+FLOAT64 = Mode(ActivationCheckpointing.full, 4, torch.float64)
+FEW_MODES = [PLAIN, Mode(ActivationCheckpointing.selective, 4), FLOAT64]  # four ranks on two cores take their time
+
+
+class Outcome(NamedTuple):
+    """What a training run left: per step the loss of the global batch and the gradient norm, then all parameters."""
+
+    losses: Tensor
+    grad_norms: Tensor
+    parameters: dict[str, Tensor]
+
+
+def model_config(dtype: torch.dtype = torch.float32) -> ModelConfig:
+    """Sizes that four ranks do not divide: 67 tokens, 6 experts (one rank of four holds none)."""
+    return ModelConfig(
+        vocab_size=67,
+        d_model=32,
+        n_layers=2,
+        ffn_hidden_size=48,
+        init=InitConfig(std=0.1),
+        attention=GqaConfig(n_heads=4, n_kv_heads=2),
+        moe=MoEConfig(
+            num_experts=6,
+            top_k=2,
+            expert_hidden_size=16,
+            balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
+            backend=ExpertBackend.loop if dtype == torch.float64 else ExpertBackend.grouped_mm,
+        ),
+    )
+
+
+def build(mesh_sizes: tuple[int, int] | None, mode: Mode = PLAIN) -> torch.nn.Module:
+    """The model on this rank; None leaves it unsharded."""
+    from moefoundry.mesh import build_mesh, resolve_degrees
+    from moefoundry.model.transformer import MoETransformer
+    from moefoundry.parallel import materialize, parallelize
+
+    mesh = None
+    if mesh_sizes is not None:
+        replicate, shard = mesh_sizes
+        mesh = build_mesh(resolve_degrees(MeshConfig(replicate, shard), replicate * shard), "cpu")
+    with torch.device("meta"):
+        model = MoETransformer(model_config(mode.dtype)).to(mode.dtype)
+    parallelize(model, mesh, PrecisionConfig(), mode.activation_checkpointing)
+    materialize(model, "cpu", SEED)
+    return model
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A copy of a whole tensor, of which this rank may hold a part."""
+    from torch.distributed.tensor import DTensor
+
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().clone()
+
+
+def full_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: full(parameter) for name, parameter in model.named_parameters()}
+
+
+def train(mesh_sizes: tuple[int, int] | None, mode: Mode) -> Outcome:
+    """AdamW steps on fixed batches, of which this rank takes its share."""
+    import torch.distributed as dist
+
+    from moefoundry.callbacks.gradient_norm import global_norm
+    from moefoundry.train import build_optimizer
+
+    rank, ranks = (0, 1) if mesh_sizes is None else (dist.get_rank(), dist.get_world_size())
+    model = build(mesh_sizes, mode)
+    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2))
+    generator = torch.Generator().manual_seed(0)
+    losses, grad_norms = [], []
+    for _ in range(STEPS):
+        tokens = torch.randint(67, (SEQUENCES, LENGTH), generator=generator).chunk(ranks)[rank]
+        loss = torch.zeros((), dtype=mode.dtype)
+        for micro_batch in tokens.chunk(mode.micro_batches):
+            micro_loss = model(micro_batch, micro_batch).total / mode.micro_batches
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        if ranks > 1:
+            dist.all_reduce(loss)
+        grad_norms.append(global_norm([parameter.grad for parameter in model.parameters()]))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss / ranks)
+    return Outcome(torch.stack(losses), torch.stack(grad_norms), full_parameters(model))
+
+
+class Held(NamedTuple):
+    """Bytes on one rank, and of the whole model."""
+
+    parameters: int
+    moments: int
+    whole: int
+
+
+def held_after_a_step(mesh_sizes: tuple[int, int]) -> Held:
+    from moefoundry.train import build_optimizer
+
+    model = build(mesh_sizes)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
+    model(tokens, tokens).total.backward()
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return Held(
+        parameters=sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()),
+        moments=sum(moment.to_local().untyped_storage().nbytes() for moment in moments),
+        whole=sum(p.numel() * p.element_size() for p in model.parameters()),
+    )
+
+
+class Rank(NamedTuple):
+    """All that the tests want to know of one rank."""
+
+    initial_weights: dict[str, Tensor]
+    held: Held | None
+    outcomes: list[Outcome]
+
+
+def observe(mesh_sizes: tuple[int, int] | None, modes: list[Mode]) -> Rank:
+    initial_weights = full_parameters(build(mesh_sizes))
+    held = held_after_a_step(mesh_sizes) if mesh_sizes else None
+    return Rank(initial_weights, held, [train(mesh_sizes, mode) for mode in modes])
+
+
+class Sharded(NamedTuple):
+    replicate: int
+    shard: int
+    modes: list[Mode]
+    ranks: list[Rank]
+
+
+@pytest.fixture(scope="module", params=MESHES, ids="replicate{0[0]}-shard{0[1]}".format)
+def sharded(request: pytest.FixtureRequest) -> Sharded:
+    """One world, in which everything is tried."""
+    replicate, shard = request.param
+    modes = [*FP32_MODES, FLOAT64] if replicate * shard == 2 else FEW_MODES
+    return Sharded(replicate, shard, modes, run_distributed(observe, replicate * shard, request.param, modes))
+
+
+@cache
+def single_process() -> Rank:
+    """What every mesh must equal: no sharding, no checkpointing, one micro-batch."""
+    return run_distributed(observe, 1, None, [PLAIN, Mode(dtype=torch.float64)])[0]
+
+
+def assert_same_training(outcome: Outcome, mode: Mode) -> None:
+    in_float64 = mode.dtype == torch.float64
+    expected = single_process().outcomes[in_float64]
+    step_rtol, parameter_rtol = (1e-10, 1e-10) if in_float64 else (1e-6, 1e-5)
+    for name in ("losses", "grad_norms"):
+        error = (getattr(outcome, name) / getattr(expected, name) - 1).abs().max()
+        assert error <= step_rtol, f"{mode} {name}: relative error {error:.1e}"
+    assert outcome.parameters.keys() == expected.parameters.keys()
+    for name, parameter in outcome.parameters.items():
+        error = (parameter - expected.parameters[name]).norm() / expected.parameters[name].norm()
+        assert error <= parameter_rtol, f"{mode} {name}: relative error {error:.1e}"
+
+
+def test_initial_weights_do_not_depend_on_the_mesh(sharded: Sharded) -> None:
+    expected = single_process().initial_weights
+    for rank in sharded.ranks:
+        assert rank.initial_weights.keys() == expected.keys()
+        for name, weight in rank.initial_weights.items():
+            assert torch.equal(weight, expected[name]), name
+
+
+def test_sharded_training_equals_the_single_process(sharded: Sharded) -> None:
+    for index, mode in enumerate(sharded.modes):
+        first, *others = [rank.outcomes[index] for rank in sharded.ranks]
+        assert_same_training(first, mode)
+        for other in others:  # one number on every rank
+            assert torch.equal(other.losses, first.losses)
+            assert torch.equal(other.grad_norms, first.grad_norms)
+
+
+def test_each_rank_holds_its_shard_only(sharded: Sharded) -> None:
+    for rank in sharded.ranks:
+        assert rank.held is not None
+        share = 1.3 * rank.held.whole / sharded.shard  # uneven shards are padded
+        assert rank.held.parameters <= share
+        assert rank.held.moments <= 2 * share
+    assert sum(rank.held.parameters for rank in sharded.ranks) >= sharded.replicate * sharded.ranks[0].held.whole
+
+
+def test_checkpointing_and_micro_batches_do_not_change_training() -> None:
+    for mode, outcome in zip(FP32_MODES, run_distributed(observe, 1, None, FP32_MODES)[0].outcomes, strict=True):
+        assert_same_training(outcome, mode)
+
+
+def test_training_changes_every_parameter() -> None:
+    """Without this, runs that all stand still would agree."""
+    start, outcome = single_process().initial_weights, single_process().outcomes[0]
+    assert outcome.losses[-1] < outcome.losses[0]
+    for name, weight in start.items():
+        assert not torch.equal(weight, outcome.parameters[name]), name
+
+
+def bf16_without_a_mesh() -> None:
+    from moefoundry.config import Compute
+    from moefoundry.model.transformer import MoETransformer
+    from moefoundry.parallel import parallelize
+
+    parallelize(MoETransformer(model_config()), None, PrecisionConfig(compute=Compute.bf16))
+
+
+def test_bf16_without_a_mesh_is_refused() -> None:
+    with pytest.raises(ValueError, match="compute: bf16 needs a mesh, if only of one rank"):
+        run_distributed(bf16_without_a_mesh, 1)

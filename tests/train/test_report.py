@@ -1,0 +1,112 @@
+"""What a person is left with: progress on a terminal, and at the end plots, a completion, and a command that goes on."""
+
+import os
+import pty
+import shlex
+import tty
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from moefoundry.config import Recipe, load_recipe, split_arguments
+from tests.distributed import captured_output, run_distributed
+from tests.train.runs import finished, run_recipe
+
+PROMPT = "def first(value):"
+REPORT = f'callbacks.report={{prompt: "{PROMPT}", max_new_tokens: 8}}'
+
+
+def train_from_command_line(arguments: Sequence[str]) -> tuple[int, list[str]]:
+    from moefoundry.cli.main import main
+
+    with captured_output() as texts:
+        status = main(["train", *arguments])
+    return status, texts
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_report_and_the_command_it_prints(tiny_overrides: Callable[..., list[str]], tmp_path: Path, world_size: int) -> None:
+    overrides = tiny_overrides(tmp_path, REPORT, "eval_interval=3ba", "save_interval=3ba")
+    outcomes = run_distributed(train_from_command_line, world_size, overrides)
+    assert [status for status, _ in outcomes] == [0] * world_size
+    assert all(texts[0] == "" for _, texts in outcomes[1:]), "one rank reports"
+
+    lines = outcomes[0][1][0].splitlines()
+    shown = dict(line.split(maxsplit=1) for line in lines if line.startswith(("checkpoint", "completion")) and " " in line)
+    held_out = finished(tmp_path).column("metrics/eval/LanguageCrossEntropy")[4]
+    assert f"held-out loss    {held_out:.4f} nats/token" in lines
+    assert any(line.startswith("unigram entropy  3.") for line in lines)
+    assert f"    | {PROMPT}" in "\n".join(lines)
+    assert shown["checkpoint"] == str(tmp_path / "checkpoints" / "ba4")
+    assert (tmp_path / "checkpoints" / "ba4" / "state.json").is_file()
+    for name in ("loss.png", "expert_load.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert any(line.endswith(str(tmp_path / name)) for line in lines)
+
+    command = next(line.removeprefix("go on with").strip() for line in lines if line.startswith("go on with"))
+    launcher, arguments = shlex.split(command.split("scripts/train.py")[0]), shlex.split(command.split("train.py")[1])
+    assert launcher == (["python"] if world_size == 1 else ["composer", "-n", "2"])
+    path, changes = split_arguments(arguments)
+    assert load_recipe(path, changes).max_duration == "8ba"
+    outcomes = run_distributed(train_from_command_line, world_size, arguments)
+    assert [status for status, _ in outcomes] == [0] * world_size, outcomes
+    run = finished(tmp_path)
+    assert [line["batch"] for line in run.metrics] == list(range(1, 9))
+    assert "ba8" in run.checkpoints()
+
+
+def test_a_finished_run_that_is_resumed_only_reports(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, REPORT, "autoresume=true", "eval_interval=2ba")
+    first = run_recipe(recipe)
+    again = run_recipe(recipe)
+    assert again.metrics == first.metrics
+    assert again.checkpoints() == first.checkpoints()
+    assert again.out == first.out
+    assert "checkpoint" in again.out
+
+
+def train_on_a_terminal(recipe: Recipe) -> str:
+    """Train with standard error on a pseudo-terminal; what appeared there."""
+    import sys
+    import threading
+
+    from moefoundry.train import train
+
+    controller, terminal = pty.openpty()
+    tty.setraw(terminal)
+    chunks: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while chunk := os.read(controller, 4096):
+                chunks.append(chunk)
+        except OSError:  # the other side is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    stream = os.fdopen(terminal, "w")
+    saved = sys.stderr
+    sys.stderr = stream
+    try:
+        train(recipe)
+    finally:
+        sys.stderr = saved
+        stream.close()
+        reader.join()
+    return b"".join(chunks).decode()
+
+
+def test_progress_bar_on_a_terminal(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    (seen,) = run_distributed(train_on_a_terminal, 1, tiny_recipe(tmp_path / "bar", "console_log_interval=2ba"))
+    assert "\r" in seen
+    assert "4/4" in seen
+    assert "batch 4/4  loss" in seen, "lines appear above the bar"
+    (seen,) = run_distributed(train_on_a_terminal, 1, tiny_recipe(tmp_path / "none", "progress_bar=false"))
+    assert "\r" not in seen
+    assert "batch 1/4  loss" in seen
+    (seen,) = run_distributed(
+        train_on_a_terminal, 1, tiny_recipe(tmp_path / "silent", "progress_bar=false", "log_to_console=false")
+    )
+    assert seen == ""
