@@ -21,7 +21,7 @@ from moefoundry.config import (
 )
 from tests.distributed import run_distributed
 
-MESHES = [(1, 2), (2, 1), (1, 4), (2, 2)]
+MESHES = [(1, 2, 1), (2, 1, 1), (1, 2, 2), (1, 4, 1), (2, 2, 1), (1, 4, 2), (1, 4, 4), (2, 2, 2)]
 STEPS = 5
 SEQUENCES, LENGTH = 16, 16
 SEED = 5
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
 
 
 def model_config(dtype: torch.dtype = torch.float32) -> ModelConfig:
-    """Sizes that four ranks do not divide: 67 tokens, 6 experts (one rank of four holds none)."""
+    """Sizes that four ranks do not divide: 67 tokens, 4 experts."""
     return ModelConfig(
         vocab_size=67,
         d_model=32,
@@ -59,7 +59,7 @@ def model_config(dtype: torch.dtype = torch.float32) -> ModelConfig:
         init=InitConfig(std=0.1),
         attention=GqaConfig(n_heads=4, n_kv_heads=2),
         moe=MoEConfig(
-            num_experts=6,
+            num_experts=8,
             top_k=2,
             expert_hidden_size=16,
             balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
@@ -68,16 +68,15 @@ def model_config(dtype: torch.dtype = torch.float32) -> ModelConfig:
     )
 
 
-def build(mesh_sizes: tuple[int, int] | None, mode: Mode = PLAIN) -> torch.nn.Module:
+def build(mesh_sizes: tuple[int, int, int] | None, mode: Mode = PLAIN) -> torch.nn.Module:
     """The model on this rank; None leaves it unsharded."""
-    from moefoundry.mesh import build_mesh, resolve_degrees
+    from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import MoETransformer
     from moefoundry.parallel import materialize, parallelize
 
     mesh = None
     if mesh_sizes is not None:
-        replicate, shard = mesh_sizes
-        mesh = build_mesh(resolve_degrees(MeshConfig(replicate, shard), replicate * shard), "cpu")
+        mesh = build_meshes(resolve_degrees(MeshConfig(*mesh_sizes), mesh_sizes[0] * mesh_sizes[1]), "cpu")
     with torch.device("meta"):
         model = MoETransformer(model_config(mode.dtype)).to(mode.dtype)
     parallelize(model, mesh, PrecisionConfig(), mode.activation_checkpointing)
@@ -97,7 +96,7 @@ def full_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: full(parameter) for name, parameter in model.named_parameters()}
 
 
-def train(mesh_sizes: tuple[int, int] | None, mode: Mode) -> Outcome:
+def train(mesh_sizes: tuple[int, int, int] | None, mode: Mode) -> Outcome:
     """AdamW steps on fixed batches, of which this rank takes its share."""
     import torch.distributed as dist
 
@@ -133,7 +132,7 @@ class Held(NamedTuple):
     whole: int
 
 
-def held_after_a_step(mesh_sizes: tuple[int, int]) -> Held:
+def held_after_a_step(mesh_sizes: tuple[int, int, int]) -> Held:
     from moefoundry.train import build_optimizer
 
     model = build(mesh_sizes)
@@ -157,7 +156,7 @@ class Rank(NamedTuple):
     outcomes: list[Outcome]
 
 
-def observe(mesh_sizes: tuple[int, int] | None, modes: list[Mode]) -> Rank:
+def observe(mesh_sizes: tuple[int, int, int] | None, modes: list[Mode]) -> Rank:
     initial_weights = full_parameters(build(mesh_sizes))
     held = held_after_a_step(mesh_sizes) if mesh_sizes else None
     return Rank(initial_weights, held, [train(mesh_sizes, mode) for mode in modes])
@@ -170,10 +169,10 @@ class Sharded(NamedTuple):
     ranks: list[Rank]
 
 
-@pytest.fixture(scope="module", params=MESHES, ids="replicate{0[0]}-shard{0[1]}".format)
+@pytest.fixture(scope="module", params=MESHES, ids="replicate{0[0]}-shard{0[1]}-expert{0[2]}".format)
 def sharded(request: pytest.FixtureRequest) -> Sharded:
     """One world, in which everything is tried."""
-    replicate, shard = request.param
+    replicate, shard, _ = request.param
     modes = [*FP32_MODES, FLOAT64] if replicate * shard == 2 else FEW_MODES
     return Sharded(replicate, shard, modes, run_distributed(observe, replicate * shard, request.param, modes))
 

@@ -22,7 +22,6 @@ from composer.optim import (
 from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 
 from moefoundry.callbacks.checkpointing import Checkpointing
@@ -50,7 +49,7 @@ from moefoundry.config import (
 from moefoundry.data.loader import build_loader
 from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, count_tokens
-from moefoundry.mesh import build_mesh, resolve_degrees
+from moefoundry.mesh import Meshes, build_meshes, by_mesh, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.parallel import materialize, parallelize
 
@@ -101,12 +100,12 @@ def build_trainer(recipe: Recipe) -> Trainer:
         UserError: Something the user can put right, named; nothing has been overwritten.
     """
     device = get_device(None)
-    mesh = setup_mesh(recipe, device)
+    meshes = setup_meshes(recipe, device)
     run_dir = Path(on_rank_zero(lambda: str(claim_run_dir(recipe))))
     resume_from = on_rank_zero(lambda: checkpoint_to_resume(recipe, run_dir))
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
-    model = build_model(recipe, mesh, device)
+    model = build_model(recipe, meshes, device)
     metrics_file = MetricsFile(run_dir)
     return MeshTrainer(
         model=ComposerMoECausalLM(model),
@@ -120,7 +119,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         accumulate_train_batch_on_tokens=True,
         callbacks=build_callbacks(recipe, metrics_file, resume_from),
         loggers=[metrics_file, *build_console(recipe), *build_loggers(recipe.loggers, run_dir)],
-        parallelism_config=None if mesh is None else ParallelismConfig(fsdp2=FSDP2Config()),
+        parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
         precision="fp32",  # the model's own: see precision.py
         device=device,
         run_name=recipe.run_name,
@@ -132,13 +131,13 @@ def build_trainer(recipe: Recipe) -> Trainer:
     )
 
 
-def setup_mesh(recipe: Recipe, device: Device) -> DeviceMesh | None:
+def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
     """Join the process group and build the mesh; None where one plain process does."""
     degrees = resolve_degrees(recipe.mesh, dist.get_world_size())
     if degrees.world_size == 1 and recipe.precision.compute != Compute.bf16:
         return None
     dist.initialize_dist(device, recipe.dist_timeout)
-    return build_mesh(degrees, torch.device(device._device).type)
+    return build_meshes(degrees, torch.device(device._device).type)
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
@@ -176,11 +175,11 @@ def checkpoint_to_resume(recipe: Recipe, run_dir: Path) -> Path | None:
     return checkpoint
 
 
-def build_model(recipe: Recipe, mesh: DeviceMesh | None, device: Device) -> MoETransformer:
+def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETransformer:
     """The model, sharded, with its initial weights; no rank ever holds more than its shard."""
     with torch.device("meta"):
         model = MoETransformer(recipe.model)
-    parallelize(model, mesh, recipe.precision, recipe.activation_checkpointing)
+    parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
     materialize(model, device._device, recipe.seed)
     return model
 
@@ -196,7 +195,8 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
     plain = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": params, "weight_decay": cfg.weight_decay} for params in by_mesh(decayed)]
+    groups += [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
     return AdamW(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
 
 
