@@ -63,7 +63,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "corpus"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_overrides(tiny_corpus: Path) -> Callable[..., list[str]]:
     """``tiny_overrides(run_dir, "key=value", ...)``: the overrides that make the default recipe tiny."""
 
@@ -73,7 +73,7 @@ def tiny_overrides(tiny_corpus: Path) -> Callable[..., list[str]]:
     return overrides
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_recipe(tiny_overrides: Callable[..., list[str]]) -> Callable[..., Recipe]:
     """``tiny_recipe(run_dir, "key=value", ...)``: that recipe."""
     return lambda run_dir, *changes: load_recipe(None, tiny_overrides(run_dir, *changes))

@@ -47,7 +47,7 @@ START_SECONDS = 180.0  # what the server's imports may take on a busy machine
 GRACE_SECONDS = 3.0  # how long the other ranks may run on once one has failed
 
 _context = multiprocessing.get_context("forkserver")
-_segments = count(os.getpid() * 1000, 10)  # first of ten numbers that name a call's shared memory
+_segments = count(os.getpid() * 100_000, 10)  # first of ten numbers that name a call's shared memory
 
 
 class RankError(RuntimeError):
