@@ -21,7 +21,7 @@ from moefoundry.config import (
 )
 from tests.distributed import run_distributed
 
-MESHES = [(1, 2), (2, 1), (1, 4), (2, 2)]
+MESHES = [(1, 2, 1), (2, 1, 1), (1, 2, 2), (1, 4, 1), (2, 2, 1), (1, 4, 2), (1, 4, 4), (2, 2, 2)]
 STEPS = 5
 SEQUENCES, LENGTH = 16, 16
 SEED = 5
@@ -49,8 +49,13 @@ class Outcome(NamedTuple):
     parameters: dict[str, Tensor]
 
 
-def model_config(dtype: torch.dtype = torch.float32) -> ModelConfig:
-    """Sizes that four ranks do not divide: 67 tokens, 6 experts (one rank of four holds none)."""
+def experts_for(expert_degree: int) -> int:
+    """6 where they divide, which two and four ranks shard unevenly (one rank of four holds none)."""
+    return 6 if 6 % expert_degree == 0 else 8
+
+
+def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelConfig:
+    """A small model; four ranks do not divide its 67 tokens."""
     return ModelConfig(
         vocab_size=67,
         d_model=32,
@@ -59,7 +64,7 @@ def model_config(dtype: torch.dtype = torch.float32) -> ModelConfig:
         init=InitConfig(std=0.1),
         attention=GqaConfig(n_heads=4, n_kv_heads=2),
         moe=MoEConfig(
-            num_experts=6,
+            num_experts=num_experts,
             top_k=2,
             expert_hidden_size=16,
             balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
@@ -68,18 +73,17 @@ def model_config(dtype: torch.dtype = torch.float32) -> ModelConfig:
     )
 
 
-def build(mesh_sizes: tuple[int, int] | None, mode: Mode = PLAIN) -> torch.nn.Module:
+def build(mesh_sizes: tuple[int, int, int] | None, num_experts: int, mode: Mode = PLAIN) -> torch.nn.Module:
     """The model on this rank; None leaves it unsharded."""
-    from moefoundry.mesh import build_mesh, resolve_degrees
+    from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import MoETransformer
     from moefoundry.parallel import materialize, parallelize
 
     mesh = None
     if mesh_sizes is not None:
-        replicate, shard = mesh_sizes
-        mesh = build_mesh(resolve_degrees(MeshConfig(replicate, shard), replicate * shard), "cpu")
+        mesh = build_meshes(resolve_degrees(MeshConfig(*mesh_sizes), mesh_sizes[0] * mesh_sizes[1]), "cpu")
     with torch.device("meta"):
-        model = MoETransformer(model_config(mode.dtype)).to(mode.dtype)
+        model = MoETransformer(model_config(num_experts, mode.dtype)).to(mode.dtype)
     parallelize(model, mesh, PrecisionConfig(), mode.activation_checkpointing)
     materialize(model, "cpu", SEED)
     return model
@@ -97,7 +101,7 @@ def full_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: full(parameter) for name, parameter in model.named_parameters()}
 
 
-def train(mesh_sizes: tuple[int, int] | None, mode: Mode) -> Outcome:
+def train(mesh_sizes: tuple[int, int, int] | None, num_experts: int, mode: Mode) -> Outcome:
     """AdamW steps on fixed batches, of which this rank takes its share."""
     import torch.distributed as dist
 
@@ -105,7 +109,7 @@ def train(mesh_sizes: tuple[int, int] | None, mode: Mode) -> Outcome:
     from moefoundry.train import build_optimizer
 
     rank, ranks = (0, 1) if mesh_sizes is None else (dist.get_rank(), dist.get_world_size())
-    model = build(mesh_sizes, mode)
+    model = build(mesh_sizes, num_experts, mode)
     optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2))
     generator = torch.Generator().manual_seed(0)
     losses, grad_norms = [], []
@@ -133,10 +137,10 @@ class Held(NamedTuple):
     whole: int
 
 
-def held_after_a_step(mesh_sizes: tuple[int, int]) -> Held:
+def held_after_a_step(mesh_sizes: tuple[int, int, int], num_experts: int) -> Held:
     from moefoundry.train import build_optimizer
 
-    model = build(mesh_sizes)
+    model = build(mesh_sizes, num_experts)
     optimizer = build_optimizer(model, OptimizerConfig())
     tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
     model(tokens, tokens).total.backward()
@@ -157,36 +161,39 @@ class Rank(NamedTuple):
     outcomes: list[Outcome]
 
 
-def observe(mesh_sizes: tuple[int, int] | None, modes: list[Mode]) -> Rank:
-    initial_weights = full_parameters(build(mesh_sizes))
-    held = held_after_a_step(mesh_sizes) if mesh_sizes else None
-    return Rank(initial_weights, held, [train(mesh_sizes, mode) for mode in modes])
+def observe(mesh_sizes: tuple[int, int, int] | None, num_experts: int, modes: list[Mode]) -> Rank:
+    initial_weights = full_parameters(build(mesh_sizes, num_experts))
+    held = held_after_a_step(mesh_sizes, num_experts) if mesh_sizes else None
+    return Rank(initial_weights, held, [train(mesh_sizes, num_experts, mode) for mode in modes])
 
 
 class Sharded(NamedTuple):
     replicate: int
     shard: int
+    num_experts: int
     modes: list[Mode]
     ranks: list[Rank]
 
 
-@pytest.fixture(scope="module", params=MESHES, ids="replicate{0[0]}-shard{0[1]}".format)
+@pytest.fixture(scope="module", params=MESHES, ids="replicate{0[0]}-shard{0[1]}-expert{0[2]}".format)
 def sharded(request: pytest.FixtureRequest) -> Sharded:
     """One world, in which everything is tried."""
-    replicate, shard = request.param
+    replicate, shard, expert = request.param
+    num_experts = experts_for(expert)
     modes = [*FP32_MODES, FLOAT64] if replicate * shard == 2 else FEW_MODES
-    return Sharded(replicate, shard, modes, run_distributed(observe, replicate * shard, request.param, modes))
+    ranks = run_distributed(observe, replicate * shard, request.param, num_experts, modes)
+    return Sharded(replicate, shard, num_experts, modes, ranks)
 
 
 @cache
-def single_process() -> Rank:
+def single_process(num_experts: int = 6) -> Rank:
     """What every mesh must equal: no sharding, no checkpointing, one micro-batch."""
-    return run_distributed(observe, 1, None, [PLAIN, Mode(dtype=torch.float64)])[0]
+    return run_distributed(observe, 1, None, num_experts, [PLAIN, Mode(dtype=torch.float64)])[0]
 
 
-def assert_same_training(outcome: Outcome, mode: Mode) -> None:
+def assert_same_training(outcome: Outcome, mode: Mode, num_experts: int = 6) -> None:
     in_float64 = mode.dtype == torch.float64
-    expected = single_process().outcomes[in_float64]
+    expected = single_process(num_experts).outcomes[in_float64]
     step_rtol, parameter_rtol = (1e-10, 1e-10) if in_float64 else (1e-6, 1e-5)
     for name in ("losses", "grad_norms"):
         error = (getattr(outcome, name) / getattr(expected, name) - 1).abs().max()
@@ -198,7 +205,7 @@ def assert_same_training(outcome: Outcome, mode: Mode) -> None:
 
 
 def test_initial_weights_do_not_depend_on_the_mesh(sharded: Sharded) -> None:
-    expected = single_process().initial_weights
+    expected = single_process(sharded.num_experts).initial_weights
     for rank in sharded.ranks:
         assert rank.initial_weights.keys() == expected.keys()
         for name, weight in rank.initial_weights.items():
@@ -208,7 +215,7 @@ def test_initial_weights_do_not_depend_on_the_mesh(sharded: Sharded) -> None:
 def test_sharded_training_equals_the_single_process(sharded: Sharded) -> None:
     for index, mode in enumerate(sharded.modes):
         first, *others = [rank.outcomes[index] for rank in sharded.ranks]
-        assert_same_training(first, mode)
+        assert_same_training(first, mode, sharded.num_experts)
         for other in others:  # one number on every rank
             assert torch.equal(other.losses, first.losses)
             assert torch.equal(other.grad_norms, first.grad_norms)
@@ -224,7 +231,7 @@ def test_each_rank_holds_its_shard_only(sharded: Sharded) -> None:
 
 
 def test_checkpointing_and_micro_batches_do_not_change_training() -> None:
-    for mode, outcome in zip(FP32_MODES, run_distributed(observe, 1, None, FP32_MODES)[0].outcomes, strict=True):
+    for mode, outcome in zip(FP32_MODES, run_distributed(observe, 1, None, 6, FP32_MODES)[0].outcomes, strict=True):
         assert_same_training(outcome, mode)
 
 
@@ -241,7 +248,7 @@ def bf16_without_a_mesh() -> None:
     from moefoundry.model.transformer import MoETransformer
     from moefoundry.parallel import parallelize
 
-    parallelize(MoETransformer(model_config()), None, PrecisionConfig(compute=Compute.bf16))
+    parallelize(MoETransformer(model_config(6)), None, PrecisionConfig(compute=Compute.bf16))
 
 
 def test_bf16_without_a_mesh_is_refused() -> None:

@@ -1,23 +1,37 @@
-"""From three numbers to a device mesh. The only place that names mesh axes.
+"""From three numbers to the device meshes. The only place that names mesh axes.
 
-``replicate x shard`` is the world size: parameters are sharded over ``shard`` and copied over ``replicate`` (HSDP).
-Ranks of one shard group are neighbours, so that the collectives that move most stay inside as few nodes as possible.
+``replicate x shard`` is the world size, and ``expert`` divides ``shard``. One 3-D mesh holds all ranks,
+
+    (replicate, shard / expert, expert)
+
+and every parameter lives on a view of it:
+
+    dense     (replicate, shard)            sharded over shard, copied over replicate: HSDP
+    experts   expert                        each rank of it owns num_experts / expert experts
+              (replicate, shard / expert)   which are sharded in turn, and copied
+
+``expert`` varies fastest, then the rest of ``shard``: the ranks that exchange tokens are neighbours, then those that
+gather parameters, so that what moves most stays inside as few nodes as possible. Every rank has tokens of its own.
 Degrees are checked and inferred without torch, before any process group exists.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from moefoundry.config import ConfigError, MeshConfig, Problem
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T", bound="Tensor")
 REPLICATE = "replicate"
 SHARD = "shard"
 EXPERT = "expert"
+EXPERT_SHARD = "expert_shard"  # what is left of shard beside expert
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,23 @@ def resolve_degrees(cfg: MeshConfig, world_size: int) -> MeshDegrees:
     return MeshDegrees(replicate, shard, cfg.expert)
 
 
-def build_mesh(degrees: MeshDegrees, device_type: str) -> DeviceMesh:
-    """The mesh of dense parameters, axes (replicate, shard); needs an initialized process group.
+@dataclass(frozen=True)
+class Meshes:
+    """The views of one device mesh.
+
+    Attributes:
+        dense: To shard dense parameters on: (replicate, shard), or (shard) alone where nothing is replicated.
+        expert: Ranks among which experts are divided, 1-D.
+        expert_fsdp: To shard the experts of a rank on: (replicate, shard / expert), or the latter alone.
+    """
+
+    dense: DeviceMesh
+    expert: DeviceMesh
+    expert_fsdp: DeviceMesh
+
+
+def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
+    """The meshes of a world; needs an initialized process group.
 
     Args:
         degrees: From :func:`resolve_degrees`.
@@ -64,12 +93,21 @@ def build_mesh(degrees: MeshDegrees, device_type: str) -> DeviceMesh:
     """
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device_type, (degrees.replicate, degrees.shard), mesh_dim_names=(REPLICATE, SHARD))
+    mesh = init_device_mesh(device_type, (degrees.replicate, degrees.shard), mesh_dim_names=(REPLICATE, SHARD))
+    whole = mesh._unflatten(SHARD, (degrees.shard // degrees.expert, degrees.expert), (EXPERT_SHARD, EXPERT))
+    copied = (REPLICATE,) if degrees.replicate > 1 else ()
+    return Meshes(dense=mesh[(*copied, SHARD)], expert=whole[EXPERT], expert_fsdp=whole[(*copied, EXPERT_SHARD)])
 
 
-def dense_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh to shard dense parameters on: 2-D for HSDP, 1-D over ``shard`` where nothing is replicated."""
-    return mesh if mesh[REPLICATE].size() > 1 else mesh[SHARD]
+def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
+    """Tensors grouped by the mesh they are sharded on, plain ones together; order is kept.
+
+    Operations over lists of DTensors want one mesh; experts and the rest of the model have two.
+    """
+    groups: dict[object, list[T]] = {}
+    for tensor in tensors:
+        groups.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    return list(groups.values())
 
 
 def _error(key: str, message: str) -> ConfigError:

@@ -1,6 +1,6 @@
 """Everything that turns the single-device model into a distributed one, in the one order that works.
 
-    precision -> activation checkpointing -> FSDP
+    precision -> expert parallelism -> activation checkpointing -> FSDP
 
 Call it on a model built on meta, then :func:`materialize`: each rank allocates and fills only its own shard.
 """
@@ -11,14 +11,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moefoundry.config import ActivationCheckpointing, PrecisionConfig
-from moefoundry.mesh import dense_mesh
+from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
 from moefoundry.model.transformer import MoETransformer
+from moefoundry.moe.dispatch import AllToAllDispatcher
+from moefoundry.moe.layer import MoELayer
 from moefoundry.precision import apply_precision, full_precision_modules, mixed_precision
 
 GEMM_OPS = frozenset(
@@ -34,10 +38,16 @@ GEMM_OPS = frozenset(
 )
 """What ``selective`` keeps: products and attention; norms, activations and reorders are recomputed."""
 
+FSDP_MARKERS = frozenset(
+    {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
+)
+"""FSDP's profiler marks. Experts are an FSDP unit inside a checkpointed block, whose number of marks is another when it
+is recomputed; ``selective`` matches operations by their count and must leave these out."""
+
 
 def parallelize(
     model: MoETransformer,
-    mesh: DeviceMesh | None,
+    meshes: Meshes | None,
     precision: PrecisionConfig,
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
 ) -> None:
@@ -45,7 +55,7 @@ def parallelize(
 
     Args:
         model: As built, on any device.
-        mesh: From ``mesh.build_mesh``; None leaves the model on one device, unsharded.
+        meshes: From ``mesh.build_meshes``; None leaves the model on one device, unsharded.
         precision: The recipe's ``precision``.
         activation_checkpointing: What the backward pass recomputes.
 
@@ -53,9 +63,11 @@ def parallelize(
         ValueError: BF16 without a mesh; FSDP does the casting (a mesh of one rank will do).
     """
     apply_precision(model, precision)
+    if meshes is not None:
+        _divide_experts(model, meshes.expert)
     _checkpoint_activations(model, activation_checkpointing)
-    if mesh is not None:
-        _shard(model, mesh, precision)
+    if meshes is not None:
+        _shard(model, meshes, precision)
     elif mixed_precision(precision).param_dtype is not None:
         raise ValueError("compute: bf16 needs a mesh, if only of one rank: FSDP casts the parameters")
 
@@ -66,12 +78,24 @@ def materialize(model: MoETransformer, device: torch.device | str, seed: int) ->
     init_weights(model, model.cfg.init.std, seed)
 
 
+def _divide_experts(model: MoETransformer, mesh: DeviceMesh) -> None:
+    """Give each rank of ``mesh`` its share of every layer's experts, and the layer a dispatcher that finds them."""
+    if mesh.size() == 1:
+        return
+    for layer in moe_layers(model):
+        for name, weight in layer.experts.named_parameters():
+            share = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+            layer.experts.register_parameter(name, nn.Parameter(share))
+        layer.dispatcher = AllToAllDispatcher(model.cfg.moe.num_experts, mesh.get_group())
+
+
 def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing) -> None:
     """Checkpoint each block's ``forward`` itself; a wrapper module would change the parameters' names."""
     if mode == ActivationCheckpointing.none:
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == ActivationCheckpointing.selective:
+        SAC_IGNORED_OPS.update(FSDP_MARKERS)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     for block in model.layers:
         block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
@@ -81,11 +105,18 @@ def _keep_products(ctx: object, op: object, *args: object, **kwargs: object) -> 
     return CheckpointPolicy.MUST_SAVE if op in GEMM_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _shard(model: MoETransformer, mesh: DeviceMesh, precision: PrecisionConfig) -> None:
-    mesh = dense_mesh(mesh)
+def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) -> None:
     policy = mixed_precision(precision)
     for module in full_precision_modules(model, precision):
-        fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+        fully_shard(module, mesh=meshes.dense, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+    if meshes.expert.size() > 1:
+        for layer in moe_layers(model):
+            fully_shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=policy)
     for block in model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=meshes.dense, mp_policy=policy)
+    fully_shard(model, mesh=meshes.dense, mp_policy=policy)
+
+
+def moe_layers(model: MoETransformer) -> list[MoELayer]:
+    """The MoE layers, first to last."""
+    return [block.ffn for block in model.layers if isinstance(block.ffn, MoELayer)]

@@ -22,7 +22,6 @@ from composer.optim import (
 from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import AdamW
 
 from moefoundry.callbacks.checkpointing import Checkpointing
@@ -32,9 +31,7 @@ from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.report import write_report
 from moefoundry.callbacks.routing import RoutingMonitor
 from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
-from moefoundry.checkpoint.io import read_state
-from moefoundry.checkpoint.run_dir import check_run_dir, claim_run_dir, store_of
-from moefoundry.checkpoint.store import find_checkpoint
+from moefoundry.checkpoint.run_dir import open_run, store_of
 from moefoundry.config import (
     Compute,
     CosineWithWarmupConfig,
@@ -48,15 +45,13 @@ from moefoundry.config import (
     flatten,
 )
 from moefoundry.data.loader import build_loader
-from moefoundry.data.tokenizer import load_tokenizer
+from moefoundry.data.tokenizer import check_vocabulary
 from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, count_tokens
-from moefoundry.mesh import build_mesh, resolve_degrees
+from moefoundry.mesh import Meshes, build_meshes, by_mesh, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.parallel import materialize, parallelize
 
-NOT_ARCHITECTURE = ("model.init.", "model.moe.balance.", "model.moe.backend")
-"""Keys of ``model`` that a run may change when it starts from another's checkpoint."""
 EXPECTED_WARNINGS = (
     "FSDP2 Config/APIs are experimental",
     "torch.distributed is disabled, unavailable or uninitialized",
@@ -103,11 +98,13 @@ def build_trainer(recipe: Recipe) -> Trainer:
         UserError: Something the user can put right, named; nothing has been overwritten.
     """
     device = get_device(None)
-    mesh = setup_mesh(recipe, device)
+    meshes = setup_meshes(recipe, device)
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
+    if recipe.callbacks.report is not None:
+        check_vocabulary(Path(recipe.tokenizer.name), recipe.model.vocab_size)
     run_dir, resume_from = on_rank_zero(lambda: open_run(recipe))
-    model = build_model(recipe, mesh, device)
+    model = build_model(recipe, meshes, device)
     metrics_file = MetricsFile(run_dir)
     return MeshTrainer(
         model=ComposerMoECausalLM(model),
@@ -121,7 +118,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         accumulate_train_batch_on_tokens=True,
         callbacks=build_callbacks(recipe, metrics_file, resume_from),
         loggers=[metrics_file, *build_console(recipe), *build_loggers(recipe.loggers, run_dir)],
-        parallelism_config=None if mesh is None else ParallelismConfig(fsdp2=FSDP2Config()),
+        parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
         precision="fp32",  # the model's own: see precision.py
         device=device,
         run_name=recipe.run_name,
@@ -133,13 +130,13 @@ def build_trainer(recipe: Recipe) -> Trainer:
     )
 
 
-def setup_mesh(recipe: Recipe, device: Device) -> DeviceMesh | None:
-    """Join the process group and build the mesh; None where one plain process does."""
+def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
+    """Join the process group and build the meshes; None where one plain process does."""
     degrees = resolve_degrees(recipe.mesh, dist.get_world_size())
     if degrees.world_size == 1 and recipe.precision.compute != Compute.bf16:
         return None
     dist.initialize_dist(device, recipe.dist_timeout)
-    return build_mesh(degrees, torch.device(device._device).type)
+    return build_meshes(degrees, torch.device(device._device).type)
 
 
 def on_rank_zero(action: Callable[[], Any]) -> Any:
@@ -156,56 +153,11 @@ def on_rank_zero(action: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
-    """Check everything that the run will need, then claim its directory: that, and the checkpoint to continue."""
-    if recipe.callbacks.report is not None:
-        check_tokenizer(recipe)
-    run_dir = check_run_dir(recipe)
-    checkpoint = checkpoint_to_resume(recipe, run_dir)
-    claim_run_dir(recipe)
-    return run_dir, checkpoint
-
-
-def check_tokenizer(recipe: Recipe) -> None:
-    """The tokenizer of the report, which is needed only when all training is done.
-
-    Raises:
-        UserError: It is absent, or has tokens that the model has not.
-    """
-    vocab_size = load_tokenizer(Path(recipe.tokenizer.name)).vocab_size
-    if vocab_size > recipe.model.vocab_size:
-        raise UserError(
-            f"tokenizer.name: {recipe.tokenizer.name} has a vocabulary of {vocab_size}, "
-            f"which exceeds model.vocab_size {recipe.model.vocab_size}"
-        )
-
-
-def checkpoint_to_resume(recipe: Recipe, run_dir: Path) -> Path | None:
-    """The checkpoint to continue: with ``autoresume`` the newest of the run, else ``load_path``.
-
-    Raises:
-        UserError: It is absent, unreadable, or of another architecture.
-    """
-    latest = store_of(run_dir).latest() if recipe.autoresume else None
-    checkpoint = latest or (recipe.load_path and find_checkpoint(recipe.load_path))
-    if not checkpoint:
-        return None
-    saved, own = read_state(checkpoint)["recipe"], flatten(recipe)
-    differing = [
-        f"{key}: {saved.get(key)!r} there, {value!r} here"
-        for key, value in own.items()
-        if key.startswith("model.") and not key.startswith(NOT_ARCHITECTURE) and saved.get(key) != value
-    ]
-    if differing:
-        raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
-    return checkpoint
-
-
-def build_model(recipe: Recipe, mesh: DeviceMesh | None, device: Device) -> MoETransformer:
+def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETransformer:
     """The model, sharded, with its initial weights; no rank ever holds more than its shard."""
     with torch.device("meta"):
         model = MoETransformer(recipe.model)
-    parallelize(model, mesh, recipe.precision, recipe.activation_checkpointing)
+    parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
     materialize(model, device._device, recipe.seed)
     return model
 
@@ -221,7 +173,8 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
     plain = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [{"params": params, "weight_decay": cfg.weight_decay} for params in by_mesh(decayed)]
+    groups += [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
     return AdamW(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+from moefoundry.mesh import by_mesh
 
 
 class GradientNorm(Callback):
@@ -23,11 +27,12 @@ class GradientNorm(Callback):
         parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
         norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
+            for same_mesh in by_mesh(parameters):
+                torch.nn.utils.clip_grads_with_norm_(same_mesh, self.max_norm, norm)
         logger.log_metrics({"grad_norm": norm.item()})
 
 
-def global_norm(gradients: list[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, the same scalar on every rank; shards are summed over their mesh."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, the same scalar on every rank; shards are summed over their own mesh."""
+    norms = [torch.nn.utils.get_total_norm(same_mesh) for same_mesh in by_mesh(gradients)]
+    return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()

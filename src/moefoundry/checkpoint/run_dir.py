@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moefoundry.checkpoint.store import CheckpointStore
-from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, load_recipe
+from moefoundry.checkpoint.io import read_state
+from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
+from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -30,6 +31,22 @@ FREE_KEYS = (
     "eval_loader.num_workers",
 )
 """Keys, or prefixes of keys, that a resumed run may change."""
+
+
+NOT_ARCHITECTURE = ("model.init.", "model.moe.balance.", "model.moe.backend")
+"""Keys of ``model`` that a run may change when it starts from another's checkpoint."""
+
+
+def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
+    """Claim ``run_dir`` and find the checkpoint that the run continues, if any; one rank calls it.
+
+    Raises:
+        UserError: As :func:`check_run_dir` and :func:`checkpoint_to_resume`; nothing has been written then.
+    """
+    run_dir = check_run_dir(recipe)
+    checkpoint = checkpoint_to_resume(recipe, run_dir)
+    claim_run_dir(recipe)
+    return run_dir, checkpoint
 
 
 def check_run_dir(recipe: Recipe) -> Path:
@@ -68,6 +85,27 @@ def claim_run_dir(recipe: Recipe) -> None:
     Done when all else has been checked, so that a corrected recipe may use the directory of a mistaken one.
     """
     (Path(recipe.run_dir) / CONFIG_FILE).write_text(dump_recipe(recipe))
+
+
+def checkpoint_to_resume(recipe: Recipe, run_dir: Path) -> Path | None:
+    """The checkpoint to continue: with ``autoresume`` the newest of the run, else ``load_path``.
+
+    Raises:
+        UserError: It is absent, unreadable, or of another architecture.
+    """
+    latest = store_of(run_dir).latest() if recipe.autoresume else None
+    checkpoint = latest or (recipe.load_path and find_checkpoint(recipe.load_path))
+    if not checkpoint:
+        return None
+    saved, own = read_state(checkpoint)["recipe"], flatten(recipe)
+    differing = [
+        f"{key}: {saved.get(key)!r} there, {value!r} here"
+        for key, value in own.items()
+        if key.startswith("model.") and not key.startswith(NOT_ARCHITECTURE) and saved.get(key) != value
+    ]
+    if differing:
+        raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
+    return checkpoint
 
 
 def store_of(run_dir: Path) -> CheckpointStore:

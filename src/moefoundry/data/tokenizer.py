@@ -140,6 +140,20 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
     return _for_plain_text(backend, eos_token, files)
 
 
+def check_vocabulary(directory: Path, model_vocab_size: int) -> None:
+    """Make sure that a model has a row for each token.
+
+    Raises:
+        UserError: The tokenizer is absent, or has tokens that the model has not.
+    """
+    vocab_size = load_tokenizer(directory).vocab_size
+    if vocab_size > model_vocab_size:
+        raise UserError(
+            f"tokenizer.name: {directory} has a vocabulary of {vocab_size}, "
+            f"which exceeds model.vocab_size {model_vocab_size}"
+        )
+
+
 def _for_plain_text(backend: Tokenizer, eos_token: str, files: dict[str, bytes]) -> TextTokenizer:
     """Set the tokenizer up for documents: whole, unpadded, and blind to special tokens that the text spells out."""
     backend.no_truncation()

@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from moefoundry.model.norm import RMSNorm
 
@@ -42,21 +42,30 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
 
 
 def _fill_normal(name: str, parameter: Tensor, std: float, seed: int) -> None:
-    local, rows, columns = _owned(parameter)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    rows, *others = (_owned(parameter, dim) for dim in range(parameter.dim()))
     generator = torch.Generator()
-    row_shape = parameter.shape[1:]
     for index, row in zip(rows, local, strict=True):
         digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
         generator.manual_seed(int.from_bytes(digest[:8], "little"))
-        values = torch.empty(row_shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-        row.copy_(values[columns])
+        values = torch.empty(parameter.shape[1:], dtype=torch.float32).normal_(0.0, std, generator=generator)
+        row.copy_(values[tuple(slice(part.start, part.stop) for part in others)])
 
 
-def _owned(parameter: Tensor) -> tuple[Tensor, range, tuple[slice, ...]]:
-    """The local part of a parameter, which first-dim slices it holds, and which part of each slice."""
+def _owned(parameter: Tensor, dim: int) -> range:
+    """Which indices along ``dim`` this rank holds.
+
+    Where two mesh axes shard one dim, the plain ``Shard`` (experts among ranks) was applied first, and FSDP's
+    ``_StridedShard`` divided what it left, whatever their order in the mesh.
+    """
+    owned = range(parameter.shape[dim])
     if not isinstance(parameter, DTensor):
-        return parameter, range(parameter.shape[0]), ()
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    local = parameter.to_local()
-    columns = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
-    return local, range(offset[0], offset[0] + local.shape[0]), columns
+        return owned
+    axes = list(enumerate(parameter.placements))
+    plain = [axis for axis, placement in axes if type(placement) is Shard and placement.dim == dim]
+    strided = [axis for axis, placement in axes if isinstance(placement, _StridedShard) and placement.dim == dim]
+    for axis in plain + strided:
+        size, rank = parameter.device_mesh.size(axis), parameter.device_mesh.get_local_rank(axis)
+        step = -(-len(owned) // size)  # torch.chunk's: the last shards may be shorter, or empty
+        owned = owned[rank * step : (rank + 1) * step]
+    return owned

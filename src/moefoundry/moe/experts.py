@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from moefoundry.ops.gradient_scale import scale_gradient
 from moefoundry.ops.grouped_linear import GroupedLinear
 from moefoundry.ops.swiglu import swiglu
 
@@ -40,7 +42,15 @@ class GroupedExperts(nn.Module):
         self.grouped_linear = grouped_linear
 
     def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-        """[R, D] rows in expert order -> [R, D]."""
-        gate_RF = self.grouped_linear(rows_RD, self.gate_proj, tokens_per_expert_E)
-        up_RF = self.grouped_linear(rows_RD, self.up_proj, tokens_per_expert_E)
-        return self.grouped_linear(swiglu(gate_RF, up_RF), self.down_proj, tokens_per_expert_E)
+        """[R, D] rows in the order of this rank's experts -> [R, D]."""
+        gate, up, down = (self._local(weight) for weight in (self.gate_proj, self.up_proj, self.down_proj))
+        gate_RF = self.grouped_linear(rows_RD, gate, tokens_per_expert_E)
+        up_RF = self.grouped_linear(rows_RD, up, tokens_per_expert_E)
+        return self.grouped_linear(swiglu(gate_RF, up_RF), down, tokens_per_expert_E)
+
+    def _local(self, weight: Tensor) -> Tensor:
+        """This rank's experts. Where they are divided among G ranks they see the tokens of all G, so their gradient is a
+        sum where every other gradient is a mean over ranks: it is divided by G."""
+        if not isinstance(weight, DTensor):
+            return weight
+        return scale_gradient(weight.to_local(), 1 / weight.device_mesh.size())

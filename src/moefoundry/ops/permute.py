@@ -37,6 +37,11 @@ class RowOrder:
         """int64 [N]: which token each row holds."""
         return self.slot_of_row_N // self.row_of_slot_TK.shape[1]
 
+    def inverse(self) -> RowOrder:
+        """Of an order with K = 1: takes the rows back to where they came from."""
+        assert self.row_of_slot_TK.shape[1] == 1, "a token with several rows has no one place to go back to"
+        return RowOrder(self.row_of_slot_TK.flatten(), self.slot_of_row_N.unsqueeze(1), self.tokens_per_expert_E)
+
 
 def order_by_expert(topk_expert_ids_TK: Tensor, num_experts: int) -> RowOrder:
     """Sort slots by expert, stably.
