@@ -93,9 +93,7 @@ class Checkpointing(Callback):
         seconds = {key: datetime.timedelta(seconds=value) for key, value in timestamp.items() if key.endswith("_wct")}
         state.timestamp.load_state_dict({**timestamp, **seconds})
         for scheduler, saved in zip(state.schedulers, document["schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
-            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
-                group["lr"] = rate
+            _restore_schedule(scheduler, saved)
         assert state.train_dataloader is not None, "set before AFTER_LOAD"
         state.train_dataloader.dataset.load_state_dict(document["data"])
         state.dataset_resumption["train"] = True
@@ -115,3 +113,12 @@ class Checkpointing(Callback):
         if self._rng:
             restore_rng(self._rng, dist.get_global_rank())
             self._rng = {}
+
+
+def _restore_schedule(scheduler: Any, saved: dict[str, Any]) -> None:
+    """Put a schedule back. Its parameter groups may be fewer or more on another mesh, but have one learning rate."""
+    rate, groups = saved["_last_lr"][0], scheduler.optimizer.param_groups
+    own = {name: scheduler.state_dict()[name] for name in ("base_lrs", "lr_lambdas")}
+    scheduler.load_state_dict({**saved, **own, "_last_lr": [rate] * len(groups)})
+    for group in groups:
+        group["lr"] = rate

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from composer.core import Callback, State
 from composer.loggers import Logger
 from torch import Tensor
@@ -33,6 +34,18 @@ class GradientNorm(Callback):
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, the same scalar on every rank; shards are summed over their own mesh."""
-    norms = [torch.nn.utils.get_total_norm(same_mesh) for same_mesh in by_mesh(gradients)]
-    return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]).norm()
+    """L2 norm of all gradients together, the same scalar on every rank."""
+    squares = [_square_sum(same_mesh) for same_mesh in by_mesh(gradients)]
+    return torch.stack(squares).sum().sqrt()
+
+
+def _square_sum(gradients: list[Tensor]) -> Tensor:
+    """Sum of squares of gradients of one mesh: this rank's shards, then over every axis that shards them."""
+    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    square = torch.nn.utils.get_total_norm(shards).square()
+    first = gradients[0]
+    if isinstance(first, DTensor):
+        for axis, placement in enumerate(first.placements):
+            if not placement.is_replicate():
+                dist.all_reduce(square, group=first.device_mesh.get_group(axis))
+    return square

@@ -75,9 +75,9 @@ class LocalDispatcher:
 class AllToAllDispatcher:
     """Experts are divided among the ranks of a group: rank r owns experts ``r * E / size .. (r + 1) * E / size``.
 
-    Dispatch sorts this rank's slots by expert, so that the rows for one rank lie together; the ranks tell each other how
-    many rows come (one exchange of counts, and the one time that a layer waits for the host), exchange the rows, and
-    sort what they received by local expert. Combine is the same, backwards. A rank may receive nothing, or everything.
+    Dispatch sorts this rank's slots by expert, so that the rows for one rank lie together; the ranks tell each other
+    how many rows come (one exchange of counts, and the one time that a layer waits for the host), exchange the rows,
+    and sort what they received by local expert. Combine is the same, backwards. A rank may receive nothing, or all.
 
     Args:
         num_experts: E, a multiple of the group's size.

@@ -49,8 +49,8 @@ class GroupedExperts(nn.Module):
         return self.grouped_linear(swiglu(gate_RF, up_RF), down, tokens_per_expert_E)
 
     def _local(self, weight: Tensor) -> Tensor:
-        """This rank's experts. Where they are divided among G ranks they see the tokens of all G, so their gradient is a
-        sum where every other gradient is a mean over ranks: it is divided by G."""
+        """This rank's experts. Where they are divided among G ranks they see the tokens of all G, so their gradient is
+        a sum where every other gradient is a mean over ranks: it is divided by G."""
         if not isinstance(weight, DTensor):
             return weight
         return scale_gradient(weight.to_local(), 1 / weight.device_mesh.size())

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(rows_RI, weight_EOI, tokens_per_expert_E) -> [R, O]``."""
@@ -39,7 +40,7 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Ten
             f"got {tuple(weight_EOI.shape[1:])} of {rows_RI.dtype}; use backend loop"
         )
     offsets_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    return _RowMajorGradient.apply(F.grouped_mm(rows_RI, weight_EOI.transpose(-2, -1), offs=offsets_E))
+    return _GroupedLinear.apply(rows_RI, weight_EOI, offsets_E)
 
 
 def grouped_linear_loop(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
@@ -51,18 +52,27 @@ def grouped_linear_loop(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E
 BACKENDS: dict[str, GroupedLinear] = {"grouped_mm": grouped_linear, "loop": grouped_linear_loop}
 
 
-class _RowMajorGradient(Function):
-    """Identity; its gradient lies in memory row by row, where ``grouped_mm`` refuses an expanded or transposed one.
-
-    Not ``contiguous()``, which takes any strides for contiguous where there are no rows or there is one.
-    """
+class _GroupedLinear(Function):
+    """``F.grouped_mm`` with its gradients spelled out, for it refuses an incoming gradient that does not lie in memory
+    row by row (an expanded one, say)."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RO: Tensor) -> Tensor:
-        return rows_RO.view_as(rows_RO)
+    def forward(ctx: Any, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RI, weight_EOI, offsets_E)
+        return F.grouped_mm(rows_RI, weight_EOI.transpose(-2, -1), offs=offsets_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_RO: Tensor) -> Tensor:
-        if grad_RO.stride() == (grad_RO.shape[1], 1):
-            return grad_RO
-        return torch.empty(grad_RO.shape, dtype=grad_RO.dtype, device=grad_RO.device).copy_(grad_RO)
+    @once_differentiable
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows_RI, weight_EOI, offsets_E = ctx.saved_tensors
+        grad_RO = _row_major(grad_RO)
+        grad_rows_RI = F.grouped_mm(grad_RO, weight_EOI, offs=offsets_E) if ctx.needs_input_grad[0] else None
+        grad_weight_EOI = F.grouped_mm(grad_RO.T, rows_RI, offs=offsets_E) if ctx.needs_input_grad[1] else None
+        return grad_rows_RI, grad_weight_EOI, None
+
+
+def _row_major(x_RO: Tensor) -> Tensor:
+    """Not ``contiguous()``, which takes any strides for contiguous where there are no rows or there is one."""
+    if x_RO.stride() == (x_RO.shape[1], 1):
+        return x_RO
+    return torch.empty(x_RO.shape, dtype=x_RO.dtype, device=x_RO.device).copy_(x_RO)
