@@ -18,7 +18,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, Comparison
 from benchmarks.llm_foundry import Match, matches
-from benchmarks.processes import Channel, accept, failure, free_port, listen, running
+from benchmarks.processes import NODE, Channel, accept, failure, free_port, listen, running
 from benchmarks.worker import RECIPE
 from moefoundry.config import load_recipe
 
@@ -93,7 +93,7 @@ def worker(side: str, directory: Path, match: int, batches: int, threads: int, r
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", free_port()]
     command += ["-m", "benchmarks.worker", side, address, str(match), str(batches), str(ranks)]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads // ranks), "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | NODE | {"OMP_NUM_THREADS": str(threads // ranks), "CUDA_VISIBLE_DEVICES": ""}
     with listen(address) as server, running(command, env, log, cwd=ROOT.parent, patience=20) as process:
         channel = accept(server, process, log)
         try:

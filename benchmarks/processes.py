@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 GRACE_SECONDS = 20.0
-LOG_TAIL = 2000
+LOG_TAIL = 6000
+NODE = {"NODE_RANK": "0"}  # LLM Foundry asks for it, and torchrun does not set it
 
 
 class Channel:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, Comparison
 from benchmarks.llm_foundry import matches, training_config
-from benchmarks.processes import failure, running
+from benchmarks.processes import NODE, failure, running
 from benchmarks.worker import RECIPE
 from moefoundry.config import load_recipe
 
@@ -88,7 +88,11 @@ def first_step(launcher: str, prepare: Callable[[Path], tuple[list[str], Path]],
     with tempfile.TemporaryDirectory() as name:
         script, marker = prepare(Path(name))
         command = [sys.executable, *LAUNCHERS[launcher][0], *script]
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT.parent)}
+        env = (
+            os.environ
+            | NODE
+            | {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT.parent)}
+        )
         log = Path(name) / "log"
         start = time.perf_counter()
         with running(command, env, log, cwd=ROOT.parent) as process:

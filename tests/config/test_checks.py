@@ -65,7 +65,7 @@ def test_row22_check_recipe_alone():
         (["mesh.replicate=-1", "mesh.shard=3"], 4, ["mesh.shard"]),
         (["mesh.replicate=3"], 4, ["mesh.replicate"]),
         (["mesh.replicate=2", "mesh.shard=2"], 4, []),
-        (["mesh.replicate=2", "mesh.shard=2"], 8, ["mesh.shard"]),
+        (["mesh.replicate=2", "mesh.shard=2", "global_train_batch_size=8"], 8, ["mesh.shard"]),
         (["mesh.shard=0"], 4, ["mesh.shard"]),
         (["mesh.replicate=0", "mesh.shard=-1"], 4, ["mesh.replicate"]),
         (["mesh.expert=4", "mesh.replicate=2"], 4, ["mesh.expert"]),  # shard is 2
@@ -81,8 +81,8 @@ def test_row22_check_recipe_alone():
         (["max_seq_len=256"], None, []),
         (["max_seq_len=256", "eval_loader=null"], None, []),
         # schedule
-        (["max_duration=10ba"], None, ["scheduler.t_warmup"]),
-        (["max_duration=20ba"], None, []),
+        (["max_duration=10ba", "scheduler.t_warmup=20ba"], None, ["scheduler.t_warmup"]),
+        (["max_duration=20ba", "scheduler.t_warmup=20ba"], None, []),
         (["max_duration=1ep"], None, []),
         (["scheduler.t_warmup=0.5dur"], None, []),
         (["scheduler.t_warmup=1.5dur"], None, ["scheduler.t_warmup"]),
@@ -105,5 +105,5 @@ def test_nothing_is_said_about_keys_that_are_wrong_in_themselves():
 
 
 def test_several_relations_at_once():
-    found = broken("model.moe.top_k=17", "model.n_dense_layers=9", "max_duration=1ba", "mesh.shard=3")
+    found = broken("model.moe.top_k=17", "model.n_dense_layers=9", "scheduler.t_warmup=201ba", "mesh.shard=3")
     assert set(found) == {"model.moe.top_k", "model.n_dense_layers", "scheduler.t_warmup", "global_train_batch_size"}

@@ -225,7 +225,6 @@ def test_enums_list_what_is_allowed():
     [
         ("model.moe.backend=megablocks", "grouped_mm, loop"),
         ("precision.fp8.recipe=deepseek_v3", "null"),
-        ("mesh.expert=2", "1"),
         ("compile=true", "false"),
         ("ema={}", "null"),
         ("model.moe.capacity_factor=1.25", "null"),

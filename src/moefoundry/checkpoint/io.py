@@ -23,6 +23,7 @@ from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import UserError
 
 METADATA_FILE = ".metadata"
+STATE_KEYS = ("timestamp", "schedulers", "data", "world_size", "recipe")
 _METADATA_CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
@@ -91,9 +92,13 @@ def read_state(directory: Path) -> dict[str, Any]:
     """
     path = directory / STATE_FILE
     try:
-        return json.loads(path.read_text())
+        state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable checkpoint state: {error}") from error
+    missing = [key for key in STATE_KEYS if key not in state] if isinstance(state, dict) else STATE_KEYS
+    if missing:
+        raise UserError(f"{path}: incomplete checkpoint state: it lacks {', '.join(missing)}")
+    return state
 
 
 def stored_shapes(directory: Path) -> dict[str, torch.Size]:

@@ -95,7 +95,7 @@ class NormConfig:
 
 @dataclass
 class InitConfig:
-    std: float = key(0.02, "Standard deviation of every weight matrix; norms start at 1.", gt=0)
+    std: float = key(0.06, "Standard deviation of every weight matrix; norms start at 1.", gt=0)
 
 
 @dataclass
@@ -262,7 +262,7 @@ def _eval_loader() -> LoaderConfig:
 @dataclass
 class OptimizerConfig:
     name: str = key("adamw", "Optimizer.", available=("adamw",))
-    lr: float = key(3.0e-3, "Peak learning rate.", gt=0)
+    lr: float = key(4.0e-3, "Peak learning rate.", gt=0)
     betas: list[float] = key(lambda: [0.9, 0.95], "Decay of the first and second moment.", ge=0, lt=1, length=2)
     eps: float = key(1.0e-8, "Added to the root of the second moment.", gt=0)
     weight_decay: float = key(0.1, "Decoupled decay of weight matrices (not norms, biases, embeddings).", ge=0)
@@ -273,7 +273,7 @@ class SchedulerConfig:
     """What every schedule has; the keys of a schedule are in its subclass."""
 
     name: str = key("cosine_with_warmup", "Schedule; it decides the other keys of this mapping.")
-    t_warmup: str = key("20ba", "Linear warm-up.", pattern=DURATION)
+    t_warmup: str = key("0.3dur", "Linear warm-up.", pattern=DURATION)
 
 
 @dataclass
@@ -397,9 +397,9 @@ class Recipe:
     callbacks: CallbacksConfig = key(CallbacksConfig, "Monitors.")
     loggers: LoggersConfig = key(LoggersConfig, "Where metrics go besides metrics.jsonl.")
     max_duration: str = key("200ba", "Length of training.", pattern=INTERVAL)
-    eval_interval: str = key("50ba", "Time between evaluations.", pattern=INTERVAL)
-    global_train_batch_size: int = key(8, "Sequences of one optimizer step, over all ranks.", ge=1)
-    device_train_microbatch_size: int = key(4, "Sequences of one forward pass of one rank.", ge=1)
+    eval_interval: str = key("100ba", "Time between evaluations.", pattern=INTERVAL)
+    global_train_batch_size: int = key(4, "Sequences of one optimizer step, over all ranks.", ge=1)
+    device_train_microbatch_size: int = key(2, "Sequences of one forward pass of one rank.", ge=1)
     device_eval_batch_size: int = key(4, "Sequences of one evaluation batch of one rank.", ge=1)
     save_interval: str = key("100ba", "Time between checkpoints.", pattern=INTERVAL)
     save_num_checkpoints_to_keep: int = key(2, "Newest checkpoints kept; -1 keeps all.", ge=-1)
