@@ -19,7 +19,7 @@ from composer.optim import (
     CosineAnnealingWithWarmupScheduler,
     LinearWithWarmupScheduler,
 )
-from composer.utils import dist, get_device
+from composer.utils import collect_env, dist, get_device
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import nn
 from torch.optim import AdamW
@@ -80,6 +80,7 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    collect_env.get_cpu_model = lambda: "unknown"  # Composer starts an interpreter to learn it, and does not use it
     trainer = build_trainer(recipe)
     if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()

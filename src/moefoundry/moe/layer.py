@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AuxLossScope, MoEConfig
@@ -16,7 +17,9 @@ from moefoundry.moe.balance import balance_loss, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.router import Router, Routing
-from moefoundry.ops.grouped_linear import BACKENDS
+from moefoundry.ops.expert_mixture import expert_mixture
+from moefoundry.ops.grouped_linear import BACKENDS, grouped_linear
+from moefoundry.ops.permute import order_by_expert
 
 
 class RoutingStats(NamedTuple):
@@ -35,7 +38,13 @@ class RoutingStats(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """A drop-in for the dense FFN that also returns :class:`RoutingStats`."""
+    """A drop-in for the dense FFN that also returns :class:`RoutingStats`.
+
+    Attributes:
+        dispatcher: Where experts live; expert parallelism sets another.
+        fuse_on_cpu: Use ``expert_mixture`` where it applies. Selective checkpointing, which picks single products to
+            keep, turns it off.
+    """
 
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
@@ -45,18 +54,39 @@ class MoELayer(nn.Module):
             FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher(cfg.num_experts)
+        self.num_experts = cfg.num_experts
+        self.fuse_on_cpu = True
         self.aux_loss_scope = cfg.balance.aux_loss_scope
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
         """[B, S, D] -> [B, S, D] and the statistics of its B * S tokens."""
         tokens_TD = x_BSD.flatten(0, 1)
         routing: Routing = self.router(tokens_TD)
+        out_TD, tokens_per_expert_E = self._routed_experts(tokens_TD, routing)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(tokens_TD)
+        return out_TD.view_as(x_BSD), self._stats(routing, tokens_per_expert_E, x_BSD.shape[0])
+
+    def _routed_experts(self, tokens_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+        """What each token's experts made of it [T, D], and how many tokens each of the E experts got."""
+        if self._on_cpu_alone(tokens_TD):
+            experts, order = self.experts, order_by_expert(routing.topk_expert_ids, self.num_experts)
+            weights = (experts.gate_proj, experts.up_proj, experts.down_proj)
+            return expert_mixture(tokens_TD, routing.topk_weights, *weights, order), order.tokens_per_expert_E
         rows_RD, metadata = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids)
         rows_RD = self.experts(rows_RD, metadata.tokens_per_local_expert)
         out_TD = self.dispatcher.combine(rows_RD, routing.topk_weights, metadata)
-        if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(tokens_TD)
-        return out_TD.view_as(x_BSD), self._stats(routing, metadata.order.tokens_per_expert_E, x_BSD.shape[0])
+        return out_TD, metadata.order.tokens_per_expert_E
+
+    def _on_cpu_alone(self, tokens_TD: Tensor) -> bool:
+        """Whether the fused CPU function computes the same: fp32, all experts here, products as they are."""
+        return (
+            self.fuse_on_cpu
+            and tokens_TD.device.type == "cpu"
+            and tokens_TD.dtype == torch.float32
+            and isinstance(self.dispatcher, LocalDispatcher)
+            and self.experts.grouped_linear is grouped_linear
+        )
 
     def _stats(self, routing: Routing, tokens_per_expert_E: Tensor, num_sequences: int) -> RoutingStats:
         num_segments = num_sequences if self.aux_loss_scope == AuxLossScope.sequence else 1
