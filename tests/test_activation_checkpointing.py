@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from moefoundry.config import Compute, PrecisionConfig
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
-from moefoundry.parallel import moe_layers
 from tests.model.tiny import batch, gradients, meta_model, tiny_config, tiny_model
 
 MODES = ["none", "selective", "full"]
@@ -58,12 +57,8 @@ class LiveMemory(TorchDispatchMode):
 
 
 def model(mode: str, backend: str = "grouped_mm", dtype: torch.dtype = torch.float32, **kwargs) -> MoETransformer:
-    """Without the fused CPU function, which ``selective`` cannot use: its rounding is another, its products hidden."""
     cfg = tiny_config(backend=backend, aux_loss_weight=0.3, z_loss_weight=0.07)
-    module = tiny_model(cfg, activation_checkpointing=mode, dtype=dtype, **kwargs)
-    for layer in moe_layers(module):
-        layer.fuse_on_cpu = False
-    return module
+    return tiny_model(cfg, activation_checkpointing=mode, dtype=dtype, **kwargs)
 
 
 def step(module: MoETransformer) -> tuple[CausalLMLosses, dict[str, Tensor]]:

@@ -96,8 +96,6 @@ def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == ActivationCheckpointing.selective:
         SAC_IGNORED_OPS.update(FSDP_MARKERS)
-        for layer in moe_layers(model):
-            layer.fuse_on_cpu = False
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     for block in model.layers:
         block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]

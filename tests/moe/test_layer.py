@@ -9,6 +9,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
 from moefoundry.config import AuxLossScope, BalanceConfig, ExpertBackend, MoEConfig, RouterConfig
 from moefoundry.moe.layer import MoELayer
+from moefoundry.ops.expert_mixture import expert_mixture
 
 B, S, D, F, E = 3, 5, 16, 12, 6
 
@@ -239,3 +240,28 @@ def test_layer_equals_transformers_block(name: str, top_k: int, backend: str) ->
     expected.backward(incoming)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5)
     torch.testing.assert_close(module.router.gate.weight.grad, block.gate.weight.grad, rtol=0, atol=5e-5)
+
+
+def test_fused_cpu_function_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moefoundry.config import MoEConfig
+
+    torch.manual_seed(0)
+    module = MoELayer(32, MoEConfig(num_experts=8, top_k=3, expert_hidden_size=16))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 16, 32)
+    calls: list[Tensor] = []
+    monkeypatch.setattr(
+        "moefoundry.moe.layer.expert_mixture", lambda *args: calls.append(args[0]) or expert_mixture(*args)
+    )
+    runs = []
+    for threshold in (2**60, 0):
+        assert not calls
+        monkeypatch.setattr("moefoundry.moe.layer.PAYS_FROM_BYTES", threshold)
+        module.zero_grad()
+        out, stats = module(x)
+        (out.square().sum() + stats.balance_loss).backward()
+        runs.append([out.detach(), stats.tokens_per_expert, *(p.grad.clone() for p in module.parameters())])
+    assert len(calls) == 1
+    for plain, fused in zip(*runs, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from moefoundry.moe.balance import balance_loss, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.router import Router, Routing
-from moefoundry.ops.expert_mixture import expert_mixture
+from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import BACKENDS, grouped_linear
 from moefoundry.ops.permute import order_by_expert
 
@@ -42,8 +42,6 @@ class MoELayer(nn.Module):
 
     Attributes:
         dispatcher: Where experts live; expert parallelism sets another.
-        fuse_on_cpu: Use ``expert_mixture`` where it applies. Selective checkpointing, which picks single products to
-            keep, turns it off.
     """
 
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
@@ -55,7 +53,6 @@ class MoELayer(nn.Module):
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher(cfg.num_experts)
         self.num_experts = cfg.num_experts
-        self.fuse_on_cpu = True
         self.aux_loss_scope = cfg.balance.aux_loss_scope
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
@@ -69,7 +66,7 @@ class MoELayer(nn.Module):
 
     def _routed_experts(self, tokens_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """What each token's experts made of it [T, D], and how many tokens each of the E experts got."""
-        if self._on_cpu_alone(tokens_TD):
+        if self._fused_pays(tokens_TD):
             experts, order = self.experts, order_by_expert(routing.topk_expert_ids, self.num_experts)
             weights = (experts.gate_proj, experts.up_proj, experts.down_proj)
             return expert_mixture(tokens_TD, routing.topk_weights, *weights, order), order.tokens_per_expert_E
@@ -78,14 +75,14 @@ class MoELayer(nn.Module):
         out_TD = self.dispatcher.combine(rows_RD, routing.topk_weights, metadata)
         return out_TD, metadata.order.tokens_per_expert_E
 
-    def _on_cpu_alone(self, tokens_TD: Tensor) -> bool:
-        """Whether the fused CPU function computes the same: fp32, all experts here, products as they are."""
+    def _fused_pays(self, tokens_TD: Tensor) -> bool:
+        """Whether the fused CPU function computes the same (fp32, all experts here, products as they are), faster."""
         return (
-            self.fuse_on_cpu
-            and tokens_TD.device.type == "cpu"
+            tokens_TD.device.type == "cpu"
             and tokens_TD.dtype == torch.float32
             and isinstance(self.dispatcher, LocalDispatcher)
             and self.experts.grouped_linear is grouped_linear
+            and tokens_TD.nbytes * self.router.top_k >= PAYS_FROM_BYTES
         )
 
     def _stats(self, routing: Routing, tokens_per_expert_E: Tensor, num_sequences: int) -> RoutingStats:

@@ -1,10 +1,11 @@
 """All of a local MoE layer's expert work in one function, for CPUs: one expert at a time, in buffers that fit a cache.
 
 ``permute -> grouped_linear x3 -> unpermute`` makes a dozen tensors of N = T * K rows. On a GPU they cost bandwidth; on
-a CPU the large ones are mapped from the system and cleared anew at each call, which costs as much as the products.
-Here the rows of one expert are gathered, multiplied and added to the output before the next expert begins; only the
-two SwiGLU inputs are kept. The gradient of a top-k weight is taken before ``down``, where rows are F wide, so expert
-outputs are never needed again. No scatter meets another: a token occurs once among an expert's rows.
+a CPU those of 32 MiB and more, which glibc never keeps, are mapped from the system and cleared anew at each call, and
+that costs about as much as the products (below 32 MiB the plain parts are as fast). Here the rows of one expert are
+gathered, multiplied and added to the output before the next expert begins; only the two SwiGLU inputs are kept. The
+gradient of a top-k weight is taken before ``down``, where rows are F wide, so expert outputs are never needed again.
+No scatter meets another: a token occurs once among an expert's rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moefoundry.ops.permute import RowOrder, permute_reference, unpermute_refere
 from moefoundry.ops.swiglu import swiglu_reference
 
 aten = torch.ops.aten
+PAYS_FROM_BYTES = 32 << 20  # of one [N, D] tensor
 
 
 def expert_mixture(

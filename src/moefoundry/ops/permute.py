@@ -59,13 +59,12 @@ def order_by_expert(topk_expert_ids_TK: Tensor, num_experts: int) -> RowOrder:
 
 
 def count_by_expert(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """int64 [E]: how often each expert occurs in ``expert_ids`` (integers of any shape).
-
-    Not ``bincount``, which on a GPU waits for the host.
-    """
-    ids = expert_ids.flatten()
-    ones = torch.ones_like(ids, dtype=torch.int64)
-    return torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids.long(), ones)
+    """int64 [E]: how often each expert occurs in ``expert_ids`` (integers of any shape)."""
+    ids = expert_ids.flatten().long()
+    if ids.device.type == "cpu":
+        return torch.bincount(ids, minlength=num_experts)
+    # on a GPU bincount waits for the host
+    return torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def permute(tokens_TD: Tensor, order: RowOrder) -> Tensor:
