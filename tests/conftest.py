@@ -1,5 +1,6 @@
 """What several test packages share: a tiny corpus, recipes for it, and the ranks' server started in time."""
 
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from moefoundry.config import Recipe, load_recipe
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads than free cores wait for each other, busily
 
 TINY = (
     "run_name=tiny",

@@ -1,0 +1,69 @@
+"""The pages' commands name things that exist, and their recipes are valid."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moefoundry.cli.main import COMMANDS
+from moefoundry.config import load_recipe, split_arguments
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")]
+)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [(page.name, text) for page in PAGES for text in pattern.findall(page.read_text())]
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    lines = [(page, line) for page, text in blocks("bash") for line in text.replace("\\\n", " ").splitlines()]
+    return [(page, shlex.split(line, comments=True)) for page, line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_recipes_in_the_pages_are_valid(tmp_path: Path) -> None:
+    recipes = blocks("yaml")
+    assert recipes
+    for _, text in recipes:
+        (tmp_path / "recipe.yaml").write_text(text)
+        load_recipe(tmp_path / "recipe.yaml")
+        assert yaml.safe_load(text)
+
+
+def test_commands_of_the_command_line_exist() -> None:
+    used = {words[1] for _, words in commands() if words[0] == "moefoundry"}
+    assert used
+    assert used <= set(COMMANDS)
+
+
+def test_overrides_in_the_pages_are_valid() -> None:
+    checked = 0
+    for _, words in commands():
+        if "scripts/train.py" in words:
+            arguments = words[words.index("scripts/train.py") + 1 :]
+        elif words[:2] == ["moefoundry", "validate"]:
+            arguments = [word for word in words[2:] if "=" in word or word.endswith(".yaml")]
+        else:
+            continue
+        _, overrides = split_arguments(arguments)
+        load_recipe(None, overrides)
+        checked += 1
+    assert checked >= 3, "the pages show how to launch"
+
+
+def test_make_targets_in_the_pages_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for _, words in commands():
+        if words[0] == "make" and len(words) > 1:
+            assert f"\n{words[1]}:" in makefile, words[1]
