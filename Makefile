@@ -76,10 +76,10 @@ lint: setup ## style, types, layer order, Dockerfile
 bench: setup ## the comparisons of benchmarks/
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-docs: setup ## regenerate the recipe reference and the architecture picture
-	$(BIN)/python -m moefoundry.config.reference > docs/recipe.md.tmp
-	mv docs/recipe.md.tmp docs/recipe.md
+docs: setup ## regenerate the recipe reference and the pictures
+	$(BIN)/python -m moefoundry.config.reference docs/recipe.md
 	$(BIN)/python docs/architecture.py
+	$(BIN)/python docs/mesh.py
 
 docker: ## build the GPU image
 	docker build -t moefoundry .

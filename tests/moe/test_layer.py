@@ -265,3 +265,26 @@ def test_fused_cpu_function_changes_nothing_but_rounding(monkeypatch: pytest.Mon
     assert len(calls) == 1
     for plain, fused in zip(*runs, strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_on_a_gpu_it_computes_what_it_computes_on_a_cpu(dtype: torch.dtype, tolerance: float) -> None:
+    from moefoundry.config import MoEConfig
+
+    torch.manual_seed(0)
+    on_cpu = MoELayer(64, MoEConfig(num_experts=8, top_k=2, expert_hidden_size=32))
+    for parameter in on_cpu.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    on_gpu = MoELayer(64, MoEConfig(num_experts=8, top_k=2, expert_hidden_size=32)).cuda().to(dtype)
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    on_cpu.load_state_dict({name: weight.float().cpu() for name, weight in on_gpu.state_dict().items()})
+    x = torch.randn(2, 128, 64).to(dtype)
+    expected = on_cpu(x.float())[0]
+    expected.square().sum().backward()
+    out = on_gpu(x.cuda())[0]
+    out.square().sum().backward()
+    torch.testing.assert_close(out.float().cpu(), expected, rtol=tolerance, atol=tolerance)
+    for (name, ours), theirs in zip(on_gpu.named_parameters(), on_cpu.parameters(), strict=True):
+        error = (ours.grad.float().cpu() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < tolerance, name
