@@ -19,6 +19,7 @@ TINY = (
     "model.d_model=32",
     "model.n_layers=3",
     "model.ffn_hidden_size=64",
+    "model.init.std=0.02",
     "model.attention={n_heads: 4, n_kv_heads: 2}",
     "model.moe={num_experts: 4, top_k: 2, expert_hidden_size: 32}",
     "optimizer.lr=1e-2",

@@ -17,6 +17,8 @@ from moefoundry.config import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
+STATE = dict.fromkeys(io.STATE_KEYS, 3)
+
 
 def tensors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +33,7 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    io.write(tmp_path, tensors(), {"batch": 3})
+    io.write(tmp_path, tensors(), STATE)
     return tmp_path
 
 
@@ -40,7 +42,7 @@ def test_round_trip_is_exact(checkpoint: Path) -> None:
     io.read_into(checkpoint, read)
     for name, tensor in tensors().items():
         assert torch.equal(read[name], tensor), name
-    assert io.read_state(checkpoint) == {"batch": 3}
+    assert io.read_state(checkpoint) == STATE
     assert io.stored_shapes(checkpoint) == {name: tensor.shape for name, tensor in tensors().items()}
 
 
@@ -126,6 +128,12 @@ def test_damaged_metadata_is_named(checkpoint: Path) -> None:
         io.stored_shapes(checkpoint)
 
 
+def test_state_that_lacks_something_is_named(checkpoint: Path) -> None:
+    (checkpoint / io.STATE_FILE).write_text('{"timestamp": {}, "data": {}}')
+    with pytest.raises(UserError, match=r"state\.json: incomplete checkpoint state: it lacks schedulers, world_size"):
+        io.read_state(checkpoint)
+
+
 @pytest.mark.parametrize("content", [b"", b'{"batch": 3', b"\xff\xfe", None])
 def test_damaged_state_is_named(checkpoint: Path, content: bytes | None) -> None:
     file = checkpoint / io.STATE_FILE
@@ -145,4 +153,4 @@ def test_a_missing_shard_is_named(checkpoint: Path) -> None:
 
 
 def test_state_is_plain_json(checkpoint: Path) -> None:
-    assert json.loads((checkpoint / io.STATE_FILE).read_text()) == {"batch": 3}
+    assert json.loads((checkpoint / io.STATE_FILE).read_text()) == STATE

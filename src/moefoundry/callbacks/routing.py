@@ -27,7 +27,6 @@ class RoutingMonitor(Callback):
         self.first_moe_layer = first_moe_layer
         self._tokens_per_expert_LE: Tensor | None = None
         self._entropy_sum_L: Tensor | None = None
-        self._micro_batches = 0
 
     def after_loss(self, state: State, logger: Logger) -> None:
         losses = state.outputs
@@ -35,15 +34,13 @@ class RoutingMonitor(Callback):
             self._tokens_per_expert_LE = torch.zeros_like(losses.tokens_per_expert)
             self._entropy_sum_L = torch.zeros_like(losses.router_entropy)
         self._tokens_per_expert_LE += losses.tokens_per_expert
-        self._entropy_sum_L += losses.router_entropy
-        self._micro_batches += 1
+        self._entropy_sum_L += losses.router_entropy * losses.tokens_per_expert.sum(dim=-1)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         counts_LE, entropy_L = self._tokens_per_expert_LE, self._entropy_sum_L
         assert counts_LE is not None, "no forward pass in this batch"
         assert entropy_L is not None, "set with the counts"
-        entropy_L = entropy_L / self._micro_batches
-        self._tokens_per_expert_LE, self._entropy_sum_L, self._micro_batches = None, None, 0
+        self._tokens_per_expert_LE, self._entropy_sum_L = None, None
         if counts_LE.numel() == 0:
             return
         dist.all_reduce(counts_LE)
@@ -51,7 +48,7 @@ class RoutingMonitor(Callback):
         logger.log_metrics(
             {
                 "moe/max_violation": max_violation(counts_LE).mean().item(),
-                "moe/router_entropy": (entropy_L.mean() / dist.get_world_size()).item(),
+                "moe/router_entropy": (entropy_L / counts_LE.sum(dim=-1)).mean().item(),
                 "moe/dropped_fraction": 0.0,
             }
         )
