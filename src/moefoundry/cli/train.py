@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 
@@ -29,10 +31,17 @@ def run(args: argparse.Namespace) -> int:
 
         from moefoundry.train import train
 
-        launcher = ["composer", "-n", str(world_size)] if world_size > 1 else ["python"]
-        train(recipe, command=[*launcher, "scripts/train.py", *args.arguments])
+        train(recipe, command=[*_launcher(world_size), "scripts/train.py", *args.arguments])
     except UserError:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             raise
         return 2  # the first rank of this node has said why
     return 0
+
+
+def _launcher(world_size: int) -> list[str]:
+    """What starts as many ranks with this environment's interpreter, whether or not the environment is activated."""
+    binaries = Path(sys.executable).parent
+    if binaries.is_relative_to(Path.cwd()):
+        binaries = binaries.relative_to(Path.cwd())
+    return [str(binaries / "composer"), "-n", str(world_size)] if world_size > 1 else [str(binaries / "python")]

@@ -331,7 +331,9 @@ class MemoryMonitorConfig:
 
 @dataclass
 class ReportConfig:
-    prompt: str = key('def read_lines(path):\n    """', "Text that the trained model continues at the end of the run.")
+    prompt: str = key(
+        "def is_valid(self, value):\n    if", "Text that the trained model continues at the end of the run."
+    )
     max_new_tokens: int = key(48, "Tokens of the continuation.", ge=0)
 
 
