@@ -22,6 +22,7 @@ from moefoundry.config import (
 from tests.distributed import run_distributed
 
 MESHES = [(1, 2, 1), (2, 1, 1), (1, 2, 2), (1, 4, 1), (2, 2, 1), (1, 4, 2), (1, 4, 4), (2, 2, 2)]
+LARGE_MESHES = [(1, 8, 1), (1, 8, 2), (1, 8, 4), (1, 8, 8), (2, 4, 2), (2, 4, 4), (4, 2, 2), (8, 1, 1)]
 STEPS = 5
 SEQUENCES, LENGTH = 16, 16
 SEED = 5
@@ -175,7 +176,11 @@ class Sharded(NamedTuple):
     ranks: list[Rank]
 
 
-@pytest.fixture(scope="module", params=MESHES, ids="replicate{0[0]}-shard{0[1]}-expert{0[2]}".format)
+@pytest.fixture(
+    scope="module",
+    params=[*MESHES, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in LARGE_MESHES)],
+    ids="replicate{0[0]}-shard{0[1]}-expert{0[2]}".format,
+)
 def sharded(request: pytest.FixtureRequest) -> Sharded:
     """One world, in which everything is tried."""
     replicate, shard, expert = request.param

@@ -69,6 +69,20 @@ def test_resumed_on_fewer_ranks(tiny_recipe: Tiny, tmp_path: Path, whole: Run, w
         assert resumed.column(key) == pytest.approx(expected, rel=1e-4), key
 
 
+@pytest.mark.parametrize("world_size", [2], indirect=True, scope="module")
+def test_resumed_on_a_mesh_that_shares_the_experts(
+    tiny_recipe: Tiny, tmp_path: Path, whole: Run, world_size: int
+) -> None:
+    """And back again, on the first mesh."""
+    shared = "mesh={replicate: 1, shard: 2, expert: 2}"
+    there = run_recipe(tiny_recipe(tmp_path / "there", *STEPS, shared, checkpoint(whole, 4)), world_size)
+    back = run_recipe(tiny_recipe(tmp_path / "back", *STEPS, checkpoint(there, 10)), world_size)
+    for run, first in ((there, 5), (back, 11)):
+        for key in (*LOSSES, "grad_norm"):
+            expected = {batch: value for batch, value in whole.column(key).items() if batch >= first}
+            assert run.column(key) == pytest.approx(expected, rel=1e-4), key
+
+
 def kill_in_batch_9() -> None:
     """The last rank dies as a node does: at once, in the middle of a step."""
     from composer.core import Callback, Event

@@ -1,6 +1,7 @@
 """Runs from end to end: what they compute, on every split of the work, and what they write."""
 
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def values(run: Run) -> dict[str, list[float]]:
 
 def test_values_do_not_depend_on_ranks_and_micro_batches(tiny_recipe: Tiny, tmp_path: Path) -> None:
     def train(world_size: int, micro_batch: int, *changes: str) -> dict[str, list[float]]:
-        run_dir = tmp_path / f"{world_size}-{micro_batch}-{len(changes)}"
+        run_dir = Path(tempfile.mkdtemp(dir=tmp_path))
         changes = (*changes, f"device_train_microbatch_size={micro_batch}", f"device_eval_batch_size={micro_batch}")
         return values(run_recipe(tiny_recipe(run_dir, "max_duration=5ba", "eval_interval=2ba", *changes), world_size))
 
@@ -111,6 +112,7 @@ def test_values_do_not_depend_on_ranks_and_micro_batches(tiny_recipe: Tiny, tmp_
         "micro 1": train(1, 1),
         "micro 3, which leaves a smaller one": train(1, 3),
         "2 ranks, micro 1": train(2, 1),
+        "2 ranks that share the experts": train(2, 2, "mesh={replicate: 1, shard: 2, expert: 2}"),
         "2 replicas, checkpointing": train(2, 2, "mesh={replicate: 2, shard: 1}", "activation_checkpointing=full"),
     }
     for label, series in runs.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     except UserError:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             raise
-        return 2  # the first rank of this node has said why
+        time.sleep(1)  # launchers end every rank when one ends: let the first of this node say why
+        return 2
     return 0
 
 
