@@ -40,6 +40,7 @@ PLAIN = Mode()
 FP32_MODES = [Mode(checkpointing, count) for checkpointing in ActivationCheckpointing for count in (1, 4)]
 FLOAT64 = Mode(ActivationCheckpointing.full, 4, torch.float64)
 FEW_MODES = [PLAIN, Mode(ActivationCheckpointing.selective, 4), FLOAT64]  # four ranks on two cores take their time
+EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in FEW_MODES]  # of two sequences
 
 
 class Outcome(NamedTuple):
@@ -185,7 +186,7 @@ def sharded(request: pytest.FixtureRequest) -> Sharded:
     """One world, in which everything is tried."""
     replicate, shard, expert = request.param
     num_experts = experts_for(expert)
-    modes = [*FP32_MODES, FLOAT64] if replicate * shard == 2 else FEW_MODES
+    modes = {2: [*FP32_MODES, FLOAT64], 4: FEW_MODES, 8: EIGHT_RANKS_MODES}[replicate * shard]
     ranks = run_distributed(observe, replicate * shard, request.param, num_experts, modes)
     return Sharded(replicate, shard, num_experts, modes, ranks)
 
