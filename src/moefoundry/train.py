@@ -51,6 +51,7 @@ from moefoundry.foundry import ComposerMoECausalLM, count_tokens
 from moefoundry.mesh import Meshes, build_meshes, by_mesh, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.parallel import materialize, parallelize
+from moefoundry.planning.describe import count_parameters
 
 EXPECTED_WARNINGS = (
     "FSDP2 Config/APIs are experimental",
@@ -213,7 +214,9 @@ def build_console(recipe: Recipe) -> list[LoggerDestination]:
     """What a person sees."""
     if not (recipe.log_to_console or recipe.progress_bar):
         return []
-    return [Console(recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]
+    ranks = dist.get_world_size()
+    title = f"{recipe.run_name}: {count_parameters(recipe.model)}; {ranks} rank{'s' if ranks > 1 else ''}"
+    return [Console(title, recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]
 
 
 def build_loggers(cfg: LoggersConfig, run_dir: Path) -> list[LoggerDestination]:

@@ -67,6 +67,7 @@ def test_the_newest_checkpoints_are_kept(run: Run) -> None:
 
 def test_console_lines_are_for_people(run: Run) -> None:
     lines = [line for line in run.err.splitlines() if line.startswith("batch ")]
+    assert any("parameters" in line and "active; " in line for line in run.err.splitlines())
     shown = {line["batch"]: line for line in run.metrics}
     expected = []
     for batch in (1, 3, 4, 6, 8):

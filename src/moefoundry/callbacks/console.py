@@ -15,12 +15,14 @@ class Console(LoggerDestination):
     """Prints from rank 0.
 
     Args:
+        title: Printed when training begins.
         interval: Time between two lines (``10ba``, ``1ep``); None prints only evaluations.
         progress_bar: Show a bar, if ``stream`` is a terminal.
         stream: Where to print; standard error if None.
     """
 
-    def __init__(self, interval: str | None, progress_bar: bool, stream: TextIO | None = None) -> None:
+    def __init__(self, title: str, interval: str | None, progress_bar: bool, stream: TextIO | None = None) -> None:
+        self.title = title
         self.interval = None if interval is None else Time.from_timestring(interval)
         self.stream = sys.stderr if stream is None else stream
         self.progress_bar = progress_bar and self.stream.isatty()
@@ -31,6 +33,8 @@ class Console(LoggerDestination):
         self._metrics.update(metrics)
 
     def fit_start(self, state: State, logger: Logger) -> None:
+        if self.interval is not None:
+            self._print(self.title)
         if self.progress_bar and dist.get_global_rank() == 0 and state.max_duration is not None:
             duration, now = state.max_duration, state.timestamp.get(state.max_duration.unit)
             self._bar = tqdm(
