@@ -83,6 +83,7 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         warnings.filterwarnings("ignore", message)
     collect_env.get_cpu_model = lambda: "unknown"  # Composer starts an interpreter to learn it, and does not use it
     trainer = build_trainer(recipe)
+    trainer.logger.log_hyperparameters(flatten(recipe))
     if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
         trainer.fit()
     if (report := recipe.callbacks.report) is not None:

@@ -42,8 +42,11 @@ def test_tracker_writes_offline(tiny_recipe: Callable[..., Recipe], tmp_path: Pa
         logged = [float(line.split()[1]) for line in files[0].read_text().splitlines()]
         assert logged == list(run.column("loss/train/total").values())
         assert (files[0].parents[2] / "metrics/eval/LanguageCrossEntropy").is_file()
+        (parameter,) = tmp_path.glob("mlruns/*/*/params/model.moe.top_k")
+        assert parameter.read_text() == "2"
     else:
         content = b"".join(path.read_bytes() for path in files)
         for metric in (b"loss/train/total", b"grad_norm", b"moe/max_violation", b"metrics/eval/LanguageCrossEntropy"):
             assert metric in content, metric
+        assert tracker == "tensorboard" or b"model.moe.top_k" in content, "the recipe goes along"
     assert len(run.metrics) == 4
