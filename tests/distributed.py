@@ -133,13 +133,11 @@ def _join_world(scratch: Path, rank: int, world_size: int, segment: int, timeout
 
     import torch
     import torch.distributed as dist
-    from composer.utils import collect_env
     from streaming.base.shared import prefix
 
     tempfile.tempdir = str(scratch)
     # Names of a call's own: neither a killed run of this machine nor another test can be met, and all can be removed.
     prefix._each_prefix_int = lambda: count(segment)
-    collect_env.get_cpu_model = lambda: "unknown"  # starts an interpreter to find out: a second for each trainer
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in ranks.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500", OMP_NUM_THREADS="1")

@@ -63,9 +63,10 @@ def parallelize(
         ValueError: BF16 without a mesh; FSDP does the casting (a mesh of one rank will do).
     """
     apply_precision(model, precision)
-    if meshes is not None:
+    if meshes is not None and meshes.expert.size() > 1:
         _divide_experts(model, meshes.expert)
-    _checkpoint_activations(model, activation_checkpointing)
+    if activation_checkpointing != ActivationCheckpointing.none:
+        _checkpoint_activations(model, activation_checkpointing)
     if meshes is not None:
         _shard(model, meshes, precision)
     elif mixed_precision(precision).param_dtype is not None:
@@ -80,8 +81,6 @@ def materialize(model: MoETransformer, device: torch.device | str, seed: int) ->
 
 def _divide_experts(model: MoETransformer, mesh: DeviceMesh) -> None:
     """Give each rank of ``mesh`` its share of every layer's experts, and the layer a dispatcher that finds them."""
-    if mesh.size() == 1:
-        return
     for layer in moe_layers(model):
         for name, weight in layer.experts.named_parameters():
             share = distribute_tensor(weight.detach(), mesh, [Shard(0)])
@@ -91,8 +90,6 @@ def _divide_experts(model: MoETransformer, mesh: DeviceMesh) -> None:
 
 def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing) -> None:
     """Checkpoint each block's ``forward`` itself; a wrapper module would change the parameters' names."""
-    if mode == ActivationCheckpointing.none:
-        return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == ActivationCheckpointing.selective:
         SAC_IGNORED_OPS.update(FSDP_MARKERS)

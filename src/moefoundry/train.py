@@ -51,7 +51,7 @@ from moefoundry.foundry import ComposerMoECausalLM, count_tokens
 from moefoundry.mesh import Meshes, build_meshes, by_mesh, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.parallel import materialize, parallelize
-from moefoundry.planning.describe import count_parameters
+from moefoundry.planning.describe import parameter_counts
 
 EXPECTED_WARNINGS = (
     "FSDP2 Config/APIs are experimental",
@@ -81,7 +81,6 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    collect_env.get_cpu_model = lambda: "unknown"  # Composer starts an interpreter to learn it, and does not use it
     trainer = build_trainer(recipe)
     trainer.logger.log_hyperparameters(flatten(recipe))
     if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
@@ -100,6 +99,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     Raises:
         UserError: Something the user can put right, named; nothing has been overwritten.
     """
+    collect_env.get_cpu_model = lambda: "unknown"  # Composer starts an interpreter to learn it, and does not use it
     device = get_device(None)
     meshes = setup_meshes(recipe, device)
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
@@ -120,7 +120,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         accumulate_train_batch_on_tokens=True,
         callbacks=build_callbacks(recipe, metrics_file, resume_from),
-        loggers=[metrics_file, *build_console(recipe), *build_loggers(recipe.loggers, run_dir)],
+        loggers=[metrics_file, *build_console(recipe, model), *build_loggers(recipe.loggers, run_dir)],
         parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
         precision="fp32",  # the model's own: see precision.py
         device=device,
@@ -211,12 +211,12 @@ def build_callbacks(recipe: Recipe, metrics_file: MetricsFile, resume_from: Path
     return [callback for callback in callbacks if callback]
 
 
-def build_console(recipe: Recipe) -> list[LoggerDestination]:
+def build_console(recipe: Recipe, model: MoETransformer) -> list[LoggerDestination]:
     """What a person sees."""
     if not (recipe.log_to_console or recipe.progress_bar):
         return []
     ranks = dist.get_world_size()
-    title = f"{recipe.run_name}: {count_parameters(recipe.model)}; {ranks} rank{'s' if ranks > 1 else ''}"
+    title = f"{recipe.run_name}: {parameter_counts(model)}; {ranks} rank{'s' if ranks > 1 else ''}"
     return [Console(title, recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]
 
 

@@ -52,7 +52,6 @@ class MoELayer(nn.Module):
             FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher(cfg.num_experts)
-        self.num_experts = cfg.num_experts
         self.aux_loss_scope = cfg.balance.aux_loss_scope
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
@@ -67,8 +66,8 @@ class MoELayer(nn.Module):
     def _routed_experts(self, tokens_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
         """What each token's experts made of it [T, D], and how many tokens each of the E experts got."""
         if self._fused_pays(tokens_TD):
-            experts, order = self.experts, order_by_expert(routing.topk_expert_ids, self.num_experts)
-            weights = (experts.gate_proj, experts.up_proj, experts.down_proj)
+            weights = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+            order = order_by_expert(routing.topk_expert_ids, len(weights[0]))
             return expert_mixture(tokens_TD, routing.topk_weights, *weights, order), order.tokens_per_expert_E
         rows_RD, metadata = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids)
         rows_RD = self.experts(rows_RD, metadata.tokens_per_local_expert)

@@ -34,13 +34,18 @@ class ParameterCounts:
 def count_parameters(cfg: ModelConfig) -> ParameterCounts:
     """Count the parameters of the model that ``cfg`` declares."""
     with torch.device("meta"):
-        model = MoETransformer(cfg)
+        return parameter_counts(MoETransformer(cfg))
+
+
+def parameter_counts(model: MoETransformer) -> ParameterCounts:
+    """Count the parameters of a model that is there, sharded or not."""
+    moe = model.cfg.moe
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
     routed = sum(parameter.numel() for module in experts for parameter in module.parameters())
     return ParameterCounts(
         total=total,
-        active=total - routed + routed * cfg.moe.top_k // cfg.moe.num_experts,
+        active=total - routed + routed * moe.top_k // moe.num_experts,
         routed_experts=routed,
         embedding=model.embed_tokens.weight.numel(),
     )
