@@ -116,9 +116,10 @@ def _run_rank(
     log = os.open(scratch / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.dump_traceback_later(timeout, exit=True, file=log)
+    faulthandler.dump_traceback_later(START_SECONDS, exit=True, file=log)
     try:
         _join_world(scratch, rank, world_size, segment, timeout)
+        faulthandler.dump_traceback_later(timeout, exit=True, file=log)
         outcome = (fn(*args), None, "")
         message = pickle.dumps(_to_cpu(outcome))
     except BaseException as error:
@@ -148,8 +149,10 @@ def _join_world(scratch: Path, rank: int, world_size: int, segment: int, timeout
             init_method=f"file://{scratch / 'rendezvous'}",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=START_SECONDS),  # a busy machine forks slowly; the test's own time begins below
         )
+        dist.barrier()  # a rank that returns at once must not close connections that another is still opening
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), dist.group.WORLD)
 
 
 def _to_cpu(value: Any) -> Any:
