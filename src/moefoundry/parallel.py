@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -65,6 +66,8 @@ def parallelize(
     apply_precision(model, precision)
     if meshes is not None and meshes.expert.size() > 1:
         _divide_experts(model, meshes.expert)
+    if meshes is not None and model.step_counts is not None:
+        model.step_counts.group = dist.group.WORLD  # every rank is a data-parallel rank
     if activation_checkpointing != ActivationCheckpointing.none:
         _checkpoint_activations(model, activation_checkpointing)
     if meshes is not None:
@@ -117,3 +120,8 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
 def moe_layers(model: MoETransformer) -> list[MoELayer]:
     """The MoE layers, first to last."""
     return [block.ffn for block in model.layers if isinstance(block.ffn, MoELayer)]
+
+
+def moe_layer_indices(model: MoETransformer) -> list[int]:
+    """Index among the model's blocks of each MoE layer."""
+    return [index for index, block in enumerate(model.layers) if isinstance(block.ffn, MoELayer)]

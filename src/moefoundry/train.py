@@ -29,7 +29,7 @@ from moefoundry.callbacks.console import Console
 from moefoundry.callbacks.gradient_norm import GradientNorm
 from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.report import write_report
-from moefoundry.callbacks.routing import RoutingMonitor
+from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
 from moefoundry.checkpoint.run_dir import open_run, store_of
 from moefoundry.config import (
@@ -50,7 +50,7 @@ from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, count_tokens
 from moefoundry.mesh import Meshes, build_meshes, by_mesh, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
-from moefoundry.parallel import materialize, parallelize
+from moefoundry.parallel import materialize, moe_layer_indices, parallelize
 from moefoundry.planning.describe import parameter_counts
 
 EXPECTED_WARNINGS = (
@@ -119,7 +119,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         accumulate_train_batch_on_tokens=True,
-        callbacks=build_callbacks(recipe, metrics_file, resume_from),
+        callbacks=build_callbacks(recipe, model, metrics_file, resume_from),
         loggers=[metrics_file, *build_console(recipe, model), *build_loggers(recipe.loggers, run_dir)],
         parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
         precision="fp32",  # the model's own: see precision.py
@@ -190,7 +190,9 @@ def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
     return ConstantWithWarmupScheduler(t_warmup=cfg.t_warmup)
 
 
-def build_callbacks(recipe: Recipe, metrics_file: MetricsFile, resume_from: Path | None) -> list[Callback]:
+def build_callbacks(
+    recipe: Recipe, model: MoETransformer, metrics_file: MetricsFile, resume_from: Path | None
+) -> list[Callback]:
     """The run's callbacks, in the order they act."""
     clipping, wanted = recipe.algorithms.gradient_clipping, recipe.callbacks
     checkpointing = Checkpointing(
@@ -202,7 +204,8 @@ def build_callbacks(recipe: Recipe, metrics_file: MetricsFile, resume_from: Path
     )
     callbacks = [
         GradientNorm(clipping.clipping_threshold if clipping else None),
-        RoutingMonitor(metrics_file.record, first_moe_layer=recipe.model.n_dense_layers),
+        model.step_counts and GlobalBatchBalance(model.step_counts),
+        RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
         wanted.speed_monitor and SpeedMonitor(wanted.speed_monitor.window_size),
         wanted.lr_monitor and LRMonitor(),
         wanted.memory_monitor and MemoryMonitor(),

@@ -72,7 +72,7 @@ def routing() -> list[dict]:
     from moefoundry.callbacks.routing import RoutingMonitor
 
     recorded: list[dict] = []
-    monitor = RoutingMonitor(recorded.append, first_moe_layer=1)
+    monitor = RoutingMonitor(recorded.append, layers=[1, 2])
     logger = SimpleNamespace(log_metrics=recorded.append)
     for counts, entropy in (([[3, 1], [2, 2]], [0.2, 0.4]), ([[3, 1], [0, 4]], [0.4, 0.6])):
         outputs = SimpleNamespace(tokens_per_expert=torch.tensor(counts), router_entropy=torch.tensor(entropy))

@@ -227,7 +227,6 @@ def test_enums_list_what_is_allowed():
         ("precision.fp8.recipe=deepseek_v3", "null"),
         ("compile=true", "false"),
         ("ema={}", "null"),
-        ("model.moe.capacity_factor=1.25", "null"),
         ("icl_tasks=[lambada]", "null"),
     ],
 )

@@ -10,7 +10,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from moefoundry.moe.balance import max_violation
+from moefoundry.moe.balance import StepCounts, max_violation
 
 
 class RoutingMonitor(Callback):
@@ -19,12 +19,12 @@ class RoutingMonitor(Callback):
 
     Args:
         record: Takes metrics that are no scalars (see :class:`~moefoundry.callbacks.metrics_file.MetricsFile`).
-        first_moe_layer: Index in the model of the first layer with experts.
+        layers: Index in the model of each layer with experts.
     """
 
-    def __init__(self, record: Callable[[dict[str, list[float]]], None], first_moe_layer: int) -> None:
+    def __init__(self, record: Callable[[dict[str, list[float]]], None], layers: list[int]) -> None:
         self.record = record
-        self.first_moe_layer = first_moe_layer
+        self.layers = layers
         self._tokens_per_expert_LE: Tensor | None = None
         self._entropy_sum_L: Tensor | None = None
 
@@ -53,4 +53,14 @@ class RoutingMonitor(Callback):
             }
         )
         load_LE = counts_LE.double() / counts_LE.sum(dim=-1, keepdim=True)
-        self.record({f"moe/load/layer{self.first_moe_layer + i}": load.tolist() for i, load in enumerate(load_LE)})
+        self.record({f"moe/load/layer{i}": load.tolist() for i, load in zip(self.layers, load_LE, strict=True)})
+
+
+class GlobalBatchBalance(Callback):
+    """Begins the counts of ``aux_loss_scope: global_batch`` anew with each step."""
+
+    def __init__(self, counts: StepCounts) -> None:
+        self.counts = counts
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        self.counts.begin_step()

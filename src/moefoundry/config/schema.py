@@ -75,6 +75,23 @@ class ScoreFunction(StrEnum):
     sigmoid = "sigmoid"
 
 
+class Assignment(StrEnum):
+    scores = "scores"
+    uniform = "uniform"
+
+
+class QkNorm(StrEnum):
+    none = "none"
+    head = "head"
+    full = "full"
+
+
+class AttentionBias(StrEnum):
+    none = "none"
+    qkv = "qkv"
+    all = "all"
+
+
 class AuxLossScope(StrEnum):
     sequence = "sequence"
     micro_batch = "micro_batch"
@@ -89,7 +106,7 @@ class ExpertBackend(StrEnum):
 
 @dataclass
 class NormConfig:
-    kind: NormKind = key(NormKind.rmsnorm, "Normalization layer.", available=(NormKind.rmsnorm,))
+    kind: NormKind = key(NormKind.rmsnorm, "Normalization layer; neither kind has a bias.")
     eps: float = key(1.0e-6, "Added to the mean square before the root.", gt=0)
 
 
@@ -99,42 +116,75 @@ class InitConfig:
 
 
 @dataclass
+class YarnConfig:
+    """Context extension by YaRN (arXiv 2309.00071); null factors follow Hugging Face's ``rope_scaling``."""
+
+    factor: float = key(40.0, "How many times longer the context becomes.", ge=1)
+    original_max_seq_len: int = key(4096, "Context length before the extension, in tokens.", ge=1)
+    beta_fast: float = key(32.0, "Rotations over the original context from which frequencies stay as they are.", gt=0)
+    beta_slow: float = key(1.0, "Rotations up to which frequencies are divided by the factor.", gt=0)
+    mscale: float | None = key(None, "DeepSeek's factor in the magnitude of cosines and sines.", gt=0)
+    mscale_all_dim: float | None = key(None, "DeepSeek's factor in the softmax scale.", gt=0)
+
+
+@dataclass
 class AttentionConfig:
     """What every attention kind has; the keys of a kind are in its subclass."""
 
     kind: str = key("gqa", "Attention kind; it decides the other keys of this mapping.")
+    n_heads: int = key(8, "Query heads.", ge=1)
+    rope_theta: float = key(10000.0, "Base of the rotary position embedding.", gt=0)
+    yarn: YarnConfig | None = key(None, "Context extension; null leaves the frequencies as they are.")
 
 
 @dataclass
 class GqaConfig(AttentionConfig):
     """Grouped-query attention (arXiv 2305.13245); ``n_kv_heads == n_heads`` is multi-head attention."""
 
-    n_heads: int = key(8, "Query heads; the head width is d_model / n_heads.", ge=1)
     n_kv_heads: int = key(4, "Key and value heads; divides n_heads.", ge=1)
-    rope_theta: float = key(10000.0, "Base of the rotary position embedding.", gt=0)
+    head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2)
+    qk_norm: QkNorm = key(QkNorm.none, "RMSNorm of queries and keys: over each head, or over all heads together.")
+    bias: AttentionBias = key(AttentionBias.none, "Which projections have a bias.")
+    clip_qkv: float | None = key(None, "Clamps queries, keys and values to [-clip_qkv, clip_qkv].", gt=0)
+    sliding_window: int | None = key(None, "Tokens a position sees, itself included; null sees all before it.", ge=1)
+
+
+@dataclass
+class MlaConfig(AttentionConfig):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in the published weights' interleaved RoPE."""
+
+    kind: str = key("mla", "Attention kind; it decides the other keys of this mapping.")
+    q_lora_rank: int | None = key(None, "Width of the compressed queries; null does not compress them.", ge=1)
+    kv_lora_rank: int = key(512, "Width of the compressed keys and values.", ge=1)
+    qk_nope_head_dim: int = key(128, "Width of a query's and key's part without position.", ge=1)
+    qk_rope_head_dim: int = key(64, "Width of the part with position; the keys of all heads share it.", ge=2)
+    v_head_dim: int = key(128, "Width of a value.", ge=1)
 
 
 @dataclass
 class RouterConfig:
-    score_function: ScoreFunction = key(
-        ScoreFunction.softmax, "Maps router logits to scores.", available=(ScoreFunction.softmax,)
-    )
+    score_function: ScoreFunction = key(ScoreFunction.softmax, "Maps router logits to scores.")
     normalize_topk: bool = key(True, "Divide the top-k weights by their sum.")
     scale: float = key(1.0, "Multiplies the top-k weights after normalization.", gt=0)
-    num_groups: int = key(1, "Expert groups for group-limited routing.", ge=1, available=(1,))
-    top_k_groups: int = key(1, "Groups a token may reach.", ge=1, available=(1,))
+    num_groups: int = key(1, "Expert groups for group-limited routing.", ge=1)
+    top_k_groups: int = key(1, "Groups a token may reach.", ge=1)
+    input_jitter: float = key(
+        0.0, "In training, the gate's input is multiplied by uniform noise in 1 +- this.", ge=0, lt=1
+    )
+    assignment: Assignment = key(
+        Assignment.scores, "Which experts a token gets: the best by score, or for benchmarks all of them in turn."
+    )
 
 
 @dataclass
 class BalanceConfig:
     aux_loss_weight: float = key(0.01, "Weight of the load-balance loss.", ge=0)
     aux_loss_scope: AuxLossScope = key(
-        AuxLossScope.sequence,
-        "Tokens over which the load-balance loss takes its means.",
-        available=(AuxLossScope.sequence, AuxLossScope.micro_batch),
+        AuxLossScope.sequence, "Tokens over which the load-balance loss takes its means."
     )
     z_loss_weight: float = key(0.001, "Weight of the router z-loss.", ge=0)
-    bias_update_rate: float = key(0.0, "Step of the auxiliary-loss-free expert bias.", ge=0, available=(0.0,))
+    bias_update_rate: float = key(0.0, "Step of the auxiliary-loss-free expert bias; 0 leaves it alone.", ge=0)
+    bias_freeze_at: str | None = key(None, "When the expert bias stops changing.", pattern=INTERVAL)
 
 
 @dataclass
@@ -145,7 +195,11 @@ class MoEConfig:
     num_shared_experts: int = key(1, "Experts that see every token (one FFN of this many widths).", ge=0)
     router: RouterConfig = key(RouterConfig, "Routing.")
     balance: BalanceConfig = key(BalanceConfig, "Load balancing.")
-    capacity_factor: float | None = key(None, "null is dropless.", gt=0, available=(None,))
+    capacity_factor: float | None = key(
+        None,
+        "An expert takes at most this times its even share of a micro-batch, best scores first; null is dropless.",
+        gt=0,
+    )
     backend: ExpertBackend = key(
         ExpertBackend.grouped_mm,
         "How experts multiply; loop is the plain oracle.",
@@ -155,7 +209,7 @@ class MoEConfig:
 
 @dataclass
 class MtpConfig:
-    depth: int = key(0, "Multi-token-prediction modules.", ge=0, available=(0,))
+    depth: int = key(0, "Multi-token-prediction modules.", ge=0)
     loss_weight: float = key(0.3, "Weight of the multi-token-prediction loss.", ge=0)
 
 
@@ -166,11 +220,13 @@ class ModelConfig:
     d_model: int = key(256, "Width of the residual stream.", ge=1)
     n_layers: int = key(6, "Transformer blocks.", ge=1)
     n_dense_layers: int = key(1, "How many of the first blocks use a dense FFN.", ge=0)
+    dense_layers: list[int] = key(list, "Further blocks (from 0) that use a dense FFN.", ge=0)
     ffn_hidden_size: int = key(1024, "Hidden width of the dense FFN.", ge=1)
     norm: NormConfig = key(NormConfig, "Normalization.")
     tie_embeddings: bool = key(False, "Use the embedding as the output head.")
     init: InitConfig = key(InitConfig, "Initial weights.")
-    attention: AttentionConfig = key(GqaConfig, "Attention.", variants={"gqa": GqaConfig})
+    attention: AttentionConfig = key(GqaConfig, "Attention.", variants={"gqa": GqaConfig, "mla": MlaConfig})
+    document_masking: bool = key(False, "A token sees its own document alone, not all before it in the sequence.")
     moe: MoEConfig = key(MoEConfig, "Mixture of experts.")
     mtp: MtpConfig = key(MtpConfig, "Multi-token prediction.")
 

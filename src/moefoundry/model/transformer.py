@@ -14,10 +14,11 @@ from typing import NamedTuple, Self, overload
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import ModelConfig
+from moefoundry.config import AuxLossScope, ModelConfig
 from moefoundry.model.attention import GroupedQueryAttention, build_attention
 from moefoundry.model.norm import RMSNorm
 from moefoundry.model.rope import Rotation
+from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
@@ -59,7 +60,7 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm.eps)
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.ffn_hidden_size)
-            if layer_index < cfg.n_dense_layers
+            if layer_index < cfg.n_dense_layers or layer_index in cfg.dense_layers
             else MoELayer(cfg.d_model, cfg.moe)
         )
 
@@ -97,11 +98,17 @@ class OutputHead(nn.Linear):
 
 
 class MoETransformer(nn.Module):
-    """``model(input_ids)`` gives logits; ``model(input_ids, labels)`` gives losses."""
+    """``model(input_ids)`` gives logits; ``model(input_ids, labels)`` gives losses.
+
+    Attributes:
+        step_counts: Set for ``aux_loss_scope: global_batch``; whoever trains calls its ``begin_step``.
+    """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        global_balance = cfg.moe.balance.aux_loss_scope == AuxLossScope.global_batch
+        self.step_counts = StepCounts(None) if global_balance else None
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.layers: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # typed as what it holds
             Block(cfg, index) for index in range(cfg.n_layers)
@@ -151,13 +158,26 @@ class MoETransformer(nn.Module):
     def _losses(self, lm: Tensor, num_targets: Tensor, stats: list[RoutingStats]) -> CausalLMLosses:
         weights = self.cfg.moe.balance
         none = lm.new_zeros(())
+        counts_LE = (
+            torch.stack([s.tokens_per_expert for s in stats])
+            if stats
+            else num_targets.new_zeros((0, self.cfg.moe.num_experts))
+        )
         return CausalLMLosses(
             lm=lm,
-            balance=sum((s.balance_loss for s in stats), start=none) * weights.aux_loss_weight,
+            balance=sum(self._balance_losses(stats, counts_LE), start=none) * weights.aux_loss_weight,
             z=sum((s.z_loss for s in stats), start=none) * weights.z_loss_weight,
             num_targets=num_targets,
-            tokens_per_expert=torch.stack([s.tokens_per_expert for s in stats])
-            if stats
-            else num_targets.new_zeros((0, self.cfg.moe.num_experts)),
+            tokens_per_expert=counts_LE,
             router_entropy=torch.stack([s.router_entropy for s in stats]) if stats else none.new_zeros((0,)),
         )
+
+    def _balance_losses(self, stats: list[RoutingStats], counts_LE: Tensor) -> list[Tensor]:
+        """Of each MoE layer. Here and not in the layers, counts of the whole step cost one exchange for all layers, and
+        recomputed activations count nothing twice."""
+        if self.step_counts is None or not (self.training and torch.is_grad_enabled()):
+            return [s.balance_loss for s in stats]
+        step_counts_LE = self.step_counts.add(counts_LE)
+        return [
+            balance_loss_of_means(s.mean_probs, counts_E) for s, counts_E in zip(stats, step_counts_LE, strict=True)
+        ]

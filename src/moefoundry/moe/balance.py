@@ -8,6 +8,7 @@ micro-batches by their tokens gives the value of the whole batch.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moefoundry.ops.permute import count_by_expert
@@ -35,8 +36,52 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
     ids_GN = topk_expert_ids_TK.reshape(num_segments, -1)
     segment_offset_G1 = torch.arange(num_segments, device=ids_GN.device).unsqueeze(1) * num_experts
     counts_GE = count_by_expert(ids_GN + segment_offset_G1, num_segments * num_experts).view(num_segments, num_experts)
-    fraction_GE = counts_GE.to(scores_TE.dtype) * (num_experts / ids_GN.shape[1])
-    return (fraction_GE * probs_GSE.mean(dim=1)).sum(dim=-1).mean()
+    return balance_loss_of_means(probs_GSE.mean(dim=1), counts_GE)
+
+
+def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
+    """:func:`balance_loss` from what it takes of each segment; the counts may be those of more tokens than the means.
+
+    Args:
+        mean_probs_GE: [G, E] mean normalized scores, differentiable.
+        counts_GE: int64 [G, E], slots of each expert.
+    """
+    slots_G1 = counts_GE.sum(dim=-1, keepdim=True).clamp(min=1)
+    load_GE = counts_GE.to(mean_probs_GE.dtype) * counts_GE.shape[-1] / slots_G1
+    return (load_GE * mean_probs_GE).sum(dim=-1).mean()
+
+
+def mean_probs(scores_TE: Tensor) -> Tensor:
+    """[E]: the mean over tokens of the scores, normalized to sum to 1 over E."""
+    return (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).mean(dim=0)
+
+
+class StepCounts:
+    """Slots of each expert in the optimizer step so far, for ``aux_loss_scope: global_batch`` (arXiv 2501.11873).
+
+    Exact over ranks: every micro-batch's counts are summed over all of them before use. Running over micro-batches: the
+    i-th of a step sees micro-batches 1 to i, since the later ones are not routed yet. With one micro-batch a step the
+    loss is that of the global batch.
+
+    Args:
+        group: Ranks whose tokens make up the global batch; None where there is one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self._total: Tensor | None = None
+
+    def begin_step(self) -> None:
+        """Forget the counts of the last step."""
+        self._total = None
+
+    def add(self, counts_LE: Tensor) -> Tensor:
+        """Count a micro-batch's [L, E] slots on every rank; the total so far, [L, E]."""
+        counts_LE = counts_LE.clone()
+        if self.group is not None:
+            dist.all_reduce(counts_LE, group=self.group)
+        self._total = counts_LE if self._total is None else self._total + counts_LE
+        return self._total
 
 
 def z_loss(router_logits_TE: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AuxLossScope, MoEConfig
-from moefoundry.moe.balance import balance_loss, router_entropy, z_loss
+from moefoundry.moe.balance import balance_loss, mean_probs, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.router import Router, Routing
@@ -27,12 +27,14 @@ class RoutingStats(NamedTuple):
 
     Attributes:
         balance_loss, z_loss: Scalars, differentiable, unweighted, means over tokens.
+        mean_probs: [E], differentiable; the mean normalized scores, for a balance loss over more than the micro-batch.
         tokens_per_expert: int64 [E].
         router_entropy: Scalar, nats, not differentiable.
     """
 
     balance_loss: Tensor
     z_loss: Tensor
+    mean_probs: Tensor
     tokens_per_expert: Tensor
     router_entropy: Tensor
 
@@ -89,6 +91,7 @@ class MoELayer(nn.Module):
         return RoutingStats(
             balance_loss=balance_loss(routing.scores, routing.topk_expert_ids, num_segments),
             z_loss=z_loss(routing.router_logits),
+            mean_probs=mean_probs(routing.scores),
             tokens_per_expert=tokens_per_expert_E,
             router_entropy=router_entropy(routing.scores.detach()),
         )
