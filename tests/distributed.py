@@ -152,7 +152,7 @@ def _join_world(scratch: Path, rank: int, world_size: int, segment: int, timeout
             timeout=timedelta(seconds=START_SECONDS),  # a busy machine forks slowly; the test's own time begins below
         )
         dist.barrier()  # a rank that returns at once must not close connections that another is still opening
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), dist.group.WORLD)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), dist.group.WORLD)  # torch < 2.14 has no other
 
 
 def _to_cpu(value: Any) -> Any:

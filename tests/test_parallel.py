@@ -21,8 +21,18 @@ from moefoundry.config import (
 )
 from tests.distributed import run_distributed
 
-MESHES = [(1, 2, 1), (2, 1, 1), (1, 2, 2), (1, 4, 1), (2, 2, 1), (1, 4, 2), (1, 4, 4), (2, 2, 2)]
-LARGE_MESHES = [(1, 8, 1), (1, 8, 2), (1, 8, 4), (1, 8, 8), (2, 4, 2), (2, 4, 4), (4, 2, 2), (8, 1, 1)]
+
+
+def meshes_of(world_size: int) -> list[tuple[int, int, int, int | None]]:
+    """Every valid (replicate, shard, expert, ranks per node) on one node, then those where experts span nodes."""
+    degrees = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    meshes = [(world_size // shard, shard, expert) for shard in degrees for expert in degrees if shard % expert == 0]
+    spanning = [(*mesh, nodes) for mesh in meshes for nodes in degrees[1:] if mesh[2] > nodes]
+    return [(*mesh, None) for mesh in meshes] + spanning
+
+
+MESHES = [mesh for world_size in (1, 2, 4) for mesh in meshes_of(world_size)]
+LARGE_MESHES = meshes_of(8)
 STEPS = 5
 SEQUENCES, LENGTH = 16, 16
 SEED = 5
@@ -39,8 +49,7 @@ class Mode(NamedTuple):
 PLAIN = Mode()
 FP32_MODES = [Mode(checkpointing, count) for checkpointing in ActivationCheckpointing for count in (1, 4)]
 FLOAT64 = Mode(ActivationCheckpointing.full, 4, torch.float64)
-FEW_MODES = [PLAIN, Mode(ActivationCheckpointing.selective, 4), FLOAT64]  # four ranks on two cores take their time
-EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in FEW_MODES]  # of two sequences
+EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in (*FP32_MODES, FLOAT64)]
 
 
 class Outcome(NamedTuple):
@@ -75,7 +84,7 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
     )
 
 
-def build(mesh_sizes: tuple[int, int, int] | None, num_experts: int, mode: Mode = PLAIN) -> torch.nn.Module:
+def build(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int, mode: Mode = PLAIN) -> torch.nn.Module:
     """The model on this rank; None leaves it unsharded."""
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import MoETransformer
@@ -103,7 +112,7 @@ def full_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: full(parameter) for name, parameter in model.named_parameters()}
 
 
-def train(mesh_sizes: tuple[int, int, int] | None, num_experts: int, mode: Mode) -> Outcome:
+def train(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int, mode: Mode) -> Outcome:
     """AdamW steps on fixed batches, of which this rank takes its share."""
     import torch.distributed as dist
 
@@ -139,7 +148,7 @@ class Held(NamedTuple):
     whole: int
 
 
-def held_after_a_step(mesh_sizes: tuple[int, int, int], num_experts: int) -> Held:
+def held_after_a_step(mesh_sizes: tuple[int, int, int, int | None], num_experts: int) -> Held:
     from moefoundry.train import build_optimizer
 
     model = build(mesh_sizes, num_experts)
@@ -163,7 +172,7 @@ class Rank(NamedTuple):
     outcomes: list[Outcome]
 
 
-def observe(mesh_sizes: tuple[int, int, int] | None, num_experts: int, modes: list[Mode]) -> Rank:
+def observe(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int, modes: list[Mode]) -> Rank:
     initial_weights = full_parameters(build(mesh_sizes, num_experts))
     held = held_after_a_step(mesh_sizes, num_experts) if mesh_sizes else None
     return Rank(initial_weights, held, [train(mesh_sizes, num_experts, mode) for mode in modes])
@@ -180,13 +189,13 @@ class Sharded(NamedTuple):
 @pytest.fixture(
     scope="module",
     params=[*MESHES, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in LARGE_MESHES)],
-    ids="replicate{0[0]}-shard{0[1]}-expert{0[2]}".format,
+    ids=lambda mesh: "replicate{}-shard{}-expert{}".format(*mesh) + ("-nodes" if mesh[3] else ""),
 )
 def sharded(request: pytest.FixtureRequest) -> Sharded:
     """One world, in which everything is tried."""
-    replicate, shard, expert = request.param
+    replicate, shard, expert, _ = request.param
     num_experts = experts_for(expert)
-    modes = {2: [*FP32_MODES, FLOAT64], 4: FEW_MODES, 8: EIGHT_RANKS_MODES}[replicate * shard]
+    modes = EIGHT_RANKS_MODES if replicate * shard == 8 else [*FP32_MODES, FLOAT64]
     ranks = run_distributed(observe, replicate * shard, request.param, num_experts, modes)
     return Sharded(replicate, shard, num_experts, modes, ranks)
 

@@ -11,8 +11,9 @@ and every parameter lives on a view of it:
               (replicate, shard / expert)   which are sharded in turn, and copied
 
 ``expert`` varies fastest, then the rest of ``shard``: the ranks that exchange tokens are neighbours, then those that
-gather parameters, so that what moves most stays inside as few nodes as possible. Every rank has tokens of its own.
-Degrees are checked and inferred without torch, before any process group exists.
+gather parameters, so that what moves most stays inside as few nodes as possible. Where ``expert`` spans whole nodes it
+is split in two, ``expert_node x expert_place``, for a dispatch in two hops. Every rank has tokens of its own. Degrees
+are checked and inferred without torch, before any process group exists.
 """
 
 from __future__ import annotations
@@ -32,28 +33,43 @@ REPLICATE = "replicate"
 SHARD = "shard"
 EXPERT = "expert"
 EXPERT_SHARD = "expert_shard"  # what is left of shard beside expert
+EXPERT_NODE = "expert_node"  # the nodes that an expert group spans
+EXPERT_PLACE = "expert_place"  # its ranks on one of them
 
 
 @dataclass(frozen=True)
 class MeshDegrees:
-    """Sizes of the mesh axes, all known."""
+    """Sizes of the mesh axes, all known.
+
+    Attributes:
+        expert_nodes: Nodes that an expert group spans; 1 also where it does not fill whole nodes.
+    """
 
     replicate: int
     shard: int
     expert: int
+    expert_nodes: int = 1
 
     @property
     def world_size(self) -> int:
         return self.replicate * self.shard
 
 
-def resolve_degrees(cfg: MeshConfig, world_size: int) -> MeshDegrees:
+def resolve_degrees(cfg: MeshConfig, world_size: int, ranks_per_node: int | None = None) -> MeshDegrees:
     """Replace the one -1 by what the world size leaves.
+
+    Args:
+        cfg: The recipe's ``mesh``.
+        world_size: Number of ranks.
+        ranks_per_node: What the launcher says, for a recipe that does not; None is one node.
 
     Raises:
         ConfigError: The degrees do not make up the world size, or ``expert`` does not divide ``shard``.
     """
     replicate, shard = cfg.replicate, cfg.shard
+    for name, degree in (("replicate", replicate), ("shard", shard), ("expert", cfg.expert)):
+        if degree == 0 or degree < -1:
+            raise _error(name, f"{degree} is no degree")
     if replicate == -1 and shard == -1:
         raise _error("replicate", "only one of mesh.replicate and mesh.shard may be -1")
     if replicate == -1:
@@ -66,7 +82,8 @@ def resolve_degrees(cfg: MeshConfig, world_size: int) -> MeshDegrees:
         )
     if shard % cfg.expert:
         raise _error("expert", f"expert {cfg.expert} does not divide shard {shard}")
-    return MeshDegrees(replicate, shard, cfg.expert)
+    per_node = cfg.ranks_per_node or ranks_per_node or world_size
+    return MeshDegrees(replicate, shard, cfg.expert, 1 if cfg.expert % per_node else cfg.expert // per_node)
 
 
 @dataclass(frozen=True)
@@ -77,11 +94,13 @@ class Meshes:
         dense: To shard dense parameters on: (replicate, shard), or (shard) alone where nothing is replicated.
         expert: Ranks among which experts are divided, 1-D.
         expert_fsdp: To shard the experts of a rank on: (replicate, shard / expert), or the latter alone.
+        expert_hops: Where ``expert`` spans nodes, its two parts, 1-D each: across nodes, and inside one.
     """
 
     dense: DeviceMesh
     expert: DeviceMesh
     expert_fsdp: DeviceMesh
+    expert_hops: tuple[DeviceMesh, DeviceMesh] | None = None
 
 
 def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
@@ -96,7 +115,12 @@ def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
     mesh = init_device_mesh(device_type, (degrees.replicate, degrees.shard), mesh_dim_names=(REPLICATE, SHARD))
     whole = mesh._unflatten(SHARD, (degrees.shard // degrees.expert, degrees.expert), (EXPERT_SHARD, EXPERT))
     copied = (REPLICATE,) if degrees.replicate > 1 else ()
-    return Meshes(dense=mesh[(*copied, SHARD)], expert=whole[EXPERT], expert_fsdp=whole[(*copied, EXPERT_SHARD)])
+    hops = None
+    if degrees.expert_nodes > 1:
+        sizes = (degrees.expert_nodes, degrees.expert // degrees.expert_nodes)
+        parts = whole._unflatten(EXPERT, sizes, (EXPERT_NODE, EXPERT_PLACE))
+        hops = (parts[EXPERT_NODE], parts[EXPERT_PLACE])
+    return Meshes(mesh[(*copied, SHARD)], whole[EXPERT], whole[(*copied, EXPERT_SHARD)], hops)
 
 
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:

@@ -22,11 +22,13 @@ from moefoundry.config import ActivationCheckpointing, PrecisionConfig
 from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
 from moefoundry.model.transformer import MoETransformer
-from moefoundry.moe.dispatch import AllToAllDispatcher
+from moefoundry.moe.dispatch import AllToAllDispatcher, TokenDispatcher
 from moefoundry.moe.layer import MoELayer
+from moefoundry.moe.two_hop import TwoHopDispatcher
+from moefoundry.ops.all_to_all import EXCHANGE_OPS
 from moefoundry.precision import apply_precision, full_precision_modules, mixed_precision
 
-GEMM_OPS = frozenset(
+KEPT_OPS = EXCHANGE_OPS | frozenset(
     {
         torch.ops.aten.mm.default,
         torch.ops.aten.addmm.default,
@@ -37,7 +39,8 @@ GEMM_OPS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""What ``selective`` keeps: products and attention; norms, activations and reorders are recomputed."""
+"""What ``selective`` keeps: products, attention and what ranks exchanged; norms, activations and reorders are
+recomputed."""
 
 FSDP_MARKERS = frozenset(
     {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
@@ -65,7 +68,7 @@ def parallelize(
     """
     apply_precision(model, precision)
     if meshes is not None and meshes.expert.size() > 1:
-        _divide_experts(model, meshes.expert)
+        _divide_experts(model, meshes)
     if meshes is not None and model.step_counts is not None:
         model.step_counts.group = dist.group.WORLD  # every rank is a data-parallel rank
     if activation_checkpointing != ActivationCheckpointing.none:
@@ -82,13 +85,21 @@ def materialize(model: MoETransformer, device: torch.device | str, seed: int) ->
     init_weights(model, model.cfg.init.std, seed)
 
 
-def _divide_experts(model: MoETransformer, mesh: DeviceMesh) -> None:
-    """Give each rank of ``mesh`` its share of every layer's experts, and the layer a dispatcher that finds them."""
+def _divide_experts(model: MoETransformer, meshes: Meshes) -> None:
+    """Give each rank of the expert axis its share of every layer's experts, and the layer a dispatcher that finds
+    them."""
     for layer in moe_layers(model):
         for name, weight in layer.experts.named_parameters():
-            share = distribute_tensor(weight.detach(), mesh, [Shard(0)])
+            share = distribute_tensor(weight.detach(), meshes.expert, [Shard(0)])
             layer.experts.register_parameter(name, nn.Parameter(share))
-        layer.dispatcher = AllToAllDispatcher(model.cfg.moe.num_experts, mesh.get_group())
+        layer.dispatcher = _dispatcher(model.cfg.moe.num_experts, meshes)
+
+
+def _dispatcher(num_experts: int, meshes: Meshes) -> TokenDispatcher:
+    group = meshes.expert.get_group()
+    if meshes.expert_hops is None:
+        return AllToAllDispatcher(num_experts, group)
+    return TwoHopDispatcher(num_experts, group, *(mesh.get_group() for mesh in meshes.expert_hops))
 
 
 def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing) -> None:
@@ -102,7 +113,7 @@ def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing
 
 
 def _keep_products(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in GEMM_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) -> None:

@@ -135,7 +135,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
 def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
     """Join the process group and build the meshes; None where one plain process does."""
-    degrees = resolve_degrees(recipe.mesh, dist.get_world_size())
+    degrees = resolve_degrees(recipe.mesh, dist.get_world_size(), dist.get_local_world_size())
     if degrees.world_size == 1 and recipe.precision.compute != Compute.bf16:
         return None
     dist.initialize_dist(device, recipe.dist_timeout)

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from tests.collectives import CrossingBytes
 from tests.distributed import run_distributed
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 12, 6, 8, 2
-ROUTINGS = ["random", "all_to_one_rank", "one_rank_receives_none", "uneven_tokens", "no_tokens_on_rank_0"]
+ROUTINGS = [
+    "random",
+    "all_to_one_rank",
+    "one_rank_receives_none",
+    "uneven_tokens",
+    "no_tokens_on_rank_0",
+    "some_dropped",
+    "all_dropped",
+]
+
+
+class Case(NamedTuple):
+    """Tokens [T, D], expert ids [T, K], weights [T, K] and which slots are kept, of one rank; float64."""
+
+    tokens: Tensor
+    ids: Tensor
+    weights: Tensor
+    kept: Tensor | None
 
 
 class Result(NamedTuple):
@@ -23,8 +42,7 @@ class Result(NamedTuple):
     received: int
 
 
-def case(routing: str, rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [T, D], expert ids [T, K] and weights [T, K] of one rank, float64."""
+def case(routing: str, rank: int, ranks: int) -> Case:
     generator = torch.Generator().manual_seed(100 + rank)
     count = TOKENS
     if routing == "uneven_tokens":
@@ -40,7 +58,10 @@ def case(routing: str, rank: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
     ids = experts[scores.topk(TOP_K, dim=-1).indices]
     tokens = torch.randn(count, WIDTH, generator=generator, dtype=torch.float64)
     weights = torch.rand(count, TOP_K, generator=generator, dtype=torch.float64)
-    return tokens.requires_grad_(), ids, weights.requires_grad_()
+    kept = None
+    if "dropped" in routing:
+        kept = torch.rand(count, TOP_K, generator=generator) < (0.6 if routing == "some_dropped" else 0.0)
+    return Case(tokens.requires_grad_(), ids, weights.requires_grad_(), kept)
 
 
 def expert(rows: Tensor, index: int) -> Tensor:
@@ -48,52 +69,133 @@ def expert(rows: Tensor, index: int) -> Tensor:
     return torch.sin(rows * (index + 1)) + index
 
 
-def dispatch_and_combine(dispatcher: object, routing: str, rank: int, ranks: int, first_expert: int) -> Result:
-    tokens, ids, weights = case(routing, rank, ranks)
-    rows, metadata = dispatcher.dispatch(tokens, ids)
+def dispatch_and_combine(dispatcher: Any, routing: str, rank: int, ranks: int, first_expert: int) -> Result:
+    tokens, ids, weights, kept = case(routing, rank, ranks)
+    rows, metadata = dispatcher.dispatch(tokens, ids, weights, kept)()
     groups = rows.split(metadata.tokens_per_local_expert.tolist())
     rows = torch.cat([expert(group, first_expert + i) for i, group in enumerate(groups)])
-    out = dispatcher.combine(rows, weights, metadata)
+    out = dispatcher.combine(rows, metadata)
     (out * torch.arange(1.0, WIDTH + 1)).sum().backward()
     return Result(out.detach(), tokens.grad, weights.grad, len(rows))
 
 
-def on_ranks(routing: str) -> Result:
-    import torch.distributed as dist
+def one_by_one(routing: str, rank: int, ranks: int) -> Result:
+    """The same with neither dispatcher nor permutation: slot by slot."""
+    tokens, ids, weights, kept = case(routing, rank, ranks)
+    out = tokens * 0
+    for t in range(len(tokens)):
+        for k in range(TOP_K):
+            if kept is None or kept[t, k]:
+                out = out.index_add(0, torch.tensor([t]), weights[t, k] * expert(tokens[t : t + 1], int(ids[t, k])))
+    (out * torch.arange(1.0, WIDTH + 1)).sum().backward()
+    grad_weights = torch.zeros_like(weights) if weights.grad is None else weights.grad
+    return Result(out.detach(), tokens.grad, grad_weights, 0)
 
-    from moefoundry.moe.dispatch import AllToAllDispatcher
 
+def groups_of_nodes(nodes: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """For each rank, those of its place on other nodes, and those of its node; all ranks make all groups."""
+    ranks = torch.arange(dist.get_world_size()).view(nodes, -1)
+    between, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+    inside, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
+    return between, inside
+
+
+def dispatcher_of(kind: str, num_experts: int = EXPERTS) -> Any:
+    from moefoundry.moe.dispatch import AllToAllDispatcher, LocalDispatcher
+    from moefoundry.moe.two_hop import TwoHopDispatcher
+
+    if kind == "local":
+        return LocalDispatcher(num_experts)
+    if kind == "one_hop":
+        return AllToAllDispatcher(num_experts, dist.group.WORLD)
+    return TwoHopDispatcher(num_experts, dist.group.WORLD, *groups_of_nodes(2))
+
+
+def on_ranks(kind: str, routings: list[str]) -> list[Result]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD)
-    return dispatch_and_combine(dispatcher, routing, rank, ranks, rank * EXPERTS // ranks)
+    dispatcher = dispatcher_of(kind)
+    return [dispatch_and_combine(dispatcher, routing, rank, ranks, rank * EXPERTS // ranks) for routing in routings]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+def assert_same(result: Result, expected: Result) -> None:
+    for name in ("out", "grad_tokens", "grad_weights"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_row17_experts_on_ranks_equal_experts_on_one(routing: str, ranks: int) -> None:
-    from moefoundry.moe.dispatch import LocalDispatcher
-
-    results = run_distributed(on_ranks, ranks, routing)
-    for rank, result in enumerate(results):
-        expected = dispatch_and_combine(LocalDispatcher(EXPERTS), routing, rank, ranks, 0)
-        for name in ("out", "grad_tokens", "grad_weights"):
-            torch.testing.assert_close(getattr(result, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
-    received = [result.received for result in results]
-    assert sum(received) == sum(len(case(routing, rank, ranks)[0]) for rank in range(ranks)) * TOP_K
-    if routing == "all_to_one_rank":
-        assert received[:-1] == [0] * (ranks - 1)
-    if routing == "one_rank_receives_none":
-        assert received[0] == 0
+def test_the_local_dispatcher_equals_slot_by_slot(routing: str) -> None:
+    assert_same(dispatch_and_combine(dispatcher_of("local"), routing, 0, 2, 0), one_by_one(routing, 0, 2))
 
 
-def undivided_experts() -> None:
-    import torch.distributed as dist
+@pytest.mark.parametrize(("kind", "ranks"), [("one_hop", 2), ("one_hop", 4), ("two_hop", 2), ("two_hop", 4)])
+def test_row17_experts_on_ranks_equal_slot_by_slot(kind: str, ranks: int) -> None:
+    results = run_distributed(on_ranks, ranks, kind, ROUTINGS)
+    for index, routing in enumerate(ROUTINGS):
+        cases = [case(routing, rank, ranks) for rank in range(ranks)]
+        for rank in range(ranks):
+            assert_same(results[rank][index], one_by_one(routing, rank, ranks))
+        received = [result[index].received for result in results]
+        assert sum(received) == sum(c.ids.numel() if c.kept is None else int(c.kept.sum()) for c in cases)
+        if routing == "all_to_one_rank":
+            assert received[:-1] == [0] * (ranks - 1)
+        if routing == "one_rank_receives_none":
+            assert received[0] == 0
 
-    from moefoundry.moe.dispatch import AllToAllDispatcher
 
-    AllToAllDispatcher(3, dist.group.WORLD)
+class Traffic(NamedTuple):
+    """Bytes over the border between two pretended nodes, all ranks together, and the (token, node) pairs behind them."""
+
+    crossing: int
+    pairs: int
+    slots: int
 
 
-def test_experts_that_do_not_divide_are_refused() -> None:
+WIDE, MANY = 1024, 64  # a row is 4 KiB
+
+
+def count_traffic(kind: str, top_k: int) -> Traffic:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    num_experts, nodes = 16, 2
+    generator = torch.Generator().manual_seed(rank)
+    tokens = torch.randn(MANY, WIDE, generator=generator).requires_grad_()
+    ids = torch.rand(MANY, num_experts, generator=generator).topk(top_k, dim=-1).indices
+    weights = torch.rand(MANY, top_k, generator=generator).requires_grad_()
+    dispatcher = dispatcher_of(kind, num_experts)
+    with CrossingBytes(ranks // nodes) as counter:
+        rows, metadata = dispatcher.dispatch(tokens, ids, weights)()
+        dispatcher.combine(rows.sin(), metadata).sum().backward()
+    away = ids // (num_experts // nodes) != rank // (ranks // nodes)
+    numbers = torch.tensor([counter.crossing, int(away.any(dim=1).sum()), int(away.sum())])
+    dist.all_reduce(numbers)
+    return Traffic(*numbers.tolist())
+
+
+@pytest.mark.parametrize("top_k", [2, 6])
+def test_two_hops_cross_the_border_once_for_each_token_and_node(top_k: int) -> None:
+    legs = 4  # dispatch, combine, and both backwards
+    traffic = run_distributed(count_traffic, 4, "two_hop", top_k)[0]
+    needed = legs * traffic.pairs * WIDE * 4
+    assert needed <= traffic.crossing <= 1.02 * needed
+    one_hop = run_distributed(count_traffic, 4, "one_hop", top_k)[0]
+    assert one_hop.crossing >= legs * one_hop.slots * WIDE * 4 > needed
+
+
+def bad_dispatcher(kind: str) -> None:
+    dispatcher_of(kind, 3)
+
+
+@pytest.mark.parametrize("kind", ["one_hop", "two_hop"])
+def test_experts_that_do_not_divide_are_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="3 experts do not divide among 2 ranks"):
-        run_distributed(undivided_experts, 2)
+        run_distributed(bad_dispatcher, 2, kind)
+
+
+def groups_that_do_not_fit() -> None:
+    from moefoundry.moe.two_hop import TwoHopDispatcher
+
+    TwoHopDispatcher(EXPERTS, dist.group.WORLD, dist.group.WORLD, dist.group.WORLD)
+
+
+def test_groups_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 nodes of 2 ranks are not 2 ranks"):
+        run_distributed(groups_that_do_not_fit, 2)

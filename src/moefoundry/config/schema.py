@@ -239,6 +239,9 @@ class MeshConfig:
     replicate: int = key(1, "Copies of the sharded model; -1 is what world size and shard leave.", ge=-1)
     shard: int = key(-1, "Ranks that share one copy; -1 is what world size and replicate leave.", ge=-1)
     expert: int = key(1, "Ranks that share the experts; divides shard.", ge=1)
+    ranks_per_node: int | None = key(
+        None, "Ranks of a node, which tokens for experts enter once; null asks the launcher.", ge=1
+    )
 
 
 class Compute(StrEnum):
