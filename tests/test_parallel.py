@@ -22,7 +22,6 @@ from moefoundry.config import (
 from tests.distributed import run_distributed
 
 
-
 def meshes_of(world_size: int) -> list[tuple[int, int, int, int | None]]:
     """Every valid (replicate, shard, expert, ranks per node) on one node, then those where experts span nodes."""
     degrees = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -36,6 +35,7 @@ LARGE_MESHES = meshes_of(8)
 STEPS = 5
 SEQUENCES, LENGTH = 16, 16
 SEED = 5
+DRAWN_BYTES = 3 * 16 * 32 * 4  # weights are drawn slice by slice; the largest slice is one expert's matrix
 
 
 class Mode(NamedTuple):
@@ -164,18 +164,29 @@ def held_after_a_step(mesh_sizes: tuple[int, int, int, int | None], num_experts:
     )
 
 
+def peak_bytes_of_building(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int) -> int:
+    """The most that was allocated at once while the model was built and given its weights."""
+    from tests.memory import PeakMemory
+
+    with PeakMemory() as memory:
+        build(mesh_sizes, num_experts)
+    return memory.peak
+
+
 class Rank(NamedTuple):
     """All that the tests want to know of one rank."""
 
     initial_weights: dict[str, Tensor]
+    peak: int
     held: Held | None
     outcomes: list[Outcome]
 
 
 def observe(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int, modes: list[Mode]) -> Rank:
+    peak = peak_bytes_of_building(mesh_sizes, num_experts)
     initial_weights = full_parameters(build(mesh_sizes, num_experts))
     held = held_after_a_step(mesh_sizes, num_experts) if mesh_sizes else None
-    return Rank(initial_weights, held, [train(mesh_sizes, num_experts, mode) for mode in modes])
+    return Rank(initial_weights, peak, held, [train(mesh_sizes, num_experts, mode) for mode in modes])
 
 
 class Sharded(NamedTuple):
@@ -243,6 +254,18 @@ def test_each_rank_holds_its_shard_only(sharded: Sharded) -> None:
         assert rank.held.parameters <= share
         assert rank.held.moments <= 2 * share
     assert sum(rank.held.parameters for rank in sharded.ranks) >= sharded.replicate * sharded.ranks[0].held.whole
+
+
+def test_no_rank_ever_holds_the_whole_model(sharded: Sharded) -> None:
+    for rank in sharded.ranks:
+        assert rank.held is not None
+        assert rank.held.parameters <= rank.peak <= rank.held.parameters + DRAWN_BYTES
+
+
+def test_the_peak_of_a_single_process_is_the_whole_model() -> None:
+    """The measure itself: it sees everything that is allocated."""
+    peak, whole = single_process().peak, sum(4 * w.numel() for w in single_process().initial_weights.values())
+    assert whole <= peak <= whole + DRAWN_BYTES
 
 
 def test_checkpointing_and_micro_batches_do_not_change_training() -> None:

@@ -1,6 +1,6 @@
 """Everything that turns the single-device model into a distributed one, in the one order that works.
 
-    precision -> expert parallelism -> activation checkpointing -> FSDP
+    precision -> expert parallelism -> activation checkpointing -> compilation -> FSDP
 
 Call it on a model built on meta, then :func:`materialize`: each rank allocates and fills only its own shard.
 """
@@ -8,20 +8,21 @@ Call it on a model built on meta, then :func:`materialize`: each rank allocates 
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from moefoundry.config import ActivationCheckpointing, PrecisionConfig
 from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
-from moefoundry.model.transformer import MoETransformer
+from moefoundry.model.transformer import Block, MoETransformer
 from moefoundry.moe.dispatch import AllToAllDispatcher, TokenDispatcher
 from moefoundry.moe.layer import MoELayer
 from moefoundry.moe.two_hop import TwoHopDispatcher
@@ -42,18 +43,13 @@ KEPT_OPS = EXCHANGE_OPS | frozenset(
 """What ``selective`` keeps: products, attention and what ranks exchanged; norms, activations and reorders are
 recomputed."""
 
-FSDP_MARKERS = frozenset(
-    {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
-)
-"""FSDP's profiler marks. Experts are an FSDP unit inside a checkpointed block, whose number of marks is another when it
-is recomputed; ``selective`` matches operations by their count and must leave these out."""
-
 
 def parallelize(
     model: MoETransformer,
     meshes: Meshes | None,
     precision: PrecisionConfig,
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+    compile: bool = False,
 ) -> None:
     """Transform ``model`` in place.
 
@@ -62,6 +58,7 @@ def parallelize(
         meshes: From ``mesh.build_meshes``; None leaves the model on one device, unsharded.
         precision: The recipe's ``precision``.
         activation_checkpointing: What the backward pass recomputes.
+        compile: Whether ``torch.compile`` makes kernels for the parts of a block.
 
     Raises:
         ValueError: BF16 without a mesh; FSDP does the casting (a mesh of one rank will do).
@@ -73,6 +70,8 @@ def parallelize(
         model.step_counts.group = dist.group.WORLD  # every rank is a data-parallel rank
     if activation_checkpointing != ActivationCheckpointing.none:
         _checkpoint_activations(model, activation_checkpointing)
+    if compile:
+        _compile(model)
     if meshes is not None:
         _shard(model, meshes, precision)
     elif mixed_precision(precision).param_dtype is not None:
@@ -104,16 +103,50 @@ def _dispatcher(num_experts: int, meshes: Meshes) -> TokenDispatcher:
 
 def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing) -> None:
     """Checkpoint each block's ``forward`` itself; a wrapper module would change the parameters' names."""
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {
+        "use_reentrant": False,
+        "preserve_rng_state": model.cfg.moe.router.input_jitter > 0,  # nothing else draws random numbers
+    }
     if mode == ActivationCheckpointing.selective:
-        SAC_IGNORED_OPS.update(FSDP_MARKERS)
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
-    for block in model.layers:
+        options["context_fn"] = _keeping_contexts
+    for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
-def _keep_products(ctx: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+def _keeping_contexts() -> tuple[_KeptOpsOnly, _KeptOpsOnly]:
+    """For the forward pass, and for the recomputation of one block."""
+    save, reuse = create_selective_checkpoint_contexts(list(KEPT_OPS))
+    return _KeptOpsOnly(save), _KeptOpsOnly(reuse)
+
+
+class _KeptOpsOnly(TorchDispatchMode):
+    """Hides all other operations from torch's selective checkpointing, which wants every one of them to run as often in
+    the recomputation as in the forward pass. Those of FSDP do not: experts are a unit inside a checkpointed block, and
+    their parameters may be there already, gathered ahead."""
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self.mode = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func in KEPT_OPS:
+            return self.mode.__torch_dispatch__(func, types, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+def _compile(model: MoETransformer) -> None:
+    """Compile what lies between exchanges. The parts, not the block: sizes of what arrives from other ranks come from
+    the host, which would break a block's graph, and checkpointing wraps the block from outside."""
+    for block in model.blocks:
+        ffn = block.ffn
+        parts = [ffn.router, ffn.shared_experts] if isinstance(ffn, MoELayer) else [ffn]
+        for module in (block.attention, *parts):
+            if module is not None:
+                module.compile()
 
 
 def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) -> None:
@@ -123,16 +156,33 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
     if meshes.expert.size() > 1:
         for layer in moe_layers(model):
             fully_shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=policy)
-    for block in model.layers:
+    for block in model.blocks:
         fully_shard(block, mesh=meshes.dense, mp_policy=policy)
+    for module in model.mtp:
+        fully_shard(module, mesh=meshes.dense, mp_policy=policy)
     fully_shard(model, mesh=meshes.dense, mp_policy=policy)
+    _prefetch(model)
+
+
+def _prefetch(model: MoETransformer) -> None:
+    """Gather the next block's parameters, its experts' too, while this one computes: FSDP by itself starts with the
+    experts only when the layer before them has ended, and in MoE layers the host waits in between."""
+    units = [_fsdp_units(block) for block in model.layers]  # evaluation, without the others, would leave them gathered
+    for this, following in pairwise(units):
+        this[0].set_modules_to_forward_prefetch(following)
+        following[0].set_modules_to_backward_prefetch(this)
+
+
+def _fsdp_units(block: Block) -> list[FSDPModule]:
+    """The FSDP units of a block, outermost first."""
+    return [module for module in block.modules() if isinstance(module, FSDPModule)]
 
 
 def moe_layers(model: MoETransformer) -> list[MoELayer]:
-    """The MoE layers, first to last."""
-    return [block.ffn for block in model.layers if isinstance(block.ffn, MoELayer)]
+    """The MoE layers, first to last; those of multi-token prediction come last."""
+    return [block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer)]
 
 
 def moe_layer_indices(model: MoETransformer) -> list[int]:
-    """Index among the model's blocks of each MoE layer."""
-    return [index for index, block in enumerate(model.layers) if isinstance(block.ffn, MoELayer)]
+    """Index among the model's blocks of each of :func:`moe_layers`."""
+    return [index for index, block in enumerate(model.blocks) if isinstance(block.ffn, MoELayer)]

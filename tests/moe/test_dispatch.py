@@ -143,7 +143,7 @@ def test_row17_experts_on_ranks_equal_slot_by_slot(kind: str, ranks: int) -> Non
 
 
 class Traffic(NamedTuple):
-    """Bytes over the border between two pretended nodes, all ranks together, and the (token, node) pairs behind them."""
+    """Bytes over the border of two pretended nodes, all ranks together; the (token, node) pairs and slots behind."""
 
     crossing: int
     pairs: int

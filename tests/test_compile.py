@@ -1,0 +1,64 @@
+"""``compile: true`` makes other kernels and the same numbers."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from moefoundry.config import ActivationCheckpointing, MeshConfig, PrecisionConfig
+from tests.distributed import run_distributed
+from tests.model.tiny import batch, gradients, meta_model, tiny_config
+
+MODES = ["none", "selective", "full"]
+
+
+def step(mode: str, backend: str | None, sharded: bool = False) -> tuple[Tensor, dict[str, Tensor], int]:
+    """The loss and gradients of a step, and how many modules have been compiled by ``backend``."""
+    from torch.distributed.tensor import DTensor
+
+    from moefoundry.mesh import build_meshes, resolve_degrees
+    from moefoundry.parallel import materialize, parallelize
+
+    meshes = build_meshes(resolve_degrees(MeshConfig(1, 2, 2), 2), "cpu") if sharded else None
+    model = meta_model(tiny_config())
+    with pytest.MonkeyPatch.context() as patch:
+        if backend is not None:
+            patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        parallelize(model, meshes, PrecisionConfig(), ActivationCheckpointing(mode), compile=backend is not None)
+        materialize(model, "cpu", 0)
+        loss = model(batch(), batch()).total
+        loss.backward()
+    grads = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients(model).items()}
+    return loss.detach(), grads, sum(module._compiled_call_impl is not None for module in model.modules())
+
+
+def assert_same(step: tuple[Tensor, dict[str, Tensor], int], eager: tuple[Tensor, dict[str, Tensor], int]) -> None:
+    loss, grads, compiled = step
+    # three attentions, one dense FFN, two routers, two shared experts
+    assert (compiled, eager[2]) == (8, 0)
+    torch.testing.assert_close(loss, eager[0], rtol=1e-6, atol=0)
+    assert grads.keys() == eager[1].keys()
+    for name, grad in grads.items():
+        error = (grad - eager[1][name]).norm() / eager[1][name].norm()
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+def compare(mode: str, backend: str, sharded: bool = False) -> None:
+    assert_same(step(mode, backend, sharded), step(mode, None, sharded))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_parts_compute_the_same(mode: str) -> None:
+    run_distributed(compare, 1, mode, "aot_eager")
+
+
+def test_compiled_parts_compute_the_same_on_a_mesh() -> None:
+    run_distributed(compare, 2, "selective", "aot_eager", True)
+
+
+@pytest.mark.slow
+def test_kernels_of_the_default_compiler_compute_the_same() -> None:
+    run_distributed(compare, 1, "none", "inductor", timeout=280.0)
