@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run [moe_layer|end_to_end|startup|all]``: measure, print the table, write ``results/``."""
+"""``python -m benchmarks.run [moe_layer|end_to_end|startup|dispatch|all]``: measure, print the table, write ``results/``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks import harness
 
-NAMES = ("moe_layer", "end_to_end", "startup")
+NAMES = ("moe_layer", "end_to_end", "startup", "dispatch")
 BUSY = 0.5  # load average of a machine that is not quiet
 
 
@@ -76,6 +76,12 @@ def run_startup(args: argparse.Namespace) -> list[harness.Comparison]:
     return startup.compare(args.threads, quick=args.quick)
 
 
+def run_dispatch(args: argparse.Namespace) -> list[harness.Comparison]:
+    from benchmarks import dispatch
+
+    return dispatch.compare(quick=args.quick)
+
+
 def prepare_data() -> None:
     """The quickstart's data; does nothing when they are there."""
     from benchmarks.worker import RECIPE
@@ -91,6 +97,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[harness.Comparison]]] 
     "moe_layer": run_moe_layer,
     "end_to_end": run_end_to_end,
     "startup": run_startup,
+    "dispatch": run_dispatch,
 }
 
 if __name__ == "__main__":

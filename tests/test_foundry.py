@@ -50,6 +50,12 @@ def test_a_bad_model_key_is_named() -> None:
         FoundryMoECausalLM(**TINY | {"moe": {"top_kk": 2}})
 
 
+@pytest.mark.parametrize(("key", "value"), [("bias_update_rate", 0.001), ("aux_loss_scope", "global_batch")])
+def test_what_only_our_trainer_does_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.moe\.balance\.{key}.*needs moefoundry's own trainer"):
+        FoundryMoECausalLM(**TINY | {"moe": {"num_experts": 4, "balance": {key: value}}})
+
+
 @pytest.mark.slow
 def test_llm_foundry_builds_the_model_by_its_registered_name() -> None:
     from llmfoundry.utils.builders import build_composer_model

@@ -6,17 +6,21 @@ import json
 from collections.abc import Mapping
 
 import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.models import ComposerModel
+from composer.utils import dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from moefoundry.config import load_recipe
+from moefoundry.config import AuxLossScope, ConfigError, Problem, load_recipe
+from moefoundry.model.targets import shifted_targets
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 from moefoundry.parallel import materialize
 
 Batch = Mapping[str, Tensor]
-"""``input_ids`` and ``labels``, int64 [B, S]."""
+"""``input_ids`` and ``labels``, int64 [B, S], and with ``model.document_masking`` a ``sequence_id`` for each token."""
 
 
 class LanguageCrossEntropy(Metric):
@@ -38,17 +42,32 @@ class LanguageCrossEntropy(Metric):
 
 
 class ComposerMoECausalLM(ComposerModel):
-    """Adapts :class:`MoETransformer`: its losses by name, so that Composer logs ``loss/train/lm`` and the others."""
+    """Adapts :class:`MoETransformer`: its losses by name, so that Composer logs ``loss/train/lm`` and the others.
+
+    Attributes:
+        targets_per_sample: Mean over the samples of the global batch, of all ranks (see :class:`CountTargets`).
+            Composer weights micro-batches by samples and ranks equally; with it, targets count equally wherever they
+            are. None leaves losses means over their micro-batch.
+    """
 
     def __init__(self, model: MoETransformer) -> None:
         super().__init__()
         self.model = model
+        self.targets_per_sample: Tensor | None = None
 
     def forward(self, batch: Batch) -> CausalLMLosses:
-        return self.model(batch["input_ids"], batch["labels"])
+        return self.model(batch["input_ids"], batch["labels"], sequence_id=batch.get("sequence_id"))
 
     def loss(self, outputs: CausalLMLosses, batch: Batch) -> dict[str, Tensor]:
-        return {"total": outputs.total, "lm": outputs.lm, "balance": outputs.balance, "z": outputs.z}
+        share = self._share(outputs.num_targets, len(batch["input_ids"]))
+        losses = {"lm": outputs.lm * share, "balance": outputs.balance, "z": outputs.z}
+        if self.model.cfg.mtp.depth:
+            losses["mtp"] = outputs.mtp * share
+        return {"total": sum(losses.values(), start=outputs.lm.new_zeros(())), **losses}
+
+    def _share(self, num_targets: Tensor, num_samples: int) -> Tensor | float:
+        """Targets of a micro-batch, in units of what as many samples of the global batch have; 1 without padding."""
+        return 1.0 if self.targets_per_sample is None else num_targets / (num_samples * self.targets_per_sample)
 
     def eval_forward(self, batch: Batch, outputs: CausalLMLosses | None = None) -> CausalLMLosses:
         return self(batch) if outputs is None else outputs
@@ -60,6 +79,17 @@ class ComposerMoECausalLM(ComposerModel):
         metric.update(outputs.lm, outputs.num_targets)
 
 
+class CountTargets(Callback):
+    """Tells the model, before each step, how many targets the global batch has."""
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        batch = state.batch
+        targets_BS = shifted_targets(batch["labels"], batch.get("sequence_id"))
+        counts = torch.stack([(targets_BS != IGNORE_INDEX).sum(), targets_BS.new_tensor(len(targets_BS))])
+        dist.all_reduce(counts)
+        state.model.targets_per_sample = counts[0] / counts[1]
+
+
 class FoundryMoECausalLM(ComposerMoECausalLM):
     """``model.name: moe_causal_lm`` in a recipe of LLM Foundry's own, which finds it by its entry point.
 
@@ -69,11 +99,16 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
         model: The keys of this project's ``model`` mapping.
 
     Raises:
-        ConfigError: They are not valid.
+        ConfigError: They are not valid, or ask for what this project's own training loop does after each step.
     """
 
     def __init__(self, tokenizer: object = None, seed: int = 17, **model: object) -> None:
         cfg = load_recipe(None, [f"model={json.dumps(model)}"]).model
+        balance = cfg.moe.balance
+        if balance.bias_update_rate or balance.aux_loss_scope == AuxLossScope.global_batch:
+            key = "bias_update_rate" if balance.bias_update_rate else "aux_loss_scope"
+            message = f"{getattr(balance, key)} needs moefoundry's own trainer: scripts/train.py"
+            raise ConfigError([Problem(f"model.moe.balance.{key}", message)])
         with torch.device("meta"):
             transformer = MoETransformer(cfg)
         materialize(transformer, "cpu", seed)
@@ -82,5 +117,5 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
 
 def count_tokens(batch: Batch) -> dict[str, int]:
     """Tokens of a batch as Composer's ``DataSpec`` wants them: all, and those that are predicted."""
-    labels = batch["labels"]
-    return {"total": batch["input_ids"].numel(), "loss_generating": int((labels[:, 1:] != IGNORE_INDEX).sum())}
+    targets = shifted_targets(batch["labels"], batch.get("sequence_id"))
+    return {"total": batch["input_ids"].numel(), "loss_generating": int((targets != IGNORE_INDEX).sum())}

@@ -26,6 +26,7 @@ from torch.optim import AdamW
 
 from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.console import Console
+from moefoundry.callbacks.expert_bias import ExpertBias
 from moefoundry.callbacks.gradient_norm import GradientNorm
 from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.report import write_report
@@ -47,10 +48,10 @@ from moefoundry.config import (
 from moefoundry.data.loader import build_loader
 from moefoundry.data.tokenizer import check_vocabulary
 from moefoundry.evaluation.generation import complete
-from moefoundry.foundry import ComposerMoECausalLM, count_tokens
+from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
 from moefoundry.mesh import Meshes, build_meshes, by_mesh, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
-from moefoundry.parallel import materialize, moe_layer_indices, parallelize
+from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
 from moefoundry.planning.describe import parameter_counts
 
 EXPECTED_WARNINGS = (
@@ -118,7 +119,6 @@ def build_trainer(recipe: Recipe) -> Trainer:
         eval_interval=recipe.eval_interval if eval_data else 0,
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
-        accumulate_train_batch_on_tokens=True,
         callbacks=build_callbacks(recipe, model, metrics_file, resume_from),
         loggers=[metrics_file, *build_console(recipe, model), *build_loggers(recipe.loggers, run_dir)],
         parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
@@ -160,14 +160,19 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     """The model, sharded, with its initial weights; no rank ever holds more than its shard."""
     with torch.device("meta"):
         model = MoETransformer(recipe.model)
-    parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
+    parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     materialize(model, device._device, recipe.seed)
     return model
 
 
 def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
     """The loader of this rank's batches of ``batch_size`` sequences."""
-    loader = build_loader(cfg, batch_size=batch_size, model_vocab_size=recipe.model.vocab_size)
+    loader = build_loader(
+        cfg,
+        batch_size=batch_size,
+        model_vocab_size=recipe.model.vocab_size,
+        documents_of=Path(recipe.tokenizer.name) if recipe.model.document_masking else None,
+    )
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
@@ -203,15 +208,25 @@ def build_callbacks(
         resume_from=resume_from,
     )
     callbacks = [
+        CountTargets(),
         GradientNorm(clipping.clipping_threshold if clipping else None),
         model.step_counts and GlobalBatchBalance(model.step_counts),
         RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
+        build_expert_bias(model),
         wanted.speed_monitor and SpeedMonitor(wanted.speed_monitor.window_size),
         wanted.lr_monitor and LRMonitor(),
         wanted.memory_monitor and MemoryMonitor(),
         checkpointing,
     ]
     return [callback for callback in callbacks if callback]
+
+
+def build_expert_bias(model: MoETransformer) -> ExpertBias | None:
+    """What moves the experts' biases; None where they stay as they are."""
+    balance, routers = model.cfg.moe.balance, [layer.router for layer in moe_layers(model)]
+    if not routers or not balance.bias_update_rate:
+        return None
+    return ExpertBias(routers, balance.bias_update_rate, balance.bias_freeze_at)
 
 
 def build_console(recipe: Recipe, model: MoETransformer) -> list[LoggerDestination]:

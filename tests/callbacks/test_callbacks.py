@@ -74,19 +74,25 @@ def routing() -> list[dict]:
     recorded: list[dict] = []
     monitor = RoutingMonitor(recorded.append, layers=[1, 2])
     logger = SimpleNamespace(log_metrics=recorded.append)
-    for counts, entropy in (([[3, 1], [2, 2]], [0.2, 0.4]), ([[3, 1], [0, 4]], [0.4, 0.6])):
-        outputs = SimpleNamespace(tokens_per_expert=torch.tensor(counts), router_entropy=torch.tensor(entropy))
+    micro_batches = (([[3, 1], [2, 2]], [1, 0], [0.2, 0.4]), ([[3, 1], [0, 4]], [1, 2], [0.4, 0.6]))
+    for counts, dropped, entropy in micro_batches:
+        outputs = SimpleNamespace(
+            tokens_per_expert=torch.tensor(counts),
+            dropped_slots=torch.tensor(dropped),
+            router_entropy=torch.tensor(entropy),
+        )
         monitor.after_loss(SimpleNamespace(outputs=outputs), logger)
     monitor.batch_end(SimpleNamespace(), logger)
     return recorded
 
 
 def test_routing_over_micro_batches_by_hand() -> None:
-    """Layer 1: loads 6 and 2 of 8, violation 0.5. Layer 2: 2 and 6, violation 0.5. Entropies 0.3 and 0.5."""
+    """Layer 1: loads 6 and 2 of 8, violation 0.5. Layer 2: 2 and 6, violation 0.5. Entropies 0.3 and 0.5. Of 16 slots 4
+    are dropped."""
     logged, loads = run_distributed(routing, 1)[0]
     assert logged["moe/max_violation"] == pytest.approx(0.5)
     assert logged["moe/router_entropy"] == pytest.approx(0.4)
-    assert logged["moe/dropped_fraction"] == 0.0
+    assert logged["moe/dropped_fraction"] == 0.25
     assert loads == {"moe/load/layer1": [0.75, 0.25], "moe/load/layer2": [0.25, 0.75]}
 
 

@@ -52,6 +52,32 @@ def test_row22_check_recipe_alone():
         (["model.d_model=48"], None, []),
         (["model.attention.n_kv_heads=3"], None, ["model.attention.n_kv_heads"]),
         (["model.attention.n_kv_heads=16"], None, ["model.attention.n_kv_heads"]),
+        # a head's width that is given, or that of its part with position
+        (["model.d_model=260", "model.attention.head_dim=32"], None, []),
+        (["model.attention.head_dim=33"], None, ["model.attention.head_dim"]),
+        (["model.attention={kind: mla, n_heads: 7}"], None, []),
+        (["model.attention={kind: mla, qk_rope_head_dim: 33}"], None, ["model.attention.qk_rope_head_dim"]),
+        (["model.attention.yarn={beta_fast: 2, beta_slow: 1}"], None, []),
+        (["model.attention.yarn={beta_fast: 2, beta_slow: 2}"], None, ["model.attention.yarn.beta_fast"]),
+        # routing by groups
+        (["model.moe.router={num_groups: 3}"], None, ["model.moe.router.num_groups"]),
+        (["model.moe.router={num_groups: 4, top_k_groups: 5}"], None, ["model.moe.router.top_k_groups"]),
+        (["model.moe.router={num_groups: 1, top_k_groups: 2}"], None, ["model.moe.router.top_k_groups"]),
+        (["model.moe.router={num_groups: 4, top_k_groups: 1}", "model.moe.top_k=4"], None, []),
+        (
+            ["model.moe.router={num_groups: 4, top_k_groups: 1}", "model.moe.top_k=5"],
+            None,
+            ["model.moe.router.top_k_groups"],
+        ),
+        (["model.moe.router={num_groups: 16, top_k_groups: 2}"], None, []),
+        (
+            ["model.moe.router={num_groups: 16, top_k_groups: 2, score_function: sigmoid}"],
+            None,
+            ["model.moe.router.num_groups"],
+        ),
+        # multi-token prediction
+        (["model.mtp.depth=510"], None, []),
+        (["model.mtp.depth=511"], None, ["model.mtp.depth"]),
         # grouped_mm: rows of whole 16 bytes
         (["model.moe.expert_hidden_size=30"], None, ["model.moe.expert_hidden_size"]),
         (["model.moe.expert_hidden_size=30", "model.moe.backend=loop"], None, []),

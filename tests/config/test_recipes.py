@@ -18,7 +18,8 @@ RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 def test_every_recipe_loads(path):
     recipe = load_recipe(path)
     assert recipe.run_name == path.stem
-    assert load_recipe(path, world_size=2)
+    ranks = recipe.mesh.replicate * recipe.mesh.shard
+    assert load_recipe(path, world_size=ranks if ranks > 0 else 2)  # a mesh of its own, or any
 
 
 def test_every_schema_class_is_exported():

@@ -1,5 +1,6 @@
 """Loaders: the right tokens, the same global batches on every number of ranks, exact resumption, early errors."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from streaming.base.world import World
 from moefoundry.config.errors import UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig
 from moefoundry.data import prepare as prepare_module
-from moefoundry.data.loader import build_loader
+from moefoundry.data.loader import build_loader, number_documents
 from moefoundry.data.prepare import PrepareOptions, prepare
 
 SEQ_LEN = 16
@@ -57,8 +58,11 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     monkeypatch.setattr(SharedMemory, "__init__", recording)
     loaders: list[StreamingDataLoader] = []
 
-    def builder(config: LoaderConfig, *, batch_size: int = 4, model_vocab_size: int = VOCAB) -> StreamingDataLoader:
-        loaders.append(build_loader(config, batch_size=batch_size, model_vocab_size=model_vocab_size))
+    def builder(
+        config: LoaderConfig, *, batch_size: int = 4, model_vocab_size: int = VOCAB, documents_of: Path | None = None
+    ) -> StreamingDataLoader:
+        options = {"batch_size": batch_size, "model_vocab_size": model_vocab_size, "documents_of": documents_of}
+        loaders.append(build_loader(config, **options))
         return loaders[-1]
 
     yield builder
@@ -90,6 +94,29 @@ def test_batches_hold_the_samples_in_order(corpus: Path, build: Callable) -> Non
     assert read.shape == (samples, SEQ_LEN)
     raw = np.concatenate([loader.dataset.shards[0][index]["tokens"] for index in range(5)])
     assert read[:5].flatten().tolist() == raw.tolist()
+
+
+def test_documents_are_numbered_and_end_with_their_end_of_text_token() -> None:
+    tokens = torch.tensor([5, 0, 7, 8, 0, 0, 9])
+    assert number_documents(tokens, eos_id=0).tolist() == [0, 0, 1, 1, 1, 2, 3]
+    assert number_documents(tokens, eos_id=4).tolist() == [0] * 7
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_batches_tell_documents_apart(corpus: Path, build: Callable, tmp_path: Path, remote: bool) -> None:
+    config = config_of(tmp_path / "cache", "val", remote=str(corpus)) if remote else config_of(corpus, "val")
+    tokenizer = corpus / "tokenizer" if remote else tmp_path / "not read"
+    batches = list(build(config, documents_of=tokenizer))
+    eos_id = json.loads((corpus / "corpus.json").read_text())["eos_id"]
+    borders = 0
+    for batch in batches:
+        assert batch["sequence_id"].dtype == torch.int64
+        for tokens, documents in zip(batch["input_ids"].tolist(), batch["sequence_id"].tolist(), strict=True):
+            steps = [after - before for before, after in itertools.pairwise(documents)]
+            assert documents[0] == 0
+            assert steps == [int(token == eos_id) for token in tokens[:-1]]
+            borders += sum(steps)
+    assert borders, "some sample is to hold a border"
 
 
 def test_an_epoch_is_whole_batches_without_repeats_and_shuffled_anew(corpus: Path, build: Callable) -> None:

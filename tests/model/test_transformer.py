@@ -9,12 +9,10 @@ from torch.utils._pytree import tree_leaves
 
 from moefoundry.config import AttentionConfig
 from moefoundry.model.attention import build_attention
-from moefoundry.model.norm import RMSNorm
-from moefoundry.model.rope import rotate, rotation
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.ops.cross_entropy import CHUNK_TOKENS
-from tests.model.tiny import EXPERTS, VOCAB, WIDTH, batch, gradients, tiny_config, tiny_model
+from tests.model.tiny import EXPERTS, VOCAB, batch, gradients, tiny_config, tiny_model
 
 B, S = 3, 12
 
@@ -170,30 +168,3 @@ def test_unknown_attention_is_named() -> None:
     cfg.attention = AttentionConfig(kind="mystery")
     with pytest.raises(ValueError, match=r"^model.attention: no module for AttentionConfig$"):
         build_attention(cfg)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_norm_is_torchs_in_at_least_fp32(dtype: torch.dtype) -> None:
-    ours, theirs = RMSNorm(WIDTH, eps=1e-6), torch.nn.RMSNorm(WIDTH, eps=1e-6, dtype=torch.float64)
-    torch.manual_seed(0)
-    weight, x = torch.randn(WIDTH), 100 * torch.randn(4, WIDTH, dtype=torch.float64)
-    ours.load_state_dict({"weight": weight})
-    theirs.load_state_dict({"weight": weight})
-    out = ours.to(dtype)(x.to(dtype))
-    assert out.dtype == dtype
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(out.double(), theirs(x), rtol=4 * eps, atol=4 * eps)
-
-
-def test_rotation_keeps_lengths_and_depends_on_distance_alone() -> None:
-    torch.manual_seed(0)
-    query, key = torch.randn(8), torch.randn(8)
-    turned_query, turned_key = (
-        rotate(x.expand(1, 1, 20, 8).double(), rotation(20, 8, 100.0, torch.device("cpu")))[0, 0] for x in (query, key)
-    )
-    lengths = query.double().norm().expand(20)
-    torch.testing.assert_close(turned_query.norm(dim=-1), lengths, rtol=1e-6, atol=0)
-    for distance in range(5):
-        products = (turned_query[distance:] * turned_key[: 20 - distance]).sum(dim=-1)
-        torch.testing.assert_close(products, products[:1].expand_as(products), rtol=0, atol=1e-5)
-    torch.testing.assert_close(turned_query[0], query.double())

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moefoundry.config import RouterConfig
-from moefoundry.moe.balance import balance_loss, max_violation, router_entropy, z_loss
+from moefoundry.config import MoEConfig, RouterConfig, ScoreFunction
+from moefoundry.moe.balance import balance_loss, expert_bias_step, max_violation, router_entropy, z_loss
 from moefoundry.moe.router import Router, Routing
 
 B, S, D, E, K = 6, 5, 8, 4, 2
@@ -34,7 +34,7 @@ def brute_force_z(logits: Tensor) -> Tensor:
 
 def router(top_k: int = K) -> Router:
     torch.manual_seed(0)
-    return Router(D, E, top_k, RouterConfig()).double()
+    return Router(D, MoEConfig(num_experts=E, top_k=top_k)).double()
 
 
 def tokens(num: int = B * S) -> Tensor:
@@ -160,3 +160,20 @@ def test_entropy_of_uniform_certain_and_halved_scores() -> None:
 def test_max_violation_is_of_each_layer() -> None:
     load = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [8, 4, 4, 4]])
     assert max_violation(load).tolist() == pytest.approx([0.0, 3.0, 0.6])
+
+
+def test_balance_loss_of_sigmoid_scores_takes_them_normalized() -> None:
+    cfg = MoEConfig(num_experts=E, top_k=K, router=RouterConfig(score_function=ScoreFunction.sigmoid))
+    torch.manual_seed(0)
+    routing = Router(D, cfg).double()(tokens())
+    # softmax(log p) is p / sum(p): the brute force takes logits of the normalized scores
+    expected = brute_force_balance(routing.scores.log(), routing.topk_expert_ids.tolist(), B)
+    torch.testing.assert_close(balance_of(routing, B), expected, rtol=0, atol=1e-12)
+
+
+def test_expert_bias_moves_against_the_load() -> None:
+    """Means are 3 and 7/3, which no float is: only integers compare them exactly."""
+    load = torch.tensor([[5, 3, 1], [2, 3, 2]])
+    assert expert_bias_step(load, 0.5).tolist() == [[-0.5, 0.0, 0.5], [0.5, -0.5, 0.5]]
+    assert expert_bias_step(load, 0.5).dtype == torch.float32
+    assert expert_bias_step(torch.full((7,), 3), 0.5).tolist() == [0.0] * 7

@@ -78,8 +78,12 @@ class Checkpointing(Callback):
         dist.barrier()
 
     def load(self, state: State, checkpoint: Path) -> None:
-        """Put a saved state back into ``state``: weights, optimizer, schedule, position in the data, generators."""
+        """Put a saved state back into ``state``: weights, optimizer, schedule, position in the data, generators. Of a
+        weights-only checkpoint, weights alone: the run begins at its first batch."""
         document = io.read_state(checkpoint)
+        if document.get(io.WEIGHTS_ONLY):
+            io.read_into(checkpoint, model_tensors(state.model))
+            return
         self._rng = (
             {name: tensor.clone() for name, tensor in rng_tensors(dist.get_global_rank()).items()}
             if document["world_size"] == dist.get_world_size()

@@ -1,11 +1,11 @@
 """``run_dir/metrics.jsonl``: one JSON object for every batch, with full float precision.
 
     batch                                   1-based
-    loss/train/{total,lm,balance,z}         means over the tokens of the global batch, nats; total is the sum
+    loss/train/{total,lm,balance,z,mtp}     means over the tokens of the global batch, nats; total is the sum
     grad_norm                               before clipping
     lr                                      learning rate
     throughput/tokens_per_sec               all ranks
-    moe/{max_violation,router_entropy,dropped_fraction}
+    moe/{max_violation,router_entropy,dropped_fraction,expert_bias_max_abs}
     moe/load/layer{i}                       list of E shares
     metrics/eval/LanguageCrossEntropy       nats a token, in the batches after which the model was evaluated
     checkpoint/stall_seconds                in the batches after which a checkpoint was written

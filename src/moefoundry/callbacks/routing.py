@@ -14,8 +14,8 @@ from moefoundry.moe.balance import StepCounts, max_violation
 
 
 class RoutingMonitor(Callback):
-    """Logs ``moe/max_violation``, ``moe/router_entropy`` (means over MoE layers) and ``moe/dropped_fraction``, and
-    records ``moe/load/layer{i}``: the share of slots of each of E experts, summing to 1.
+    """Logs ``moe/max_violation``, ``moe/router_entropy`` (means over MoE layers) and ``moe/dropped_fraction`` (of all
+    layers' slots), and records ``moe/load/layer{i}``: the share of slots routed to each of E experts, summing to 1.
 
     Args:
         record: Takes metrics that are no scalars (see :class:`~moefoundry.callbacks.metrics_file.MetricsFile`).
@@ -26,30 +26,35 @@ class RoutingMonitor(Callback):
         self.record = record
         self.layers = layers
         self._tokens_per_expert_LE: Tensor | None = None
+        self._dropped_slots_L: Tensor | None = None
         self._entropy_sum_L: Tensor | None = None
 
     def after_loss(self, state: State, logger: Logger) -> None:
         losses = state.outputs
-        if self._tokens_per_expert_LE is None or self._entropy_sum_L is None:
+        if self._tokens_per_expert_LE is None or self._dropped_slots_L is None or self._entropy_sum_L is None:
             self._tokens_per_expert_LE = torch.zeros_like(losses.tokens_per_expert)
+            self._dropped_slots_L = torch.zeros_like(losses.dropped_slots)
             self._entropy_sum_L = torch.zeros_like(losses.router_entropy)
         self._tokens_per_expert_LE += losses.tokens_per_expert
+        self._dropped_slots_L += losses.dropped_slots
         self._entropy_sum_L += losses.router_entropy * losses.tokens_per_expert.sum(dim=-1)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        counts_LE, entropy_L = self._tokens_per_expert_LE, self._entropy_sum_L
+        counts_LE, dropped_L, entropy_L = self._tokens_per_expert_LE, self._dropped_slots_L, self._entropy_sum_L
         assert counts_LE is not None, "no forward pass in this batch"
+        assert dropped_L is not None, "set with the counts"
         assert entropy_L is not None, "set with the counts"
-        self._tokens_per_expert_LE, self._entropy_sum_L = None, None
+        self._tokens_per_expert_LE, self._dropped_slots_L, self._entropy_sum_L = None, None, None
         if counts_LE.numel() == 0:
             return
         dist.all_reduce(counts_LE)
+        dist.all_reduce(dropped_L)
         dist.all_reduce(entropy_L)
         logger.log_metrics(
             {
                 "moe/max_violation": max_violation(counts_LE).mean().item(),
                 "moe/router_entropy": (entropy_L / counts_LE.sum(dim=-1)).mean().item(),
-                "moe/dropped_fraction": 0.0,
+                "moe/dropped_fraction": (dropped_L.sum() / counts_LE.sum()).item(),
             }
         )
         load_LE = counts_LE.double() / counts_LE.sum(dim=-1, keepdim=True)

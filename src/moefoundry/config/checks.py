@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.schema import Compute, ExpertBackend, GqaConfig, Recipe
+from moefoundry.config.schema import Compute, ExpertBackend, GqaConfig, MlaConfig, Recipe, ScoreFunction
 
+EVEN = "an even width, which rotary embeddings need"
 Check = Callable[[Recipe, int | None], Iterator[Problem]]
 
 
@@ -63,6 +64,36 @@ def _top_k(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("model.moe.top_k", message, allowed=f"1 to {moe.num_experts}")
 
 
+@rule("model.moe.top_k", "model.moe.num_experts", "model.moe.router")
+def _expert_groups(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """Group-limited routing must leave every token enough experts."""
+    moe, router = recipe.model.moe, recipe.model.moe.router
+    groups, kept = router.num_groups, router.top_k_groups
+    if moe.num_experts % groups:
+        message = f"model.moe.num_experts {moe.num_experts} is not divisible by {groups}"
+        yield Problem("model.moe.router.num_groups", message, allowed=_divisors(moe.num_experts))
+        return
+    if kept > groups:
+        message = f"{kept} groups for each token, but model.moe.router.num_groups is {groups}"
+        yield Problem("model.moe.router.top_k_groups", message, allowed=f"1 to {groups}")
+        return
+    size = moe.num_experts // groups
+    if groups > 1 and size < 2 and router.score_function == ScoreFunction.sigmoid:
+        message = f"{groups} groups of one expert, but with sigmoid scores a group is judged by its best two"
+        yield Problem("model.moe.router.num_groups", message, allowed="groups of at least two experts")
+    if kept * size < moe.top_k <= moe.num_experts:
+        message = f"{kept} groups of {size} experts are fewer experts than model.moe.top_k, {moe.top_k}"
+        yield Problem("model.moe.router.top_k_groups", message, allowed=f"{-(-moe.top_k // size)} to {groups}")
+
+
+@rule("model.mtp.depth", "max_seq_len")
+def _mtp_depth(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    depth, seq_len = recipe.model.mtp.depth, recipe.max_seq_len
+    if depth > seq_len - 2:
+        message = f"depth {depth} predicts {depth + 1} tokens ahead, in samples of max_seq_len {seq_len}"
+        yield Problem("model.mtp.depth", message, allowed=f"0 to {seq_len - 2}")
+
+
 @rule("model.n_dense_layers", "model.n_layers")
 def _dense_layers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     model = recipe.model
@@ -77,14 +108,33 @@ def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if not isinstance(attention, GqaConfig):
         return
     path, heads = "model.attention.n_heads", attention.n_heads
-    if width % heads:
+    if attention.head_dim is not None:
+        if attention.head_dim % 2:
+            yield Problem("model.attention.head_dim", f"{attention.head_dim} is odd", allowed=EVEN)
+    elif width % heads:
         yield Problem(path, f"model.d_model {width} is not divisible by {heads} heads", allowed=_divisors(width))
     elif (width // heads) % 2:
         message = f"the head width model.d_model / n_heads = {width} / {heads} = {width // heads} is odd"
-        yield Problem(path, message, allowed="an even head width, which rotary embeddings need")
+        yield Problem(path, message, allowed=EVEN)
     if heads % attention.n_kv_heads:
         message = f"n_heads {heads} is not divisible by {attention.n_kv_heads} key-value heads"
         yield Problem("model.attention.n_kv_heads", message, allowed=_divisors(heads))
+
+
+@rule("model.attention")
+def _latent_heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    attention = recipe.model.attention
+    if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
+        message = f"{attention.qk_rope_head_dim} is odd"
+        yield Problem("model.attention.qk_rope_head_dim", message, allowed=EVEN)
+
+
+@rule("model.attention")
+def _yarn(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yarn = recipe.model.attention.yarn
+    if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
+        message = f"{yarn.beta_fast} rotations are not more than model.attention.yarn.beta_slow, {yarn.beta_slow}"
+        yield Problem("model.attention.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")
 
 
 @rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision.compute")

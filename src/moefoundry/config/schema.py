@@ -447,7 +447,7 @@ class Recipe:
     activation_checkpointing: ActivationCheckpointing = key(
         ActivationCheckpointing.none, "What the backward pass recomputes."
     )
-    compile: bool = key(False, "torch.compile of every block.", available=(False,))
+    compile: bool = key(False, "torch.compile of attention, router and dense feed-forward networks.")
     ema: EmaConfig | None = key(None, "Moving average of the parameters.", available=(None,))
     tokenizer: TokenizerConfig = key(TokenizerConfig, "Tokenizer.")
     train_loader: LoaderConfig = key(LoaderConfig, "Training data.")

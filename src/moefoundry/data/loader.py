@@ -1,7 +1,8 @@
 """Loaders: prepared shards become batches, in an order that does not depend on how many ranks read them.
 
 B batch of one rank, S ``max_seq_len``, G global batch (B x ranks). A batch is ``{"input_ids": int64 [B, S], "labels":
-int64 [B, S]}`` with equal contents: the shift by one is the model's.
+int64 [B, S]}`` with equal contents: the shift by one is the model's. Where documents are told apart, ``"sequence_id":
+int64 [B, S]`` (LLM Foundry's name) counts those of a sample from 0; the end-of-text token belongs to the one it ends.
 
 Order (mosaicml-streaming's elastic determinism). Samples are permuted by the seed and the epoch alone, then dealt out:
 global batch ``i`` is the samples ``i*G .. (i+1)*G`` of the permutation, whatever the number of ranks, nodes and
@@ -39,6 +40,7 @@ from torch import Tensor
 from moefoundry.config.errors import UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig
 from moefoundry.data.summary import read_corpus_summary
+from moefoundry.data.tokenizer import load_tokenizer
 
 VALIDATE_HASH = "xxh64"  # of downloaded shards; fast enough to be free beside the network
 TOKENS = "tokens"
@@ -52,13 +54,16 @@ class TokenDataset(StreamingDataset):
         batch_size: Samples of one rank's batch.
         drop_last: Cut the epoch to whole global batches.
         vocab_size: Token ids must lie below it.
+        eos_id: The token that ends a document; None does not tell documents apart.
 
     Raises:
         UserError: The split is smaller than one global batch and ``drop_last`` is set; from ``[]``: a sample does not
             have the recipe's length or has a token outside the vocabulary.
     """
 
-    def __init__(self, config: DatasetConfig, *, batch_size: int, drop_last: bool, vocab_size: int) -> None:
+    def __init__(
+        self, config: DatasetConfig, *, batch_size: int, drop_last: bool, vocab_size: int, eos_id: int | None = None
+    ) -> None:
         super().__init__(
             local=config.local,
             remote=config.remote,
@@ -74,6 +79,7 @@ class TokenDataset(StreamingDataset):
         self.place = f"{config.remote or config.local}/{config.split}"
         self.max_seq_len = config.max_seq_len
         self.vocab_size = vocab_size
+        self.eos_id = eos_id
         if drop_last:
             self._cut_to_global_batches(batch_size)
 
@@ -91,7 +97,7 @@ class TokenDataset(StreamingDataset):
         self.length = self.epoch_size // ranks
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
-        """One sample: ``input_ids`` and ``labels``, int64 [S] each."""
+        """One sample: ``input_ids``, ``labels`` and, with an ``eos_id``, ``sequence_id``, int64 [S] each."""
         tokens = super().get_item(sample_id, retry)[TOKENS]
         if tokens.shape != (self.max_seq_len,):
             raise UserError(
@@ -100,10 +106,19 @@ class TokenDataset(StreamingDataset):
         if tokens.max() >= self.vocab_size:
             raise UserError(f"{self.place}: token {tokens.max()}, and the model's vocab_size is {self.vocab_size}")
         input_ids = torch.from_numpy(tokens.astype(np.int64))
-        return {"input_ids": input_ids, "labels": input_ids.clone()}
+        sample = {"input_ids": input_ids, "labels": input_ids.clone()}
+        return sample if self.eos_id is None else sample | {"sequence_id": number_documents(input_ids, self.eos_id)}
 
 
-def build_loader(config: LoaderConfig, *, batch_size: int, model_vocab_size: int) -> StreamingDataLoader:
+def number_documents(tokens_S: Tensor, eos_id: int) -> Tensor:
+    """int64 [S]: which document of the sample each token is of, from 0; ``eos_id`` ends one."""
+    ends_S = tokens_S == eos_id
+    return ends_S.cumsum(0) - ends_S.long()
+
+
+def build_loader(
+    config: LoaderConfig, *, batch_size: int, model_vocab_size: int, documents_of: Path | None = None
+) -> StreamingDataLoader:
     """The loader of one rank.
 
     ``state_dict()`` and ``load_state_dict()`` of the result hold and restore the position within the epoch, which may
@@ -113,6 +128,8 @@ def build_loader(config: LoaderConfig, *, batch_size: int, model_vocab_size: int
         config: The recipe's ``train_loader`` or ``eval_loader``.
         batch_size: Samples of one batch of this rank.
         model_vocab_size: Rows of the model's embedding.
+        documents_of: The tokenizer of the data, where batches are to have a ``sequence_id``; a local corpus says by
+            itself which token ends its documents, remote data do not.
 
     Raises:
         UserError: The data are absent, incomplete, too few, or do not fit the recipe. Local data are checked before
@@ -121,7 +138,11 @@ def build_loader(config: LoaderConfig, *, batch_size: int, model_vocab_size: int
     if config.dataset.remote is None:
         check_local(config.dataset, model_vocab_size)
     dataset = TokenDataset(
-        config.dataset, batch_size=batch_size, drop_last=config.drop_last, vocab_size=model_vocab_size
+        config.dataset,
+        batch_size=batch_size,
+        drop_last=config.drop_last,
+        vocab_size=model_vocab_size,
+        eos_id=None if documents_of is None else _eos_id(config.dataset, documents_of),
     )
     return StreamingDataLoader(
         dataset,
@@ -131,6 +152,12 @@ def build_loader(config: LoaderConfig, *, batch_size: int, model_vocab_size: int
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0,
     )
+
+
+def _eos_id(config: DatasetConfig, tokenizer_dir: Path) -> int:
+    if config.remote is None:
+        return read_corpus_summary(config.local).eos_id
+    return load_tokenizer(tokenizer_dir).eos_id
 
 
 def check_local(config: DatasetConfig, model_vocab_size: int) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
-from moefoundry.model.norm import RMSNorm
+from moefoundry.model.norm import Norm
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill every parameter in place: norm weights with 1, biases with 0, matrices from N(0, std**2).
+    """Fill every parameter in place: norm weights with 1, biases with 0, matrices from N(0, std**2); buffers with 0.
 
     Args:
         model: Materialized (``to_empty``), sharded or not.
@@ -29,7 +29,7 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
     Raises:
         ValueError: A parameter is still on the meta device.
     """
-    norms = {id(module.weight) for module in model.modules() if isinstance(module, RMSNorm)}
+    norms = {id(module.weight) for module in model.modules() if isinstance(module, Norm)}
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: materialize the model with to_empty() first")
@@ -39,6 +39,8 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
             parameter.zero_()
         else:
             _fill_normal(name, parameter, std, seed)
+    for buffer in model.buffers():
+        buffer.zero_()
 
 
 def _fill_normal(name: str, parameter: Tensor, std: float, seed: int) -> None:

@@ -2,22 +2,26 @@
 
     embed_tokens -> n_layers x [x + attention(norm(x)); x + ffn(norm(x))] -> norm -> lm_head
 
-The first ``n_dense_layers`` blocks have a dense FFN, the others an MoE layer. Nothing here depends on how many devices
-there are. Build it under ``torch.device("meta")`` and give it weights with ``model/init.py``.
+The first ``n_dense_layers`` blocks have a dense FFN, the others an MoE layer. In training, multi-token prediction
+(``model/mtp.py``) goes on from the last hidden states. Nothing here depends on how many devices there are. Build it
+under ``torch.device("meta")`` and give it weights with ``model/init.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Self, overload
+from typing import NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AuxLossScope, ModelConfig
-from moefoundry.model.attention import GroupedQueryAttention, build_attention
-from moefoundry.model.norm import RMSNorm
-from moefoundry.model.rope import Rotation
+from moefoundry.model.attention import build_attention
+from moefoundry.model.cache import KVCache, LayerCache
+from moefoundry.model.context import AttentionContext, attention_context
+from moefoundry.model.mtp import MTPModule
+from moefoundry.model.norm import build_norm
+from moefoundry.model.targets import shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
@@ -31,23 +35,27 @@ class CausalLMLosses(NamedTuple):
     Attributes:
         lm: Mean cross entropy over the targets that are not ignored, nats.
         balance, z: Sums over MoE layers of the layers' losses (means over tokens), times the recipe's weights, so that
-            ``lm + balance + z`` is what is minimized.
+            ``lm + balance + z + mtp`` is what is minimized.
+        mtp: Multi-token prediction, times its weight; 0 where there is none, and in evaluation.
         num_targets: int64 scalar, targets that count.
-        tokens_per_expert: int64 [L, E], one row for each MoE layer.
+        tokens_per_expert: int64 [L, E], one row for each MoE layer; in training, multi-token prediction's come last.
+        dropped_slots: int64 [L], how many of them a capacity dropped.
         router_entropy: [L], nats.
     """
 
     lm: Tensor
     balance: Tensor
     z: Tensor
+    mtp: Tensor
     num_targets: Tensor
     tokens_per_expert: Tensor
+    dropped_slots: Tensor
     router_entropy: Tensor
 
     @property
     def total(self) -> Tensor:
         """What is minimized."""
-        return self.lm + self.balance + self.z
+        return self.lm + self.balance + self.z + self.mtp
 
 
 class Block(nn.Module):
@@ -55,18 +63,20 @@ class Block(nn.Module):
 
     def __init__(self, cfg: ModelConfig, layer_index: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(cfg.d_model, cfg.norm.eps)
-        self.attention: GroupedQueryAttention = build_attention(cfg)
-        self.ffn_norm = RMSNorm(cfg.d_model, cfg.norm.eps)
+        self.attention_norm = build_norm(cfg.d_model, cfg.norm)
+        self.attention = build_attention(cfg)
+        self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.ffn_hidden_size)
             if layer_index < cfg.n_dense_layers or layer_index in cfg.dense_layers
             else MoELayer(cfg.d_model, cfg.moe)
         )
 
-    def forward(self, x_BSD: Tensor, rot: Rotation) -> tuple[Tensor, RoutingStats | None]:
+    def forward(
+        self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None
+    ) -> tuple[Tensor, RoutingStats | None]:
         """[B, S, D] -> [B, S, D], and the routing statistics if the block has experts."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rot)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
         if isinstance(self.ffn, MoELayer):
             out_BSD, stats = self.ffn(self.ffn_norm(x_BSD))
             return x_BSD + out_BSD, stats
@@ -113,10 +123,18 @@ class MoETransformer(nn.Module):
         self.layers: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # typed as what it holds
             Block(cfg, index) for index in range(cfg.n_layers)
         )
-        self.norm = RMSNorm(cfg.d_model, cfg.norm.eps)
+        self.norm = build_norm(cfg.d_model, cfg.norm)
         self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=False)
+        self.mtp: Sequence[MTPModule] = nn.ModuleList(  # type: ignore[assignment]  # as above
+            MTPModule(cfg, Block(cfg, cfg.n_layers + index)) for index in range(cfg.mtp.depth)
+        )
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    @property
+    def blocks(self) -> list[Block]:
+        """All blocks; those of multi-token prediction come last."""
+        return [*self.layers, *(cast(Block, module.block) for module in self.mtp)]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep tied weights tied: ``nn.Module`` gives each module a tensor of its own when it leaves meta."""
@@ -126,36 +144,84 @@ class MoETransformer(nn.Module):
         return self
 
     @overload
-    def forward(self, input_ids_BS: Tensor, labels_BS: None = None) -> Tensor: ...
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: None = None,
+        *,
+        sequence_id: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor: ...
     @overload
-    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor) -> CausalLMLosses: ...
-    def forward(self, input_ids_BS: Tensor, labels_BS: Tensor | None = None) -> Tensor | CausalLMLosses:
+    def forward(
+        self, input_ids_BS: Tensor, labels_BS: Tensor, *, sequence_id: Tensor | None = None
+    ) -> CausalLMLosses: ...
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        *,
+        sequence_id: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor | CausalLMLosses:
         """Run the model.
 
         Args:
             input_ids_BS: int64 [B, S].
             labels_BS: int64 [B, S], usually ``input_ids_BS`` itself; shifted here, so that position s predicts label
                 s + 1. ``IGNORE_INDEX`` counts nothing.
+            sequence_id: int64 [B, S], the same for the tokens of a document, ascending. Needed with
+                ``document_masking``, where a document's outcome is what it would be by itself; of no effect otherwise.
+            cache: Of the tokens before these, to which these are added; rows are one document each then.
 
         Returns:
             Logits [B, S, V] in the compute dtype without labels, else :class:`CausalLMLosses`.
+
+        Raises:
+            ValueError: ``document_masking`` without ``sequence_id`` or a cache.
         """
-        x_BSD = self.embed_tokens(input_ids_BS)
-        rot = self.layers[0].attention.rotation(input_ids_BS.shape[1], input_ids_BS.device)
+        if not self.cfg.document_masking or cache is not None:
+            sequence_id = None
+        elif sequence_id is None:
+            raise ValueError("model.document_masking is on: the model needs sequence_id, int64 [B, S], too")
+        x_BSD = embedded_BSD = self.embed_tokens(input_ids_BS)
+        context = attention_context(self.cfg, input_ids_BS, sequence_id, 0 if cache is None else cache.length)
+        layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[RoutingStats] = []
-        for layer in self.layers:
-            x_BSD, layer_stats = layer(x_BSD, rot)
+        for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
+            x_BSD, layer_stats = layer(x_BSD, context, layer_cache)
             if layer_stats is not None:
                 stats.append(layer_stats)
         hidden_BSD = self.norm(x_BSD)
         if labels_BS is None:
             return self.lm_head(hidden_BSD)
-        targets_BS = nn.functional.pad(labels_BS[:, 1:], (0, 1), value=IGNORE_INDEX)
+        targets_BS = shifted_targets(labels_BS, sequence_id)
         num_targets = (targets_BS != IGNORE_INDEX).sum()
         lm = self.lm_head(hidden_BSD, targets_BS) / num_targets.clamp(min=1)
-        return self._losses(lm, num_targets, stats)
+        mtp = torch.zeros_like(lm)
+        if self.training and self.mtp:
+            further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, sequence_id)
+            mtp = further * self.cfg.mtp.loss_weight / (len(self.mtp) * num_targets.clamp(min=1))
+            stats += further_stats
+        return self._losses(lm, mtp, num_targets, stats)
 
-    def _losses(self, lm: Tensor, num_targets: Tensor, stats: list[RoutingStats]) -> CausalLMLosses:
+    def _predict_further(
+        self, hidden_BSD: Tensor, embedded_BSD: Tensor, labels_BS: Tensor, sequence_id: Tensor | None
+    ) -> tuple[Tensor, list[RoutingStats]]:
+        """Multi-token prediction: the sum over all modules and targets of the cross entropy, and their statistics."""
+        if labels_BS.shape[1] <= len(self.mtp):
+            raise ValueError(f"sequences of {labels_BS.shape[1]} tokens leave none to model.mtp.depth {len(self.mtp)}")
+        sums, stats = [], []
+        for depth, module in enumerate(self.mtp, start=1):
+            documents = None if sequence_id is None else sequence_id[:, :-depth]
+            context = attention_context(self.cfg, labels_BS[:, :-depth], documents)
+            hidden_BSD, normed_BSD, module_stats = module(hidden_BSD[:, :-1], embedded_BSD[:, depth:], context)
+            targets_BS = shifted_targets(labels_BS, sequence_id, shift=depth + 1)[:, :-depth]
+            sums.append(self.lm_head(normed_BSD, targets_BS))
+            stats.append(module_stats)
+        return torch.stack(sums).sum(), stats
+
+    def _losses(self, lm: Tensor, mtp: Tensor, num_targets: Tensor, stats: list[RoutingStats]) -> CausalLMLosses:
         weights = self.cfg.moe.balance
         none = lm.new_zeros(())
         counts_LE = (
@@ -167,8 +233,10 @@ class MoETransformer(nn.Module):
             lm=lm,
             balance=sum(self._balance_losses(stats, counts_LE), start=none) * weights.aux_loss_weight,
             z=sum((s.z_loss for s in stats), start=none) * weights.z_loss_weight,
+            mtp=mtp,
             num_targets=num_targets,
             tokens_per_expert=counts_LE,
+            dropped_slots=torch.stack([s.dropped_slots for s in stats]) if stats else num_targets.new_zeros((0,)),
             router_entropy=torch.stack([s.router_entropy for s in stats]) if stats else none.new_zeros((0,)),
         )
 

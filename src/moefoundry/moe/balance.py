@@ -1,4 +1,4 @@
-"""Losses that keep experts busy and logits small, as pure functions of one layer's routing.
+"""What keeps experts busy and logits small, as pure functions of one layer's routing: losses, and a bias without one.
 
 Nothing is kept between calls: the values travel with the layer's output, so activation checkpointing neither loses them
 nor counts them twice (MegaBlocks keeps a global list, which does both). Every loss is a mean over tokens, so weighting
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moefoundry.moe.router import TINY
 from moefoundry.ops.permute import count_by_expert
 
 
@@ -32,7 +33,7 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
     num_tokens, num_experts = scores_TE.shape
     if num_tokens % num_segments:
         raise ValueError(f"{num_tokens} tokens do not split into {num_segments} segments")
-    probs_GSE = (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).reshape(num_segments, -1, num_experts)
+    probs_GSE = _normalized(scores_TE).reshape(num_segments, -1, num_experts)
     ids_GN = topk_expert_ids_TK.reshape(num_segments, -1)
     segment_offset_G1 = torch.arange(num_segments, device=ids_GN.device).unsqueeze(1) * num_experts
     counts_GE = count_by_expert(ids_GN + segment_offset_G1, num_segments * num_experts).view(num_segments, num_experts)
@@ -53,7 +54,11 @@ def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
 
 def mean_probs(scores_TE: Tensor) -> Tensor:
     """[E]: the mean over tokens of the scores, normalized to sum to 1 over E."""
-    return (scores_TE / scores_TE.sum(dim=-1, keepdim=True)).mean(dim=0)
+    return _normalized(scores_TE).mean(dim=0)
+
+
+def _normalized(scores_TE: Tensor) -> Tensor:
+    return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + TINY)
 
 
 class StepCounts:
@@ -91,11 +96,23 @@ def z_loss(router_logits_TE: Tensor) -> Tensor:
 
 def router_entropy(scores_TE: Tensor) -> Tensor:
     """Mean over tokens of the entropy of the normalized scores, in nats; log(E) is uniform routing."""
-    probs_TE = scores_TE / scores_TE.sum(dim=-1, keepdim=True)
-    return torch.special.entr(probs_TE).sum(dim=-1).mean()
+    return torch.special.entr(_normalized(scores_TE)).sum(dim=-1).mean()
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
     """Largest load over mean load, minus 1, along the last dim [..., E] -> [...] (arXiv 2408.15664, eq. 4)."""
     load = tokens_per_expert.to(torch.float64)
     return load.amax(dim=-1) / load.mean(dim=-1) - 1
+
+
+def expert_bias_step(tokens_per_expert: Tensor, rate: float) -> Tensor:
+    """fp32 [..., E]: what the expert biases change by after an optimizer step, ``rate * sign(mean load - load)``.
+
+    Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). Compares integers, so all ranks and meshes agree.
+
+    Args:
+        tokens_per_expert: int64 [..., E] slots of each expert in the whole step.
+        rate: ``bias_update_rate``.
+    """
+    total = tokens_per_expert.sum(dim=-1, keepdim=True)
+    return rate * (total - tokens_per_expert * tokens_per_expert.shape[-1]).sign().float()

@@ -2,7 +2,8 @@
 
 Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` copies it into the rows
 of those experts; each expert is a SwiGLU over its rows; ``combine`` adds the K results with the router's weights; the
-shared experts, which see every token, are added on top. No token is ever dropped.
+shared experts, which see every token, are added on top. No token is ever dropped, unless the recipe sets a capacity:
+then a choice that its expert cannot take is not dispatched, and adds nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from moefoundry.config import AuxLossScope, MoEConfig
 from moefoundry.moe.balance import balance_loss, mean_probs, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts
-from moefoundry.moe.router import Router, Routing
+from moefoundry.moe.router import Router, Routing, within_capacity
 from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import BACKENDS, grouped_linear
-from moefoundry.ops.permute import order_by_expert
+from moefoundry.ops.permute import count_by_expert, order_by_expert
 
 
 class RoutingStats(NamedTuple):
@@ -28,7 +29,8 @@ class RoutingStats(NamedTuple):
     Attributes:
         balance_loss, z_loss: Scalars, differentiable, unweighted, means over tokens.
         mean_probs: [E], differentiable; the mean normalized scores, for a balance loss over more than the micro-batch.
-        tokens_per_expert: int64 [E].
+        tokens_per_expert: int64 [E], as routed: with those that a capacity then drops.
+        dropped_slots: int64 scalar.
         router_entropy: Scalar, nats, not differentiable.
     """
 
@@ -36,6 +38,7 @@ class RoutingStats(NamedTuple):
     z_loss: Tensor
     mean_probs: Tensor
     tokens_per_expert: Tensor
+    dropped_slots: Tensor
     router_entropy: Tensor
 
 
@@ -48,33 +51,41 @@ class MoELayer(nn.Module):
 
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
-        self.router = Router(d_model, cfg.num_experts, cfg.top_k, cfg.router)
+        self.router = Router(d_model, cfg)
         self.experts = GroupedExperts(cfg.num_experts, d_model, cfg.expert_hidden_size, BACKENDS[cfg.backend])
         self.shared_experts = (
             FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher(cfg.num_experts)
         self.aux_loss_scope = cfg.balance.aux_loss_scope
+        self.capacity_factor = cfg.capacity_factor
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
         """[B, S, D] -> [B, S, D] and the statistics of its B * S tokens."""
         tokens_TD = x_BSD.flatten(0, 1)
         routing: Routing = self.router(tokens_TD)
-        out_TD, tokens_per_expert_E = self._routed_experts(tokens_TD, routing)
-        if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(tokens_TD)
-        return out_TD.view_as(x_BSD), self._stats(routing, tokens_per_expert_E, x_BSD.shape[0])
+        kept_TK = None
+        if self.capacity_factor is not None:
+            kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)
+        if kept_TK is None and self._fused_pays(tokens_TD):
+            out_TD, shared_TD = self._fused(tokens_TD, routing), self._shared(tokens_TD)
+        else:
+            arrive = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids, routing.topk_weights, kept_TK)
+            shared_TD = self._shared(tokens_TD)  # while the rows travel
+            rows_RD, metadata = arrive()
+            rows_RD = self.experts(rows_RD, metadata.tokens_per_local_expert)
+            out_TD = self.dispatcher.combine(rows_RD, metadata)
+        if shared_TD is not None:
+            out_TD = out_TD + shared_TD
+        return out_TD.view_as(x_BSD), self._stats(routing, kept_TK, x_BSD.shape[0])
 
-    def _routed_experts(self, tokens_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
-        """What each token's experts made of it [T, D], and how many tokens each of the E experts got."""
-        if self._fused_pays(tokens_TD):
-            weights = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
-            order = order_by_expert(routing.topk_expert_ids, len(weights[0]))
-            return expert_mixture(tokens_TD, routing.topk_weights, *weights, order), order.tokens_per_expert_E
-        rows_RD, metadata = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids)
-        rows_RD = self.experts(rows_RD, metadata.tokens_per_local_expert)
-        out_TD = self.dispatcher.combine(rows_RD, routing.topk_weights, metadata)
-        return out_TD, metadata.order.tokens_per_expert_E
+    def _shared(self, tokens_TD: Tensor) -> Tensor | None:
+        return None if self.shared_experts is None else self.shared_experts(tokens_TD)
+
+    def _fused(self, tokens_TD: Tensor, routing: Routing) -> Tensor:
+        weights = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        order = order_by_expert(routing.topk_expert_ids, len(weights[0]))
+        return expert_mixture(tokens_TD, routing.topk_weights, *weights, order)
 
     def _fused_pays(self, tokens_TD: Tensor) -> bool:
         """Whether the fused CPU function computes the same (fp32, all experts here, products as they are), faster."""
@@ -86,12 +97,14 @@ class MoELayer(nn.Module):
             and tokens_TD.nbytes * self.router.top_k >= PAYS_FROM_BYTES
         )
 
-    def _stats(self, routing: Routing, tokens_per_expert_E: Tensor, num_sequences: int) -> RoutingStats:
+    def _stats(self, routing: Routing, kept_TK: Tensor | None, num_sequences: int) -> RoutingStats:
         num_segments = num_sequences if self.aux_loss_scope == AuxLossScope.sequence else 1
+        tokens_per_expert_E = count_by_expert(routing.topk_expert_ids, routing.scores.shape[1])
         return RoutingStats(
             balance_loss=balance_loss(routing.scores, routing.topk_expert_ids, num_segments),
             z_loss=z_loss(routing.router_logits),
             mean_probs=mean_probs(routing.scores),
             tokens_per_expert=tokens_per_expert_E,
+            dropped_slots=tokens_per_expert_E.new_zeros(()) if kept_TK is None else (~kept_TK).sum(),
             router_entropy=router_entropy(routing.scores.detach()),
         )

@@ -1,17 +1,24 @@
 """Which experts a token goes to, and with what weight.
 
-The gate is computed in fp32 whatever the compute dtype (float64 stays float64): a rounded logit sends tokens elsewhere.
+Experts are chosen by their scores plus a bias that balances load, and weighed by their scores alone (DeepSeek-V3,
+arXiv 2412.19437, eq. 12-16). ``docs/routing.md`` has every key's formula. The gate is computed in fp32 whatever the
+compute dtype (float64 stays float64): a rounded logit sends tokens elsewhere.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moefoundry.config import RouterConfig
+from moefoundry.config import Assignment, MoEConfig, ScoreFunction
+from moefoundry.ops.permute import count_by_expert
+
+TINY = 1e-20
+"""Added to sums of scores, as in DeepSeek-V3's code: sigmoid scores may all underflow. Changes no other sum."""
 
 
 class Routing(NamedTuple):
@@ -21,7 +28,7 @@ class Routing(NamedTuple):
         router_logits: [T, E] fp32, before the score function.
         scores: [T, E] fp32, after it.
         topk_weights: [T, K] fp32, normalized and scaled as the recipe says.
-        topk_expert_ids: int64 [T, K], best first, distinct within a token.
+        topk_expert_ids: int64 [T, K], distinct within a token; by falling score plus bias.
     """
 
     router_logits: Tensor
@@ -31,21 +38,93 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Linear gate, scores, top-k."""
+    """Linear gate, scores, top-k.
 
-    def __init__(self, d_model: int, num_experts: int, top_k: int, cfg: RouterConfig) -> None:
+    Attributes:
+        expert_bias: fp32 [E], a buffer that only the choice of experts sees and no gradient changes; None where
+            scores are softmax and ``bias_update_rate`` is 0.
+    """
+
+    expert_bias: Tensor | None
+
+    def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(d_model, num_experts, bias=False)
-        self.top_k = top_k
-        self.normalize_topk = cfg.normalize_topk
-        self.scale = cfg.scale
+        self.gate = nn.Linear(d_model, cfg.num_experts, bias=False)
+        self.top_k = cfg.top_k
+        self.cfg = cfg.router
+        biased = cfg.router.score_function == ScoreFunction.sigmoid or cfg.balance.bias_update_rate > 0
+        self.register_buffer("expert_bias", torch.zeros(cfg.num_experts, dtype=torch.float32) if biased else None)
 
     def forward(self, tokens_TD: Tensor) -> Routing:
         """Route [T, D] tokens."""
         dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
-        logits_TE = F.linear(tokens_TD.to(dtype), self.gate.weight.to(dtype))
-        scores_TE = logits_TE.softmax(dim=-1)
-        weights_TK, expert_ids_TK = scores_TE.topk(self.top_k, dim=-1)
-        if self.normalize_topk:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        return Routing(logits_TE, scores_TE, weights_TK * self.scale, expert_ids_TK)
+        input_TD = tokens_TD.to(dtype)
+        if self.training and self.cfg.input_jitter:
+            jitter = self.cfg.input_jitter
+            input_TD = input_TD * torch.empty_like(input_TD).uniform_(1 - jitter, 1 + jitter)
+        logits_TE = F.linear(input_TD, self.gate.weight.to(dtype))
+        softmax = self.cfg.score_function == ScoreFunction.softmax
+        scores_TE = logits_TE.softmax(dim=-1) if softmax else logits_TE.sigmoid()
+        expert_ids_TK = self._choose(scores_TE.detach())
+        weights_TK = scores_TE.gather(1, expert_ids_TK)
+        if self.cfg.normalize_topk:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
+        return Routing(logits_TE, scores_TE, weights_TK * self.cfg.scale, expert_ids_TK)
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        """int64 [T, K]: the experts of each token."""
+        if self.cfg.assignment == Assignment.uniform:
+            return deal_in_turn(len(scores_TE), self.top_k, scores_TE.shape[1], scores_TE.device)
+        if self.expert_bias is not None:
+            scores_TE = scores_TE + self.expert_bias
+        if self.cfg.num_groups > 1:
+            best = 1 if self.cfg.score_function == ScoreFunction.softmax else 2
+            scores_TE = keep_best_groups(scores_TE, self.cfg.num_groups, self.cfg.top_k_groups, best)
+        return scores_TE.topk(self.top_k, dim=-1).indices
+
+
+def keep_best_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best: int) -> Tensor:
+    """Group-limited routing: the scores, with -inf for the experts of all but each token's best groups.
+
+    Args:
+        scores_TE: [T, E] what experts are chosen by; a group is E / G consecutive experts.
+        num_groups: G.
+        top_k_groups: Groups kept for each token.
+        best: A group's score is the sum of this many of its largest scores: 1 in DeepSeek-V2 (softmax scores,
+            arXiv 2405.04434, section 2.2.2), 2 in DeepSeek-V3 (sigmoid scores and bias).
+    """
+    scores_TGM = scores_TE.unflatten(1, (num_groups, -1))
+    group_ids = scores_TGM.topk(best, dim=-1).values.sum(dim=-1).topk(top_k_groups, dim=-1).indices
+    left_out_TG = torch.ones(scores_TGM.shape[:2], dtype=torch.bool, device=scores_TE.device)
+    left_out_TG = left_out_TG.scatter(1, group_ids, False)
+    return scores_TGM.masked_fill(left_out_TG.unsqueeze(-1), -math.inf).flatten(1)
+
+
+def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> Tensor:
+    """int64 [T, K]: slot ``t * K + k`` goes to expert ``(t * K + k) % E``; perfect balance, for benchmarks."""
+    slots_N = torch.arange(num_tokens * top_k, device=device)
+    return (slots_N % num_experts).view(num_tokens, top_k)
+
+
+def within_capacity(scores_TE: Tensor, topk_expert_ids_TK: Tensor, capacity_factor: float) -> Tensor:
+    """Which slots their experts take, bool [T, K].
+
+    An expert takes at most ``ceil(capacity_factor * T * K / E)`` of the slots routed to it (GShard, arXiv 2006.16668):
+    those with its best scores, in place of the first that come; of equal scores, those of the first tokens.
+
+    Args:
+        scores_TE: [T, E] scores of the T tokens that share the capacity.
+        topk_expert_ids_TK: int64 [T, K].
+        capacity_factor: What an expert takes, as a multiple of its even share.
+    """
+    num_experts, num_slots = scores_TE.shape[1], topk_expert_ids_TK.numel()
+    capacity = math.ceil(capacity_factor * num_slots / num_experts)
+    by_score_N = scores_TE.gather(1, topk_expert_ids_TK).flatten().argsort(descending=True, stable=True)
+    ids_N = topk_expert_ids_TK.flatten()[by_score_N]
+    by_expert_N = ids_N.argsort(stable=True)
+    counts_E = count_by_expert(ids_N, num_experts)
+    first_of_expert_E = counts_E.cumsum(0) - counts_E
+    place_N = torch.arange(num_slots, device=ids_N.device) - first_of_expert_E[ids_N[by_expert_N]]
+    kept_N = torch.empty_like(place_N, dtype=torch.bool)
+    kept_N[by_score_N[by_expert_N]] = place_N < capacity
+    return kept_N.view_as(topk_expert_ids_TK)

@@ -1,0 +1,51 @@
+"""What attention keeps of the tokens it has seen, so that generation runs each token through the model once.
+
+    grouped-query  keys [B, Hkv, L, d] after RoPE, values [B, Hkv, L, d]
+    latent         compressed keys and values [B, L, R], and the rotated part of the keys, which all heads share,
+                   [B, 1, L, d]
+
+All rows of the batch have the same length, and each row is one document from its first token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Tensors of one attention layer that grow along their last dim but one.
+
+    Attributes:
+        tensors: [..., L, width] each; empty before the first token.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """L, tokens that are in it."""
+        return self.tensors[0].shape[-2] if self.tensors else 0
+
+    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Put the new tokens behind the others; return all of them.
+
+        Args:
+            new: [..., S, width] each, of the same S.
+        """
+        pairs = zip(self.tensors, new, strict=True)
+        self.tensors = tuple(torch.cat(pair, dim=-2) for pair in pairs) if self.tensors else new
+        return self.tensors
+
+
+class KVCache:
+    """One :class:`LayerCache` for each block; ``model(input_ids, cache=cache)`` continues where it ends."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(n_layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens that every layer has seen."""
+        return self.layers[0].length

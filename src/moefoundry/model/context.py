@@ -1,0 +1,108 @@
+"""What all attention layers of a forward pass share: positions and visibility, worked out once.
+
+S new tokens follow P cached ones; L = P + S. Without documents, window and cache there is no mask at all, so that the
+kernels for plain causal attention apply.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moefoundry.config import GqaConfig, MlaConfig, ModelConfig
+from moefoundry.model.rope import Rotation, rotation
+
+
+class AttentionContext(NamedTuple):
+    """One forward pass's positions and visibility.
+
+    Attributes:
+        rotation: Of the S new tokens.
+        mask: bool [S, L] or [B, 1, S, L], True where a query sees a key. None where there is no need for one: attention
+            is plainly causal, or a single new token sees all before it.
+        is_causal: Whether it is the former; a flag, as a compiled graph knows no lengths.
+    """
+
+    rotation: Rotation
+    mask: Tensor | None
+    is_causal: bool
+
+
+def attention_context(
+    cfg: ModelConfig, input_ids_BS: Tensor, sequence_id_BS: Tensor | None = None, num_cached: int = 0
+) -> AttentionContext:
+    """The context of a forward pass over ``input_ids_BS``.
+
+    Args:
+        cfg: Says the kind of attention and its window.
+        input_ids_BS: Only its shape and device matter.
+        sequence_id_BS: int64 [B, S], ascending; tokens of one document have the same. Positions start anew with each
+            document, and no token sees another document. None is one document a row.
+        num_cached: P.
+    """
+    attention, seq_len = cfg.attention, input_ids_BS.shape[1]
+    if isinstance(attention, MlaConfig):
+        width, window = attention.qk_rope_head_dim, None
+    else:
+        assert isinstance(attention, GqaConfig), "build_attention knows no other"
+        width, window = attention.head_dim or cfg.d_model // attention.n_heads, attention.sliding_window
+    indices_L = torch.arange(num_cached + seq_len, device=input_ids_BS.device)
+    positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
+    mask = _mask(indices_L, num_cached, window, sequence_id_BS)
+    return AttentionContext(rotation(positions, width, attention), mask, is_causal=mask is None and num_cached == 0)
+
+
+def positions_in_documents(sequence_id_BS: Tensor) -> Tensor:
+    """Each token's distance from the first one of its document, int64 [B, S]."""
+    indices_S = torch.arange(sequence_id_BS.shape[1], device=sequence_id_BS.device)
+    begins_BS = F.pad(sequence_id_BS[:, 1:] != sequence_id_BS[:, :-1], (1, 0), value=True)
+    return indices_S - (indices_S * begins_BS).cummax(dim=1).values
+
+
+def _mask(indices_L: Tensor, num_cached: int, window: int | None, sequence_id_BS: Tensor | None) -> Tensor | None:
+    length, num_new = len(indices_L), len(indices_L) - num_cached
+    if window is not None and window >= length:
+        window = None
+    if sequence_id_BS is None and window is None and (num_cached == 0 or num_new == 1):
+        return None
+    distance_SL = indices_L[num_cached:, None] - indices_L
+    mask = distance_SL >= 0
+    if window is not None:
+        mask = mask & (distance_SL < window)
+    if sequence_id_BS is not None:
+        mask = mask & (sequence_id_BS[:, None, :, None] == sequence_id_BS[:, None, None, :])
+    return mask
+
+
+def attend(
+    q_BHSd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, context: AttentionContext, scale: float | None = None
+) -> Tensor:
+    """Scaled dot-product attention.
+
+    Args:
+        q_BHSd: Queries of the S new tokens.
+        k_BHLd, v_BHLd: Keys and values of all L tokens, of as many heads or a divisor of them; a value may have another
+            width than a key.
+        context: Says what is visible.
+        scale: Of the products; None is ``d ** -0.5``.
+
+    Returns:
+        [B, S, H * width of a value].
+    """
+    if context.mask is not None and q_BHSd.shape[1] != k_BHLd.shape[1]:
+        # CUDA's kernel that takes a mask and keeps no [S, L] products wants as many key heads as query heads.
+        repeats = q_BHSd.shape[1] // k_BHLd.shape[1]
+        k_BHLd, v_BHLd = (x.repeat_interleave(repeats, dim=1) for x in (k_BHLd, v_BHLd))
+    out_BHSd = F.scaled_dot_product_attention(
+        q_BHSd,
+        k_BHLd,
+        v_BHLd,
+        attn_mask=context.mask,
+        is_causal=context.is_causal,
+        scale=scale,
+        enable_gqa=q_BHSd.shape[1] != k_BHLd.shape[1],
+    )
+    return out_BHSd.transpose(1, 2).flatten(2)

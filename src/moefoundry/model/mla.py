@@ -1,0 +1,75 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv 2412.19437).
+
+Keys and values of all heads are made from one narrow vector a token, which is all that a cache has to keep, beside the
+part of the key that carries the position and that all heads share.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from moefoundry.config import MlaConfig
+from moefoundry.model.cache import LayerCache
+from moefoundry.model.context import AttentionContext, attend
+from moefoundry.model.norm import RMSNorm
+from moefoundry.model.rope import rotate_interleaved, yarn_mscale
+
+LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever the eps of a block's norms
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Causal attention over compressed keys and values; weights as DeepSeek publishes them, RoPE interleaved.
+
+    N, P and V stand for the widths ``qk_nope_head_dim``, ``qk_rope_head_dim`` and ``v_head_dim``, R for
+    ``kv_lora_rank``.
+    """
+
+    def __init__(self, d_model: int, cfg: MlaConfig) -> None:
+        super().__init__()
+        self.n_heads = cfg.n_heads
+        self.qk_widths = [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim]
+        self.kv_a_widths = [cfg.kv_lora_rank, cfg.qk_rope_head_dim]
+        self.kv_b_widths = [cfg.qk_nope_head_dim, cfg.v_head_dim]
+        self.q_lora_rank = cfg.q_lora_rank
+        if cfg.q_lora_rank is None:
+            self.q_proj = nn.Linear(d_model, cfg.n_heads * sum(self.qk_widths), bias=False)
+        else:
+            self.q_a_proj = nn.Linear(d_model, cfg.q_lora_rank, bias=False)
+            self.q_a_norm = RMSNorm(cfg.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(cfg.q_lora_rank, cfg.n_heads * sum(self.qk_widths), bias=False)
+        self.kv_a_proj = nn.Linear(d_model, sum(self.kv_a_widths), bias=False)
+        self.kv_a_norm = RMSNorm(cfg.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * sum(self.kv_b_widths), bias=False)
+        self.o_proj = nn.Linear(cfg.n_heads * cfg.v_head_dim, d_model, bias=False)
+        self.scale = softmax_scale(cfg)
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        """[B, S, D] -> [B, S, D]; with a cache, S tokens that follow those in it."""
+        q_nope_BHSN, q_rope_BHSP = self._heads(self._queries(x_BSD)).split(self.qk_widths, dim=-1)
+        latent_BSR, k_rope_BSP = self.kv_a_proj(x_BSD).split(self.kv_a_widths, dim=-1)
+        latent_BLR = self.kv_a_norm(latent_BSR)
+        k_rope_B1LP = rotate_interleaved(k_rope_BSP.unsqueeze(1), context.rotation)
+        if cache is not None:
+            latent_BLR, k_rope_B1LP = cache.append(latent_BLR, k_rope_B1LP)
+        k_nope_BHLN, v_BHLV = self._heads(self.kv_b_proj(latent_BLR)).split(self.kv_b_widths, dim=-1)
+        q_BHSd = torch.cat([q_nope_BHSN, rotate_interleaved(q_rope_BHSP, context.rotation)], dim=-1)
+        k_BHLd = torch.cat([k_nope_BHLN, k_rope_B1LP.expand(-1, self.n_heads, -1, -1)], dim=-1)
+        return self.o_proj(attend(q_BHSd, k_BHLd, v_BHLV, context, self.scale))
+
+    def _queries(self, x_BSD: Tensor) -> Tensor:
+        if self.q_lora_rank is None:
+            return self.q_proj(x_BSD)
+        return self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[B, L, H * width] -> [B, H, L, width]."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+
+def softmax_scale(cfg: MlaConfig) -> float:
+    """``(N + P) ** -0.5``, and with YaRN times the square of ``yarn_mscale`` with ``mscale_all_dim``."""
+    scale = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
+    if cfg.yarn is None or cfg.yarn.mscale_all_dim is None:
+        return scale
+    return scale * yarn_mscale(cfg.yarn.factor, cfg.yarn.mscale_all_dim) ** 2

@@ -1,0 +1,26 @@
+"""Which label each position predicts."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from moefoundry.ops.cross_entropy import IGNORE_INDEX
+
+
+def shifted_targets(labels_BS: Tensor, sequence_id_BS: Tensor | None = None, shift: int = 1) -> Tensor:
+    """What position s predicts: label s + ``shift``.
+
+    Args:
+        labels_BS: int64 [B, S].
+        sequence_id_BS: int64 [B, S]; with it, a label of another document than the position's is no target.
+        shift: How far ahead.
+
+    Returns:
+        int64 [B, S], ``IGNORE_INDEX`` where there is no target.
+    """
+    targets_BS = labels_BS[:, shift:]
+    if sequence_id_BS is not None:
+        crosses_BS = sequence_id_BS[:, shift:] != sequence_id_BS[:, :-shift]
+        targets_BS = targets_BS.masked_fill(crosses_BS, IGNORE_INDEX)
+    return F.pad(targets_BS, (0, labels_BS.shape[1] - targets_BS.shape[1]), value=IGNORE_INDEX)

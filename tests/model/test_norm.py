@@ -1,0 +1,58 @@
+"""Norms: torch's own, in at least fp32."""
+
+import pytest
+import torch
+from torch import nn
+
+from moefoundry.config import AttentionBias, AttentionConfig, GqaConfig, MlaConfig, NormConfig, NormKind, QkNorm
+from moefoundry.model.norm import LayerNorm, RMSNorm, build_norm
+from moefoundry.parallel import materialize
+from tests.model.tiny import batch, meta_model, tiny_config, tiny_model
+
+WIDTH = 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", list(NormKind))
+def test_norm_is_torchs_in_at_least_fp32(kind: NormKind, dtype: torch.dtype) -> None:
+    ours = build_norm(WIDTH, NormConfig(kind=kind, eps=1e-3))
+    theirs = {
+        NormKind.rmsnorm: nn.RMSNorm(WIDTH, eps=1e-3, dtype=torch.float64),
+        NormKind.layernorm: nn.LayerNorm(WIDTH, eps=1e-3, bias=False, dtype=torch.float64),
+    }[kind]
+    torch.manual_seed(0)
+    weight, x = torch.randn(WIDTH), 1 + torch.randn(4, WIDTH, dtype=torch.float64)
+    ours.load_state_dict({"weight": weight})
+    theirs.load_state_dict({"weight": weight})
+    out = ours.to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    if dtype == torch.bfloat16:  # rounded inputs and weights, and one more rounding at the end: nothing between
+        theirs.weight.data, x = weight.to(dtype).double(), x.to(dtype).double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), theirs(x), rtol=4 * eps, atol=0 if dtype == torch.bfloat16 else 4 * eps)
+
+
+def test_the_recipes_norm_is_the_blocks_and_the_last_one() -> None:
+    cfg = tiny_config()
+    cfg.norm = NormConfig(kind=NormKind.layernorm, eps=1e-5)
+    norms = {name: module for name, module in meta_model(cfg).named_modules() if isinstance(module, LayerNorm)}
+    assert norms.keys() == {"norm", *(f"layers.{i}.{kind}_norm" for i in range(3) for kind in ("attention", "ffn"))}
+    assert all(norm.eps == 1e-5 and list(dict(norm.named_parameters())) == ["weight"] for norm in norms.values())
+    assert not any(isinstance(module, RMSNorm) for module in meta_model(cfg).modules())
+    assert tiny_model(cfg)(batch()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("attention", "norms"),
+    [(GqaConfig(qk_norm=QkNorm.full, bias=AttentionBias.all), 2), (MlaConfig(q_lora_rank=8, kv_lora_rank=8), 2)],
+    ids=["gqa", "mla"],
+)
+def test_initial_norms_are_one_and_biases_zero(attention: AttentionConfig, norms: int) -> None:
+    cfg = tiny_config(n_layers=1)
+    cfg.attention, cfg.norm = attention, NormConfig(kind=NormKind.layernorm)
+    model = meta_model(cfg)
+    materialize(model, "cpu", seed=0)
+    vectors = {name: p for name, p in model.named_parameters() if p.dim() == 1}
+    assert sum(name.endswith("norm.weight") for name in vectors) == 3 + norms
+    for name, value in vectors.items():
+        assert torch.equal(value, torch.full_like(value, float(name.endswith("norm.weight")))), name

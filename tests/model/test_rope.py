@@ -1,0 +1,83 @@
+"""Rotary embedding: what a rotation is, transformers' YaRN, and fp32 whatever the block computes in."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import _compute_yarn_parameters
+
+from moefoundry.config import GqaConfig, YarnConfig
+from moefoundry.model.context import attention_context
+from moefoundry.model.rope import rotate, rotate_interleaved, rotation
+from tests.model.peers import max_positions, rope_scaling
+from tests.model.tiny import tiny_config
+
+CONVENTIONS = pytest.mark.parametrize("turn", [rotate, rotate_interleaved])
+
+
+@CONVENTIONS
+def test_rotation_keeps_lengths_and_depends_on_distance_alone(turn) -> None:
+    torch.manual_seed(0)
+    query, key = torch.randn(8), torch.randn(8)
+    rot = rotation(torch.arange(20), 8, GqaConfig(rope_theta=100.0))
+    turned_query, turned_key = (turn(x.expand(1, 1, 20, 8).double(), rot)[0, 0] for x in (query, key))
+    lengths = query.double().norm().expand(20)
+    torch.testing.assert_close(turned_query.norm(dim=-1), lengths, rtol=1e-6, atol=0)
+    for distance in range(5):
+        products = (turned_query[distance:] * turned_key[: 20 - distance]).sum(dim=-1)
+        torch.testing.assert_close(products, products[:1].expand_as(products), rtol=0, atol=1e-5)
+    torch.testing.assert_close(turned_query[0], query.double())
+
+
+def test_conventions_by_hand() -> None:
+    """Frequencies 1 and 0.1 at position 2: a quarter of x is turned by 2, the other by 0.2."""
+    rot = rotation(torch.tensor([2]), 4, GqaConfig(rope_theta=100.0))
+    x = torch.tensor([1.0, 0.0, 0.0, 1.0]).view(1, 1, 1, 4)
+    cos, sin = torch.tensor([2.0, 0.2]).cos(), torch.tensor([2.0, 0.2]).sin()
+    torch.testing.assert_close(rotate(x, rot).flatten(), torch.stack([cos[0], -sin[1], sin[0], cos[1]]))
+    torch.testing.assert_close(rotate_interleaved(x, rot).flatten(), torch.stack([cos[0], sin[0], -sin[1], cos[1]]))
+
+
+@CONVENTIONS
+def test_positions_of_each_sequence(turn) -> None:
+    positions = torch.tensor([[0, 1, 2], [0, 0, 1]])
+    x = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(0))
+    together = turn(x, rotation(positions, 8, GqaConfig()))
+    for row in range(2):
+        assert torch.equal(together[row], turn(x[row : row + 1], rotation(positions[row], 8, GqaConfig()))[0])
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize(
+    "yarn",
+    [
+        YarnConfig(),
+        YarnConfig(factor=1.0),
+        YarnConfig(factor=8.0, original_max_seq_len=512, beta_fast=16.0, beta_slow=2.0),
+        YarnConfig(factor=32.0, beta_fast=1.001, beta_slow=1.0),
+        YarnConfig(mscale=1.0, mscale_all_dim=1.0),
+        YarnConfig(mscale=0.707, mscale_all_dim=1.5),
+        YarnConfig(mscale=0.707),
+    ],
+    ids=str,
+)
+def test_yarn_equals_transformers(yarn: YarnConfig, width: int, theta: float) -> None:
+    config = LlamaConfig(
+        head_dim=width,
+        rope_theta=theta,
+        rope_scaling=rope_scaling(yarn),
+        max_position_embeddings=max_positions(yarn),
+    )
+    frequencies, factor = _compute_yarn_parameters(config, torch.device("cpu"))
+    rot = rotation(torch.arange(2), width, GqaConfig(rope_theta=theta, yarn=yarn))
+    torch.testing.assert_close(rot.cos[0], torch.full((width // 2,), factor))
+    torch.testing.assert_close(torch.atan2(rot.sin[1], rot.cos[1]), frequencies, rtol=1e-5, atol=0)
+
+
+def test_the_angles_stay_fp32_in_a_block_that_computes_in_bf16() -> None:
+    """FSDP casts every float that it finds in a block's inputs, and it looks for them as tree_leaves does."""
+    context = attention_context(tiny_config(), torch.zeros(1, 4, dtype=torch.int64))
+    assert context.rotation.cos.dtype == context.rotation.sin.dtype == torch.float32
+    assert not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(context))
