@@ -1,10 +1,13 @@
 """Parameter counts against a model that really exists and against the closed form."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from moefoundry.config import GqaConfig, ModelConfig
 from moefoundry.model.transformer import MoETransformer
+from moefoundry.moe.layer import MoELayer
 from moefoundry.planning.describe import ParameterCounts, count_parameters
 from tests.model.tiny import tiny_config
 
@@ -62,6 +65,17 @@ def test_active_is_less_than_total_unless_every_expert_is_chosen() -> None:
     counts, all_chosen = count_parameters(tiny_config()), count_parameters(tiny_config(top_k=4))
     assert counts.active < counts.total
     assert all_chosen.active == all_chosen.total == counts.total
+
+
+def test_multi_token_prediction_counts_apart() -> None:
+    cfg = tiny_config()
+    without = count_parameters(cfg)
+    cfg.mtp.depth = 2
+    width, blocks = cfg.d_model, [layer for layer in MoETransformer(cfg).layers if isinstance(layer.ffn, MoELayer)]
+    block = sum(parameter.numel() for parameter in blocks[0].parameters())
+    further = 2 * (3 * width + 2 * width * width + block)  # three norms, the projection, and a sparse block
+    assert count_parameters(cfg) == replace(without, mtp=further)
+    assert str(count_parameters(cfg)).endswith(f", and {further} for multi-token prediction")
 
 
 def test_a_model_of_hundreds_of_billions_is_counted_without_being_allocated() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from moefoundry.config import ModelConfig
 from moefoundry.model.transformer import MoETransformer
-from moefoundry.moe.experts import GroupedExperts
+from moefoundry.moe.layer import MoELayer
 
 
 @dataclass(frozen=True)
@@ -16,19 +16,22 @@ class ParameterCounts:
     """Parameters of a model.
 
     Attributes:
-        total: All of them; a tied embedding counts once.
-        active: Those a token meets: everything but the routed experts it is not sent to.
+        total: Those of the model that is trained for: all but ``mtp``; a tied embedding counts once.
+        active: Those of them a token meets: everything but the routed experts it is not sent to.
         routed_experts: Those of all routed experts.
         embedding: The input embedding (also in the others).
+        mtp: Those of multi-token prediction, which are for training alone.
     """
 
     total: int
     active: int
     routed_experts: int
     embedding: int
+    mtp: int = 0
 
     def __str__(self) -> str:
-        return f"{_short(self.total)} parameters, {_short(self.active)} active"
+        further = f", and {_short(self.mtp)} for multi-token prediction" if self.mtp else ""
+        return f"{_short(self.total)} parameters, {_short(self.active)} active{further}"
 
 
 def count_parameters(cfg: ModelConfig) -> ParameterCounts:
@@ -40,14 +43,16 @@ def count_parameters(cfg: ModelConfig) -> ParameterCounts:
 def parameter_counts(model: MoETransformer) -> ParameterCounts:
     """Count the parameters of a model that is there, sharded or not."""
     moe = model.cfg.moe
-    total = sum(parameter.numel() for parameter in model.parameters())
-    experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+    mtp = sum(parameter.numel() for module in model.mtp for parameter in module.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters()) - mtp
+    experts = [layer.ffn.experts for layer in model.layers if isinstance(layer.ffn, MoELayer)]
     routed = sum(parameter.numel() for module in experts for parameter in module.parameters())
     return ParameterCounts(
         total=total,
         active=total - routed + routed * moe.top_k // moe.num_experts,
         routed_experts=routed,
         embedding=model.embed_tokens.weight.numel(),
+        mtp=mtp,
     )
 
 

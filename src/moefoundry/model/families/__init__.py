@@ -1,5 +1,58 @@
 """Model families: how a Hugging Face config and its tensors map to this project's, and back.
 
 A family is data: what its config says in our recipe's terms, and which rows of which Hugging Face tensor are which of
-our parameters. Nothing here reads or writes files; ``checkpoint/`` does.
+our parameters. Nothing here reads or writes files; ``checkpoint/`` does. To add one, write its file and name it here.
 """
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from moefoundry.config import ModelConfig, UserError
+from moefoundry.model.families.dbrx import Dbrx
+from moefoundry.model.families.deepseek_v3 import DeepseekV3
+from moefoundry.model.families.family import Family
+from moefoundry.model.families.llama import Llama
+from moefoundry.model.families.mixtral import Mixtral
+from moefoundry.model.families.olmoe import Olmoe
+from moefoundry.model.families.pieces import Piece
+from moefoundry.model.families.qwen2 import Qwen2
+from moefoundry.model.families.qwen3 import Qwen3
+from moefoundry.model.families.qwen3_moe import Qwen3Moe
+
+__all__ = ["FAMILIES", "Family", "Piece", "family_for", "family_of"]
+
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (Llama(), Qwen2(), Qwen3(), Mixtral(), Olmoe(), Qwen3Moe(), DeepseekV3(), Dbrx())
+}
+
+
+def family_of(hf: Mapping[str, Any]) -> Family:
+    """The family of a ``config.json``.
+
+    Raises:
+        UserError: Its ``model_type`` is none of these.
+    """
+    model_type = hf.get("model_type")
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    close = difflib.get_close_matches(str(model_type), FAMILIES, 1)
+    hint = f"; the nearest is {close[0]}" if close else ""
+    raise UserError(f"model_type {model_type!r} is not among the families: {', '.join(FAMILIES)}{hint}")
+
+
+def family_for(cfg: ModelConfig) -> Family:
+    """The first family that has such a model.
+
+    Raises:
+        UserError: None has; it names what stands in the way of each.
+    """
+    reasons = {}
+    for name, family in FAMILIES.items():
+        reasons[name] = family.fits(cfg)
+        if not reasons[name]:
+            return family
+    lines = "".join(f"\n  {name}: {'; '.join(texts)}" for name, texts in reasons.items())
+    raise UserError(f"no Hugging Face family computes what this model does:{lines}")

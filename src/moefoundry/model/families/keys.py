@@ -1,0 +1,123 @@
+"""Reads a Hugging Face ``config.json`` so that no key is passed over in silence.
+
+A key is read, or must have the one value that this project computes with, or is listed here as having no part in what
+the model computes. Any other is an error: an option that was ignored would give another model without a word.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from moefoundry.config import ConfigError, Problem
+
+# About training, generation, files or speed. `max_position_embeddings` bounds no computation: rotary embeddings do not
+# end. The balance loss is the recipe's to decide.
+INERT = frozenset(
+    {
+        *("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+        *("use_cache", "use_bfloat16", "pretraining_tp", "ep_size", "_attn_implementation_autoset"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "max_seq_len"),
+        *("output_router_logits", "router_aux_loss_coef", "moe_loss_weight", "aux_loss_alpha", "seq_aux"),
+    }
+)
+
+
+class Keys:
+    """The keys of one mapping. Problems are collected; :meth:`finish` raises them together.
+
+    A value that is not sound is a problem and reads as 1, with which everything after it can go on. ``null`` counts as
+    absent.
+
+    Args:
+        config: The mapping.
+        source: What it is, for the error.
+        path: Of the mapping itself, where it is not the whole file.
+        problems: Where problems go.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], source: str, path: str = "", problems: list[Problem] | None = None
+    ) -> None:
+        self._values = {key: value for key, value in config.items() if value is not None}
+        self._unread = set(self._values) - INERT
+        self._source, self._path = source, path
+        self._problems: list[Problem] = [] if problems is None else problems
+
+    def has(self, key: str) -> bool:
+        """Whether the key is there."""
+        return key in self._values
+
+    def size(self, key: str) -> int:
+        """An integer of at least 1."""
+        return self._take(key, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+
+    def count(self, key: str) -> int:
+        """An integer of at least 0."""
+        return self._take(key, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
+
+    def number(self, key: str) -> float:
+        """A number of at least 0."""
+        return float(self._take(key, "a number of at least 0", lambda v: type(v) in (int, float) and v >= 0))
+
+    def flag(self, key: str) -> bool:
+        """A boolean."""
+        return bool(self._take(key, "true or false", lambda v: isinstance(v, bool)))
+
+    def text(self, key: str, *allowed: str) -> str | None:
+        """One of these strings; None where it is another."""
+        value = self._take(key, ", ".join(allowed), lambda v: v in allowed)
+        return value if isinstance(value, str) else None
+
+    def indices(self, key: str) -> list[int]:
+        """A list of integers."""
+        value = self._take(key, "a list of integers", lambda v: isinstance(v, list) and all(type(i) is int for i in v))
+        return value if isinstance(value, list) else []
+
+    def nested(self, key: str, defaults: Mapping[str, Any]) -> Keys:
+        """The mapping under ``key``, over ``defaults``; :meth:`finish` it too."""
+        self._unread.discard(key)
+        value = self._values.get(key, {})
+        if not isinstance(value, dict):
+            self.refuse(key, "a mapping")
+            value = {}
+        return Keys({**defaults, **value}, self._source, f"{self._path}{key}.", self._problems)
+
+    def only(self, key: str, value: object) -> None:
+        """The key is absent or has this value, the one that the model here has."""
+        self._unread.discard(key)
+        if self._values.get(key, value) != value:
+            self.refuse(key, _text(value))
+
+    def refuse(self, key: str, allowed: str) -> None:
+        """Report the value of ``key``."""
+        self._problems.append(Problem(f"{self._path}{key}", f"got {_text(self._values.get(key))}", allowed))
+
+    def finish(self) -> None:
+        """Report the keys that nothing has read; of the whole file, raise what was found.
+
+        Raises:
+            ConfigError: Names each key and its value.
+        """
+        for key in sorted(self._unread):
+            message = f"got {_text(self._values[key])}, and this key is not known here: it may change what is computed"
+            self._problems.append(Problem(f"{self._path}{key}", message))
+        if self._problems and not self._path:
+            raise ConfigError(self._problems, self._source)
+
+    def _take(self, key: str, allowed: str, sound: Any) -> Any:
+        self._unread.discard(key)
+        if key not in self._values:
+            self._problems.append(Problem(f"{self._path}{key}", "missing", allowed))
+            return 1
+        if not sound(self._values[key]):
+            self.refuse(key, allowed)
+            return 1
+        return self._values[key]
+
+
+def _text(value: object) -> str:
+    """As in the file, cut to a line."""
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
