@@ -2,21 +2,23 @@
 
     python -m benchmarks.conversion [--gigabytes 2]
 
-Writes a Mixtral with random BF16 weights, converts it with each command in a process of its own, and prints JSON: of
-each the seconds, and the most anonymous memory above what the process had when it began, its libraries imported. Anonymous memory is what
-the process needs for itself; pages of the mapped files can be dropped at any time. It is read from ``/proc`` (Linux)
-every two milliseconds.
+Writes a Mixtral, converts it with each command in a process of its own, and prints JSON: of each the seconds, and the
+most anonymous memory above what the process had when it began, its libraries imported. Anonymous memory is what the
+process needs for itself; pages of the mapped files can be dropped at any time. It is read from ``/proc`` (Linux) every
+two milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,12 +57,12 @@ def write_model(directory: Path, cfg: ModelConfig) -> None:
     (directory / "config.json").write_text(json.dumps(family.write_config(cfg, max_seq_len=4096)))
     shapes = TensorMap(family, cfg).their_shapes
     specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()}
-    write_safetensors(directory, specs, partial(_random_rows, specs), SHARD_BYTES)
+    write_safetensors(directory, specs, partial(_rows, specs), SHARD_BYTES)
 
 
-def _random_rows(specs: dict[str, TensorSpec], name: str) -> Iterator[Tensor]:
+def _rows(specs: dict[str, TensorSpec], name: str) -> Iterator[Tensor]:
     for start, stop in row_ranges(specs[name]):
-        yield torch.empty(stop - start, *specs[name].shape[1:], dtype=torch.bfloat16).normal_(0.0, 0.02)
+        yield torch.full((stop - start, *specs[name].shape[1:]), 0.02, dtype=torch.bfloat16)
 
 
 def measure(command: list[str]) -> dict[str, float]:
@@ -74,7 +76,8 @@ def measure(command: list[str]) -> dict[str, float]:
     with ThreadPoolExecutor(1) as watcher:
         peak = watcher.submit(_watch, done)
         try:
-            status = cli.main(["convert", *command])
+            with redirect_stdout(sys.stderr):
+                status = cli.main(["convert", *command])
         finally:
             done.set()
     if status:

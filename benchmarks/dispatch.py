@@ -42,7 +42,7 @@ def _compare(case: Case, rounds: int) -> Comparison:
     seconds = on_ranks(_measure, RANKS, tuple(case), rounds)
     return Comparison(
         benchmark="dispatch + combine",
-        case=f"T{case.tokens} D{case.width} E{case.experts} K{case.top_k}, {RANKS} ranks, {case.mebibytes:.0f} MiB each",
+        case=f"T{case.tokens} D{case.width} E{case.experts} K{case.top_k}: {RANKS} ranks x {case.mebibytes:.0f} MiB",
         unit="s",
         peer="two all_to_all_single",
         ours=seconds["ours"],

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.run [moe_layer|end_to_end|startup|dispatch|all]``: measure, print the table, write ``results/``."""
+"""``python -m benchmarks.run [NAME]``: measure one or all of ``NAMES``, print the table, write ``results/``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks import harness
 
-NAMES = ("moe_layer", "end_to_end", "startup", "dispatch")
+NAMES = ("moe_layer", "end_to_end", "startup", "dispatch", "mesh")
 BUSY = 0.5  # load average of a machine that is not quiet
 
 
@@ -82,6 +82,12 @@ def run_dispatch(args: argparse.Namespace) -> list[harness.Comparison]:
     return dispatch.compare(quick=args.quick)
 
 
+def run_mesh(args: argparse.Namespace) -> list[harness.Comparison]:
+    from benchmarks import mesh
+
+    return mesh.compare(quick=args.quick)
+
+
 def prepare_data() -> None:
     """The quickstart's data; does nothing when they are there."""
     from benchmarks.worker import RECIPE
@@ -98,6 +104,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[harness.Comparison]]] 
     "end_to_end": run_end_to_end,
     "startup": run_startup,
     "dispatch": run_dispatch,
+    "mesh": run_mesh,
 }
 
 if __name__ == "__main__":

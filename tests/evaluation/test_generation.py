@@ -1,35 +1,157 @@
-"""Greedy generation, with a model whose next token is known."""
+"""Generation: transformers' greedy tokens and sampling distributions, on one rank and on several."""
 
+from pathlib import Path
+
+import pytest
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from moefoundry.evaluation.generation import greedy
+from moefoundry.config import GqaConfig, MeshConfig, MlaConfig, PrecisionConfig
+from moefoundry.evaluation.generation import Sampling, complete, decode_stream, encode_prompt, generate, greedy
+from moefoundry.model.transformer import MoETransformer
+from tests.distributed import run_distributed
+from tests.model.peers import deepseek_v3, llama, mixtral
+from tests.model.tiny import VOCAB, batch, meta_model, tiny_config, tiny_model
+
+PROMPT = batch(1, 6)[0]
+MLA = MlaConfig(
+    n_heads=4, q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=6, v_head_dim=5, rope_theta=100.0
+)
+PEERS = {
+    "llama": (llama, GqaConfig(n_heads=4, n_kv_heads=2)),
+    "mixtral": (mixtral, GqaConfig(n_heads=4, n_kv_heads=2)),
+    "mixtral_window": (mixtral, GqaConfig(n_heads=4, n_kv_heads=2, sliding_window=4)),
+    "deepseek_v3": (deepseek_v3, MLA),
+}
 
 
-def successor(ids_BS: Tensor) -> Tensor:
-    """Logits [B, S, 10] that favour each token's successor."""
-    return torch.nn.functional.one_hot((ids_BS + 1) % 10, 10).float()
+def model() -> MoETransformer:
+    return tiny_model(tiny_config(std=0.3)).eval()
 
 
-def test_the_most_likely_token_follows() -> None:
-    assert greedy(successor, torch.tensor([3, 7]), 4).tolist() == [8, 9, 0, 1]
+@pytest.mark.parametrize(("build", "attention"), PEERS.values(), ids=PEERS.keys())
+def test_greedy_tokens_equal_transformers(build, attention) -> None:
+    ours, theirs = build(attention)
+    expected = theirs.generate(PROMPT[None], max_new_tokens=24, do_sample=False)[0, len(PROMPT) :]
+    assert len(set(expected.tolist())) > 4, "a text that repeats itself would tell little"
+    assert greedy(ours, PROMPT, 24).tolist() == expected.tolist()
 
 
-def test_generation_ends_before_the_end_token() -> None:
-    assert greedy(successor, torch.tensor([7]), 5, eos_id=9).tolist() == [8]
-    assert greedy(successor, torch.tensor([7]), 1, eos_id=9).tolist() == [8]
+def test_greedy_is_the_uncached_argmax_again_and_again() -> None:
+    ids = PROMPT[None]
+    for _ in range(10):
+        ids = torch.cat([ids, model()(ids)[:, -1:].argmax(dim=-1)], dim=1)
+    assert greedy(model(), PROMPT, 10).tolist() == ids[0, 6:].tolist()
 
 
-def test_every_step_is_run_so_that_ranks_stay_together() -> None:
+def test_text_ends_before_the_end_token() -> None:
+    tokens = greedy(model(), PROMPT, 8)
+    end = tokens.tolist().index(tokens[4])
+    assert greedy(model(), PROMPT, 8, eos_id=int(tokens[4])).tolist() == tokens[:end].tolist()
+    assert greedy(model(), PROMPT, 0).tolist() == []
+
+
+def test_every_step_is_run_so_that_ranks_stay_together_and_each_token_once() -> None:
     lengths = []
+    counted = model()
+    counted.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    first = int(greedy(counted, PROMPT, 1))
+    lengths.clear()
+    assert greedy(counted, PROMPT, 5, eos_id=first).tolist() == []
+    assert lengths == [6, 1, 1, 1, 1]
 
-    def counting(ids_BS: Tensor) -> Tensor:
-        lengths.append(ids_BS.shape[1])
-        return successor(ids_BS)
 
-    greedy(counting, torch.tensor([8]), 3, eos_id=9)
-    assert lengths == [1, 2, 3]
+def sampled(**options: object) -> list[int]:
+    return list(generate(model(), PROMPT, 16, Sampling(**options).choice()))
 
 
-def test_nothing_to_add() -> None:
-    assert greedy(successor, torch.tensor([3]), 0).tolist() == []
+def test_sampling_is_decided_by_its_seed() -> None:
+    assert sampled(seed=3) == sampled(seed=3)
+    assert sampled(seed=3) != sampled(seed=4)
+    assert all(0 <= token < VOCAB for token in sampled())
+
+
+def test_one_candidate_is_greedy() -> None:
+    expected = greedy(model(), PROMPT, 16).tolist()
+    assert sampled(top_k=1) == sampled(top_p=1e-6) == sampled(temperature=1e-4) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [None, 1, 5, VOCAB, 1000])
+@pytest.mark.parametrize("top_p", [0.1, 0.9, 1.0])
+def test_probabilities_equal_transformers(temperature: float, top_k: int | None, top_p: float) -> None:
+    logits = 2 * torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
+    warpers = [TemperatureLogitsWarper(temperature), *([TopKLogitsWarper(top_k)] if top_k else [])]
+    expected = logits[None]
+    for warper in [*warpers, TopPLogitsWarper(top_p)]:
+        expected = warper(None, expected)
+    probabilities = Sampling(temperature, top_k, top_p).probabilities(logits)
+    torch.testing.assert_close(probabilities, expected.softmax(-1)[0])
+
+
+def test_draws_follow_the_probabilities() -> None:
+    choose = Sampling(top_k=3, seed=1).choice()
+    logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    counts = torch.bincount(torch.stack([choose(logits) for _ in range(4000)]), minlength=4)
+    expected = torch.tensor([0.0, *torch.tensor([1.0, 2.0, 3.0]).softmax(0)])
+    assert counts[0] == 0
+    assert (counts / 4000 - expected).abs().max() < 4 * 0.5 / 4000**0.5  # four standard errors at most
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature 0.0: must be above 0"),
+        ({"temperature": float("nan")}, "temperature nan"),
+        ({"top_k": 0}, "top_k 0: must be at least 1"),
+        ({"top_p": 0.0}, "top_p 0.0: must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p 1.5"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Sampling(**options)
+
+
+def test_stream_is_the_text_and_never_half_a_character(tiny_corpus: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tiny_corpus / "tokenizer/tokenizer.json"))
+    prompt, text = "def ", "first_é(value):\n    return '日本' "
+    ids = encode_prompt(tokenizer, text).tolist()
+    assert any("\ufffd" in tokenizer.decode([token]) for token in ids), "some characters are several tokens"
+    pieces = list(decode_stream(tokenizer, encode_prompt(tokenizer, prompt), ids))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    half = encode_prompt(tokenizer, "a日").tolist()[:-1]
+    assert list(decode_stream(tokenizer, encode_prompt(tokenizer, prompt), half)) == ["a", "\ufffd"]
+
+
+def test_complete_continues_the_prompts_text(tiny_corpus: Path) -> None:
+    cfg = tiny_config()
+    cfg.vocab_size = 384
+    text = complete(tiny_model(cfg), tiny_corpus / "tokenizer", "def first", 5)
+    assert text.startswith("def first")
+    assert len(text) > len("def first")
+
+
+def tokens_on_mesh(sizes: tuple[int, int, int]) -> list[int]:
+    from moefoundry.mesh import build_meshes, resolve_degrees
+    from moefoundry.parallel import materialize, parallelize
+
+    sharded = meta_model(tiny_config(std=0.3))
+    parallelize(sharded, build_meshes(resolve_degrees(MeshConfig(*sizes), 2), "cpu"), PrecisionConfig())
+    materialize(sharded, "cpu", seed=0)
+    tokens: Tensor = greedy(sharded.eval(), PROMPT, 12, eos_id=None)
+    return tokens.tolist()
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (1, 2, 2)], ids=["shard", "expert"])
+def test_a_sharded_model_generates_the_same(sizes: tuple[int, int, int]) -> None:
+    from moefoundry.parallel import materialize
+
+    single = meta_model(tiny_config(std=0.3))
+    materialize(single, "cpu", seed=0)
+    expected = greedy(single.eval(), PROMPT, 12).tolist()
+    assert run_distributed(tokens_on_mesh, 2, sizes) == [expected, expected]

@@ -106,6 +106,13 @@ def test_enough_capacity_changes_no_bit() -> None:
         assert torch.equal(limited, dropless)
 
 
+def test_evaluation_drops_nothing() -> None:
+    module, dropless = layer(0.25).eval(), layer(None).eval()
+    out, stats = module(tokens())
+    assert stats.dropped_slots == 0
+    assert torch.equal(out, dropless(tokens())[0])
+
+
 def test_best_scores_stay_and_of_equal_ones_the_first() -> None:
     """Expert 0 is asked for by tokens 0 to 3, expert 1 by 4 and 5; ceil(1.0 * 6 / 2) = 3 places each."""
     scores = torch.tensor([[0.7, 0.1], [0.5, 0.1], [0.9, 0.1], [0.5, 0.1], [0.1, 0.2], [0.1, 0.2]])

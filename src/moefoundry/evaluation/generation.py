@@ -1,26 +1,101 @@
-"""Continue a prompt."""
+"""Continue a prompt, token by token, with a key-value cache.
+
+With a sharded model every rank calls with the same prompt and takes every step: steps are collective, and experts that
+run on other ranks may round otherwise, so ranks need not see the end of the text at the same step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
+
+from moefoundry.model.cache import KVCache
+from moefoundry.model.transformer import MoETransformer
+
+Choice = Callable[[Tensor], Tensor]
+"""Logits [V] -> the next token, an int64 scalar."""
+
+
+def most_likely(logits_V: Tensor) -> Tensor:
+    return logits_V.argmax()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A choice by chance, from the logits after temperature, then top-k, then top-p.
+
+    Drawn on the CPU in fp32, so that devices agree; copies with the same seed draw the same.
+
+    Attributes:
+        temperature: Divides the logits; above 0.
+        top_k: Only this many of the most likely tokens; None is all.
+        top_p: Only the most likely tokens that together have this probability, at least one (arXiv 1904.09751).
+        seed: Of the random numbers.
+
+    Raises:
+        ValueError: One of them is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature {self.temperature}: must be above 0")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k {self.top_k}: must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p}: must be above 0 and at most 1")
+
+    def choice(self) -> Choice:
+        """Draws one token a call."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return lambda logits_V: torch.multinomial(self.probabilities(logits_V), 1, generator=generator)[0]
+
+    def probabilities(self, logits_V: Tensor) -> Tensor:
+        """What is drawn from: fp32 [V] on the CPU, 0 for the tokens that are left out."""
+        logits_V = logits_V.float().cpu() / self.temperature
+        if self.top_k is not None and self.top_k < len(logits_V):
+            kept = logits_V.topk(self.top_k).indices
+            logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, kept, logits_V[kept])
+        sorted_probs_V, order_V = logits_V.softmax(0).sort(descending=True, stable=True)
+        better_V = sorted_probs_V.cumsum(0) - sorted_probs_V  # what the more likely tokens have together
+        sorted_probs_V = sorted_probs_V.masked_fill(better_V >= self.top_p, 0.0)
+        return torch.zeros_like(logits_V).scatter(0, order_V, sorted_probs_V / sorted_probs_V.sum())
 
 
 @torch.no_grad()
-def greedy(
-    model: Callable[[Tensor], Tensor], prompt_ids: Tensor, max_new_tokens: int, eos_id: int | None = None
-) -> Tensor:
-    """The most likely next token, again and again; each step runs the whole sequence.
-
-    With a sharded model every rank must call it with the same prompt, and every rank runs all ``max_new_tokens`` steps
-    (they are collective); what follows ``eos_id`` is cut off afterwards.
+def generate(
+    model: MoETransformer, prompt_ids: Tensor, max_new_tokens: int, choose: Choice = most_likely
+) -> Iterator[int]:
+    """New tokens, one after the other, without end but ``max_new_tokens``.
 
     Args:
-        model: Token ids [1, S] -> logits [1, S, V].
+        model: In evaluation mode.
+        prompt_ids: int64 [S], at least one.
+        max_new_tokens: Tokens to add.
+        choose: The next token, by the logits of the last.
+    """
+    cache = KVCache(len(model.layers))
+    ids_BS = prompt_ids.unsqueeze(0)
+    for _ in range(max_new_tokens):
+        token = choose(model(ids_BS, cache=cache)[0, -1])
+        yield int(token)
+        ids_BS = token.to(ids_BS.device).view(1, 1)
+
+
+def greedy(model: MoETransformer, prompt_ids: Tensor, max_new_tokens: int, eos_id: int | None = None) -> Tensor:
+    """The most likely next token, again and again; as :func:`generate`, and what follows ``eos_id`` is cut off.
+
+    Args:
+        model: In evaluation mode.
         prompt_ids: int64 [S], at least one.
         max_new_tokens: Tokens to add.
         eos_id: Ends the text.
@@ -28,24 +103,43 @@ def greedy(
     Returns:
         The new tokens, int64 [at most max_new_tokens], without ``eos_id``.
     """
-    ids = prompt_ids.unsqueeze(0)
-    for _ in range(max_new_tokens):
-        ids = torch.cat([ids, model(ids)[:, -1:].argmax(dim=-1)], dim=1)
-    new_ids = ids[0, prompt_ids.numel() :]
-    if eos_id is not None and (new_ids == eos_id).any():
-        new_ids = new_ids[: int((new_ids == eos_id).int().argmax())]
-    return new_ids
+    new_ids = list(generate(model, prompt_ids, max_new_tokens))
+    if eos_id in new_ids:
+        new_ids = new_ids[: new_ids.index(eos_id)]
+    return prompt_ids.new_tensor(new_ids)
 
 
-def complete(model: nn.Module, tokenizer_dir: Path, prompt: str, max_new_tokens: int) -> str:
+def complete(model: MoETransformer, tokenizer_dir: Path, prompt: str, max_new_tokens: int) -> str:
     """``prompt`` and its greedy continuation, as text. With a sharded model every rank must call it.
 
     Args:
-        model: Token ids [1, S] -> logits [1, S, V]; left in evaluation mode.
+        model: Left in evaluation mode.
         tokenizer_dir: Holds ``tokenizer.json``.
         prompt: At least one token.
         max_new_tokens: Tokens to add.
     """
     tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    prompt_ids = torch.tensor(tokenizer.encode(prompt).ids, device=next(model.parameters()).device)
+    prompt_ids = encode_prompt(tokenizer, prompt).to(next(model.parameters()).device)
     return prompt + tokenizer.decode(greedy(model.eval(), prompt_ids, max_new_tokens).tolist())
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
+    """int64 [S]: the tokens, without any that the tokenizer would add, as training had none."""
+    return torch.tensor(tokenizer.encode(prompt, add_special_tokens=False).ids, dtype=torch.int64)
+
+
+def decode_stream(tokenizer: Tokenizer, prompt_ids: Tensor, new_ids: Iterable[int]) -> Iterator[str]:
+    """The text of new tokens as they come; a token that ends within a character waits for the next.
+
+    All tokens are decoded again for each new one: what a token's text is may depend on those before it.
+    """
+    ids: list[int] = prompt_ids.tolist()
+    text = shown = tokenizer.decode(ids)
+    for token in new_ids:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+    if text != shown:
+        yield text[len(shown) :]

@@ -3,7 +3,7 @@
 Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` copies it into the rows
 of those experts; each expert is a SwiGLU over its rows; ``combine`` adds the K results with the router's weights; the
 shared experts, which see every token, are added on top. No token is ever dropped, unless the recipe sets a capacity:
-then a choice that its expert cannot take is not dispatched, and adds nothing.
+then, in training, a choice that its expert cannot take is not dispatched, and adds nothing.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
         tokens_TD = x_BSD.flatten(0, 1)
         routing: Routing = self.router(tokens_TD)
         kept_TK = None
-        if self.capacity_factor is not None:
+        if self.capacity_factor is not None and self.training:
             kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)
         if kept_TK is None and self._fused_pays(tokens_TD):
             out_TD, shared_TD = self._fused(tokens_TD, routing), self._shared(tokens_TD)

@@ -38,7 +38,8 @@ class RowOrder:
     @property
     def token_of_row_N(self) -> Tensor:
         """int64 [N]: which token each row holds."""
-        return self.slot_of_row_N // self.row_of_slot_TK.shape[1]
+        top_k = self.row_of_slot_TK.shape[1]
+        return self.slot_of_row_N // top_k if top_k > 1 else self.slot_of_row_N
 
     def inverse(self) -> RowOrder:
         """Of an order with K = 1: takes the rows back to where they came from."""

@@ -1,0 +1,112 @@
+"""``moefoundry generate``: a checkpoint continues a prompt, in one process. Heavy imports happen in :func:`run`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from moefoundry.evaluation.generation import Choice
+
+DESCRIPTION = """\
+Continue a prompt with a checkpoint of any mesh, in fp32 in this process; the text streams to standard output and ends
+where the model ends it. Without --temperature each token is the most likely one."""
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "generate", help="continue a prompt with a checkpoint", description=DESCRIPTION, allow_abbrev=False
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run (its newest)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default 128)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="draw by chance; above 1 is more even")
+    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likely tokens of probability P in all")
+    parser.add_argument("--seed", type=int, metavar="S", help="another seed draws other tokens (default 0)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    import warnings
+    from itertools import takewhile
+
+    from moefoundry.checkpoint.convert import load_model
+    from moefoundry.config import UserError
+    from moefoundry.data.tokenizer import check_vocabulary, load_tokenizer
+    from moefoundry.evaluation.generation import decode_stream, encode_prompt, generate
+
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
+    choose, device = _choice(args), _device(args.device)
+    checkpoint = _checkpoint(args.checkpoint)
+    directory = _tokenizer_dir(checkpoint)
+    tokenizer = load_tokenizer(directory)
+    tokenizer.backend.encode_special_tokens = False  # a prompt may spell them out; a document's text may not
+    prompt_ids = encode_prompt(tokenizer.backend, args.prompt)
+    if not len(prompt_ids):
+        raise UserError(f"--prompt {args.prompt!r}: has no token")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
+    model = load_model(checkpoint).to(device)
+    check_vocabulary(directory, model.cfg.vocab_size)
+
+    print(args.prompt, end="", flush=True)
+    new_ids = generate(model, prompt_ids.to(device), args.max_new_tokens, choose)
+    text = takewhile(lambda token: token != tokenizer.eos_id, new_ids)
+    for piece in decode_stream(tokenizer.backend, prompt_ids, text):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def _choice(args: argparse.Namespace) -> Choice:
+    """The most likely token, or what the options of sampling say."""
+    from moefoundry.config import UserError
+    from moefoundry.evaluation.generation import Sampling, most_likely
+
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
+        return most_likely
+    try:
+        return Sampling(**given).choice()
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-')}") from error
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    from moefoundry.config import UserError
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _checkpoint(path: str) -> Path:
+    from moefoundry.checkpoint.store import find_checkpoint
+    from moefoundry.config import UserError
+
+    try:
+        return find_checkpoint(path)
+    except UserError:
+        raise UserError(f"--checkpoint {path}: no complete checkpoint there") from None
+
+
+def _tokenizer_dir(checkpoint: Path) -> Path:
+    """A converted checkpoint's own tokenizer, or that of the run."""
+    from moefoundry.checkpoint.io import read_state
+    from moefoundry.config import UserError
+
+    name = checkpoint / "tokenizer" if (checkpoint / "tokenizer").is_dir() else None
+    name = name or read_state(checkpoint)["recipe"].get("tokenizer.name")
+    if name is None:
+        raise UserError(f"{checkpoint}: the checkpoint has no tokenizer, and its recipe names none (tokenizer.name)")
+    return Path(name)

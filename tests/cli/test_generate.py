@@ -1,0 +1,79 @@
+"""``moefoundry generate``: what a training run of several ranks would say, from its checkpoint in one process."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moefoundry.cli.main import main
+from moefoundry.config import load_recipe
+from tests.train.runs import Run, run_recipe
+
+PROMPT = "def first"
+MLA = (
+    "{kind: mla, n_heads: 4, q_lora_rank: 12, kv_lora_rank: 16,"
+    " qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 8}"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_overrides: Callable, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two batches on two ranks that share the experts, and the report's completion of ``PROMPT``."""
+    changes = ["max_duration=2ba", "mesh.expert=2", "mesh.shard=2", "model.document_masking=true"]
+    changes += [f"model.attention={MLA}", f"callbacks.report={{prompt: {PROMPT!r}, max_new_tokens: 12}}"]
+    overrides = tiny_overrides(tmp_path_factory.mktemp("run"), *changes)
+    grouped_query = next(text for text in overrides if text.startswith("model.attention="))
+    return run_recipe(load_recipe(None, [text for text in overrides if text != grouped_query]), world_size=2)
+
+
+def generate(capsys: pytest.CaptureFixture[str], checkpoint: Path, *options: str) -> str:
+    options = ("--max-new-tokens", "12", "--device", "cpu", *options)
+    assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", PROMPT, *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_text_is_that_of_the_ranks_that_trained(run: Run, capsys) -> None:
+    text = generate(capsys, run.run_dir)
+    assert text.startswith(PROMPT)
+    assert "".join(f"    | {line}\n" for line in text.splitlines()) in run.out
+    assert generate(capsys, run.run_dir / "checkpoints" / "ba2") == text
+
+
+def test_sampling_options(run: Run, capsys) -> None:
+    greedy = generate(capsys, run.run_dir)
+    assert generate(capsys, run.run_dir, "--temperature", "0.7", "--top-k", "1") == greedy
+    assert generate(capsys, run.run_dir, "--seed", "1") == generate(capsys, run.run_dir, "--seed=1", "--top-p=1.0")
+    assert generate(capsys, run.run_dir, "--seed", "1") != generate(capsys, run.run_dir, "--seed", "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--checkpoint", "/nowhere"], "error: --checkpoint /nowhere: no complete checkpoint there"),
+        (["--prompt", ""], "error: --prompt '': has no token"),
+        (["--max-new-tokens", "0"], "error: --max-new-tokens 0: must be at least 1"),
+        (["--temperature", "0"], "error: --temperature 0.0: must be above 0"),
+        (["--top-k", "0"], "error: --top-k 0: must be at least 1"),
+        (["--device", "abacus"], "error: --device abacus: "),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(run: Run, capsys, options: list[str], message: str) -> None:
+    assert main(["generate", "--checkpoint", str(run.run_dir), "--prompt", PROMPT, *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+def test_a_missing_tokenizer_is_named(run: Run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moefoundry.checkpoint import io
+
+    document = io.read_state(run.run_dir / "checkpoints" / "ba2")
+    for recipe, message in [
+        (document["recipe"] | {"tokenizer.name": "/nowhere"}, "error: /nowhere/tokenizer.json: no such file"),
+        ({}, "the checkpoint has no tokenizer, and its recipe names none (tokenizer.name)"),
+    ]:
+        monkeypatch.setattr(io, "read_state", lambda _, recipe=recipe: document | {"recipe": recipe})
+        assert main(["generate", "--checkpoint", str(run.run_dir), "--prompt", PROMPT]) == 2
+        assert message in capsys.readouterr().err
