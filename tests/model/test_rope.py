@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import _compute_yarn_parameters
 
-from moefoundry.config import GqaConfig, YarnConfig
-from moefoundry.model.context import attention_context
+from moefoundry.config import Compute, GqaConfig, MeshConfig, ModelConfig, PrecisionConfig, YarnConfig
 from moefoundry.model.rope import rotate, rotate_interleaved, rotation
+from tests.distributed import run_distributed
 from tests.model.peers import max_positions, rope_scaling
-from tests.model.tiny import tiny_config
+from tests.model.tiny import batch, meta_model, tiny_config
 
 CONVENTIONS = pytest.mark.parametrize("turn", [rotate, rotate_interleaved])
 
@@ -76,8 +74,21 @@ def test_yarn_equals_transformers(yarn: YarnConfig, width: int, theta: float) ->
     torch.testing.assert_close(torch.atan2(rot.sin[1], rot.cos[1]), frequencies, rtol=1e-5, atol=0)
 
 
+def dtypes_in_a_block(cfg: ModelConfig) -> tuple[torch.dtype, torch.dtype]:
+    """Of an attention layer's input and of its angles, on a mesh that computes in BF16."""
+    from moefoundry.mesh import build_meshes, resolve_degrees
+    from moefoundry.parallel import materialize, parallelize
+
+    model = meta_model(cfg)
+    parallelize(model, build_meshes(resolve_degrees(MeshConfig(), 2), "cpu"), PrecisionConfig(compute=Compute.bf16))
+    materialize(model, "cpu", seed=0)
+    seen = []
+    attention = model.layers[0].attention
+    attention.register_forward_pre_hook(lambda _, args: seen.append((args[0].dtype, args[1].rotation.cos.dtype)))
+    model(batch(1, 4))
+    return seen[0]
+
+
 def test_the_angles_stay_fp32_in_a_block_that_computes_in_bf16() -> None:
-    """FSDP casts every float that it finds in a block's inputs, and it looks for them as tree_leaves does."""
-    context = attention_context(tiny_config(), torch.zeros(1, 4, dtype=torch.int64))
-    assert context.rotation.cos.dtype == context.rotation.sin.dtype == torch.float32
-    assert not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(context))
+    """FSDP casts the floats that it finds in a block's inputs."""
+    assert run_distributed(dtypes_in_a_block, 2, tiny_config()) == [(torch.bfloat16, torch.float32)] * 2

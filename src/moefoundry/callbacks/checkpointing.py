@@ -82,7 +82,10 @@ class Checkpointing(Callback):
         weights-only checkpoint, weights alone: the run begins at its first batch."""
         document = io.read_state(checkpoint)
         if document.get(io.WEIGHTS_ONLY):
-            io.read_into(checkpoint, model_tensors(state.model))
+            stored, buffers = io.stored_shapes(checkpoint), {f"model/{name}" for name, _ in state.model.named_buffers()}
+            tensors = model_tensors(state.model).items()
+            # A buffer that it lacks, such as the expert bias of a softmax router, starts as in any new run.
+            io.read_into(checkpoint, {name: t for name, t in tensors if name in stored or name not in buffers})
             return
         self._rng = (
             {name: tensor.clone() for name, tensor in rng_tensors(dist.get_global_rank()).items()}

@@ -11,19 +11,25 @@ import io
 import json
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from moefoundry.checkpoint.store import STATE_FILE
-from moefoundry.config import UserError
+from moefoundry.config import ConfigError, ModelConfig, UserError
+from moefoundry.config.build import Builder
 
 METADATA_FILE = ".metadata"
 STATE_KEYS = ("timestamp", "schedulers", "data", "world_size", "recipe")
+WEIGHTS_ONLY = "weights_only"
+"""Marks the state of a checkpoint without optimizer, schedule and position: besides it, only ``recipe`` is there, with
+the keys of ``model``. A run that starts from it trains from its first batch on."""
+
 _METADATA_CLASSES = {
     ("torch.distributed.checkpoint.metadata", name)
     for name in (
@@ -88,22 +94,58 @@ def read_state(directory: Path) -> dict[str, Any]:
     """The JSON document of a checkpoint.
 
     Raises:
-        UserError: It is missing or damaged.
+        UserError: It is missing or damaged, or lacks one of :data:`STATE_KEYS` (with :data:`WEIGHTS_ONLY`: the recipe).
     """
     path = directory / STATE_FILE
     try:
         state = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable checkpoint state: {error}") from error
-    missing = [key for key in STATE_KEYS if key not in state] if isinstance(state, dict) else STATE_KEYS
+    if not isinstance(state, dict):
+        state = {}
+    missing = [key for key in (("recipe",) if state.get(WEIGHTS_ONLY) else STATE_KEYS) if key not in state]
     if missing:
         raise UserError(f"{path}: incomplete checkpoint state: it lacks {', '.join(missing)}")
     return state
 
 
+def read_model_config(directory: Path) -> ModelConfig:
+    """The model that a checkpoint holds.
+
+    Raises:
+        UserError: As :func:`read_state`; or its keys are not those of this release.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in read_state(directory)["recipe"].items():
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    builder = Builder()
+    cfg: ModelConfig = builder.build(ModelConfig, tree.get("model", {}), "model")
+    if builder.problems:
+        raise ConfigError(builder.problems, str(directory / STATE_FILE))
+    return cfg
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Which tensors a checkpoint holds, and where.
+
+    Raises:
+        UserError: The file is missing or damaged, or names anything but tensors.
+    """
+    return _Reader(directory).read_metadata()
+
+
+def slice_reader(directory: Path, file: IO[bytes], place: _StorageInfo) -> IO[bytes]:
+    """The part of an open data file that holds one tensor, as a file."""
+    return _Reader(directory)._slice_file(file, place)
+
+
 def stored_shapes(directory: Path) -> dict[str, torch.Size]:
     """Name and full shape of every tensor of a checkpoint."""
-    entries = _Reader(directory).read_metadata().state_dict_metadata
+    entries = read_metadata(directory).state_dict_metadata
     return {name: entry.size for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 

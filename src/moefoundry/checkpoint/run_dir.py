@@ -33,7 +33,15 @@ FREE_KEYS = (
 """Keys, or prefixes of keys, that a resumed run may change."""
 
 
-NOT_ARCHITECTURE = ("model.init.", "model.moe.balance.", "model.moe.backend")
+NOT_ARCHITECTURE = (
+    "model.init.",
+    "model.document_masking",
+    "model.moe.router.input_jitter",
+    "model.moe.balance.",
+    "model.moe.capacity_factor",
+    "model.moe.backend",
+    "model.mtp.loss_weight",
+)
 """Keys of ``model`` that a run may change when it starts from another's checkpoint."""
 
 

@@ -9,7 +9,6 @@ d is the width that is rotated: of a head, or of the part of it that has a posit
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,15 +16,15 @@ from torch import Tensor
 from moefoundry.config import AttentionConfig, YarnConfig
 
 
-@dataclass(frozen=True)
 class Rotation:
     """Cosines and sines, fp32 [S, d/2] each, or [B, 1, S, d/2] where the positions of sequences differ.
 
-    Not a NamedTuple: those are looked into by FSDP, which would cast the angles to the compute dtype of a block.
+    Neither a NamedTuple nor a dataclass: FSDP looks into those, and would round the angles to a block's compute dtype.
     """
 
-    cos: Tensor
-    sin: Tensor
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
 
 
 def rotation(positions: Tensor, width: int, cfg: AttentionConfig) -> Rotation:

@@ -1,0 +1,326 @@
+"""Lossless conversion between checkpoints here and Hugging Face directories.
+
+    import       HF directory  -> weights-only checkpoint, which a run's ``load_path`` may name
+    export       checkpoint    -> HF directory, which ``AutoModelForCausalLM`` loads
+    consolidate  checkpoint    -> safetensors with our names
+
+Everything is checked before anything is written, what is written gets its final name when it is complete, and nothing
+is overwritten. Memory is needed for a block (see ``tensor_map.py``), whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from moefoundry.checkpoint import io
+from moefoundry.checkpoint.blocks import Block, StoredTensors, TensorSpec, write_blocks
+from moefoundry.checkpoint.hf_files import (
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    copy_tokenizer,
+    fp8_block,
+    has_tokenizer,
+    read_hf_config,
+    special_token_ids,
+    tokenizer_of,
+    write_json,
+)
+from moefoundry.checkpoint.safetensors_io import SafetensorsReader, write_file, write_safetensors
+from moefoundry.checkpoint.store import STAGING_SUFFIX, find_checkpoint
+from moefoundry.checkpoint.tensor_map import Dtype, TensorMap, check_tensors, meta_model
+from moefoundry.checkpoint.verify import verify_logits
+from moefoundry.config import ModelConfig, Recipe, UserError, flatten
+from moefoundry.config.spec import plain
+from moefoundry.config.yaml_reader import StrictDumper
+from moefoundry.model.families import FAMILIES, Family, family_for, family_of
+from moefoundry.model.transformer import MoETransformer
+
+RECIPE = "recipe.yaml"
+PREFIX = "model/model."
+"""Of a parameter's name in a checkpoint: Composer's model holds ours under ``model``."""
+
+DEFAULT_MAX_SEQ_LEN = 4096  # where neither config nor recipe says; it bounds nothing that is computed
+GIB = 2**30
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion wrote.
+
+    Attributes:
+        path: Where.
+        num_tensors, nbytes: Of the tensors written.
+        has_tokenizer: Whether a tokenizer came with it; None where none is expected.
+        max_difference: Largest difference of logits; None where they were not compared.
+    """
+
+    path: Path
+    num_tensors: int
+    nbytes: int
+    has_tokenizer: bool | None = None
+    max_difference: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.num_tensors} tensors, {self.nbytes / GIB:.2f} GiB"
+        if self.has_tokenizer is False:
+            text += "; no tokenizer"
+        if self.max_difference is not None:
+            text += f"; verified, logits differ by at most {self.max_difference:.1e}"
+        return text
+
+
+@dataclass(frozen=True)
+class HfDirectory:
+    """A Hugging Face directory that is whole: config, family, tensors."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    cfg: ModelConfig
+    tensors: SafetensorsReader
+    names: TensorMap
+
+    @property
+    def max_seq_len(self) -> int | None:
+        """Tokens a sequence, where the config says."""
+        return self.family.max_seq_len(self.config)
+
+
+def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
+    """Read the config and check every tensor; no values are read but those that must be copies of others.
+
+    Args:
+        path: Holds config.json and safetensors.
+        fp8_as: What FP8 tensors are read as; None is BF16.
+
+    Raises:
+        UserError: The config means a model that is not here, or a tensor is missing, too many or misshapen (all are
+            named), or the weights are pickled, or quantized other than in FP8 blocks.
+    """
+    config = read_hf_config(path)
+    block = fp8_block(config, path)
+    family = family_of(config)
+    cfg = family.read_config({key: value for key, value in config.items() if key != "quantization_config"})
+    tensors = SafetensorsReader(path, block, fp8_as or torch.bfloat16)
+    names = TensorMap(family, cfg)
+    names.check_theirs(tensors.specs, path)
+    names.check_copies(tensors, path)
+    return HfDirectory(path, config, family, cfg, tensors, names)
+
+
+def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: float | None = None) -> Summary:
+    """Write a weights-only checkpoint with the tensors of a Hugging Face directory; beside them its tokenizer, and the
+    recipe that goes on training them.
+
+    Args:
+        hf: Holds config.json and safetensors.
+        output: The checkpoint directory to make.
+        dtype: What parameters are stored as; a run that starts from them makes them fp32.
+        tolerance: Largest difference of logits that is accepted; None does not compare them.
+
+    Raises:
+        UserError: As :func:`open_hf`; or ``output`` exists, or logits differ.
+    """
+    source = open_hf(hf, dtype.torch)
+    specs = source.names.our_specs(source.tensors.specs, dtype)
+    blocks = source.names.our_blocks(source.tensors, specs)
+    with staged(output) as staging:
+        staging.mkdir()
+        write_weights(staging, source.cfg, specs, blocks, source.max_seq_len)
+        write_recipe(staging, source.cfg, load_path=output)
+        if has_tokenizer(hf):
+            copy_tokenizer(hf, staging / TOKENIZER)
+        difference = None
+        if tolerance is not None:
+            difference = verify_logits(hf, load_model(staging), tolerance, dtype.torch or torch.bfloat16)
+    return Summary(output, len(specs), _nbytes(specs), has_tokenizer(hf), difference)
+
+
+def export_hf(
+    checkpoint: Path,
+    hf: Path,
+    family_name: str | None = None,
+    dtype: Dtype = Dtype.keep,
+    max_shard_bytes: int = SHARD_BYTES,
+    tokenizer: Path | None = None,
+    tolerance: float | None = None,
+) -> Summary:
+    """Write a Hugging Face directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+
+    Args:
+        checkpoint: A checkpoint of any mesh, weights-only or not, or the run that holds it.
+        hf: The directory to make.
+        family_name: ``model_type`` to export as; None is the first that fits.
+        dtype: What parameters are stored as.
+        max_shard_bytes: Size of a shard.
+        tokenizer: Directory; None is the checkpoint's own, or that of its run.
+        tolerance: As in :func:`import_hf`.
+
+    Raises:
+        UserError: The family cannot hold the model (with the reasons), a tensor or the tokenizer is missing, ``hf``
+            exists, or logits differ.
+    """
+    directory = _checkpoint(checkpoint)
+    recipe, cfg = io.read_state(directory)["recipe"], io.read_model_config(directory)
+    family = _family(family_name, cfg)
+    names = TensorMap(family, cfg)
+    ours = open_checkpoint(directory, names.shapes)
+    specs = names.their_specs(ours.specs, dtype)
+    config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
+    tokenizer = tokenizer_of(directory, recipe, tokenizer)
+    with staged(hf) as staging:
+        staging.mkdir()
+        write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, staging)
+        special = special_token_ids(staging)
+        if not (staging / GENERATION_CONFIG).exists():
+            write_json(staging / GENERATION_CONFIG, special)
+        write_json(staging / CONFIG, config | special)
+        difference = None if tolerance is None else verify_logits(staging, load_model(directory), tolerance)
+    return Summary(hf, len(specs), _nbytes(specs), tokenizer is not None, difference)
+
+
+def consolidate(checkpoint: Path, output: Path, max_shard_bytes: int = SHARD_BYTES) -> Summary:
+    """Write the parameters and buffers of a checkpoint as safetensors, under the names of ``MoETransformer``.
+
+    Args:
+        checkpoint: As in :func:`export_hf`.
+        output: A file ``*.safetensors``, or a directory, which may be given shards.
+        max_shard_bytes: Size of a shard.
+
+    Raises:
+        UserError: A tensor is missing, ``output`` exists, or it is one file and all would not fit.
+    """
+    directory = _checkpoint(checkpoint)
+    model = meta_model(io.read_model_config(directory))
+    ours = open_checkpoint(directory, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    size = _nbytes(ours.specs)
+    one_file = output.suffix == ".safetensors"
+    if one_file and size > max_shard_bytes:
+        raise UserError(f"{output}: {size / GIB:.2f} GiB exceed one shard; name a directory, or allow a larger shard")
+    with staged(output) as staging:
+        if one_file:
+            write_file(staging, ours.specs, ours.blocks)
+        else:
+            staging.mkdir()
+            write_safetensors(staging, ours.specs, ours.blocks, max_shard_bytes)
+    return Summary(output, len(ours.specs), size)
+
+
+def from_pretrained(hf: Path, dtype: torch.dtype | None, device: torch.device | str) -> MoETransformer:
+    """What :func:`moefoundry.from_pretrained` does."""
+    dtype = dtype or torch.float32
+    source = open_hf(hf, dtype)
+    model = meta_model(source.cfg)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    tensors = model.state_dict()
+    specs = source.names.our_specs(source.tensors.specs, Dtype.keep)
+    for block in source.names.our_blocks(source.tensors, specs):
+        block.box_of(tensors[block.name]).copy_(block.values)
+    return model.eval()
+
+
+def load_model(checkpoint: Path) -> MoETransformer:
+    """The model of a checkpoint in fp32 on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    model = meta_model(io.read_model_config(checkpoint)).to_empty(device="cpu")
+    io.read_into(checkpoint, {PREFIX + name: tensor for name, tensor in model.state_dict().items()})
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------- parts
+
+
+def _checkpoint(path: Path) -> Path:
+    try:
+        return find_checkpoint(str(path))
+    except UserError:
+        raise UserError(f"--checkpoint {path}: no complete checkpoint there") from None
+
+
+def open_checkpoint(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> StoredTensors:
+    """The parameters and buffers of a checkpoint's model, checked against their shapes."""
+    ours = StoredTensors(directory, PREFIX)
+    check_tensors(ours.specs, shapes, directory)
+    return ours
+
+
+def write_weights(
+    staging: Path, cfg: ModelConfig, specs: Mapping[str, TensorSpec], blocks: Iterable[Block], max_seq_len: int | None
+) -> None:
+    """Write a weights-only checkpoint; names are those of ``MoETransformer``."""
+    recipe = {key: value for key, value in flatten(Recipe(model=cfg)).items() if key.startswith("model.")}
+    if max_seq_len is not None:
+        recipe["max_seq_len"] = max_seq_len
+    stored = {PREFIX + name: spec for name, spec in specs.items()}
+    renamed = (replace(block, name=PREFIX + block.name) for block in blocks)
+    write_blocks(staging, stored, renamed, {io.WEIGHTS_ONLY: True, "recipe": recipe})
+
+
+def write_recipe(staging: Path, cfg: ModelConfig, load_path: Path) -> None:
+    """Write the recipe that trains these weights; what it leaves out is as in any recipe."""
+    recipe = {"model": plain(cfg), "load_path": str(load_path)}
+    (staging / RECIPE).write_text(yaml.dump(recipe, Dumper=StrictDumper, sort_keys=False, width=120))
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A path to write to. It becomes ``target`` at the end, and is removed if an error is raised.
+
+    Raises:
+        UserError: ``target`` exists.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists already; nothing is overwritten")
+    staging = target.with_name(target.name + STAGING_SUFFIX)
+    _remove(staging)
+    staging.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield staging
+        staging.rename(target)
+    finally:
+        _remove(staging)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _family(name: str | None, cfg: ModelConfig) -> Family:
+    if name is None:
+        return family_for(cfg)
+    if name not in FAMILIES:
+        raise UserError(f"no model family {name!r}; there are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:
+    """Name of the dtype that most bytes have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for spec in specs.values():
+        sizes[spec.dtype] += spec.nbytes
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _nbytes(specs: Mapping[str, TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs.values())

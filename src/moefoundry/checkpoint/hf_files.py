@@ -1,0 +1,108 @@
+"""What lies beside the tensors of a Hugging Face directory: its config, and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from moefoundry.config import UserError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER = "tokenizer"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "tokenizer.model",
+    "vocab.json",
+    GENERATION_CONFIG,  # names the same special tokens
+)
+SPECIAL_TOKENS = {f"{token}_token": f"{token}_token_id" for token in ("bos", "eos", "pad")}
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a directory.
+
+    Raises:
+        UserError: It is missing or no JSON object.
+    """
+    try:
+        config = json.loads((path / CONFIG).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / CONFIG}: unreadable: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path / CONFIG}: not a JSON object")
+    return config
+
+
+def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
+    """Rows and columns of an FP8 block; those that DeepSeek publishes where no weight is quantized.
+
+    Raises:
+        UserError: Weights are quantized in another way.
+    """
+    quantization = config.get("quantization_config") or {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    match quantization:
+        case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]}:
+            return rows, columns
+    raise UserError(f"{path / CONFIG}: only FP8 weights in blocks can be read, not quantization_config {quantization}")
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there is a vocabulary in any of the formats."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files into a directory, made if need be."""
+    target.mkdir(exist_ok=True)
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def tokenizer_of(checkpoint: Path, recipe: dict[str, Any], given: Path | None) -> Path | None:
+    """The directory of a checkpoint's tokenizer: the one given, or its own, or that of its run; None without any.
+
+    Raises:
+        UserError: It is not there.
+    """
+    if given is None and (checkpoint / TOKENIZER).is_dir():
+        return checkpoint / TOKENIZER
+    if given is None and "tokenizer.name" not in recipe:
+        return None
+    path = given or Path(recipe["tokenizer.name"])
+    if not has_tokenizer(path):
+        raise UserError(f"no tokenizer at {path}; name its directory with --tokenizer")
+    return path
+
+
+def special_token_ids(directory: Path) -> dict[str, Any]:
+    """``bos_token_id`` and so on, as generation_config.json says, or else the tokenizer; empty without either."""
+    if (directory / GENERATION_CONFIG).is_file():
+        generation = json.loads((directory / GENERATION_CONFIG).read_text())
+        return {key: generation[key] for key in SPECIAL_TOKENS.values() if key in generation}
+    if not all((directory / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return {}
+    tokens = json.loads((directory / "tokenizer_config.json").read_text())
+    vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    found = {}
+    for token, key in SPECIAL_TOKENS.items():
+        text = tokens.get(token)
+        text = text["content"] if isinstance(text, dict) else text
+        if text is not None:
+            found[key] = vocabulary.token_to_id(text)
+    return found
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file as Hugging Face does."""
+    path.write_text(json.dumps(value, indent=2) + "\n")
