@@ -32,7 +32,7 @@ def test_json_has_bytes_and_adds_up(capsys):
     plan = json.loads(capsys.readouterr().out)
     memory = plan["memory"]
     assert plan["mesh"] == {"replicate": 2, "shard": 4, "expert": 2, "expert_nodes": 1, "world_size": 8}
-    held = sum(memory[name] for name in ("parameters", "gradients", "optimizer", "ema"))
+    held = sum(memory[name] for name in ("parameters", "gradients", "optimizer"))
     assert memory["total"] == held + memory["peak"]["total"]
     assert memory["limit"] == 10**9
     assert memory["fits"]

@@ -1,0 +1,145 @@
+"""Memory of the rank that needs most: what a step holds throughout, exactly, and what comes and goes, as an estimate.
+
+Held throughout: fp32 parameters, gradients and optimizer state, this rank's shards. What comes and goes is largest at
+one of these moments of a micro-batch:
+
+    the loss            all saved activations, the logits of a chunk, the output head's gradient in fp32
+    block i backward    saved activations of blocks up to i and the working set of i; block i gathered, and the one
+                        before it, which is prefetched; its gradients, in the compute dtype and in their reduction
+    the end             gradients of the root unit (embedding and head), likewise
+
+The root unit stays gathered throughout. From the second micro-batch on all gradients exist at each of these moments;
+they are counted so for one micro-batch too. Not counted: the CUDA context, communication buffers, fragmentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from moefoundry.config import Moments, Recipe
+from moefoundry.model.transformer import MoETransformer
+from moefoundry.ops.cross_entropy import CHUNK_TOKENS
+from moefoundry.planning.activations import FP32, block_activations
+from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
+
+
+@dataclass(frozen=True)
+class Transient:
+    """Bytes that exist at one moment of a micro-batch; an estimate.
+
+    Attributes:
+        moment: When.
+        gathered_parameters: Unsharded parameters in the compute dtype.
+        unreduced_gradients: Gradients before and in their reduction.
+        activations: Saved for the backward pass, and in work.
+        logits: Of a chunk of tokens.
+    """
+
+    moment: str
+    gathered_parameters: int
+    unreduced_gradients: int
+    activations: int
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.gathered_parameters + self.unreduced_gradients + self.activations + self.logits
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the rank that needs most.
+
+    Attributes:
+        parameters: fp32 shards, with FSDP's padding; exact.
+        gradients: Reduced, as the parameters; exact.
+        optimizer: AdamW's two moments, without padding; exact.
+        peak: What comes and goes, when it is largest; an estimate.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    peak: Transient
+
+    @property
+    def total(self) -> int:
+        """The most that exists at a time."""
+        return self.parameters + self.gradients + self.optimizer + self.peak.total
+
+
+def memory(
+    model: MoETransformer, blocks: Sequence[PlannedBlock], units: Sequence[Unit], recipe: Recipe, sequences: int
+) -> Memory:
+    """Of a model that ``parallelize`` has transformed.
+
+    Args:
+        model: On meta, sharded or not.
+        blocks: Its blocks.
+        units: Its FSDP units; none where it is not sharded.
+        recipe: What it is trained by.
+        sequences: Of the largest micro-batch of a rank.
+    """
+    owned = sum(local_numel(parameter) for parameter in model.parameters())
+    stored = sum(unit.shard_numel for unit in units) if units else owned
+    moment_bytes = 2 if recipe.precision.optimizer_moments == Moments.bf16 else FP32
+    moments = transients(blocks, units, recipe, sequences)
+    return Memory(
+        parameters=FP32 * stored,
+        gradients=FP32 * stored,
+        optimizer=2 * moment_bytes * owned,
+        peak=max(moments, key=lambda moment: moment.total),
+    )
+
+
+def local_numel(parameter: nn.Parameter) -> int:
+    """Elements of this rank's share."""
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+
+
+def transients(
+    blocks: Sequence[PlannedBlock], units: Sequence[Unit], recipe: Recipe, sequences: int
+) -> list[Transient]:
+    """Every moment that may be the largest, in order of time."""
+    cfg, c = recipe.model, compute_dtype(recipe.precision).itemsize
+    root = [unit for unit in units if unit.name == ""]
+    units_of = [[unit for unit in units if f"{unit.name}.".startswith(f"{block.name}.")] for block in blocks]
+    exchanged, mode = recipe.mesh.expert > 1, recipe.activation_checkpointing
+    activations = [block_activations(cfg, block.sparse, mode, c, exchanged) for block in blocks]
+    saved = [sequences * b.positions * a.saved for b, a in zip(blocks, activations, strict=True)]
+    working = [sequences * b.positions * a.working for b, a in zip(blocks, activations, strict=True)]
+    tokens = sequences * recipe.max_seq_len
+    head, heads = cfg.vocab_size * cfg.d_model, 1 + cfg.mtp.depth
+    narrow = c if c < FP32 else 0  # of an fp32 tensor's copy in the compute dtype
+    loss = Transient(
+        "the loss",
+        gathered_parameters=_gathered(root),
+        unreduced_gradients=head * (heads * FP32 + narrow),
+        activations=sum(saved) + heads * tokens * cfg.d_model * (FP32 + 2 * c),
+        logits=min(tokens, CHUNK_TOKENS) * cfg.vocab_size * (FP32 + 2 * narrow),
+    )
+    backward = [
+        Transient(
+            f"backward of {block.name}",
+            gathered_parameters=_gathered([*root, *units_of[i], *(units_of[i - 1] if i else [])]),
+            unreduced_gradients=head * c + _gathered(units_of[i]) + _in_reduction(units_of[i]),
+            activations=sum(saved[: i + 1]) + working[i],
+        )
+        for i, block in reversed(list(enumerate(blocks)))
+    ]
+    end = Transient("the end of the backward pass", 0, _gathered(root) + _in_reduction(root), 0)
+    return [loss, *backward, end]
+
+
+def _gathered(units: Iterable[Unit]) -> int:
+    return sum(unit.gathered for unit in units)
+
+
+def _in_reduction(units: Iterable[Unit]) -> int:
+    """Largest input and output of a reduction; FSDP keeps one at a time."""
+    return max((unit.reduce_input + unit.shard_numel * unit.reduce_bytes for unit in units), default=0)

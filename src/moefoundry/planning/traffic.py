@@ -1,0 +1,193 @@
+"""What a rank sends in an optimizer step, by collective and mesh axis.
+
+Counted are the bytes that rank 0 sends to others: of an all-gather its shard to each of the n - 1, of a reduce-scatter
+the shards of the n - 1, of an all-reduce both of these on one n-th of the buffer, of an all-to-all the rows for the
+n - 1. Experts are dealt in turn (``router.assignment: uniform``). Left out are metrics and the gradient norm, a few kB.
+
+FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass; it reduces gradients
+after each micro-batch. Rows go to the experts and back, forward and backward. Where the forward pass is recomputed
+(``full``) they travel once more; ``selective`` keeps what came.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moefoundry.config import ActivationCheckpointing, AuxLossScope, Recipe
+from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, REPLICATE, MeshDegrees
+from moefoundry.moe.router import deal_in_turn
+from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
+from moefoundry.planning.world import WORLD, groups_by_axis, most_remote_peers
+
+COUNT_BYTES = 8
+"""Counts of rows travel as int64."""
+SLOT_BYTES = 2
+"""The experts that a token of the two-hop dispatch is for travel as int16."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective on one mesh axis, in an optimizer step.
+
+    Attributes:
+        collective: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``.
+        axis: Mesh axis, or ``world``.
+        ranks: Of a group along it.
+        calls: How many.
+        sent: Bytes that rank 0 sends to others.
+        across_nodes: As much of them as its share of peers on other nodes, for the rank that has most of these. It is
+            what crosses if each pair exchanges directly; rings and trees carry less.
+    """
+
+    collective: str
+    axis: str
+    ranks: int
+    calls: int
+    sent: int
+    across_nodes: int
+
+
+class Ledger:
+    """Adds up collectives.
+
+    Args:
+        degrees: Of the mesh.
+    """
+
+    def __init__(self, degrees: MeshDegrees) -> None:
+        self.degrees = degrees
+        self.groups = groups_by_axis(degrees)
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.sent: Counter[tuple[str, str]] = Counter()
+
+    def ranks(self, axis: str) -> int:
+        """Of a group along ``axis``."""
+        return len(self.groups[axis][0])
+
+    def add(self, collective: str, axis: str, sent: int, calls: int = 1) -> None:
+        """``calls`` collectives that send ``sent`` bytes each."""
+        self.calls[collective, axis] += calls
+        self.sent[collective, axis] += calls * sent
+
+    def add_all_reduce(self, axis: str, size: int, calls: int = 1) -> None:
+        """All-reduces of ``size`` bytes each."""
+        self.add("all_reduce", axis, 2 * (self.ranks(axis) - 1) * size // self.ranks(axis), calls)
+
+    def add_unit(self, unit: Unit, micro_batches: int) -> None:
+        """An FSDP unit."""
+        if unit.shards > 1:
+            others = (unit.shards - 1) * unit.shard_numel
+            self.add("all_gather", unit.axis, others * unit.param_bytes, unit.gathers * micro_batches)
+            self.add("reduce_scatter", unit.axis, others * unit.reduce_bytes, micro_batches)
+        if unit.copies > 1:
+            self.add_all_reduce(REPLICATE, unit.shard_numel * unit.reduce_bytes, micro_batches)
+
+    def add_exchange(self, routed: Routed, layers: int, runs: int) -> None:
+        """``layers`` MoE layers, once each, that exchange ``runs`` times before they do so backward."""
+        ranks, rows = self.ranks(EXPERT), routed.rows_by_rank
+        go, back = sum(rows[1:]) * routed.row_bytes, (ranks - 1) * rows[0] * routed.row_bytes
+        self.add("all_to_all", EXPERT, (ranks - 1) * routed.num_experts // ranks * COUNT_BYTES, layers * runs)
+        self.add("all_to_all", EXPERT, go, layers * (runs + 1))  # once backward: gradients of what comes back
+        self.add("all_to_all", EXPERT, back, layers * (runs + 1))
+
+    def add_two_hop_exchange(self, routed: Routed, layers: int, runs: int) -> None:
+        """:meth:`add_exchange` where a token crosses to each node once, and is copied there."""
+        nodes, places = self.ranks(EXPERT_NODE), self.ranks(EXPERT_PLACE)
+        rows, pairs = routed.rows_by_rank[:places], routed.pairs_by_node
+        counts = (self.ranks(EXPERT) - 1) * (routed.num_experts + nodes) * COUNT_BYTES
+        self.add("all_gather", EXPERT, counts, layers * runs)
+        go, back = sum(pairs[1:]), (nodes - 1) * pairs[0]
+        self.add("all_to_all", EXPERT_NODE, go * routed.top_k * SLOT_BYTES, layers * runs)
+        self.add("all_to_all", EXPERT_NODE, go * routed.weight_bytes, layers * runs)
+        self.add("all_to_all", EXPERT_NODE, back * routed.weight_bytes, layers)
+        for sent in (go, back):
+            self.add("all_to_all", EXPERT_NODE, sent * routed.row_bytes, layers * (runs + 1))
+        for sent in (nodes * sum(rows[1:]), (places - 1) * nodes * rows[0]):
+            self.add("all_to_all", EXPERT_PLACE, sent * routed.row_bytes, layers * (runs + 1))
+
+    def entries(self, gpus_per_node: int) -> list[Traffic]:
+        """What was added, by collective and axis."""
+        return [
+            Traffic(
+                collective=collective,
+                axis=axis,
+                ranks=self.ranks(axis),
+                calls=self.calls[collective, axis],
+                sent=sent,
+                across_nodes=sent * most_remote_peers(self.groups[axis], gpus_per_node) // (self.ranks(axis) - 1),
+            )
+            for (collective, axis), sent in self.sent.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Where the slots of one rank's micro-batch go, dealt to the experts in turn.
+
+    Attributes:
+        num_experts, top_k: E, K.
+        rows_by_rank: Slots for the experts of each rank of the expert group.
+        pairs_by_node: Tokens that have an expert on each of the nodes it spans.
+        row_bytes, weight_bytes: Of a token, and of its K weights.
+    """
+
+    num_experts: int
+    top_k: int
+    rows_by_rank: list[int]
+    pairs_by_node: list[int]
+    row_bytes: int
+    weight_bytes: int
+
+
+def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
+    """Route ``tokens`` tokens."""
+    moe, dtype = recipe.model.moe, compute_dtype(recipe.precision)
+    ids_TK = deal_in_turn(tokens, moe.top_k, moe.num_experts, torch.device("cpu"))
+    rows = torch.bincount((ids_TK // (moe.num_experts // degrees.expert)).flatten(), minlength=degrees.expert)
+    node_TK = ids_TK // (moe.num_experts // degrees.expert_nodes)
+    meets_TA = torch.zeros(tokens, degrees.expert_nodes, dtype=torch.int64).scatter_(1, node_TK, 1)
+    return Routed(
+        moe.num_experts,
+        moe.top_k,
+        rows.tolist(),
+        meets_TA.sum(0).tolist(),
+        recipe.model.d_model * dtype.itemsize,
+        moe.top_k * dtype.itemsize,
+    )
+
+
+def step_traffic(
+    recipe: Recipe,
+    degrees: MeshDegrees,
+    blocks: Sequence[PlannedBlock],
+    units: Sequence[Unit],
+    micro_batches: Sequence[int],
+    gpus_per_node: int,
+) -> list[Traffic]:
+    """Of an optimizer step.
+
+    Args:
+        recipe: What is trained.
+        degrees: Of the mesh.
+        blocks, units: Of the sharded model.
+        micro_batches: Sequences of each micro-batch of a rank.
+        gpus_per_node: Ranks of a node.
+    """
+    ledger = Ledger(degrees)
+    for unit in units:
+        ledger.add_unit(unit, len(micro_batches))
+    if degrees.expert > 1:
+        runs = 2 if recipe.activation_checkpointing == ActivationCheckpointing.full else 1
+        add = ledger.add_exchange if degrees.expert_nodes == 1 else ledger.add_two_hop_exchange
+        layers = Counter(sequences * block.positions for sequences in micro_batches for block in blocks if block.sparse)
+        for tokens, count in layers.items():
+            add(route_in_turn(recipe, degrees, tokens), count, runs)
+    moe = recipe.model.moe
+    if moe.balance.aux_loss_scope == AuxLossScope.global_batch and degrees.world_size > 1:
+        size = sum(block.sparse for block in blocks) * moe.num_experts * COUNT_BYTES
+        ledger.add_all_reduce(WORLD, size, len(micro_batches))
+    return ledger.entries(gpus_per_node)

@@ -1,0 +1,134 @@
+"""Planned traffic against steps of four ranks, byte for byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moefoundry.config import Recipe, load_recipe
+from moefoundry.planning.plan import make_plan, micro_batches
+from tests.distributed import run_distributed
+from tests.model.tiny import meta_model
+from tests.planning.counting import SentBytes
+
+SEQUENCE = 24
+TINY = [
+    f"max_seq_len={SEQUENCE}",
+    "model.vocab_size=61",
+    "model.d_model=32",
+    "model.n_layers=3",
+    "model.ffn_hidden_size=48",
+    "model.attention.n_heads=4",
+    "model.attention.n_kv_heads=2",
+    "model.moe.num_experts=8",
+    "model.moe.top_k=3",
+    "model.moe.expert_hidden_size=16",
+    "model.moe.router.assignment=uniform",
+    "device_train_microbatch_size=1",
+]
+"""Dimensions that do not divide by 4 (61 rows) and slots that do not divide by 8 experts (72 = 9 * 8 do, with
+multi-token prediction 69 do not)."""
+
+
+def recipe_of(mesh: tuple[int, int, int], *overrides: str, sequences: int = 1) -> Recipe:
+    replicate, shard, expert = mesh
+    degrees = [f"mesh.replicate={replicate}", f"mesh.shard={shard}", f"mesh.expert={expert}"]
+    batch = f"global_train_batch_size={sequences * replicate * shard}"
+    return load_recipe(None, [*TINY, *degrees, batch, *overrides], replicate * shard)
+
+
+def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[str, str], tuple[int, int]]]:
+    """Calls and bytes on this rank of a step of each recipe."""
+    import torch.distributed as dist
+
+    from moefoundry.mesh import build_meshes, resolve_degrees
+    from moefoundry.parallel import materialize, parallelize
+
+    counts = []
+    for recipe in recipes:
+        meshes = build_meshes(resolve_degrees(recipe.mesh, dist.get_world_size(), gpus_per_node), "cpu")
+        model = meta_model(recipe.model)
+        parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
+        materialize(model, "cpu", 0)
+        with SentBytes(meshes) as counted:
+            for sequences in micro_batches(recipe, dist.get_world_size()):
+                tokens = torch.randint(0, 61, (sequences, SEQUENCE))
+                model(tokens, tokens).total.backward()
+        counts.append({key: (counted.calls[key], sent) for key, sent in counted.sent.items()})
+    return counts
+
+
+def check(recipes: list[Recipe], gpus_per_node: int = 8) -> None:
+    counts = run_distributed(count_steps, 4, recipes, gpus_per_node)[0]
+    for recipe, counted in zip(recipes, counts, strict=True):
+        planned = make_plan(recipe, 4, gpus_per_node).traffic
+        assert {(entry.collective, entry.axis): (entry.calls, entry.sent) for entry in planned} == counted
+
+
+MODES = [f"activation_checkpointing={mode}" for mode in ("none", "selective", "full")]
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 1), (2, 2, 1), (4, 1, 1), (1, 4, 2), (1, 4, 4), (2, 2, 2)], ids=str)
+def test_a_step_sends_what_is_planned(mesh):
+    check([recipe_of(mesh, mode) for mode in MODES])
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2)], ids=str)
+def test_gradients_are_reduced_after_each_micro_batch_and_the_last_may_be_smaller(mesh):
+    micro_batch = "device_train_microbatch_size=2"
+    check([recipe_of(mesh, micro_batch, MODES[-1], sequences=sequences) for sequences in (4, 3)])
+
+
+def test_multi_token_prediction_and_a_balance_loss_over_all_ranks():
+    further = ["model.mtp.depth=2", "model.moe.balance.aux_loss_scope=global_batch"]
+    check([recipe_of((2, 2, 2), mode, *further) for mode in (MODES[0], MODES[-1])])
+
+
+def test_experts_on_several_nodes_are_reached_in_two_hops():
+    check([recipe_of((1, 4, 4), mode) for mode in MODES], gpus_per_node=2)
+
+
+def test_bf16_halves_what_is_gathered_and_exchanged_but_not_what_is_reduced():
+    narrow, wide = (recipe_of((1, 4, 2), f"precision.compute={compute}") for compute in ("bf16", "fp32"))
+    check([narrow])
+    narrow_sent, wide_sent = (
+        {(entry.collective, entry.axis): entry.sent for entry in make_plan(recipe, 4).traffic}
+        for recipe in (narrow, wide)
+    )
+    assert narrow_sent["all_gather", "expert_shard"] * 2 == wide_sent["all_gather", "expert_shard"]
+    assert narrow_sent["reduce_scatter", "expert_shard"] == wide_sent["reduce_scatter", "expert_shard"]
+
+
+def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]:
+    """As :func:`count_steps`, through Composer's own loop."""
+    from moefoundry import train
+
+    meshes = []
+    setup = train.setup_meshes
+    train.setup_meshes = lambda *args: meshes.append(setup(*args)) or meshes[0]
+    trainer = train.build_trainer(recipe)
+    with SentBytes(meshes[0], strict=False) as counted:
+        trainer.fit()
+    trainer.close()
+    return {key: (counted.calls[key], sent) for key, sent in counted.sent.items()}
+
+
+def test_the_trainer_sends_it_too(tiny_recipe, tmp_path):
+    mesh = ["mesh.replicate=2", "mesh.shard=2", "mesh.expert=2", "model.moe.router.assignment=uniform"]
+    one_batch = ["max_duration=1ba", "scheduler.t_warmup=0ba", "eval_loader=null", "device_train_microbatch_size=1"]
+    recipe = tiny_recipe(tmp_path, *mesh, *one_batch)
+    counted = run_distributed(count_trainer_step, 4, recipe)[0]
+    planned = {(entry.collective, entry.axis): (entry.calls, entry.sent) for entry in make_plan(recipe, 4).traffic}
+    assert planned.items() <= counted.items()
+    assert {collective for collective, _ in counted.keys() - planned.keys()} == {"all_reduce"}  # metrics
+
+
+def test_what_crosses_nodes():
+    entries = {(entry.collective, entry.axis): entry for entry in make_plan(recipe_of((1, 4, 4)), 4, 3).traffic}
+    exchange = entries["all_to_all", "expert"]
+    assert exchange.across_nodes == exchange.sent  # rank 3 is alone on the second node
+    assert all(entry.across_nodes == 0 for entry in make_plan(recipe_of((1, 4, 2)), 4, 4).traffic)
+    pairs = {(entry.collective, entry.axis): entry for entry in make_plan(recipe_of((1, 4, 2)), 4, 2).traffic}
+    assert pairs["all_to_all", "expert"].across_nodes == 0
+    assert pairs["all_gather", "expert_shard"].across_nodes == pairs["all_gather", "expert_shard"].sent
+    assert pairs["all_gather", "shard"].across_nodes == pairs["all_gather", "shard"].sent * 2 // 3
