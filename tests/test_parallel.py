@@ -117,6 +117,7 @@ def train(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
     import torch.distributed as dist
 
     from moefoundry.callbacks.gradient_norm import global_norm
+    from moefoundry.parallel import sum_between_copies
     from moefoundry.train import build_optimizer
 
     rank, ranks = (0, 1) if mesh_sizes is None else (dist.get_rank(), dist.get_world_size())
@@ -127,7 +128,8 @@ def train(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
     for _ in range(STEPS):
         tokens = torch.randint(67, (SEQUENCES, LENGTH), generator=generator).chunk(ranks)[rank]
         loss = torch.zeros((), dtype=mode.dtype)
-        for micro_batch in tokens.chunk(mode.micro_batches):
+        for index, micro_batch in enumerate(tokens.chunk(mode.micro_batches), start=1):
+            sum_between_copies(model, index == mode.micro_batches)
             micro_loss = model(micro_batch, micro_batch).total / mode.micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()

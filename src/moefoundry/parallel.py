@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -155,13 +155,21 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
         fully_shard(module, mesh=meshes.dense, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
     if meshes.expert.size() > 1:
         for layer in moe_layers(model):
-            fully_shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=policy)
+            place = partial(_placement_of_experts, ranks=meshes.expert_fsdp.size(-1))
+            fully_shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=policy, shard_placement_fn=place)
     for block in model.blocks:
         fully_shard(block, mesh=meshes.dense, mp_policy=policy)
     for module in model.mtp:
         fully_shard(module, mesh=meshes.dense, mp_policy=policy)
     fully_shard(model, mesh=meshes.dense, mp_policy=policy)
     _prefetch(model)
+
+
+def _placement_of_experts(weight: nn.Parameter, ranks: int) -> Shard:
+    """Whole experts to each of the ranks that share them; where they are fewer than the ranks, a part of each to all,
+    so that none is left with nothing and no shard is padded."""
+    experts, rows, _ = weight.to_local().shape if isinstance(weight, DTensor) else weight.shape
+    return Shard(1) if ranks > experts and rows % ranks == 0 else Shard(0)
 
 
 def _prefetch(model: MoETransformer) -> None:
@@ -176,6 +184,14 @@ def _prefetch(model: MoETransformer) -> None:
 def _fsdp_units(block: Block) -> list[FSDPModule]:
     """The FSDP units of a block, outermost first."""
     return [module for module in block.modules() if isinstance(module, FSDPModule)]
+
+
+def sum_between_copies(model: nn.Module, wanted: bool) -> None:
+    """Whether the next backward passes sum gradients over ``replicate``. With several micro-batches only the last has
+    to; until then each copy adds up its own, in the shards it has anyway."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(wanted, recurse=False)
 
 
 def moe_layers(model: MoETransformer) -> list[MoELayer]:

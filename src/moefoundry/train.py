@@ -51,7 +51,7 @@ from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
 from moefoundry.mesh import Meshes, build_meshes, by_mesh, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
-from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
+from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize, sum_between_copies
 from moefoundry.planning.describe import parameter_counts
 
 EXPECTED_WARNINGS = (
@@ -71,6 +71,10 @@ class MeshTrainer(Trainer):
 
     def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
         pass
+
+    def _train_microbatch(self, use_grad_scaling: bool, current_batch_size: float, is_final_microbatch: bool) -> Any:
+        sum_between_copies(self.state.model, is_final_microbatch)
+        return super()._train_microbatch(use_grad_scaling, current_batch_size, is_final_microbatch)
 
 
 def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:

@@ -50,54 +50,59 @@ VARIANTS = {
 }
 
 
-def weights(cfg: ModelConfig) -> Iterator[tuple[int, int, bool]]:
-    """Rows, elements of a row and whether it is an expert's, for each weight: by hand, from the sizes of the recipe."""
+def weights(cfg: ModelConfig) -> Iterator[tuple[int, int, int]]:
+    """Rows, elements of a row, and for an expert's the rows of one expert (else 0), for each weight: by hand, from the
+    sizes of the recipe."""
     width, moe = cfg.d_model, cfg.moe
 
-    def ffn(hidden: int) -> list[tuple[int, int, bool]]:
-        return [(hidden, width, False), (hidden, width, False), (width, hidden, False)]
+    def ffn(hidden: int) -> list[tuple[int, int, int]]:
+        return [(hidden, width, 0), (hidden, width, 0), (width, hidden, 0)]
 
-    def attention() -> list[tuple[int, int, bool]]:
+    def attention() -> list[tuple[int, int, int]]:
         a = cfg.attention
         if isinstance(a, GqaConfig):
             head = width // a.n_heads
-            return [(a.n_heads * head, width, False), *[(a.n_kv_heads * head, width, False)] * 2, (width, width, False)]
+            return [(a.n_heads * head, width, 0), *[(a.n_kv_heads * head, width, 0)] * 2, (width, width, 0)]
         assert isinstance(a, MlaConfig)
         query = a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim)
         return [
-            (a.q_lora_rank, width, False),
-            (a.q_lora_rank, 1, False),
-            (query, a.q_lora_rank, False),
-            (a.kv_lora_rank + a.qk_rope_head_dim, width, False),
-            (a.kv_lora_rank, 1, False),
-            (a.n_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank, False),
-            (width, a.n_heads * a.v_head_dim, False),
+            (a.q_lora_rank, width, 0),
+            (a.q_lora_rank, 1, 0),
+            (query, a.q_lora_rank, 0),
+            (a.kv_lora_rank + a.qk_rope_head_dim, width, 0),
+            (a.kv_lora_rank, 1, 0),
+            (a.n_heads * (a.qk_nope_head_dim + a.v_head_dim), a.kv_lora_rank, 0),
+            (width, a.n_heads * a.v_head_dim, 0),
         ]
 
-    def block(sparse: bool) -> list[tuple[int, int, bool]]:
-        norms = [(width, 1, False)] * 2
+    def block(sparse: bool) -> list[tuple[int, int, int]]:
+        norms = [(width, 1, 0)] * 2
         if not sparse:
             return [*norms, *attention(), *ffn(cfg.ffn_hidden_size)]
-        experts = [(moe.num_experts, moe.expert_hidden_size * width, True)] * 3
+        hidden = moe.expert_hidden_size
+        experts = [(moe.num_experts, hidden * width, rows) for rows in (hidden, hidden, width)]
         shared = ffn(moe.num_shared_experts * moe.expert_hidden_size) if moe.num_shared_experts else []
-        return [*norms, *attention(), (moe.num_experts, width, False), *experts, *shared]
+        return [*norms, *attention(), (moe.num_experts, width, 0), *experts, *shared]
 
     embeddings = 1 if cfg.tie_embeddings else 2
-    yield from [(cfg.vocab_size, width, False)] * embeddings
-    yield (width, 1, False)
+    yield from [(cfg.vocab_size, width, 0)] * embeddings
+    yield (width, 1, 0)
     for layer in range(cfg.n_layers):
         yield from block(sparse=layer >= cfg.n_dense_layers)
     for _ in range(cfg.mtp.depth):
-        yield from [*block(sparse=True), *[(width, 1, False)] * 3, (width, 2 * width, False)]
+        yield from [*block(sparse=True), *[(width, 1, 0)] * 3, (width, 2 * width, 0)]
 
 
 def shards(cfg: ModelConfig, shard: int, expert: int) -> tuple[int, int]:
     """Elements that a rank stores, with padding, and the most that a rank owns."""
     owned, stored = [0] * shard, 0
-    for rows, row, is_expert in weights(cfg):
-        ranks_together = expert if is_expert else 1  # that hold rows of their own before FSDP divides them
+    for rows, row, rows_of_expert in weights(cfg):
+        ranks_together = expert if rows_of_expert else 1  # that hold rows of their own before FSDP divides them
         rows = rows // ranks_together
-        chunk = -(-rows // (shard // ranks_together))
+        ranks = shard // ranks_together
+        if expert > 1 and rows_of_expert and ranks > rows and rows_of_expert % ranks == 0:  # a part of each expert
+            rows, row = rows_of_expert, rows * row // rows_of_expert
+        chunk = -(-rows // ranks)
         stored += chunk * row
         for rank in range(shard):
             place = rank // ranks_together

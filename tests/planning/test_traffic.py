@@ -42,7 +42,7 @@ def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[st
     import torch.distributed as dist
 
     from moefoundry.mesh import build_meshes, resolve_degrees
-    from moefoundry.parallel import materialize, parallelize
+    from moefoundry.parallel import materialize, parallelize, sum_between_copies
 
     counts = []
     for recipe in recipes:
@@ -51,7 +51,9 @@ def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[st
         parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
         materialize(model, "cpu", 0)
         with SentBytes(meshes) as counted:
-            for sequences in micro_batches(recipe, dist.get_world_size()):
+            batches = micro_batches(recipe, dist.get_world_size())
+            for index, sequences in enumerate(batches, start=1):
+                sum_between_copies(model, index == len(batches))
                 tokens = torch.randint(0, 61, (sequences, SEQUENCE))
                 model(tokens, tokens).total.backward()
         counts.append({key: (counted.calls[key], sent) for key, sent in counted.sent.items()})
@@ -74,7 +76,7 @@ def test_a_step_sends_what_is_planned(mesh):
 
 
 @pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2)], ids=str)
-def test_gradients_are_reduced_after_each_micro_batch_and_the_last_may_be_smaller(mesh):
+def test_gradients_are_scattered_after_each_micro_batch_and_summed_after_the_last_which_may_be_smaller(mesh):
     micro_batch = "device_train_microbatch_size=2"
     check([recipe_of(mesh, micro_batch, MODES[-1], sequences=sequences) for sequences in (4, 3)])
 

@@ -4,8 +4,8 @@ Counted are the bytes that rank 0 sends to others: of an all-gather its shard to
 the shards of the n - 1, of an all-reduce both of these on one n-th of the buffer, of an all-to-all the rows for the
 n - 1. Experts are dealt in turn (``router.assignment: uniform``). Left out are metrics and the gradient norm, a few kB.
 
-FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass; it reduces gradients
-after each micro-batch. Rows go to the experts and back, forward and backward. Where the forward pass is recomputed
+FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
+reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows go to the experts and back, forward and backward. Where the forward pass is recomputed
 (``full``) they travel once more; ``selective`` keeps what came.
 """
 
@@ -84,7 +84,7 @@ class Ledger:
             self.add("all_gather", unit.axis, others * unit.param_bytes, unit.gathers * micro_batches)
             self.add("reduce_scatter", unit.axis, others * unit.reduce_bytes, micro_batches)
         if unit.copies > 1:
-            self.add_all_reduce(REPLICATE, unit.shard_numel * unit.reduce_bytes, micro_batches)
+            self.add_all_reduce(REPLICATE, unit.shard_numel * unit.reduce_bytes)
 
     def add_exchange(self, routed: Routed, layers: int, runs: int) -> None:
         """``layers`` MoE layers, once each, that exchange ``runs`` times before they do so backward."""
