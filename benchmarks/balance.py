@@ -25,7 +25,7 @@ from benchmarks.harness import RESULTS, ROOT
 WAYS = {
     "none": ["model.moe.balance.aux_loss_weight=0"],
     "auxiliary loss": [],
-    "expert bias": ["model.moe.balance.aux_loss_weight=0", "model.moe.balance.bias_update_rate=0.01"],
+    "expert bias": ["model.moe.balance.aux_loss_weight=0", "model.moe.balance.bias_update_rate=0.003"],
 }
 SEEDS = (17, 18, 19)
 LAST_STEPS = 50
