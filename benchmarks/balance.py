@@ -1,7 +1,7 @@
 """Three ways to balance experts on the quickstart, paired by seed: nothing, the auxiliary loss, the expert bias.
 
     python -m benchmarks.balance                # 3 ways x 3 seeds, two runs at a time; writes results/balance.json
-    python -m benchmarks.balance --plot         # from the last results, docs/balance.png and the table of docs/balance.md
+    python -m benchmarks.balance --plot         # from the last results: docs/balance.png, the table of docs/balance.md
 
 Each run is ``configs/quickstart.yaml`` in one process of one thread, with nothing changed but the seed and the keys of
 :data:`WAYS`. Compared are the mean max violation over the last 50 steps and the held-out loss at the end.
@@ -65,7 +65,8 @@ def train(way: str, seed: int) -> dict[str, Any]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Means over seeds, and the paired differences that count."""
-    lines = ["| | max violation, last 50 steps | against none | held-out loss | against the auxiliary loss |", "|---" * 5 + "|"]
+    heads = ("", "max violation, last 50 steps", "against none", "held-out loss", "against the auxiliary loss")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for way in WAYS:
         own, none, aux = (by_seed(runs, name) for name in (way, "none", "auxiliary loss"))
         violation = [late(run) for run in own]

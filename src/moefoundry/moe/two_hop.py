@@ -124,7 +124,7 @@ class TwoHopDispatcher:
         return hits_TA.scatter_add_(1, node_TK, hit_TK.int()) > 0
 
     def _slots_of_pairs(self, topk_expert_ids_TK: Tensor, kept_TK: Tensor | None, order: RowOrder) -> Tensor:
-        """int16 [P, K], as bytes [P, 2K] that every backend moves: for each pair, the token's experts counted within the
+        """int16 [P, K], as bytes [P, 2K] that any backend moves: for each pair, the token's experts, counted within the
         pair's node (at most 32,768); -1 where they are not of it."""
         token_P, node_P = order.token_of_row_N, order.slot_of_row_N % self.between.size()
         slots_PK = topk_expert_ids_TK[token_P] - (node_P * self.experts_per_node).unsqueeze(1)

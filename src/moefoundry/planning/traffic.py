@@ -5,8 +5,9 @@ the shards of the n - 1, of an all-reduce both of these on one n-th of the buffe
 n - 1. Experts are dealt in turn (``router.assignment: uniform``). Left out are metrics and the gradient norm, a few kB.
 
 FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
-reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows go to the experts and back, forward and backward. Where the forward pass is recomputed
-(``full``) they travel once more; ``selective`` keeps what came.
+reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows go to the experts and back,
+forward and backward. Where the forward pass is recomputed (``full``) they travel once more; ``selective`` keeps what
+came.
 """
 
 from __future__ import annotations

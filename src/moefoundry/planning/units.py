@@ -1,8 +1,9 @@
 """The parts of a sharded model: its blocks, and FSDP's units, as it will allocate, gather and reduce them.
 
 FSDP cuts every parameter along dim 0 into ``ceil(dim0 / shards)`` rows a rank, as ``torch.chunk`` does, so the last
-ranks may get fewer rows or none (experts that are fewer than their ranks are cut evenly along dim 1 instead). What a rank stores, gathers and reduces is padded to the first rank's share; only
-optimizer state, made from the parameters' own shapes, is not. So no rank has more than rank 0.
+ranks may get fewer rows or none (experts that are fewer than their ranks are cut evenly along dim 1 instead). What a
+rank stores, gathers and reduces is padded to the first rank's share; only optimizer state, made from the parameters'
+own shapes, is not. So no rank has more than rank 0.
 """
 
 from __future__ import annotations
