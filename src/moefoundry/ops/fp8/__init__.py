@@ -1,0 +1,29 @@
+"""FP8 as DeepSeek-V3 trains with it (arXiv 2412.19437, section 3.3): formats, quantizers, matrix products.
+
+formats.py, scales.py             the formats, the tiles, and what is decided where the report says nothing
+quantization.py, gemm.py          what to call; picks an implementation by device (``backend.py``)
+reference.py, e5m6.py, groups.py  the quantizers in plain PyTorch: their definition
+gemm_reference.py                 the products in plain PyTorch, and on a model of ``tensor_cores.py``
+triton_*.py                       the kernels
+"""
+
+from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.fp8.formats import TILE, Format, QuantizedTensor, Scaling, Tile
+from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
+from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, retile
+
+__all__ = [
+    "TILE",
+    "Backend",
+    "Format",
+    "QuantizedTensor",
+    "Scaling",
+    "Tile",
+    "dequantize",
+    "dgrad",
+    "fprop",
+    "quantize",
+    "quantize_columns",
+    "retile",
+    "wgrad",
+]

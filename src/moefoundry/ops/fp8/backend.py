@@ -1,0 +1,61 @@
+"""Which of the two implementations runs: plain PyTorch anywhere, Triton kernels on NVIDIA GPUs.
+
+In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import of triton) kernels run on a CPU too, slowly;
+they are then used where they are asked for by name.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+QUANTIZER_CAPABILITY = (8, 0)  # BF16
+GEMM_CAPABILITY = (8, 9)  # tensor cores that take FP8
+
+
+class Backend(StrEnum):
+    """Who computes."""
+
+    REFERENCE = "reference"
+    TRITON = "triton"
+
+
+def choose_backend(device: torch.device, capability: tuple[int, int], asked: Backend | None = None) -> Backend:
+    """Triton where it can run on ``device``, unless a backend is asked for.
+
+    Args:
+        device: Of the operands.
+        capability: What the kernel needs of a GPU.
+        asked: The one to use, or None.
+
+    Raises:
+        ValueError: It cannot run there; the message says why.
+    """
+    if asked is Backend.REFERENCE:
+        return asked
+    obstacle = _obstacle(device, capability, interpret=asked is Backend.TRITON)
+    if asked is Backend.TRITON and obstacle:
+        raise ValueError(f"backend triton cannot run: {obstacle}; use backend reference")
+    return Backend.REFERENCE if obstacle else Backend.TRITON
+
+
+@cache
+def _obstacle(device: torch.device, capability: tuple[int, int], interpret: bool) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda":
+        return None if interpret and _interpreted() else f"its kernels need a CUDA device, not {device}"
+    if torch.version.hip is not None:
+        return "its kernels are made for NVIDIA GPUs"
+    if torch.cuda.get_device_capability(device) < capability:
+        return f"its kernels need compute capability {capability}, not {torch.cuda.get_device_capability(device)}"
+    return None
+
+
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,27 @@
+"""Where the rows of each group go when every group begins on a tile of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moefoundry.ops.fp8.formats import TILE
+
+
+def padded_rows(group_sizes_E: Tensor, num_rows: int) -> Tensor:
+    """int64 [R]: the place of each row once every group is filled up to whole tiles; does not wait for the host.
+
+    Args:
+        group_sizes_E: int64 [E]; sums to R.
+        num_rows: R.
+    """
+    padded_E = (group_sizes_E + TILE - 1) // TILE * TILE
+    ends_E = group_sizes_E.cumsum(0)
+    shift_E = (padded_E.cumsum(0) - padded_E) - (ends_E - group_sizes_E)
+    row_R = torch.arange(num_rows, device=group_sizes_E.device)
+    return row_R + shift_E[torch.searchsorted(ends_E, row_R, right=True)]
+
+
+def all_rows(num_rows: int, device: torch.device) -> Tensor:
+    """int64 [1]: sizes of one group that has every row."""
+    return torch.full((1,), num_rows, dtype=torch.int64, device=device)

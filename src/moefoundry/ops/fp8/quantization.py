@@ -1,0 +1,130 @@
+"""Quantize, dequantize, change tiles: on each device by the implementation that is right there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
+from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Scaling, Tile
+from moefoundry.ops.fp8.reference import (
+    dequantize_reference,
+    quantize_columns_reference,
+    quantize_reference,
+    retile_reference,
+)
+
+
+def quantize(
+    x: Tensor,
+    tile: Tile,
+    format: Format = Format.E4M3,
+    scaling: Scaling = Scaling.POWER_OF_TWO,
+    backend: Backend | None = None,
+) -> QuantizedTensor:
+    """Round ``x`` to small floats, scaled tile by tile to their own absolute maximum.
+
+    Args:
+        x: [..., R, C], float32, bfloat16 or float16. Any R and C: the last tile of a dimension may be short.
+        tile: ``ROW`` or ``BLOCK``. Leading dimensions are matrices of their own.
+        format: E4M3; or E5M6, with ``ROW`` tiles.
+        scaling: What a scale can be. See ``scales.py`` for tiles that are zero, tiny, or not finite.
+        backend: The one to use; None chooses by device.
+
+    Raises:
+        ValueError: The dtype, tile or format is another one, or the backend cannot run.
+    """
+    _check_float(x)
+    if x.dim() < 2:
+        raise ValueError(f"quantize takes [..., R, C], got shape {tuple(x.shape)}")
+    if tile is Tile.COLUMN:
+        raise ValueError("COLUMN tiles are laid out by groups; use quantize_columns")
+    if format is Format.E5M6 and tile is not Tile.ROW:
+        raise ValueError(f"E5M6 is quantized in ROW tiles, not {tile.name}")
+    if _backend(x, backend) is Backend.REFERENCE:
+        return quantize_reference(x, tile, format, scaling)
+    from moefoundry.ops.fp8.triton_quantize import quantize_triton
+
+    return quantize_triton(x, tile, format, scaling)
+
+
+def quantize_columns(
+    x_RC: Tensor,
+    group_sizes_E: Tensor | None = None,
+    scaling: Scaling = Scaling.POWER_OF_TWO,
+    backend: Backend | None = None,
+) -> QuantizedTensor:
+    """Quantize an operand of Wgrad: E4M3 in ``COLUMN`` tiles, stored transposed.
+
+    Args:
+        x_RC: [R, C], float32, bfloat16 or float16.
+        group_sizes_E: int64 [E] on the same device, sums to R: each group begins on a tile of its own. None is one
+            group.
+        scaling: What a scale can be.
+        backend: The one to use; None chooses by device.
+
+    Raises:
+        ValueError: The dtype or shape is another one, or the backend cannot run.
+    """
+    _check_float(x_RC)
+    if x_RC.dim() != 2:
+        raise ValueError(f"quantize_columns takes [R, C], got shape {tuple(x_RC.shape)}")
+    if _backend(x_RC, backend) is Backend.REFERENCE:
+        return quantize_columns_reference(x_RC, group_sizes_E, scaling)
+    from moefoundry.ops.fp8.triton_quantize import quantize_columns_triton
+
+    return quantize_columns_triton(x_RC, group_sizes_E, scaling)
+
+
+def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32, backend: Backend | None = None) -> Tensor:
+    """The numbers that ``x`` stands for, in its own shape.
+
+    With power-of-two scales, E4M3 and E5M6 are exact in bfloat16 and float32.
+
+    Raises:
+        ValueError: The backend cannot run. There is no kernel for ``COLUMN`` tiles, which nothing but tests reads back.
+    """
+    if x.tile is Tile.COLUMN and backend is Backend.TRITON:
+        raise ValueError("there is no kernel that dequantizes COLUMN tiles; use backend reference")
+    if x.tile is Tile.COLUMN or _backend(x.values, backend) is Backend.REFERENCE:
+        return dequantize_reference(x, dtype)
+    from moefoundry.ops.fp8.triton_quantize import dequantize_triton
+
+    return dequantize_triton(x, dtype)
+
+
+def retile(
+    x: QuantizedTensor,
+    group_sizes_E: Tensor | None = None,
+    scaling: Scaling = Scaling.POWER_OF_TWO,
+    backend: Backend | None = None,
+) -> QuantizedTensor:
+    """What Fprop kept, as an operand of Wgrad: dequantize, transpose, quantize anew (DeepSeek-V3, section 3.5).
+
+    Between power-of-two scales only values that become subnormal are rounded again.
+
+    Args:
+        x: [R, C] in ``ROW`` tiles, E4M3 or E5M6; the result is E4M3.
+        group_sizes_E: As for :func:`quantize_columns`.
+        scaling: Of the result.
+        backend: The one to use; None chooses by device.
+
+    Raises:
+        ValueError: The tiles or the shape are others, or the backend cannot run.
+    """
+    if x.tile is not Tile.ROW or len(x.shape) != 2:
+        raise ValueError(f"retile takes [R, C] in ROW tiles, got {x.shape} in {x.tile.name} tiles")
+    if _backend(x.values, backend) is Backend.REFERENCE:
+        return retile_reference(x, group_sizes_E, scaling)
+    from moefoundry.ops.fp8.triton_quantize import retile_triton
+
+    return retile_triton(x, group_sizes_E, scaling)
+
+
+def _check_float(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"only float32, bfloat16 and float16 can be quantized, not {x.dtype}")
+
+
+def _backend(x: Tensor, asked: Backend | None) -> Backend:
+    return choose_backend(x.device, QUANTIZER_CAPABILITY, asked)

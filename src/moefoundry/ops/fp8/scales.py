@@ -1,0 +1,37 @@
+"""From a tile's absolute maximum to its scale, and from stored scales to numbers.
+
+A power-of-two scale is the smallest 2^e with ``amax <= largest * 2^e``, so that nothing overflows; exponents stop at
+-126. Of a tile that is zero or nearly so, that leaves 2^-126: its values become zero or subnormal, and no gradient is
+lost to a clamp of the maximum at 1e-4 or 1e-10, as is usual elsewhere. FP32 scales are ``amax / largest``, with the
+same floor.
+
+A tile with an Inf or a NaN becomes NaN, scale (E8M0 code 255) and values. A matrix product would spread either to the
+same outputs anyway, so that nothing is hidden and nothing more is lost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moefoundry.ops.fp8.formats import Format, Scaling
+
+MIN_CODE, NAN_CODE = 1, 255
+SMALLEST_SCALE = 2.0 ** (MIN_CODE - 127)
+FLOAT_EXPONENT = 23  # where float32 keeps it
+FLOAT_MANTISSA = (1 << FLOAT_EXPONENT) - 1
+
+
+def scales_of(amax: Tensor, format: Format, scaling: Scaling) -> Tensor:
+    """Absolute maxima (float32, any shape) -> scales as they are stored, uint8 or float32."""
+    if scaling is Scaling.FP32:
+        scales = amax.clamp_min(SMALLEST_SCALE * format.largest) / format.largest
+        return scales.where(amax.isfinite(), torch.nan)
+    bits = amax.view(torch.int32)
+    codes = (bits >> FLOAT_EXPONENT) - format.exponent + ((bits & FLOAT_MANTISSA) > format.float_mantissa).int()
+    return codes.clamp_min(MIN_CODE).where(amax.isfinite(), NAN_CODE).to(torch.uint8)
+
+
+def scale_values(scales: Tensor) -> Tensor:
+    """Stored scales -> float32."""
+    return scales.view(torch.float8_e8m0fnu).float() if scales.dtype == torch.uint8 else scales

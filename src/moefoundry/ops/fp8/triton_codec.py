@@ -1,0 +1,154 @@
+"""Device functions that the Triton kernels share: scales, rounding, and which rows a tile has.
+
+Rounding is done on the bits of float32, not by the hardware's cast, so that a kernel gives the same bits on every
+device, in Triton's interpreter, and as the reference. It costs about ten integer operations a value, of kernels that
+wait for memory. ``FORMAT`` is a member of ``Format``.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# a kernel's arguments have types of Triton's own, those of its launch
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moefoundry.ops.fp8 import formats, scales
+
+TILE = tl.constexpr(formats.TILE)
+PACKED = tl.constexpr(formats.PACKED)
+SMALLEST_SCALE = tl.constexpr(scales.SMALLEST_SCALE)
+INF_BITS = tl.constexpr(0x7F800000)
+MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def magnitude(x):
+    """Bits of |x|; as integers they are ordered as the numbers are, with Inf and NaN above all (tl.max drops NaN)."""
+    return x.to(tl.int32, bitcast=True) & MAGNITUDE
+
+
+@triton.jit
+def power_of_two_codes(amax_bits, FORMAT: tl.constexpr):
+    """Bits of absolute maxima -> E8M0 codes, int32: ``scales.scales_of``."""
+    exponent = (amax_bits >> 23) - FORMAT.exponent
+    codes = exponent + tl.where((amax_bits & 0x7FFFFF) > FORMAT.float_mantissa, 1, 0)
+    return tl.where(amax_bits >= INF_BITS, 255, tl.maximum(codes, 1))
+
+
+@triton.jit
+def power_of_two(codes):
+    """2^(codes - 127) as float32; codes in 1..254."""
+    return (codes << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_scales(pointers, mask):
+    """Stored scales, exponents or float32, as float32."""
+    scales = tl.load(pointers, mask=mask, other=0)
+    if pointers.dtype.element_ty == tl.uint8:
+        codes = scales.to(tl.int32)
+        scales = tl.where(codes == 255, float("nan"), power_of_two(codes))
+    return scales
+
+
+@triton.jit
+def quantize(x, amax_bits, FORMAT: tl.constexpr, FP32_SCALES: tl.constexpr):
+    """Codes (int32) of ``x``, and the scales as they are stored; ``amax_bits`` broadcasts against ``x``."""
+    bad = amax_bits >= INF_BITS
+    if FP32_SCALES:
+        amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), SMALLEST_SCALE * FORMAT.largest)
+        scales = tl.div_rn(amax, FORMAT.largest)
+        scaled = tl.div_rn(x, tl.where(bad, 1.0, scales))
+        scales = tl.where(bad, float("nan"), scales)
+    else:
+        scales = power_of_two_codes(amax_bits, FORMAT)
+        scaled = x * power_of_two(254 - tl.where(bad, 127, scales))
+    return tl.where(bad, FORMAT.nan_code, encode(scaled, FORMAT)), scales
+
+
+@triton.jit
+def encode(x, FORMAT: tl.constexpr):
+    """float32 -> codes (int32): to nearest, ties to even; saturates. NaN is not looked for."""
+    SHIFT: tl.constexpr = 23 - FORMAT.mantissa_bits
+    LARGEST: tl.constexpr = (FORMAT.exponent + 127) << 23 | FORMAT.float_mantissa
+    MAGIC: tl.constexpr = 127 + 23 + 1 - FORMAT.bias - FORMAT.mantissa_bits
+    bits = tl.minimum(magnitude(x), LARGEST)
+    normal = (bits + (1 << (SHIFT - 1)) - 1 + ((bits >> SHIFT) & 1)) >> SHIFT
+    normal -= (127 - FORMAT.bias) << FORMAT.mantissa_bits
+    # the sum with 2^23 times the smallest subnormal has multiples of that, rounded, in its last bits
+    sum = bits.to(tl.float32, bitcast=True) + power_of_two(tl.full(x.shape, MAGIC, tl.int32))
+    subnormal = sum.to(tl.int32, bitcast=True) - (MAGIC << 23)
+    codes = tl.where(bits < ((128 - FORMAT.bias) << 23), subnormal, normal)
+    return codes | tl.where(x.to(tl.int32, bitcast=True) < 0, FORMAT.sign_code, 0)
+
+
+@triton.jit
+def decode(codes, FORMAT: tl.constexpr):
+    """Codes (int32) -> float32."""
+    bits = codes & (FORMAT.sign_code - 1)
+    x = (bits << (23 - FORMAT.mantissa_bits)).to(tl.float32, bitcast=True) * 2.0 ** (127 - FORMAT.bias)
+    x = tl.where(bits >= FORMAT.nan_code, float("nan"), x)
+    return tl.where(codes >= FORMAT.sign_code, -x, x)
+
+
+@triton.jit
+def load_codes(values, row, row_inside, width, first, columns, SIZE: tl.constexpr, FORMAT: tl.constexpr):
+    """Codes (int32) [rows, SIZE] of the columns from ``first`` on; zero outside.
+
+    Args:
+        values: Pointer to E4M3 codes as uint8, or to packed E5M6 as int32.
+        row: [rows, 1], and ``row_inside`` says which of them there are.
+        width: Elements in a row of ``values``.
+        first: A multiple of 8.
+        columns: Of the whole tensor.
+    """
+    if FORMAT.mantissa_bits == 3:
+        column = first + tl.arange(0, SIZE)[None, :]
+        codes = tl.load(values + row * width + column, mask=row_inside & (column < columns), other=0).to(tl.int32)
+    else:
+        word = first // PACKED * 3 + 3 * tl.arange(0, SIZE // PACKED)[None, :]
+        place, inside = values + row * width + word, row_inside & (word < width)
+        low, middle, high = tl.load(place, inside, 0), tl.load(place + 1, inside, 0), tl.load(place + 2, inside, 0)
+        pair0, pair1 = low & 0xFFFFFF, (low >> 24 & 0xFF) | (middle & 0xFFFF) << 8
+        pair2, pair3 = (middle >> 16 & 0xFFFF) | (high & 0xFF) << 16, high >> 8 & 0xFFFFFF
+        pairs = tl.join(tl.join(pair0, pair2), tl.join(pair1, pair3))
+        codes = tl.reshape(tl.join(pairs & 0xFFF, pairs >> 12), [row.shape[0], SIZE])
+    return codes
+
+
+@triton.jit
+def store_codes(values, codes, row, row_inside, width, first, columns, SIZE: tl.constexpr, FORMAT: tl.constexpr):
+    """The inverse of :func:`load_codes`; a row's last word is filled up with zeros."""
+    column = first + tl.arange(0, SIZE)[None, :]
+    if FORMAT.mantissa_bits == 3:
+        tl.store(values + row * width + column, codes.to(tl.uint8), mask=row_inside & (column < columns))
+    else:
+        codes = tl.where(column < columns, codes, 0)
+        even, odd = tl.split(tl.reshape(codes, [row.shape[0], SIZE // PACKED, 2, 2, 2]))
+        pairs02, pairs13 = tl.split(even | odd << 12)
+        pair0, pair2 = tl.split(pairs02)
+        pair1, pair3 = tl.split(pairs13)
+        word = first // PACKED * 3 + 3 * tl.arange(0, SIZE // PACKED)[None, :]
+        place, inside = values + row * width + word, row_inside & (word < width)
+        tl.store(place, pair0 | pair1 << 24, inside)
+        tl.store(place + 1, pair1 >> 8 | pair2 << 16, inside)
+        tl.store(place + 2, pair2 >> 16 | pair3 << 8, inside)
+
+
+@triton.jit
+def rows_of_tile(group_sizes, tile, num_groups, MAX_GROUPS: tl.constexpr, TILE_ROWS: tl.constexpr):
+    """Group, first row and end of the ``tile``-th tile of rows, where each group begins on a tile of its own.
+
+    Behind the last tile, the group is ``num_groups`` and there are no rows.
+    """
+    index = tl.arange(0, MAX_GROUPS)
+    sizes = tl.load(group_sizes + index, mask=index < num_groups, other=0).to(tl.int32)
+    tiles = (sizes + TILE_ROWS - 1) // TILE_ROWS
+    tile_ends = tl.cumsum(tiles, 0)
+    group = tl.sum(tl.where((tile_ends <= tile) & (index < num_groups), 1, 0), 0)
+    chosen = (index == group) & (index < num_groups)
+    end = tl.sum(tl.where(chosen, tl.cumsum(sizes, 0), 0), 0)
+    start = end - tl.sum(tl.where(chosen, sizes, 0), 0)
+    first_tile = tl.sum(tl.where(chosen, tile_ends - tiles, 0), 0)
+    return group, start + (tile - first_tile) * TILE_ROWS, end
