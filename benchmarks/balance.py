@@ -1,6 +1,6 @@
 """Three ways to balance experts on the quickstart, paired by seed: nothing, the auxiliary loss, the expert bias.
 
-    python -m benchmarks.balance                # 3 ways x 3 seeds, two runs at a time; writes results/balance.json
+    python -m benchmarks.balance                # 3 ways x 3 seeds, two at a time; writes results/studies/balance.json
     python -m benchmarks.balance --plot         # from the last results: docs/balance.png, the table of docs/balance.md
 
 Each run is ``configs/quickstart.yaml`` in one process of one thread, with nothing changed but the seed and the keys of
@@ -29,7 +29,7 @@ WAYS = {
 }
 SEEDS = (17, 18, 19)
 LAST_STEPS = 50
-RECORD = RESULTS / "balance.json"
+RECORD = RESULTS / "studies" / "balance.json"
 PLOT, PAGE = ROOT.parent / "docs" / "balance.png", ROOT.parent / "docs" / "balance.md"
 MARKS = ("<!-- table: benchmarks/balance.py -->\n", "<!-- end of table -->")
 VIOLATION, HELD_OUT = "moe/max_violation", "metrics/eval/LanguageCrossEntropy"
