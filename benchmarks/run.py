@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks import harness
 
-NAMES = ("moe_layer", "end_to_end", "startup", "dispatch", "mesh")
+NAMES = ("moe_layer", "end_to_end", "startup", "dispatch", "mesh", "ema")
 BUSY = 0.5  # load average of a machine that is not quiet
 
 
@@ -88,6 +88,13 @@ def run_mesh(args: argparse.Namespace) -> list[harness.Comparison]:
     return mesh.compare(quick=args.quick)
 
 
+def run_ema(args: argparse.Namespace) -> list[harness.Comparison]:
+    from benchmarks import ema
+
+    prepare_data()
+    return ema.compare(args.threads, quick=args.quick)
+
+
 def prepare_data() -> None:
     """The quickstart's data; does nothing when they are there."""
     from benchmarks.worker import RECIPE
@@ -105,6 +112,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[harness.Comparison]]] 
     "startup": run_startup,
     "dispatch": run_dispatch,
     "mesh": run_mesh,
+    "ema": run_ema,
 }
 
 if __name__ == "__main__":

@@ -212,7 +212,10 @@ def _remove_shared_memory(segment: int) -> None:
     """What killed ranks have left; streaming's names begin with a number."""
     for number in range(segment, segment + 10):
         for path in Path("/dev/shm").glob(f"{number:06}_*"):
-            shared_memory.SharedMemory(path.name).unlink()
+            if path.stat().st_size:
+                shared_memory.SharedMemory(path.name).unlink()
+            else:
+                path.unlink()
 
 
 @contextmanager

@@ -123,6 +123,18 @@ def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
     return Meshes(mesh[(*copied, SHARD)], whole[EXPERT], whole[(*copied, EXPERT_SHARD)], hops)
 
 
+def limit_waiting(meshes: Meshes, seconds: float) -> None:
+    """Give every group of the world this time-out; those of a mesh are made with the backend's, of half an hour."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # public since torch 2.14
+    views = (meshes.dense, meshes.expert, meshes.expert_fsdp, *(meshes.expert_hops or ()))
+    for group in {dist.group.WORLD, *(group for view in views for group in view.get_all_groups())}:
+        set_timeout(timedelta(seconds=seconds), group)
+
+
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
     """Tensors grouped by the mesh they are sharded on, plain ones together; order is kept.
 

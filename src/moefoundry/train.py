@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 from composer import DataSpec, Evaluator, Trainer
 from composer.core import Callback
 from composer.devices import Device
@@ -26,13 +31,18 @@ from torch.optim import AdamW
 
 from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.console import Console
+from moefoundry.callbacks.ema import Ema
 from moefoundry.callbacks.expert_bias import ExpertBias
 from moefoundry.callbacks.gradient_norm import GradientNorm
+from moefoundry.callbacks.health import FiniteCheck, named_collectives
 from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.report import write_report
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
+from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
+from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.run_dir import open_run, store_of
+from moefoundry.checkpoint.store import Retention
 from moefoundry.config import (
     Compute,
     CosineWithWarmupConfig,
@@ -42,14 +52,14 @@ from moefoundry.config import (
     OptimizerConfig,
     Recipe,
     SchedulerConfig,
-    UserError,
     flatten,
+    redacted,
 )
 from moefoundry.data.loader import build_loader
 from moefoundry.data.tokenizer import check_vocabulary
 from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
-from moefoundry.mesh import Meshes, build_meshes, by_mesh, resolve_degrees
+from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, by_mesh, limit_waiting, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize, sum_between_copies
 from moefoundry.planning.describe import parameter_counts
@@ -86,16 +96,28 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    trainer = build_trainer(recipe)
-    trainer.logger.log_hyperparameters(flatten(recipe))
-    if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
-        trainer.fit()
-    if (report := recipe.callbacks.report) is not None:
-        model = trainer.state.model.model
-        completion = complete(model, Path(recipe.tokenizer.name), report.prompt, report.max_new_tokens)
-        on_rank_zero(lambda: write_report(recipe, completion, command))
-    trainer.close()
-    return trainer
+    with named_collectives(recipe.dist_timeout):
+        trainer = build_trainer(recipe)
+        trainer.logger.log_hyperparameters(flatten(recipe))
+        if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
+            trainer.fit()
+        if (report := recipe.callbacks.report) is not None and stopped_by(trainer) is None:
+            model = trainer.state.model.model
+            completion = complete(model, Path(recipe.tokenizer.name), report.prompt, report.max_new_tokens)
+            on_rank_zero(lambda: write_report(recipe, completion, command))
+        trainer.close()
+        if (signum := stopped_by(trainer)) is not None:
+            dist.barrier()  # launchers end every rank when one ends: let all have closed first
+            if dist.get_global_rank() == 0:
+                message = f"stopped by {signum.name}; go on from {store_of(Path(recipe.run_dir)).latest()}"
+                print(f"{message} with autoresume=true", file=sys.stderr, flush=True)
+        return trainer
+
+
+def stopped_by(trainer: Trainer) -> signal.Signals | None:
+    """The signal that ended a run before its end."""
+    (stop,) = (callback for callback in trainer.state.callbacks if isinstance(callback, StopOnSignal))
+    return stop.stopped_by
 
 
 def build_trainer(recipe: Recipe) -> Trainer:
@@ -111,7 +133,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
     if recipe.callbacks.report is not None:
         check_vocabulary(Path(recipe.tokenizer.name), recipe.model.vocab_size)
-    run_dir, resume_from = on_rank_zero(lambda: open_run(recipe))
+    run_dir, resume_from = open_run(recipe)
     model = build_model(recipe, meshes, device)
     metrics_file = MetricsFile(run_dir)
     return MeshTrainer(
@@ -139,25 +161,35 @@ def build_trainer(recipe: Recipe) -> Trainer:
 
 def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
     """Join the process group and build the meshes; None where one plain process does."""
-    degrees = resolve_degrees(recipe.mesh, dist.get_world_size(), dist.get_local_world_size())
+    degrees = degrees_of(recipe)
     if degrees.world_size == 1 and recipe.precision.compute != Compute.bf16:
         return None
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{recipe.run_dir}/nccl_trace_rank_")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        rejoin_world(device, recipe.dist_timeout)
     dist.initialize_dist(device, recipe.dist_timeout)
-    return build_meshes(degrees, torch.device(device._device).type)
+    meshes = build_meshes(degrees, torch.device(device._device).type)
+    limit_waiting(meshes, recipe.dist_timeout)
+    return meshes
 
 
-def on_rank_zero(action: Callable[[], Any]) -> Any:
-    """The result of ``action`` on rank 0, given to every rank; a ``UserError`` there is raised on every rank."""
-    outcome: list[Any] = [None, None]
-    if dist.get_global_rank() == 0:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+def degrees_of(recipe: Recipe) -> MeshDegrees:
+    """The mesh's degrees in the launched world."""
+    return resolve_degrees(recipe.mesh, dist.get_world_size(), dist.get_local_world_size())
+
+
+def rejoin_world(device: Device, timeout_seconds: float) -> None:
+    """Join the process group of a run that torchrun has restarted.
+
+    Its store outlives the ranks: under the keys of an earlier attempt are addresses where nobody answers.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    store = torch.distributed.PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    torch.distributed.init_process_group(
+        device.dist_backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
 
 
 def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETransformer:
@@ -204,25 +236,46 @@ def build_callbacks(
 ) -> list[Callback]:
     """The run's callbacks, in the order they act."""
     clipping, wanted = recipe.algorithms.gradient_clipping, recipe.callbacks
+    ema = Ema(recipe.ema, resume_from) if recipe.ema else None
+    degrees = degrees_of(recipe)
     checkpointing = Checkpointing(
         store=store_of(Path(recipe.run_dir)),
         interval=recipe.save_interval,
-        keep=recipe.save_num_checkpoints_to_keep,
+        in_background=recipe.save_async,
+        retention=build_retention(recipe),
+        mesh={"replicate": degrees.replicate, "shard": degrees.shard, "expert": degrees.expert},
+        metric=metrics_file.value,
         recipe=flatten(recipe),
         resume_from=resume_from,
+        remote=recipe.save_remote,
+        ema=ema,
     )
+    gradient_norm = GradientNorm(clipping.clipping_threshold if clipping else None)
     callbacks = [
         CountTargets(),
-        GradientNorm(clipping.clipping_threshold if clipping else None),
+        gradient_norm,
+        FiniteCheck(gradient_norm, recipe.nonfinite),
         model.step_counts and GlobalBatchBalance(model.step_counts),
         RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
         build_expert_bias(model),
         wanted.speed_monitor and SpeedMonitor(wanted.speed_monitor.window_size),
         wanted.lr_monitor and LRMonitor(),
         wanted.memory_monitor and MemoryMonitor(),
+        StopOnSignal(),
         checkpointing,
+        ema,  # reads what it continues with after Checkpointing has read the parameters
     ]
     return [callback for callback in callbacks if callback]
+
+
+def build_retention(recipe: Recipe) -> Retention:
+    """Which checkpoints are kept."""
+    every = recipe.save_keep_every
+    return Retention(
+        newest=recipe.save_num_checkpoints_to_keep,
+        every=None if every is None else int(every.removesuffix("ba")),
+        best=recipe.save_keep_best,
+    )
 
 
 def build_expert_bias(model: MoETransformer) -> ExpertBias | None:
@@ -246,7 +299,7 @@ def build_loggers(cfg: LoggersConfig, run_dir: Path) -> list[LoggerDestination]:
     """Experiment trackers."""
     loggers: list[LoggerDestination] = []
     if cfg.wandb:
-        loggers.append(WandBLogger(**asdict(cfg.wandb), init_kwargs={"dir": str(run_dir)}))
+        loggers.append(WandBLogger(**redacted(asdict(cfg.wandb), "loggers.wandb"), init_kwargs={"dir": str(run_dir)}))
     if cfg.tensorboard:
         loggers.append(TensorboardLogger(**asdict(cfg.tensorboard)))
     if cfg.mlflow:

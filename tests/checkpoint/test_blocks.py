@@ -138,5 +138,5 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         file.unlink()
     else:
         file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"\0" * len(content))
-    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: unreadable checkpoint"):
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: .*(unreadable|damaged)"):
         StoredTensors(tmp_path).read("count")

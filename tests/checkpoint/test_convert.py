@@ -30,6 +30,7 @@ from moefoundry.cli.main import main
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten, load_recipe
 from moefoundry.model.families import FAMILIES
 from moefoundry.model.transformer import MoETransformer
+from tests.checkpoint.forge import recommit
 from tests.checkpoint.hf import (
     assert_same_tensors,
     contents,
@@ -303,6 +304,7 @@ def test_a_run_whose_tokenizer_is_gone_needs_another(tmp_path: Path) -> None:
     import_hf(write_hf(tmp_path / "hf", "mixtral", MIXTRAL), tmp_path / "checkpoint")
     state = tmp_path / "checkpoint" / "state.json"
     state.write_text(state.read_text().replace('"recipe": {', '"recipe": {"tokenizer.name": "gone",'))
+    recommit(tmp_path / "checkpoint")
     with pytest.raises(UserError, match="no tokenizer at gone; name its directory with --tokenizer"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out")
     with pytest.raises(UserError, match=f"no tokenizer at {tmp_path}; name"):

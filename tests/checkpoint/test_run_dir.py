@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moefoundry.checkpoint.manifest import Origin, commit
 from moefoundry.checkpoint.run_dir import CONFIG_FILE, FREE_KEYS, check_run_dir, claim_run_dir, store_of
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
 
@@ -24,7 +25,7 @@ def begin(recipe: Recipe) -> Path:
 
 def save_checkpoint(recipe: Recipe) -> None:
     store = store_of(Path(recipe.run_dir))
-    (store.begin(4) / "state.json").write_text("{}")
+    commit(store.begin(4), Origin(4), {})
     store.publish(4)
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moefoundry.checkpoint.store import STATE_FILE, CheckpointStore, find_checkpoint
+from moefoundry.checkpoint.manifest import COMMIT_FILE, Origin, commit
+from moefoundry.checkpoint.store import STATE_FILE, CheckpointStore, entries, find_checkpoint
 from moefoundry.config import UserError
 
 
@@ -14,14 +15,13 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def save(store: CheckpointStore, batch: int) -> Path:
-    (store.begin(batch) / STATE_FILE).write_text("{}")
+    commit(store.begin(batch), Origin(batch), {})
     return store.publish(batch)
 
 
 def test_an_absent_directory_is_an_empty_store(store: CheckpointStore) -> None:
-    assert store.batches() == []
+    assert store.batches() == store.claimed() == []
     assert store.latest() is None
-    store.retain(2)
 
 
 def test_the_newest_is_by_number(store: CheckpointStore) -> None:
@@ -31,35 +31,53 @@ def test_the_newest_is_by_number(store: CheckpointStore) -> None:
     assert store.latest() == store.path(100)
 
 
-def test_only_complete_checkpoints_count(store: CheckpointStore) -> None:
+def test_row6_only_committed_checkpoints_count(store: CheckpointStore) -> None:
     save(store, 4)
+    (save(store, 8) / COMMIT_FILE).unlink()
     (store.begin(6) / STATE_FILE).write_text("{}")  # never published
-    store.path(8).mkdir()  # without its state
     (store.root / "ba10.bak").mkdir()
     (store.root / "notes.txt").write_text("")
     assert store.batches() == [4]
+    assert store.claimed() == [4, 8]
+    (store.path(8) / STATE_FILE).write_text("{}")
+    with pytest.raises(UserError, match=r"ba8/COMMITTED: not a committed checkpoint"):
+        find_checkpoint(str(store.path(8)))
 
 
-def test_what_an_interrupted_save_left_is_removed(store: CheckpointStore) -> None:
+def test_what_interrupted_saves_left_is_removed(store: CheckpointStore) -> None:
     (store.begin(6) / "half").write_text("")
-    assert list(store.begin(6).iterdir()) == []
+    assert list(store.begin(8).iterdir()) == []
+    assert entries(store.root) == [store.staging_path(8)]
 
 
-def test_a_published_checkpoint_is_never_overwritten(store: CheckpointStore) -> None:
+def test_an_unfinished_save_cannot_be_published(store: CheckpointStore) -> None:
+    store.begin(4)
+    with pytest.raises(ValueError, match=r"ba4\.incomplete is not committed"):
+        store.publish(4)
+    store.discard(4)
+    assert entries(store.root) == []
+
+
+def test_row7_a_published_checkpoint_is_never_overwritten(store: CheckpointStore) -> None:
     path = save(store, 4)
     (path / "shard").write_text("first")
-    store.begin(4)
+    with pytest.raises(UserError, match=r"ba4 exists already; a published checkpoint is never overwritten"):
+        store.begin(4)
+    commit(store.begin(6), Origin(6), {})
+    store.staging_path(6).rename(store.staging_path(4))
     with pytest.raises(UserError, match=r"ba4 exists already; a published checkpoint is never overwritten"):
         store.publish(4)
     assert (path / "shard").read_text() == "first"
 
 
-@pytest.mark.parametrize(("count", "kept"), [(-1, [2, 4, 6]), (0, [6]), (1, [6]), (2, [4, 6]), (5, [2, 4, 6])])
-def test_retention(store: CheckpointStore, count: int, kept: list[int]) -> None:
-    for batch in (2, 4, 6):
-        save(store, batch)
-    store.retain(count)
-    assert store.batches() == kept
+def test_row7_what_is_damaged_gets_out_of_the_way(store: CheckpointStore) -> None:
+    (save(store, 4) / COMMIT_FILE).unlink()
+    save(store, 4)  # moves it by itself: it does not count as a checkpoint
+    assert store.quarantine(4).name == "ba4.quarantine-1"
+    save(store, 4)
+    save(store, 30)
+    assert [path.name for path in entries(store.root)] == ["ba4", "ba4.quarantine-0", "ba4.quarantine-1", "ba30"]
+    assert store.batches() == [4, 30]
 
 
 def test_find_a_checkpoint_by_its_own_its_stores_or_its_runs_directory(store: CheckpointStore) -> None:

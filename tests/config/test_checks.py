@@ -52,6 +52,9 @@ def test_row22_check_recipe_alone():
         (["model.d_model=48"], None, []),
         (["model.attention.n_kv_heads=3"], None, ["model.attention.n_kv_heads"]),
         (["model.attention.n_kv_heads=16"], None, ["model.attention.n_kv_heads"]),
+        (["ema.evaluate=true"], None, []),
+        (["ema.evaluate=true", "eval_loader=null"], None, ["ema.evaluate"]),
+        (["ema={}", "eval_loader=null"], None, []),
         # a head's width that is given, or that of its part with position
         (["model.d_model=260", "model.attention.head_dim=32"], None, []),
         (["model.attention.head_dim=33"], None, ["model.attention.head_dim"]),

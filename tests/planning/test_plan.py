@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from moefoundry.config import (
     ActivationCheckpointing,
     ConfigError,
+    EmaConfig,
     GqaConfig,
     MlaConfig,
     ModelConfig,
@@ -24,6 +25,7 @@ from moefoundry.mesh import MeshDegrees
 from moefoundry.parallel import materialize, parallelize
 from moefoundry.planning.activations import block_activations
 from moefoundry.planning.plan import make_plan, micro_batches
+from moefoundry.planning.table import plan_table
 from moefoundry.planning.world import fake_world, groups_by_axis, most_remote_peers
 from tests.model.tiny import batch, meta_model
 
@@ -144,6 +146,18 @@ def test_narrow_moments_halve_the_optimizer():
     recipe.precision.optimizer_moments = Moments.bf16
     narrow = make_plan(recipe, 4).memory
     assert (narrow.optimizer * 2, narrow.parameters) == (wide.optimizer, wide.parameters)
+
+
+def test_the_moving_average_is_in_the_memory_of_the_host():
+    recipe = load_recipe(None, [*ODD, GQA, "mesh.shard=4"], 4)
+    without = make_plan(recipe, 4)
+    recipe.ema = EmaConfig()
+    averaged = make_plan(recipe, 4)
+    assert (without.memory.host, averaged.memory.host) == (0, averaged.memory.optimizer)  # two fp32 copies are, too
+    assert averaged.memory.total == without.memory.total
+    assert averaged.to_json(80)["memory"]["host"] == averaged.memory.host
+    assert "host" not in plan_table(without, 80)
+    assert plan_table(averaged, 80).count("host") == 1
 
 
 @pytest.mark.parametrize(("sequences", "micro", "expected"), [(4, 2, [2, 2]), (5, 2, [2, 2, 1]), (1, 8, [1])])

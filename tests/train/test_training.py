@@ -166,9 +166,9 @@ def test_narrow_compute_trains_close_to_fp32(tiny_recipe: Tiny, tmp_path: Path) 
 
 
 def stored_dtypes(run_dir: Path) -> set[str]:
-    from moefoundry.checkpoint.io import _Reader
+    from moefoundry.checkpoint.format import read_metadata
 
-    entries = _Reader(run_dir / "checkpoints" / "ba2").read_metadata().state_dict_metadata
+    entries = read_metadata(run_dir / "checkpoints" / "ba2").state_dict_metadata
     return {str(entry.properties.dtype) for name, entry in entries.items() if not name.startswith("rng/")}
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +14,70 @@ from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
+from moefoundry.callbacks.ema import Ema
 from moefoundry.checkpoint import io
-from moefoundry.checkpoint.state import model_tensors, optimizer_tensors, restore_rng, rng_tensors, to_jsonable
-from moefoundry.checkpoint.store import CheckpointStore
+from moefoundry.checkpoint.async_save import Saver
+from moefoundry.checkpoint.load import load, read_index
+from moefoundry.checkpoint.manifest import Origin, recipe_digest
+from moefoundry.checkpoint.ranks import on_rank_zero
+from moefoundry.checkpoint.remote import is_downloaded, upload_checkpoint
+from moefoundry.checkpoint.state import (
+    derived_rng_tensors,
+    model_tensors,
+    optimizer_tensors,
+    restore_rng,
+    rng_tensors,
+    to_jsonable,
+)
+from moefoundry.checkpoint.store import CheckpointStore, Retention
 
 
 class Checkpointing(Callback):
-    """Writes ``ba{batch}`` under ``store`` and logs ``checkpoint/stall_seconds``, the time that training waited.
+    """Writes ``ba{batch}`` under ``store`` and logs ``checkpoint/stall_seconds``, the time that training stood still.
+
+    A save that fails leaves nothing and ends the run on all ranks: at once, or, if it goes on in the background, with a
+    warning at once and an error when the next save begins or training ends.
 
     Args:
         store: Where checkpoints go.
         interval: Time between two (``100ba``); the end of training is always saved.
-        keep: Newest checkpoints kept; -1 keeps all.
+        in_background: Whether training goes on while files are written. The last save is never in the background.
+        retention: Which checkpoints are kept.
+        mesh: Degrees of its axes, by name; noted in the manifest.
+        metric: Value of a metric in this batch, by name, if it has been measured.
         recipe: The run's recipe as a plain mapping; a reader compares the model with its own.
         resume_from: The checkpoint this run continues, read before the first batch.
+        remote: URL that checkpoints are also uploaded to.
+        ema: What averages the parameters, if anything does; it reads its own part of ``resume_from``.
     """
 
     def __init__(
-        self, store: CheckpointStore, interval: str, keep: int, recipe: dict[str, Any], resume_from: Path | None
+        self,
+        store: CheckpointStore,
+        interval: str,
+        in_background: bool,
+        retention: Retention,
+        mesh: dict[str, int],
+        metric: Callable[[str], float | None],
+        recipe: dict[str, Any],
+        resume_from: Path | None,
+        remote: str | None,
+        ema: Ema | None,
     ) -> None:
-        self.store = store
-        self.keep = keep
+        self.in_background = in_background
+        self.retention = retention
+        self.mesh = mesh
+        self.metric = metric
+        self.saver = Saver(store, self._published)
         self.recipe = recipe
         self.resume_from = resume_from
+        self.remote = remote
+        self.ema = ema
         self._is_due = create_interval_scheduler(interval)
+        self._saved_batch: int | None = None
         self._rng: dict[str, Tensor] = {}
+        self._resume_seconds: dict[str, float] = {}
+        self._waiting_since = 0.0
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         super().run_event(event, state, logger)
@@ -49,6 +90,9 @@ class Checkpointing(Callback):
         if self.resume_from is not None:
             self.load(state, self.resume_from)
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        self._waiting_since = time.perf_counter()
+
     def epoch_start(self, state: State, logger: Logger) -> None:
         self._restore_rng()
 
@@ -56,47 +100,83 @@ class Checkpointing(Callback):
         """Making the loader's iterator draws from the generators; a run that was never interrupted drew before the
         save, so mid-epoch the state is put back only now."""
         self._restore_rng()
+        if self._resume_seconds:
+            parts = {**self._resume_seconds, "data_position": time.perf_counter() - self._waiting_since}
+            logger.log_metrics({f"resume/{part}_seconds": seconds for part, seconds in parts.items()})
+            self._resume_seconds = {}
+            if dist.get_global_rank() == 0 and self.resume_from is not None and is_downloaded(self.resume_from):
+                shutil.rmtree(self.resume_from)  # every rank has read it: loading ends with a collective
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        self.saver.finish()
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.saver.close()
 
     def save(self, state: State) -> None:
-        """Write a checkpoint of ``state``, unless this batch has one."""
+        """Save ``state``, unless that has been done in this batch.
+
+        Raises:
+            UserError: There is such a checkpoint of an earlier run; or this save or the one before it failed.
+        """
         batch = state.timestamp.batch.value
-        if self.store.path(batch).exists():
+        if self._saved_batch == batch:
             return
-        if dist.get_global_rank() == 0:
-            self.store.begin(batch)
-        dist.barrier()
+        self._saved_batch = batch
         tensors = {
             **model_tensors(state.model),
             **optimizer_tensors(state.model, state.optimizers[0]),
             **rng_tensors(dist.get_global_rank()),
+            **(self.ema.tensors() if self.ema else {}),
         }
-        io.write(self.store.staging_path(batch), tensors, self._document(state))
-        dist.barrier()
-        if dist.get_global_rank() == 0:
-            self.store.publish(batch)
-            self.store.retain(self.keep)
-        dist.barrier()
+        ended = state.max_duration is not None and state.timestamp >= state.max_duration
+        save = self.saver.start if self.in_background and not ended else self.saver.save
+        save(batch, tensors, self._document(state), self._origin(batch))
+
+    def _origin(self, batch: int) -> Origin:
+        best = self.retention.best
+        value = self.metric(best) if best is not None else None
+        metrics = {} if best is None or value is None else {best: value}
+        return Origin(batch, self.mesh, dist.get_world_size(), recipe_digest(self.recipe), metrics)
+
+    def _published(self, checkpoint: Path) -> None:
+        """Rank 0 does this, when a checkpoint has its final name."""
+        self.saver.store.retain(self.retention)
+        if self.remote is not None:
+            upload_checkpoint(checkpoint, self.remote)
 
     def load(self, state: State, checkpoint: Path) -> None:
         """Put a saved state back into ``state``: weights, optimizer, schedule, position in the data, generators. Of a
-        weights-only checkpoint, weights alone: the run begins at its first batch."""
-        document = io.read_state(checkpoint)
+        weights-only checkpoint, weights alone: the run begins at its first batch.
+
+        A rank that the checkpoint knows gets its own generators; any further rank gets new ones, derived from the seed,
+        the batch and the rank.
+        """
+        document, index = on_rank_zero(lambda: io.read_state(checkpoint)), read_index(checkpoint)
+        model = model_tensors(state.model)
         if document.get(io.WEIGHTS_ONLY):
-            stored, buffers = io.stored_shapes(checkpoint), {f"model/{name}" for name, _ in state.model.named_buffers()}
-            tensors = model_tensors(state.model).items()
+            buffers = {f"model/{name}" for name, _ in state.model.named_buffers()}
             # A buffer that it lacks, such as the expert bias of a softmax router, starts as in any new run.
-            io.read_into(checkpoint, {name: t for name, t in tensors if name in stored or name not in buffers})
+            wanted = {name: tensor for name, tensor in model.items() if name in index.shapes or name not in buffers}
+            report = load(index, wanted)
+            self._resume_seconds = {"store": report.store_seconds, "exchange": report.exchange_seconds}
             return
-        self._rng = (
-            {name: tensor.clone() for name, tensor in rng_tensors(dist.get_global_rank()).items()}
-            if document["world_size"] == dist.get_world_size()
-            else {}
-        )
-        io.read_into(
-            checkpoint,
-            {**model_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0]), **self._rng},
-        )
-        timestamp = document["timestamp"]
+        start = time.perf_counter()
+        optimizer = optimizer_tensors(state.model, state.optimizers[0])
+        optimizer_seconds = time.perf_counter() - start
+        timestamp, rank = document["timestamp"], dist.get_global_rank()
+        if rank < document["world_size"]:
+            own = {name: tensor for name, tensor in rng_tensors(rank).items() if name in index.shapes}
+            self._rng = own
+        else:
+            own = {}
+            self._rng = derived_rng_tensors(rank, int(self.recipe["seed"]), timestamp["batch"])
+        report = load(index, {**model, **optimizer}, own)
+        self._resume_seconds = {
+            "store": report.store_seconds,
+            "exchange": report.exchange_seconds,
+            "optimizer": optimizer_seconds,
+        }
         seconds = {key: datetime.timedelta(seconds=value) for key, value in timestamp.items() if key.endswith("_wct")}
         state.timestamp.load_state_dict({**timestamp, **seconds})
         for scheduler, saved in zip(state.schedulers, document["schedulers"], strict=True):

@@ -10,6 +10,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
+from moefoundry.callbacks.health import step_was_skipped
 from moefoundry.moe.balance import expert_bias_step
 from moefoundry.moe.router import Router
 
@@ -42,7 +43,8 @@ class ExpertBias(Callback):
         assert counts_LE is not None, "no forward pass in this batch"
         assert state.previous_timestamp is not None, "set before every batch_end"
         biases = [router.expert_bias for router in self.routers if router.expert_bias is not None]
-        if self.freeze_at is None or state.previous_timestamp < self.freeze_at:
+        frozen = self.freeze_at is not None and state.previous_timestamp >= self.freeze_at
+        if not frozen and not step_was_skipped(state.model):
             dist.all_reduce(counts_LE)
             for bias_E, step_E in zip(biases, expert_bias_step(counts_LE, self.rate), strict=True):
                 bias_E += step_E

@@ -19,7 +19,12 @@ class GradientNorm(Callback):
 
     Args:
         max_norm: Largest L2 norm over all parameters of the model; None does not clip.
+
+    Attributes:
+        norm: Of the step's gradients before clipping, a scalar.
     """
+
+    norm: Tensor
 
     def __init__(self, max_norm: float | None) -> None:
         self.max_norm = max_norm
@@ -27,7 +32,8 @@ class GradientNorm(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
         norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if self.max_norm is not None:
+        self.norm = norm
+        if self.max_norm is not None and norm.isfinite():  # clipping would spread what is not: see health.py
             for same_mesh in by_mesh(parameters):
                 torch.nn.utils.clip_grads_with_norm_(same_mesh, self.max_norm, norm)
         logger.log_metrics({"grad_norm": norm.item()})

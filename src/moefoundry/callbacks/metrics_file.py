@@ -8,8 +8,10 @@
     moe/{max_violation,router_entropy,dropped_fraction,expert_bias_max_abs}
     moe/load/layer{i}                       list of E shares
     metrics/eval/LanguageCrossEntropy       nats a token, in the batches after which the model was evaluated
+    resume/{store,exchange,optimizer,data_position}_seconds   in the first batch after a resume, rank 0
     checkpoint/stall_seconds                in the batches after which a checkpoint was written
     memory/peak_host_gib, memory/peak_device_gib
+    skipped_steps                           1 in the batches whose step was skipped (``nonfinite: skip``)
 
 A key is absent where it does not apply. Lines are appended and flushed as their batch ends, so a killed run keeps them;
 after a resume, later lines of the same batch win (:func:`read_metrics`).
@@ -26,7 +28,18 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 FILE_NAME = "metrics.jsonl"
-KEPT_PREFIXES = ("loss/", "grad_norm", "lr", "throughput/", "moe/", "metrics/", "checkpoint/", "memory/")
+KEPT_PREFIXES = (
+    "loss/",
+    "grad_norm",
+    "lr",
+    "throughput/",
+    "moe/",
+    "metrics/",
+    "checkpoint/",
+    "resume/",
+    "memory/",
+    "skipped_steps",
+)
 
 
 class MetricsFile(LoggerDestination):
@@ -47,6 +60,10 @@ class MetricsFile(LoggerDestination):
     def record(self, metrics: dict[str, list[float]]) -> None:
         """Take metrics that only this file can hold (Composer's other destinations want scalars)."""
         self._pending.update(metrics)
+
+    def value(self, name: str) -> float | None:
+        """What has been measured since the last line."""
+        return self._pending.get(name)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """The last event of a batch: after evaluation, and after the checkpoint callback (loggers run last)."""

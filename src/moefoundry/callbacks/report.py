@@ -11,7 +11,7 @@ import torch
 
 from moefoundry.callbacks.metrics_file import read_metrics
 from moefoundry.checkpoint.run_dir import store_of
-from moefoundry.config import Recipe
+from moefoundry.config import Recipe, redacted
 from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary
 
 LOSS_PLOT = "loss.png"
@@ -41,7 +41,7 @@ def write_report(recipe: Recipe, completion: str, command: Sequence[str]) -> Non
         lines.append(f"unigram entropy  {entropy:.4f} nats/token; the model is {entropy - losses[-1]:.4f} better")
     lines += [
         "completion",
-        *("    | " + line for line in completion.splitlines()),
+        *("    | " + line for line in redacted(completion, "").splitlines()),
         f"loss curve       {run_dir / LOSS_PLOT}",
         f"expert load      {run_dir / LOAD_PLOT}",
         f"checkpoint       {store_of(run_dir).latest()}",

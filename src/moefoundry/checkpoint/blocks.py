@@ -8,48 +8,32 @@ read by ``io.read_into`` and written by ``io.write`` like any other checkpoint.
 
 from __future__ import annotations
 
-import json
 import mmap
-import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
-    StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from tqdm import tqdm
 
-from moefoundry.checkpoint.io import METADATA_FILE, read_metadata, slice_reader
-from moefoundry.checkpoint.store import STATE_FILE
+from moefoundry.checkpoint.format import METADATA_FILE, FilePart, layout_in, read_metadata, values_in
+from moefoundry.checkpoint.manifest import HashedBlock, Manifest, Origin, recipe_digest
+from moefoundry.checkpoint.writer import HashedFile, Piece, Place, data_file, write_index
+from moefoundry.checkpoint.writer import TensorSpec as TensorSpec
 from moefoundry.config import UserError
 
 FILE_BYTES = 4 * 2**30
 BLOCK_BYTES = 16 * 2**20
-_ALIGNMENT = 64  # torch aligns tensors within what it saves; with the start aligned too, mapped tensors are
-
-
-class TensorSpec(NamedTuple):
-    """What a tensor is, without its values."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its values."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -87,29 +71,15 @@ def write_blocks(
     Raises:
         ValueError: A block has another dtype than its tensor, or the blocks of a tensor do not fill it.
     """
-    chunks: dict[str, list[ChunkStorageMetadata]] = {name: [] for name in specs}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    places: dict[Piece, Place] = {}
     with closing(_Files(directory)) as files, progress(specs) as bar:
         for block in blocks:
             if block.values.dtype != specs[block.name].dtype:
                 raise ValueError(f"{block.name}: a block of {block.values.dtype}, not {specs[block.name].dtype}")
-            places[MetadataIndex(block.name, block.offsets)] = files.append(block.values)
-            chunks[block.name].append(ChunkStorageMetadata(torch.Size(block.offsets), block.values.shape))
+            piece = Piece(block.name, specs[block.name], tuple(block.offsets), tuple(block.values.shape))
+            places[piece] = files.append(block.values)
             bar.update(block.values.nbytes)
-    for name, spec in specs.items():
-        written = sum(chunk.sizes.numel() for chunk in chunks[name])
-        if written != torch.Size(spec.shape).numel():
-            raise ValueError(f"{name}: {written} values for the shape {spec.shape}")
-    metadata = Metadata(
-        state_dict_metadata={
-            name: TensorStorageMetadata(TensorProperties(spec.dtype), torch.Size(spec.shape), chunks[name])
-            for name, spec in specs.items()
-        },
-        storage_data=places,
-        storage_meta=StorageMeta(),
-    )
-    (directory / METADATA_FILE).write_bytes(pickle.dumps(metadata))
-    (directory / STATE_FILE).write_text(json.dumps(state, indent=1))
+    write_index(directory, places, files.blocks, state, Origin(recipe=recipe_digest(state["recipe"])))
 
 
 def progress(specs: Mapping[str, TensorSpec]) -> tqdm:
@@ -119,31 +89,30 @@ def progress(specs: Mapping[str, TensorSpec]) -> tqdm:
 
 
 class _Files:
-    """Data files of a checkpoint, each begun when the one before it is full."""
+    """Data files of a checkpoint, each begun when the one before it is full.
+
+    Attributes:
+        blocks: Of the files that are closed, by name.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._count = 0
+        self.blocks: dict[str, Sequence[HashedBlock]] = {}
         self._open()
 
-    def append(self, values: Tensor) -> _StorageInfo:
+    def append(self, values: Tensor) -> Place:
         """Write ``values``; where they are."""
-        if self._stream.tell() >= FILE_BYTES:
+        if self._file.size >= FILE_BYTES:
             self.close()
             self._open()
-        self._stream.write(bytes(-self._stream.tell() % _ALIGNMENT))
-        offset = self._stream.tell()
-        whole = values.is_contiguous() and values.untyped_storage().nbytes() == values.nbytes
-        torch.save(values if whole else values.clone(memory_format=torch.contiguous_format), self._stream)
-        return _StorageInfo(self._name, offset, self._stream.tell() - offset)
+        return self._file.append(values)
 
     def close(self) -> None:
-        self._stream.close()
+        self._file.close()
+        self.blocks[self._file.path.name] = self._file.blocks
 
     def _open(self) -> None:
-        self._name = f"__0_{self._count}.distcp"
-        self._stream = (self._directory / self._name).open("wb")
-        self._count += 1
+        self._file = HashedFile(self._directory / data_file(0, len(self.blocks)))
 
 
 class StoredTensors:
@@ -152,22 +121,27 @@ class StoredTensors:
     Args:
         directory: The checkpoint.
         prefix: Of the tensors that are meant; names here are without it.
+        stored_names: Of tensors that are another's values: name here -> the whole name there.
 
     Attributes:
         specs: What is there.
 
     Raises:
-        UserError: The metadata cannot be read.
+        UserError: The checkpoint is not committed, or its metadata cannot be read or is not what was saved.
     """
 
-    def __init__(self, directory: Path, prefix: str = "") -> None:
+    def __init__(self, directory: Path, prefix: str = "", stored_names: Mapping[str, str] | None = None) -> None:
         self._directory = directory
-        self._prefix = prefix
-        metadata = read_metadata(directory)
+        metadata, self._manifest = read_metadata(directory), Manifest.read(directory)
+        self._manifest.check(METADATA_FILE, 0, self._manifest.size(METADATA_FILE))
+        self._checked: set[MetadataIndex] = set()
+        stored = metadata.state_dict_metadata
+        self._stored_names = {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
+        self._stored_names |= stored_names or {}
         self._entries = {
-            name.removeprefix(prefix): entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
+            name: entry
+            for name, there in self._stored_names.items()
+            if isinstance(entry := stored.get(there), TensorStorageMetadata)
         }
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self.specs = {
@@ -183,15 +157,18 @@ class StoredTensors:
         """
         limits = [*ranges, *((0, size) for size in self.specs[name].shape[len(ranges) :])]
         low, high = [start for start, _ in limits], [stop for _, stop in limits]
-        values = torch.empty([b - a for a, b in zip(low, high, strict=True)], dtype=self.specs[name].dtype)
-        filled = 0
+        parts: list[tuple[Tensor, tuple[slice, ...]]] = []
         for chunk in self._entries[name].chunks:
             first = [max(a, offset) for a, offset in zip(low, chunk.offsets, strict=True)]
             last = [min(b, offset + size) for b, offset, size in zip(high, chunk.offsets, chunk.sizes, strict=True)]
             if any(a >= b for a, b in zip(first, last, strict=True)):
                 continue
             there = self._chunk(name, chunk)[_box(first, last, chunk.offsets)]
-            values[_box(first, last, low)].copy_(there)
+            parts.append((there, _box(first, last, low)))
+        values = torch.empty([b - a for a, b in zip(low, high, strict=True)], dtype=self.specs[name].dtype)
+        filled = 0
+        for there, here in parts:
+            values[here].copy_(there)
             filled += there.numel()
         if filled != values.numel():
             raise UserError(f"{self._directory}: unreadable checkpoint: a part of {name} is in no file")
@@ -206,17 +183,19 @@ class StoredTensors:
             yield self.read(name, rows)
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._places[MetadataIndex(self._prefix + name, chunk.offsets)]
+        index = MetadataIndex(self._stored_names[name], chunk.offsets)
+        place = self._places[index]
         path = self._directory / place.relative_path
         try:
+            if index not in self._checked:  # by reading: of mapped memory, all of it would become resident
+                self._manifest.check(place.relative_path, place.offset, place.length, index.fqn)
+                self._checked.add(index)
             with path.open("rb") as file:
-                layout = torch.load(slice_reader(self._directory, file, place), map_location="meta", weights_only=True)
-            if (layout.shape, layout.dtype) != (chunk.sizes, self.specs[name].dtype):
-                raise ValueError(f"holds {layout.dtype} {tuple(layout.shape)} for {name}")
-            offset = place.offset + layout.untyped_storage()._checkpoint_offset
-            count = layout.untyped_storage().nbytes() // layout.dtype.itemsize
-            values = torch.frombuffer(self._mapped(path), dtype=layout.dtype, count=count, offset=offset)
-            return values.as_strided(layout.shape, layout.stride(), layout.storage_offset())
+                part = FilePart(file.fileno(), place.offset, place.length)
+                layout = layout_in(part, chunk.sizes, self.specs[name].dtype)
+            return values_in(self._mapped(path), place.offset, layout)
+        except UserError:
+            raise
         except Exception as error:  # damaged files raise nearly anything
             raise UserError(f"{path}: unreadable checkpoint: {error}") from error
 

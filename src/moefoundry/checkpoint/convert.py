@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ PREFIX = "model/model."
 DEFAULT_MAX_SEQ_LEN = 4096  # where neither config nor recipe says; it bounds nothing that is computed
 GIB = 2**30
 SHARD_BYTES = 5 * 10**9
+
+
+class Weights(StrEnum):
+    """Which values of the parameters are read; their names in a checkpoint begin with it. Buffers have one value."""
+
+    trained = "model"
+    ema = "ema"
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,7 @@ def export_hf(
     max_shard_bytes: int = SHARD_BYTES,
     tokenizer: Path | None = None,
     tolerance: float | None = None,
+    weights: Weights = Weights.trained,
 ) -> Summary:
     """Write a Hugging Face directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
@@ -166,16 +175,17 @@ def export_hf(
         max_shard_bytes: Size of a shard.
         tokenizer: Directory; None is the checkpoint's own, or that of its run.
         tolerance: As in :func:`import_hf`.
+        weights: Of the parameters.
 
     Raises:
-        UserError: The family cannot hold the model (with the reasons), a tensor or the tokenizer is missing, ``hf``
-            exists, or logits differ.
+        UserError: The family cannot hold the model (with the reasons), a tensor, the average or the tokenizer is
+            missing, ``hf`` exists, or logits differ.
     """
     directory = _checkpoint(checkpoint)
     recipe, cfg = io.read_state(directory)["recipe"], io.read_model_config(directory)
     family = _family(family_name, cfg)
     names = TensorMap(family, cfg)
-    ours = open_checkpoint(directory, names.shapes)
+    ours = open_checkpoint(directory, meta_model(cfg), weights)
     specs = names.their_specs(ours.specs, dtype)
     config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
     tokenizer = tokenizer_of(directory, recipe, tokenizer)
@@ -188,24 +198,26 @@ def export_hf(
         if not (staging / GENERATION_CONFIG).exists():
             write_json(staging / GENERATION_CONFIG, special)
         write_json(staging / CONFIG, config | special)
-        difference = None if tolerance is None else verify_logits(staging, load_model(directory), tolerance)
+        difference = None if tolerance is None else verify_logits(staging, load_model(directory, weights), tolerance)
     return Summary(hf, len(specs), _nbytes(specs), tokenizer is not None, difference)
 
 
-def consolidate(checkpoint: Path, output: Path, max_shard_bytes: int = SHARD_BYTES) -> Summary:
+def consolidate(
+    checkpoint: Path, output: Path, max_shard_bytes: int = SHARD_BYTES, weights: Weights = Weights.trained
+) -> Summary:
     """Write the parameters and buffers of a checkpoint as safetensors, under the names of ``MoETransformer``.
 
     Args:
         checkpoint: As in :func:`export_hf`.
         output: A file ``*.safetensors``, or a directory, which may be given shards.
         max_shard_bytes: Size of a shard.
+        weights: Of the parameters.
 
     Raises:
-        UserError: A tensor is missing, ``output`` exists, or it is one file and all would not fit.
+        UserError: A tensor or the average is missing, ``output`` exists, or it is one file and all would not fit.
     """
     directory = _checkpoint(checkpoint)
-    model = meta_model(io.read_model_config(directory))
-    ours = open_checkpoint(directory, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    ours = open_checkpoint(directory, meta_model(io.read_model_config(directory)), weights)
     size = _nbytes(ours.specs)
     one_file = output.suffix == ".safetensors"
     if one_file and size > max_shard_bytes:
@@ -234,14 +246,15 @@ def from_pretrained(hf: Path, dtype: torch.dtype | None, device: torch.device | 
     return model.eval()
 
 
-def load_model(checkpoint: Path) -> MoETransformer:
+def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETransformer:
     """The model of a checkpoint in fp32 on the CPU, in evaluation mode.
 
     Raises:
-        UserError: It cannot be read.
+        UserError: It cannot be read, or lacks the average.
     """
     model = meta_model(io.read_model_config(checkpoint)).to_empty(device="cpu")
-    io.read_into(checkpoint, {PREFIX + name: tensor for name, tensor in model.state_dict().items()})
+    names = stored_names(checkpoint, model, weights)
+    io.read_into(checkpoint, {names[name]: tensor for name, tensor in model.state_dict().items()})
     return model.eval()
 
 
@@ -255,10 +268,23 @@ def _checkpoint(path: Path) -> Path:
         raise UserError(f"--checkpoint {path}: no complete checkpoint there") from None
 
 
-def open_checkpoint(directory: Path, shapes: Mapping[str, tuple[int, ...]]) -> StoredTensors:
+def stored_names(directory: Path, model: MoETransformer, weights: Weights) -> dict[str, str]:
+    """What a checkpoint calls each parameter and buffer of its model.
+
+    Raises:
+        UserError: The average is wanted, and it holds none.
+    """
+    if weights == Weights.ema and not io.holds_ema(directory):
+        raise UserError(f"{directory}: the checkpoint holds no moving average; the recipe's key ema keeps one")
+    buffers = {name for name, _ in model.named_buffers()}
+    return {name: f"{Weights.trained if name in buffers else weights}/model.{name}" for name in model.state_dict()}
+
+
+def open_checkpoint(directory: Path, model: MoETransformer, weights: Weights) -> StoredTensors:
     """The parameters and buffers of a checkpoint's model, checked against their shapes."""
-    ours = StoredTensors(directory, PREFIX)
-    check_tensors(ours.specs, shapes, directory)
+    names = stored_names(directory, model, weights)
+    ours = StoredTensors(directory, PREFIX, names)
+    check_tensors(ours.specs, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, directory)
     return ours
 
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from moefoundry.checkpoint.io import read_state
+from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.manifest import damage
+from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
+from moefoundry.checkpoint.remote import find_remote, is_url
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
 from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+DOWNLOADS = "downloads"
 FREE_KEYS = (
     "autoresume",
     "load_path",
+    "allow_batch_size_change",
     "max_duration",
     "mesh.",
     "activation_checkpointing",
@@ -22,6 +29,7 @@ FREE_KEYS = (
     "eval_interval",
     "save_",
     "dist_timeout",
+    "nonfinite",
     "progress_bar",
     "log_to_console",
     "console_log_interval",
@@ -29,6 +37,8 @@ FREE_KEYS = (
     "loggers.",
     "train_loader.num_workers",
     "eval_loader.num_workers",
+    "train_loader.dataset.validate_hash",
+    "eval_loader.dataset.validate_hash",
 )
 """Keys, or prefixes of keys, that a resumed run may change."""
 
@@ -46,15 +56,21 @@ NOT_ARCHITECTURE = (
 
 
 def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
-    """Claim ``run_dir`` and find the checkpoint that the run continues, if any; one rank calls it.
+    """Claim ``run_dir`` and find the checkpoint that the run continues, if any; every rank calls it.
 
     Raises:
-        UserError: As :func:`check_run_dir` and :func:`checkpoint_to_resume`; nothing has been written then.
+        UserError: As :func:`check_run_dir`, :func:`newest_intact` and :func:`checkpoint_to_resume`; nothing has been
+            written then.
     """
-    run_dir = check_run_dir(recipe)
-    checkpoint = checkpoint_to_resume(recipe, run_dir)
-    claim_run_dir(recipe)
-    return run_dir, checkpoint
+    run_dir = on_rank_zero(lambda: check_run_dir(recipe))
+    newest = newest_intact(store_of(run_dir)) if recipe.autoresume else None
+
+    def claim() -> Path | None:
+        checkpoint = checkpoint_to_resume(recipe, newest)
+        claim_run_dir(recipe)
+        return checkpoint
+
+    return run_dir, on_rank_zero(claim)
 
 
 def check_run_dir(recipe: Recipe) -> Path:
@@ -95,17 +111,49 @@ def claim_run_dir(recipe: Recipe) -> None:
     (Path(recipe.run_dir) / CONFIG_FILE).write_text(dump_recipe(recipe))
 
 
-def checkpoint_to_resume(recipe: Recipe, run_dir: Path) -> Path | None:
-    """The checkpoint to continue: with ``autoresume`` the newest of the run, else ``load_path``.
+def newest_intact(store: CheckpointStore) -> Path | None:
+    """The newest checkpoint of a run of which every byte is as it was saved; every rank calls it and reads a share.
+
+    Newer ones are damaged: they get a quarantine name, so that training can save those batches again, and a warning.
 
     Raises:
-        UserError: It is absent, unreadable, or of another architecture.
+        UserError: There are checkpoints, but all are damaged; they stay where they are.
     """
-    latest = store_of(run_dir).latest() if recipe.autoresume else None
-    checkpoint = latest or (recipe.load_path and find_checkpoint(recipe.load_path))
-    if not checkpoint:
+    damaged: dict[int, list[str]] = {}
+    ranks = len(from_every_rank(rank()))
+    for batch in reversed(on_rank_zero(store.claimed)):
+        found = from_every_rank(damage(store.path(batch), rank(), ranks))
+        problems = list(dict.fromkeys(line for lines in found for line in lines))
+        if not problems:
+            on_rank_zero(lambda: _quarantine(store, damaged))
+            return store.path(batch)
+        damaged[batch] = problems
+    if damaged:
+        lines = [line for problems in damaged.values() for line in problems]
+        raise UserError(f"autoresume: every checkpoint in {store.root} is damaged:\n  " + "\n  ".join(lines))
+    return None
+
+
+def _quarantine(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> None:
+    for batch, problems in damaged.items():
+        moved = store.quarantine(batch)
+        lines = [f"warning: {store.path(batch)} is damaged and now called {moved.name}:", *problems]
+        print("\n  ".join(lines), file=sys.stderr, flush=True)
+
+
+def checkpoint_to_resume(recipe: Recipe, newest: Path | None) -> Path | None:
+    """The checkpoint to continue: the ``newest`` of the run if it has one, else that of ``save_remote`` (with
+    ``autoresume``), else ``load_path``.
+
+    Raises:
+        UserError: It is absent, unreadable, or of another architecture; or the run would go on within an epoch with
+            another global batch size, by which the order of the data depends.
+    """
+    checkpoint = newest or _from_elsewhere(recipe)
+    if checkpoint is None:
         return None
-    saved, own = read_state(checkpoint)["recipe"], flatten(recipe)
+    document = read_state(checkpoint)
+    saved, own = document["recipe"], flatten(recipe)
     differing = [
         f"{key}: {saved.get(key)!r} there, {value!r} here"
         for key, value in own.items()
@@ -113,7 +161,27 @@ def checkpoint_to_resume(recipe: Recipe, run_dir: Path) -> Path | None:
     ]
     if differing:
         raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
+    sizes = saved.get("global_train_batch_size"), recipe.global_train_batch_size
+    if sizes[0] != sizes[1] and not (recipe.allow_batch_size_change or document.get(WEIGHTS_ONLY)):
+        raise UserError(
+            f"global_train_batch_size: {sizes[1]}, and {checkpoint} was written with {sizes[0]}; the rest of its epoch "
+            "would be other samples, some of them twice; allow_batch_size_change=true accepts that"
+        )
     return checkpoint
+
+
+def _from_elsewhere(recipe: Recipe) -> Path | None:
+    cache = Path(recipe.run_dir) / DOWNLOADS
+    if recipe.autoresume and recipe.save_remote and (uploaded := find_remote(recipe.save_remote, cache)):
+        return uploaded
+    if recipe.load_path is None:
+        return None
+    if not is_url(recipe.load_path):
+        return find_checkpoint(recipe.load_path)
+    downloaded = find_remote(recipe.load_path, cache)
+    if downloaded is None:
+        raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
+    return downloaded
 
 
 def store_of(run_dir: Path) -> CheckpointStore:

@@ -4,6 +4,7 @@ Tensors carry the names of the single-process model whatever the mesh, so any me
 
     model/{parameter}             parameters and persistent buffers
     optimizer/{parameter}/{slot}  exp_avg, exp_avg_sq, step
+    ema/{parameter}               moving average, where the recipe has ``ema``
     rng/{rank}/{generator}        generator state of each rank: torch, cuda, numpy, python
 
 Nothing else is stored as a tensor and nothing at all as a pickle: hyperparameters come from the recipe, positions and
@@ -69,6 +70,18 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return {f"rng/{rank}/{generator}": state for generator, state in states.items()}
+
+
+def derived_rng_tensors(rank: int, seed: int, batch: int) -> dict[str, Tensor]:
+    """Generators for a rank that the checkpoint does not have: other numbers for each seed, batch and rank."""
+    words = [int(word) for word in np.random.SeedSequence([seed, batch, rank]).generate_state(3)]
+    before = rng_tensors(rank)
+    torch.manual_seed(words[0])
+    random.seed(words[1])
+    np.random.seed(words[2])
+    derived = rng_tensors(rank)
+    restore_rng(before, rank)
+    return derived
 
 
 def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:

@@ -1,21 +1,47 @@
 """The checkpoints of a run, as directories ``ba{batch}`` under ``run_dir/checkpoints``.
 
-A checkpoint is written under a staging name and renamed when it is complete, so a directory of the final name is always
-whole. Published checkpoints are never written to again.
+    ba{batch}                   committed (``manifest.py``); never written to again
+    ba{batch}.incomplete        being written, or left by a save that did not end
+    ba{batch}.quarantine-{k}    was damaged, and is kept for a person to look at
+
+A checkpoint is written under its staging name, committed there and renamed, so nothing that a reader looks for is ever
+half a checkpoint.
 """
 
 from __future__ import annotations
 
+import fcntl
+import math
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from moefoundry.checkpoint.manifest import COMMIT_FILE, Manifest, is_committed, sync_directory
 from moefoundry.config import UserError
 
 STAGING_SUFFIX = ".incomplete"
+QUARANTINE_SUFFIX = ".quarantine-"
 STATE_FILE = "state.json"
 _NAME = re.compile(r"ba(\d+)")
+_ANY_NAME = re.compile(rf"ba(\d+)({re.escape(STAGING_SUFFIX)}|{re.escape(QUARANTINE_SUFFIX)}\d+)?")
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay; the newest always does, and so does one that is in use (:func:`using`).
+
+    Attributes:
+        newest: How many of the newest; -1 is all.
+        every: Batches; the first checkpoint of each such span stays. None keeps none for that.
+        best: Name of a metric; the checkpoint where it was lowest stays. None keeps none for that.
+    """
+
+    newest: int = -1
+    every: int | None = None
+    best: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,42 +59,117 @@ class CheckpointStore:
         return self.root / f"ba{batch}{STAGING_SUFFIX}"
 
     def batches(self) -> list[int]:
-        """Batches that have a complete checkpoint, ascending."""
+        """Batches that have a committed checkpoint, ascending."""
+        return [batch for batch in self.claimed() if is_committed(self.path(batch))]
+
+    def claimed(self) -> list[int]:
+        """Batches whose name is taken, by a committed checkpoint or by what was one, ascending."""
         if not self.root.is_dir():
             return []
-        matches = (_NAME.fullmatch(path.name) for path in self.root.iterdir() if (path / STATE_FILE).is_file())
+        matches = (_NAME.fullmatch(path.name) for path in self.root.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """The newest committed checkpoint."""
         batches = self.batches()
         return self.path(batches[-1]) if batches else None
 
     def begin(self, batch: int) -> Path:
-        """An empty staging directory for ``batch``; what an interrupted save left there is removed."""
+        """An empty staging directory for ``batch``; what interrupted saves left is removed. One save at a time.
+
+        Raises:
+            UserError: The batch has a committed checkpoint already.
+        """
+        if self.path(batch).exists():
+            if is_committed(self.path(batch)):
+                raise UserError(f"{self.path(batch)} exists already; a published checkpoint is never overwritten")
+            self.quarantine(batch)
+        if self.root.is_dir():
+            for left in self.root.glob(f"ba*{STAGING_SUFFIX}"):
+                shutil.rmtree(left)
         staging = self.staging_path(batch)
-        if staging.exists():
-            shutil.rmtree(staging)
         staging.mkdir(parents=True)
         return staging
 
     def publish(self, batch: int) -> Path:
-        """Give a complete staging directory its final name.
+        """Give a committed staging directory its final name.
 
         Raises:
             UserError: A checkpoint of that batch exists already.
+            ValueError: The staging directory is not committed.
         """
-        target = self.path(batch)
+        target, staging = self.path(batch), self.staging_path(batch)
+        if not is_committed(staging):
+            raise ValueError(f"{staging} is not committed")
         if target.exists():
             raise UserError(f"{target} exists already; a published checkpoint is never overwritten")
-        return self.staging_path(batch).rename(target)
+        staging.rename(target)
+        sync_directory(self.root)
+        return target
 
-    def retain(self, count: int) -> None:
-        """Delete all but the newest ``count``; -1 keeps all. The newest is always kept."""
-        if count < 0:
+    def discard(self, batch: int) -> None:
+        """Remove what a failed save has written."""
+        shutil.rmtree(self.staging_path(batch), ignore_errors=True)
+
+    def quarantine(self, batch: int) -> Path:
+        """Move a damaged checkpoint out of the way, so that training can save this batch again; where it is now."""
+        path, number = self.path(batch), 0
+        while (target := path.with_name(f"{path.name}{QUARANTINE_SUFFIX}{number}")).exists():
+            number += 1
+        return path.rename(target)
+
+    def retain(self, retention: Retention) -> None:
+        """Delete the checkpoints that need not stay."""
+        batches = self.batches()
+        if retention.newest < 0:
             return
-        for batch in self.batches()[: -max(count, 1)]:
-            shutil.rmtree(self.path(batch))
+        kept = set(batches[-max(retention.newest, 1) :])
+        if retention.every is not None:
+            spans = [batch // retention.every for batch in batches]
+            kept |= {batch for batch, span, last in zip(batches, spans, [0, *spans], strict=False) if span > last}
+        if retention.best is not None:
+            measured = {batch: self._metric(batch, retention.best) for batch in batches}
+            finite = [batch for batch, value in measured.items() if math.isfinite(value)]
+            kept |= {min(finite, key=measured.__getitem__)} if finite else set()
+        for batch in batches:
+            if batch not in kept and not in_use(self.path(batch)):
+                self.delete(batch)
+
+    def delete(self, batch: int) -> None:
+        """Delete a checkpoint; interrupted, it leaves no directory that counts as one."""
+        (self.path(batch) / COMMIT_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.path(batch))
+
+    def _metric(self, batch: int, name: str) -> float:
+        return Manifest.read(self.path(batch)).origin.metrics.get(name, math.nan)
+
+
+@contextmanager
+def using(checkpoint: Path) -> Iterator[None]:
+    """While it is entered, no run on this machine deletes ``checkpoint`` (where the file system has locks)."""
+    with (checkpoint / COMMIT_FILE).open("rb") as marker:
+        fcntl.flock(marker, fcntl.LOCK_SH)
+        yield
+
+
+def in_use(checkpoint: Path) -> bool:
+    """Whether a process is :func:`using` it."""
+    if not (checkpoint / COMMIT_FILE).is_file():
+        return False
+    with (checkpoint / COMMIT_FILE).open("rb") as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+def entries(root: Path) -> list[Path]:
+    """What is, was, or is about to become a checkpoint in ``root``, by batch and name."""
+    if not root.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in root.iterdir() if (match := _ANY_NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def find_checkpoint(path: str) -> Path:
@@ -78,10 +179,12 @@ def find_checkpoint(path: str) -> Path:
         UserError: There is none.
     """
     given = Path(path)
-    if (given / STATE_FILE).is_file():
+    if is_committed(given):
         return given
     for root in (given / "checkpoints", given):
         latest = CheckpointStore(root).latest()
         if latest is not None:
             return latest
+    if (given / STATE_FILE).is_file():
+        Manifest.read(given)  # says what is wrong with it
     raise UserError(f"load_path: no complete checkpoint at {path}")

@@ -47,6 +47,7 @@ def _add_export(actions: Any) -> None:
     parser = actions.add_parser("export", help="checkpoint -> Hugging Face directory", allow_abbrev=False)
     _path(parser, "--checkpoint", "a checkpoint of any mesh, or the run that holds it")
     _path(parser, "--hf", "directory to make")
+    _ema(parser)
     parser.add_argument("--family", metavar="F", help="model_type to export as (default: the first that fits)")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer (default: the run's)")
     _dtype(parser)
@@ -58,6 +59,7 @@ def _add_consolidate(actions: Any) -> None:
     parser = actions.add_parser("consolidate", help="checkpoint -> safetensors with our names", allow_abbrev=False)
     _path(parser, "--checkpoint", "a checkpoint of any mesh, or the run that holds it")
     _path(parser, "--output", "a file *.safetensors, or a directory")
+    _ema(parser)
     _shard_size(parser)
 
 
@@ -84,7 +86,7 @@ def _import(args: argparse.Namespace) -> Summary:
 
 
 def _export(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.convert import export_hf
+    from moefoundry.checkpoint.convert import Weights, export_hf
     from moefoundry.checkpoint.tensor_map import Dtype
 
     return export_hf(
@@ -95,13 +97,15 @@ def _export(args: argparse.Namespace) -> Summary:
         max_shard_bytes=args.max_shard_size,
         tokenizer=args.tokenizer,
         tolerance=args.tolerance if args.verify else None,
+        weights=Weights.ema if args.ema else Weights.trained,
     )
 
 
 def _consolidate(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.convert import consolidate
+    from moefoundry.checkpoint.convert import Weights, consolidate
 
-    return consolidate(args.checkpoint, args.output, args.max_shard_size)
+    weights = Weights.ema if args.ema else Weights.trained
+    return consolidate(args.checkpoint, args.output, args.max_shard_size, weights)
 
 
 def _upcycle(args: argparse.Namespace) -> Summary:
@@ -117,6 +121,10 @@ _ACTIONS = {"import": _import, "export": _export, "consolidate": _consolidate, "
 
 def _path(parser: argparse.ArgumentParser, option: str, text: str) -> None:
     parser.add_argument(option, type=Path, required=True, metavar="PATH", help=text)
+
+
+def _ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ema", action="store_true", help="the moving average in place of the trained parameters")
 
 
 def _dtype(parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likely tokens of probability P in all")
     parser.add_argument("--seed", type=int, metavar="S", help="another seed draws other tokens (default 0)")
+    parser.add_argument("--ema", action="store_true", help="with the moving average of the parameters")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     import warnings
     from itertools import takewhile
 
-    from moefoundry.checkpoint.convert import load_model
+    from moefoundry.checkpoint.convert import Weights, load_model
     from moefoundry.config import UserError
     from moefoundry.data.tokenizer import check_vocabulary, load_tokenizer
     from moefoundry.evaluation.generation import decode_stream, encode_prompt, generate
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if not len(prompt_ids):
         raise UserError(f"--prompt {args.prompt!r}: has no token")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
-    model = load_model(checkpoint).to(device)
+    model = load_model(checkpoint, Weights.ema if args.ema else Weights.trained).to(device)
     check_vocabulary(directory, model.cfg.vocab_size)
 
     print(args.prompt, end="", flush=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from moefoundry import __version__
 from moefoundry.config.errors import UserError
 
-COMMANDS = ["convert", "generate", "plan", "prepare", "train", "validate"]
+COMMANDS = ["checkpoint", "convert", "generate", "plan", "prepare", "train", "validate"]
 EXIT_USER_ERROR = 2
 
 

@@ -23,22 +23,25 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moefoundry.config import UserError, load_recipe, split_arguments
+    from moefoundry.config import DataError, UserError, load_recipe, redact_argument, split_arguments
 
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     try:
         path, overrides = split_arguments(args.arguments)
         recipe = load_recipe(path, overrides, world_size=world_size)
 
-        from moefoundry.train import train
+        from moefoundry.callbacks.signals import EXIT_STOPPED
+        from moefoundry.train import stopped_by, train
 
-        train(recipe, command=[*_launcher(world_size), "scripts/train.py", *args.arguments])
-    except UserError:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
+        arguments = map(redact_argument, args.arguments)
+        trainer = train(recipe, command=[*_launcher(world_size), "scripts/train.py", *arguments])
+    except UserError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, DataError):
             raise
         time.sleep(1)  # launchers end every rank when one ends: let the first of this node say why
         return 2
-    return 0
+    return EXIT_STOPPED if stopped_by(trainer) else 0
 
 
 def _launcher(world_size: int) -> list[str]:

@@ -1,10 +1,10 @@
 """Recipes: typed schema, strict loader, errors that name the key. Imports neither torch nor Composer."""
 
 from moefoundry.config.checks import check_recipe
-from moefoundry.config.dump import diff_recipes, dump_recipe, flatten
-from moefoundry.config.errors import ConfigError, Problem, UserError
+from moefoundry.config.dump import diff_recipes, dump_recipe, flatten, redacted
+from moefoundry.config.errors import ConfigError, DataError, Problem, UserError
 from moefoundry.config.loader import load_recipe
-from moefoundry.config.overrides import split_arguments
+from moefoundry.config.overrides import redact_argument, split_arguments
 from moefoundry.config.schema import (
     ActivationCheckpointing,
     AlgorithmsConfig,
@@ -38,6 +38,7 @@ from moefoundry.config.schema import (
     MoEConfig,
     Moments,
     MtpConfig,
+    NonFinite,
     NormConfig,
     NormKind,
     OptimizerConfig,
@@ -69,6 +70,7 @@ __all__ = [
     "ConfigError",
     "ConstantWithWarmupConfig",
     "CosineWithWarmupConfig",
+    "DataError",
     "DatasetConfig",
     "EmaConfig",
     "ExpertBackend",
@@ -89,6 +91,7 @@ __all__ = [
     "ModelConfig",
     "Moments",
     "MtpConfig",
+    "NonFinite",
     "NormConfig",
     "NormKind",
     "OptimizerConfig",
@@ -111,5 +114,7 @@ __all__ = [
     "dump_recipe",
     "flatten",
     "load_recipe",
+    "redact_argument",
+    "redacted",
     "split_arguments",
 ]

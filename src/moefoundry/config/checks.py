@@ -229,6 +229,12 @@ def _sequence_length(recipe: Recipe, _: int | None) -> Iterator[Problem]:
             yield Problem(f"{name}.dataset.max_seq_len", message, allowed=str(recipe.max_seq_len))
 
 
+@rule("ema", "eval_loader")
+def _evaluated_average(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    if recipe.ema is not None and recipe.ema.evaluate and recipe.eval_loader is None:
+        yield Problem("ema.evaluate", "true, but eval_loader is null", allowed="false")
+
+
 @rule("scheduler.t_warmup", "max_duration")
 def _warmup(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     warmup, unit = _duration(recipe.scheduler.t_warmup)

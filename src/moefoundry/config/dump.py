@@ -7,18 +7,28 @@ from typing import Any
 import yaml
 
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import join, plain, show
+from moefoundry.config.spec import join, plain, redact, show
 from moefoundry.config.yaml_reader import StrictDumper
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML of every key, resolved, in the schema's order. ``load_recipe`` reads it back to an equal recipe."""
-    return yaml.dump(plain(recipe), Dumper=StrictDumper, sort_keys=False, width=120)
+    """YAML of every key, resolved, in the schema's order. ``load_recipe`` reads it back to an equal recipe, but for
+    secrets, which are redacted here and below: all of this is kept and shown."""
+    return yaml.dump(redacted(plain(recipe), ""), Dumper=StrictDumper, sort_keys=False, width=120)
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
     """Dotted key -> value; lists and empty mappings are leaves, enum members are strings."""
-    return dict(_leaves(plain(recipe), ""))
+    return dict(_leaves(redacted(plain(recipe), ""), ""))
+
+
+def redacted(value: Any, path: str) -> Any:
+    """The plain ``value`` of the key ``path`` with every string as :func:`redact` leaves it."""
+    if isinstance(value, dict):
+        return {name: redacted(child, join(path, name)) for name, child in value.items()}
+    if isinstance(value, list):
+        return [redacted(item, path) for item in value]
+    return redact(value, path) if isinstance(value, str) else value
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moefoundry.config.spec import redact
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -27,7 +29,7 @@ class Problem:
             parts.append(f"allowed: {self.allowed}")
         if self.suggestion:
             parts.append(f"did you mean {self.suggestion!r}?")
-        return "; ".join(parts)
+        return redact("; ".join(parts))
 
 
 class UserError(Exception):
@@ -35,6 +37,10 @@ class UserError(Exception):
 
     The command line prints it to standard error without a traceback and exits with status 2.
     """
+
+
+class DataError(UserError):
+    """Data that turn out to be unusable while they are read, perhaps by one rank alone: that rank is to say so."""
 
 
 class ConfigError(UserError, ValueError):

@@ -13,7 +13,7 @@ from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import looks_secret, show, specs
+from moefoundry.config.spec import looks_secret, redact, show, specs
 from moefoundry.config.yaml_reader import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
@@ -26,6 +26,12 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     if arguments and not arguments[0].startswith("-") and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
         return arguments[0], list(arguments[1:])
     return None, list(arguments)
+
+
+def redact_argument(argument: str) -> str:
+    """An argument of the command line as it may be shown and kept."""
+    path, equals, value = argument.partition("=")
+    return path + equals + redact(value, path) if equals else redact(argument)
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:

@@ -15,9 +15,13 @@ from typing import Any
 
 DURATION = r"\d+(ba|ep|tok|sp)|\d+(\.\d+)?dur"
 INTERVAL = r"[1-9]\d*(ba|ep|tok|sp)"
+BATCHES = r"[1-9]\d*ba"
+URL = r"[a-z][a-z0-9+.\-]*://\S+"
 PATTERN_HINTS = {
     DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",
     INTERVAL: "a duration: a positive integer and ba, ep, tok or sp",
+    BATCHES: "a positive integer and ba",
+    URL: "a URL such as s3://bucket/run",
 }
 
 
@@ -282,6 +286,7 @@ class ActivationCheckpointing(StrEnum):
 @dataclass
 class EmaConfig:
     decay: float = key(0.999, "Decay of the parameters' moving average.", gt=0, lt=1)
+    evaluate: bool = key(False, "Evaluate the average in place of the trained parameters.")
 
 
 # ------------------------------------------------------------------------------------------------------ data and loop
@@ -300,6 +305,9 @@ class DatasetConfig:
     shuffle: bool = key(True, "Shuffle samples.")
     shuffle_seed: int = key("${seed}", "Seed of the shuffle.", ge=0)
     max_seq_len: int = key("${max_seq_len}", "Tokens a sample; must be what the data were packed to.", ge=2)
+    validate_hash: str | None = key(
+        "xxh64", "Hash in the index that each shard is checked against before it is first read; null compares sizes."
+    )
 
 
 def _eval_dataset() -> DatasetConfig:
@@ -366,6 +374,11 @@ class ClippingType(StrEnum):
 class GradientClippingConfig:
     clipping_type: ClippingType = key(ClippingType.norm, "How gradients are clipped.")
     clipping_threshold: float = key(1.0, "Largest global gradient norm.", gt=0)
+
+
+class NonFinite(StrEnum):
+    stop = "stop"
+    skip = "skip"
 
 
 @dataclass
@@ -448,13 +461,16 @@ class Recipe:
         ActivationCheckpointing.none, "What the backward pass recomputes."
     )
     compile: bool = key(False, "torch.compile of attention, router and dense feed-forward networks.")
-    ema: EmaConfig | None = key(None, "Moving average of the parameters.", available=(None,))
+    ema: EmaConfig | None = key(None, "Moving average of the parameters, in CPU memory.")
     tokenizer: TokenizerConfig = key(TokenizerConfig, "Tokenizer.")
     train_loader: LoaderConfig = key(LoaderConfig, "Training data.")
     eval_loader: LoaderConfig | None = key(_eval_loader, "Held-out data; null does not evaluate.")
     optimizer: OptimizerConfig = key(OptimizerConfig, "Optimizer.")
     scheduler: SchedulerConfig = key(CosineWithWarmupConfig, "Learning-rate schedule.", variants=SCHEDULERS, tag="name")
     algorithms: AlgorithmsConfig = key(AlgorithmsConfig, "Changes to the training loop.")
+    nonfinite: NonFinite = key(
+        NonFinite.stop, "A loss or gradient that is not finite stops the run before the update, or skips the step."
+    )
     callbacks: CallbacksConfig = key(CallbacksConfig, "Monitors.")
     loggers: LoggersConfig = key(LoggersConfig, "Where metrics go besides metrics.jsonl.")
     max_duration: str = key("200ba", "Length of training.", pattern=INTERVAL)
@@ -463,8 +479,17 @@ class Recipe:
     device_train_microbatch_size: int = key(2, "Sequences of one forward pass of one rank.", ge=1)
     device_eval_batch_size: int = key(4, "Sequences of one evaluation batch of one rank.", ge=1)
     save_interval: str = key("100ba", "Time between checkpoints.", pattern=INTERVAL)
+    save_async: bool = key(True, "Train on while a checkpoint is written; false waits for it.")
     save_num_checkpoints_to_keep: int = key(2, "Newest checkpoints kept; -1 keeps all.", ge=-1)
-    load_path: str | None = key(None, "Checkpoint to start from.")
+    save_keep_every: str | None = key(
+        None, "Of each such span, the first checkpoint is kept for good.", pattern=BATCHES
+    )
+    save_keep_best: str | None = key(None, "A metric of metrics.jsonl; the checkpoint where it was lowest is kept.")
+    save_remote: str | None = key(None, "Checkpoints are also uploaded to this URL.", pattern=URL)
+    load_path: str | None = key(None, "Checkpoint to start from; may be a URL.")
+    allow_batch_size_change: bool = key(
+        False, "Resume with another global_train_batch_size, although the rest of the epoch is then drawn anew."
+    )
     autoresume: bool = key(False, "Continue from the newest checkpoint of run_dir, if there is one.")
     dist_timeout: float = key(600.0, "Seconds after which a collective gives up.", gt=0)
     progress_bar: bool = key(True, "Progress bar on a terminal.")

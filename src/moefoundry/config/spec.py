@@ -145,6 +145,33 @@ def looks_secret(name: str) -> bool:
     return re.search(r"key|token(?!izer)|secret|passw|credential", name, re.IGNORECASE) is not None
 
 
+_TOKEN = re.compile(
+    r"""\b(?: hf_[A-Za-z0-9]{20,}          # Hugging Face
+        | sk-[A-Za-z0-9_-]{20,}         # OpenAI, Anthropic
+        | (?:AKIA|ASIA)[A-Z0-9]{16}     # AWS
+        | gh[pousr]_[A-Za-z0-9]{20,}    # GitHub
+        | glpat-[A-Za-z0-9_-]{20,}      # GitLab
+        | AIza[A-Za-z0-9_-]{35}         # Google
+        | xox[abprs]-[A-Za-z0-9-]{10,}  # Slack
+        | dapi[0-9a-f]{32}              # Databricks
+    )\b | (?<=://) [^/\s:@]*:[^/\s@]+ (?=@)  # the password of an address""",
+    re.VERBOSE,
+)
+_WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # so is a commit of git, which elsewhere may be shown
+REDACTED = "(secret)"
+
+
+def redact(text: str, path: str = "") -> str:
+    """``text`` without what looks like a token of a well-known service, wherever in a recipe it was pasted.
+
+    Args:
+        text: What is about to be shown or kept.
+        path: Its key, where it is the value of one.
+    """
+    text = _TOKEN.sub(REDACTED, text)
+    return _WANDB_KEY.sub(REDACTED, text) if path.startswith("loggers.") else text
+
+
 def show(value: Any) -> str:
     """A value as its author would recognize it in YAML, cut to a line."""
     if value is None:
@@ -153,5 +180,5 @@ def show(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list"
-    text = repr(str(value)) if isinstance(value, str) else repr(value)
+    text = repr(redact(str(value))) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

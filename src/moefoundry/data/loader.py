@@ -15,38 +15,39 @@ workers. That needs three choices:
 - shuffle ``py1e``: it spreads the samples of every shard over a wide range, so that neighbours from one document part.
   (``py1s`` keeps the samples of a shard together, which is a poor shuffle of a corpus of few shards.)
 
-Without ``drop_last`` (evaluation) every sample is read at least once; if the ranks do not divide the split, up to
-``ranks - 1`` samples are read twice.
+Without ``drop_last`` (evaluation) every sample is read. If the ranks do not divide the split, up to ``ranks - 1`` of
+them are read twice, so that every rank has as many batches; the labels of a repeat are ``IGNORE_INDEX``, so that each
+sample counts once on any number of ranks.
 
-Shared memory. The library keeps its state in /dev/shm, under the first free prefix, and removes it at exit. What a
-killed run leaves is skipped by the next one. ``clean_stale_shared_memory`` of the library is *not* called: it unlinks
-the segments of every other run of the user on the machine, alive or not, and is a collective. The one failure that
-stale segments do cause (a download directory believed to be in use) is reported by the library, with this remedy.
+What happens when shards are damaged, missing or stale is in :mod:`moefoundry.data.guard`.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from streaming import StreamingDataLoader, StreamingDataset
+from numpy.typing import NDArray
+from streaming import StreamingDataLoader
 from streaming.base.world import World
 from torch import Tensor
 
-from moefoundry.config.errors import UserError
+from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig
+from moefoundry.data.guard import CheckedStream, GuardedDataset
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer
+from moefoundry.ops.cross_entropy import IGNORE_INDEX
 
-VALIDATE_HASH = "xxh64"  # of downloaded shards; fast enough to be free beside the network
 TOKENS = "tokens"
 
 
-class TokenDataset(StreamingDataset):
+class TokenDataset(GuardedDataset):
     """Packed samples as tensors. Construction is collective: every rank makes it at the same point.
 
     Args:
@@ -57,18 +58,19 @@ class TokenDataset(StreamingDataset):
         eos_id: The token that ends a document; None does not tell documents apart.
 
     Raises:
-        UserError: The split is smaller than one global batch and ``drop_last`` is set; from ``[]``: a sample does not
-            have the recipe's length or has a token outside the vocabulary.
+        UserError: The split is smaller than one global batch and ``drop_last`` is set; and as
+            :class:`GuardedDataset`.
+        DataError: From ``[]``: a sample does not have the recipe's length or has a token outside the vocabulary.
     """
 
     def __init__(
         self, config: DatasetConfig, *, batch_size: int, drop_last: bool, vocab_size: int, eos_id: int | None = None
     ) -> None:
+        stream = CheckedStream(
+            local=config.local, remote=config.remote, split=config.split, algorithm=config.validate_hash
+        )
         super().__init__(
-            local=config.local,
-            remote=config.remote,
-            split=config.split,
-            validate_hash=VALIDATE_HASH,
+            stream,
             batch_size=batch_size,
             shuffle=config.shuffle,
             shuffle_algo="py1e",
@@ -80,6 +82,8 @@ class TokenDataset(StreamingDataset):
         self.max_seq_len = config.max_seq_len
         self.vocab_size = vocab_size
         self.eos_id = eos_id
+        self.drop_last = drop_last
+        self._repeats: NDArray[np.bool_] | None = None
         if drop_last:
             self._cut_to_global_batches(batch_size)
 
@@ -96,18 +100,62 @@ class TokenDataset(StreamingDataset):
         self.streams[0].choose = self.epoch_size
         self.length = self.epoch_size // ranks
 
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """The samples of this process in this epoch; see :class:`GuardedDataset`."""
+        for position, sample in enumerate(super().__iter__()):
+            if self._repeats is not None and self._repeats[position]:
+                sample = sample | {"labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
+            yield sample
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        sample_ids = super()._get_work(epoch, sample_in_epoch)
+        if self._repeats is not None:
+            world = self._parallel_worker_world
+            own = self._repeats[world.node, world.rank_of_node, world.worker_of_rank].flatten()
+            self._repeats = own[sample_ids != -1]
+        return sample_ids
+
+    def _share_work(self, sample_ids: NDArray[np.int64]) -> Any:
+        """Called in one process of a node, with the samples of all: ``[node, rank, worker, batch, sample]``."""
+        self._repeats = None if self.drop_last else _repeated(sample_ids)
+        return super()._share_work(sample_ids)
+
+    def _attach_work(self) -> Any:
+        """Called in the other processes; what it returns begins with the samples of all."""
+        work = super()._attach_work()
+        self._repeats = None if self.drop_last else _repeated(work[0])
+        return work
+
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
         """One sample: ``input_ids``, ``labels`` and, with an ``eos_id``, ``sequence_id``, int64 [S] each."""
         tokens = super().get_item(sample_id, retry)[TOKENS]
         if tokens.shape != (self.max_seq_len,):
-            raise UserError(
+            raise DataError(
                 f"{self.place}: a sample of {len(tokens)} tokens, and the recipe's max_seq_len is {self.max_seq_len}"
             )
         if tokens.max() >= self.vocab_size:
-            raise UserError(f"{self.place}: token {tokens.max()}, and the model's vocab_size is {self.vocab_size}")
+            raise DataError(f"{self.place}: token {tokens.max()}, and the model's vocab_size is {self.vocab_size}")
         input_ids = torch.from_numpy(tokens.astype(np.int64))
         sample = {"input_ids": input_ids, "labels": input_ids.clone()}
         return sample if self.eos_id is None else sample | {"sequence_id": number_documents(input_ids, self.eos_id)}
+
+
+def _repeated(sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Of the same shape: whether a sample is there already, further to the front."""
+    repeated = np.ones(sample_ids.size, bool)
+    repeated[np.unique(sample_ids, return_index=True)[1]] = False
+    return repeated.reshape(sample_ids.shape)
+
+
+class TokenDataLoader(StreamingDataLoader):
+    """A ``StreamingDataLoader`` whose errors are one line, also those of its worker processes."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            _traceback, of_worker, line = str(error).rpartition(f"{type(error).__name__}: ")
+            raise (type(error)(line.strip()) if of_worker else error) from None
 
 
 def number_documents(tokens_S: Tensor, eos_id: int) -> Tensor:
@@ -132,8 +180,8 @@ def build_loader(
             itself which token ends its documents, remote data do not.
 
     Raises:
-        UserError: The data are absent, incomplete, too few, or do not fit the recipe. Local data are checked before
-            anything is allocated; remote data as they arrive.
+        UserError: The data are absent, incomplete, too few, or do not fit the recipe. Sizes and small files of local
+            data are checked before anything is allocated; contents, and remote data, as they are first needed.
     """
     if config.dataset.remote is None:
         check_local(config.dataset, model_vocab_size)
@@ -144,7 +192,7 @@ def build_loader(
         vocab_size=model_vocab_size,
         eos_id=None if documents_of is None else _eos_id(config.dataset, documents_of),
     )
-    return StreamingDataLoader(
+    return TokenDataLoader(
         dataset,
         batch_size=batch_size,
         num_workers=config.num_workers,
@@ -192,7 +240,7 @@ def check_local(config: DatasetConfig, model_vocab_size: int) -> None:
 
 
 def _check_shards(directory: Path) -> None:
-    """Every shard of the index is there with its size and can be validated: the library would stall or stop early."""
+    """Every shard of the index is there with its size: known at once, what would else end the run at the shard."""
     file = directory / "index.json"
     try:
         shards: list[dict[str, Any]] = json.loads(file.read_text())["shards"]
@@ -201,8 +249,6 @@ def _check_shards(directory: Path) -> None:
     for shard in shards:
         info = shard["raw_data"]
         path = directory / info["basename"]
-        if VALIDATE_HASH not in info["hashes"]:
-            raise UserError(f"{file}: no {VALIDATE_HASH} of {info['basename']}; prepare the data again")
         if not path.is_file():
             raise UserError(f"{path}: missing shard")
         if path.stat().st_size != info["bytes"]:

@@ -10,6 +10,8 @@ one of these moments of a micro-batch:
 
 The root unit stays gathered throughout. From the second micro-batch on all gradients exist at each of these moments;
 they are counted so for one micro-batch too. Not counted: the CUDA context, communication buffers, fragmentation.
+
+The moving average of the parameters is in the memory of the host, and counted apart from the device's.
 """
 
 from __future__ import annotations
@@ -53,23 +55,25 @@ class Transient:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the rank that needs most.
+    """Bytes of the rank that needs most; all but ``host`` on its device.
 
     Attributes:
         parameters: fp32 shards, with FSDP's padding; exact.
         gradients: Reduced, as the parameters; exact.
         optimizer: AdamW's two moments, without padding; exact.
         peak: What comes and goes, when it is largest; an estimate.
+        host: Of the CPU: the moving average and, page-locked, the copies that it is made from; exact.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     peak: Transient
+    host: int
 
     @property
     def total(self) -> int:
-        """The most that exists at a time."""
+        """The most that exists at a time on the device."""
         return self.parameters + self.gradients + self.optimizer + self.peak.total
 
 
@@ -94,6 +98,7 @@ def memory(
         gradients=FP32 * stored,
         optimizer=2 * moment_bytes * owned,
         peak=max(moments, key=lambda moment: moment.total),
+        host=2 * FP32 * owned if recipe.ema else 0,
     )
 
 

@@ -41,6 +41,7 @@ def _memory(plan: Plan, memory_gb: float) -> list[str]:
     return [
         *_columns([("memory of a rank", "GiB", ""), *((name, _gib(size), note) for name, size, note in rows if size)]),
         f"{verdict} {memory_gb:g} GB ({_gib(memory_gb * 1e9)} GiB)",
+        *([f"and of the host's memory, for the moving average: {_gib(memory.host)} GiB"] if memory.host else []),
     ]
 
 

@@ -1,0 +1,136 @@
+"""What must not go on in silence: numbers that are not finite, and ranks that do not answer.
+
+The gradient norm of every step is the same on all ranks and is not finite if any gradient is not, so looking at it,
+and at each rank's own loss, costs one all-reduce of a scalar. Only when something is wrong are tensors looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moefoundry.callbacks.gradient_norm import GradientNorm
+from moefoundry.config import NonFinite, UserError
+
+MAX_NAMES = 8  # of one rank's tensors in a message
+MAX_SKIPPED_IN_A_ROW = 100
+"""Steps. Skipped ones leave the weights as they are: so many batches that all fail are no accident of the data."""
+
+
+class NonFiniteError(UserError):
+    """A loss or a gradient was not finite; the weights are those before the step."""
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed on this rank: another rank is late, or gone."""
+
+
+class FiniteCheck(Callback):
+    """Stops before the update, or skips it, on all ranks, when the loss or a gradient of any rank is not finite.
+
+    It must come right after ``gradient_norm``. Where all is finite, nothing is changed.
+
+    Args:
+        gradient_norm: Has the norm of the step.
+        action: ``skip`` leaves weights and optimizer alone in that step and logs ``skipped_steps`` = 1; the schedule,
+            the position in the data and the clock go on.
+
+    Raises:
+        NonFiniteError: On every rank: with ``stop``, or after many skipped steps in a row.
+    """
+
+    def __init__(self, gradient_norm: GradientNorm, action: NonFinite) -> None:
+        self.gradient_norm = gradient_norm
+        self.action = action
+        self._losses: dict[str, Tensor] = {}
+        self._skipped_in_a_row = 0
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        for name, loss in state.loss.items():  # sums over micro-batches
+            self._losses[name] = self._losses[name] + loss.detach() if name in self._losses else loss.detach()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        losses, self._losses = self._losses, {}
+        finite = losses["total"].isfinite() & self.gradient_norm.norm.isfinite()
+        finite = finite.to(torch.int32)
+        dist.all_reduce(finite, reduce_operation="MIN")
+        if finite:
+            self._skipped_in_a_row = 0
+            return
+        message = f"batch {state.timestamp.batch.value + 1}: {_describe(losses, state.model)}"
+        self._skipped_in_a_row += 1
+        if self.action == NonFinite.stop:
+            raise NonFiniteError(f"{message}. The weights were not updated; nonfinite=skip leaves out such steps")
+        if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(f"{message}. {MAX_SKIPPED_IN_A_ROW} steps before it were skipped")
+        for parameter in state.model.parameters():
+            parameter.grad = None  # an optimizer passes over parameters without one, and over their state
+        logger.log_metrics({"skipped_steps": 1})
+        if dist.get_global_rank() == 0:
+            print(f"{message}. The step is skipped", file=sys.stderr, flush=True)
+
+
+def step_was_skipped(model: nn.Module) -> bool:
+    """Whether the optimizer had nothing to do in the step that just ended."""
+    return all(parameter.grad is None for parameter in model.parameters())
+
+
+def _describe(losses: dict[str, Tensor], model: nn.Module) -> str:
+    """What is not finite, by rank: its own loss, and its shards of gradients, from the loss backwards."""
+    bad_losses = [name for name, loss in losses.items() if not loss.isfinite().all()]
+    gradients = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.grad)]
+    parts = []
+    for rank, (loss_names, gradient_names) in enumerate(dist.all_gather_object((bad_losses, gradients[::-1]))):
+        if loss_names:
+            parts.append(f"loss {', '.join(loss_names)} of rank {rank}")
+        if gradient_names:
+            more = f" and {len(gradient_names) - MAX_NAMES} more" if len(gradient_names) > MAX_NAMES else ""
+            parts.append(f"gradients of {', '.join(gradient_names[:MAX_NAMES])}{more} on rank {rank}")
+    return f"not finite: {'; '.join(parts) or 'the norm of all gradients together, each of which is finite'}"
+
+
+def _is_finite(gradient: Tensor | None) -> bool:
+    shard = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return shard is None or bool(shard.isfinite().all())
+
+
+@contextmanager
+def named_collectives(timeout_seconds: float) -> Iterator[None]:
+    """Say which collective failed; what the backend raises says no more than that a peer was late, or is gone.
+
+    Args:
+        timeout_seconds: After which a collective gives up; for the message.
+
+    Raises:
+        CollectiveError: From the backend's error. NCCL's watchdog ends the process itself and names the collective.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
+            raise
+        raise CollectiveError(
+            f"rank {dist.get_global_rank()}: {_last_collective()} failed: another rank did not join it within "
+            f"dist_timeout, {timeout_seconds:g} seconds, or has ended ({error})"
+        ) from error
+
+
+def _last_collective() -> str:
+    """The collective that this rank began last, of torch's flight recorder, which is on by default."""
+    trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
+    if not trace.get("entries"):
+        return "a collective"
+    last = trace["entries"][-1]
+    operands = [f"{dtype}{size}" for dtype, size in zip(last["input_dtypes"], last["input_sizes"], strict=True)]
+    number, group = last["collective_seq_id"], last["process_group"][1]
+    return f"{last['profiling_name']}({', '.join(operands)}), number {number} of group {group}"

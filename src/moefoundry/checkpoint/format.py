@@ -1,0 +1,189 @@
+"""What the files of a checkpoint are: torch's distributed checkpoint (DCP), read without trusting it.
+
+``.metadata`` is a pickle that says which tensors there are and where the blocks of each lie; a block is what
+``torch.save`` makes of one tensor. DCP's own reader unpickles ``.metadata`` without restriction; here only the few
+classes that belong there are accepted, and since every entry is a tensor, nothing else is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+
+from moefoundry.config import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+METADATA_FILE = ".metadata"
+
+_METADATA_CLASSES = {
+    ("torch.distributed.checkpoint.metadata", name)
+    for name in (
+        "Metadata",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "MetadataIndex",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch._utils", "_rebuild_device"),
+    ("torch", "device"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
+        if is_dtype or (module, name) in _METADATA_CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong there; refused")
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Which tensors a checkpoint holds, and where.
+
+    Raises:
+        UserError: The file is missing or damaged, or names anything but tensors.
+    """
+    path = directory / METADATA_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: unreadable checkpoint metadata: {error}") from error
+    return parse_metadata(path, content)
+
+
+def parse_metadata(path: Path, content: bytes) -> Metadata:
+    """The metadata that ``content``, read from ``path``, is.
+
+    Raises:
+        UserError: As :func:`read_metadata`.
+    """
+    try:
+        metadata: Metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise UserError(f"{path}: unreadable checkpoint metadata: {error}") from error
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise UserError(f"{path}: entry {name!r} is no tensor; refused")
+    try:
+        for name, entry in tensor_entries(metadata).items():
+            _check_entry(name, entry, metadata.storage_data)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:  # unpickled objects may lack anything
+        raise UserError(f"{path}: unreadable checkpoint metadata: {error}") from error
+    return metadata
+
+
+def _check_entry(name: str, entry: TensorStorageMetadata, places: Mapping[MetadataIndex, _StorageInfo]) -> None:
+    """Blocks lie inside their tensor and make it up, and have the bytes for it: what a reader allocates is there."""
+    if not isinstance(entry.size, torch.Size) or not isinstance(entry.properties.dtype, torch.dtype):
+        raise ValueError(f"{name}: no shape or no dtype")
+    found = 0
+    for chunk in entry.chunks:
+        box = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+        place = places.get(MetadataIndex(name, chunk.offsets))
+        if place is None or any(offset < 0 or size < 0 or offset + size > whole for offset, size, whole in box):
+            raise ValueError(f"{name}: a block is in no file, or outside its tensor")
+        numbers = (place.offset, place.length)
+        if not isinstance(place.relative_path, str) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError(f"{name}: {place.relative_path!r}, {numbers} is no place")
+        count = math.prod(chunk.sizes)
+        if place.length < count * entry.properties.dtype.itemsize:
+            raise ValueError(f"{name}: {place.length} bytes for {count} values")
+        found += count
+    if found != math.prod(entry.size):
+        raise ValueError(f"a part of {name} is in no file: blocks of {found} values for shape {tuple(entry.size)}")
+
+
+def tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Its tensors by name."""
+    return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+
+
+def layout_in(part: FilePart, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The tensor that ``torch.save`` has written there, on meta: its strides, and where its values are.
+
+    Raises:
+        ValueError: It is another tensor than ``shape`` and ``dtype`` say.
+        Exception: Whatever torch raises where it is none at all.
+    """
+    layout: Tensor = torch.load(cast(IO[bytes], part), map_location="meta", weights_only=True)
+    if (layout.shape, layout.dtype) != (shape, dtype):
+        raise ValueError(f"holds {layout.dtype} {tuple(layout.shape)}, not {dtype} {tuple(shape)}")
+    return layout
+
+
+def values_in(memory: Buffer, offset: int, layout: Tensor) -> Tensor:
+    """The tensor that ``torch.save`` has written at ``offset``, sharing ``memory``."""
+    storage = layout.untyped_storage()
+    count = storage.nbytes() // layout.dtype.itemsize
+    if not count:
+        return torch.empty(layout.shape, dtype=layout.dtype)
+    start = offset + values_offset(layout)
+    values = torch.frombuffer(memory, dtype=layout.dtype, count=count, offset=start)
+    return values.as_strided(layout.shape, layout.stride(), layout.storage_offset())
+
+
+def values_offset(layout: Tensor) -> int:
+    """Bytes from the start of what ``torch.save`` has written to the first value."""
+    return int(layout.untyped_storage()._checkpoint_offset or 0)
+
+
+class FilePart(io.RawIOBase):
+    """A part of an open file, as a file.
+
+    Args:
+        descriptor: Of the file; its own position is neither used nor moved.
+        offset: Where the part begins.
+        length: Of the part in bytes.
+
+    Attributes:
+        bytes_read: So far.
+    """
+
+    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+        self._descriptor = descriptor
+        self._offset = offset
+        self._length = length
+        self._position = 0
+        self.bytes_read = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._length)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        room = max(0, self._length - self._position)
+        count = os.preadv(self._descriptor, [memoryview(buffer)[:room]], self._offset + self._position)
+        self._position += count
+        self.bytes_read += count
+        return count

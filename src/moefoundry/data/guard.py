@@ -1,0 +1,291 @@
+"""Guards around mosaicml-streaming: shards that cannot be trusted end the run, and the error names them.
+
+What the library (0.13) does by itself, and what is done about it here:
+
+- A prefetch thread that fails sets a flag of its process, which the loop over samples takes for the end of the epoch:
+  training goes on, or ends with exit status 0. Here the flag carries the reason, the loop raises it, and the samples
+  of every epoch are counted, whatever ended it.
+- The failed shard stays "being prepared" for ever, so that the other processes of the node wait for it. Here the flag
+  is one file of the node (:class:`NodeFailure`), and the shard goes back to "remote".
+- Only a download is validated. A shard that lies there already is not, not even the corrupt download that ended the
+  run before. Here every shard starts as "remote", and "preparing" it checks its hash (:class:`CheckedStream`): in the
+  prefetch thread, ahead of its first sample, and once a node, as the library's own states see to.
+- A cached index is never compared with the remote one. Here it is, at the start.
+- Segments of shared memory that a killed run has left make its cache "in use" for ever. Here a run that starts removes
+  those of dead runs of this program (:func:`remove_stale_segments`).
+
+A process that dies while it prepares a shard is not noticed here: its rank's DataLoader notices a dead worker, and
+launchers end every rank when one ends.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import uuid
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming import Stream, StreamingDataset
+from streaming.base.constant import SHM_TO_CLEAN
+from streaming.base.dataset import _ShardState
+from streaming.base.distributed import all_gather_object, barrier
+from streaming.base.format import FileInfo, Reader, get_index_basename
+from streaming.base.hashing import get_hash, is_hash
+from streaming.base.world import World
+
+from moefoundry.config.errors import DataError, UserError
+
+MARKER = "moefoundry"  # follows the number that begins the names of a dataset's segments
+SEGMENTS = Path("/dev/shm")
+
+
+class CheckedStream(Stream):
+    """Shards whose content is what the index says before any of their samples are read.
+
+    Args:
+        local: Directory of the data, or the cache of the remote ones.
+        remote: Where missing shards are downloaded from; None if all data are local.
+        split: Sub-directory of both.
+        algorithm: The hash to check, which the index must have of every shard; None compares sizes alone.
+    """
+
+    def __init__(self, *, local: str, remote: str | None, split: str, algorithm: str | None) -> None:
+        super().__init__(local=local, remote=remote, split=split)
+        self.algorithm = algorithm
+        self.directory = Path(local, split)
+
+    def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
+        """The index's shards. Collective: what is wrong on one node is raised on all.
+
+        Raises:
+            UserError: There is no index, it cannot be read, it differs from the remote one, or lacks the hash.
+        """
+        if self.remote is not None:
+            problems = all_gather_object(self._fetch_index() if world.is_local_leader else None)
+            if (problem := next(filter(None, problems), None)) is not None:
+                raise UserError(problem)
+        index = self.directory / get_index_basename()
+        try:
+            shards = super().get_shards(world, allow_unsafe_types)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{index}: cannot be read: {error}") from error
+        for info in (info for shard in shards for info, _ in shard.file_pairs):
+            if self.algorithm is not None and not (is_hash(self.algorithm) and self.algorithm in info.hashes):
+                there = ", ".join(sorted(info.hashes)) or "none"
+                raise UserError(
+                    f"{index}: no {self.algorithm} of {info.basename}; it has {there} "
+                    "(the recipe's dataset.validate_hash; null checks sizes alone)"
+                )
+        return shards
+
+    def _fetch_index(self) -> str | None:
+        """Download the remote index, once a node; what is wrong with it, if anything."""
+        name = get_index_basename()
+        here, there = self.directory / name, f"{self.remote}/{self.split}/{name}"
+        fresh = self.directory / f"{name}.{uuid.uuid4().hex}"  # nodes may share the directory
+        try:
+            self._download_file(name, fresh.name)
+        except Exception as error:  # every store has its own
+            return f"{there}: cannot be downloaded: {error}"
+        if not here.exists():
+            fresh.rename(here)
+            return None
+        same = fresh.read_bytes() == here.read_bytes()
+        fresh.unlink()
+        return None if same else f"{here}: differs from {there}: a cache of other data; delete {self.directory}"
+
+    def prepare_shard(self, shard: Reader) -> int:
+        """Download the shard if it is missing, and check it either way. Returns the bytes added to the cache.
+
+        Raises:
+            DataError: It cannot be had, or is not what the index says. A bad download is removed.
+        """
+        files = [self.directory / info.basename for pair in shard.file_pairs for info in pair if info]
+        missing = [file for file in files if not file.exists()]
+        if self.remote is None and missing == files:
+            raise DataError(f"{files[0]}: missing shard")
+        try:
+            added = super().prepare_shard(shard)
+            for info, _ in shard.file_pairs:
+                self._check(info)
+        except Exception as error:
+            downloaded = [file for file in missing if file.exists()]
+            for file in downloaded if self.remote is not None else []:
+                file.unlink()
+            if not missing:
+                remedy = "prepare the data again" if self.remote is None else "delete it, and it is downloaded again"
+                raise DataError(f"{files[0]}: {error}; {remedy}") from error
+            raise DataError(f"{self.remote}/{self.split}/{files[0].name}: {error or repr(error)}") from error
+        return added
+
+    def _check(self, info: FileInfo) -> None:
+        path = self.directory / info.basename
+        if (size := path.stat().st_size) != info.bytes:
+            raise ValueError(f"truncated shard: {size} bytes of {info.bytes}")
+        if self.algorithm is None or not size:
+            return
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if get_hash(self.algorithm, content) != info.hashes[self.algorithm]:
+                raise ValueError(f"corrupt shard: its {self.algorithm} is not the one in the index")
+
+
+class NodeFailure:
+    """The library's flag "a background thread has failed", shared by all processes of a node, with the reason.
+
+    A file that is empty until something fails. It lies beside the dataset's segments of shared memory, under their
+    number; while the process that created it lives, a lock on it says that the segments are in use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("a+b", buffering=0)
+
+    def __reduce__(self) -> tuple[type[NodeFailure], tuple[Path]]:
+        return type(self), (self.path,)  # DataLoader workers that are not forked get it pickled
+
+    @classmethod
+    def create(cls, path: Path) -> NodeFailure:
+        """Create the file; it is locked by the time that it can be seen. Removed when the process ends."""
+        hidden = path.with_name(f".{path.name}")
+        hidden.unlink(missing_ok=True)
+        failure = cls(hidden)
+        fcntl.flock(failure._file, fcntl.LOCK_EX)
+        failure.path = hidden.rename(path)
+        weakref.finalize(failure, _remove_in, os.getpid(), path)
+        return failure
+
+    def set(self, reason: str = "a shard could not be read") -> None:
+        """Note a failure. One write is atomic, and the first counts."""
+        self._file.write(f"{reason}\n".encode())
+
+    def is_set(self) -> bool:
+        """Whether anything has failed in any process of the node."""
+        return os.fstat(self._file.fileno()).st_size > 0
+
+    def raise_if_set(self) -> None:
+        """Raises:
+        DataError: Something has failed; the reason of the first."""
+        if self.is_set():
+            reasons = os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0)
+            raise DataError(reasons.decode().partition("\n")[0])
+
+
+def _remove_in(process: int, path: Path) -> None:
+    if os.getpid() == process:  # not in its forked workers
+        path.unlink(missing_ok=True)
+
+
+def _segments_directory() -> Path:
+    """Where segments are files; where they are none (macOS), they go with their process, and only the flag is one."""
+    return SEGMENTS if SEGMENTS.is_dir() else Path(gettempdir())
+
+
+def remove_stale_segments() -> None:
+    """Remove the shared memory of dead runs of this program; one process of a node calls it.
+
+    A run's segments are told by the file of its :class:`NodeFailure`, whose lock the kernel drops when the process
+    dies, however it dies. Segments without such a file are of other programs, or of another user, and stay.
+    """
+    for path in _segments_directory().glob(f"[0-9]*_{MARKER}"):
+        try:
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    continue  # replaced by another run's since it was opened
+                for name in SHM_TO_CLEAN:
+                    path.with_name(path.name.replace(MARKER, name)).unlink(missing_ok=True)
+                path.unlink()
+        except OSError:  # locked: its run lives; gone; or not ours to open
+            continue
+
+
+class GuardedDataset(StreamingDataset):
+    """A ``StreamingDataset`` of one :class:`CheckedStream` whose epochs are complete, or raise.
+
+    Construction is collective. Every rank makes it at the same point, in a process group if there are several.
+
+    Args:
+        stream: What is read.
+        options: Of ``StreamingDataset``.
+
+    Raises:
+        UserError: As :meth:`CheckedStream.get_shards`; or the cache is in use.
+    """
+
+    def __init__(self, stream: CheckedStream, **options: Any) -> None:
+        leader = World.detect().is_local_leader
+        if leader:
+            remove_stale_segments()
+        barrier()
+        try:
+            super().__init__(streams=[stream], **options)
+        except ValueError as error:
+            if "Reused local directory" not in str(error):
+                raise
+            raise UserError(
+                f"{stream.directory}: the cache of another run on this machine; choose another dataset.local "
+                "(if no other run is alive, another program has left /dev/shm/*_locals: remove it)"
+            ) from error
+        path = _segments_directory() / f"{self._shm_prefix_int:06}_{MARKER}"
+        if leader:
+            self._shard_states.numpy()[:] = _ShardState.REMOTE  # whoever needs a shard first prepares, so checks, it
+            failure = NodeFailure.create(path)
+            barrier()
+        else:
+            barrier()
+            failure = NodeFailure(path)
+        self._event: Any = failure
+        self._expected = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The samples of this process in this epoch.
+
+        Raises:
+            DataError: Some process of the node cannot have a shard, or the epoch ends before its last sample.
+        """
+        self._event.raise_if_set()
+        delivered = 0
+        for sample in super().__iter__():
+            delivered += 1
+            yield sample
+        self._event.raise_if_set()
+        if delivered != self._expected:
+            there = self.streams[0].directory
+            raise DataError(f"{there}: the epoch ended after {delivered} of {self._expected} samples")
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        sample_ids = super()._get_work(epoch, sample_in_epoch)
+        self._expected = int((sample_ids != -1).sum())
+        return sample_ids
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """One sample; see ``StreamingDataset``.
+
+        Raises:
+            DataError: Some process of the node cannot have a shard.
+        """
+        self._event.raise_if_set()
+        return super().get_item(sample_id, retry)
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Have a shard, checked, on this node; see ``StreamingDataset``."""
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            self._event.set(str(error))
+            self._shard_states[shard_id] = _ShardState.REMOTE  # nobody waits for it any longer
+            raise
+
+    def on_exception(self, future: Future[None]) -> None:
+        """Called as a background thread ends."""
+        if (error := future.exception()) is not None:
+            self._event.set(str(error) if isinstance(error, UserError) else repr(error))
+            self._iterator.on_exit()  # which a thread that fails leaves out, so that the next epoch waits for it

@@ -1,0 +1,138 @@
+"""The manifest covers every byte of a checkpoint, and says so in one line where a byte is not what was saved."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moefoundry.checkpoint import io, manifest, writer
+from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE, Manifest, Origin, digest, verify_directory
+from moefoundry.config import UserError
+
+STATE = dict.fromkeys(io.STATE_KEYS, 3)
+FILE = "__0_0.distcp"
+
+
+def tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {"model/large": torch.randn(60, 50, generator=generator), "model/small": torch.arange(5)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its blocks are of at most 1000 bytes."""
+    for module in (manifest, writer):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(writer, "_STEP_BYTES", 300)
+    io.write(tmp_path, tensors(), STATE, Origin(12, {"shard": 1}, 1, "abc", {"loss": 2.5}))
+    return tmp_path
+
+
+def recommitted(checkpoint: Path, change: dict[str, object]) -> None:
+    document = json.loads((checkpoint / MANIFEST_FILE).read_text()) | change
+    content = json.dumps(document).encode()
+    (checkpoint / MANIFEST_FILE).write_bytes(content)
+    (checkpoint / COMMIT_FILE).write_text(digest(content))
+
+
+def test_what_it_says(checkpoint: Path) -> None:
+    read = verify_directory(checkpoint)
+    assert (read.origin.batch, read.origin.mesh, read.origin.recipe) == (12, {"shard": 1}, "abc")
+    assert read.origin.metrics == {"loss": 2.5}
+    assert read.origin.versions["torch"] == torch.__version__
+    assert sorted(read.files) == [".metadata", FILE, "state.json"]
+    for name, blocks in read.files.items():
+        content = (checkpoint / name).read_bytes()
+        assert [digest(content[block.offset : block.end]) for block in blocks] == [block.digest for block in blocks]
+        assert read.size(name) == len(content) == sum(block.length for block in blocks)
+    assert read.nbytes == sum(read.size(name) for name in read.files)
+    assert len(read.files[FILE]) > 12, "60 x 50 values are 12,000 bytes"
+
+
+def test_a_tensor_begins_with_a_block(checkpoint: Path) -> None:
+    places = io.read_metadata(checkpoint).storage_data.values()
+    starts = {block.offset for block in Manifest.read(checkpoint).files[FILE]}
+    assert {place.offset for place in places} <= starts
+
+
+def test_any_bytes_can_be_verified_by_the_blocks_around_them(checkpoint: Path) -> None:
+    read, content = Manifest.read(checkpoint), (checkpoint / FILE).read_bytes()
+    offset, length = read.covering(FILE, 1500, 1000)
+    assert (offset, length) == (1000, 2000)
+    assert read.covering(FILE, 2000, 1000) == (2000, 1000)
+    read.verify(FILE, offset, content[offset : offset + length])
+    wrong = bytearray(content[offset : offset + length])
+    wrong[1200] ^= 1
+    with pytest.raises(
+        UserError, match=rf"{FILE}: offset 1000, tensor w: damaged: the 1000 bytes from 2000 on differ from what was"
+    ):
+        read.verify(FILE, offset, memoryview(wrong), "w")
+    with pytest.raises(UserError, match=rf"{FILE}: offset 1500: 1000 bytes are no whole blocks"):
+        read.verify(FILE, 1500, content[1500:2500])
+    with pytest.raises(UserError, match=rf"{FILE}: has {len(content)} bytes, not 9 from {len(content) - 5} on"):
+        read.covering(FILE, len(content) - 5, 9)
+    with pytest.raises(UserError, match=r"other: not a file of this checkpoint, says its manifest\.json"):
+        read.covering("other", 0, 1)
+
+
+def test_row8_every_single_flipped_bit_is_found(checkpoint: Path) -> None:
+    for name in (FILE, ".metadata", "state.json", MANIFEST_FILE, COMMIT_FILE):
+        path = checkpoint / name
+        content = path.read_bytes()
+        for position in {0, len(content) // 3, len(content) // 2, len(content) - 2}:
+            damaged = bytearray(content)
+            damaged[position] ^= 0x10
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=rf"{re.escape(str(checkpoint))}/.*{re.escape(name)}"):
+                verify_directory(checkpoint)
+        path.write_bytes(content)
+    verify_directory(checkpoint)
+
+
+def test_every_damaged_file_is_named(checkpoint: Path) -> None:
+    (checkpoint / FILE).unlink()
+    (checkpoint / "state.json").write_text("{}")
+    with pytest.raises(UserError) as raised:
+        verify_directory(checkpoint)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 2
+    assert f"{checkpoint / FILE}: unreadable: No such file or directory" in lines
+    assert any(re.search(r"state\.json: damaged: has 2 bytes, not \d+$", line) for line in lines)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, COMMIT_FILE])
+def test_without_its_marker_or_manifest_it_is_no_checkpoint(checkpoint: Path, name: str) -> None:
+    (checkpoint / name).unlink()
+    assert not manifest.is_committed(checkpoint)
+    with pytest.raises(UserError, match=rf"{name}: .*No such file"):
+        Manifest.read(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, r"format 2; this release reads 1"),
+        ({"files": {"../state.json": []}}, r"'\.\./state\.json' is no name of a file here"),
+        ({"files": {"..": []}}, r"'\.\.' is no name of a file here"),
+        ({"files": {"a": [[5, 10, "x"]]}}, r"a: a block of 10 bytes at 5, where 0 is next"),
+        ({"files": {"a": [[0, 10**15, "x"]]}}, r"a: a block of 1000000000000000 bytes at 0"),
+        ({"files": {"a": [[0, -1, "x"]]}}, r"a: a block of -1 bytes"),
+        ({"files": {"a": [[0, "1", "x"]]}}, r"a: \[0, '1', 'x'\] is no block"),
+        ({"files": []}, "attribute 'items'"),
+        ({"mesh": None}, "attribute 'items'"),
+    ],
+)
+def test_a_hostile_manifest_is_refused(checkpoint: Path, change: dict[str, object], message: str) -> None:
+    recommitted(checkpoint, change)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(checkpoint))}/manifest\.json: unreadable.*{message}"):
+        Manifest.read(checkpoint)
+
+
+def test_manifest_and_marker_belong_together(checkpoint: Path) -> None:
+    with (checkpoint / MANIFEST_FILE).open("a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match=r"manifest\.json: its hash is not the one in COMMITTED"):
+        Manifest.read(checkpoint)

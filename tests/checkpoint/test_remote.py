@@ -1,0 +1,243 @@
+"""Checkpoints in an object store: against the S3 API on loopback, and in fsspec's memory; stores that fail."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moefoundry.checkpoint import io, remote
+from moefoundry.checkpoint.remote import Remote, find_remote, is_downloaded, local_file, upload_checkpoint
+from moefoundry.config import Recipe, UserError
+from tests.distributed import run_distributed
+from tests.train.runs import run_recipe
+
+STATE = dict.fromkeys(io.STATE_KEYS, 0)
+Tiny = Callable[..., Recipe]
+
+
+@pytest.fixture
+def s3() -> Iterator[dict[str, str]]:
+    """Environment in which Composer's client finds a server with an empty bucket, ``s3://bucket``."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    names = ("aws_access_key_id", "aws_secret_access_key", "region_name")
+    client = boto3.client("s3", endpoint_url=endpoint, **dict(zip(names, keys.values(), strict=True)))
+    client.create_bucket(Bucket="bucket")
+    yield {**keys, "S3_ENDPOINT_URL": endpoint}
+    server.stop()
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> str:
+    """URL of an empty place in fsspec's memory, which is this process's own."""
+    return f"memory://{tmp_path.name}"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+
+
+def saved(root: Path, batch: int) -> Path:
+    directory = root / f"ba{batch}"
+    directory.mkdir(parents=True)
+    io.write(directory, {"model/weight": torch.full((300,), float(batch))}, STATE)
+    return directory
+
+
+def read(directory: Path) -> float:
+    tensors = {"model/weight": torch.zeros(300)}
+    io.read_into(directory, tensors)
+    return tensors["model/weight"].unique().item()
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_the_newest_uploaded_checkpoint_is_found_and_read(tmp_path: Path, memory: str, kind: str) -> None:
+    url = f"file://{tmp_path / 'store'}" if kind == "file" else f"{memory}/run"
+    assert find_remote(url, tmp_path / "cache") is None
+    for batch in (9, 10):
+        upload_checkpoint(saved(tmp_path / "local", batch), url)
+    for place, expected in ((url, 10), (f"{url}/", 10), (f"{url}/ba9", 9)):
+        found = find_remote(place, tmp_path / "cache")
+        assert found is not None
+        assert is_downloaded(found)
+        assert not list(found.glob("*.distcp")), "data are downloaded when they are read"
+        assert read(found) == expected
+
+
+def names(url: str) -> list[str]:
+    return sorted(Remote(url).names())
+
+
+def test_the_manifest_and_then_the_marker_come_last(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, order = saved(tmp_path, 4), []
+    upload = Remote.upload
+
+    def spy(self: Remote, file: Path, name: str) -> None:
+        upload(self, file, name)
+        order.append(name)
+
+    monkeypatch.setattr(Remote, "upload", spy)
+    upload_checkpoint(directory, memory)
+    assert order[-2:] == ["manifest.json", "COMMITTED"]
+    assert sorted(order) == sorted(path.name for path in directory.iterdir()) == [n[4:] for n in names(memory)]
+
+
+class Failing:
+    """Makes the store fail: ``times`` times, wherever ``name`` is uploaded or downloaded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, verb: str, name: str, times: int, error: Exception) -> None:
+        self.calls = 0
+        original: Callable[..., None] = getattr(remote._FsspecStore, verb)
+
+        def unreliable(store: Any, *args: Any) -> None:
+            if any(str(argument).endswith(name) for argument in args):
+                self.calls += 1
+                if self.calls <= times:
+                    raise error
+            original(store, *args)
+
+        monkeypatch.setattr(remote._FsspecStore, verb, unreliable)
+
+
+def test_row20_a_store_that_fails_twice_is_asked_again(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = saved(tmp_path, 4)
+    uploads = Failing(monkeypatch, "upload", ".distcp", 2, ConnectionResetError("reset"))
+    downloads = Failing(monkeypatch, "download", ".distcp", 2, ConnectionResetError("reset"))
+    upload_checkpoint(directory, memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert read(found) == 4
+    assert (uploads.calls, downloads.calls) == (3, 3)
+
+
+@pytest.mark.parametrize("name", [".distcp", "manifest.json", "COMMITTED"])
+def test_row20_an_upload_that_fails_for_good_is_no_checkpoint(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    upload_checkpoint(saved(tmp_path, 2), memory)
+    failing = Failing(monkeypatch, "upload", name, 99, ConnectionResetError("reset"))
+    with pytest.raises(UserError, match=rf"{memory}/ba4/.*{name}: cannot upload \(attempts: 6\): reset"):
+        upload_checkpoint(saved(tmp_path, 4), memory)
+    assert failing.calls == remote.ATTEMPTS
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert found.name == "ba2", "the latest that is complete"
+
+
+def test_row20_a_download_that_fails_for_good_is_named(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload_checkpoint(saved(tmp_path, 4), memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    Failing(monkeypatch, "download", ".distcp", 99, TimeoutError("no answer"))
+    with pytest.raises(UserError, match=rf"{memory}/ba4/__0_0\.distcp: cannot download \(attempts: 6\): no answer"):
+        read(found)
+    assert not list(found.glob("*.distcp*")), "nothing half is left"
+
+
+def test_what_is_missing_or_forbidden_is_not_asked_for_again(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"absent: cannot download \(attempts: 1\)"):
+        Remote(memory).download("absent", tmp_path / "absent")
+    Failing(monkeypatch, "upload", "secret", 99, PermissionError("forbidden"))
+    with pytest.raises(UserError, match=r"secret: cannot upload \(attempts: 1\): forbidden"):
+        Remote(memory).upload(tmp_path, "secret")
+
+
+def test_waits_grow(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(remote, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
+    Failing(monkeypatch, "upload", "name", 99, ConnectionResetError("reset"))
+    with pytest.raises(UserError):
+        Remote(memory).upload(Path("file"), "name")
+    assert waits == [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("url", ["nonsense://bucket/run", "wandb://bucket/run"])
+def test_an_unknown_store_is_named(url: str) -> None:
+    with pytest.raises(UserError, match=rf"^{url}: no such store: "):
+        Remote(url)
+
+
+def test_a_damaged_download_is_found(tmp_path: Path, memory: str) -> None:
+    directory = saved(tmp_path, 4)
+    (data,) = directory.glob("*.distcp")
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    upload_checkpoint(directory, memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    with pytest.raises(UserError, match="differ from what was saved"):
+        read(found)
+
+
+def through_s3(environment: dict[str, str], root: Path, url: str) -> list[str]:
+    """Save on one mesh, upload, download and load on another; which files this rank has downloaded."""
+    import os
+
+    from moefoundry.checkpoint import load
+    from moefoundry.checkpoint.ranks import on_rank_zero
+    from tests.checkpoint.meshes import local, state_on
+    from tests.checkpoint.test_load import save
+
+    os.environ.update(environment)  # ranks are forked from a server that was started before the store
+    for batch in (9, 10):
+        save(root / f"ba{batch}", state_on((1, 4, 1)))
+        on_rank_zero(lambda number=batch: upload_checkpoint(root / f"ba{number}", url))
+    found = on_rank_zero(lambda: find_remote(url, root / "cache"))
+    assert found.name == "ba10"
+    mine: list[str] = []
+    load.local_file = lambda place, name: (mine.append(name), local_file(place, name))[1]
+    tensors = state_on((2, 2, 2))
+    expected = {name: local(tensor).clone() for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        local(tensor).zero_()
+    io.read_into(found, tensors)
+    assert all(torch.equal(local(tensor), expected[name]) for name, tensor in tensors.items())
+    return mine
+
+
+def test_on_s3_only_the_first_copy_downloads(tmp_path: Path, s3: dict[str, str]) -> None:
+    downloads = run_distributed(through_s3, 4, s3, tmp_path, "s3://bucket/run")
+    assert sorted(downloads[0] + downloads[1]) == [f"__{rank}_0.distcp" for rank in range(4)]
+    assert downloads[2:] == [[], []]
+
+
+STEPS = ("max_duration=6ba", "save_interval=2ba", "save_num_checkpoints_to_keep=-1")
+
+
+def test_a_run_goes_on_from_a_url(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """Bit for bit; and where the run's own directory is lost, ``autoresume`` finds what has been uploaded."""
+    url = f"file://{tmp_path / 'store'}"
+    whole = run_recipe(tiny_recipe(tmp_path / "whole", *STEPS, f"save_remote={url}"))
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["ba2", "ba4", "ba6"]
+    resumed = run_recipe(tiny_recipe(tmp_path / "resumed", *STEPS, f"load_path={url}/ba2"))
+    assert resumed.exact() == whole.exact(3)
+    assert not list((resumed.run_dir / "downloads").iterdir()), "removed after use"
+    for name in ("ba4", "ba6"):
+        (tmp_path / "store" / name / "COMMITTED").unlink()
+    lost = run_recipe(tiny_recipe(tmp_path / "lost", *STEPS, f"save_remote={url}", "autoresume=true"))
+    assert lost.exact() == whole.exact(3)
+    assert json.loads((tmp_path / "store" / "ba6" / "state.json").read_text())["world_size"] == 1
+
+
+def test_a_url_without_a_checkpoint_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"load_path: no complete checkpoint at file://{tmp_path}/none"):
+        run_recipe(tiny_recipe(tmp_path / "run", *STEPS, f"load_path=file://{tmp_path}/none"))

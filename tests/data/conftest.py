@@ -1,0 +1,56 @@
+"""Fixtures of the tests of loaders."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from streaming import StreamingDataLoader
+from streaming.base.shared import SharedMemory
+
+from moefoundry.config.schema import LoaderConfig
+from moefoundry.data import prepare as prepare_module
+from moefoundry.data.loader import build_loader
+from moefoundry.data.prepare import PrepareOptions, prepare
+from tests.data.shards import SEQ_LEN, VOCAB
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared corpus of several shards."""
+    root = tmp_path_factory.mktemp("corpus")
+    for number in range(30):
+        (root / f"{number:02d}.txt").write_text(f"line {number} of a text, {number * 7}\n" * 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "SHARD_BYTES", 4096)
+        prepare(PrepareOptions(str(root), root / "out", max_seq_len=SEQ_LEN, vocab_size=VOCAB, val_fraction=0.2))
+    return root / "out"
+
+
+@pytest.fixture
+def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., StreamingDataLoader]]:
+    """:func:`build_loader` whose threads, lock files and shared memory are gone after the test."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("streaming.base.util.sleep", lambda seconds: None)  # between attempts to download
+    segments: list[SharedMemory] = []
+    make = SharedMemory.__init__
+
+    def recording(self: SharedMemory, *args: object, **kwargs: object) -> None:
+        make(self, *args, **kwargs)
+        segments.append(self)
+
+    monkeypatch.setattr(SharedMemory, "__init__", recording)
+    loaders: list[StreamingDataLoader] = []
+
+    def builder(
+        config: LoaderConfig, *, batch_size: int = 4, model_vocab_size: int = VOCAB, documents_of: Path | None = None
+    ) -> StreamingDataLoader:
+        options = {"batch_size": batch_size, "model_vocab_size": model_vocab_size, "documents_of": documents_of}
+        loaders.append(build_loader(config, **options))
+        return loaders[-1]
+
+    yield builder
+    for loader in loaders:
+        if hasattr(loader.dataset, "_iterator"):
+            loader.dataset._iterator.exit()
+    for segment in segments:
+        segment.cleanup()

@@ -1,0 +1,120 @@
+"""SIGKILL, which no process sees coming: what is lost, and that what is left goes on as if nothing had happened.
+
+Routing is jittered here, so that training depends on the generators of every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moefoundry.checkpoint.run_dir import store_of
+from moefoundry.config import Recipe
+from tests.distributed import RankError, run_distributed
+from tests.train.runs import finished, run_recipe
+from tests.train.test_resume import kill_in_batch_9
+
+Tiny = Callable[..., Recipe]
+JITTER = "model.moe.router.input_jitter=0.1"
+SAVE_INTERVAL = 2
+
+
+def steps(batches: int) -> list[str]:
+    return [JITTER, f"max_duration={batches}ba", f"save_interval={SAVE_INTERVAL}ba", "eval_loader=null"]
+
+
+def without_generators() -> None:
+    """Nothing puts back the state of torch's generator, which the jitter draws from."""
+    import torch
+
+    torch.random.set_rng_state = lambda state: None
+
+
+def test_row1_row2_killed_at_batch_9(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    """From the checkpoint of batch 8 on, every bit is that of the run that was not killed, unless generators differ."""
+    whole = run_recipe(tiny_recipe(tmp_path / "whole", *steps(14)), 2)
+    killed, copy = (tiny_recipe(tmp_path / name, *steps(14), "autoresume=true") for name in ("killed", "copy"))
+    with pytest.raises(RankError, match="rank 1 ended with exit status -9"):
+        run_recipe(killed, 2, kill_in_batch_9)
+    assert store_of(tmp_path / "killed").batches()[-1] == 8
+    shutil.copytree(tmp_path / "killed", tmp_path / "copy")
+    (tmp_path / "copy" / "config.yaml").unlink()  # it names the other directory
+
+    assert run_recipe(killed, 2).exact() == whole.exact()
+
+    without = run_recipe(copy, 2, without_generators).exact(9)
+    expected = whole.exact(9)
+    assert without.keys() == expected.keys()
+    assert all(values != expected[batch] for batch, values in without.items())
+
+
+def train_and_name_yourself(recipe: Recipe, process_ids: Path) -> None:
+    from moefoundry.train import train
+
+    rank = os.environ["RANK"]
+    (process_ids / f"{rank}.writing").write_text(str(os.getpid()))
+    (process_ids / f"{rank}.writing").rename(process_ids / rank)
+    train(recipe)
+
+
+def last_batch(run_dir: Path) -> int:
+    """The newest batch that has a complete line."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    complete = [line for line in lines if line.endswith("\n")]
+    return json.loads(complete[-1])["batch"] if complete else 0
+
+
+def kill_at_a_random_moment(draw: random.Random, run_dir: Path, process_ids: Path, world_size: int) -> threading.Thread:
+    """A thread that waits until the run has gone some batches beyond its newest checkpoint, and some time more, and
+    kills one rank: while it computes, exchanges or saves."""
+    rank, seconds = draw.randrange(world_size), draw.uniform(0.0, 0.1)
+    done = store_of(run_dir).batches()
+    goal = (done[-1] if done else 0) + draw.randint(1, 2 * SAVE_INTERVAL)
+    old_lines = (run_dir / "metrics.jsonl").read_text().count("\n") if done else 0
+
+    def wait_and_kill() -> None:
+        deadline = time.monotonic() + 120.0
+        while time.monotonic() < deadline:
+            path = run_dir / "metrics.jsonl"
+            if path.exists() and path.read_text().count("\n") > old_lines and last_batch(run_dir) >= goal:
+                time.sleep(seconds)
+                os.kill(int((process_ids / str(rank)).read_text()), signal.SIGKILL)
+                return
+            time.sleep(0.01)
+
+    thread = threading.Thread(target=wait_and_kill)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(
+    ("kills", "batches"), [(3, 20), pytest.param(20, 100, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
+)
+def test_killed_at_random_moments(tiny_recipe: Tiny, tmp_path: Path, kills: int, batches: int) -> None:
+    """Four ranks; every kill loses less than two intervals, and in the end every loss has every bit."""
+    world_size, draw = 4, random.Random(kills)
+    run_dir, process_ids = tmp_path / "killed", tmp_path / "ids"
+    process_ids.mkdir()
+    recipe = tiny_recipe(run_dir, *steps(batches), "autoresume=true", "save_num_checkpoints_to_keep=2")
+    for _ in range(kills):
+        killer = kill_at_a_random_moment(draw, run_dir, process_ids, world_size)
+        with pytest.raises(RankError, match="exit status -9"):
+            run_distributed(train_and_name_yourself, world_size, recipe, process_ids)
+        killer.join()
+        saved = store_of(run_dir).batches()
+        assert last_batch(run_dir) - (saved[-1] if saved else 0) < 2 * SAVE_INTERVAL
+    resumed = run_recipe(recipe, world_size)
+    whole = run_recipe(tiny_recipe(tmp_path / "whole", *steps(batches)), world_size)
+    assert list(whole.exact()) == list(range(1, batches + 1))
+    assert resumed.exact() == whole.exact()
+    assert finished(run_dir).checkpoints() == [f"ba{batches - SAVE_INTERVAL}", f"ba{batches}"]

@@ -1,0 +1,128 @@
+"""Launchers: torchrun restarts a run whose rank died, and the run resumes by itself; a signal to one stops the run."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from moefoundry.callbacks.signals import EXIT_STOPPED
+from moefoundry.config import Recipe
+from tests.distributed import _remove_shared_memory, start_server
+from tests.train.runs import finished, run_recipe
+from tests.train.test_resume import kill_in_batch_9
+
+ROOT = Path(__file__).parents[2]
+Overrides = Callable[..., list[str]]
+STEPS = ("max_duration=12ba", "save_interval=2ba", "eval_loader=null")
+SEGMENT = 900_000  # names the shared memory of the agent's ranks, of which a killed one leaves some
+
+
+def train_or_be_killed(recipe: Recipe, directory: Path) -> int:
+    """Train; the agent's first attempt loses its last rank in batch 9. Returns the number of this attempt."""
+    os.chdir(directory)
+    faulthandler.dump_traceback_later(60, exit=True, file=open(f"hung{os.environ['RANK']}", "w"))  # noqa: SIM115
+    from streaming.base.shared import prefix
+
+    from moefoundry.train import train
+
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    prefix._each_prefix_int = lambda: count(SEGMENT + 5 * attempt)
+    if attempt == 0:
+        kill_in_batch_9()
+    train(recipe)
+    faulthandler.cancel_dump_traceback_later()
+    return attempt
+
+
+def test_row15_restarted_by_torchruns_agent(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """``torchrun --max-restarts 1`` without its start of interpreters: its agent, on forked ranks."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        max_restarts=1,
+        monitor_interval=0.1,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=tmp_path.name,
+        start_method="forkserver",
+    )
+    start_server()
+    recipe = tiny_recipe(tmp_path / "run", *STEPS, "autoresume=true")
+    try:
+        assert elastic_launch(config, train_or_be_killed)(recipe, tmp_path) == {0: 1, 1: 1}
+    finally:
+        _remove_shared_memory(SEGMENT)
+    run = finished(tmp_path / "run")
+    assert run.exact() == run_recipe(tiny_recipe(tmp_path / "whole", *STEPS), 2).exact()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) < 12 + 2 + 1, "the second attempt began from a checkpoint"
+
+
+def launched(command: list[str | Path], overrides: list[str]) -> subprocess.Popen[str]:
+    binaries = Path(sys.executable).parent
+    arguments = [binaries / command[0], *command[1:], "scripts/train.py", "configs/quickstart.yaml", *overrides]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+
+def wait_for_batch(run_dir: Path, batch: int) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= batch:
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"no batch {batch} in {run_dir}")
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    import psutil
+
+    children = psutil.Process(launcher.pid).children()
+    return [child.pid for child in children if any("scripts/train.py" in word for word in child.cmdline())]
+
+
+@pytest.mark.slow
+def test_row15_torchrun_restarts_a_killed_run(tiny_overrides: Overrides, tmp_path: Path) -> None:
+    long = (*STEPS, "max_duration=200ba", "save_interval=5ba", "autoresume=true")
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", "0", "--max-restarts", "1"]
+    launcher = launched(torchrun, tiny_overrides(tmp_path, *long))
+    wait_for_batch(tmp_path, 20)
+    os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
+    _, err = launcher.communicate(timeout=250)
+    assert launcher.returncode == 0, err
+    run = finished(tmp_path)
+    assert list(run.column("batch")) == list(range(1, 201))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 200 + 2 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [(["composer", "-n", "2"], EXIT_STOPPED), (["python"], EXIT_STOPPED), (["torchrun", "--nproc-per-node", "2"], 1)],
+    ids=["composer", "python", "torchrun"],
+)
+def test_row19_sigterm_to_the_launcher(
+    tiny_overrides: Overrides, tmp_path: Path, command: list[str | Path], status: int
+) -> None:
+    """torchrun has one status for whatever ends its ranks."""
+    launcher = launched(command, tiny_overrides(tmp_path, *STEPS, "max_duration=5000ba", "save_interval=5000ba"))
+    wait_for_batch(tmp_path, 5)
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == status, err
+    assert "stopped by SIGTERM; go on from" in err
+    last = max(finished(tmp_path).column("batch"))
+    assert finished(tmp_path).checkpoints() == [f"ba{last}"]
