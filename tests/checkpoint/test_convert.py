@@ -407,18 +407,23 @@ def test_consolidated_weights_are_the_models(tmp_path: Path) -> None:
 
 
 def test_the_state_of_a_weights_only_checkpoint_is_checked(tmp_path: Path) -> None:
-    state = tmp_path / "state.json"
-    state.write_text(json.dumps({io.WEIGHTS_ONLY: True}))
-    with pytest.raises(UserError, match="incomplete checkpoint state: it lacks recipe"):
-        io.read_state(tmp_path)
+    import_hf(write_hf(tmp_path / "hf", "deepseek_v3", DEEPSEEK), tmp_path / "ckpt")
+    assert io.read_model_config(tmp_path / "ckpt") == DEEPSEEK
+    state = tmp_path / "ckpt" / "state.json"
+
+    def rewrite(document: dict[str, object]) -> None:
+        state.write_text(json.dumps(document))
+        recommit(tmp_path / "ckpt")
+
     recipe = flatten(Recipe(model=DEEPSEEK))
-    state.write_text(json.dumps({io.WEIGHTS_ONLY: True, "recipe": recipe}))
-    assert io.read_model_config(tmp_path) == DEEPSEEK
     del recipe["model.d_model"]
     recipe["model.moe.top_q"] = 3
-    state.write_text(json.dumps({io.WEIGHTS_ONLY: True, "recipe": recipe}))
+    rewrite({io.WEIGHTS_ONLY: True, "recipe": recipe})
     with pytest.raises(UserError, match=r"state\.json: 2 errors\n(.|\n)*model\.d_model: missing"):
-        io.read_model_config(tmp_path)
+        io.read_model_config(tmp_path / "ckpt")
+    rewrite({io.WEIGHTS_ONLY: True})
+    with pytest.raises(UserError, match="incomplete checkpoint state: it lacks recipe"):
+        io.read_state(tmp_path / "ckpt")
 
 
 def test_from_pretrained(tmp_path: Path) -> None:

@@ -97,8 +97,8 @@ def train(mode: Mode) -> Outcome:
             callback.after_loss(SimpleNamespace(outputs=losses), logger)
             losses.total.backward()
         optimizer.step()
+        callback.batch_end(SimpleNamespace(model=model, previous_timestamp=Timestamp(batch=step)), logger)
         optimizer.zero_grad()
-        callback.batch_end(SimpleNamespace(previous_timestamp=Timestamp(batch=step)), logger)
         outcome.biases.append(torch.stack([router.expert_bias for router in routers]).clone())
         outcome.ids.append([list(seen) for seen in ids])
         for seen in ids:

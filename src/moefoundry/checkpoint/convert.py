@@ -37,7 +37,7 @@ from moefoundry.checkpoint.hf_files import (
     write_json,
 )
 from moefoundry.checkpoint.safetensors_io import SafetensorsReader, write_file, write_safetensors
-from moefoundry.checkpoint.store import STAGING_SUFFIX, find_checkpoint
+from moefoundry.checkpoint.store import STAGING_SUFFIX, find_checkpoint, using
 from moefoundry.checkpoint.tensor_map import Dtype, TensorMap, check_tensors, meta_model
 from moefoundry.checkpoint.verify import verify_logits
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
@@ -189,7 +189,7 @@ def export_hf(
     specs = names.their_specs(ours.specs, dtype)
     config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
     tokenizer = tokenizer_of(directory, recipe, tokenizer)
-    with staged(hf) as staging:
+    with using(directory), staged(hf) as staging:
         staging.mkdir()
         write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
         if tokenizer is not None:
@@ -222,7 +222,7 @@ def consolidate(
     one_file = output.suffix == ".safetensors"
     if one_file and size > max_shard_bytes:
         raise UserError(f"{output}: {size / GIB:.2f} GiB exceed one shard; name a directory, or allow a larger shard")
-    with staged(output) as staging:
+    with using(directory), staged(output) as staging:
         if one_file:
             write_file(staging, ours.specs, ours.blocks)
         else:
@@ -254,7 +254,8 @@ def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETrans
     """
     model = meta_model(io.read_model_config(checkpoint)).to_empty(device="cpu")
     names = stored_names(checkpoint, model, weights)
-    io.read_into(checkpoint, {names[name]: tensor for name, tensor in model.state_dict().items()})
+    with using(checkpoint):
+        io.read_into(checkpoint, {names[name]: tensor for name, tensor in model.state_dict().items()})
     return model.eval()
 
 
