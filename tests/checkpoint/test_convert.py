@@ -517,11 +517,13 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     steps = [
         "import --hf {0}/hf --output {0}/checkpoint --dtype fp32 --verify",
         "export --checkpoint {0}/checkpoint --hf {0}/back --family mixtral --max-shard-size 50KB --verify",
+        "export --checkpoint {0}/checkpoint --hf {0}/narrow --dtype bf16 --verify",
+        "import --hf {0}/hf --output {0}/narrow_checkpoint --dtype bf16 --verify",
         "consolidate --checkpoint {0}/checkpoint --output {0}/weights.safetensors",
     ]
     for step in steps:
         assert main(["convert", *step.format(tmp_path).split()]) == 0
-    assert capsys.readouterr().out.count("verified, logits differ by at most") == 2
+    assert capsys.readouterr().out.count("verified, logits differ by at most") == 4
     assert_same_tensors(tmp_path / "back", tmp_path / "hf")
     assert main(["convert", "export", "--checkpoint", str(tmp_path), "--hf", str(tmp_path / "x")]) == 2
     assert f"--checkpoint {tmp_path}: no complete checkpoint there" in capsys.readouterr().err

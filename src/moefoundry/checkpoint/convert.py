@@ -151,7 +151,7 @@ def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: floa
             copy_tokenizer(hf, staging / TOKENIZER)
         difference = None
         if tolerance is not None:
-            difference = verify_logits(hf, load_model(staging), tolerance, dtype.torch or torch.bfloat16)
+            difference = verify_logits(hf, load_model(staging), tolerance, dtype.torch, dtype.torch or torch.bfloat16)
     return Summary(output, len(specs), _nbytes(specs), has_tokenizer(hf), difference)
 
 
@@ -198,7 +198,11 @@ def export_hf(
         if not (staging / GENERATION_CONFIG).exists():
             write_json(staging / GENERATION_CONFIG, special)
         write_json(staging / CONFIG, config | special)
-        difference = None if tolerance is None else verify_logits(staging, load_model(directory, weights), tolerance)
+        difference = (
+            None
+            if tolerance is None
+            else verify_logits(staging, load_model(directory, weights), tolerance, dtype.torch)
+        )
     return Summary(hf, len(specs), _nbytes(specs), tokenizer is not None, difference)
 
 

@@ -15,7 +15,13 @@ BATCH = (2, 64)
 
 
 @torch.no_grad()
-def verify_logits(hf: Path, model: MoETransformer, tolerance: float, fp8_as: torch.dtype = torch.bfloat16) -> float:
+def verify_logits(
+    hf: Path,
+    model: MoETransformer,
+    tolerance: float,
+    stored_as: torch.dtype | None = None,
+    fp8_as: torch.dtype = torch.bfloat16,
+) -> float:
     """The largest difference between the logits of ``model`` and of a Hugging Face directory, both in fp32, on a fixed
     random batch. Both models are whole in memory.
 
@@ -23,6 +29,8 @@ def verify_logits(hf: Path, model: MoETransformer, tolerance: float, fp8_as: tor
         hf: What transformers loads.
         model: In fp32.
         tolerance: Largest difference that is accepted.
+        stored_as: What the conversion stored parameters as; those of both sides are rounded to it. None stored them as
+            they were.
         fp8_as: What FP8 weights have been imported as. Transformers computes with them on GPUs only; they are read for
             it here.
 
@@ -34,6 +42,9 @@ def verify_logits(hf: Path, model: MoETransformer, tolerance: float, fp8_as: tor
         reference = _load(hf, fp8_as)
     except Exception as error:  # whatever its classes may raise
         raise UserError(f"{hf} cannot be verified: transformers does not load it: {error}") from error
+    if stored_as is not None:
+        for parameter in (*model.parameters(), *reference.parameters()):
+            parameter.copy_(parameter.to(stored_as))
     difference = (model(ids_BS) - reference.eval()(ids_BS).logits).abs().max().item()
     if not difference <= tolerance:
         raise UserError(f"{hf}: logits differ by {difference:.2e}, more than {tolerance:.1e}")
