@@ -99,7 +99,7 @@ def kill_at_a_random_moment(draw: random.Random, run_dir: Path, process_ids: Pat
 
 
 @pytest.mark.parametrize(
-    ("kills", "batches"), [(3, 20), pytest.param(20, 100, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
+    ("kills", "batches"), [(3, 30), pytest.param(20, 300, marks=pytest.mark.slow)], ids=["3 kills", "20 kills"]
 )
 def test_killed_at_random_moments(tiny_recipe: Tiny, tmp_path: Path, kills: int, batches: int) -> None:
     """Four ranks; every kill loses less than two intervals, and in the end every loss has every bit."""
