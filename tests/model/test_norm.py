@@ -32,6 +32,24 @@ def test_norm_is_torchs_in_at_least_fp32(kind: NormKind, dtype: torch.dtype) -> 
     torch.testing.assert_close(out.double(), theirs(x), rtol=4 * eps, atol=0 if dtype == torch.bfloat16 else 4 * eps)
 
 
+@pytest.mark.parametrize("kind", list(NormKind))
+def test_of_a_narrow_input_only_itself_is_kept_and_gradients_are_those_of_fp32(kind: NormKind) -> None:
+    norm = build_norm(WIDTH, NormConfig(kind=kind))
+    torch.manual_seed(0)
+    nn.init.normal_(norm.weight, mean=1)
+    x, grad = (torch.randn(4, WIDTH).to(torch.bfloat16) for _ in range(2))
+    x.requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        out = norm(x)
+    assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), norm.weight.data_ptr()}
+    got = torch.autograd.grad(out, (x, norm.weight), grad)
+    wide = x.detach().float().requires_grad_()
+    expected = torch.autograd.grad(norm(wide), (wide, norm.weight), grad.float())
+    assert torch.equal(got[0], expected[0].to(torch.bfloat16))
+    assert torch.equal(got[1], expected[1])
+
+
 def test_the_recipes_norm_is_the_blocks_and_the_last_one() -> None:
     cfg = tiny_config()
     cfg.norm = NormConfig(kind=NormKind.layernorm, eps=1e-5)

@@ -1,10 +1,18 @@
-"""Normalization layers: a weight, no bias, and fp32 arithmetic for narrower inputs, as every family they reproduce."""
+"""Normalization layers: a weight, no bias, and fp32 arithmetic for narrower inputs, as every family they reproduce.
+
+Of a narrower input nothing but itself is kept for backward: its fp32 copy is made, and the norm computed, again.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from moefoundry.config import NormConfig, NormKind
 
@@ -18,8 +26,9 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return self._normalize(x.to(dtype), self.weight.to(dtype)).to(x.dtype)
+        if torch.promote_types(x.dtype, torch.float32) == x.dtype:
+            return self._normalize(x, self.weight.to(x.dtype))
+        return _InFloat32.apply(x, self.weight, self._normalize)
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
@@ -37,6 +46,24 @@ class LayerNorm(Norm):
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.layer_norm(x, weight.shape, weight, eps=self.eps)
+
+
+class _InFloat32(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, normalize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.normalize = normalize
+        return normalize(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        inputs = [tensor.float().detach().requires_grad_() for tensor in (x, weight)]
+        with torch.enable_grad():
+            out = ctx.normalize(*inputs)
+        grad_x, grad_weight = torch.autograd.grad(out, inputs, grad.float())
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 def build_norm(width: int, cfg: NormConfig) -> Norm:
