@@ -16,30 +16,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
-from moefoundry.config import ActivationCheckpointing, PrecisionConfig
+from moefoundry.config import ActivationCheckpointing, Fp8Recipe, PrecisionConfig
 from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
+from moefoundry.model.mla import MultiHeadLatentAttention
 from moefoundry.model.transformer import Block, MoETransformer
 from moefoundry.moe.dispatch import AllToAllDispatcher, TokenDispatcher
 from moefoundry.moe.layer import MoELayer
 from moefoundry.moe.two_hop import TwoHopDispatcher
 from moefoundry.ops.all_to_all import EXCHANGE_OPS
+from moefoundry.ops.fp8.gemm import MULTIPLY_OP
+from moefoundry.ops.recompute import ATTENTION_OPS, keeping
 from moefoundry.precision import apply_precision, full_precision_modules, mixed_precision
 
-KEPT_OPS = EXCHANGE_OPS | frozenset(
-    {
-        torch.ops.aten.mm.default,
-        torch.ops.aten.addmm.default,
-        torch.ops.aten._grouped_mm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    }
-)
+_aten = torch.ops.aten
+PRODUCT_OPS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default, MULTIPLY_OP})
+KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS
 """What ``selective`` keeps: products, attention and what ranks exchanged; norms, activations and reorders are
 recomputed."""
 
@@ -70,6 +64,8 @@ def parallelize(
         model.step_counts.group = dist.group.WORLD  # every rank is a data-parallel rank
     if activation_checkpointing != ActivationCheckpointing.none:
         _checkpoint_activations(model, activation_checkpointing)
+    elif precision.fp8.recipe == Fp8Recipe.deepseek_v3:
+        _recompute_up_projections(model)
     if compile:
         _compile(model)
     if meshes is not None:
@@ -108,34 +104,15 @@ def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing
         "preserve_rng_state": model.cfg.moe.router.input_jitter > 0,  # nothing else draws random numbers
     }
     if mode == ActivationCheckpointing.selective:
-        options["context_fn"] = _keeping_contexts
+        options["context_fn"] = keeping(KEPT_OPS)
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 
 
-def _keeping_contexts() -> tuple[_KeptOpsOnly, _KeptOpsOnly]:
-    """For the forward pass, and for the recomputation of one block."""
-    save, reuse = create_selective_checkpoint_contexts(list(KEPT_OPS))
-    return _KeptOpsOnly(save), _KeptOpsOnly(reuse)
-
-
-class _KeptOpsOnly(TorchDispatchMode):
-    """Hides all other operations from torch's selective checkpointing, which wants every one of them to run as often in
-    the recomputation as in the forward pass. Those of FSDP do not: experts are a unit inside a checkpointed block, and
-    their parameters may be there already, gathered ahead."""
-
-    def __init__(self, mode: TorchDispatchMode) -> None:
-        super().__init__()
-        self.mode = mode
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func in KEPT_OPS:
-            return self.mode.__torch_dispatch__(func, types, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+def _recompute_up_projections(model: MoETransformer) -> None:
+    for block in model.blocks:
+        if isinstance(block.attention, MultiHeadLatentAttention):
+            block.attention.recompute_up_projections = True
 
 
 def _compile(model: MoETransformer) -> None:

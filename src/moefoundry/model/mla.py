@@ -6,14 +6,18 @@ part of the key that carries the position and that all heads share.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moefoundry.config import MlaConfig
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext, attend
 from moefoundry.model.norm import RMSNorm
 from moefoundry.model.rope import rotate_interleaved, yarn_mscale
+from moefoundry.ops.recompute import ATTENTION_OPS, keeping
 
 LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever the eps of a block's norms
 
@@ -22,7 +26,11 @@ class MultiHeadLatentAttention(nn.Module):
     """Causal attention over compressed keys and values; weights as DeepSeek publishes them, RoPE interleaved.
 
     N, P and V stand for the widths ``qk_nope_head_dim``, ``qk_rope_head_dim`` and ``v_head_dim``, R for
-    ``kv_lora_rank``.
+    ``kv_lora_rank``; of queries, for ``q_lora_rank`` (or D where it is null).
+
+    Attributes:
+        recompute_up_projections: Whether the backward pass makes queries, keys and values of all heads again instead of
+            keeping them; attention itself runs once (DeepSeek-V3, section 3.2.3).
     """
 
     def __init__(self, d_model: int, cfg: MlaConfig) -> None:
@@ -43,11 +51,28 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * sum(self.kv_b_widths), bias=False)
         self.o_proj = nn.Linear(cfg.n_heads * cfg.v_head_dim, d_model, bias=False)
         self.scale = softmax_scale(cfg)
+        self.recompute_up_projections = False
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """[B, S, D] -> [B, S, D]; with a cache, S tokens that follow those in it."""
-        q_nope_BHSN, q_rope_BHSP = self._heads(self._queries(x_BSD)).split(self.qk_widths, dim=-1)
+        q_BSR = x_BSD if self.q_lora_rank is None else self.q_a_proj(x_BSD)
         latent_BSR, k_rope_BSP = self.kv_a_proj(x_BSD).split(self.kv_a_widths, dim=-1)
+        if not self.recompute_up_projections or cache is not None:
+            return self.o_proj(self._attend(q_BSR, latent_BSR, k_rope_BSP, context, cache))
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing draws numbers
+        options["context_fn"] = keeping(ATTENTION_OPS)
+        return self.o_proj(checkpoint(self._attend, q_BSR, latent_BSR, k_rope_BSP, context, None, **options))
+
+    def _attend(
+        self,
+        q_BSR: Tensor,
+        latent_BSR: Tensor,
+        k_rope_BSP: Tensor,
+        context: AttentionContext,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """From what is narrow to the heads' outputs, [B, S, H * V]."""
+        q_nope_BHSN, q_rope_BHSP = self._heads(self._queries(q_BSR)).split(self.qk_widths, dim=-1)
         latent_BLR = self.kv_a_norm(latent_BSR)
         k_rope_B1LP = rotate_interleaved(k_rope_BSP.unsqueeze(1), context.rotation)
         if cache is not None:
@@ -55,12 +80,12 @@ class MultiHeadLatentAttention(nn.Module):
         k_nope_BHLN, v_BHLV = self._heads(self.kv_b_proj(latent_BLR)).split(self.kv_b_widths, dim=-1)
         q_BHSd = torch.cat([q_nope_BHSN, rotate_interleaved(q_rope_BHSP, context.rotation)], dim=-1)
         k_BHLd = torch.cat([k_nope_BHLN, k_rope_B1LP.expand(-1, self.n_heads, -1, -1)], dim=-1)
-        return self.o_proj(attend(q_BHSd, k_BHLd, v_BHLV, context, self.scale))
+        return attend(q_BHSd, k_BHLd, v_BHLV, context, self.scale)
 
-    def _queries(self, x_BSD: Tensor) -> Tensor:
+    def _queries(self, q_BSR: Tensor) -> Tensor:
         if self.q_lora_rank is None:
-            return self.q_proj(x_BSD)
-        return self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+            return self.q_proj(q_BSR)
+        return self.q_b_proj(self.q_a_norm(q_BSR))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, L, H * width] -> [B, H, L, width]."""

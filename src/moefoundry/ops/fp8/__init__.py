@@ -1,6 +1,8 @@
 """FP8 as DeepSeek-V3 trains with it (arXiv 2412.19437, section 3.3): formats, quantizers, matrix products.
 
 formats.py, scales.py             the formats, the tiles, and what is decided where the report says nothing
+linear.py, feed_forward.py        layers with autograd, and what they keep for backward
+coarse.py                         linear layers with one scale a tensor or a row, to compare with
 quantization.py, gemm.py          what to call; picks an implementation by device (``backend.py``)
 reference.py, e5m6.py, groups.py  the quantizers in plain PyTorch: their definition
 gemm_reference.py                 the products in plain PyTorch, and on a model of ``tensor_cores.py``
@@ -8,22 +10,30 @@ triton_*.py                       the kernels
 """
 
 from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.fp8.coarse import Granularity, coarse_linear
+from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
 from moefoundry.ops.fp8.formats import TILE, Format, QuantizedTensor, Scaling, Tile
 from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
-from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, retile
+from moefoundry.ops.fp8.linear import fp8_linear
+from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
 
 __all__ = [
     "TILE",
     "Backend",
     "Format",
+    "Granularity",
     "QuantizedTensor",
     "Scaling",
     "Tile",
+    "coarse_linear",
     "dequantize",
     "dgrad",
+    "fp8_feed_forward",
+    "fp8_linear",
     "fprop",
     "quantize",
     "quantize_columns",
+    "quantize_rows_once",
     "retile",
     "wgrad",
 ]

@@ -42,6 +42,14 @@ def choose_backend(device: torch.device, capability: tuple[int, int], asked: Bac
     return Backend.REFERENCE if obstacle else Backend.TRITON
 
 
+def describe_backend(device: torch.device, capability: tuple[int, int], asked: Backend | None = None) -> str:
+    """What :func:`choose_backend` chooses, and why it is not Triton where nobody asked for less."""
+    backend = choose_backend(device, capability, asked)
+    if backend is asked or backend is Backend.TRITON:
+        return backend
+    return f"{backend} ({_obstacle(device, capability, interpret=False)})"
+
+
 @cache
 def _obstacle(device: torch.device, capability: tuple[int, int], interpret: bool) -> str | None:
     if find_spec("triton") is None:

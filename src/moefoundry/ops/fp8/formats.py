@@ -104,6 +104,11 @@ class QuantizedTensor:
         return self.values.nbytes + self.scales.nbytes
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Values and scales, for autograd to keep."""
+        return self.values, self.scales
+
+    @property
     def scaling(self) -> Scaling:
         return Scaling.POWER_OF_TWO if self.scales.dtype == torch.uint8 else Scaling.FP32
 

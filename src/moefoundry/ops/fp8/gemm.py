@@ -41,11 +41,8 @@ def fprop(
     groups = () if group_sizes_E is None else (len(group_sizes_E),)
     if weight.shape[:-2] != groups or weight.shape[-1] != x_RI.shape[-1]:
         raise ValueError(f"x {x_RI.shape} and weight {weight.shape} do not fit with groups {groups}")
-    if choose_backend(x_RI.values.device, GEMM_CAPABILITY, backend) is Backend.REFERENCE:
-        return multiply_reference(x_RI, weight, group_sizes_E, dtype)
-    from moefoundry.ops.fp8.triton_gemm import multiply_triton
-
-    return multiply_triton(x_RI, weight, group_sizes_E, dtype)
+    backend = choose_backend(x_RI.values.device, GEMM_CAPABILITY, backend)
+    return _multiply(*x_RI.tensors, *weight.tensors, group_sizes_E, dtype, backend)
 
 
 def dgrad(
@@ -85,6 +82,30 @@ def wgrad(
     from moefoundry.ops.fp8.triton_gemm import wgrad_triton
 
     return wgrad_triton(grad_RO, x_RI, dtype)
+
+
+@torch.library.custom_op("moefoundry::fp8_multiply", mutates_args=())
+def _multiply(
+    x: Tensor,
+    x_scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    group_sizes: Tensor | None,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """:func:`fprop` as an operation of torch, so that selective activation checkpointing can keep its result."""
+    x_RK = QuantizedTensor(x, x_scales, Tile.ROW, tuple(x.shape))
+    weights = QuantizedTensor(weight, weight_scales, Tile.BLOCK, tuple(weight.shape))
+    if backend == Backend.REFERENCE:
+        return multiply_reference(x_RK, weights, group_sizes, dtype)
+    from moefoundry.ops.fp8.triton_gemm import multiply_triton
+
+    return multiply_triton(x_RK, weights, group_sizes, dtype)
+
+
+MULTIPLY_OP = torch.ops.moefoundry.fp8_multiply.default
+"""Fprop and Dgrad, for those who look at operations as they pass."""
 
 
 def _check_operand(x: QuantizedTensor, tile: Tile) -> None:

@@ -48,6 +48,23 @@ def quantize(
     return quantize_triton(x, tile, format, scaling)
 
 
+def quantize_rows_once(x: Tensor, backend: Backend | None = None) -> QuantizedTensor:
+    """``x`` [..., C] as E4M3 rows [R, C], quantized once however many layers it enters.
+
+    What was made is remembered on the tensor object itself, so it lives no longer than that, and not beyond a change in
+    place. Layers that keep it for backward keep the same memory.
+    """
+    memo = getattr(x, "_fp8_rows", None)
+    if memo is None or memo[0] != x._version:
+        remember_rows(x, quantize(x.detach().reshape(-1, x.shape[-1]), Tile.ROW, backend=backend))
+    return x._fp8_rows[1]  # type: ignore[attr-defined]
+
+
+def remember_rows(x: Tensor, rows_RC: QuantizedTensor) -> None:
+    """``x`` has been made of ``rows_RC``: let :func:`quantize_rows_once` find them."""
+    x._fp8_rows = x._version, rows_RC  # type: ignore[attr-defined]
+
+
 def quantize_columns(
     x_RC: Tensor,
     group_sizes_E: Tensor | None = None,

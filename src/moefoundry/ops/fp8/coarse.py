@@ -1,0 +1,95 @@
+"""Linear layers in FP8 with coarser scales than tiles, to compare with: one scale a tensor, or one a row.
+
+All operands are E4M3 with scales of float32, ``amax / 448``, found anew each time: of the whole tensor (for a weight of
+E experts, of each), or of each row along K, the dimension that the product sums over, so that each of the three
+products quantizes its operands for itself. Inputs are kept for backward as they came. There are no kernels: values are
+rounded and multiplied in fp32, which shows the accuracy of these recipes and not their speed.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moefoundry.ops.fp8.formats import Format, Scaling
+from moefoundry.ops.fp8.scales import scales_of
+
+
+class Granularity(StrEnum):
+    """What shares a scale."""
+
+    TENSOR = "tensorwise"
+    ROW = "rowwise"
+
+
+def coarse_linear(x: Tensor, weight: Tensor, granularity: Granularity, group_sizes_E: Tensor | None = None) -> Tensor:
+    """``x @ weight.T``, [..., O], in the dtype of ``x``; gradients have the dtypes of what they are of.
+
+    Args:
+        x: [..., I]; with groups [R, I], rows of group 0 first, then those of group 1, ...
+        weight: [O, I], or [E, O, I] with groups.
+        granularity: What shares a scale.
+        group_sizes_E: int64 [E], sums to R; waits for the host.
+    """
+    if group_sizes_E is None:
+        out_RO = _CoarseLinear.apply(x.reshape(-1, x.shape[-1]), weight.unsqueeze(0), granularity, None)
+        return out_RO.view(*x.shape[:-1], -1)
+    return _CoarseLinear.apply(x, weight, granularity, group_sizes_E.tolist())
+
+
+class _CoarseLinear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_RI: Tensor, weight_EOI: Tensor, granularity: Granularity, sizes: list[int] | None
+    ) -> Tensor:
+        ctx.save_for_backward(x_RI, weight_EOI)
+        ctx.granularity, ctx.sizes = granularity, sizes or [len(x_RI)]
+        return _multiply(x_RI, _rounded_weight(weight_EOI, 2, granularity), ctx.sizes, granularity)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x_RI, weight_EOI = ctx.saved_tensors
+        granularity, sizes = ctx.granularity, ctx.sizes
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            weight_EIO = _rounded_weight(weight_EOI, 1, granularity).mT
+            grad_x = _multiply(grad_RO, weight_EIO, sizes, granularity)
+        if ctx.needs_input_grad[1]:
+            grads, xs = (_rounded_columns(operand, sizes, granularity) for operand in (grad_RO, x_RI))
+            grad_weight = torch.stack([grad.T @ x for grad, x in zip(grads, xs, strict=True)]).to(weight_EOI.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _multiply(rows_RK: Tensor, weight_ENK: Tensor, sizes: list[int], granularity: Granularity) -> Tensor:
+    """[R, N]; the weight is rounded already."""
+    groups = _rounded(rows_RK, (0, 1) if granularity is Granularity.TENSOR else (1,)).split(sizes)
+    products = [rows @ weight.T for rows, weight in zip(groups, weight_ENK, strict=True)]
+    return torch.cat(products).to(rows_RK.dtype)
+
+
+def _rounded_weight(weight_EOI: Tensor, summed: int, granularity: Granularity) -> Tensor:
+    """``summed`` is the dimension that the product sums over."""
+    return _rounded(weight_EOI, (1, 2) if granularity is Granularity.TENSOR else (summed,))
+
+
+def _rounded_columns(x_RC: Tensor, sizes: list[int], granularity: Granularity) -> list[Tensor]:
+    """An operand of Wgrad, whose sums run over the rows of each group."""
+    if granularity is Granularity.TENSOR:
+        return list(_rounded(x_RC, (0, 1)).split(sizes))
+    return [_rounded(group, (0,)) for group in x_RC.split(sizes)]
+
+
+def _rounded(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``x`` as float32 with E4M3's values times a scale for each slice along ``dims``."""
+    x = x.float()
+    if not x.numel():
+        return x
+    scales = scales_of(x.abs().amax(dims, keepdim=True), Format.E4M3, Scaling.FP32)
+    largest = Format.E4M3.largest
+    return (x / scales).clamp_(-largest, largest).to(torch.float8_e4m3fn).float() * scales

@@ -1,0 +1,116 @@
+"""SwiGLU feed-forward networks in FP8 with autograd, one or one for each group of rows.
+
+    h = silu(gate x) * (up x);   out = down h
+
+Kept for backward are the input, as the E4M3 rows that Fprop takes, and the two inputs of SwiGLU in E4M3; its output is
+computed again (DeepSeek-V3, arXiv 2412.19437, section 3.3.3). A row's weight, if it has one, multiplies ``h``, which
+is F wide: so the weighted sum over a token's experts needs none of their outputs in its backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.fp8.formats import QuantizedTensor, Tile
+from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
+from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
+
+
+@torch.compiler.disable
+def fp8_feed_forward(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    group_sizes_E: Tensor | None = None,
+    row_weights_R: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """[..., D] -> [..., D], in the dtype of ``x``; Wgrad's sums are fp32, its results have the weights' dtype.
+
+    Args:
+        x: [..., D]; with groups [R, D], rows of group 0 first, then those of group 1, ...
+        gate, up: [F, D], or [E, F, D] with groups.
+        down: [D, F], or [E, D, F].
+        group_sizes_E: int64 [E], sums to R.
+        row_weights_R: [R], differentiable: what each row counts.
+        backend: The one to use; None chooses by device.
+    """
+    return _FeedForward.apply(x, row_weights_R, gate, up, down, group_sizes_E, quantize_rows_once(x, backend), backend)
+
+
+class _FeedForward(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        row_weights_R: Tensor | None,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        group_sizes_E: Tensor | None,
+        x_RD: QuantizedTensor,
+        backend: Backend | None,
+    ) -> Tensor:
+        gate_RF, up_RF = (
+            fprop(x_RD, quantize(weight, Tile.BLOCK, backend=backend), group_sizes_E, x.dtype, backend)
+            for weight in (gate, up)
+        )
+        kept = [x_RD]
+        if any(ctx.needs_input_grad):
+            kept += [quantize(gate_RF, Tile.ROW, backend=backend), quantize(up_RF, Tile.ROW, backend=backend)]
+        hidden_RF = F.silu(gate_RF).mul_(up_RF)
+        if row_weights_R is not None:
+            hidden_RF.mul_(row_weights_R.unsqueeze(1))
+        hidden = quantize(hidden_RF, Tile.ROW, backend=backend)
+        out_RD = fprop(hidden, quantize(down, Tile.BLOCK, backend=backend), group_sizes_E, x.dtype, backend)
+        tensors = [tensor for quantized in kept for tensor in quantized.tensors]
+        ctx.save_for_backward(row_weights_R, gate, up, down, group_sizes_E, *tensors)
+        ctx.shapes, ctx.backend = [quantized.shape for quantized in kept], backend
+        return out_RD.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        row_weights_R, gate, up, down, group_sizes_E, *tensors = ctx.saved_tensors
+        backend, grad_RD = ctx.backend, grad.reshape(-1, grad.shape[-1])
+        x_RD, *swiglu_inputs = (
+            QuantizedTensor(*pair, Tile.ROW, shape)
+            for pair, shape in zip(zip(tensors[::2], tensors[1::2], strict=True), ctx.shapes, strict=True)
+        )
+        gate_RF, up_RF = (dequantize(x, grad.dtype, backend) for x in swiglu_inputs)
+        silu_RF = F.silu(gate_RF)
+        hidden_RF = silu_RF * up_RF
+
+        def back(grad: Tensor, weight: Tensor) -> Tensor:
+            rows, blocks = quantize(grad, Tile.ROW, backend=backend), quantize(weight, Tile.BLOCK, backend=backend)
+            return dgrad(rows, blocks, group_sizes_E, grad.dtype, backend)
+
+        def columns(x: Tensor) -> QuantizedTensor:
+            return quantize_columns(x, group_sizes_E, backend=backend)
+
+        grad_hidden_RF = back(grad_RD, down)
+        grad_row_weights_R = None
+        if row_weights_R is not None:
+            grad_row_weights_R = (grad_hidden_RF * hidden_RF).sum(-1, dtype=row_weights_R.dtype)
+            grad_hidden_RF.mul_(row_weights_R.unsqueeze(1))
+            hidden_RF.mul_(row_weights_R.unsqueeze(1))
+        grad_down = wgrad(columns(grad_RD), columns(hidden_RF), down.dtype, backend)
+        grad_gate_RF = torch.ops.aten.silu_backward(grad_hidden_RF * up_RF, gate_RF)
+        grad_up_RF = grad_hidden_RF.mul_(silu_RF)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = back(grad_gate_RF, gate).add_(back(grad_up_RF, up)).view(grad.shape)
+        x_columns = retile(x_RD, group_sizes_E, backend=backend)
+        grad_gate, grad_up = (
+            wgrad(columns(grad), x_columns, weight.dtype, backend)
+            for grad, weight in ((grad_gate_RF, gate), (grad_up_RF, up))
+        )
+        return grad_x, grad_row_weights_R, grad_gate, grad_up, grad_down, None, None, None

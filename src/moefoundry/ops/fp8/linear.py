@@ -1,0 +1,61 @@
+"""A linear layer in FP8 with autograd: all three products take FP8, and nothing wider than its input in small floats is
+kept for backward (DeepSeek-V3, arXiv 2412.19437, sections 3.3.1 to 3.3.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Tile
+from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
+from moefoundry.ops.fp8.quantization import quantize, quantize_columns, quantize_rows_once, retile
+
+
+@torch.compiler.disable
+def fp8_linear(x: Tensor, weight_OI: Tensor, kept: Format = Format.E4M3, backend: Backend | None = None) -> Tensor:
+    """``x @ weight.T``, [..., O], in the dtype of ``x``; Wgrad's sums are fp32, its result has the weight's dtype.
+
+    Args:
+        x: [..., I], float32, bfloat16 or float16.
+        weight_OI: The layout of ``nn.Linear``; quantized anew each time, in blocks of 128x128.
+        kept: How the input waits for Wgrad: as the E4M3 rows that Fprop takes, which layers with the same input share,
+            or in E5M6 (the layer after attention).
+        backend: The one to use; None chooses by device.
+    """
+    return _Linear.apply(x, weight_OI, quantize_rows_once(x, backend), kept, backend)
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, rows_RI: QuantizedTensor, kept: Format, backend: Backend | None
+    ) -> Tensor:
+        out_RO = fprop(rows_RI, quantize(weight_OI, Tile.BLOCK, backend=backend), None, x.dtype, backend)
+        if ctx.needs_input_grad[1] and kept is not Format.E4M3:
+            rows_RI = quantize(x.reshape(rows_RI.shape), Tile.ROW, kept, backend=backend)
+        ctx.save_for_backward(weight_OI, *(rows_RI.tensors if ctx.needs_input_grad[1] else ()))
+        ctx.kept, ctx.shape, ctx.backend = kept, rows_RI.shape, backend
+        return out_RO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        weight_OI, *tensors = ctx.saved_tensors
+        grad_RO = grad.reshape(-1, grad.shape[-1])
+        grad_x = grad_weight_OI = None
+        if ctx.needs_input_grad[0]:
+            weight = quantize(weight_OI, Tile.BLOCK, backend=ctx.backend)
+            grad_rows = quantize(grad_RO, Tile.ROW, backend=ctx.backend)
+            grad_x = dgrad(grad_rows, weight, None, grad.dtype, ctx.backend).view(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            values, scales = tensors
+            kept = QuantizedTensor(values, scales, Tile.ROW, ctx.shape, ctx.kept)
+            x_columns = retile(kept, backend=ctx.backend)
+            grad_columns = quantize_columns(grad_RO, backend=ctx.backend)
+            grad_weight_OI = wgrad(grad_columns, x_columns, weight_OI.dtype, ctx.backend)
+        return grad_x, grad_weight_OI, None, None, None
