@@ -22,9 +22,10 @@ def test_value_is_x_sigmoid_x_times_up() -> None:
     assert swiglu(gate, up).tolist() == pytest.approx(expected, abs=1e-15)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_autograd_in_float64(shape: tuple[int, ...]) -> None:
-    inputs = pair(shape)
+def test_equals_autograd_in_float64(shape: tuple[int, ...], weighted: bool) -> None:
+    inputs = [*pair(shape), *([torch.rand(shape[:-1], dtype=torch.float64).requires_grad_()] if weighted else [])]
     out, expected = swiglu(*inputs), swiglu_reference(*inputs)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     incoming = torch.randn_like(out)
@@ -35,6 +36,14 @@ def test_equals_autograd_in_float64(shape: tuple[int, ...]) -> None:
 
 def test_gradients_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(swiglu, pair((3, 4)))
+    assert torch.autograd.gradcheck(swiglu, (*pair((3, 4)), torch.rand(3, dtype=torch.float64).requires_grad_()))
+
+
+def test_weights_of_rows_keep_their_dtype() -> None:
+    weights = torch.rand(3).requires_grad_()
+    out = swiglu(*pair((3, 4), torch.bfloat16), weights)
+    assert out.dtype == torch.bfloat16
+    assert torch.autograd.grad(out.float().sum(), weights)[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

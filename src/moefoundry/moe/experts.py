@@ -41,12 +41,16 @@ class GroupedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, hidden_size))
         self.grouped_linear = grouped_linear
 
-    def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-        """[R, D] rows in the order of this rank's experts -> [R, D]."""
-        gate, up, down = (self._local(weight) for weight in (self.gate_proj, self.up_proj, self.down_proj))
+    def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor, row_weights_R: Tensor | None = None) -> Tensor:
+        """[R, D] rows in the order of this rank's experts -> [R, D], times their weights."""
+        gate, up, down = self._local_weights()
         gate_RF = self.grouped_linear(rows_RD, gate, tokens_per_expert_E)
         up_RF = self.grouped_linear(rows_RD, up, tokens_per_expert_E)
-        return self.grouped_linear(swiglu(gate_RF, up_RF), down, tokens_per_expert_E)
+        return self.grouped_linear(swiglu(gate_RF, up_RF, row_weights_R), down, tokens_per_expert_E)
+
+    def _local_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down of this rank's experts."""
+        return self._local(self.gate_proj), self._local(self.up_proj), self._local(self.down_proj)
 
     def _local(self, weight: Tensor) -> Tensor:
         """This rank's experts. Where they are divided among G ranks they see the tokens of all G, so their gradient is

@@ -11,11 +11,11 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefoundry.config import Assignment, MoEConfig, ScoreFunction
 from moefoundry.ops.permute import count_by_expert
+from moefoundry.ops.wide_linear import wide_linear, widened
 
 TINY = 1e-20
 """Added to sums of scores, as in DeepSeek-V3's code: sigmoid scores may all underflow. Changes no other sum."""
@@ -41,6 +41,7 @@ class Router(nn.Module):
     """Linear gate, scores, top-k.
 
     Attributes:
+        product: The gate's, [T, D] x [E, D] -> [T, E]; a precision policy may set one that keeps less for backward.
         expert_bias: fp32 [E], a buffer that only the choice of experts sees and no gradient changes; None where
             scores are softmax and ``bias_update_rate`` is 0.
     """
@@ -50,6 +51,7 @@ class Router(nn.Module):
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
         self.gate = nn.Linear(d_model, cfg.num_experts, bias=False)
+        self.product = wide_linear
         self.top_k = cfg.top_k
         self.cfg = cfg.router
         biased = cfg.router.score_function == ScoreFunction.sigmoid or cfg.balance.bias_update_rate > 0
@@ -57,12 +59,10 @@ class Router(nn.Module):
 
     def forward(self, tokens_TD: Tensor) -> Routing:
         """Route [T, D] tokens."""
-        dtype = torch.promote_types(tokens_TD.dtype, torch.float32)
-        input_TD = tokens_TD.to(dtype)
         if self.training and self.cfg.input_jitter:
-            jitter = self.cfg.input_jitter
-            input_TD = input_TD * torch.empty_like(input_TD).uniform_(1 - jitter, 1 + jitter)
-        logits_TE = F.linear(input_TD, self.gate.weight.to(dtype))
+            jitter, tokens_TD = self.cfg.input_jitter, widened(tokens_TD)
+            tokens_TD = tokens_TD * torch.empty_like(tokens_TD).uniform_(1 - jitter, 1 + jitter)
+        logits_TE = self.product(tokens_TD, self.gate.weight)
         softmax = self.cfg.score_function == ScoreFunction.softmax
         scores_TE = logits_TE.softmax(dim=-1) if softmax else logits_TE.sigmoid()
         expert_ids_TK = self._choose(scores_TE.detach())

@@ -1,4 +1,8 @@
-"""SwiGLU (arXiv 2002.05202) that keeps only its two inputs for the backward pass; SiLU is recomputed there."""
+"""SwiGLU (arXiv 2002.05202) that keeps only its inputs for the backward pass; SiLU is recomputed there.
+
+A row may have a weight, that of its expert. Applied here, where rows are narrowest, it leaves a plain sum over the
+experts of a token, whose backward pass needs none of their outputs.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +15,36 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """``silu(gate) * up``, element-wise, any shape and float dtype."""
-    return _SwiGLU.apply(gate, up)
+def swiglu(gate: Tensor, up: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """``silu(gate) * up``, element-wise, any shape [..., F] and float dtype; times ``row_weights`` [...], if given."""
+    return _SwiGLU.apply(gate, up, row_weights)
 
 
-def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """:func:`swiglu` by autograd, which keeps ``silu(gate)`` too."""
-    return F.silu(gate) * up
+def swiglu_reference(gate: Tensor, up: Tensor, row_weights: Tensor | None = None) -> Tensor:
+    """:func:`swiglu` by autograd, which keeps ``silu(gate)`` and the product too."""
+    out = F.silu(gate) * up
+    return out if row_weights is None else out * row_weights.unsqueeze(-1).to(out.dtype)
 
 
 class _SwiGLU(Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+    def forward(ctx: Any, gate: Tensor, up: Tensor, row_weights: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate, up, row_weights)
+        out = F.silu(gate).mul_(up)
+        return out if row_weights is None else out.mul_(row_weights.unsqueeze(-1))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        return swiglu_backward(grad, *ctx.saved_tensors)
+
+
+def swiglu_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, row_weights: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of ``gate``, ``up`` and ``row_weights``."""
+    silu, grad_row_weights = F.silu(gate), None
+    if row_weights is not None:
+        grad_row_weights = (silu * up).mul_(grad).sum(-1, dtype=row_weights.dtype)
+        grad = grad * row_weights.unsqueeze(-1).to(grad.dtype)
+    return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), grad_row_weights

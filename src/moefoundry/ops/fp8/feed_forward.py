@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -21,6 +20,7 @@ from moefoundry.ops.fp8.backend import Backend
 from moefoundry.ops.fp8.formats import QuantizedTensor, Tile
 from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
 from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
+from moefoundry.ops.swiglu import swiglu, swiglu_backward
 
 
 @torch.compiler.disable
@@ -66,10 +66,7 @@ class _FeedForward(Function):
         kept = [x_RD]
         if any(ctx.needs_input_grad):
             kept += [quantize(gate_RF, Tile.ROW, backend=backend), quantize(up_RF, Tile.ROW, backend=backend)]
-        hidden_RF = F.silu(gate_RF).mul_(up_RF)
-        if row_weights_R is not None:
-            hidden_RF.mul_(row_weights_R.unsqueeze(1))
-        hidden = quantize(hidden_RF, Tile.ROW, backend=backend)
+        hidden = quantize(swiglu(gate_RF, up_RF, row_weights_R), Tile.ROW, backend=backend)
         out_RD = fprop(hidden, quantize(down, Tile.BLOCK, backend=backend), group_sizes_E, x.dtype, backend)
         tensors = [tensor for quantized in kept for tensor in quantized.tensors]
         ctx.save_for_backward(row_weights_R, gate, up, down, group_sizes_E, *tensors)
@@ -86,8 +83,6 @@ class _FeedForward(Function):
             for pair, shape in zip(zip(tensors[::2], tensors[1::2], strict=True), ctx.shapes, strict=True)
         )
         gate_RF, up_RF = (dequantize(x, grad.dtype, backend) for x in swiglu_inputs)
-        silu_RF = F.silu(gate_RF)
-        hidden_RF = silu_RF * up_RF
 
         def back(grad: Tensor, weight: Tensor) -> Tensor:
             rows, blocks = quantize(grad, Tile.ROW, backend=backend), quantize(weight, Tile.BLOCK, backend=backend)
@@ -96,15 +91,11 @@ class _FeedForward(Function):
         def columns(x: Tensor) -> QuantizedTensor:
             return quantize_columns(x, group_sizes_E, backend=backend)
 
-        grad_hidden_RF = back(grad_RD, down)
-        grad_row_weights_R = None
-        if row_weights_R is not None:
-            grad_row_weights_R = (grad_hidden_RF * hidden_RF).sum(-1, dtype=row_weights_R.dtype)
-            grad_hidden_RF.mul_(row_weights_R.unsqueeze(1))
-            hidden_RF.mul_(row_weights_R.unsqueeze(1))
-        grad_down = wgrad(columns(grad_RD), columns(hidden_RF), down.dtype, backend)
-        grad_gate_RF = torch.ops.aten.silu_backward(grad_hidden_RF * up_RF, gate_RF)
-        grad_up_RF = grad_hidden_RF.mul_(silu_RF)
+        hidden = columns(swiglu(gate_RF, up_RF, row_weights_R))
+        grad_down = wgrad(columns(grad_RD), hidden, down.dtype, backend)
+        grad_gate_RF, grad_up_RF, grad_row_weights_R = swiglu_backward(
+            back(grad_RD, down), gate_RF, up_RF, row_weights_R
+        )
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = back(grad_gate_RF, gate).add_(back(grad_up_RF, up)).view(grad.shape)

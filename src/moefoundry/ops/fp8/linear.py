@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -13,7 +14,8 @@ from torch.autograd.function import once_differentiable
 from moefoundry.ops.fp8.backend import Backend
 from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Tile
 from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
-from moefoundry.ops.fp8.quantization import quantize, quantize_columns, quantize_rows_once, retile
+from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
+from moefoundry.ops.wide_linear import widened
 
 
 @torch.compiler.disable
@@ -28,6 +30,13 @@ def fp8_linear(x: Tensor, weight_OI: Tensor, kept: Format = Format.E4M3, backend
         backend: The one to use; None chooses by device.
     """
     return _Linear.apply(x, weight_OI, quantize_rows_once(x, backend), kept, backend)
+
+
+@torch.compiler.disable
+def fp8_kept_linear(x: Tensor, weight_OI: Tensor, backend: Backend | None = None) -> Tensor:
+    """:func:`~moefoundry.ops.wide_linear.wide_linear`, whose input waits for backward as E4M3 rows, shared with layers
+    of the same input; only the weight's gradient sees that they are rounded."""
+    return _KeptLinear.apply(x, weight_OI, quantize_rows_once(x, backend), backend)
 
 
 class _Linear(Function):
@@ -59,3 +68,20 @@ class _Linear(Function):
             grad_columns = quantize_columns(grad_RO, backend=ctx.backend)
             grad_weight_OI = wgrad(grad_columns, x_columns, weight_OI.dtype, ctx.backend)
         return grad_x, grad_weight_OI, None, None, None
+
+
+class _KeptLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x_RI: Tensor, weight_OI: Tensor, rows_RI: QuantizedTensor, backend: Backend | None) -> Tensor:
+        ctx.save_for_backward(weight_OI, *rows_RI.tensors)
+        ctx.shape, ctx.dtype, ctx.backend = rows_RI.shape, x_RI.dtype, backend
+        wide_RI = widened(x_RI)
+        return F.linear(wide_RI, weight_OI.to(wide_RI.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        weight_OI, values, scales = ctx.saved_tensors
+        x_RI = dequantize(QuantizedTensor(values, scales, Tile.ROW, ctx.shape), grad_RO.dtype, ctx.backend)
+        grad_x_RI = (grad_RO @ weight_OI.to(grad_RO.dtype)).to(ctx.dtype)
+        return grad_x_RI, (grad_RO.T @ x_RI).to(weight_OI.dtype), None, None
