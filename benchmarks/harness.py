@@ -110,13 +110,6 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
-def allocator_in_use() -> str:
-    """The name of the allocator setting that this process was started with."""
-    return next(
-        name for name, env in reversed(ALLOCATORS.items()) if all(os.environ.get(k) == v for k, v in env.items())
-    )
-
-
 def write(record: Record) -> Path:
     """Write the record and regenerate ``RESULTS.md`` from all records."""
     about = record.machine

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from moefoundry.config import GqaConfig, MlaConfig, ModelConfig, RouterConfig, ScoreFunction, YarnConfig
+from moefoundry.model.families.rope_scaling import write_yarn
 from moefoundry.model.transformer import MoETransformer
 from tests.model.tiny import tiny_config, tiny_model
 
@@ -86,20 +87,12 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module, names: Renames) ->
         torch.testing.assert_close(grad, expected, **TO_1E_5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def rope_scaling(yarn: YarnConfig | None) -> dict[str, object] | None:
-    """The ``rope_scaling`` that says the same."""
-    if yarn is None:
-        return None
-    scaling = {
-        "rope_type": "yarn",
-        "factor": yarn.factor,
-        "original_max_position_embeddings": yarn.original_max_seq_len,
-        "beta_fast": yarn.beta_fast,
-        "beta_slow": yarn.beta_slow,
-        "mscale": yarn.mscale,
-        "mscale_all_dim": yarn.mscale_all_dim,
-    }
-    return {key: value for key, value in scaling.items() if value is not None}
+def assert_same_model(ours: MoETransformer, theirs: nn.Module, ids: Tensor, names: Renames) -> None:
+    """Logits, and the gradients of the loss, to 1e-5."""
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, **TO_1E_5)
+    ours(ids, ids).lm.backward()
+    theirs(ids, labels=ids).loss.backward()
+    assert_same_gradients(ours, theirs, names)
 
 
 def max_positions(yarn: YarnConfig | None) -> int:
@@ -115,7 +108,7 @@ def _common(cfg: ModelConfig) -> dict[str, object]:
         "num_attention_heads": cfg.attention.n_heads,
         "rms_norm_eps": cfg.norm.eps,
         "rope_theta": cfg.attention.rope_theta,
-        "rope_scaling": rope_scaling(cfg.attention.yarn),
+        "rope_scaling": write_yarn(cfg.attention.yarn),
         "max_position_embeddings": max_positions(cfg.attention.yarn),
         "attn_implementation": "eager",
         "pad_token_id": None,

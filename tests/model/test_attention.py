@@ -16,6 +16,7 @@ from tests.model.peers import (
     MIXTRAL_NAMES,
     TO_1E_5,
     assert_same_gradients,
+    assert_same_model,
     causal_bias,
     give_weights,
     llama,
@@ -122,11 +123,7 @@ def test_qkv_bias_leaves_the_output_projection_without() -> None:
 @pytest.mark.parametrize("window", [1, 3, 15, 16, 99])
 def test_sliding_window_equals_mixtral(window: int) -> None:
     model, theirs = mixtral(GqaConfig(n_heads=4, n_kv_heads=2, sliding_window=window))
-    ids = batch()
-    torch.testing.assert_close(model(ids), theirs(ids).logits, **TO_1E_5)
-    model(ids, ids).lm.backward()
-    theirs(ids, labels=ids).loss.backward()
-    assert_same_gradients(model, theirs, MIXTRAL_NAMES)
+    assert_same_model(model, theirs, batch(), MIXTRAL_NAMES)
 
 
 YARN = YarnConfig(factor=4.0, original_max_seq_len=16, beta_fast=4.0, beta_slow=1.0)
@@ -136,11 +133,7 @@ YARN = YarnConfig(factor=4.0, original_max_seq_len=16, beta_fast=4.0, beta_slow=
 def test_yarn_equals_llama(mscale: tuple[float | None, float | None]) -> None:
     yarn = replace(YARN, mscale=mscale[0], mscale_all_dim=mscale[1])
     model, theirs = llama(GqaConfig(n_heads=2, n_kv_heads=1, rope_theta=100.0, yarn=yarn))
-    ids = batch(2, 40)
-    torch.testing.assert_close(model(ids), theirs(ids).logits, **TO_1E_5)
-    model(ids, ids).lm.backward()
-    theirs(ids, labels=ids).loss.backward()
-    assert_same_gradients(model, theirs, LLAMA_NAMES)
+    assert_same_model(model, theirs, batch(2, 40), LLAMA_NAMES)
 
 
 def test_positions_begin_anew_with_each_document() -> None:

@@ -6,9 +6,10 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import _compute_yarn_parameters
 
 from moefoundry.config import Compute, GqaConfig, MeshConfig, ModelConfig, PrecisionConfig, YarnConfig
+from moefoundry.model.families.rope_scaling import write_yarn
 from moefoundry.model.rope import rotate, rotate_interleaved, rotation
 from tests.distributed import run_distributed
-from tests.model.peers import max_positions, rope_scaling
+from tests.model.peers import max_positions
 from tests.model.tiny import batch, meta_model, tiny_config
 
 CONVENTIONS = pytest.mark.parametrize("turn", [rotate, rotate_interleaved])
@@ -65,7 +66,7 @@ def test_yarn_equals_transformers(yarn: YarnConfig, width: int, theta: float) ->
     config = LlamaConfig(
         head_dim=width,
         rope_theta=theta,
-        rope_scaling=rope_scaling(yarn),
+        rope_scaling=write_yarn(yarn),
         max_position_embeddings=max_positions(yarn),
     )
     frequencies, factor = _compute_yarn_parameters(config, torch.device("cpu"))

@@ -181,14 +181,16 @@ def export_hf(
         UserError: The family cannot hold the model (with the reasons), a tensor, the average or the tokenizer is
             missing, ``hf`` exists, or logits differ.
     """
-    directory = _checkpoint(checkpoint)
+    directory = named_checkpoint(checkpoint)
     recipe, cfg = io.read_state(directory)["recipe"], io.read_model_config(directory)
     family = _family(family_name, cfg)
     names = TensorMap(family, cfg)
     ours = open_checkpoint(directory, meta_model(cfg), weights)
     specs = names.their_specs(ours.specs, dtype)
     config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
-    tokenizer = tokenizer_of(directory, recipe, tokenizer)
+    tokenizer = tokenizer or tokenizer_of(directory, recipe)
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise UserError(f"no tokenizer at {tokenizer}; name its directory with --tokenizer")
     with using(directory), staged(hf) as staging:
         staging.mkdir()
         write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
@@ -220,7 +222,7 @@ def consolidate(
     Raises:
         UserError: A tensor or the average is missing, ``output`` exists, or it is one file and all would not fit.
     """
-    directory = _checkpoint(checkpoint)
+    directory = named_checkpoint(checkpoint)
     ours = open_checkpoint(directory, meta_model(io.read_model_config(directory)), weights)
     size = _nbytes(ours.specs)
     one_file = output.suffix == ".safetensors"
@@ -266,7 +268,12 @@ def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETrans
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
-def _checkpoint(path: Path) -> Path:
+def named_checkpoint(path: Path) -> Path:
+    """The checkpoint that an option ``--checkpoint`` names: a directory, or the run that holds it.
+
+    Raises:
+        UserError: There is none.
+    """
     try:
         return find_checkpoint(str(path))
     except UserError:

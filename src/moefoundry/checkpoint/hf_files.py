@@ -10,21 +10,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from moefoundry.config import UserError
+from moefoundry.data.tokenizer import HF_FILES
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "tokenizer.model",
-    "vocab.json",
-    GENERATION_CONFIG,  # names the same special tokens
-)
+TOKENIZER_FILES = (*HF_FILES, GENERATION_CONFIG)  # which names the same special tokens
 SPECIAL_TOKENS = {f"{token}_token": f"{token}_token_id" for token in ("bos", "eos", "pad")}
 
 
@@ -69,20 +60,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def tokenizer_of(checkpoint: Path, recipe: dict[str, Any], given: Path | None) -> Path | None:
-    """The directory of a checkpoint's tokenizer: the one given, or its own, or that of its run; None without any.
-
-    Raises:
-        UserError: It is not there.
-    """
-    if given is None and (checkpoint / TOKENIZER).is_dir():
+def tokenizer_of(checkpoint: Path, recipe: dict[str, Any]) -> Path | None:
+    """Where a checkpoint's tokenizer should be: its own, or else that of its run; None where it has neither."""
+    if (checkpoint / TOKENIZER).is_dir():
         return checkpoint / TOKENIZER
-    if given is None and "tokenizer.name" not in recipe:
-        return None
-    path = given or Path(recipe["tokenizer.name"])
-    if not has_tokenizer(path):
-        raise UserError(f"no tokenizer at {path}; name its directory with --tokenizer")
-    return path
+    name = recipe.get("tokenizer.name")
+    return None if name is None else Path(name)
 
 
 def special_token_ids(directory: Path) -> dict[str, Any]:

@@ -20,7 +20,9 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "generate", help="continue a prompt with a checkpoint", description=DESCRIPTION, allow_abbrev=False
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or a run (its newest)")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="a checkpoint, or a run (its newest)"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default 128)")
     parser.add_argument("--temperature", type=float, metavar="T", help="draw by chance; above 1 is more even")
@@ -35,24 +37,23 @@ def run(args: argparse.Namespace) -> int:
     import warnings
     from itertools import takewhile
 
-    from moefoundry.checkpoint.convert import Weights, load_model
+    from moefoundry.checkpoint.convert import Weights, load_model, named_checkpoint
+    from moefoundry.checkpoint.io import read_model_config
     from moefoundry.config import UserError
-    from moefoundry.data.tokenizer import check_vocabulary, load_tokenizer
+    from moefoundry.data.tokenizer import check_vocabulary
     from moefoundry.evaluation.generation import decode_stream, encode_prompt, generate
 
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     choose, device = _choice(args), _device(args.device)
-    checkpoint = _checkpoint(args.checkpoint)
-    directory = _tokenizer_dir(checkpoint)
-    tokenizer = load_tokenizer(directory)
+    checkpoint = named_checkpoint(args.checkpoint)
+    tokenizer = check_vocabulary(_tokenizer_dir(checkpoint), read_model_config(checkpoint).vocab_size)
     tokenizer.backend.encode_special_tokens = False  # a prompt may spell them out; a document's text may not
     prompt_ids = encode_prompt(tokenizer.backend, args.prompt)
     if not len(prompt_ids):
         raise UserError(f"--prompt {args.prompt!r}: has no token")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
     model = load_model(checkpoint, Weights.ema if args.ema else Weights.trained).to(device)
-    check_vocabulary(directory, model.cfg.vocab_size)
 
     print(args.prompt, end="", flush=True)
     new_ids = generate(model, prompt_ids.to(device), args.max_new_tokens, choose)
@@ -91,23 +92,12 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _checkpoint(path: str) -> Path:
-    from moefoundry.checkpoint.store import find_checkpoint
-    from moefoundry.config import UserError
-
-    try:
-        return find_checkpoint(path)
-    except UserError:
-        raise UserError(f"--checkpoint {path}: no complete checkpoint there") from None
-
-
 def _tokenizer_dir(checkpoint: Path) -> Path:
-    """A converted checkpoint's own tokenizer, or that of the run."""
+    from moefoundry.checkpoint.hf_files import tokenizer_of
     from moefoundry.checkpoint.io import read_state
     from moefoundry.config import UserError
 
-    name = checkpoint / "tokenizer" if (checkpoint / "tokenizer").is_dir() else None
-    name = name or read_state(checkpoint)["recipe"].get("tokenizer.name")
-    if name is None:
+    directory = tokenizer_of(checkpoint, read_state(checkpoint)["recipe"])
+    if directory is None:
         raise UserError(f"{checkpoint}: the checkpoint has no tokenizer, and its recipe names none (tokenizer.name)")
-    return Path(name)
+    return directory

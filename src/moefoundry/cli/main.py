@@ -2,7 +2,7 @@
 
 A command is a module of this package named like it, with ``add_parser(subparsers)`` and ``run(args) -> int``. Only the
 chosen one is imported, and heavy libraries only inside ``run``, so that each command starts as fast as it can.
-A command that takes overrides declares the positional ``arguments`` (any number) and splits it with
+A command that takes overrides declares them with ``arguments.add_recipe`` and takes them apart with
 ``moefoundry.config.split_arguments``.
 """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from moefoundry.cli.arguments import add_recipe, positive
+
 DESCRIPTION = """\
 Memory of a rank and bytes that it sends, by collective and mesh axis, for a recipe at any number of ranks. Nothing is
 allocated: the model is built and sharded on meta tensors, as training would. docs/plan.md says what is exact.
@@ -15,13 +17,11 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "plan", help="memory and traffic of a recipe on N ranks", description=DESCRIPTION, allow_abbrev=False
     )
+    add_recipe(parser)
+    parser.add_argument("--world-size", type=positive, required=True, metavar="N", help="number of ranks")
+    parser.add_argument("--gpus-per-node", type=positive, default=8, metavar="N", help="ranks of a node (default: 8)")
     parser.add_argument(
-        "arguments", nargs="*", metavar="[RECIPE] key=value", help="a YAML file (default: quickstart), then overrides"
-    )
-    parser.add_argument("--world-size", type=_positive, required=True, metavar="N", help="number of ranks")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, metavar="N", help="ranks of a node (default: 8)")
-    parser.add_argument(
-        "--memory-gb", type=_positive, default=80, metavar="GB", help="a device's, in 1e9 bytes (default: 80)"
+        "--memory-gb", type=positive, default=80, metavar="GB", help="a device's, in 1e9 bytes (default: 80)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
 
@@ -40,9 +40,3 @@ def run(args: argparse.Namespace) -> int:
     plan = make_plan(recipe, args.world_size, args.gpus_per_node)
     print(json.dumps(plan.to_json(args.memory_gb), indent=2) if args.json else plan_table(plan, args.memory_gb))
     return 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)

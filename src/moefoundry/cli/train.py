@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moefoundry.cli.arguments import add_recipe
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -17,9 +19,7 @@ def add_parser(subparsers: Any) -> None:
         description="Train a recipe. For several ranks: composer -n N scripts/train.py [RECIPE] [key=value ...]",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "arguments", nargs="*", metavar="[RECIPE] key=value", help="a YAML file (default: quickstart), then overrides"
-    )
+    add_recipe(parser)
 
 
 def run(args: argparse.Namespace) -> int:

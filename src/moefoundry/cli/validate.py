@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from moefoundry.cli.arguments import add_recipe, positive
+
 
 def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
@@ -13,10 +15,8 @@ def add_parser(subparsers: Any) -> None:
         description="Check a recipe and its overrides; list every problem at once (exit status 2).",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "arguments", nargs="*", metavar="[RECIPE] key=value", help="a YAML file (default: quickstart), then overrides"
-    )
-    parser.add_argument("--world-size", type=_positive, metavar="N", help="also check mesh and batch against N ranks")
+    add_recipe(parser)
+    parser.add_argument("--world-size", type=positive, metavar="N", help="also check mesh and batch against N ranks")
     parser.add_argument("--print", action="store_true", dest="print_recipe", help="print the resolved recipe as YAML")
 
 
@@ -36,9 +36,3 @@ def run(args: argparse.Namespace) -> int:
         f"{recipe.max_seq_len} tokens, {recipe.precision.compute}"
     )
     return 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)

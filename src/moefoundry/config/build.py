@@ -30,16 +30,18 @@ class Builder:
         self.unsound: set[str] = set()
 
     def build(self, cls: type, values: dict[str, Any], path: str = "", kind: str = "") -> Any:
-        """An object of ``cls`` from a mapping in which every key is present."""
+        """An object of ``cls`` from a mapping. Only a key whose default :func:`changes_nothing` may be missing: the
+        mapping may have been stored before there was such a key, and means what it meant then."""
         built = {}
-        for name, spec in specs(cls).items():
+        known = specs(cls)
+        for name, spec in known.items():
             if name in values:
                 built[name] = self._value(spec, values[name], join(path, name))
-            else:
-                built[name] = self._fail(join(path, name), "missing", describe(spec))
+            elif not changes_nothing(plain(getattr(cls(), name))):
+                self._fail(join(path, name), "missing", describe(spec))
         for name in values:
-            if name not in built:
-                self._unknown(name, path, list(built), kind)
+            if name not in known:
+                self._unknown(name, path, list(known), kind)
         return cls(**{name: value for name, value in built.items() if value is not INVALID})
 
     def _fail(self, path: str, message: str, allowed: str = "", suggestion: str = "") -> Any:
@@ -137,6 +139,14 @@ class Builder:
         self._fail(path, f"unknown key{kind}", "" if suggestion else allowed, suggestion)
         if suggestion:
             self.unsound.add(suggestion)
+
+
+def changes_nothing(default: Any) -> bool:
+    """Whether this plain value says that something is off: null, false, 0, ``none``, an empty list or mapping, or a
+    mapping of nothing else."""
+    if isinstance(default, dict):
+        return all(map(changes_nothing, default.values()))
+    return default in (None, False, 0, "none", [])
 
 
 def _nearest(value: Any, choices: list[str]) -> str:

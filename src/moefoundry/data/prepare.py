@@ -35,7 +35,7 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.corpus import Corpus, CorpusFormat, CorpusScan, Document, Split, open_corpus, split_of, unit_hash
 from moefoundry.data.packing import pack
 from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSION, CorpusSummary, SplitSummary, read_corpus_summary
-from moefoundry.data.tokenizer import SMALLEST_VOCAB, TextTokenizer, load_tokenizer, train_tokenizer
+from moefoundry.data.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_tokenizer
 
 OUTPUTS = {"tokenizer", "train", "val", CORPUS_FILE}
 HASHES = ["sha1", "xxh64"]  # of every shard, in its index; sorted, as MDSWriter demands
@@ -139,8 +139,8 @@ def _check_numbers(options: PrepareOptions) -> None:
         raise UserError(f"--max-seq-len {options.max_seq_len}: at least 2 (a token and the next one)")
     if not 0 < options.val_fraction < 1:
         raise UserError(f"--val-fraction {options.val_fraction}: must lie between 0 and 1")
-    if options.tokenizer is None and options.vocab_size < SMALLEST_VOCAB:
-        raise UserError(f"--vocab-size {options.vocab_size}: at least {SMALLEST_VOCAB} (bytes and special tokens)")
+    if options.tokenizer is None:
+        check_trainable(options.vocab_size)
     for name, cap in (("--max-docs", options.max_docs), ("--max-bytes", options.max_bytes)):
         if cap is not None and cap < 1:
             raise UserError(f"{name} {cap}: at least 1")

@@ -31,7 +31,7 @@ SPECIAL_TOKENS = (EOS_TOKEN, PAD_TOKEN, *FIM_TOKENS)
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)  # every byte, every special token, no merge
 
 # What a Hugging Face tokenizer directory may hold; the first is the one that is read here.
-_HF_FILES = (
+HF_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -87,11 +87,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     Raises:
         UserError: ``vocab_size`` does not hold the bytes and the special tokens.
     """
-    if vocab_size < SMALLEST_VOCAB:
-        raise UserError(
-            f"--vocab-size {vocab_size}: at least {SMALLEST_VOCAB} are needed "
-            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
-        )
+    check_trainable(vocab_size)
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -118,6 +114,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     return _for_plain_text(backend, EOS_TOKEN, files)
 
 
+def check_trainable(vocab_size: int) -> None:
+    """Make sure that a vocabulary to be learned can have this size.
+
+    Raises:
+        UserError: It does not hold the bytes and the special tokens.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise UserError(
+            f"--vocab-size {vocab_size}: at least {SMALLEST_VOCAB} are needed "
+            f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
+        )
+
+
 def load_tokenizer(directory: Path) -> TextTokenizer:
     """Read a Hugging Face tokenizer directory.
 
@@ -125,7 +134,7 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
         UserError: tokenizer.json is absent or unreadable, or the tokenizer names no end-of-text token, or one that is
             not in its vocabulary.
     """
-    files = {name: (directory / name).read_bytes() for name in _HF_FILES if (directory / name).is_file()}
+    files = {name: (directory / name).read_bytes() for name in HF_FILES if (directory / name).is_file()}
     if "tokenizer.json" not in files:
         raise UserError(f"{directory / 'tokenizer.json'}: no such file (a Hugging Face tokenizer directory is needed)")
     try:
@@ -140,18 +149,19 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
     return _for_plain_text(backend, eos_token, files)
 
 
-def check_vocabulary(directory: Path, model_vocab_size: int) -> None:
-    """Make sure that a model has a row for each token.
+def check_vocabulary(directory: Path, model_vocab_size: int) -> TextTokenizer:
+    """The tokenizer of a directory, if a model has a row for each of its tokens.
 
     Raises:
         UserError: The tokenizer is absent, or has tokens that the model has not.
     """
-    vocab_size = load_tokenizer(directory).vocab_size
-    if vocab_size > model_vocab_size:
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size > model_vocab_size:
         raise UserError(
-            f"tokenizer.name: {directory} has a vocabulary of {vocab_size}, "
+            f"tokenizer.name: {directory} has a vocabulary of {tokenizer.vocab_size}, "
             f"which exceeds model.vocab_size {model_vocab_size}"
         )
+    return tokenizer
 
 
 def _for_plain_text(backend: Tokenizer, eos_token: str, files: dict[str, bytes]) -> TextTokenizer:
