@@ -1,17 +1,26 @@
 """Precision as a transform of a built model.
 
-Master weights, gradients that are reduced, and optimizer state are fp32 always; ``precision.compute`` says what the
-matrix products take. Kept in fp32 whatever it says: the router's gate, norms, softmax and the loss.
+Master weights, gradients that are reduced, and optimizer state are fp32 (AdamW's moments by recipe);
+``precision.compute`` says what the matrix products take. Kept in fp32 whatever it says: the router's gate, norms,
+softmax and the loss.
 
     fp32            nothing to do
     bf16            FSDP casts parameters and inputs to BF16 (the gate stays fp32)
     bf16_emulated   the operands of every Linear, of the experts and of the output head are rounded to BF16 and
                     multiplied in fp32: BF16's rounding on CPUs that multiply BF16 slowly or not at all. The embedding
                     and the inside of attention stay fp32.
+
+``precision.fp8.recipe`` takes over the products of every Linear and of the experts, but for ``precision.fp8.exclude``:
+
+    deepseek_v3     tiles and blocks, FP8 inputs kept for backward, FP8 dispatch (docs/fp8.md)
+    rowwise         one scale for each row along K, nothing kept in FP8; for comparison, without kernels
+    tensorwise      one scale for each tensor, likewise
 """
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import cast
 
 import torch
@@ -19,18 +28,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from moefoundry.config import Compute, PrecisionConfig
+from moefoundry.config import Compute, Fp8Config, Fp8Recipe, PrecisionConfig, UserError
 from moefoundry.model.transformer import OutputHead
-from moefoundry.moe.experts import GroupedExperts
+from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.router import Router
+from moefoundry.ops.fp8 import (
+    Backend,
+    Format,
+    Granularity,
+    coarse_linear,
+    fp8_feed_forward,
+    fp8_kept_linear,
+    fp8_linear,
+)
+from moefoundry.ops.fp8.backend import GEMM_CAPABILITY, describe_backend
 from moefoundry.ops.grouped_linear import GroupedLinear
 from moefoundry.ops.rounding import round_gradient, round_operand
 
+AFTER_ATTENTION = "o_proj"
+
 
 def apply_precision(model: nn.Module, cfg: PrecisionConfig) -> None:
-    """Change the products of ``model`` in place; parameters keep their names, dtypes and values."""
+    """Change the products of ``model`` in place; parameters keep their names, dtypes and values.
+
+    Raises:
+        UserError: ``precision.fp8.exclude`` has a pattern that no module matches, or lacks the output head.
+    """
+    if cfg.fp8.recipe is not None:
+        _use_fp8(model, cfg.fp8)
     if cfg.compute == Compute.bf16_emulated:
         _emulate(model, torch.bfloat16)
+
+
+def describe_fp8(cfg: Fp8Config, device: torch.device) -> str:
+    """What computes the FP8 products on ``device``, and why it is not the kernels where it is not.
+
+    Raises:
+        UserError: The backend that the recipe asks for cannot run there.
+    """
+    if cfg.recipe != Fp8Recipe.deepseek_v3:
+        return f"{cfg.recipe}, rounded and multiplied in fp32"
+    try:
+        return f"{cfg.recipe} by {describe_backend(device, GEMM_CAPABILITY, _asked(cfg))}"
+    except ValueError as error:
+        raise UserError(f"precision.fp8.backend: {error}") from None
 
 
 def mixed_precision(cfg: PrecisionConfig) -> MixedPrecisionPolicy:
@@ -57,6 +98,104 @@ class EmulatedLinear(nn.Linear):
             round_operand(input, self.operand_dtype), round_operand(self.weight, self.operand_dtype), self.bias
         )
         return round_gradient(out, self.operand_dtype)
+
+
+class Fp8Linear(nn.Linear):
+    """``nn.Linear`` in tiles and blocks of FP8, which keeps its input in ``kept`` for backward."""
+
+    kept: Format
+    backend: Backend | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = fp8_linear(input, self.weight, self.kept, self.backend)
+        return out if self.bias is None else out + self.bias
+
+
+class Fp8FeedForward(FeedForward):
+    """A dense FFN that keeps its input and SwiGLU's inputs in FP8 for backward."""
+
+    backend: Backend | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+        return fp8_feed_forward(x, *weights, backend=self.backend)
+
+
+class Fp8Experts(GroupedExperts):
+    """Experts that keep their input and SwiGLU's inputs in FP8 for backward."""
+
+    backend: Backend | None
+
+    def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor, row_weights_R: Tensor | None = None) -> Tensor:
+        return fp8_feed_forward(rows_RD, *self._local_weights(), tokens_per_expert_E, row_weights_R, self.backend)
+
+
+class CoarseLinear(nn.Linear):
+    """``nn.Linear`` in FP8 with one scale for each tensor or row."""
+
+    granularity: Granularity
+
+    def forward(self, input: Tensor) -> Tensor:
+        out = coarse_linear(input, self.weight, self.granularity)
+        return out if self.bias is None else out + self.bias
+
+
+def _use_fp8(model: nn.Module, cfg: Fp8Config) -> None:
+    modules = _chosen(model, cfg.exclude)
+    if cfg.recipe == Fp8Recipe.deepseek_v3:
+        _use_tiles(modules, _asked(cfg))
+    else:
+        _use_coarse_scales(modules, Granularity(str(cfg.recipe)))
+
+
+def _asked(cfg: Fp8Config) -> Backend | None:
+    return None if cfg.backend is None else Backend(cfg.backend)
+
+
+def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
+    """The modules, by name, that no pattern excludes, be it by a module around them."""
+    modules = dict(model.named_modules())
+    for pattern in exclude:
+        if pattern not in Fp8Config().exclude and not any(fnmatchcase(name, pattern) for name in modules):
+            raise UserError(f"precision.fp8.exclude: no module is named {pattern!r}, see the names of parameters")
+
+    def excluded(name: str) -> bool:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
+        return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)
+
+    chosen = {name: module for name, module in modules.items() if not excluded(name)}
+    for name, module in chosen.items():
+        if isinstance(module, OutputHead):
+            raise UserError(f"precision.fp8.exclude: {name} must be in it; the output head has no FP8 product")
+    return chosen
+
+
+def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:
+    for name, module in modules.items():
+        whole = all(f"{name}.{child}" in modules for child, _ in module.named_children())
+        if type(module) is GroupedExperts:
+            module.__class__ = Fp8Experts
+            cast(Fp8Experts, module).backend = backend
+        elif type(module) is FeedForward and whole:
+            module.__class__ = Fp8FeedForward
+            cast(Fp8FeedForward, module).backend = backend
+        elif isinstance(module, Router):
+            module.product = partial(fp8_kept_linear, backend=backend)
+        elif type(module) is nn.Linear:
+            module.__class__ = Fp8Linear
+            linear = cast(Fp8Linear, module)
+            linear.kept = Format.E5M6 if name.endswith(f".{AFTER_ATTENTION}") else Format.E4M3
+            linear.backend = backend
+
+
+def _use_coarse_scales(modules: dict[str, nn.Module], granularity: Granularity) -> None:
+    for module in modules.values():
+        if isinstance(module, GroupedExperts):
+            module.grouped_linear = lambda rows, weight, sizes: coarse_linear(rows, weight, granularity, sizes)
+        elif type(module) is nn.Linear:
+            module.__class__ = CoarseLinear
+            cast(CoarseLinear, module).granularity = granularity
 
 
 def _emulate(model: nn.Module, dtype: torch.dtype) -> None:

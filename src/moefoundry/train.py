@@ -49,6 +49,7 @@ from moefoundry.config import (
     LinearDecayWithWarmupConfig,
     LoaderConfig,
     LoggersConfig,
+    Moments,
     OptimizerConfig,
     Recipe,
     SchedulerConfig,
@@ -61,8 +62,10 @@ from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
 from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, by_mesh, limit_waiting, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
+from moefoundry.optim import Bf16MomentsAdamW
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize, sum_between_copies
 from moefoundry.planning.describe import parameter_counts
+from moefoundry.precision import describe_fp8
 
 EXPECTED_WARNINGS = (
     "FSDP2 Config/APIs are experimental",
@@ -133,12 +136,13 @@ def build_trainer(recipe: Recipe) -> Trainer:
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
     if recipe.callbacks.report is not None:
         check_vocabulary(Path(recipe.tokenizer.name), recipe.model.vocab_size)
-    run_dir, resume_from = open_run(recipe)
     model = build_model(recipe, meshes, device)
+    run_dir, resume_from = open_run(recipe)
+    materialize(model, device._device, recipe.seed)
     metrics_file = MetricsFile(run_dir)
     return MeshTrainer(
         model=ComposerMoECausalLM(model),
-        optimizers=build_optimizer(model, recipe.optimizer),
+        optimizers=build_optimizer(model, recipe.optimizer, recipe.precision.optimizer_moments, recipe.seed),
         schedulers=build_scheduler(recipe.scheduler),
         train_dataloader=train_data,
         eval_dataloader=eval_data and Evaluator(label="eval", dataloader=eval_data),
@@ -193,11 +197,12 @@ def rejoin_world(device: Device, timeout_seconds: float) -> None:
 
 
 def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETransformer:
-    """The model, sharded, with its initial weights; no rank ever holds more than its shard."""
+    """The model for ``device``, sharded, on meta: what cannot be built is found before anything is written."""
+    if recipe.precision.fp8.recipe is not None:
+        describe_fp8(recipe.precision.fp8, device._device)
     with torch.device("meta"):
         model = MoETransformer(recipe.model)
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
-    materialize(model, device._device, recipe.seed)
     return model
 
 
@@ -212,14 +217,26 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
-def build_optimizer(model: nn.Module, cfg: OptimizerConfig) -> AdamW:
-    """AdamW; only weight matrices decay, not norms, biases and embeddings."""
+def build_optimizer(model: nn.Module, cfg: OptimizerConfig, moments: Moments = Moments.fp32, seed: int = 0) -> AdamW:
+    """AdamW; only weight matrices decay, not norms, biases and embeddings.
+
+    Args:
+        model: Materialized.
+        cfg: The recipe's ``optimizer``.
+        moments: Their dtype, and how they are rounded to it.
+        seed: For stochastic rounding.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
     plain = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
-    groups = [{"params": params, "weight_decay": cfg.weight_decay} for params in by_mesh(decayed)]
+    groups: list[dict[str, Any]] = [{"params": params, "weight_decay": cfg.weight_decay} for params in by_mesh(decayed)]
     groups += [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
-    return AdamW(groups, lr=cfg.lr, betas=(cfg.betas[0], cfg.betas[1]), eps=cfg.eps, fused=True)
+    betas = cfg.betas[0], cfg.betas[1]
+    if moments == Moments.fp32:
+        return AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    named = [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups]
+    return Bf16MomentsAdamW(named, cfg.lr, betas, cfg.eps, seed if moments == Moments.bf16_stochastic else None)
 
 
 def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
@@ -292,6 +309,8 @@ def build_console(recipe: Recipe, model: MoETransformer) -> list[LoggerDestinati
         return []
     ranks = dist.get_world_size()
     title = f"{recipe.run_name}: {parameter_counts(model)}; {ranks} rank{'s' if ranks > 1 else ''}"
+    if recipe.precision.fp8.recipe is not None:
+        title += f"; FP8 {describe_fp8(recipe.precision.fp8, next(model.parameters()).device)}"
     return [Console(title, recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]
 
 

@@ -47,6 +47,8 @@ def test_row22_check_recipe_alone():
     [
         (["model.n_dense_layers=7"], None, ["model.n_dense_layers"]),
         (["model.n_dense_layers=6"], None, []),
+        (["model.dense_layers=[2,6,9]"], None, ["model.dense_layers"]),
+        (["model.dense_layers=[5]"], None, []),
         (["model.d_model=260"], None, ["model.attention.n_heads"]),  # 8 heads do not divide it
         (["model.d_model=40"], None, ["model.attention.n_heads"]),  # heads of width 5
         (["model.d_model=48"], None, []),
@@ -55,6 +57,12 @@ def test_row22_check_recipe_alone():
         (["ema.evaluate=true"], None, []),
         (["ema.evaluate=true", "eval_loader=null"], None, ["ema.evaluate"]),
         (["ema={}", "eval_loader=null"], None, []),
+        # moments that are rounded to the nearest BF16 must be able to fall
+        (["precision.optimizer_moments=bf16", "optimizer.betas=[0.9, 0.99609375]"], None, []),
+        (["precision.optimizer_moments=bf16", "optimizer.betas=[0.9, 0.999]"], None, ["optimizer.betas[1]"]),
+        (["precision.optimizer_moments=bf16", "optimizer.betas=[0.997, 0.95]"], None, ["optimizer.betas[0]"]),
+        (["precision.optimizer_moments=bf16_stochastic", "optimizer.betas=[0.9, 0.999]"], None, []),
+        (["optimizer.betas=[0.9, 0.999]"], None, []),
         # a head's width that is given, or that of its part with position
         (["model.d_model=260", "model.attention.head_dim=32"], None, []),
         (["model.attention.head_dim=33"], None, ["model.attention.head_dim"]),
@@ -109,6 +117,11 @@ def test_row22_check_recipe_alone():
         (["eval_loader.dataset.max_seq_len=256"], None, ["eval_loader.dataset.max_seq_len"]),
         (["max_seq_len=256"], None, []),
         (["max_seq_len=256", "eval_loader=null"], None, []),
+        # retention
+        (["save_keep_best=metrics/eval/LanguageCrossEntropy"], None, []),
+        (["save_keep_best=metrics/eval/LanguageCrossEntropy", "eval_loader=null"], None, ["save_keep_best"]),
+        (["save_keep_best=loss/train/mtp", "model.mtp.depth=1"], None, []),
+        (["save_keep_best=loss/train/mtp"], None, ["save_keep_best"]),
         # schedule
         (["max_duration=10ba", "scheduler.t_warmup=20ba"], None, ["scheduler.t_warmup"]),
         (["max_duration=20ba", "scheduler.t_warmup=20ba"], None, []),
@@ -126,6 +139,13 @@ def test_grouped_mm_suggests_the_loop_backend():
         "did you mean 'model.moe.backend=loop'?"
         in broken("model.moe.expert_hidden_size=30")["model.moe.expert_hidden_size"]
     )
+
+
+def test_a_metric_that_is_mistyped_is_named_with_those_that_there_are():
+    message = broken("save_keep_best=metrics/eval/LanguageCrossEntropie")["save_keep_best"]
+    assert "'metrics/eval/LanguageCrossEntropie' is no loss that this run measures" in message
+    assert "allowed: metrics/eval/LanguageCrossEntropy, loss/train/total, loss/train/lm" in message
+    assert "did you mean 'metrics/eval/LanguageCrossEntropy'?" in message
 
 
 def test_nothing_is_said_about_keys_that_are_wrong_in_themselves():

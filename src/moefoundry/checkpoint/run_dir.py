@@ -12,11 +12,12 @@ from moefoundry.checkpoint.manifest import damage
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_url
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
-from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
+from moefoundry.config import Moments, Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DOWNLOADS = "downloads"
+MOMENTS = "precision.optimizer_moments"
 FREE_KEYS = (
     "autoresume",
     "load_path",
@@ -143,7 +144,7 @@ def _quarantine(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> Non
 
 def checkpoint_to_resume(recipe: Recipe, newest: Path | None) -> Path | None:
     """The checkpoint to continue: the ``newest`` of the run if it has one, else that of ``save_remote`` (with
-    ``autoresume``), else ``load_path``.
+    ``autoresume``), else ``load_path``. Says so where its optimizer's moments have another dtype: loading converts.
 
     Raises:
         UserError: It is absent, unreadable, or of another architecture; or the run would go on within an epoch with
@@ -167,6 +168,10 @@ def checkpoint_to_resume(recipe: Recipe, newest: Path | None) -> Path | None:
             f"global_train_batch_size: {sizes[1]}, and {checkpoint} was written with {sizes[0]}; the rest of its epoch "
             "would be other samples, some of them twice; allow_batch_size_change=true accepts that"
         )
+    moments = saved.get(MOMENTS, Moments.fp32), own[MOMENTS]
+    if (moments[0] == Moments.fp32) != (moments[1] == Moments.fp32) and not document.get(WEIGHTS_ONLY):
+        text = f"note: {MOMENTS}: {moments[1]}; those of {checkpoint}, {moments[0]}, are converted"
+        print(text, file=sys.stderr, flush=True)
     return checkpoint
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.schema import Compute, ExpertBackend, GqaConfig, MlaConfig, Recipe, ScoreFunction
+from moefoundry.config.schema import (
+    Compute,
+    ExpertBackend,
+    Fp8Backend,
+    Fp8Recipe,
+    GqaConfig,
+    MlaConfig,
+    Moments,
+    Recipe,
+    ScoreFunction,
+)
 
+HELD_OUT_LOSS = "metrics/eval/LanguageCrossEntropy"
 EVEN = "an even width, which rotary embeddings need"
 Check = Callable[[Recipe, int | None], Iterator[Problem]]
 
@@ -94,12 +106,15 @@ def _mtp_depth(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("model.mtp.depth", message, allowed=f"0 to {seq_len - 2}")
 
 
-@rule("model.n_dense_layers", "model.n_layers")
+@rule("model.n_dense_layers", "model.dense_layers", "model.n_layers")
 def _dense_layers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     model = recipe.model
     if model.n_dense_layers > model.n_layers:
         message = f"{model.n_dense_layers} dense layers, but model.n_layers is {model.n_layers}"
         yield Problem("model.n_dense_layers", message, allowed=f"0 to {model.n_layers}")
+    if beyond := [index for index in model.dense_layers if index >= model.n_layers]:
+        message = f"no block {', '.join(map(str, beyond))}, for model.n_layers is {model.n_layers}"
+        yield Problem("model.dense_layers", message, allowed=f"0 to {model.n_layers - 1}")
 
 
 @rule("model.d_model", "model.attention")
@@ -152,6 +167,14 @@ def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
             message = f"the grouped_mm backend needs rows of whole 16 bytes, but {size} is not divisible by {multiple}"
             allowed = f"multiples of {multiple} with precision.compute={recipe.precision.compute}"
             yield Problem(path, message, allowed, suggestion="model.moe.backend=loop")
+
+
+@rule("precision.fp8.recipe", "precision.fp8.backend")
+def _kernels_of_fp8(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    fp8 = recipe.precision.fp8
+    if fp8.recipe in (Fp8Recipe.tensorwise, Fp8Recipe.rowwise) and fp8.backend == Fp8Backend.triton:
+        message = f"recipe {fp8.recipe} is there to compare accuracy, and has no kernels"
+        yield Problem("precision.fp8.backend", message, allowed="null, reference")
 
 
 # ------------------------------------------------------------------------------------------------------ mesh and batch
@@ -233,6 +256,29 @@ def _sequence_length(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 def _evaluated_average(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if recipe.ema is not None and recipe.ema.evaluate and recipe.eval_loader is None:
         yield Problem("ema.evaluate", "true, but eval_loader is null", allowed="false")
+
+
+@rule("save_keep_best", "eval_loader", "model.mtp.depth")
+def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """Only what a run measures, and what is better when it is lower."""
+    names = ["total", "lm", "balance", "z"] + (["mtp"] if recipe.model.mtp.depth else [])
+    measured = [HELD_OUT_LOSS] * (recipe.eval_loader is not None) + [f"loss/train/{name}" for name in names]
+    wanted = recipe.save_keep_best
+    if wanted is not None and wanted not in measured:
+        near = "".join(difflib.get_close_matches(wanted, measured, 1))
+        message = f"{wanted!r} is no loss that this run measures"
+        yield Problem("save_keep_best", message, allowed=", ".join(measured), suggestion=near)
+
+
+@rule("precision.optimizer_moments", "optimizer.betas")
+def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """Without a gradient, a moment loses 1 - beta of itself a step; to be rounded down it may have to lose 2**-8."""
+    largest = 1 - 2**-8
+    for index, beta in enumerate(recipe.optimizer.betas):
+        if recipe.precision.optimizer_moments == Moments.bf16 and beta > largest:
+            message = f"with {beta}, moments that precision.optimizer_moments=bf16 rounds to the nearest may never fall"
+            suggestion = "precision.optimizer_moments=bf16_stochastic"
+            yield Problem(f"optimizer.betas[{index}]", message, allowed=f"at most {largest}", suggestion=suggestion)
 
 
 @rule("scheduler.t_warmup", "max_duration")

@@ -4,6 +4,8 @@ One dataclass for each mapping of the YAML; a parent never repeats a child's fie
 the type cannot say: its documentation, its range, and which of its values this release can run (``available``), so
 that the error messages, ``docs/recipe.md`` and the checks all come from this file. Units: sizes in tokens or elements,
 durations as Composer time strings (``200ba``, ``1ep``, ``1000000tok``, ``512sp``).
+
+A key that joins ``model`` is off by default (null, false, 0, none), so that checkpoints without it can be read.
 """
 
 from __future__ import annotations
@@ -257,6 +259,7 @@ class Compute(StrEnum):
 class Moments(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
+    bf16_stochastic = "bf16_stochastic"
 
 
 class Fp8Recipe(StrEnum):
@@ -265,15 +268,25 @@ class Fp8Recipe(StrEnum):
     deepseek_v3 = "deepseek_v3"
 
 
+class Fp8Backend(StrEnum):
+    reference = "reference"
+    triton = "triton"
+
+
 @dataclass
 class Fp8Config:
-    recipe: Fp8Recipe | None = key(None, "FP8 training recipe; null trains without FP8.", available=(None,))
+    recipe: Fp8Recipe | None = key(None, "FP8 training recipe; null trains without FP8.")
+    exclude: list[str] = key(
+        lambda: ["lm_head", "*.router.gate"],
+        "Modules, with all in them, whose products stay as precision.compute says; * stands for anything.",
+    )
+    backend: Fp8Backend | None = key(None, "What runs the FP8 products; null takes the kernels where they can run.")
 
 
 @dataclass
 class PrecisionConfig:
     compute: Compute = key(Compute.fp32, "Operands of the matrix products; master weights are always fp32.")
-    optimizer_moments: Moments = key(Moments.fp32, "AdamW's moments.", available=(Moments.fp32,))
+    optimizer_moments: Moments = key(Moments.fp32, "AdamW's moments; BF16 rounds to the nearest, or stochastically.")
     fp8: Fp8Config = key(Fp8Config, "FP8.")
 
 
@@ -484,7 +497,7 @@ class Recipe:
     save_keep_every: str | None = key(
         None, "Of each such span, the first checkpoint is kept for good.", pattern=BATCHES
     )
-    save_keep_best: str | None = key(None, "A metric of metrics.jsonl; the checkpoint where it was lowest is kept.")
+    save_keep_best: str | None = key(None, "A loss of metrics.jsonl; the checkpoint where it was lowest is kept.")
     save_remote: str | None = key(None, "Checkpoints are also uploaded to this URL.", pattern=URL)
     load_path: str | None = key(None, "Checkpoint to start from; may be a URL.")
     allow_batch_size_change: bool = key(
