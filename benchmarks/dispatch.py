@@ -1,7 +1,12 @@
-"""Dispatch and combine over ranks against two bare all-to-alls of the same bytes: what sorting and counting cost.
+"""Dispatch and combine over ranks against two bare all-to-alls: what routing costs beside moving bytes.
 
-Both sides move the same rows with the same uneven splits, forward only; the bare ones move them as they lie. A rank
-routes T tokens to K of E experts at random: T * K rows of D fp32 values.
+A rank routes T tokens to K of E experts at random, which gives the experts T * K rows of D fp32 values. The bare sides
+move rows as they lie, there and back, forward only like ours:
+
+- *routed rows*: the T * K rows, one for each (token, expert), into buffers that exist;
+- *routed rows, new buffers*: the same, each into a new buffer, as code under autograd has to. Ours does;
+- *rows sent*: only the (token, rank) pairs that our dispatch sends, into new buffers. What is left is its own work:
+  counting, sorting, gathering, copying to experts, and two sums.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ from benchmarks.harness import Comparison, in_turn
 from benchmarks.ranks import on_ranks
 
 RANKS, ROUNDS = 4, 15
+PEERS = {"routed": "routed rows", "routed_new": "routed rows, new buffers", "sent_new": "rows sent, new buffers"}
+TARGET = round(1 / 1.3, 2)
 
 
 class Case(NamedTuple):
@@ -27,43 +34,58 @@ class Case(NamedTuple):
 
     @property
     def mebibytes(self) -> float:
+        """Of the routed rows."""
         return self.tokens * self.top_k * self.width * 4 / 2**20
 
+    def __str__(self) -> str:
+        return f"T{self.tokens} D{self.width} E{self.experts} K{self.top_k}"
 
-CASES = (Case(1024, 1024, 16, 2), Case(1024, 1024, 64, 8), Case(4096, 1024, 64, 4))
+
+CASES = (
+    Case(1024, 1024, 16, 2),
+    Case(256, 1024, 64, 8),
+    Case(1024, 1024, 64, 8),
+    Case(4096, 1024, 64, 4),
+    Case(2048, 1024, 64, 8),
+)
 
 
 def compare(quick: bool) -> list[Comparison]:
-    """One comparison for each case."""
-    return [_compare(case, 1 if quick else ROUNDS) for case in (CASES[:1] if quick else CASES)]
+    """Three comparisons for each case."""
+    rounds = 1 if quick else ROUNDS
+    return [comparison for case in (CASES[:1] if quick else CASES) for comparison in _compare(case, rounds)]
 
 
-def _compare(case: Case, rounds: int) -> Comparison:
+def _compare(case: Case, rounds: int) -> list[Comparison]:
     seconds = on_ranks(_measure, RANKS, tuple(case), rounds)
-    return Comparison(
-        benchmark="dispatch + combine",
-        case=f"T{case.tokens} D{case.width} E{case.experts} K{case.top_k}: {RANKS} ranks x {case.mebibytes:.0f} MiB",
-        unit="s",
-        peer="two all_to_all_single",
-        ours=seconds["ours"],
-        theirs=seconds["bare"],
-        target=round(1 / 1.3, 2),
-    )
+    return [
+        Comparison(
+            benchmark="dispatch + combine",
+            case=f"{case}: {RANKS} ranks x {case.mebibytes:.0f} MiB",
+            unit="s",
+            peer=f"two all_to_all_single: {description}",
+            ours=seconds["ours"],
+            theirs=seconds[peer],
+            target=TARGET if peer != "sent_new" else None,
+        )
+        for peer, description in PEERS.items()
+    ]
 
 
 def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
     from moefoundry.moe.dispatch import AllToAllDispatcher, AllToAllMetadata
 
-    case = Case(*sizes)
+    case, group = Case(*sizes), dist.group.WORLD
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randn(case.tokens, case.width, generator=generator)
     ids = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top_k, dim=-1).indices
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
-    dispatcher = AllToAllDispatcher(case.experts, dist.group.WORLD)
-    rows, metadata = dispatcher.dispatch(tokens, ids, weights)()
+    dispatcher = AllToAllDispatcher(case.experts, group)
+    _, metadata = dispatcher.dispatch(tokens, ids, weights)()
     assert isinstance(metadata, AllToAllMetadata)
-    splits = metadata.splits
-    there, back = rows.new_empty(sum(splits.send), case.width), torch.empty_like(rows)
+    sent = metadata.hops[0].splits.send, metadata.hops[0].splits.receive
+    routed = _splits_of_slots(ids // (case.experts // RANKS))
+    there, back = (tokens.new_zeros(sum(split), case.width) for split in routed)
 
     def ours() -> None:
         dist.barrier()
@@ -71,8 +93,29 @@ def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
 
     def bare() -> None:
         dist.barrier()
-        dist.all_to_all_single(back, there, splits.receive, splits.send)
-        dist.all_to_all_single(there, back, splits.send, splits.receive)
+        send, receive = routed
+        dist.all_to_all_single(back, there, receive, send)
+        dist.all_to_all_single(there, back, send, receive)
 
+    def bare_new(send: list[int], receive: list[int]) -> None:
+        dist.barrier()
+        came = there.new_empty(sum(receive), case.width)
+        dist.all_to_all_single(came, there[: sum(send)], receive, send)
+        dist.all_to_all_single(there.new_empty(sum(send), case.width), came, send, receive)
+
+    contenders = {
+        "ours": ours,
+        "routed": bare,
+        "routed_new": lambda: bare_new(*routed),
+        "sent_new": lambda: bare_new(*sent),
+    }
     with torch.no_grad():
-        return in_turn({"ours": ours, "bare": bare}, rounds, warmup=2)
+        return in_turn(contenders, rounds, warmup=2)
+
+
+def _splits_of_slots(rank_of_slot: torch.Tensor) -> tuple[list[int], list[int]]:
+    """How many slots go to each rank, and come from it."""
+    send = torch.bincount(rank_of_slot.flatten(), minlength=RANKS)
+    receive = torch.empty_like(send)
+    dist.all_to_all_single(receive, send)
+    return send.tolist(), receive.tolist()

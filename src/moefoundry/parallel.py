@@ -23,13 +23,13 @@ from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
 from moefoundry.model.mla import MultiHeadLatentAttention
 from moefoundry.model.transformer import Block, MoETransformer
-from moefoundry.moe.dispatch import AllToAllDispatcher, TokenDispatcher
+from moefoundry.moe.dispatch import AllToAllDispatcher
 from moefoundry.moe.layer import MoELayer
 from moefoundry.moe.two_hop import TwoHopDispatcher
 from moefoundry.ops.all_to_all import EXCHANGE_OPS
 from moefoundry.ops.fp8.gemm import MULTIPLY_OP
 from moefoundry.ops.recompute import ATTENTION_OPS, keeping
-from moefoundry.precision import apply_precision, full_precision_modules, mixed_precision
+from moefoundry.precision import apply_precision, codec_of_rows, full_precision_modules, mixed_precision
 
 _aten = torch.ops.aten
 PRODUCT_OPS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default, MULTIPLY_OP})
@@ -87,10 +87,12 @@ def _divide_experts(model: MoETransformer, meshes: Meshes) -> None:
         for name, weight in layer.experts.named_parameters():
             share = distribute_tensor(weight.detach(), meshes.expert, [Shard(0)])
             layer.experts.register_parameter(name, nn.Parameter(share))
-        layer.dispatcher = _dispatcher(model.cfg.moe.num_experts, meshes)
+        dispatcher = _dispatcher(model.cfg.moe.num_experts, meshes)
+        dispatcher.codec = codec_of_rows(layer.experts)
+        layer.dispatcher = dispatcher
 
 
-def _dispatcher(num_experts: int, meshes: Meshes) -> TokenDispatcher:
+def _dispatcher(num_experts: int, meshes: Meshes) -> AllToAllDispatcher:
     group = meshes.expert.get_group()
     if meshes.expert_hops is None:
         return AllToAllDispatcher(num_experts, group)

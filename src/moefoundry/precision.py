@@ -42,6 +42,7 @@ from moefoundry.ops.fp8 import (
     fp8_linear,
 )
 from moefoundry.ops.fp8.backend import GEMM_CAPABILITY, describe_backend
+from moefoundry.ops.fp8.wire import Fp8Codec
 from moefoundry.ops.grouped_linear import GroupedLinear
 from moefoundry.ops.rounding import round_gradient, round_operand
 
@@ -128,6 +129,11 @@ class Fp8Experts(GroupedExperts):
 
     def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor, row_weights_R: Tensor | None = None) -> Tensor:
         return fp8_feed_forward(rows_RD, *self._local_weights(), tokens_per_expert_E, row_weights_R, self.backend)
+
+
+def codec_of_rows(experts: GroupedExperts) -> Fp8Codec | None:
+    """What tokens of ``experts`` travel as between ranks; None is what they are."""
+    return Fp8Codec(experts.backend) if isinstance(experts, Fp8Experts) else None
 
 
 class CoarseLinear(nn.Linear):

@@ -74,6 +74,7 @@ def dispatch_and_combine(dispatcher: Any, routing: str, rank: int, ranks: int, f
     rows, metadata = dispatcher.dispatch(tokens, ids, weights, kept)()
     groups = rows.split(metadata.tokens_per_local_expert.tolist())
     rows = torch.cat([expert(group, first_expert + i) for i, group in enumerate(groups)])
+    rows = rows * metadata.row_weights_R.unsqueeze(1)
     out = dispatcher.combine(rows, metadata)
     (out * torch.arange(1.0, WIDTH + 1)).sum().backward()
     return Result(out.detach(), tokens.grad, weights.grad, len(rows))
@@ -143,11 +144,13 @@ def test_row17_experts_on_ranks_equal_slot_by_slot(kind: str, ranks: int) -> Non
 
 
 class Traffic(NamedTuple):
-    """Bytes over the border of two pretended nodes, all ranks together; the (token, node) pairs and slots behind."""
+    """Bytes over the border of two pretended nodes, and to other ranks; all ranks together, with what is behind them:
+    the distinct (token, node) and (token, rank) pairs that are not at home."""
 
     crossing: int
-    pairs: int
-    slots: int
+    sent: int
+    node_pairs: int
+    rank_pairs: int
 
 
 WIDE, MANY = 1024, 64  # a row is 4 KiB
@@ -163,21 +166,50 @@ def count_traffic(kind: str, top_k: int) -> Traffic:
     dispatcher = dispatcher_of(kind, num_experts)
     with CrossingBytes(ranks // nodes) as counter:
         rows, metadata = dispatcher.dispatch(tokens, ids, weights)()
-        dispatcher.combine(rows.sin(), metadata).sum().backward()
-    away = ids // (num_experts // nodes) != rank // (ranks // nodes)
-    numbers = torch.tensor([counter.crossing, int(away.any(dim=1).sum()), int(away.sum())])
+        dispatcher.combine(rows.sin() * metadata.row_weights_R.unsqueeze(1), metadata).sum().backward()
+    node_pairs = pairs_away(ids, num_experts, nodes, rank // (ranks // nodes))
+    rank_pairs = pairs_away(ids, num_experts, ranks, rank)
+    numbers = torch.tensor([counter.crossing, counter.sent, node_pairs, rank_pairs])
     dist.all_reduce(numbers)
     return Traffic(*numbers.tolist())
 
 
+def pairs_away(ids: Tensor, num_experts: int, places: int, home: int) -> int:
+    """How many (token, place) pairs there are, without those of the place ``home``."""
+    return sum(len(set(row) - {home}) for row in (ids // (num_experts // places)).tolist())
+
+
+LEGS = 4  # dispatch, combine, and both backwards
+FRINGE = 1.02  # counts, numbers and weights of experts
+
+
+@pytest.mark.parametrize("top_k", [2, 6])
+def test_one_hop_sends_a_token_once_to_each_rank(top_k: int) -> None:
+    traffic = run_distributed(count_traffic, 4, "one_hop", top_k)[0]
+    needed = LEGS * traffic.rank_pairs * WIDE * 4
+    assert needed <= traffic.sent <= FRINGE * needed
+
+
 @pytest.mark.parametrize("top_k", [2, 6])
 def test_two_hops_cross_the_border_once_for_each_token_and_node(top_k: int) -> None:
-    legs = 4  # dispatch, combine, and both backwards
     traffic = run_distributed(count_traffic, 4, "two_hop", top_k)[0]
-    needed = legs * traffic.pairs * WIDE * 4
-    assert needed <= traffic.crossing <= 1.02 * needed
+    needed = LEGS * traffic.node_pairs * WIDE * 4
+    assert needed <= traffic.crossing <= FRINGE * needed
     one_hop = run_distributed(count_traffic, 4, "one_hop", top_k)[0]
-    assert one_hop.crossing >= legs * one_hop.slots * WIDE * 4 > needed
+    assert one_hop.crossing > needed
+
+
+# Expert e is on rank e // 2. Token 0 visits rank 1 twice and rank 0 once; token 1 has a slot that is not kept.
+HAND_IDS = torch.tensor([[2, 0, 3], [5, -1, 4]])
+
+
+def test_visits_of_the_example_worked_out_by_hand() -> None:
+    from moefoundry.moe.dispatch import first_visits, pairs_and_slots
+
+    assert first_visits(HAND_IDS // 2).tolist() == [[1, 0, -1], [2, -1, -1]]
+    pairs, slots = pairs_and_slots(HAND_IDS, 8, 4)
+    assert pairs.tolist() == [1, 1, 1, 0]
+    assert slots.tolist() == [1, 2, 2, 0]
 
 
 def bad_dispatcher(kind: str) -> None:

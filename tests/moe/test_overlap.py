@@ -90,8 +90,8 @@ def test_the_host_waits_once_a_layer(plain: Seen) -> None:
 @pytest.mark.parametrize(
     ("mesh", "forward", "backward"),
     [
-        ("one_hop", 3, 2),  # counts, rows, results; then the gradients of the last two
-        ("two_hop", 7, 5),  # counts; slots, weights, rows; rows inside, results inside, results; then gradients
+        ("one_hop", 4, 3),  # counts; slots and rows; results; then the gradients of all but the counts
+        ("two_hop", 7, 6),  # counts; slots and rows, twice; results, twice; then gradients
     ],
 )
 def test_selective_checkpointing_exchanges_nothing_again(mesh: str, forward: int, backward: int) -> None:

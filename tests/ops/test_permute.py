@@ -10,8 +10,9 @@ from moefoundry.ops.permute import (
     order_by_expert,
     permute,
     permute_reference,
-    unpermute,
-    unpermute_reference,
+    permute_slots,
+    sum_rows,
+    sum_rows_reference,
 )
 
 E = 4
@@ -64,7 +65,9 @@ def test_values_of_the_example_worked_out_by_hand() -> None:
     assert rows.flatten().tolist() == [10, 20, 10, 30, 20, 30]
     # Each row now tells its position; token 0 = 1 * row 2 + 2 * row 0, and so on.
     rows = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0], [5.0]])
-    out = unpermute(rows, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), order)
+    weights_N = permute_slots(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), order)
+    assert weights_N.tolist() == [2, 3, 1, 5, 4, 6]
+    out = sum_rows(rows * weights_N.unsqueeze(1), order)
     assert out.flatten().tolist() == [2, 3 + 16, 15 + 30]
 
 
@@ -97,51 +100,72 @@ def test_permute_equals_indexing_forward_and_backward(ids: Tensor) -> None:
     )
 
 
+@pytest.mark.parametrize("kept", [False, True], ids=["all", "some"])
 @pytest.mark.parametrize("ids", ORDERS)
-def test_unpermute_equals_indexing_forward_and_backward(ids: Tensor) -> None:
-    order = order_by_expert(ids, E)
-    inputs = leaf(ids.numel(), 5), leaf(*ids.shape)
-    incoming = torch.randn(ids.shape[0], 5, dtype=torch.float64)
-    out, expected = unpermute(*inputs, order), unpermute_reference(*inputs, order)
+def test_sum_of_rows_equals_indexing_forward_and_backward(ids: Tensor, kept: bool) -> None:
+    order = order_by_expert(ids, E, torch.rand(ids.shape) < 0.5 if kept else None)
+    rows, incoming = leaf(len(order.slot_of_row_N), 5), torch.randn(ids.shape[0], 5, dtype=torch.float64)
+    out, expected = sum_rows(rows, order), sum_rows_reference(rows, order)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        torch.autograd.grad(out, inputs, incoming), torch.autograd.grad(expected, inputs, incoming), rtol=0, atol=1e-12
-    )
+    grads = (torch.autograd.grad(total, rows, incoming)[0] for total in (out, expected))
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("ids", ORDERS)
+def test_values_of_slots_equal_indexing_forward_and_backward(ids: Tensor, kept: bool) -> None:
+    order = order_by_expert(ids, E, torch.rand(ids.shape) < 0.5 if kept else None)
+    values = leaf(*ids.shape)
+    out, expected = permute_slots(values, order), values.flatten()[order.slot_of_row_N]
+    assert torch.equal(out, expected)
+    incoming = torch.randn_like(out)
+    grads = (torch.autograd.grad(result, values, incoming)[0] for result in (out, expected))
+    assert torch.equal(*grads)
 
 
 def test_gradients_pass_gradcheck() -> None:
     order = order_by_expert(HAND_IDS, 4)
     assert torch.autograd.gradcheck(lambda tokens: permute(tokens, order), leaf(3, 2))
-    assert torch.autograd.gradcheck(lambda rows, weights: unpermute(rows, weights, order), (leaf(6, 2), leaf(3, 2)))
+    assert torch.autograd.gradcheck(lambda rows: sum_rows(rows, order), leaf(6, 2))
+    assert torch.autograd.gradcheck(lambda values: permute_slots(values, order), leaf(3, 2))
 
 
-def test_unpermute_undoes_permute_where_weights_sum_to_one() -> None:
+def test_only_kept_slots_have_rows() -> None:
+    """Of the example, without token 0's expert 2 and all of token 1."""
+    kept = torch.tensor([[False, True], [False, False], [True, True]])
+    known, counted = (order_by_expert(HAND_IDS, 4, kept, num_kept) for num_kept in (3, None))
+    assert known.slot_of_row_N.tolist() == counted.slot_of_row_N.tolist() == [1, 4, 5]
+    assert known.row_of_slot_TK.tolist() == [[0, 0], [0, 0], [1, 2]]
+    assert known.tokens_per_expert_E.tolist() == [1, 0, 1, 1]
+    rows = torch.tensor([[1.0], [2.0], [3.0]])
+    assert sum_rows(rows, known).flatten().tolist() == [1, 0, 5]
+    assert permute_slots(torch.arange(6.0).view(3, 2), known).tolist() == [1, 4, 5]
+
+
+def test_the_sum_undoes_permute_where_weights_sum_to_one() -> None:
     ids = distinct_ids(8, 3)
     order = order_by_expert(ids, E)
     tokens, weights = leaf(8, 4), torch.rand(8, 3, dtype=torch.float64).softmax(dim=1)
-    torch.testing.assert_close(unpermute(permute(tokens, order), weights, order), tokens, rtol=0, atol=1e-14)
+    rows = permute(tokens, order) * permute_slots(weights, order).unsqueeze(1)
+    torch.testing.assert_close(sum_rows(rows, order), tokens, rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_cast_to_the_rows_and_get_their_gradient_in_their_own_dtype(dtype: torch.dtype) -> None:
-    ids = distinct_ids(16, 2)
-    order = order_by_expert(ids, E)
-    rows, weights = leaf(32, 8, dtype=dtype), torch.rand(16, 2, requires_grad=True)
-    out = unpermute(rows, weights, order)
-    out.backward(torch.randn_like(out))
-    expected = unpermute_reference(rows.detach().double(), weights.detach().double(), order)
-    assert (out.dtype, rows.grad.dtype, weights.grad.dtype) == (dtype, dtype, torch.float32)
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+def test_neither_direction_keeps_rows_for_backward() -> None:
+    order = order_by_expert(HAND_IDS, 4)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        sum_rows(permute(leaf(3, 8), order), order)
+    assert kept == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_expanded_gradients_are_taken(dtype: torch.dtype) -> None:
     order = order_by_expert(HAND_IDS, 4)
-    tokens, weights = leaf(3, 8, dtype=dtype), torch.ones(3, 2, dtype=dtype)
+    tokens = leaf(3, 8, dtype=dtype)
     permute(tokens, order).sum().backward()
     assert torch.equal(tokens.grad, torch.full_like(tokens, 2.0))
     rows = leaf(6, 8, dtype=dtype)
-    unpermute(rows, weights, order).sum().backward()
+    sum_rows(rows, order).sum().backward()
     assert torch.equal(rows.grad, torch.ones_like(rows))
 
 
@@ -149,7 +173,7 @@ def test_incoming_gradient_is_left_as_it_was() -> None:
     order = order_by_expert(all_on(0, 3), E)
     rows, incoming = leaf(3, 4), torch.randn(3, 4, dtype=torch.float64)
     before = incoming.clone()
-    unpermute(rows, torch.full((3, 1), 0.5, dtype=torch.float64), order).backward(incoming)
+    sum_rows(rows, order).backward(incoming)
     assert torch.equal(incoming, before)
 
 
@@ -158,7 +182,7 @@ def test_two_runs_give_the_same_bits() -> None:
         torch.manual_seed(3)
         order: RowOrder = order_by_expert(distinct_ids(500, 3), E)
         tokens, weights = torch.randn(500, 16, requires_grad=True), torch.rand(500, 3, requires_grad=True)
-        out = unpermute(permute(tokens, order), weights, order)
+        out = sum_rows(permute(tokens, order) * permute_slots(weights, order).unsqueeze(1), order)
         out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
         return out, tokens.grad, weights.grad
 

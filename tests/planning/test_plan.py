@@ -140,10 +140,11 @@ def test_one_rank_holds_the_whole_model():
     assert plan.traffic == []
 
 
-def test_narrow_moments_halve_the_optimizer():
+@pytest.mark.parametrize("moments", [Moments.bf16, Moments.bf16_stochastic])
+def test_narrow_moments_halve_the_optimizer(moments):
     recipe = load_recipe(None, [*ODD, GQA, "mesh.shard=4"], 4)
     wide = make_plan(recipe, 4).memory
-    recipe.precision.optimizer_moments = Moments.bf16
+    recipe.precision.optimizer_moments = moments
     narrow = make_plan(recipe, 4).memory
     assert (narrow.optimizer * 2, narrow.parameters) == (wide.optimizer, wide.parameters)
 

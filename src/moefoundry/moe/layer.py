@@ -1,7 +1,7 @@
 """The MoE layer: route -> dispatch -> experts -> combine, plus the shared experts.
 
 Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` copies it into the rows
-of those experts; each expert is a SwiGLU over its rows; ``combine`` adds the K results with the router's weights; the
+of those experts; each expert is a SwiGLU over its rows, times the router's weights; ``combine`` adds the K results; the
 shared experts, which see every token, are added on top. No token is ever dropped, unless the recipe sets a capacity:
 then, in training, a choice that its expert cannot take is not dispatched, and adds nothing.
 """
@@ -73,7 +73,7 @@ class MoELayer(nn.Module):
             arrive = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids, routing.topk_weights, kept_TK)
             shared_TD = self._shared(tokens_TD)  # while the rows travel
             rows_RD, metadata = arrive()
-            rows_RD = self.experts(rows_RD, metadata.tokens_per_local_expert)
+            rows_RD = self.experts(rows_RD, metadata.tokens_per_local_expert, metadata.row_weights_R)
             out_TD = self.dispatcher.combine(rows_RD, metadata)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
@@ -93,6 +93,7 @@ class MoELayer(nn.Module):
             tokens_TD.device.type == "cpu"
             and tokens_TD.dtype == torch.float32
             and isinstance(self.dispatcher, LocalDispatcher)
+            and type(self.experts) is GroupedExperts
             and self.experts.grouped_linear is grouped_linear
             and tokens_TD.nbytes * self.router.top_k >= PAYS_FROM_BYTES
         )

@@ -1,6 +1,6 @@
 """All of a local MoE layer's expert work in one function, for CPUs: one expert at a time, in buffers that fit a cache.
 
-``permute -> grouped_linear x3 -> unpermute`` makes a dozen tensors of N = T * K rows. On a GPU they cost bandwidth; on
+``permute -> grouped_linear x3 -> sum_rows`` makes a dozen tensors of N = T * K rows. On a GPU they cost bandwidth; on
 a CPU those of 32 MiB and more, which glibc never keeps, are mapped from the system and cleared anew at each call, and
 that costs about as much as the products (below 32 MiB the plain parts are as fast). Here the rows of one expert are
 gathered, multiplied and added to the output before the next expert begins; only the two SwiGLU inputs are kept. The
@@ -19,7 +19,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.grouped_linear import grouped_linear_loop
-from moefoundry.ops.permute import RowOrder, permute_reference, unpermute_reference
+from moefoundry.ops.permute import RowOrder, permute_reference, sum_rows_reference
 from moefoundry.ops.swiglu import swiglu_reference
 
 aten = torch.ops.aten
@@ -47,8 +47,9 @@ def expert_mixture_reference(
     counts_E = order.tokens_per_expert_E
     rows_ND = permute_reference(tokens_TD, order)
     gate_NF, up_NF = (grouped_linear_loop(rows_ND, weight, counts_E) for weight in (gate_EFD, up_EFD))
-    rows_ND = grouped_linear_loop(swiglu_reference(gate_NF, up_NF), down_EDF, counts_E)
-    return unpermute_reference(rows_ND, weights_TK, order)
+    weights_N = weights_TK.flatten()[order.slot_of_row_N]
+    rows_ND = grouped_linear_loop(swiglu_reference(gate_NF, up_NF, weights_N), down_EDF, counts_E)
+    return sum_rows_reference(rows_ND, order)
 
 
 class _ExpertMixture(Function):

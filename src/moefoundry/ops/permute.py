@@ -41,10 +41,10 @@ class RowOrder:
         top_k = self.row_of_slot_TK.shape[1]
         return self.slot_of_row_N // top_k if top_k > 1 else self.slot_of_row_N
 
-    def inverse(self) -> RowOrder:
-        """Of an order with K = 1: takes the rows back to where they came from."""
-        assert self.row_of_slot_TK.shape[1] == 1, "a token with several rows has no one place to go back to"
-        return RowOrder(self.row_of_slot_TK.flatten(), self.slot_of_row_N.unsqueeze(1), self.tokens_per_expert_E)
+    def of_slots(self) -> RowOrder:
+        """The same order where each slot is a token by itself, [T * K, 1]."""
+        kept = None if self.kept_TK is None else self.kept_TK.view(-1, 1)
+        return RowOrder(self.slot_of_row_N, self.row_of_slot_TK.view(-1, 1), self.tokens_per_expert_E, kept)
 
 
 def order_by_expert(
@@ -58,18 +58,23 @@ def order_by_expert(
         kept_TK: bool [T, K]; slots that get a row. None keeps all.
         num_kept: How many these are, where the host knows; else it waits for the device to tell.
     """
-    ids_TK = topk_expert_ids_TK if kept_TK is None else topk_expert_ids_TK.where(kept_TK, num_experts)
-    ids_N = ids_TK.flatten()
-    slot_of_row_N = torch.argsort(ids_N.to(torch.int32), stable=True)
-    row_of_slot_N = torch.empty_like(slot_of_row_N)
-    row_of_slot_N[slot_of_row_N] = torch.arange(ids_N.numel(), device=ids_N.device)
-    row_of_slot_TK = row_of_slot_N.view_as(ids_TK)
+    ids = topk_expert_ids_TK.flatten()
     if kept_TK is None:
-        return RowOrder(slot_of_row_N, row_of_slot_TK, count_by_expert(ids_N, num_experts))
-    tokens_per_expert_E = count_by_expert(ids_N, num_experts + 1)[:-1]
-    if num_kept is None:
-        num_kept = int(tokens_per_expert_E.sum())
-    return RowOrder(slot_of_row_N[:num_kept], row_of_slot_TK.where(kept_TK, 0), tokens_per_expert_E, kept_TK)
+        slot_of_row_N = _argsort(ids)
+        row_of_slot = torch.empty_like(slot_of_row_N)
+    else:
+        kept = kept_TK.flatten()
+        slots_N = (kept.nonzero() if num_kept is None else kept.nonzero_static(size=num_kept)).flatten()
+        ids = ids[slots_N]
+        slot_of_row_N = slots_N[_argsort(ids)]
+        row_of_slot = torch.zeros(kept.shape, dtype=torch.int64, device=kept.device)
+    row_of_slot[slot_of_row_N] = torch.arange(len(slot_of_row_N), device=ids.device)
+    counts_E = count_by_expert(ids, num_experts)
+    return RowOrder(slot_of_row_N, row_of_slot.view_as(topk_expert_ids_TK), counts_E, kept_TK)
+
+
+def _argsort(ids: Tensor) -> Tensor:
+    return torch.argsort(ids.to(torch.int32), stable=True)
 
 
 def count_by_expert(expert_ids: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
@@ -88,18 +93,14 @@ def permute(tokens_TD: Tensor, order: RowOrder) -> Tensor:
     return _Permute.apply(tokens_TD, order)
 
 
-def unpermute(rows_ND: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
-    """[N, D] -> [T, D]: the weighted sum over the rows of each token's (kept) slots.
+def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
+    """[N, D] -> [T, D]: the sum over the rows of each token's (kept) slots; keeps none for the backward pass."""
+    return _SumRows.apply(rows_ND, order)
 
-    Args:
-        rows_ND: Rows in expert order.
-        weights_TK: [T, K]; cast to the dtype of the rows.
-        order: What :func:`permute` used.
-    """
-    weights_TK = weights_TK.to(rows_ND.dtype)
-    if order.kept_TK is not None:
-        weights_TK = weights_TK * order.kept_TK
-    return _Unpermute.apply(rows_ND, weights_TK, order)
+
+def permute_slots(values_TK: Tensor, order: RowOrder) -> Tensor:
+    """[T, K] -> [N]: what belongs to each row."""
+    return permute(values_TK.reshape(-1, 1), order.of_slots()).squeeze(1)
 
 
 def permute_reference(tokens_TD: Tensor, order: RowOrder) -> Tensor:
@@ -107,14 +108,11 @@ def permute_reference(tokens_TD: Tensor, order: RowOrder) -> Tensor:
     return tokens_TD[order.token_of_row_N]
 
 
-def unpermute_reference(rows_ND: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
-    """:func:`unpermute` by plain indexing."""
-    weights_TK = weights_TK.to(rows_ND.dtype)
+def sum_rows_reference(rows_ND: Tensor, order: RowOrder) -> Tensor:
+    """:func:`sum_rows` by plain indexing."""
     if order.kept_TK is None:
-        return (rows_ND[order.row_of_slot_TK] * weights_TK.unsqueeze(-1)).sum(dim=1)
-    token_N, choice_N = order.token_of_row_N, order.slot_of_row_N % order.row_of_slot_TK.shape[1]
-    weighted_ND = rows_ND * weights_TK[token_N, choice_N].unsqueeze(-1)
-    return rows_ND.new_zeros(len(weights_TK), rows_ND.shape[1]).index_add(0, token_N, weighted_ND)
+        return rows_ND[order.row_of_slot_TK].sum(dim=1)
+    return rows_ND.new_zeros(len(order.kept_TK), rows_ND.shape[1]).index_add(0, order.token_of_row_N, rows_ND)
 
 
 class _Permute(Function):
@@ -126,38 +124,26 @@ class _Permute(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
-        order: RowOrder = ctx.order
-        kept_TK = None if order.kept_TK is None else order.kept_TK.to(grad_ND.dtype)
-        return _sum_of_rows(grad_ND, order, kept_TK), None
+        return _sum_of_rows(grad_ND, ctx.order), None
 
 
-class _Unpermute(Function):
+class _SumRows(Function):
+    """The transpose of :class:`_Permute`."""
+
     @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, weights_TK: Tensor, order: RowOrder) -> Tensor:
+    def forward(ctx: Any, rows_ND: Tensor, order: RowOrder) -> Tensor:
         ctx.order = order
-        ctx.save_for_backward(rows_ND, weights_TK)
-        return _sum_of_rows(rows_ND, order, weights_TK)
+        return _sum_of_rows(rows_ND, order)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        rows_ND, weights_TK = ctx.saved_tensors
-        order: RowOrder = ctx.order
-        grad_ND = grad_TD.index_select(0, order.token_of_row_N)
-        grad_weights_TK = _dots_of_slots(grad_ND, rows_ND, order) if ctx.needs_input_grad[1] else None
-        weights_N = weights_TK.flatten()[order.slot_of_row_N]
-        return grad_ND.mul_(weights_N.unsqueeze(-1)), grad_weights_TK, None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
+        return grad_TD.index_select(0, ctx.order.token_of_row_N), None
 
 
-def _sum_of_rows(rows_ND: Tensor, order: RowOrder, weights_TK: Tensor | None) -> Tensor:
+def _sum_of_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
     """[N, D] -> [T, D]; an absent slot reads row 0, with weight 0."""
     if not len(rows_ND):
         return rows_ND.new_zeros(len(order.row_of_slot_TK), rows_ND.shape[1])
+    weights_TK = None if order.kept_TK is None else order.kept_TK.to(rows_ND.dtype)
     return F.embedding_bag(order.row_of_slot_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
-
-
-def _dots_of_slots(grad_ND: Tensor, rows_ND: Tensor, order: RowOrder) -> Tensor:
-    """[T, K]: each slot's inner product of its row and the row's gradient; anything where it has no row."""
-    if not len(rows_ND):
-        return rows_ND.new_zeros(order.row_of_slot_TK.shape)
-    return torch.bmm(grad_ND.unsqueeze(1), rows_ND.unsqueeze(2)).flatten()[order.row_of_slot_TK]

@@ -2,15 +2,17 @@
 
 Bytes a token, ``c`` those of the compute dtype. Without checkpointing a block keeps
 
-    each norm    4 D                   its input, in fp32
+    each norm    c D                   its input
     attention    c (D + 2 q + 2 kv)    its input, queries, keys, values and output; 4 H for the sums of the softmax
     dense FFN    c (D + 3 F)           its input, the two inputs of SwiGLU and its product
-    MoE layer    c D + 4 D + 8 E       the tokens, in fp32 too where c < 4 (for the gate); logits and scores
-                 c K (2 D + 3 F)       rows before, inside and after the experts; 32 K for where they go
+    MoE layer    c D + 8 E             the tokens; logits and scores
+                 c K (D + 3 F)         rows before and inside the experts; 36 K for where they go
                  3 c F_shared          shared experts
 
 with q, kv the widths of all heads' queries and keys, H heads (MLA keeps its compressed vectors, and wider keys and
-values). ``full`` keeps a block's input, c D, the order of its rows, and one block at a time as above. ``selective``
+values). With ``fp8.recipe: deepseek_v3`` inputs of products and of SwiGLU take 129/128 bytes and its product is not
+kept; the projection after attention keeps its input in 193/128 bytes beside attention's own copy, and MLA keeps
+compressed vectors only. ``full`` keeps a block's input, c D, the order of its rows, and one block at a time as above. ``selective``
 keeps that input and order, and what products, attention and exchanges return. While a block runs backward, gradients of
 its widest part exist beside.
 
@@ -24,10 +26,11 @@ from dataclasses import dataclass
 from moefoundry.config import ActivationCheckpointing, GqaConfig, MlaConfig, ModelConfig, QkNorm
 
 FP32 = 4
+E4M3_ROW, E5M6_ROW = 129 / 128, 193 / 128
 ORDER_BYTES = 16
 """Of a slot: its row, and the row's slot. They belong to no operation, and checkpointing leaves them."""
-INDEX_BYTES = 32
-"""Of a slot: those, its expert and its weight."""
+INDEX_BYTES = 36
+"""Of a slot: those, its expert and its weight, and the row's weight."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Kept:
         order: Of where rows go; kept in any mode.
     """
 
-    all: int
+    all: float
     products: int
     gradients: int
     order: int = 0
@@ -61,7 +64,7 @@ class BlockActivations:
 
 
 def block_activations(
-    cfg: ModelConfig, sparse: bool, mode: ActivationCheckpointing, c: int, exchanged: bool
+    cfg: ModelConfig, sparse: bool, mode: ActivationCheckpointing, c: int, exchanged: bool, fp8: bool = False
 ) -> BlockActivations:
     """Of a block of the model.
 
@@ -71,52 +74,63 @@ def block_activations(
         mode: What the backward pass recomputes.
         c: Bytes of the compute dtype.
         exchanged: Whether experts are on several ranks.
+        fp8: Whether inputs are kept as ``deepseek_v3`` keeps them.
     """
-    attention = _attention(cfg, c)
-    ffn = _moe(cfg, c, exchanged) if sparse else _dense(cfg.d_model, cfg.ffn_hidden_size, c)
-    everything = attention.all + ffn.all + 2 * FP32 * cfg.d_model
+    attention = _attention(cfg, c, fp8)
+    width = cfg.d_model
+    ffn = _moe(cfg, c, exchanged, fp8) if sparse else _dense(width, cfg.ffn_hidden_size, c, fp8)
+    everything = attention.all + ffn.all + 2 * c * width
     gradients = max(attention.gradients, ffn.gradients)
     if mode == ActivationCheckpointing.none:
-        return BlockActivations(everything, gradients)
+        return BlockActivations(round(everything), gradients)
     kept = ffn.order
     if mode == ActivationCheckpointing.selective:
         kept += attention.products + ffn.products
-    return BlockActivations(c * cfg.d_model + kept, everything - kept + gradients)
+    return BlockActivations(c * width + kept, round(everything) - kept + gradients)
 
 
-def _attention(cfg: ModelConfig, c: int) -> Kept:
+def _attention(cfg: ModelConfig, c: int, fp8: bool) -> Kept:
     if isinstance(cfg.attention, MlaConfig):
-        return _latent_attention(cfg.d_model, cfg.attention, c)
+        return _latent_attention(cfg.d_model, cfg.attention, c, fp8)
     assert isinstance(cfg.attention, GqaConfig), "the kinds of attention"
     width, heads = cfg.d_model, cfg.attention.n_heads
     head = cfg.attention.head_dim or width // heads
     queries, keys = heads * head, cfg.attention.n_kv_heads * head
-    inner_norms = 0 if cfg.attention.qk_norm == QkNorm.none else FP32 * (queries + keys)
-    kept = c * (width + 2 * queries + 2 * keys) + FP32 * heads
-    return Kept(kept + inner_norms, kept, c * (2 * queries + 2 * keys))
+    inner_norms = 0 if cfg.attention.qk_norm == QkNorm.none else c * (queries + keys)
+    inside = c * (2 * queries + 2 * keys) + FP32 * heads
+    return Kept(
+        inside + inner_norms + (E4M3_ROW * width + E5M6_ROW * queries if fp8 else c * width),
+        c * width + inside,
+        c * (2 * queries + 2 * keys),
+    )
 
 
-def _latent_attention(width: int, cfg: MlaConfig, c: int) -> Kept:
+def _latent_attention(width: int, cfg: MlaConfig, c: int, fp8: bool) -> Kept:
     queries = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
     key_values, out = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), cfg.n_heads * cfg.v_head_dim
     latents = (cfg.q_lora_rank or 0) + cfg.kv_lora_rank
-    kept = c * (width + 2 * queries + key_values + out) + FP32 * cfg.n_heads  # values are a part of key_values
-    products = c * (width + latents + cfg.qk_rope_head_dim + queries + key_values + out) + FP32 * cfg.n_heads
-    return Kept(kept + (FP32 + c) * latents, products, c * (2 * queries + key_values + out))
+    sums = FP32 * cfg.n_heads
+    products = c * (width + latents + cfg.qk_rope_head_dim + queries + key_values + out) + sums
+    gradients = c * (2 * queries + key_values + out)
+    if fp8:  # queries, keys and values are made again
+        kept = E4M3_ROW * width + c * (latents + cfg.qk_rope_head_dim + out) + E5M6_ROW * out + sums
+        return Kept(kept, products, gradients + c * (2 * queries + key_values))
+    # values are a part of key_values; latents are kept by their norms and by the projections up
+    return Kept(c * (width + 2 * queries + key_values + out + 2 * latents) + sums, products, gradients)
 
 
-def _dense(width: int, hidden: int, c: int) -> Kept:
-    return Kept(c * (width + 3 * hidden), c * (width + 2 * hidden), c * (2 * width + 3 * hidden))
+def _dense(width: int, hidden: int, c: int, fp8: bool) -> Kept:
+    kept = E4M3_ROW * (width + 2 * hidden) if fp8 else c * (width + 3 * hidden)
+    return Kept(kept, c * (width + 2 * hidden), c * (2 * width + 3 * hidden))
 
 
-def _moe(cfg: ModelConfig, c: int, exchanged: bool) -> Kept:
+def _moe(cfg: ModelConfig, c: int, exchanged: bool, fp8: bool) -> Kept:
     moe, width, hidden = cfg.moe, cfg.d_model, cfg.moe.expert_hidden_size
-    shared = _dense(width, moe.num_shared_experts * hidden, c)
-    gate = 2 * FP32 * moe.num_experts + (FP32 * width if c < FP32 else 0)
-    rows = moe.top_k * (c * (2 * width + 3 * hidden) + INDEX_BYTES)
+    shared = _dense(width, moe.num_shared_experts * hidden, c, fp8)
+    row = _dense(width, hidden, c, fp8).all + INDEX_BYTES
     row_products = moe.top_k * c * (width + 2 * hidden + (2 * width if exchanged else 0))
     return Kept(
-        shared.all + gate + rows,
+        shared.all + 2 * FP32 * moe.num_experts + moe.top_k * row,
         (shared.products if moe.num_shared_experts else 0) + FP32 * moe.num_experts + row_products,
         max(shared.gradients, 2 * c * moe.top_k * (width + hidden)),
         moe.top_k * ORDER_BYTES * (2 if exchanged else 1),

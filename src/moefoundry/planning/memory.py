@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from moefoundry.config import Moments, Recipe
+from moefoundry.config import Fp8Recipe, Moments, Recipe
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.ops.cross_entropy import CHUNK_TOKENS
 from moefoundry.planning.activations import FP32, block_activations
@@ -91,7 +91,7 @@ def memory(
     """
     owned = sum(local_numel(parameter) for parameter in model.parameters())
     stored = sum(unit.shard_numel for unit in units) if units else owned
-    moment_bytes = 2 if recipe.precision.optimizer_moments == Moments.bf16 else FP32
+    moment_bytes = FP32 if recipe.precision.optimizer_moments == Moments.fp32 else 2
     moments = transients(blocks, units, recipe, sequences)
     return Memory(
         parameters=FP32 * stored,
@@ -115,7 +115,8 @@ def transients(
     root = [unit for unit in units if unit.name == ""]
     units_of = [[unit for unit in units if f"{unit.name}.".startswith(f"{block.name}.")] for block in blocks]
     exchanged, mode = recipe.mesh.expert > 1, recipe.activation_checkpointing
-    activations = [block_activations(cfg, block.sparse, mode, c, exchanged) for block in blocks]
+    fp8 = recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
+    activations = [block_activations(cfg, block.sparse, mode, c, exchanged, fp8) for block in blocks]
     saved = [sequences * b.positions * a.saved for b, a in zip(blocks, activations, strict=True)]
     working = [sequences * b.positions * a.working for b, a in zip(blocks, activations, strict=True)]
     tokens = sequences * recipe.max_seq_len

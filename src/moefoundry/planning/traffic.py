@@ -2,7 +2,8 @@
 
 Counted are the bytes that rank 0 sends to others: of an all-gather its shard to each of the n - 1, of a reduce-scatter
 the shards of the n - 1, of an all-reduce both of these on one n-th of the buffer, of an all-to-all the rows for the
-n - 1. Experts are dealt in turn (``router.assignment: uniform``). Left out are metrics and the gradient norm, a few kB.
+n - 1. Experts are dealt in turn (``router.assignment: uniform``), and a token goes once to a rank that has several of
+its experts. Left out are metrics and the gradient norm, a few kB.
 
 FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
 reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows go to the experts and back,
@@ -26,8 +27,6 @@ from moefoundry.planning.world import WORLD, groups_by_axis, most_remote_peers
 
 COUNT_BYTES = 8
 """Counts of rows travel as int64."""
-SLOT_BYTES = 2
-"""The experts that a token of the two-hop dispatch is for travel as int16."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +88,26 @@ class Ledger:
 
     def add_exchange(self, routed: Routed, layers: int, runs: int) -> None:
         """``layers`` MoE layers, once each, that exchange ``runs`` times before they do so backward."""
-        ranks, rows = self.ranks(EXPERT), routed.rows_by_rank
-        go, back = sum(rows[1:]) * routed.row_bytes, (ranks - 1) * rows[0] * routed.row_bytes
-        self.add("all_to_all", EXPERT, (ranks - 1) * routed.num_experts // ranks * COUNT_BYTES, layers * runs)
-        self.add("all_to_all", EXPERT, go, layers * (runs + 1))  # once backward: gradients of what comes back
-        self.add("all_to_all", EXPERT, back, layers * (runs + 1))
+        ranks, pairs = self.ranks(EXPERT), routed.pairs_by_rank
+        self.add("all_to_all", EXPERT, (ranks - 1) * 2 * COUNT_BYTES, layers * runs)
+        self._add_hop(EXPERT, sum(pairs[1:]), (ranks - 1) * pairs[0], routed, layers, runs)
 
     def add_two_hop_exchange(self, routed: Routed, layers: int, runs: int) -> None:
-        """:meth:`add_exchange` where a token crosses to each node once, and is copied there."""
-        nodes, places = self.ranks(EXPERT_NODE), self.ranks(EXPERT_PLACE)
-        rows, pairs = routed.rows_by_rank[:places], routed.pairs_by_node
-        counts = (self.ranks(EXPERT) - 1) * (routed.num_experts + nodes) * COUNT_BYTES
-        self.add("all_gather", EXPERT, counts, layers * runs)
-        go, back = sum(pairs[1:]), (nodes - 1) * pairs[0]
-        self.add("all_to_all", EXPERT_NODE, go * routed.top_k * SLOT_BYTES, layers * runs)
-        self.add("all_to_all", EXPERT_NODE, go * routed.weight_bytes, layers * runs)
-        self.add("all_to_all", EXPERT_NODE, back * routed.weight_bytes, layers)
+        """:meth:`add_exchange` where a token crosses to each node once, and from there to each rank once."""
+        ranks, nodes, places = self.ranks(EXPERT), self.ranks(EXPERT_NODE), self.ranks(EXPERT_PLACE)
+        self.add("all_gather", EXPERT, (ranks - 1) * (nodes + 2 * ranks) * COUNT_BYTES, layers * runs)
+        pairs = routed.pairs_by_node
+        self._add_hop(EXPERT_NODE, sum(pairs[1:]), (nodes - 1) * pairs[0], routed, layers, runs)
+        pairs = [nodes * count for count in routed.pairs_by_rank[:places]]
+        self._add_hop(EXPERT_PLACE, sum(pairs[1:]), (places - 1) * pairs[0], routed, layers, runs)
+
+    def _add_hop(self, axis: str, go: int, back: int, routed: Routed, layers: int, runs: int) -> None:
+        """``go`` tokens leave rank 0, and ``back`` that came return."""
+        self.add("all_to_all", axis, go * routed.slot_bytes, layers * runs)
+        self.add("all_to_all", axis, back * routed.slot_bytes, layers)  # gradients of the weights
         for sent in (go, back):
-            self.add("all_to_all", EXPERT_NODE, sent * routed.row_bytes, layers * (runs + 1))
-        for sent in (nodes * sum(rows[1:]), (places - 1) * nodes * rows[0]):
-            self.add("all_to_all", EXPERT_PLACE, sent * routed.row_bytes, layers * (runs + 1))
+            # once backward: gradients of what comes back
+            self.add("all_to_all", axis, sent * routed.row_bytes, layers * (runs + 1))
 
     def entries(self, gpus_per_node: int) -> list[Traffic]:
         """What was added, by collective and axis."""
@@ -130,34 +129,32 @@ class Routed:
     """Where the slots of one rank's micro-batch go, dealt to the experts in turn.
 
     Attributes:
-        num_experts, top_k: E, K.
-        rows_by_rank: Slots for the experts of each rank of the expert group.
-        pairs_by_node: Tokens that have an expert on each of the nodes it spans.
-        row_bytes, weight_bytes: Of a token, and of its K weights.
+        pairs_by_rank: Tokens that have an expert on each rank of the expert group.
+        pairs_by_node: The same for the nodes it spans.
+        row_bytes, slot_bytes: Of a token, and of the numbers and weights of its K experts.
     """
 
-    num_experts: int
-    top_k: int
-    rows_by_rank: list[int]
+    pairs_by_rank: list[int]
     pairs_by_node: list[int]
     row_bytes: int
-    weight_bytes: int
+    slot_bytes: int
 
 
 def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
     """Route ``tokens`` tokens."""
     moe, dtype = recipe.model.moe, compute_dtype(recipe.precision)
     ids_TK = deal_in_turn(tokens, moe.top_k, moe.num_experts, torch.device("cpu"))
-    rows = torch.bincount((ids_TK // (moe.num_experts // degrees.expert)).flatten(), minlength=degrees.expert)
-    node_TK = ids_TK // (moe.num_experts // degrees.expert_nodes)
-    meets_TA = torch.zeros(tokens, degrees.expert_nodes, dtype=torch.int64).scatter_(1, node_TK, 1)
+
+    def pairs(places: int) -> list[int]:
+        place_TK = ids_TK // (moe.num_experts // places)
+        return torch.zeros(tokens, places, dtype=torch.int64).scatter_(1, place_TK, 1).sum(0).tolist()
+
+    weight_bytes = torch.promote_types(dtype, torch.float32).itemsize
     return Routed(
-        moe.num_experts,
-        moe.top_k,
-        rows.tolist(),
-        meets_TA.sum(0).tolist(),
-        recipe.model.d_model * dtype.itemsize,
-        moe.top_k * dtype.itemsize,
+        pairs_by_rank=pairs(degrees.expert),
+        pairs_by_node=pairs(degrees.expert_nodes),
+        row_bytes=recipe.model.d_model * dtype.itemsize,
+        slot_bytes=2 * moe.top_k * weight_bytes,
     )
 
 

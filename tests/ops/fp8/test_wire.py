@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moefoundry.ops.fp8 import Tile, dequantize, quantize, quantize_rows_once
-from moefoundry.ops.fp8.wire import decode_rows, encode_rows, row_bytes
+from moefoundry.ops.fp8.wire import Fp8Codec, row_bytes
 from tests.ops.fp8.samples import sample
 
 
@@ -12,9 +12,10 @@ from tests.ops.fp8.samples import sample
 @pytest.mark.parametrize("columns", [1, 127, 128, 300, 384])
 def test_what_arrives_is_what_was_quantized(rows: int, columns: int) -> None:
     x = sample("student_t", rows, columns).to(torch.bfloat16)
-    sent = encode_rows(x)
+    codec = Fp8Codec()
+    sent = codec.encode(x)
     assert sent.shape == (rows, row_bytes(columns))
-    got = decode_rows(sent, columns, torch.bfloat16)
+    got = codec.decode(sent, x)
     expected = quantize(x, Tile.ROW)
     assert torch.equal(got, dequantize(expected, torch.bfloat16))
     again = quantize(got, Tile.ROW)

@@ -5,6 +5,8 @@ What is sent can be gathered, exchanged and gathered again as plain uint8 rows; 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,18 +24,28 @@ def row_bytes(columns: int) -> int:
     return -(-(columns + num_tiles(columns)) // ALIGNMENT) * ALIGNMENT
 
 
-def encode_rows(x_RC: Tensor, backend: Backend | None = None) -> Tensor:
-    """[R, C] -> uint8 [R, row_bytes(C)]."""
-    rows = quantize_rows_once(x_RC, backend)
-    used = torch.cat([rows.values.view(torch.uint8), rows.scales], dim=1)
-    return F.pad(used, (0, row_bytes(x_RC.shape[1]) - used.shape[1]))
+@dataclass(frozen=True)
+class Fp8Codec:
+    """Rows <-> bytes; a :class:`moefoundry.moe.dispatch.RowCodec`.
 
+    Attributes:
+        backend: The one to use; None chooses by device.
+    """
 
-def decode_rows(sent_RB: Tensor, columns: int, dtype: torch.dtype, backend: Backend | None = None) -> Tensor:
-    """uint8 [R, row_bytes(C)] -> [R, C]; a layer that takes FP8 rows finds those that came, not quantized again."""
-    values = sent_RB[:, :columns].contiguous().view(torch.float8_e4m3fn)
-    scales = sent_RB[:, columns : columns + num_tiles(columns)].contiguous()
-    rows = QuantizedTensor(values, scales, Tile.ROW, (len(sent_RB), columns))
-    x_RC = dequantize(rows, dtype, backend)
-    remember_rows(x_RC, rows)
-    return x_RC
+    backend: Backend | None = None
+
+    def encode(self, rows_RC: Tensor) -> Tensor:
+        """[R, C] -> uint8 [R, row_bytes(C)]."""
+        rows = quantize_rows_once(rows_RC, self.backend)
+        used = torch.cat([rows.values.view(torch.uint8), rows.scales], dim=1)
+        return F.pad(used, (0, row_bytes(rows_RC.shape[1]) - used.shape[1]))
+
+    def decode(self, sent_RB: Tensor, like: Tensor) -> Tensor:
+        """uint8 [R, row_bytes(C)] -> [R, C]; a layer that takes FP8 rows finds those that came, not quantized again."""
+        columns = like.shape[-1]
+        values = sent_RB[:, :columns].contiguous().view(torch.float8_e4m3fn)
+        scales = sent_RB[:, columns : columns + num_tiles(columns)].contiguous()
+        rows = QuantizedTensor(values, scales, Tile.ROW, (len(sent_RB), columns))
+        decoded_RC = dequantize(rows, like.dtype, self.backend)
+        remember_rows(decoded_RC, rows)
+        return decoded_RC
