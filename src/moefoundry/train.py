@@ -253,7 +253,7 @@ def build_callbacks(
 ) -> list[Callback]:
     """The run's callbacks, in the order they act."""
     clipping, wanted = recipe.algorithms.gradient_clipping, recipe.callbacks
-    ema = Ema(recipe.ema, resume_from) if recipe.ema else None
+    ema = Ema(recipe.ema) if recipe.ema else None
     degrees = degrees_of(recipe)
     checkpointing = Checkpointing(
         store=store_of(Path(recipe.run_dir)),
@@ -280,7 +280,7 @@ def build_callbacks(
         wanted.memory_monitor and MemoryMonitor(),
         StopOnSignal(),
         checkpointing,
-        ema,  # reads what it continues with after Checkpointing has read the parameters
+        ema,  # begins with the parameters that Checkpointing has read
     ]
     return [callback for callback in callbacks if callback]
 

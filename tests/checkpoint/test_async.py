@@ -87,6 +87,30 @@ def test_what_is_written_is_what_was_there_when_the_save_began(saver: Saver, dis
     assert verify_directory(saver.store.path(2)).origin.batch == 2
 
 
+@pytest.mark.gpu
+def test_a_snapshot_of_a_gpu(saver: Saver, disk: Disk) -> None:
+    changing = {name: tensor.cuda() for name, tensor in tensors().items()}
+    saver.start(2, changing, STATE, Origin(2))
+    for tensor in changing.values():
+        tensor.zero_()
+    assert all(buffer.is_pinned() for buffer in saver._buffers.values())
+    disk.ready.set()
+    saver.finish()
+    assert_equal(saver.store.path(2), tensors())
+
+
+def test_more_tensors_than_threads_are_copied(saver: Saver, disk: Disk) -> None:
+    changing = {f"model/{number}": torch.full((number % 7, 3), float(number)) for number in range(50)}
+    saver.start(2, changing, STATE, Origin(2))
+    expected = {name: tensor.clone() for name, tensor in changing.items()}
+    for tensor in changing.values():
+        tensor.zero_()
+    disk.ready.set()
+    saver.finish()
+    io.read_into(saver.store.path(2), changing)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in changing.items())
+
+
 def test_one_save_is_in_flight_and_its_buffers_are_used_again(saver: Saver, disk: Disk) -> None:
     saver.start(2, tensors(), STATE, Origin())
     buffers = {name: tensor.data_ptr() for name, tensor in saver._buffers.items()}

@@ -1,7 +1,9 @@
 """What any mesh has saved, any other loads, bit for bit; what is damaged is found while it is read, and named."""
 
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moefoundry.checkpoint import io
+from moefoundry.checkpoint.load import _Loader
+from moefoundry.checkpoint.reading import AHEAD, BlockReader, Read, Wanted
 from moefoundry.config import UserError
 from tests.checkpoint.meshes import MESHES, Mesh, differing, local, named, state_on
 from tests.distributed import run_distributed
@@ -99,6 +103,35 @@ def test_tensors_that_are_not_contiguous_are_filled(tmp_path: Path) -> None:
     read = {"model/second": torch.zeros(40, 50, dtype=torch.bfloat16).t(), "model/first": torch.zeros(6000)[::2]}
     io.read_into(tmp_path, read)
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors().items())
+
+
+def test_blocks_are_read_ahead_but_not_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first is delivered, the next are read; one more begins with each that is delivered."""
+    wanted = {f"model/{number}": torch.full((5,), float(number)) for number in range(8)}
+    io.write(tmp_path, wanted, STATE)
+    begun: list[str] = []
+    counts: list[int] = []
+    ahead = threading.Event()
+    read, deliver = BlockReader._read, _Loader._deliver
+
+    def spy_read(self: BlockReader, block: Wanted) -> Read:
+        begun.append(block.name)
+        if len(begun) == AHEAD:
+            ahead.set()
+        return read(self, block)
+
+    def spy_deliver(self: _Loader, *args: Any) -> None:
+        assert ahead.wait(30)
+        counts.append(len(begun))
+        deliver(self, *args)
+
+    monkeypatch.setattr(BlockReader, "_read", spy_read)
+    monkeypatch.setattr(_Loader, "_deliver", spy_deliver)
+    filled = {name: torch.zeros(5) for name in wanted}
+    io.read_into(tmp_path, filled)
+    assert all(torch.equal(filled[name], tensor) for name, tensor in wanted.items())
+    assert all(count <= number + AHEAD for number, count in enumerate(counts)), counts
+    assert len(counts) == len(begun) == 8
 
 
 def test_an_empty_tensor_is_no_problem(tmp_path: Path) -> None:

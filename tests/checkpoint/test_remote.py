@@ -1,10 +1,15 @@
 """Checkpoints in an object store: against the S3 API on loopback, and in fsspec's memory; stores that fail."""
 
 import json
+import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import google.api_core.exceptions
+import oci
 import pytest
 import torch
 
@@ -188,11 +193,146 @@ def test_a_damaged_download_is_found(tmp_path: Path, memory: str) -> None:
         read(found)
 
 
+class FakeGoogle:
+    """As much of Google's client as Composer uses, on a dictionary: client, bucket and blob at once."""
+
+    def __init__(self, objects: dict[str, bytes], name: str = "") -> None:
+        self.objects, self.name = objects, name
+
+    def get_bucket(self, name: str, timeout: float) -> "FakeGoogle":
+        assert name == "bucket"
+        return self
+
+    def blob(self, name: str) -> "FakeGoogle":
+        return FakeGoogle(self.objects, name)
+
+    def upload_from_filename(self, file: str, retry: object) -> None:
+        self.objects[self.name] = Path(file).read_bytes()
+
+    def download_to_filename(self, file: str) -> None:
+        if self.name not in self.objects:
+            raise google.api_core.exceptions.NotFound(self.name)
+        Path(file).write_bytes(self.objects[self.name])
+
+    def list_blobs(self, prefix: str) -> list["FakeGoogle"]:
+        return [self.blob(name) for name in self.objects if name.startswith(prefix)]
+
+
+class FakeOracle:
+    """As much of Oracle's client as Composer uses, on a dictionary: client and upload manager at once."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = objects
+
+    def get_namespace(self) -> Any:
+        return SimpleNamespace(data="namespace")
+
+    def upload_file(self, namespace_name: str, bucket_name: str, object_name: str, file_path: str) -> None:
+        self.objects[object_name] = Path(file_path).read_bytes()
+
+    def head_object(self, namespace: str, bucket: str, name: str) -> Any:
+        if name not in self.objects:
+            raise oci.exceptions.ServiceError(404, "ObjectNotFound", {}, "absent")
+        return SimpleNamespace(headers={"content-length": str(len(self.objects[name]))})
+
+    def get_object(self, namespace_name: str, bucket_name: str, object_name: str, range: str) -> Any:
+        first, last = (int(text) for text in range.removeprefix("bytes=").split("-"))
+        return SimpleNamespace(data=SimpleNamespace(content=self.objects[object_name][first : last + 1]))
+
+    def list_objects(self, namespace_name: str, bucket_name: str, prefix: str, start: str | None) -> Any:
+        """Three a page."""
+        names = sorted(name for name in self.objects if name.startswith(prefix) and name >= (start or ""))
+        page = [SimpleNamespace(name=name) for name in names[:3]]
+        return SimpleNamespace(data=SimpleNamespace(objects=page, next_start_with=next(iter(names[3:]), None)))
+
+
+@pytest.fixture
+def google_and_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects: dict[str, dict[str, bytes]] = {"gs": {}, "oci": {}}
+    for name in ("GCS_KEY", "GCS_SECRET"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("google.auth.default", lambda: (None, "project"))
+    monkeypatch.setattr("google.cloud.storage.Client", lambda credentials: FakeGoogle(objects["gs"]))
+    monkeypatch.setattr("oci.config.from_file", dict)
+    for name in ("ObjectStorageClient", "UploadManager"):
+        monkeypatch.setattr(f"oci.object_storage.{name}", lambda *args, **kwargs: FakeOracle(objects["oci"]))
+
+
+@pytest.mark.usefixtures("google_and_oracle")
+@pytest.mark.parametrize("scheme", ["gs", "oci"])
+def test_composers_other_stores_keep_the_same_contract(tmp_path: Path, scheme: str) -> None:
+    """Clients are fakes: what is shown is that our calls, and Composer's answers to them, are what we take them for."""
+    url = f"{scheme}://bucket/run"
+    assert find_remote(url, tmp_path / "cache") is None
+    for batch in (9, 10):
+        upload_checkpoint(saved(tmp_path / "local", batch), url)
+    found = find_remote(url, tmp_path / "cache")
+    assert found is not None
+    assert found.name == "ba10"
+    assert read(found) == 10
+    assert sorted(names(f"{url}/ba9")) == sorted(path.name for path in (tmp_path / "local" / "ba9").iterdir())
+    with pytest.raises(UserError, match=rf"{url}/absent: cannot download \(attempts: 1\): .*not found"):
+        Remote(url).download("absent", tmp_path / "absent")
+    assert not list(tmp_path.glob("absent*"))
+
+
+@pytest.fixture
+def silence() -> Iterator[str]:
+    """URL of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield "http://{}:{}".format(*server.getsockname())
+
+
+def test_row20_a_store_that_never_answers_is_given_up(
+    tmp_path: Path, silence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "LONGEST_SILENCE", 0.1)
+    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "S3_ENDPOINT_URL": silence,
+    }.items():
+        monkeypatch.setenv(name, value)
+    store = Remote("s3://bucket/run")
+    reason = r"\(attempts: 2\): nothing has come for 0\.1 seconds"
+    with pytest.raises(UserError, match=rf"s3://bucket/run/ba4/__0_0\.distcp: cannot download {reason}"):
+        store.download("ba4/__0_0.distcp", tmp_path / "__0_0.distcp")
+    with pytest.raises(UserError, match=rf"s3://bucket/run/: cannot list {reason}"):
+        store.names()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_slow_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as anything comes."""
+    monkeypatch.setattr(remote, "LONGEST_SILENCE", 0.01)
+    arrived, enough = iter(range(100)), threading.Event()
+
+    def progress() -> int:
+        number = next(arrived)
+        if number == 5:
+            enough.set()
+        return number
+
+    assert remote.unless_silent(lambda: enough.wait(30), progress)
+
+
+def test_what_has_come_is_counted_wherever_a_client_puts_it(tmp_path: Path) -> None:
+    partial = tmp_path / "file.1-0.partial"
+    (tmp_path / "file.1-0.partial.part").write_bytes(bytes(3))
+    folder = tmp_path / "file.1-0.partialfolder"
+    before = remote._size_of(partial)
+    folder.mkdir()
+    (folder / "part-0").write_bytes(bytes(5))
+    assert remote._size_of(partial) == before + folder.stat().st_size + 5
+    assert remote._size_of(tmp_path / "file.1-1.partial") == 0
+
+
 def through_s3(environment: dict[str, str], root: Path, url: str) -> list[str]:
     """Save on one mesh, upload, download and load on another; which files this rank has downloaded."""
     import os
 
-    from moefoundry.checkpoint import load
+    from moefoundry.checkpoint import reading
     from moefoundry.checkpoint.ranks import on_rank_zero
     from tests.checkpoint.meshes import local, state_on
     from tests.checkpoint.test_load import save
@@ -204,7 +344,7 @@ def through_s3(environment: dict[str, str], root: Path, url: str) -> list[str]:
     found = on_rank_zero(lambda: find_remote(url, root / "cache"))
     assert found.name == "ba10"
     mine: list[str] = []
-    load.local_file = lambda place, name: (mine.append(name), local_file(place, name))[1]
+    reading.local_file = lambda place, name: (mine.append(name), local_file(place, name))[1]
     tensors = state_on((2, 2, 2))
     expected = {name: local(tensor).clone() for name, tensor in tensors.items()}
     for tensor in tensors.values():

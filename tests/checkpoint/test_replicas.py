@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moefoundry.checkpoint import io, load
+from moefoundry.checkpoint import io, reading
 from moefoundry.mesh import MeshDegrees, build_meshes
 from tests.checkpoint.meshes import Mesh, local, named
 from tests.distributed import run_distributed
@@ -45,7 +45,7 @@ def load_counted(root: Path, source: Mesh, mesh: Mesh) -> dict[str, Any]:
 
     opened: list[str] = []
     sent: list[int] = []
-    local_file, batch, broadcast = load.local_file, dist.batch_isend_irecv, dist.broadcast
+    local_file, batch, broadcast = reading.local_file, dist.batch_isend_irecv, dist.broadcast
 
     def spy_file(directory: Path, name: str) -> Path:
         opened.append(name)
@@ -59,7 +59,7 @@ def load_counted(root: Path, source: Mesh, mesh: Mesh) -> dict[str, Any]:
         sent.append(tensor.nbytes)
         return broadcast(tensor, *args, **kwargs)
 
-    load.local_file, dist.batch_isend_irecv, dist.broadcast = spy_file, spy_batch, spy_broadcast
+    reading.local_file, dist.batch_isend_irecv, dist.broadcast = spy_file, spy_batch, spy_broadcast
     report = io.read_into(directory, tensors)
     assert all(torch.equal(local(tensor), local(expected[name])) for name, tensor in tensors.items())
     return {**asdict(report), "opened": opened, "sent": sent}

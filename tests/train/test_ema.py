@@ -14,6 +14,7 @@ from moefoundry.checkpoint.blocks import StoredTensors
 from moefoundry.checkpoint.convert import PREFIX, Weights, load_model
 from moefoundry.cli.main import main
 from moefoundry.config import Recipe, load_recipe
+from tests.distributed import run_distributed
 from tests.train.runs import Run, run_recipe
 
 DECAY = 0.75
@@ -29,7 +30,7 @@ STEPS = (
     "model.attention={kind: mla, n_heads: 4, q_lora_rank: 12, kv_lora_rank: 16, qk_nope_head_dim: 8,"
     " qk_rope_head_dim: 4, v_head_dim: 8}",
 )  # a model of DeepSeek-V3's kind: with a buffer, and a family to export as
-AVERAGED = (*STEPS, "save_interval=2ba", f"ema={{decay: {DECAY}, evaluate: true}}")
+AVERAGED = (*STEPS, "save_interval=2ba", "save_async=true", f"ema={{decay: {DECAY}, evaluate: true}}")
 EVAL = "metrics/eval/LanguageCrossEntropy"
 
 
@@ -102,11 +103,35 @@ def test_resumed_it_is_the_same_to_the_last_bit(deep_recipe: Deep, tmp_path: Pat
     assert resumed.column(EVAL) == {batch: loss for batch, loss in averaged.column(EVAL).items() if batch > 2}
 
 
-def test_resumed_on_another_mesh(deep_recipe: Deep, tmp_path: Path, averaged: Run) -> None:
-    resumed = run_recipe(deep_recipe(tmp_path, *AVERAGED, f"load_path={checkpoint(averaged, 2)}"))
-    got = stored(resumed, 4)
-    for name, value in stored(averaged, 4).items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6)
+def test_row3_resumed_on_another_mesh_and_back(deep_recipe: Deep, tmp_path: Path, averaged: Run) -> None:
+    """Of two ranks, one, and two again. Both resume from what was saved while training, and averaging, went on."""
+    changes = (*AVERAGED, "save_interval=1ba")
+    there = run_recipe(deep_recipe(tmp_path / "there", *changes, f"load_path={checkpoint(averaged, 2)}"))
+    back = run_recipe(deep_recipe(tmp_path / "back", *changes, MESH, f"load_path={checkpoint(there, 3)}"), 2)
+    expected = stored(averaged, 4)
+    for run in (there, back):
+        got = stored(run, 4)
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-6)
+    began = stored(averaged, 2)
+    assert any((began[name] - value).abs().max() > 1e-3 for name, value in expected.items()), "it moved meanwhile"
+
+
+def test_the_index_of_a_checkpoint_is_read_once(deep_recipe: Deep, tmp_path: Path, averaged: Run) -> None:
+    recipe = deep_recipe(tmp_path, *AVERAGED, "max_duration=3ba", f"load_path={checkpoint(averaged, 2)}")
+    assert run_distributed(reads_of_the_index, 1, recipe) == [1]
+
+
+def reads_of_the_index(recipe: Recipe) -> int:
+    from unittest import mock
+
+    from moefoundry.checkpoint import load
+    from moefoundry.train import train
+
+    with mock.patch.object(load, "parse_metadata", wraps=load.parse_metadata) as parse:
+        train(recipe)
+    return parse.call_count
 
 
 def test_it_begins_with_the_parameters_of_a_run_that_had_none(deep_recipe: Deep, tmp_path: Path, plain: Run) -> None:

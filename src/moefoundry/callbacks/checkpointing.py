@@ -18,9 +18,10 @@ from moefoundry.callbacks.ema import Ema
 from moefoundry.checkpoint import io
 from moefoundry.checkpoint.async_save import Saver
 from moefoundry.checkpoint.load import load, read_index
-from moefoundry.checkpoint.manifest import Origin, recipe_digest
+from moefoundry.checkpoint.manifest import Origin, damage, recipe_digest
 from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.remote import is_downloaded, upload_checkpoint
+from moefoundry.checkpoint.run_dir import newest_without
 from moefoundry.checkpoint.state import (
     derived_rng_tensors,
     model_tensors,
@@ -30,6 +31,8 @@ from moefoundry.checkpoint.state import (
     to_jsonable,
 )
 from moefoundry.checkpoint.store import CheckpointStore, Retention
+from moefoundry.checkpoint.writer import saying
+from moefoundry.config import UserError
 
 
 class Checkpointing(Callback):
@@ -46,9 +49,10 @@ class Checkpointing(Callback):
         mesh: Degrees of its axes, by name; noted in the manifest.
         metric: Value of a metric in this batch, by name, if it has been measured.
         recipe: The run's recipe as a plain mapping; a reader compares the model with its own.
-        resume_from: The checkpoint this run continues, read before the first batch.
+        resume_from: The checkpoint this run continues, read before the first batch. If it is one of ``store`` and turns
+            out to be damaged, the newest one before it that is not.
         remote: URL that checkpoints are also uploaded to.
-        ema: What averages the parameters, if anything does; it reads its own part of ``resume_from``.
+        ema: What averages the parameters, if anything does.
     """
 
     def __init__(
@@ -87,8 +91,19 @@ class Checkpointing(Callback):
             logger.log_metrics({"checkpoint/stall_seconds": time.perf_counter() - start})
 
     def after_load(self, state: State, logger: Logger) -> None:
-        if self.resume_from is not None:
+        if self.resume_from is None:
+            return
+        try:
             self.load(state, self.resume_from)
+            return
+        except UserError:  # on every rank
+            store = self.saver.store
+            intact = newest_without(damage, store) if self.resume_from.parent == store.root else self.resume_from
+            if intact == self.resume_from:
+                raise
+            self.resume_from = intact
+        assert self.resume_from is not None, "with none left, newest_without raises"
+        self.load(state, self.resume_from)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._waiting_since = time.perf_counter()
@@ -117,7 +132,8 @@ class Checkpointing(Callback):
         """Save ``state``, unless that has been done in this batch.
 
         Raises:
-            UserError: There is such a checkpoint of an earlier run; or this save or the one before it failed.
+            UserError: There is such a checkpoint of an earlier run; or this save or the one before it failed, or what
+                follows a save (deleting older ones, uploading) did.
         """
         batch = state.timestamp.batch.value
         if self._saved_batch == batch:
@@ -141,9 +157,11 @@ class Checkpointing(Callback):
 
     def _published(self, checkpoint: Path) -> None:
         """Rank 0 does this, when a checkpoint has its final name."""
-        self.saver.store.retain(self.retention)
+        with saying(f"checkpoint {checkpoint.name} was saved, but those that it replaces were not deleted"):
+            self.saver.store.retain(self.retention)
         if self.remote is not None:
-            upload_checkpoint(checkpoint, self.remote)
+            with saying(f"checkpoint {checkpoint.name} was saved, but not uploaded"):
+                upload_checkpoint(checkpoint, self.remote)
 
     def load(self, state: State, checkpoint: Path) -> None:
         """Put a saved state back into ``state``: weights, optimizer, schedule, position in the data, generators. Of a
@@ -171,7 +189,8 @@ class Checkpointing(Callback):
         else:
             own = {}
             self._rng = derived_rng_tensors(rank, int(self.recipe["seed"]), timestamp["batch"])
-        report = load(index, {**model, **optimizer}, own)
+        averages = self.ema.continued(index) if self.ema else {}
+        report = load(index, {**model, **optimizer, **averages}, own)
         self._resume_seconds = {
             "store": report.store_seconds,
             "exchange": report.exchange_seconds,

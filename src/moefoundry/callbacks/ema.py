@@ -10,7 +10,6 @@ page-locked memory first, and of the training only the GPU's next optimizer step
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from composer.core import Callback, State
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moefoundry.checkpoint.load import load, read_index
+from moefoundry.checkpoint.load import Index
 from moefoundry.config import EmaConfig
 
 
@@ -121,12 +120,11 @@ class Ema(Callback):
 
     Args:
         cfg: The recipe's ``ema``.
-        resume_from: The checkpoint this run continues; it has been loaded when this callback's turn comes.
     """
 
-    def __init__(self, cfg: EmaConfig, resume_from: Path | None) -> None:
+    def __init__(self, cfg: EmaConfig) -> None:
         self.cfg = cfg
-        self.resume_from = resume_from
+        self._goes_on = False
 
     def init(self, state: State, logger: Logger) -> None:
         self._names: dict[str, nn.Parameter] = dict(state.model.named_parameters(remove_duplicate=False))
@@ -134,10 +132,7 @@ class Ema(Callback):
         self._average = ParameterAverage(self._shards(), self.cfg.decay)
 
     def after_load(self, state: State, logger: Logger) -> None:
-        index = None if self.resume_from is None else read_index(self.resume_from)
-        if index is not None and any(name.startswith("ema/") for name in index.shapes):
-            load(index, self.tensors())
-        else:
+        if not self._goes_on:
             self._average.restart(self._shards())
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
@@ -162,6 +157,12 @@ class Ema(Callback):
         self._average.wait()
         averages = dict(zip(self._parameters, self._average.values, strict=True))
         return {f"ema/{name}": _sharded_like(parameter, averages[parameter]) for name, parameter in self._names.items()}
+
+    def continued(self, index: Index) -> dict[str, Tensor]:
+        """What to load from the checkpoint that the run continues, before this callback's own ``after_load``; empty if
+        it holds no averages."""
+        self._goes_on = any(name.startswith("ema/") for name in index.shapes)
+        return self.tensors() if self._goes_on else {}
 
     @torch.no_grad()
     def _shards(self) -> list[Tensor]:

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ from moefoundry.checkpoint.writer import (
     describe,
     local_pieces,
     make_plan,
+    saying,
     together,
     write_index,
     write_pieces,
 )
 from moefoundry.config import UserError
 
+_COPYING_THREADS = 4
 _POLL_SECONDS = 0.02
 _CLOSE_SECONDS = 30.0
 
@@ -52,7 +55,8 @@ class Saver:
 
     Args:
         store: Where checkpoints go, on storage that all ranks share.
-        published: Called on rank 0, in the thread that writes, when a checkpoint has its final name.
+        published: Called on rank 0, in the thread that writes, when a checkpoint has its final name. Its errors are
+            raised as those of the save are, but say what they are about by themselves: the checkpoint is there.
     """
 
     def __init__(self, store: CheckpointStore, published: Callable[[Path], None]) -> None:
@@ -86,32 +90,36 @@ class Saver:
         """Save and return when the checkpoint is published; nothing is copied, and no thread has a part in it.
 
         Raises:
-            UserError: As :meth:`start`; or this save failed, and nothing of it is left.
+            UserError: As :meth:`start`; or this save failed, and nothing of it is left; or what follows it did.
         """
         self._begin(batch)
         try:
-            with together(f"checkpoint ba{batch} was not saved"):
+            with together(), saying(_not_saved(batch)):
                 io.write(self.store.staging_path(batch), tensors, state, origin)
                 if rank() == 0:
-                    self._published(self.store.publish(batch))
+                    self.store.publish(batch)
         except UserError:
             self._discard(batch)
             raise
+        with together():
+            if rank() == 0:
+                self._published(self.store.path(batch))
 
     def finish(self) -> None:
         """Wait for the save in flight, if there is one.
 
         Raises:
-            UserError: It failed, on any rank; nothing of it is left, and what was saved before is untouched.
+            UserError: It failed, on any rank; nothing of it is left, and what was saved before is untouched. Or what
+                follows it did (``published``).
         """
         if self._flight is None:
             return
         flight, self._flight = self._flight, None
         try:
-            with together(f"checkpoint ba{flight.batch} was not saved"):
+            with together():
                 flight.written.wait()
                 flight.check()
-            with together(f"checkpoint ba{flight.batch} was not saved"):  # all notes are there: rank 0 does commit
+            with together():  # all notes are there: rank 0 does commit
                 flight.thread.join()
                 flight.check()
         except UserError:
@@ -129,7 +137,7 @@ class Saver:
 
     def _begin(self, batch: int) -> None:
         self.finish()
-        with together(f"checkpoint ba{batch}"):  # no rank writes before the directory is there
+        with together(), saying(f"checkpoint ba{batch}"):  # no rank writes before the directory is there
             if rank() == 0:
                 self.store.begin(batch)
 
@@ -139,15 +147,28 @@ class Saver:
 
     def _staged(self, pieces: Mapping[Piece, Tensor]) -> Mapping[Piece, Tensor]:
         """Copies in CPU memory, pinned where they come from a GPU; overwritten by the next call."""
-        on_gpu = False
         for piece, values in pieces.items():
-            on_gpu |= values.is_cuda
             if piece not in self._buffers:
                 self._buffers[piece] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-            self._buffers[piece].copy_(values, non_blocking=True)
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
+        _copy({self._buffers[piece]: values for piece, values in pieces.items()})
         return {piece: self._buffers[piece] for piece in pieces}
+
+
+def _copy(sources: Mapping[Tensor, Tensor]) -> None:
+    """Overwrite each key with its value. A GPU copies by itself; CPU memory is faster than one core."""
+    if any(values.is_cuda for values in sources.values()):
+        for target, values in sources.items():
+            target.copy_(values, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        return
+    targets = sorted(sources, key=lambda target: target.nbytes, reverse=True)  # so that threads have equal shares
+    shares = [share for first in range(_COPYING_THREADS) if (share := targets[first::_COPYING_THREADS])]
+    with ThreadPoolExecutor(_COPYING_THREADS) as pool:
+        list(pool.map(lambda share: torch._foreach_copy_(share, [sources[target] for target in share]), shares))
+
+
+def _not_saved(batch: int) -> str:
+    return f"checkpoint ba{batch} was not saved"
 
 
 class _Flight:
@@ -186,15 +207,24 @@ class _Flight:
 
     def _run(self) -> None:
         try:
-            try:
-                self._write()
-            finally:
-                self.written.set()
-            if self._rank == 0 and (notes := self._notes()) is not None:
-                self._commit(notes)
+            with saying(_not_saved(self.batch)):
+                published = self._save()
+            if published:
+                self._published(self._store.path(self.batch))
         except Exception as error:
             self._error = error
-            print(f"warning: checkpoint ba{self.batch} was not saved: {describe(error)}", file=sys.stderr, flush=True)
+            print(f"warning: {describe(error)}", file=sys.stderr, flush=True)
+        finally:
+            self.written.set()  # after a failure, when it can be seen
+
+    def _save(self) -> bool:
+        """This rank's part; whether it has given the checkpoint its final name."""
+        self._write()
+        self.written.set()
+        if self._rank != 0 or (notes := self._notes()) is None:
+            return False
+        self._commit(notes)
+        return True
 
     def _write(self) -> None:
         """This rank's file and the note about it."""
@@ -226,7 +256,7 @@ class _Flight:
         }
         blocks = {note["file"]: [HashedBlock(*block) for block in note["blocks"]] for note in notes}
         write_index(self._staging, places, blocks, self._state, self._origin)
-        self._published(self._store.publish(self.batch))
+        self._store.publish(self.batch)
 
     def _note(self, rank: int) -> Path:
         return self._staging / f".part-{rank}.json"

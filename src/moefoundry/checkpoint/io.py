@@ -24,6 +24,7 @@ from moefoundry.checkpoint.writer import (
     data_file,
     local_pieces,
     make_plan,
+    saying,
     together,
     write_index,
     write_pieces,
@@ -54,10 +55,10 @@ def write(
     """
     held = local_pieces(tensors)
     plan = make_plan(from_every_rank(list(held)))
-    with together("cannot write"):
+    with together(), saying("cannot write"):
         written = write_pieces(directory / data_file(rank()), [held[piece] for piece in plan[rank()]])
     parts = from_every_rank(written)
-    with together("cannot write"):
+    with together(), saying("cannot write"):
         if rank() == 0:
             places = {
                 piece: place

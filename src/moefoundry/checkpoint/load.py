@@ -9,26 +9,28 @@ Every rank works out the same plan from the metadata, which rank 0 reads for all
    are its own shards, and nothing is sent.
 2. **Exchange.** Each rank of the first copy broadcasts its shard to its peers along ``replicate``, tensor by tensor.
 
+Both go on at once: threads read a few blocks ahead (``reading.py``), and :data:`COPIES_UNDER_WAY` tensors are on their
+way to the other copies. Where layout and dtype allow it, bytes go from the file into the memory of the parameter, and
+from there into that of the same parameter on other ranks.
+
 A file is read by one rank, though ranks could cut out of it what each needs, for three reasons: hashes cover whole
 blocks, so parts would be read with their surroundings, more than once; columns of a block (an expert cut along its
 rows) are scattered over all of it; and object stores hand out whole files. The price is that a checkpoint of fewer
 files than there are ranks leaves the other ranks waiting. Beside the tensors themselves a rank holds one block in
-memory, which is one rank's shard of one tensor, and its parts that are under way.
+memory, which is one rank's shard of one tensor, and its parts that are under way; where they cannot be read and
+received in place, also the blocks ahead and the tensors under way.
 
 Replica-aware loading: PyTorch blog, "Training MoEs at Scale with PyTorch" (2024).
 """
 
 from __future__ import annotations
 
-import os
 import time
-from bisect import bisect_left
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
-from io import FileIO
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -43,24 +45,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Placement
-from xxhash import xxh3_64
 
-from moefoundry.checkpoint.format import (
-    METADATA_FILE,
-    FilePart,
-    layout_in,
-    parse_metadata,
-    tensor_entries,
-    values_in,
-    values_offset,
-)
+from moefoundry.checkpoint.format import METADATA_FILE, parse_metadata, tensor_entries
 from moefoundry.checkpoint.manifest import MANIFEST_FILE, Manifest
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
-from moefoundry.checkpoint.remote import local_file
+from moefoundry.checkpoint.reading import BlockReader, Read, Wanted
 from moefoundry.config import UserError
 
 NAMED_PROBLEMS = 8
-STEP_BYTES = 2**20  # hashed while they are in the processor's cache
+COPIES_UNDER_WAY = 2
 
 
 @dataclass
@@ -70,7 +63,7 @@ class LoadReport:
     Attributes:
         tensor_bytes: Read from the store that are values of tensors.
         bytes_read: Read from the store altogether: tensors, what ``torch.save`` puts around them, and metadata.
-        store_seconds: Reading and checking, downloads included.
+        store_seconds: Waiting for what is read and checked, downloads included.
         exchange_seconds: Sending, receiving and waiting for other ranks.
     """
 
@@ -190,8 +183,8 @@ def load(index: Index, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor] 
     report = replace(index.report)
     owned = from_every_rank({name: tuple(tensor.shape) for name, tensor in (own or {}).items()})
     _check_shapes(index, tensors, owned)
-    with ExitStack() as files, torch.no_grad():
-        _Loader(index, report, files).run(_targets(tensors, own or {}, owned))
+    with BlockReader(index.manifest) as reader, torch.no_grad():
+        _Loader(index, report, reader).run(_targets(tensors, own or {}, owned))
     return report
 
 
@@ -275,26 +268,32 @@ def _overlaps(blocks: tuple[Box, ...], boxes: tuple[tuple[int, Box], ...]) -> li
 class _Loader:
     """One load on one rank."""
 
-    def __init__(self, index: Index, report: LoadReport, files: ExitStack) -> None:
+    def __init__(self, index: Index, report: LoadReport, reader: BlockReader) -> None:
         self._directory = index.directory
-        self._manifest = index.manifest
         self._metadata = index.metadata
         self._report = report
-        self._files = files
+        self._reader = reader
         self._rank = rank()
         self._failure: UserError | None = None
-        self._memory = memoryview(b"")
-        self._open = cache(self._open_file)
+        self._under_way: deque[tuple[dist.Work, Tensor, Tensor]] = deque()
 
     def run(self, targets: Iterator[Target]) -> None:
         plan = [(target, self._blocks(target)) for target in targets]
         readers = _choose_readers([block for _, blocks in plan for block in blocks])
+
+        def reads(block: Block) -> bool:
+            return readers[block.place.relative_path] == self._rank
+
+        own = (self._wanted(target, block) for target, blocks in plan for block in blocks if reads(block))
+        readings = self._reader.ahead(own)
         for target, blocks in plan:
             for block in blocks:
-                reader = readers[block.place.relative_path]
-                if self._rank == reader or any(part.rank == self._rank for part in block.parts):
-                    self._deliver(target, block, reader)
+                if reads(block):
+                    self._deliver(target, block, readings)
+                elif mine := [part for part in block.parts if part.rank == self._rank]:
+                    self._receive(target, mine[0], readers[block.place.relative_path])
             self._copy(target)
+        self._land(0)
         failures = [failure for failure in from_every_rank(self._failure) if failure is not None]
         if failures:
             raise failures[0]
@@ -319,126 +318,88 @@ class _Loader:
             raise UserError(f"{self._directory}: unreadable checkpoint: a part of {target.name} is in no file")
         return blocks
 
-    def _deliver(self, target: Target, block: Block, reader: int) -> None:
-        """Read a block if that is this rank's part; take from it what this rank needs, and send the others theirs."""
-        values = self._read(target, block) if self._rank == reader else None
+    def _wanted(self, target: Target, block: Block) -> Wanted:
+        mine = Part(self._rank, block.box)
+        into = self._part(target, mine) if mine in block.parts else None
+        return Wanted(target.name, block.place, block.box.sizes, self._dtype(target), into)
+
+    def _deliver(self, target: Target, block: Block, readings: Iterator[Future[Read]]) -> None:
+        """Take from the next block read what this rank needs, and send the others theirs."""
+        read = self._read(target, block, readings)
         start = time.perf_counter()
         sent: list[dist.P2POp] = []
-        received: list[tuple[Tensor, Tensor]] = []
-        dtype = tensor_entries(self._metadata)[target.name].properties.dtype
         for part in block.parts:
-            if values is not None and part.rank != self._rank:
-                sent.append(dist.P2POp(dist.isend, _on_wire(part.box.of(values, block.box)), part.rank))
-            elif part.rank == self._rank:
-                assert target.values is not None, "what has a box on this rank has values"
-                here = part.box.of(target.values, target.boxes[self._rank])
-                if values is not None and values.data_ptr() != here.data_ptr():
-                    here.copy_(part.box.of(values, block.box))
-                elif values is not None:
-                    continue  # it was read into place
-                else:
-                    wire = torch.empty(part.box.numel * dtype.itemsize, dtype=torch.uint8, device=_wire_device())
-                    sent.append(dist.P2POp(dist.irecv, wire, reader))
-                    received.append((here, wire))
+            there = part.box.of(read.values, block.box)
+            if part.rank != self._rank:
+                sent.append(dist.P2POp(dist.isend, _on_wire(there), part.rank))
+            elif (here := self._part(target, part)).data_ptr() != there.data_ptr():
+                here.copy_(there)
         if sent:
             for work in dist.batch_isend_irecv(sent):
                 work.wait()
-        for here, wire in received:
-            here.copy_(wire.view(dtype).view(here.shape))
+        self._reader.release(read)
         self._report.exchange_seconds += time.perf_counter() - start
+
+    def _receive(self, target: Target, part: Part, reader: int) -> None:
+        """What this rank needs of a block that another reads."""
+        start = time.perf_counter()
+        here, dtype = self._part(target, part), self._dtype(target)
+        fits = here.dtype == dtype and here.is_contiguous()
+        wire = _on_wire(here if fits else torch.empty(here.shape, dtype=dtype, device=here.device))
+        for work in dist.batch_isend_irecv([dist.P2POp(dist.irecv, wire, reader)]):
+            work.wait()
+        _off_wire(wire, here, dtype)
+        self._report.exchange_seconds += time.perf_counter() - start
+
+    def _part(self, target: Target, part: Part) -> Tensor:
+        """A part that this rank needs, as a view of what is to be filled."""
+        assert target.values is not None, "what has a box on this rank has values"
+        return part.box.of(target.values, target.boxes[self._rank])
 
     def _copy(self, target: Target) -> None:
-        """Hand the first copy of a tensor on to the others."""
-        if target.values is None or not target.values.numel() or not target.copies:
+        """Begin to hand the first copy of a tensor on to the others."""
+        if target.values is None or not target.values.numel():
             return
-        start = time.perf_counter()
-        wire = _on_wire(target.values)
         for group in target.copies:
-            dist.broadcast(wire, group=group, group_src=0)
-        if wire.data_ptr() != target.values.data_ptr():
-            target.values.copy_(wire.view(target.values.dtype).view(target.values.shape))
+            if len(target.copies) > 1:
+                self._land(0)  # what goes along the next axis is what this one has brought
+            wire = _on_wire(target.values)
+            work = dist.broadcast(wire, group=group, group_src=0, async_op=True)
+            assert work is not None, "this rank is in the group"
+            self._under_way.append((work, target.values, wire))
+            self._land(COPIES_UNDER_WAY)
+
+    def _land(self, limit: int) -> None:
+        """Wait for the oldest broadcasts, until at most ``limit`` are under way."""
+        start = time.perf_counter()
+        while len(self._under_way) > limit:
+            work, values, wire = self._under_way.popleft()
+            work.wait()
+            _off_wire(wire, values, values.dtype)
         self._report.exchange_seconds += time.perf_counter() - start
 
-    def _read(self, target: Target, block: Block) -> Tensor:
-        """A block, checked; it is valid until the next one is read. After a failure, zeros: other ranks wait for what
-        this one has to send, and all learn of the failure at the end."""
-        dtype = tensor_entries(self._metadata)[target.name].properties.dtype
+    def _dtype(self, target: Target) -> torch.dtype:
+        """As it is stored."""
+        return tensor_entries(self._metadata)[target.name].properties.dtype
+
+    def _read(self, target: Target, block: Block, readings: Iterator[Future[Read]]) -> Read:
+        """The next block. After a failure nothing more is read; what others wait for is zeros, and all learn of it at
+        the end."""
         start = time.perf_counter()
-        if self._failure is None:
-            try:
-                return self._read_block(target, block, dtype)
-            except UserError as error:
-                self._failure = error
-            except Exception as error:  # damaged files raise nearly anything
-                path = self._directory / block.place.relative_path
-                self._failure = UserError(f"{path}: unreadable checkpoint: tensor {target.name}: {error}")
-            finally:
-                self._report.store_seconds += time.perf_counter() - start
-        return torch.zeros((), dtype=dtype).expand(block.box.sizes)
-
-    def _read_block(self, target: Target, block: Block, dtype: torch.dtype) -> Tensor:
-        place, file = block.place, block.place.relative_path
-        offset, length = self._manifest.covering(file, place.offset, place.length)
-        stream = self._open(file)
-        part = FilePart(stream.fileno(), place.offset, place.length)
-        layout = layout_in(part, block.box.sizes, dtype)
-        if (here := self._same_memory(target, block, layout)) is None:
-            memory = self._scratch(length)
-            self._fill(stream, offset, [memory], target.name)
-            values = values_in(memory, place.offset - offset, layout)
-        else:
-            before = place.offset - offset + values_offset(layout)
-            around = self._scratch(length - here.nbytes)
-            inside = memoryview(here.reshape(-1).view(torch.uint8).numpy().data)
-            self._fill(stream, offset, [around[:before], inside, around[before:]], target.name)
-            values = here
-        self._report.bytes_read += length + part.bytes_read
-        self._report.tensor_bytes += block.box.numel * dtype.itemsize
-        return values
-
-    def _same_memory(self, target: Target, block: Block, layout: Tensor) -> Tensor | None:
-        """The part of this rank's tensor that a block is, if its bytes can be read straight into it."""
-        box = target.boxes.get(self._rank)
-        if target.values is None or box is None or Part(self._rank, block.box) not in block.parts:
-            return None
-        here = block.box.of(target.values, box)
-        same = here.dtype == layout.dtype and not here.is_cuda and here.is_contiguous() and layout.is_contiguous()
-        return here if same and layout.untyped_storage().nbytes() == here.nbytes else None
-
-    def _fill(self, stream: FileIO, offset: int, memories: Sequence[memoryview], name: str) -> None:
-        """Read bytes that follow each other and check them on the way, while they are in the processor's cache.
-
-        Raises:
-            UserError: They are not what was saved.
-        """
-        file, end = Path(str(stream.name)).name, offset + sum(len(memory) for memory in memories)
-        hashes = self._manifest.files[file]
-        number, hashed = bisect_left(hashes, offset, key=lambda block: block.offset), xxh3_64()
-        for memory in memories:
-            position = 0
-            while position < len(memory):
-                step = min(STEP_BYTES, len(memory) - position, hashes[number].end - offset)
-                count = os.preadv(stream.fileno(), [memory[position : position + step]], offset)
-                place = f"{self._directory / file}: offset {offset}, tensor {name}"
-                if not count:
-                    raise UserError(f"{place}: the file ends there, not at {end} or later")
-                hashed.update(memory[position : position + count])
-                position, offset = position + count, offset + count
-                if offset == hashes[number].end:
-                    start, length, digest = hashes[number]
-                    if hashed.hexdigest() != digest:
-                        raise UserError(
-                            f"{place}: damaged: the {length} bytes from {start} on differ from what was saved"
-                        )
-                    number, hashed = number + 1, xxh3_64()
-
-    def _scratch(self, length: int) -> memoryview:
-        if len(self._memory) < length:
-            self._memory = memoryview(bytearray(length))
-        return self._memory[:length]
-
-    def _open_file(self, name: str) -> FileIO:
-        return self._files.enter_context(local_file(self._directory, name).open("rb", buffering=0))
+        try:
+            if self._failure is None:
+                read = next(readings).result()
+                self._report.bytes_read += read.nbytes
+                self._report.tensor_bytes += block.box.numel * read.values.dtype.itemsize
+                return read
+        except UserError as error:
+            self._failure = error
+        except Exception as error:  # damaged files raise nearly anything
+            path = self._directory / block.place.relative_path
+            self._failure = UserError(f"{path}: unreadable checkpoint: tensor {target.name}: {error}")
+        finally:
+            self._report.store_seconds += time.perf_counter() - start
+        return Read(torch.zeros((), dtype=self._dtype(target)).expand(block.box.sizes), memoryview(b""), 0)
 
 
 def _choose_readers(blocks: Sequence[Block]) -> dict[str, int]:
@@ -459,11 +420,13 @@ def _choose_readers(blocks: Sequence[Block]) -> dict[str, int]:
 
 def _on_wire(values: Tensor) -> Tensor:
     """The bytes of ``values``, 1-D, where the process group can send them; shared with it if they can be."""
-    return values.contiguous().reshape(-1).view(torch.uint8).to(_wire_device(values.device))
+    wire = values.contiguous().reshape(-1).view(torch.uint8)
+    if "nccl" not in dist.get_backend():
+        return wire.cpu()
+    return wire if wire.is_cuda else wire.cuda()
 
 
-def _wire_device(near: torch.device | None = None) -> torch.device:
-    """Where tensors have to be to be sent."""
-    if "nccl" in dist.get_backend():
-        return near if near is not None and near.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+def _off_wire(wire: Tensor, values: Tensor, dtype: torch.dtype) -> None:
+    """Put what has come, bytes of ``dtype``, into ``values``, unless it came straight into them."""
+    if wire.data_ptr() != values.data_ptr():
+        values.copy_(wire.view(dtype).view(values.shape))

@@ -10,7 +10,8 @@ it.
 
 ``s3://``, ``gs://``, ``oci://`` and ``azure://`` are Composer's object stores, with its environment variables
 (``S3_ENDPOINT_URL``, ...); all other URLs are fsspec's (``file://``, ``memory://``, ...). Whatever fails is tried
-:data:`ATTEMPTS` times, after 1, 2, 4 ... seconds, at most :data:`LONGEST_WAIT`; what is missing or forbidden is not.
+:data:`ATTEMPTS` times, after 1, 2, 4 ... seconds, at most :data:`LONGEST_WAIT`; what is missing or forbidden is not. A
+read that brings nothing for :data:`LONGEST_SILENCE` seconds has failed, whatever time-outs the client has or lacks.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol, TypeVar
 
 import tenacity
@@ -34,6 +38,7 @@ T = TypeVar("T")
 ATTEMPTS = 6
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 30.0
+LONGEST_SILENCE = 90.0  # all attempts together stay below the default dist_timeout, in which other ranks wait
 ORIGIN_FILE = "origin.json"
 COMPOSER_SCHEMES = ("s3", "gs", "oci", "azure")
 TRANSFERS = 4
@@ -119,13 +124,21 @@ class Remote:
 
     def download(self, name: str, file: Path) -> None:
         """Write the object to ``file``, which is either absent or whole."""
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        self._try(name, "download", lambda: self._store.download(name, partial))
-        partial.rename(file)
+        numbers = count()
+
+        def attempt() -> None:  # each has a file of its own: one that was given up may still write
+            partial = file.with_name(f"{file.name}.{os.getpid()}-{next(numbers)}.partial")
+            try:
+                unless_silent(lambda: self._store.download(name, partial), lambda: _size_of(partial))
+                partial.rename(file)
+            finally:
+                partial.unlink(missing_ok=True)
+
+        self._try(name, "download", attempt)
 
     def names(self, prefix: str = "") -> list[str]:
         """Objects whose names begin with ``prefix``."""
-        return self._try(prefix, "list", lambda: self._store.names(prefix))
+        return self._try(prefix, "list", lambda: unless_silent(lambda: self._store.names(prefix), lambda: 0))
 
     def _try(self, name: str, verb: str, action: Callable[[], T]) -> T:
         retrying = tenacity.Retrying(
@@ -140,6 +153,44 @@ class Remote:
         except Exception as error:  # stores raise nearly anything
             tries = retrying.statistics.get("attempt_number", 1)
             raise UserError(f"{self.url}/{name}: cannot {verb} (attempts: {tries}): {error}") from error
+
+
+def unless_silent(action: Callable[[], T], progress: Callable[[], int]) -> T:
+    """The result of ``action``, which runs in a thread.
+
+    Args:
+        action: What may never return.
+        progress: A number that changes while it is alive.
+
+    Raises:
+        TimeoutError: The number has been the same for :data:`LONGEST_SILENCE` seconds; the thread is given up.
+        Exception: What ``action`` raises.
+    """
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(action())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    before = progress()
+    while not wait([outcome], LONGEST_SILENCE).done:
+        if (now := progress()) == before:
+            raise TimeoutError(f"nothing has come for {LONGEST_SILENCE:g} seconds")
+        before = now
+    return outcome.result()
+
+
+def _size_of(partial: Path) -> int:
+    """Bytes that have come; clients add endings of their own to the name, or make it a directory's."""
+    found = [path for place in partial.parent.glob(f"{partial.name}*") for path in (place, *place.rglob("*"))]
+    size = 0
+    for path in found:
+        with suppress(OSError):  # it has been renamed meanwhile
+            size += path.stat().st_size
+    return size
 
 
 def is_url(path: str) -> bool:

@@ -41,7 +41,7 @@ from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import UserError
 
 _ALIGNMENT = 64  # torch aligns tensors within what it saves; with the start aligned too, mapped tensors are
-_STEP_BYTES = 2**20  # hashing holds the interpreter, writing lets go of it: training runs on in between
+_STEP_BYTES = 2**20  # hashed and then written while they are in the processor's cache
 
 
 class TensorSpec(NamedTuple):
@@ -259,11 +259,11 @@ def write_index(
 
 
 @contextmanager
-def together(what: str) -> Iterator[None]:
+def together() -> Iterator[None]:
     """A part of a save that one rank or all do: an error that a rank meets in it is raised on every rank. A collective.
 
     Raises:
-        UserError: A disk is full or fails, or a rank raised one; begins with ``what``.
+        UserError: A disk is full or fails, or a rank raised one.
     """
     cause: BaseException | None = None
     try:
@@ -272,7 +272,20 @@ def together(what: str) -> Iterator[None]:
         cause = error
     first = next((each for each in from_every_rank(cause and describe(cause)) if each is not None), None)
     if first is not None:
-        raise UserError(f"{what}: {first}") from cause
+        raise UserError(first) from cause
+
+
+@contextmanager
+def saying(what: str) -> Iterator[None]:
+    """Begin the message of any error with ``what``.
+
+    Raises:
+        UserError: In place of the error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {describe(error)}") from error
 
 
 def describe(error: BaseException) -> str:
