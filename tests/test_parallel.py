@@ -11,6 +11,8 @@ from moefoundry.config import (
     ActivationCheckpointing,
     BalanceConfig,
     ExpertBackend,
+    Fp8Config,
+    Fp8Recipe,
     GqaConfig,
     InitConfig,
     MeshConfig,
@@ -39,11 +41,12 @@ DRAWN_BYTES = 3 * 16 * 32 * 4  # weights are drawn slice by slice; the largest s
 
 
 class Mode(NamedTuple):
-    """How a step is computed; none of it may change what is computed."""
+    """How a step is computed; none of it but FP8 may change what is computed."""
 
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     micro_batches: int = 1
     dtype: torch.dtype = torch.float32
+    fp8: Fp8Recipe | None = None
 
 
 PLAIN = Mode()
@@ -95,7 +98,7 @@ def build(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
         mesh = build_meshes(resolve_degrees(MeshConfig(*mesh_sizes), mesh_sizes[0] * mesh_sizes[1]), "cpu")
     with torch.device("meta"):
         model = MoETransformer(model_config(num_experts, mode.dtype)).to(mode.dtype)
-    parallelize(model, mesh, PrecisionConfig(), mode.activation_checkpointing)
+    parallelize(model, mesh, PrecisionConfig(fp8=Fp8Config(mode.fp8)), mode.activation_checkpointing)
     materialize(model, "cpu", SEED)
     return model
 

@@ -143,6 +143,68 @@ def test_row17_experts_on_ranks_equal_slot_by_slot(kind: str, ranks: int) -> Non
             assert received[0] == 0
 
 
+def quantized(rows: Tensor) -> Tensor:
+    """What FP8 rows stand for; their gradient is that of ``rows``."""
+    from moefoundry.ops.fp8 import Tile, dequantize, quantize
+
+    values = dequantize(quantize(rows.detach().float(), Tile.ROW)).to(rows.dtype)
+    return rows + (values - rows).detach()
+
+
+class QuantizedBackward(torch.autograd.Function):
+    """The identity, whose gradient travels in FP8."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return quantized(grad)
+
+
+def in_fp8(kind: str, routings: list[str]) -> list[tuple[Result, Result]]:
+    """On this rank: what the dispatcher gives with FP8 on its spreading legs, and the same slot by slot."""
+    from moefoundry.ops.fp8.wire import Fp8Codec
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    dispatcher = dispatcher_of(kind)
+    dispatcher.codec = Fp8Codec()
+    scale = torch.linspace(0.1, 3.0, WIDTH)
+    results = []
+    for routing in routings:
+        tokens, ids, weights, kept = (x if x is None else x.detach() for x in case(routing, rank, ranks))
+        pair = []
+        for ours in (True, False):
+            leaves = [x.float().requires_grad_() for x in (tokens, weights)]
+            if ours:
+                rows, metadata = dispatcher.dispatch(leaves[0], ids, leaves[1], kept)()
+                first, sizes = rank * EXPERTS // ranks, metadata.tokens_per_local_expert.tolist()
+                rows = torch.cat([expert(group, first + i) for i, group in enumerate(rows.split(sizes))])
+                out = dispatcher.combine(rows * metadata.row_weights_R.unsqueeze(1), metadata)
+            else:
+                sent, out = quantized(leaves[0]), leaves[0] * 0
+                for t, k in ((t, k) for t in range(len(ids)) for k in range(TOP_K)):
+                    if kept is None or kept[t, k]:
+                        one = leaves[1][t, k] * expert(sent[t : t + 1], int(ids[t, k]))
+                        out = out.index_add(0, torch.tensor([t]), one)
+                out = QuantizedBackward.apply(out)
+            (out.sin() * scale).sum().backward()
+            grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
+            pair.append(Result(out.detach(), *grads, 0))
+        results.append(tuple(pair))
+    return results
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("one_hop", 2), ("two_hop", 4)])
+def test_rows_in_fp8_are_quantized_once_each_way_and_sums_are_not(kind: str, ranks: int) -> None:
+    for results in run_distributed(in_fp8, ranks, kind, ROUTINGS):
+        for routing, (result, expected) in zip(ROUTINGS, results, strict=True):
+            for name in ("out", "grad_tokens", "grad_weights"):
+                got, wanted = getattr(result, name), getattr(expected, name)
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4, msg=f"{routing}: {name}")
+
+
 class Traffic(NamedTuple):
     """Bytes over the border of two pretended nodes, and to other ranks; all ranks together, with what is behind them:
     the distinct (token, node) and (token, rank) pairs that are not at home."""
@@ -156,17 +218,23 @@ class Traffic(NamedTuple):
 WIDE, MANY = 1024, 64  # a row is 4 KiB
 
 
-def count_traffic(kind: str, top_k: int) -> Traffic:
+def count_traffic(kind: str, top_k: int, fp8: bool = False) -> Traffic:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     num_experts, nodes = 16, 2
     generator = torch.Generator().manual_seed(rank)
-    tokens = torch.randn(MANY, WIDE, generator=generator).requires_grad_()
+    dtype = torch.bfloat16 if fp8 else torch.float32
+    tokens = torch.randn(MANY, WIDE, generator=generator).to(dtype).requires_grad_()
     ids = torch.rand(MANY, num_experts, generator=generator).topk(top_k, dim=-1).indices
     weights = torch.rand(MANY, top_k, generator=generator).requires_grad_()
     dispatcher = dispatcher_of(kind, num_experts)
+    if fp8:
+        from moefoundry.ops.fp8.wire import Fp8Codec
+
+        dispatcher.codec = Fp8Codec()
     with CrossingBytes(ranks // nodes) as counter:
         rows, metadata = dispatcher.dispatch(tokens, ids, weights)()
-        dispatcher.combine(rows.sin() * metadata.row_weights_R.unsqueeze(1), metadata).sum().backward()
+        weighted = rows.sin() * metadata.row_weights_R.unsqueeze(1).to(dtype)
+        dispatcher.combine(weighted, metadata).sum().backward()
     node_pairs = pairs_away(ids, num_experts, nodes, rank // (ranks // nodes))
     rank_pairs = pairs_away(ids, num_experts, ranks, rank)
     numbers = torch.tensor([counter.crossing, counter.sent, node_pairs, rank_pairs])
@@ -197,6 +265,15 @@ def test_two_hops_cross_the_border_once_for_each_token_and_node(top_k: int) -> N
     assert needed <= traffic.crossing <= FRINGE * needed
     one_hop = run_distributed(count_traffic, 4, "one_hop", top_k)[0]
     assert one_hop.crossing > needed
+
+
+@pytest.mark.parametrize("kind", ["one_hop", "two_hop"])
+def test_an_fp8_leg_takes_at_most_52_percent_of_bf16(kind: str) -> None:
+    traffic = run_distributed(count_traffic, 4, kind, 6, True)[0]
+    bf16_leg = 2 * WIDE * (traffic.rank_pairs if kind == "one_hop" else traffic.node_pairs)
+    moved = traffic.sent if kind == "one_hop" else traffic.crossing
+    assert moved <= (2 * 0.52 + 2) * bf16_leg * FRINGE
+    assert moved >= (2 * 0.5 + 2) * bf16_leg
 
 
 # Expert e is on rank e // 2. Token 0 visits rank 1 twice and rank 0 once; token 1 has a slot that is not kept.

@@ -10,25 +10,27 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moefoundry.config import ActivationCheckpointing
+from moefoundry.config import ActivationCheckpointing, Fp8Recipe
 from tests.distributed import run_distributed
 from tests.test_parallel import LENGTH, Mode, build
 
-NAMES = {"all_to_all_single": "exchange", "all_gather_into_tensor": "gather", "wait_tensor": "wait", "mm": "product"}
+NAMES = {"all_to_all_single": "exchange", "all_gather_into_tensor": "gather", "wait_tensor": "wait"}
+PRODUCTS = {None: "mm", Fp8Recipe.deepseek_v3: "fp8_multiply"}
 MESHES = {"one_hop": (1, 2, 2, None), "two_hop": (1, 2, 2, 1)}
 
 
 class Order(TorchDispatchMode):
-    """The operations of :data:`NAMES`, as they come."""
+    """The operations of :data:`NAMES` and the products, as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, product: str) -> None:
         super().__init__()
+        self.known = NAMES | {product: "product"}
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in NAMES:
-            self.names.append(NAMES[name])
+        if name in self.known:
+            self.names.append(self.known[name])
         return func(*args, **(kwargs or {}))
 
 
@@ -40,12 +42,12 @@ class Seen(NamedTuple):
     host_waits: list[str]
 
 
-def observe(mesh: str, mode: ActivationCheckpointing) -> Seen:
-    model = build(MESHES[mesh], 8, Mode(mode))
+def observe(mesh: str, mode: ActivationCheckpointing, fp8: Fp8Recipe | None = None) -> Seen:
+    model = build(MESHES[mesh], 8, Mode(mode, fp8=fp8))
     tokens = torch.randint(67, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    with Order() as forward, host_waits() as waits:
+    with Order(PRODUCTS[fp8]) as forward, host_waits() as waits:
         loss = model(tokens, tokens).total
-    with Order() as backward:
+    with Order(PRODUCTS[fp8]) as backward:
         loss.backward()
     return Seen(forward.names, backward.names, waits)
 
@@ -68,9 +70,10 @@ def host_waits() -> Iterator[list[str]]:
         yield calls
 
 
-@pytest.fixture(scope="module", params=MESHES)
+@pytest.fixture(scope="module", params=[(mesh, fp8) for mesh in MESHES for fp8 in PRODUCTS], ids=str)
 def plain(request: pytest.FixtureRequest) -> Seen:
-    return run_distributed(observe, 2, request.param, ActivationCheckpointing.none)[0]
+    mesh, fp8 = request.param
+    return run_distributed(observe, 2, mesh, ActivationCheckpointing.none, fp8)[0]
 
 
 def test_shared_experts_run_while_rows_travel(plain: Seen) -> None:
@@ -79,12 +82,16 @@ def test_shared_experts_run_while_rows_travel(plain: Seen) -> None:
 
 
 def test_their_backward_pass_runs_while_gradients_travel(plain: Seen) -> None:
-    """The gradients of the rows leave, six products come next, then the wait."""
-    assert "exchange" + 6 * " product" + " wait" in " ".join(plain.backward)
+    """The gradients of the rows leave, the products come next (six; of FP8's, Dgrad is counted), then the wait."""
+    assert any("exchange" + count * " product" + " wait" in " ".join(plain.backward) for count in (3, 6))
 
 
-def test_the_host_waits_once_a_layer(plain: Seen) -> None:
-    assert plain.host_waits == ["tolist"]
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("fp8", PRODUCTS)
+def test_the_host_waits_once_a_layer(mesh: str, fp8: Fp8Recipe | None) -> None:
+    """And, on a CPU, for the sizes of the groups of the experts' three FP8 products."""
+    waits = run_distributed(observe, 2, mesh, ActivationCheckpointing.none, fp8)[0].host_waits
+    assert waits == ["tolist"] * (1 if fp8 is None else 1 + 3)
 
 
 @pytest.mark.parametrize(

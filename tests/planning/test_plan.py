@@ -254,23 +254,31 @@ def real_model(recipe, dtype=torch.float32):
     return model.to(dtype)
 
 
+LATENT = "model.attention={kind: mla, n_heads: 4, q_lora_rank: 48, kv_lora_rank: 32, qk_nope_head_dim: 24"
+LATENT += ", qk_rope_head_dim: 8, v_head_dim: 32}"
+FP8 = "precision.fp8.recipe=deepseek_v3"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("sparse", [False, True])
-def test_saved_activations_of_a_block(sparse, mode, dtype):
+@pytest.mark.parametrize("more", [[], [FP8], [LATENT, FP8]], ids=["", "fp8", "mla fp8"])
+def test_saved_activations_of_a_block(sparse, mode, dtype, more):
     def saved(layers: int) -> int:
         dense = 0 if sparse else layers
-        sizes = [f"model.n_layers={layers}", f"model.n_dense_layers={dense}", f"activation_checkpointing={mode}"]
+        sizes = [f"model.n_layers={layers}", f"model.n_dense_layers={dense}", f"activation_checkpointing={mode}", *more]
         model, ids = real_model(load_recipe(None, [*SIZES, *sizes]), dtype), batch(2, 128)
         with Alive(model) as alive:
             losses = model(ids, ids)
             gc.collect()
             return alive.now() - losses.lm.nbytes
 
-    cfg, c = load_recipe(None, SIZES).model, dtype.itemsize
-    formula = block_activations(cfg, sparse, ActivationCheckpointing(mode), c, exchanged=False).saved
-    if mode == "none":  # on a CPU norms are several operations, which keep another fp32 copy, and attention copies
-        formula += 2 * 4 * cfg.d_model + c * cfg.d_model
+    cfg, c, fp8 = load_recipe(None, [*SIZES, *more]).model, dtype.itemsize, FP8 in more
+    formula = block_activations(cfg, sparse, ActivationCheckpointing(mode), c, exchanged=False, fp8=fp8).saved
+    if mode == "none" and dtype == torch.float32:  # on a CPU norms are several operations, which keep another copy
+        formula += 2 * 4 * cfg.d_model
+    if mode == "none" and not fp8:  # the projection after attention keeps its input in another layout
+        formula += c * cfg.d_model
     measured = (saved(3) - saved(1)) / 2 / (2 * 128)
     assert measured == pytest.approx(formula, rel=0.03)
 

@@ -101,6 +101,20 @@ def test_bf16_halves_what_is_gathered_and_exchanged_but_not_what_is_reduced():
     assert narrow_sent["reduce_scatter", "expert_shard"] == wide_sent["reduce_scatter", "expert_shard"]
 
 
+FP8 = "precision={compute: bf16, fp8: {recipe: deepseek_v3}}"
+
+
+def test_fp8_narrows_the_two_legs_that_spread_rows():
+    check([recipe_of((1, 4, 4), mode, FP8) for mode in MODES])
+    check([recipe_of((1, 4, 4), FP8)], gpus_per_node=2)
+    narrow, wide = (
+        {(entry.collective, entry.axis): entry.sent for entry in make_plan(recipe, 4).traffic}
+        for recipe in (recipe_of((1, 4, 4), change) for change in (FP8, "precision.compute=bf16"))
+    )
+    assert {key for key, sent in wide.items() if narrow[key] != sent} == {("all_to_all", "expert")}
+    assert narrow["all_to_all", "expert"] < wide["all_to_all", "expert"]
+
+
 def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]:
     """As :func:`count_steps`, through Composer's own loop."""
     from moefoundry import train

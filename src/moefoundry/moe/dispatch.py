@@ -301,13 +301,13 @@ class _Arrive(Function):
         metadata: DispatchMetadata,
         way_back: list[Callable[[], Tensor]],
     ) -> Tensor:
-        ctx.metadata, ctx.way_back = metadata, way_back
+        ctx.route, ctx.way_back = metadata, way_back
         return rows_RD.view_as(rows_RD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.way_back.append(start_collecting(grad_RD, ctx.metadata))
+        ctx.way_back.append(start_collecting(grad_RD, ctx.route))
         return grad_RD.new_empty(0), None, None, None
 
 
@@ -316,11 +316,11 @@ class _Combine(Function):
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, metadata: DispatchMetadata, codec: RowCodec) -> Tensor:
-        ctx.metadata, ctx.codec = metadata, codec
+        ctx.route, ctx.codec = metadata, codec
         return collect(rows_RD, metadata)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        sent_R = spread(ctx.codec.encode(grad_TD), ctx.metadata)
+        sent_R = spread(ctx.codec.encode(grad_TD), ctx.route)
         return ctx.codec.decode(sent_R, grad_TD), None, None

@@ -12,9 +12,9 @@ Bytes a token, ``c`` those of the compute dtype. Without checkpointing a block k
 with q, kv the widths of all heads' queries and keys, H heads (MLA keeps its compressed vectors, and wider keys and
 values). With ``fp8.recipe: deepseek_v3`` inputs of products and of SwiGLU take 129/128 bytes and its product is not
 kept; the projection after attention keeps its input in 193/128 bytes beside attention's own copy, and MLA keeps
-compressed vectors only. ``full`` keeps a block's input, c D, the order of its rows, and one block at a time as above. ``selective``
-keeps that input and order, and what products, attention and exchanges return. While a block runs backward, gradients of
-its widest part exist beside.
+compressed vectors only. ``full`` keeps a block's input, c D, the order of its rows, and one block at a time as above.
+``selective`` keeps that input and order, and what products, attention and exchanges return. While a block runs
+backward, gradients of its widest part exist beside.
 
 Norms and attention are taken to be one kernel each, as on GPUs.
 """

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moefoundry.config import ActivationCheckpointing, AuxLossScope, Recipe
+from moefoundry.config import ActivationCheckpointing, AuxLossScope, Fp8Recipe, Recipe
 from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, REPLICATE, MeshDegrees
 from moefoundry.moe.router import deal_in_turn
+from moefoundry.ops.fp8.wire import row_bytes
 from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
 from moefoundry.planning.world import WORLD, groups_by_axis, most_remote_peers
 
@@ -105,9 +106,9 @@ class Ledger:
         """``go`` tokens leave rank 0, and ``back`` that came return."""
         self.add("all_to_all", axis, go * routed.slot_bytes, layers * runs)
         self.add("all_to_all", axis, back * routed.slot_bytes, layers)  # gradients of the weights
-        for sent in (go, back):
-            # once backward: gradients of what comes back
-            self.add("all_to_all", axis, sent * routed.row_bytes, layers * (runs + 1))
+        # once backward: gradients of what comes back go, then those of what went come
+        self.add("all_to_all", axis, go * routed.spread_bytes, layers * (runs + 1))
+        self.add("all_to_all", axis, back * routed.collected_bytes, layers * (runs + 1))
 
     def entries(self, gpus_per_node: int) -> list[Traffic]:
         """What was added, by collective and axis."""
@@ -131,12 +132,14 @@ class Routed:
     Attributes:
         pairs_by_rank: Tokens that have an expert on each rank of the expert group.
         pairs_by_node: The same for the nodes it spans.
-        row_bytes, slot_bytes: Of a token, and of the numbers and weights of its K experts.
+        spread_bytes, collected_bytes: Of a token's row on its way to experts, and back.
+        slot_bytes: Of the numbers and weights of its K experts.
     """
 
     pairs_by_rank: list[int]
     pairs_by_node: list[int]
-    row_bytes: int
+    spread_bytes: int
+    collected_bytes: int
     slot_bytes: int
 
 
@@ -150,10 +153,12 @@ def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
         return torch.zeros(tokens, places, dtype=torch.int64).scatter_(1, place_TK, 1).sum(0).tolist()
 
     weight_bytes = torch.promote_types(dtype, torch.float32).itemsize
+    width, fp8 = recipe.model.d_model, recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
     return Routed(
         pairs_by_rank=pairs(degrees.expert),
         pairs_by_node=pairs(degrees.expert_nodes),
-        row_bytes=recipe.model.d_model * dtype.itemsize,
+        spread_bytes=row_bytes(width) if fp8 else width * dtype.itemsize,
+        collected_bytes=width * dtype.itemsize,
         slot_bytes=2 * moe.top_k * weight_bytes,
     )
 
