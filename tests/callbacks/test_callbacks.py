@@ -48,6 +48,22 @@ def test_later_lines_win_and_a_torn_line_is_left_out(tmp_path: Path) -> None:
     assert run_distributed(read, 1, tmp_path) == [[lines[0], lines[3], lines[2]]]
 
 
+def goes_on(run_dir: Path) -> list[dict]:
+    from composer.core import Timestamp
+
+    from moefoundry.callbacks.metrics_file import MetricsFile
+
+    MetricsFile(run_dir).batch_checkpoint(SimpleNamespace(timestamp=Timestamp(batch=2)), None)
+    return read(run_dir)
+
+
+@pytest.mark.parametrize("left", ["", '{"batch": 1}\n', '{"batch": 1}\n{"batch": 2, "lr'])
+def test_what_a_killed_run_left_is_not_continued_in_its_line(tmp_path: Path, left: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(left)
+    expected = [{"batch": 1}, {"batch": 2}] if left else [{"batch": 2}]
+    assert run_distributed(goes_on, 1, tmp_path) == [expected]
+
+
 def full_precision(run_dir: Path) -> str:
     from composer.core import Timestamp
 

@@ -137,6 +137,7 @@ def check(saves: Path, data: st.DataObject) -> None:
         if refusal is not None:
             assert changed
             assert refusal.startswith(str(checkpoint)), "it names where"
+            assert "weights_only" not in refusal, "torch's advice to load it without restriction"
         elif not forged:
             assert state == STATES[0]
             assert values.keys() == tensors(0).keys()

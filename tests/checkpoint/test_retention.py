@@ -1,12 +1,15 @@
 """What is kept, and what is deleted."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from moefoundry.checkpoint.manifest import Origin, commit
+from moefoundry.checkpoint.manifest import Manifest, Origin, commit
 from moefoundry.checkpoint.store import CheckpointStore, Retention, find_checkpoint, using
+from moefoundry.config import ConfigError, Recipe
+from tests.train.runs import run_recipe
 
 LOSS = "metrics/eval/LanguageCrossEntropy"
 
@@ -69,3 +72,23 @@ def test_quarantined_ones_are_left_to_a_person(store: CheckpointStore) -> None:
     store.retain(Retention(1))
     assert moved.is_dir()
     assert find_checkpoint(str(store.root)) == store.path(3)
+
+
+def test_a_run_keeps_what_its_recipe_says(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    """The first step has rate 0 and each one after it ruins the model, so that the first checkpoint stays the best."""
+    keys = ("save_num_checkpoints_to_keep=1", "save_keep_every=3ba", f"save_keep_best={LOSS}", "autoresume=true")
+    steps = ("save_interval=1ba", "eval_interval=1ba", "optimizer.lr=10")
+    run_recipe(tiny_recipe(tmp_path, *keys, *steps, "max_duration=4ba"))
+    run = run_recipe(tiny_recipe(tmp_path, *keys, *steps, "max_duration=5ba"))
+    losses = run.column(LOSS)
+    assert min(losses, key=losses.__getitem__) == 1
+    assert run.checkpoints() == ["ba1", "ba3", "ba5"]
+    assert Manifest.read(run.run_dir / "checkpoints" / "ba1").origin.metrics == {LOSS: losses[1]}
+
+
+def test_each_loss_that_may_be_named_is_measured(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        tiny_recipe(tmp_path, "save_keep_best=x", "model.mtp.depth=1")
+    (problem,) = raised.value.problems
+    run = run_recipe(tiny_recipe(tmp_path, "model.mtp.depth=1", "max_duration=2ba", "eval_interval=2ba"))
+    assert set(problem.allowed.split(", ")) <= run.metrics[-1].keys()

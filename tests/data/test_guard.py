@@ -6,10 +6,10 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def test_row11_a_bad_remote_shard_ends_every_rank(remote: Path, tmp_path: Path, 
         if others:
             assert f"{tmp_path}/truncated/train/{BAD}: truncated shard: 100 bytes of" in str(others[0])
             assert int(others[1]) > 10, "nothing is wrong there"
-    assert (tmp_path / "cache of corrupt" / "train" / "shard.00000.mds").exists()
+    assert (tmp_path / "cache of corrupt" / "train" / "index.json").exists()
     assert not (tmp_path / "cache of corrupt" / "train" / BAD).exists(), "the next run would find it"
 
 
@@ -243,7 +243,6 @@ def in_child(config: LoaderConfig, killed: bool) -> int:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        resource_tracker.register = resource_tracker.unregister = lambda name, kind: None  # it is killed as well
         tempfile.tempdir = tempfile.mkdtemp()  # where lock files are, which another container does not see
         loader = build_loader(config, batch_size=2, model_vocab_size=VOCAB)
         tokens_of(loader, 1)
@@ -311,6 +310,26 @@ def test_the_flag_of_a_node_carries_the_first_reason_to_every_process(tmp_path: 
             end.raise_if_set()
     del end, failure
     assert not (tmp_path / "000001_moefoundry").exists()
+
+
+def signal_a_worker(config: LoaderConfig) -> tuple[bool, int | None]:
+    """Whether a loader process survives another process's SIGTERM, and how it ends at that of its rank."""
+    fork_workers()
+    loader = build_loader(config, batch_size=2, model_vocab_size=VOCAB)
+    next(iter(loader))
+    (worker,) = loader._iterator._workers
+    for name in ("TERM", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    worker.join(0.2)
+    survived = worker.is_alive()
+    worker.terminate()
+    worker.join(5)
+    return survived, worker.exitcode
+
+
+def test_row19_a_loader_process_obeys_its_rank_alone(corpus: Path) -> None:
+    config = replace(config_of(corpus), num_workers=1)
+    assert run_distributed(signal_a_worker, 1, config) == [(True, 0)]
 
 
 def test_row5_another_global_batch_size_is_refused_unless_asked_for(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+import psutil
 import pytest
 
 from moefoundry.callbacks.signals import EXIT_STOPPED
@@ -70,59 +73,86 @@ def test_row15_restarted_by_torchruns_agent(tiny_recipe: Callable[..., Recipe], 
     assert len(lines) < 12 + 2 + 1, "the second attempt began from a checkpoint"
 
 
-def launched(command: list[str | Path], overrides: list[str]) -> subprocess.Popen[str]:
+@contextmanager
+def launched(command: list[str], overrides: list[str], output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher of this environment on the training script; everything it starts is gone afterwards."""
     binaries = Path(sys.executable).parent
     arguments = [binaries / command[0], *command[1:], "scripts/train.py", "configs/quickstart.yaml", *overrides]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    with output.open("wb") as file:
+        launcher = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        try:
+            yield launcher
+        finally:
+            if launcher.poll() is None:
+                for process in (launcher, *psutil.Process(launcher.pid).children(recursive=True)):
+                    with suppress(psutil.NoSuchProcess):
+                        process.kill()
+            launcher.wait()
 
 
-def wait_for_batch(run_dir: Path, batch: int) -> None:
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline:
+def wait_for_batch(launcher: subprocess.Popen[bytes], run_dir: Path, batch: int) -> None:
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and launcher.poll() is None:
         path = run_dir / "metrics.jsonl"
         if path.exists() and path.read_text().count("\n") >= batch:
             return
         time.sleep(0.05)
-    raise TimeoutError(f"no batch {batch} in {run_dir}")
+    raise TimeoutError(f"no batch {batch} in {run_dir}; status of the launcher: {launcher.returncode}")
 
 
-def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
-    import psutil
-
+def ranks_of(launcher: subprocess.Popen[bytes]) -> list[int]:
     children = psutil.Process(launcher.pid).children()
     return [child.pid for child in children if any("scripts/train.py" in word for word in child.cmdline())]
 
 
-@pytest.mark.slow
-def test_row15_torchrun_restarts_a_killed_run(tiny_overrides: Overrides, tmp_path: Path) -> None:
-    long = (*STEPS, "max_duration=200ba", "save_interval=5ba", "autoresume=true")
-    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", "0", "--max-restarts", "1"]
-    launcher = launched(torchrun, tiny_overrides(tmp_path, *long))
-    wait_for_batch(tmp_path, 20)
-    os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
-    _, err = launcher.communicate(timeout=250)
-    assert launcher.returncode == 0, err
-    run = finished(tmp_path)
-    assert list(run.column("batch")) == list(range(1, 201))
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) < 200 + 2 * 5
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("rendezvous", ["standalone", "static"])
+def test_row15_torchrun_restarts_a_killed_run(tiny_overrides: Overrides, tmp_path: Path, rendezvous: str) -> None:
+    """The two ways to launch: torchrun's own rendezvous, and a fixed address, as on several nodes. The store that ranks
+    meet in outlives them in both."""
+    batches = 80
+    where = ["--standalone"] if rendezvous == "standalone" else ["--master-port", str(free_port())]
+    torchrun = ["torchrun", *where, "--nproc-per-node", "2", "--max-restarts", "1"]
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    long = (*STEPS, f"max_duration={batches}ba", "save_interval=5ba", "autoresume=true")
+    with launched(torchrun, tiny_overrides(run_dir, *long), output) as launcher:
+        wait_for_batch(launcher, run_dir, 20)
+        os.kill(ranks_of(launcher)[-1], signal.SIGKILL)
+        assert launcher.wait(timeout=300) == 0, output.read_text()
+    run = finished(run_dir)
+    assert list(run.column("batch")) == list(range(1, batches + 1))
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) < batches + 2 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
 @pytest.mark.parametrize(
     ("command", "status"),
-    [(["composer", "-n", "2"], EXIT_STOPPED), (["python"], EXIT_STOPPED), (["torchrun", "--nproc-per-node", "2"], 1)],
+    [
+        (["composer", "-n", "2"], EXIT_STOPPED),
+        (["python"], EXIT_STOPPED),
+        (["torchrun", "--standalone", "--nproc-per-node", "2"], 1),
+    ],
     ids=["composer", "python", "torchrun"],
 )
 def test_row19_sigterm_to_the_launcher(
-    tiny_overrides: Overrides, tmp_path: Path, command: list[str | Path], status: int
+    tiny_overrides: Overrides, tmp_path: Path, command: list[str], status: int
 ) -> None:
     """torchrun has one status for whatever ends its ranks."""
-    launcher = launched(command, tiny_overrides(tmp_path, *STEPS, "max_duration=5000ba", "save_interval=5000ba"))
-    wait_for_batch(tmp_path, 5)
-    launcher.send_signal(signal.SIGTERM)
-    _, err = launcher.communicate(timeout=60)
-    assert launcher.returncode == status, err
-    assert "stopped by SIGTERM; go on from" in err
-    last = max(finished(tmp_path).column("batch"))
-    assert finished(tmp_path).checkpoints() == [f"ba{last}"]
+    run_dir, output = tmp_path / "run", tmp_path / "output"
+    long = tiny_overrides(run_dir, *STEPS, "max_duration=5000ba", "save_interval=5000ba")
+    with launched(command, long, output) as launcher:
+        wait_for_batch(launcher, run_dir, 5)
+        launcher.send_signal(signal.SIGTERM)
+        assert launcher.wait(timeout=100) == status, output.read_text()
+    assert "stopped by SIGTERM; go on from" in output.read_text()
+    last = max(finished(run_dir).column("batch"))
+    assert finished(run_dir).checkpoints() == [f"ba{last}"]

@@ -44,6 +44,32 @@ def train_with_signals(arguments: list[str], signals: list[int], batch: int, sec
     return status, *texts
 
 
+def train_in_a_signalled_group(arguments: list[str], signum: int) -> tuple[int, str]:
+    """The command line's status and standard error of a rank, whose process group gets a signal in batch 3, as all of a
+    job does from Slurm."""
+    import subprocess
+
+    from composer.core import Callback
+
+    from moefoundry import train
+    from moefoundry.cli.main import main
+    from tests.data.shards import fork_workers
+
+    os.setpgid(0, 0)
+    fork_workers()
+
+    class Scheduler(Callback):
+        def after_forward(self, state: Any, logger: Any) -> None:
+            if state.timestamp.batch.value == 2:
+                subprocess.run(["kill", f"-{signum}", "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
+
+    build_callbacks = train.build_callbacks
+    train.build_callbacks = lambda *args: [*build_callbacks(*args), Scheduler()]
+    with captured_output() as texts:
+        status = main(["train", *arguments])
+    return status, texts[1]
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_recipe(tiny_recipe(tmp_path_factory.mktemp("whole"), *STEPS), 2)
@@ -73,6 +99,17 @@ def test_row19_all_ranks_save_and_the_run_resumes(
     assert resumed.exact() == whole.exact()
     evaluation = "metrics/eval/LanguageCrossEntropy"
     assert resumed.column(evaluation) == whole.column(evaluation)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1], ids=lambda signum: signum.name)
+def test_row19_loader_processes_leave_signals_to_their_rank(
+    tiny_overrides: Overrides, tmp_path: Path, signum: signal.Signals
+) -> None:
+    arguments = tiny_overrides(tmp_path, *STEPS, "train_loader.num_workers=2", "eval_loader=null")
+    ((status, err),) = run_distributed(train_in_a_signalled_group, 1, arguments, int(signum))
+    assert status == EXIT_STOPPED, err
+    assert f"stopped by {signum.name}" in err
+    assert finished(tmp_path).checkpoints() == ["ba3"]
 
 
 def test_row19_a_signal_in_the_last_batch_stops_nothing(tiny_overrides: Overrides, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ after a resume, later lines of the same batch win (:func:`read_metrics`).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ class MetricsFile(LoggerDestination):
         self.path = run_dir / FILE_NAME
         self._pending: dict[str, Any] = {}
         self._written: dict[str, Any] = {}
+        if dist.get_global_rank() == 0 and self.path.exists():
+            _end_torn_line(self.path)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self._pending.update({name: float(value) for name, value in metrics.items() if name.startswith(KEPT_PREFIXES)})
@@ -79,6 +82,15 @@ class MetricsFile(LoggerDestination):
         if dist.get_global_rank() == 0:
             with self.path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _end_torn_line(path: Path) -> None:
+    """A run that was killed may have left half a line, which the next one must not continue."""
+    with path.open("rb+") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read() not in (b"", b"\n"):
+            file.write(b"\n")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import io
 import math
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -83,13 +84,12 @@ def parse_metadata(path: Path, content: bytes) -> Metadata:
         metadata: Metadata = _MetadataUnpickler(io.BytesIO(content)).load()
     except Exception as error:  # damaged pickles raise nearly anything
         raise UserError(f"{path}: unreadable checkpoint metadata: {error}") from error
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise UserError(f"{path}: entry {name!r} is no tensor; refused")
     try:
-        for name, entry in tensor_entries(metadata).items():
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise ValueError(f"entry {name!r} is no tensor; refused")
             _check_entry(name, entry, metadata.storage_data)
-    except (AttributeError, TypeError, ValueError, KeyError) as error:  # unpickled objects may lack anything
+    except Exception as error:  # unpickled objects may lack anything
         raise UserError(f"{path}: unreadable checkpoint metadata: {error}") from error
     return metadata
 
@@ -124,10 +124,19 @@ def layout_in(part: FilePart, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The tensor that ``torch.save`` has written there, on meta: its strides, and where its values are.
 
     Raises:
-        ValueError: It is another tensor than ``shape`` and ``dtype`` say.
-        Exception: Whatever torch raises where it is none at all.
+        ValueError: It is another tensor than ``shape`` and ``dtype`` say, or none at all.
+        OSError: The file cannot be read.
     """
-    layout: Tensor = torch.load(cast(IO[bytes], part), map_location="meta", weights_only=True)
+    try:
+        layout = torch.load(cast(IO[bytes], part), map_location="meta", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whose text advises to load it without restriction
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        refusal = f"{named[1]} does not belong there; refused" if named else "not what torch.save has written"
+        raise ValueError(refusal) from None
+    if not isinstance(layout, Tensor):
+        raise ValueError(f"holds a {type(layout).__name__}, no tensor")
     if (layout.shape, layout.dtype) != (shape, dtype):
         raise ValueError(f"holds {layout.dtype} {tuple(layout.shape)}, not {dtype} {tuple(shape)}")
     return layout

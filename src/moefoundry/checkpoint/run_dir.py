@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
-from moefoundry.checkpoint.manifest import damage
+from moefoundry.checkpoint.manifest import visible_damage
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_url
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
@@ -17,6 +17,7 @@ from moefoundry.config import Moments, Recipe, UserError, diff_recipes, dump_rec
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DOWNLOADS = "downloads"
+Damage = Callable[[Path, int, int], list[str]]
 MOMENTS = "precision.optimizer_moments"
 FREE_KEYS = (
     "autoresume",
@@ -60,11 +61,11 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     """Claim ``run_dir`` and find the checkpoint that the run continues, if any; every rank calls it.
 
     Raises:
-        UserError: As :func:`check_run_dir`, :func:`newest_intact` and :func:`checkpoint_to_resume`; nothing has been
+        UserError: As :func:`check_run_dir`, :func:`newest_without` and :func:`checkpoint_to_resume`; nothing has been
             written then.
     """
     run_dir = on_rank_zero(lambda: check_run_dir(recipe))
-    newest = newest_intact(store_of(run_dir)) if recipe.autoresume else None
+    newest = newest_without(visible_damage, store_of(run_dir)) if recipe.autoresume else None
 
     def claim() -> Path | None:
         checkpoint = checkpoint_to_resume(recipe, newest)
@@ -112,10 +113,15 @@ def claim_run_dir(recipe: Recipe) -> None:
     (Path(recipe.run_dir) / CONFIG_FILE).write_text(dump_recipe(recipe))
 
 
-def newest_intact(store: CheckpointStore) -> Path | None:
-    """The newest checkpoint of a run of which every byte is as it was saved; every rank calls it and reads a share.
+def newest_without(damage: Damage, store: CheckpointStore) -> Path | None:
+    """The newest checkpoint of a run that has no damage; every rank calls it and looks at a share of the files.
 
-    Newer ones are damaged: they get a quarantine name, so that training can save those batches again, and a warning.
+    Newer ones get a quarantine name, so that training can save those batches again, and a warning.
+
+    Args:
+        damage: :func:`manifest.visible_damage` before a checkpoint is loaded, which finds the rest; when that has
+            failed, :func:`manifest.damage`.
+        store: The run's.
 
     Raises:
         UserError: There are checkpoints, but all are damaged; they stay where they are.

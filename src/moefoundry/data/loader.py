@@ -25,7 +25,10 @@ What happens when shards are damaged, missing or stale is in :mod:`moefoundry.da
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,7 @@ from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 
 TOKENS = "tokens"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # see callbacks/signals.py
 
 
 class TokenDataset(GuardedDataset):
@@ -199,7 +203,25 @@ def build_loader(
         drop_last=config.drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=config.num_workers > 0,
+        worker_init_fn=_obey_the_rank_alone if config.num_workers and hasattr(signal, "sigwaitinfo") else None,
     )
+
+
+def _obey_the_rank_alone(worker: int) -> None:
+    """Called in each loader process: what asks a run to stop is left to its rank.
+
+    Slurm, and whoever signals a process group, reaches loader processes, too; but the rank still needs them, to the end
+    of its batch. They end when it says so, or has gone.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_end_with_the_rank, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_rank(rank_process: int) -> None:
+    while True:
+        received = signal.sigwaitinfo(STOP_SIGNALS)
+        if (received.si_signo, received.si_pid) == (signal.SIGTERM, rank_process):
+            os._exit(0)
 
 
 def _eos_id(config: DatasetConfig, tokenizer_dir: Path) -> int:
