@@ -14,12 +14,17 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from benchmarks.harness import in_turn, machine
+from moefoundry.config import Fp8Config, Fp8Recipe, MoEConfig, PrecisionConfig
+from moefoundry.model.norm import RMSNorm
+from moefoundry.moe.experts import GroupedExperts
+from moefoundry.moe.layer import MoELayer
 from moefoundry.ops.fp8 import (
     Backend,
     Format,
@@ -34,10 +39,36 @@ from moefoundry.ops.fp8 import (
     retile,
     wgrad,
 )
+from moefoundry.ops.fp8.wire import row_bytes
+from moefoundry.ops.grouped_linear import BACKENDS
+from moefoundry.precision import apply_precision
 
 NOT_RUN = "not run: torch.cuda.is_available() is False"
 WIDTH, FFN_WIDTH = 7168, 2048  # DeepSeek-V3's model and experts
-GROUPED = {"rows": 32768, "experts": 8}
+RECIPES = {"bf16": None, "deepseek_v3": Fp8Recipe.deepseek_v3}
+BLOCK_WIDTH, BLOCK_HIDDEN, TOP_K = 7 * 128, 2 * 128, 8  # DeepSeek-V3's proportions, for counting
+
+
+class Shape(NamedTuple):
+    """A layer's experts: rows M, experts E, F and D."""
+
+    rows: int
+    experts: int
+    hidden: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"M{self.rows} E{self.experts} F{self.hidden} D{self.width}"
+
+
+SHAPES = (
+    Shape(32768, 8, FFN_WIDTH, WIDTH),
+    Shape(24576 * 8, 128, 256, 1536),
+    Shape(32768 * 8, 128, 512, 4096),
+    Shape(32768 * 8, 128, 1024, 4096),
+)
+"""DeepSeek-V3's, of which torchao's benchmark page has DeepGEMM's TFLOP/s on an H100 (1234 forward, 1236 dgrad, 457
+wgrad); then those that SonicMoE, ScatterMoE and MegaBlocks are compared at, 8 experts a token."""
 
 
 def bytes_by_format() -> dict[str, float]:
@@ -48,24 +79,52 @@ def bytes_by_format() -> dict[str, float]:
         for format in Format
         for scaling in Scaling
     }
-    return {"bf16": 2.0, **kept}
+    return {"bf16": 2.0, **kept, "E4M3 1x128 on the wire": row_bytes(WIDTH) / WIDTH}
 
 
 def bytes_of_dispatch() -> dict[str, float]:
-    """Bytes of the exchanges of a layer over those of BF16; of the four legs, two can be FP8."""
-    values = bytes_by_format()
-    leg = {scaling: values[f"E4M3 1x128, {scaling} scales"] / values["bf16"] for scaling in Scaling}
-    legs = {f"one leg, {scaling} scales": ratio for scaling, ratio in leg.items()}
-    # dispatch forward and the gradients to the experts in FP8; combine forward and its result backward in BF16
-    return {**legs, "four legs": (2 * leg[Scaling.POWER_OF_TWO] + 2) / 4}
+    """Bytes of the four legs of a layer's exchange over those of BF16; ``pytest tests/moe/test_dispatch.py`` counts
+    them on ranks."""
+    leg = row_bytes(WIDTH) / (2 * WIDTH)
+    return {"tokens to experts": leg, "results back": 1, "their gradients": leg, "gradients back": 1} | {
+        "four legs": (2 * leg + 2) / 4
+    }
 
 
 def bytes_kept_for_backward() -> dict[str, float]:
-    """KiB a token that one expert's FFN keeps: the input of both up-projections and the two inputs of SwiGLU."""
-    x, gate = torch.randn(64, WIDTH), torch.randn(64, FFN_WIDTH)
-    fp8 = quantize(x, Tile.ROW).nbytes + 2 * quantize(gate, Tile.ROW).nbytes
-    # without recomputation SwiGLU's output is kept as well
-    return {"bf16": (x.numel() + 3 * gate.numel()) * 2 / 64 / 1024, "fp8, SwiGLU recomputed": fp8 / 64 / 1024}
+    """KiB a token that norm and MoE layer keep, counted; D : F and experts a token are DeepSeek-V3's."""
+    kept = {name: count_kept(*build_block(recipe)) for name, recipe in RECIPES.items()}
+    product = (TOP_K + 1) * BLOCK_HIDDEN * 2 / 1024
+    bf16 = kept["bf16"] - product
+    kept["bf16, SwiGLU recomputed"] = bf16
+    return {**kept, "deepseek_v3 over bf16 with SwiGLU recomputed": kept["deepseek_v3"] / bf16}
+
+
+def build_block(recipe: Fp8Recipe | None) -> tuple[nn.Module, Tensor]:
+    """Norm and MoE layer in BF16, and tokens for them."""
+    moe = MoEConfig(num_experts=16, top_k=TOP_K, expert_hidden_size=BLOCK_HIDDEN, num_shared_experts=1)
+    block = nn.Sequential(RMSNorm(BLOCK_WIDTH, 1e-6), MoELayer(BLOCK_WIDTH, moe)).to(torch.bfloat16)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    apply_precision(block, PrecisionConfig(fp8=Fp8Config(recipe)))
+    return block, torch.randn(1, 64, BLOCK_WIDTH, dtype=torch.bfloat16).requires_grad_()
+
+
+def count_kept(block: nn.Module, x: Tensor) -> float:
+    """KiB a token of what autograd keeps, without parameters; each storage counts once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block(x)
+    del out
+    return sum(storages.values()) / x.shape[1] / 1024
 
 
 def quantizers(x: Tensor, backend: Backend) -> dict[str, Callable[[], Any]]:
@@ -105,23 +164,52 @@ def throughput_on_gpu(rows: int) -> dict[str, dict[str, float]]:
     return {name: {"GB/s": round(s), "of a copy": round(s / speed["copy"], 2)} for name, s in speed.items()}
 
 
-def products_on_gpu() -> dict[str, float]:
-    """TFLOP/s of the grouped products, of DeepSeek-V3's up-projection; DeepGEMM: about 1234, 1236 and 457 (H100)."""
+def products_on_gpu(shape: Shape) -> dict[str, dict[str, float]]:
+    """TFLOP/s of the grouped products of an up-projection, and over those of ``F.grouped_mm`` in BF16."""
     from triton.testing import do_bench
 
-    rows, experts = GROUPED["rows"], GROUPED["experts"]
-    sizes_E = torch.full((experts,), rows // experts, device="cuda")
-    x, grad = (torch.randn(rows, width, dtype=torch.bfloat16, device="cuda") for width in (WIDTH, FFN_WIDTH))
-    weight = quantize(torch.randn(experts, FFN_WIDTH, WIDTH, dtype=torch.bfloat16, device="cuda"), Tile.BLOCK)
-    x_rows, grad_rows = quantize(x, Tile.ROW), quantize(grad, Tile.ROW)
+    sizes_E = torch.full((shape.experts,), shape.rows // shape.experts, device="cuda")
+    ends_E = sizes_E.cumsum(0, dtype=torch.int32)
+    x, grad = (random_bf16(shape.rows, width) for width in (shape.width, shape.hidden))
+    weight_bf16 = random_bf16(shape.experts, shape.hidden, shape.width)
+    weight, x_rows, grad_rows = quantize(weight_bf16, Tile.BLOCK), quantize(x, Tile.ROW), quantize(grad, Tile.ROW)
     x_columns, grad_columns = retile(x_rows, sizes_E), quantize_columns(grad, sizes_E)
-    calls: dict[str, Callable[[], Any]] = {
-        "fprop": lambda: fprop(x_rows, weight, sizes_E),
-        "dgrad": lambda: dgrad(grad_rows, weight, sizes_E),
-        "wgrad": lambda: wgrad(grad_columns, x_columns),
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "fprop": (lambda: fprop(x_rows, weight, sizes_E), lambda: F.grouped_mm(x, weight_bf16.mT, offs=ends_E)),
+        "dgrad": (lambda: dgrad(grad_rows, weight, sizes_E), lambda: F.grouped_mm(grad, weight_bf16, offs=ends_E)),
+        "wgrad": (lambda: wgrad(grad_columns, x_columns), lambda: F.grouped_mm(grad.T, x, offs=ends_E)),
     }
-    flops = 2 * rows * WIDTH * FFN_WIDTH
-    return {name: round(flops / do_bench(call, return_mode="median") / 1e9) for name, call in calls.items()}
+    flops = 2 * shape.rows * shape.width * shape.hidden
+    results = {}
+    for name, (ours, theirs) in calls.items():
+        milliseconds, bf16 = (do_bench(call, return_mode="median") for call in (ours, theirs))
+        results[name] = {"TFLOP/s": round(flops / milliseconds / 1e9), "of BF16": round(bf16 / milliseconds, 2)}
+    return results
+
+
+def experts_on_gpu(shape: Shape) -> dict[str, float]:
+    """Forward and backward of all of a layer's experts, quantizing included, over BF16."""
+    from triton.testing import do_bench
+
+    sizes_E = torch.full((shape.experts,), shape.rows // shape.experts, device="cuda")
+    x, grad = random_bf16(shape.rows, shape.width).requires_grad_(), random_bf16(shape.rows, shape.width)
+    milliseconds = {}
+    for name, recipe in RECIPES.items():
+        experts = GroupedExperts(shape.experts, shape.width, shape.hidden, BACKENDS["grouped_mm"])
+        block = nn.ModuleDict({"experts": experts}).to("cuda", torch.bfloat16)
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        apply_precision(block, PrecisionConfig(fp8=Fp8Config(recipe)))
+        inputs = [x, *experts.parameters()]
+        milliseconds[name] = do_bench(
+            lambda experts=experts, inputs=inputs: torch.autograd.grad(experts(x, sizes_E), inputs, grad),
+            return_mode="median",
+        )
+    return {**milliseconds, "speed over bf16": round(milliseconds["bf16"] / milliseconds["deepseek_v3"], 2)}
+
+
+def random_bf16(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -131,10 +219,11 @@ def run(quick: bool) -> dict[str, Any]:
         "machine": machine(torch.get_num_threads(), "default"),
         "bytes a value": bytes_by_format(),
         "bytes of dispatch and combine over BF16": bytes_of_dispatch(),
-        "KiB a token kept by an expert": bytes_kept_for_backward(),
+        "KiB a token kept by norm and MoE layer": bytes_kept_for_backward(),
         "GB/s of the references on the CPU": throughput_on_cpu(*((256, 1) if quick else (4096, 5))),
         "kernels on the GPU": throughput_on_gpu(1024 if quick else 32768) if gpu else NOT_RUN,
-        "TFLOP/s of the grouped products on the GPU": products_on_gpu() if gpu else NOT_RUN,
+        "grouped products on the GPU": {str(s): products_on_gpu(s) for s in SHAPES} if gpu else NOT_RUN,
+        "experts forward and backward on the GPU, ms": {str(s): experts_on_gpu(s) for s in SHAPES} if gpu else NOT_RUN,
     }
 
 

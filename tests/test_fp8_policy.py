@@ -6,9 +6,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import Compute, Fp8Backend, Fp8Config, Fp8Recipe, MlaConfig, ModelConfig, PrecisionConfig, UserError
+from moefoundry.config import (
+    Compute,
+    Fp8Backend,
+    Fp8Config,
+    Fp8Recipe,
+    MlaConfig,
+    ModelConfig,
+    MoEConfig,
+    PrecisionConfig,
+    UserError,
+)
+from moefoundry.model.norm import RMSNorm
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from moefoundry.moe.experts import FeedForward, GroupedExperts
+from moefoundry.moe.layer import MoELayer
 from moefoundry.ops.fp8 import Format
 from moefoundry.precision import (
     CoarseLinear,
@@ -19,6 +31,7 @@ from moefoundry.precision import (
     describe_fp8,
 )
 from tests.model.tiny import batch, gradients, meta_model, tiny_config, tiny_model
+from tests.ops.fp8.test_layers import Kept
 from tests.test_activation_checkpointing import LiveMemory
 
 MODES = ["none", "selective", "full"]
@@ -177,3 +190,26 @@ def test_up_projections_of_latent_attention_are_recomputed_with_the_same_bits() 
     assert kept[False] - kept[True] >= 3 * 4 * tokens * (query_and_key + value)
     assert torch.equal(results[False][0], results[True][0])
     assert all(torch.equal(grad, results[True][1][name]) for name, grad in results[False][1].items())
+
+
+def moe_block(fp8_recipe: Fp8Recipe | None) -> tuple[nn.Module, int, int]:
+    """Norm and MoE layer in BF16, at DeepSeek-V3's proportions: D : F = 7 : 2, 8 experts a token and a shared one."""
+    width, hidden = 7 * 128, 2 * 128
+    moe = MoEConfig(num_experts=16, top_k=8, expert_hidden_size=hidden, num_shared_experts=1)
+    torch.manual_seed(0)
+    block = nn.Sequential(RMSNorm(width, 1e-6), MoELayer(width, moe)).to(torch.bfloat16)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    apply_precision(block, PrecisionConfig(fp8=Fp8Config(fp8_recipe)))
+    return block, width, hidden
+
+
+def test_an_moe_block_keeps_at_most_55_percent_of_bf16_for_backward() -> None:
+    tokens, kept = 64, {}
+    for fp8_recipe in (None, Fp8Recipe.deepseek_v3):
+        block, width, hidden = moe_block(fp8_recipe)
+        with Kept(*block.parameters()) as saved:
+            block(torch.randn(1, tokens, width, dtype=torch.bfloat16).requires_grad_())
+        kept[fp8_recipe] = saved.nbytes
+    products = tokens * (8 + 1) * hidden * 2  # SwiGLU's: BF16 could compute them again too
+    assert kept[Fp8Recipe.deepseek_v3] <= 0.55 * (kept[None] - products)
