@@ -19,8 +19,8 @@ BOXES: dict[str, tuple[float, float, float, float, str, str]] = {
     "data": (0.0, -0.3, 2.2, 0.9, BLUE, "data/\ntokenizer, MDS shards,\npacked batches"),
     "model": (3.2, 4.6, 2.9, 0.9, GREEN, "model/  on meta, one device\nattention, norm, head + loss"),
     "moe": (3.2, 3.1, 2.9, 0.9, GREEN, "moe/  route, dispatch,\nexperts, combine, shared"),
-    "ops": (3.2, 1.6, 2.9, 0.9, GREEN, "ops/  permute, grouped GEMM,\nSwiGLU, cross entropy"),
-    "precision": (7.1, 4.6, 2.6, 0.9, ORANGE, "precision.py\nfp32, bf16, emulated"),
+    "ops": (3.2, 1.6, 2.9, 0.9, GREEN, "ops/  permute, grouped GEMM,\nSwiGLU, cross entropy, fp8/"),
+    "precision": (7.1, 4.6, 2.6, 0.9, ORANGE, "precision.py\nfp32, bf16, emulated, FP8"),
     "mesh": (7.1, 3.1, 2.6, 0.9, ORANGE, "mesh.py\nreplicate, shard, expert"),
     "parallel": (7.1, 1.6, 2.6, 0.9, ORANGE, "parallel.py\nexperts, checkpointing, FSDP"),
     "trainer": (
