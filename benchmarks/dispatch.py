@@ -73,7 +73,7 @@ def _compare(case: Case, rounds: int) -> list[Comparison]:
 
 
 def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
-    from moefoundry.moe.dispatch import AllToAllDispatcher, AllToAllMetadata
+    from moefoundry.moe.dispatch import AllToAllDispatcher
 
     case, group = Case(*sizes), dist.group.WORLD
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -82,7 +82,6 @@ def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
     dispatcher = AllToAllDispatcher(case.experts, group)
     _, metadata = dispatcher.dispatch(tokens, ids, weights)()
-    assert isinstance(metadata, AllToAllMetadata)
     sent = metadata.hops[0].splits.send, metadata.hops[0].splits.receive
     routed = _splits_of_slots(ids // (case.experts // RANKS))
     there, back = (tokens.new_zeros(sum(split), case.width) for split in routed)
