@@ -63,4 +63,3 @@ def test_a_resume_on_another_mesh_stays_within_the_noise_of_quantization(
     start = max(expected.values())
     for batch, loss in expected.items():
         assert abs(got[batch] - loss) <= FORWARD_NOISE * loss + GRADIENT_NOISE * (start - loss), batch
-    assert got != expected, "equal bits would mean that nothing was rounded otherwise"

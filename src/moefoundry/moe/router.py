@@ -8,6 +8,7 @@ compute dtype (float64 stays float64): a rounded logit sends tokens elsewhere.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -101,9 +102,15 @@ def keep_best_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best
 
 
 def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> Tensor:
-    """int64 [T, K]: slot ``t * K + k`` goes to expert ``(t * K + k) % E``; perfect balance, for benchmarks."""
+    """int64 [T, K]: slot ``n = t * K + k`` goes to expert number ``n % E`` of a fixed shuffle; perfect balance, for
+    benchmarks. Shuffled, so that a token's experts lie on as many ranks as a router's would."""
     slots_N = torch.arange(num_tokens * top_k, device=device)
-    return (slots_N % num_experts).view(num_tokens, top_k)
+    return _shuffled_experts(num_experts, device)[slots_N % num_experts].view(num_tokens, top_k)
+
+
+@cache
+def _shuffled_experts(num_experts: int, device: torch.device) -> Tensor:
+    return torch.randperm(num_experts, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def within_capacity(scores_TE: Tensor, topk_expert_ids_TK: Tensor, capacity_factor: float) -> Tensor:
