@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ from moefoundry.config import (
     Fp8Backend,
     Fp8Config,
     Fp8Recipe,
+    MeshConfig,
     MlaConfig,
     ModelConfig,
     MoEConfig,
@@ -21,7 +24,8 @@ from moefoundry.model.norm import RMSNorm
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.layer import MoELayer
-from moefoundry.ops.fp8 import Format
+from moefoundry.ops.fp8 import Format, QuantizedTensor, quantize
+from moefoundry.parallel import materialize, moe_layers, parallelize
 from moefoundry.precision import (
     CoarseLinear,
     Fp8Experts,
@@ -30,6 +34,7 @@ from moefoundry.precision import (
     apply_precision,
     describe_fp8,
 )
+from tests.distributed import run_distributed
 from tests.model.tiny import batch, gradients, meta_model, tiny_config, tiny_model
 from tests.ops.fp8.test_layers import Kept
 from tests.test_activation_checkpointing import LiveMemory
@@ -111,6 +116,8 @@ def test_what_cannot_be_excluded_or_must_be_is_named() -> None:
         transformed(fp8(exclude=["lm_head", "layer.*"]))
     with pytest.raises(UserError, match=r"precision\.fp8\.exclude: lm_head must be in it"):
         transformed(fp8(exclude=["*.router.gate"]))
+    with pytest.raises(UserError, match=r"precision\.fp8\.exclude: layers\.1\.ffn\.router\.gate must be in it"):
+        transformed(fp8(exclude=["lm_head", "layers.2"]))
 
 
 def test_the_backend_is_said_and_one_that_cannot_run_is_refused() -> None:
@@ -190,6 +197,65 @@ def test_up_projections_of_latent_attention_are_recomputed_with_the_same_bits() 
     assert kept[False] - kept[True] >= 3 * 4 * tokens * (query_and_key + value)
     assert torch.equal(results[False][0], results[True][0])
     assert all(torch.equal(grad, results[True][1][name]) for name, grad in results[False][1].items())
+
+
+def test_recomputed_up_projections_run_beside_compiled_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: whole(module, backend="eager"))  # the tracing, no kernels
+    cfg = mla_config()
+    cfg.n_layers = 1  # dense
+    plain, compiled = tiny_model(cfg, precision=fp8()), meta_model(cfg)
+    parallelize(compiled, None, fp8(), compile=True)
+    compiled.to_empty(device=CPU).load_state_dict(plain.state_dict())
+    losses, grads = step(plain)
+    compiled_losses, compiled_grads = step(compiled)
+    assert torch.equal(losses.total, compiled_losses.total)
+    assert all(torch.equal(grad, compiled_grads[name]) for name, grad in grads.items())
+
+
+class Sharded(NamedTuple):
+    """What a step with sharded BF16 parameters gave to gates and experts, and how many inputs and gradients were
+    quantized that others may share."""
+
+    gate_inputs: set[torch.dtype]
+    row_weights: set[torch.dtype]
+    inputs: int
+    gradients: int
+
+
+def sharded(expert: int) -> Sharded:
+    from moefoundry.mesh import build_meshes, resolve_degrees
+
+    model = meta_model(tiny_config())
+    meshes = build_meshes(resolve_degrees(MeshConfig(1, 2, expert), 2), "cpu")
+    parallelize(model, meshes, PrecisionConfig(compute=Compute.bf16, fp8=Fp8Config(Fp8Recipe.deepseek_v3)))
+    materialize(model, CPU, seed=0)
+    gate_inputs, row_weights, quantized = set(), set(), []
+    for layer in moe_layers(model):
+        layer.router.register_forward_pre_hook(lambda _, args: gate_inputs.add(args[0].dtype))
+        layer.experts.register_forward_pre_hook(lambda _, args: row_weights.add(args[2].dtype))
+
+    def counting(x: Tensor, *args: object, **options: object) -> QuantizedTensor:
+        quantized.append(x)
+        return quantize(x, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("moefoundry.ops.fp8.quantization.quantize", counting)
+        total = model(batch(), batch()).total
+        inputs = len(quantized)
+        total.backward()
+    return Sharded(gate_inputs, row_weights, inputs, len(quantized) - inputs)
+
+
+@pytest.mark.parametrize("expert", [1, 2])
+def test_units_of_fsdp_round_no_weights_of_rows_and_quantize_no_input_twice(expert: int) -> None:
+    result = run_distributed(sharded, 2, expert)[0]
+    assert result.gate_inputs == {torch.bfloat16}
+    assert result.row_weights == {torch.float32}
+    # experts of two layers quantize rows for themselves where these have not travelled
+    local = 2 if expert == 1 else 0
+    assert result.inputs == 3 * 3 + local, "of each block: attention's input and output, its FFN's input"
+    assert result.gradients == 3 + local, "of each FFN's output"
 
 
 def moe_block(fp8_recipe: Fp8Recipe | None) -> tuple[nn.Module, int, int]:

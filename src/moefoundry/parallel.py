@@ -7,6 +7,7 @@ Call it on a model built on meta, then :func:`materialize`: each rank allocates 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -130,12 +131,15 @@ def _compile(model: MoETransformer) -> None:
 
 def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) -> None:
     policy = mixed_precision(precision)
+    # gates would keep wide copies of their inputs, and rows' weights would be rounded where experts are divided only
+    wide = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
+    of_experts = replace(policy, cast_forward_inputs=False)
     for module in full_precision_modules(model, precision):
-        fully_shard(module, mesh=meshes.dense, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
+        fully_shard(module, mesh=meshes.dense, mp_policy=wide)
     if meshes.expert.size() > 1:
         for layer in moe_layers(model):
             place = partial(_placement_of_experts, ranks=meshes.expert_fsdp.size(-1))
-            fully_shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=policy, shard_placement_fn=place)
+            fully_shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=of_experts, shard_placement_fn=place)
     for block in model.blocks:
         fully_shard(block, mesh=meshes.dense, mp_policy=policy)
     for module in model.mtp:

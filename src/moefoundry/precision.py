@@ -53,7 +53,8 @@ def apply_precision(model: nn.Module, cfg: PrecisionConfig) -> None:
     """Change the products of ``model`` in place; parameters keep their names, dtypes and values.
 
     Raises:
-        UserError: ``precision.fp8.exclude`` has a pattern that no module matches, or lacks the output head.
+        UserError: ``precision.fp8.exclude`` has a pattern that no module matches, or lacks the output head or a
+            gate.
     """
     if cfg.fp8.recipe is not None:
         _use_fp8(model, cfg.fp8)
@@ -171,9 +172,11 @@ def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
         return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)
 
     chosen = {name: module for name, module in modules.items() if not excluded(name)}
-    for name, module in chosen.items():
-        if isinstance(module, OutputHead):
-            raise UserError(f"precision.fp8.exclude: {name} must be in it; the output head has no FP8 product")
+    gates = {id(module.gate) for module in chosen.values() if isinstance(module, Router)}
+    missing = [name for name, module in chosen.items() if isinstance(module, OutputHead)]
+    missing += [name for name, module in chosen.items() if id(module) in gates]
+    if missing:
+        raise UserError(f"precision.fp8.exclude: {missing[0]} must be in it; it has no FP8 product")
     return chosen
 
 

@@ -59,9 +59,13 @@ class MultiHeadLatentAttention(nn.Module):
         latent_BSR, k_rope_BSP = self.kv_a_proj(x_BSD).split(self.kv_a_widths, dim=-1)
         if not self.recompute_up_projections or cache is not None:
             return self.o_proj(self._attend(q_BSR, latent_BSR, k_rope_BSP, context, cache))
+        return self.o_proj(self._attend_twice(q_BSR, latent_BSR, k_rope_BSP, context))
+
+    @torch.compiler.disable  # it cannot trace a checkpoint that keeps what some operations gave
+    def _attend_twice(self, *inputs: Any) -> Tensor:
+        """:meth:`_attend` without a cache, run again in the backward pass but for attention itself."""
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing draws numbers
-        options["context_fn"] = keeping(ATTENTION_OPS)
-        return self.o_proj(checkpoint(self._attend, q_BSR, latent_BSR, k_rope_BSP, context, None, **options))
+        return checkpoint(self._attend, *inputs, None, context_fn=keeping(ATTENTION_OPS), **options)
 
     def _attend(
         self,

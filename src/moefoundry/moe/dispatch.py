@@ -274,10 +274,8 @@ class Departure:
         self._handle = _Leave.apply(tokens_TD, self._way_back)
 
     def arrive(self, rows_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """``rows_RD``, and what a codec remembers on them, with a gradient that goes back to the tokens."""
-        connected_RD = _Arrive.apply(self._handle, rows_RD, metadata, self._way_back)
-        vars(connected_RD).update(vars(rows_RD))
-        return connected_RD
+        """A view of ``rows_RD`` with a gradient that goes back to the tokens."""
+        return _Arrive.apply(self._handle, rows_RD, metadata, self._way_back)
 
 
 class _Leave(Function):

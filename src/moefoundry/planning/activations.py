@@ -12,9 +12,9 @@ Bytes a token, ``c`` those of the compute dtype. Without checkpointing a block k
 with q, kv the widths of all heads' queries and keys, H heads (MLA keeps its compressed vectors, and wider keys and
 values). With ``fp8.recipe: deepseek_v3`` inputs of products and of SwiGLU take 129/128 bytes and its product is not
 kept; the projection after attention keeps its input in 193/128 bytes beside attention's own copy, and MLA keeps
-compressed vectors only. ``full`` keeps a block's input, c D, the order of its rows, and one block at a time as above.
-``selective`` keeps that input and order, and what products, attention and exchanges return. While a block runs
-backward, gradients of its widest part exist beside.
+compressed vectors only, and its input where queries have none. ``full`` keeps a block's input, c D, the order of its
+rows, and one block at a time as above. ``selective`` keeps that input and order, and what products, attention and
+exchanges return. While a block runs backward, gradients of its widest part exist beside.
 
 Norms and attention are taken to be one kernel each, as on GPUs.
 """
@@ -113,7 +113,8 @@ def _latent_attention(width: int, cfg: MlaConfig, c: int, fp8: bool) -> Kept:
     products = c * (width + latents + cfg.qk_rope_head_dim + queries + key_values + out) + sums
     gradients = c * (2 * queries + key_values + out)
     if fp8:  # queries, keys and values are made again
-        kept = E4M3_ROW * width + c * (latents + cfg.qk_rope_head_dim + out) + E5M6_ROW * out + sums
+        source = latents if cfg.q_lora_rank is not None else latents + width  # what queries are made from
+        kept = E4M3_ROW * width + c * (source + cfg.qk_rope_head_dim + out) + E5M6_ROW * out + sums
         return Kept(kept, products, gradients + c * (2 * queries + key_values))
     # values are a part of key_values; latents are kept by their norms and by the projections up
     return Kept(c * (width + 2 * queries + key_values + out + 2 * latents) + sums, products, gradients)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from torch import Tensor
 from moefoundry.ops.fp8 import (
     Format,
     Granularity,
+    QuantizedTensor,
     Tile,
     coarse_linear,
     dequantize,
@@ -104,6 +108,48 @@ def test_rows_are_quantized_anew_after_a_change_in_place() -> None:
     assert quantize_rows_once(x) is first
     x.mul_(4)
     assert torch.equal(dequantize(quantize_rows_once(x)), 4 * dequantize(first))
+
+
+def test_rows_are_found_on_views_of_the_same_rows_only() -> None:
+    x = sample("normal", WIDTH, WIDTH)
+    rows = quantize_rows_once(x)
+    assert quantize_rows_once(x.view_as(x)) is rows
+    assert quantize_rows_once(x.view(2, -1, WIDTH)) is rows
+    for other in (x.mT, x[1:], x.view(-1, WIDTH // 2)):
+        expected = quantize(other.reshape(-1, other.shape[-1]), Tile.ROW)
+        assert torch.equal(dequantize(quantize_rows_once(other)), dequantize(expected))
+
+
+def test_inference_mode_gives_the_same_bits() -> None:
+    x, weight = sample("normal", 4, WIDTH), sample("normal", HIDDEN, WIDTH)
+    with torch.inference_mode():
+        assert torch.equal(fp8_linear(x.clone(), weight), fp8_linear(x, weight))
+
+
+@pytest.mark.parametrize("linear", [fp8_linear, lambda x, weight: coarse_linear(x, weight, Granularity.ROW)])
+def test_a_batch_without_rows_has_a_gradient_of_zero(linear: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, weight = leaf("normal", 0, WIDTH), leaf("normal", HIDDEN, WIDTH)
+    out = linear(x, weight)
+    assert out.shape == (0, HIDDEN)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any()
+
+
+def test_without_gradients_nothing_is_quantized_for_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats: list[Format] = []
+
+    def counting(x: Tensor, tile: Tile, format: Format = Format.E4M3, **options: Any) -> QuantizedTensor:
+        formats.append(format)
+        return quantize(x, tile, format, **options)
+
+    for layer in ("linear", "feed_forward"):
+        monkeypatch.setattr(f"moefoundry.ops.fp8.{layer}.quantize", counting)
+    x, weights = leaf("normal", ROWS, WIDTH), expert_weights()
+    with torch.no_grad():
+        fp8_linear(x, weights[0][0], Format.E5M6)
+        fp8_feed_forward(x, *weights, SIZES)
+    assert formats == [Format.E4M3] * (1 + 4), "the weights, and SwiGLU's product"
 
 
 def reference_feed_forward(x: Tensor, weights: list[Tensor], row_weights: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def coarse_linear(x: Tensor, weight: Tensor, granularity: Granularity, group_siz
     """
     if group_sizes_E is None:
         out_RO = _CoarseLinear.apply(x.reshape(-1, x.shape[-1]), weight.unsqueeze(0), granularity, None)
-        return out_RO.view(*x.shape[:-1], -1)
+        return out_RO.view(*x.shape[:-1], len(weight))
     return _CoarseLinear.apply(x, weight, granularity, group_sizes_E.tolist())
 
 

@@ -43,7 +43,8 @@ def fp8_feed_forward(
         row_weights_R: [R], differentiable: what each row counts.
         backend: The one to use; None chooses by device.
     """
-    return _FeedForward.apply(x, row_weights_R, gate, up, down, group_sizes_E, quantize_rows_once(x, backend), backend)
+    rows_RD, keep = quantize_rows_once(x, backend), torch.is_grad_enabled()
+    return _FeedForward.apply(x, row_weights_R, gate, up, down, group_sizes_E, rows_RD, keep, backend)
 
 
 class _FeedForward(Function):
@@ -57,6 +58,7 @@ class _FeedForward(Function):
         down: Tensor,
         group_sizes_E: Tensor | None,
         x_RD: QuantizedTensor,
+        keep: bool,
         backend: Backend | None,
     ) -> Tensor:
         gate_RF, up_RF = (
@@ -64,7 +66,7 @@ class _FeedForward(Function):
             for weight in (gate, up)
         )
         kept = [x_RD]
-        if any(ctx.needs_input_grad):
+        if keep:
             kept += [quantize(gate_RF, Tile.ROW, backend=backend), quantize(up_RF, Tile.ROW, backend=backend)]
         hidden = quantize(swiglu(gate_RF, up_RF, row_weights_R), Tile.ROW, backend=backend)
         out_RD = fprop(hidden, quantize(down, Tile.BLOCK, backend=backend), group_sizes_E, x.dtype, backend)
@@ -84,24 +86,25 @@ class _FeedForward(Function):
         )
         gate_RF, up_RF = (dequantize(x, grad.dtype, backend) for x in swiglu_inputs)
 
-        def back(grad: Tensor, weight: Tensor) -> Tensor:
-            rows, blocks = quantize(grad, Tile.ROW, backend=backend), quantize(weight, Tile.BLOCK, backend=backend)
-            return dgrad(rows, blocks, group_sizes_E, grad.dtype, backend)
+        def rows(x: Tensor) -> QuantizedTensor:
+            return quantize(x, Tile.ROW, backend=backend)
+
+        def back(rows: QuantizedTensor, weight: Tensor) -> Tensor:
+            return dgrad(rows, quantize(weight, Tile.BLOCK, backend=backend), group_sizes_E, grad.dtype, backend)
 
         def columns(x: Tensor) -> QuantizedTensor:
             return quantize_columns(x, group_sizes_E, backend=backend)
 
         hidden = columns(swiglu(gate_RF, up_RF, row_weights_R))
         grad_down = wgrad(columns(grad_RD), hidden, down.dtype, backend)
-        grad_gate_RF, grad_up_RF, grad_row_weights_R = swiglu_backward(
-            back(grad_RD, down), gate_RF, up_RF, row_weights_R
-        )
+        grad_hidden_RF = back(quantize_rows_once(grad_RD, backend), down)  # they may have come in FP8
+        grad_gate_RF, grad_up_RF, grad_row_weights_R = swiglu_backward(grad_hidden_RF, gate_RF, up_RF, row_weights_R)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = back(grad_gate_RF, gate).add_(back(grad_up_RF, up)).view(grad.shape)
+            grad_x = back(rows(grad_gate_RF), gate).add_(back(rows(grad_up_RF), up)).view(grad.shape)
         x_columns = retile(x_RD, group_sizes_E, backend=backend)
         grad_gate, grad_up = (
             wgrad(columns(grad), x_columns, weight.dtype, backend)
             for grad, weight in ((grad_gate_RF, gate), (grad_up_RF, up))
         )
-        return grad_x, grad_row_weights_R, grad_gate, grad_up, grad_down, None, None, None
+        return grad_x, grad_row_weights_R, grad_gate, grad_up, grad_down, None, None, None, None

@@ -29,6 +29,8 @@ def fp8_linear(x: Tensor, weight_OI: Tensor, kept: Format = Format.E4M3, backend
             or in E5M6 (the layer after attention).
         backend: The one to use; None chooses by device.
     """
+    if not torch.is_grad_enabled():
+        kept = Format.E4M3  # those rows are there anyway
     return _Linear.apply(x, weight_OI, quantize_rows_once(x, backend), kept, backend)
 
 
@@ -49,7 +51,7 @@ class _Linear(Function):
             rows_RI = quantize(x.reshape(rows_RI.shape), Tile.ROW, kept, backend=backend)
         ctx.save_for_backward(weight_OI, *(rows_RI.tensors if ctx.needs_input_grad[1] else ()))
         ctx.kept, ctx.shape, ctx.backend = kept, rows_RI.shape, backend
-        return out_RO.view(*x.shape[:-1], -1)
+        return out_RO.view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @once_differentiable
@@ -60,7 +62,8 @@ class _Linear(Function):
         if ctx.needs_input_grad[0]:
             weight = quantize(weight_OI, Tile.BLOCK, backend=ctx.backend)
             grad_rows = quantize(grad_RO, Tile.ROW, backend=ctx.backend)
-            grad_x = dgrad(grad_rows, weight, None, grad.dtype, ctx.backend).view(*grad.shape[:-1], -1)
+            grad_x_RI = dgrad(grad_rows, weight, None, grad.dtype, ctx.backend)
+            grad_x = grad_x_RI.view(*grad.shape[:-1], weight_OI.shape[1])
         if ctx.needs_input_grad[1]:
             values, scales = tensors
             kept = QuantizedTensor(values, scales, Tile.ROW, ctx.shape, ctx.kept)

@@ -51,18 +51,31 @@ def quantize(
 def quantize_rows_once(x: Tensor, backend: Backend | None = None) -> QuantizedTensor:
     """``x`` [..., C] as E4M3 rows [R, C], quantized once however many layers it enters.
 
-    What was made is remembered on the tensor object itself, so it lives no longer than that, and not beyond a change in
-    place. Layers that keep it for backward keep the same memory.
+    What was made is remembered on the tensor object itself, or on the one it is a view of, so it lives no longer than
+    that, and not beyond a change in place. Layers that keep it for backward keep the same memory.
     """
-    memo = getattr(x, "_fp8_rows", None)
-    if memo is None or memo[0] != x._version:
-        remember_rows(x, quantize(x.detach().reshape(-1, x.shape[-1]), Tile.ROW, backend=backend))
-    return x._fp8_rows[1]  # type: ignore[attr-defined]
+    shape = x.numel() // x.shape[-1], x.shape[-1]
+    if x.is_inference():  # nobody would notice a change in place
+        return quantize(x.reshape(shape), Tile.ROW, backend=backend)
+    memo = getattr(_whole(x), "_fp8_rows", None)
+    if memo is not None and memo[0] == x._version and memo[1].shape == shape:
+        return memo[1]
+    rows_RC = quantize(x.detach().reshape(shape), Tile.ROW, backend=backend)
+    remember_rows(x, rows_RC)
+    return rows_RC
 
 
 def remember_rows(x: Tensor, rows_RC: QuantizedTensor) -> None:
     """``x`` has been made of ``rows_RC``: let :func:`quantize_rows_once` find them."""
-    x._fp8_rows = x._version, rows_RC  # type: ignore[attr-defined]
+    if not x.is_inference():
+        _whole(x)._fp8_rows = x._version, rows_RC  # type: ignore[attr-defined]
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The tensor that ``x`` is another view of as a whole: FSDP hands its units new views of their inputs."""
+    base = x._base
+    same = base is not None and base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous()
+    return base if base is not None and same else x
 
 
 def quantize_columns(

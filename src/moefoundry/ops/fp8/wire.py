@@ -46,6 +46,6 @@ class Fp8Codec:
         values = sent_RB[:, :columns].contiguous().view(torch.float8_e4m3fn)
         scales = sent_RB[:, columns : columns + num_tiles(columns)].contiguous()
         rows = QuantizedTensor(values, scales, Tile.ROW, (len(sent_RB), columns))
-        decoded_RC = dequantize(rows, like.dtype, self.backend)
+        decoded_RC = dequantize(rows, like.dtype, self.backend).contiguous()
         remember_rows(decoded_RC, rows)
         return decoded_RC
