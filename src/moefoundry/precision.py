@@ -19,6 +19,7 @@ softmax and the loss.
 
 from __future__ import annotations
 
+import difflib
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import cast
@@ -53,8 +54,7 @@ def apply_precision(model: nn.Module, cfg: PrecisionConfig) -> None:
     """Change the products of ``model`` in place; parameters keep their names, dtypes and values.
 
     Raises:
-        UserError: ``precision.fp8.exclude`` has a pattern that no module matches, or lacks the output head or a
-            gate.
+        UserError: ``precision.fp8.exclude`` has a pattern that no module matches.
     """
     if cfg.fp8.recipe is not None:
         _use_fp8(model, cfg.fp8)
@@ -164,20 +164,17 @@ def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
     modules = dict(model.named_modules())
     for pattern in exclude:
         if pattern not in Fp8Config().exclude and not any(fnmatchcase(name, pattern) for name in modules):
-            raise UserError(f"precision.fp8.exclude: no module is named {pattern!r}, see the names of parameters")
+            near = difflib.get_close_matches(pattern, modules, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"precision.fp8.exclude: no module is named {pattern!r}{hint}")
 
     def excluded(name: str) -> bool:
         parts = name.split(".")
         prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)
 
-    chosen = {name: module for name, module in modules.items() if not excluded(name)}
-    gates = {id(module.gate) for module in chosen.values() if isinstance(module, Router)}
-    missing = [name for name, module in chosen.items() if isinstance(module, OutputHead)]
-    missing += [name for name, module in chosen.items() if id(module) in gates]
-    if missing:
-        raise UserError(f"precision.fp8.exclude: {missing[0]} must be in it; it has no FP8 product")
-    return chosen
+    gates = {id(module.gate) for module in modules.values() if isinstance(module, Router)}
+    return {name: module for name, module in modules.items() if id(module) not in gates and not excluded(name)}
 
 
 def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:

@@ -278,7 +278,8 @@ class Fp8Config:
     recipe: Fp8Recipe | None = key(None, "FP8 training recipe; null trains without FP8.")
     exclude: list[str] = key(
         lambda: ["lm_head", "*.router.gate"],
-        "Modules, with all in them, whose products stay as precision.compute says; * stands for anything.",
+        "Modules, with all in them, whose products stay as precision.compute says; * stands for anything. The output "
+        "head and the gates stay so in any case.",
     )
     backend: Fp8Backend | None = key(None, "What runs the FP8 products; null takes the kernels where they can run.")
 

@@ -73,7 +73,7 @@ class _FeedForward(Function):
         tensors = [tensor for quantized in kept for tensor in quantized.tensors]
         ctx.save_for_backward(row_weights_R, gate, up, down, group_sizes_E, *tensors)
         ctx.shapes, ctx.backend = [quantized.shape for quantized in kept], backend
-        return out_RD.view(x.shape)
+        return out_RD if out_RD.shape == x.shape else out_RD.view(x.shape)  # FSDP warns of views
 
     @staticmethod
     @once_differentiable
