@@ -103,8 +103,12 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     with named_collectives(recipe.dist_timeout):
         trainer = build_trainer(recipe)
         trainer.logger.log_hyperparameters(flatten(recipe))
-        if trainer.state.max_duration is None or trainer.state.timestamp < trainer.state.max_duration:
+        timestamp, max_duration = trainer.state.timestamp, trainer.state.max_duration
+        if max_duration is None or timestamp < max_duration:
             trainer.fit()
+        elif dist.get_global_rank() == 0:
+            message = f"batch {timestamp.batch.value} of {max_duration.to_timestring()}: nothing left to train"
+            print(message, file=sys.stderr, flush=True)
         if (report := recipe.callbacks.report) is not None and stopped_by(trainer) is None:
             model = trainer.state.model.model
             completion = complete(model, Path(recipe.tokenizer.name), report.prompt, report.max_new_tokens)

@@ -1,6 +1,7 @@
 """Conversion from and to Hugging Face directories: lossless, complete or refused, and in little memory."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -118,6 +119,16 @@ def test_dtypes(tmp_path: Path, stored: str) -> None:
     assert read_json(tmp_path / "back")["torch_dtype"] == str(dtype).removeprefix("torch.")
     export_hf(tmp_path / "checkpoint", tmp_path / "half", dtype=Dtype.bf16)
     assert contents(tmp_path / "half")["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_verifying_is_quiet(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers has no multi-token prediction, and warns of its tensors."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # to caplog
+    hf = write_hf(tmp_path / "hf", "deepseek_v3", DEEPSEEK)
+    import_hf(hf, tmp_path / "checkpoint", tolerance=1e-4)
+    assert caplog.text == ""
+    AutoModelForCausalLM.from_pretrained(hf)
+    assert "were not used" in caplog.text, "the silence has ended, and there was something to silence"
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

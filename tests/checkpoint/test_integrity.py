@@ -1,8 +1,10 @@
 """Damaged, mixed up and malicious checkpoints are refused by name, never run and never half believed."""
 
+import os
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,6 +243,17 @@ def test_the_command(store: CheckpointStore, capsys: pytest.CaptureFixture) -> N
     assert [path.name for path in entries(store.root)] == ["ba2", "ba8.incomplete"]
 
 
+@pytest.mark.parametrize("action", ["list", "show", "verify"])
+def test_the_command_ends_quietly_where_nobody_reads_on(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout:  # as the interpreter does at its end, closing flushes what is left
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["checkpoint", action, str(store.root.parent)]) == 141
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -254,4 +267,4 @@ def test_the_command_has_one_line_for_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], error: str
 ) -> None:
     assert main(["checkpoint", *(argument.format(tmp_path) for argument in arguments)]) == 2
-    assert capsys.readouterr().err == f"error: {error.format(tmp_path)}\n"
+    assert capsys.readouterr() == ("", f"error: {error.format(tmp_path)}\n")

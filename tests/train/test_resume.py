@@ -51,6 +51,13 @@ def test_resumed_at_the_end_of_an_epoch(tiny_recipe: Tiny, tmp_path: Path, whole
     resumed = run_recipe(tiny_recipe(tmp_path, *STEPS, checkpoint(whole, 6)), world_size)
     assert resumed.exact() == whole.exact(7)
     assert "Warning" not in resumed.err
+    assert f"\nresumed from {whole.run_dir}/checkpoints/ba6 (batch 6) in " in resumed.err
+
+
+def test_a_finished_run_says_so(tiny_recipe: Tiny, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, "max_duration=2ba", "autoresume=true")
+    assert "nothing left" not in run_recipe(recipe).err
+    assert run_recipe(recipe).err == "batch 2 of 2ba: nothing left to train\n"
 
 
 @pytest.mark.slow

@@ -117,6 +117,7 @@ class Checkpointing(Callback):
         self._restore_rng()
         if self._resume_seconds:
             parts = {**self._resume_seconds, "data_position": time.perf_counter() - self._waiting_since}
+            logger.log_traces({"resumed_from": f"{self.resume_from} (batch {state.timestamp.batch.value})"})
             logger.log_metrics({f"resume/{part}_seconds": seconds for part, seconds in parts.items()})
             self._resume_seconds = {}
             if dist.get_global_rank() == 0 and self.resume_from is not None and is_downloaded(self.resume_from):

@@ -27,12 +27,16 @@ class Console(LoggerDestination):
         self.stream = sys.stderr if stream is None else stream
         self.progress_bar = progress_bar and self.stream.isatty()
         self._metrics: dict[str, Any] = {}
+        self._resumed_from = ""
         self._bar: tqdm | None = None
+
+    def log_traces(self, traces: dict[str, Any]) -> None:
+        self._resumed_from = traces.get("resumed_from", self._resumed_from)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self._metrics.update(metrics)
         if parts := {name: seconds for name, seconds in metrics.items() if name.startswith("resume/")}:
-            self._print(format_resume_line(parts))
+            self._print(format_resume_line(self._resumed_from, parts))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.interval is not None:
@@ -75,13 +79,13 @@ class Console(LoggerDestination):
             print(line, file=self.stream, flush=True)
 
 
-def format_resume_line(parts: dict[str, float]) -> str:
-    """``resumed in 2.1 s: store 1.2 s, exchange 0.3 s ...``."""
+def format_resume_line(source: str, parts: dict[str, float]) -> str:
+    """``resumed from runs/mine/checkpoints/ba6 (batch 6) in 2.1 s: store 1.2 s, exchange 0.3 s ...``."""
     texts = [
         f"{name.removeprefix('resume/').removesuffix('_seconds').replace('_', ' ')} {seconds:.1f} s"
         for name, seconds in parts.items()
     ]
-    return f"resumed in {sum(parts.values()):.1f} s: {', '.join(texts)}"
+    return f"resumed from {source} in {sum(parts.values()):.1f} s: {', '.join(texts)}"
 
 
 def format_train_line(state: State, metrics: dict[str, Any]) -> str:

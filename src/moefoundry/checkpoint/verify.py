@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,8 @@ def verify_logits(
     """
     ids_BS = torch.randint(model.cfg.vocab_size, BATCH, generator=torch.Generator().manual_seed(0))
     try:
-        reference = _load(hf, fp8_as)
+        with _no_warnings():
+            reference = _load(hf, fp8_as)
     except Exception as error:  # whatever its classes may raise
         raise UserError(f"{hf} cannot be verified: transformers does not load it: {error}") from error
     if stored_as is not None:
@@ -49,6 +52,19 @@ def verify_logits(
     if not difference <= tolerance:
         raise UserError(f"{hf}: logits differ by {difference:.2e}, more than {tolerance:.1e}")
     return difference
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Transformers names each tensor that it does not use, such as those of multi-token prediction, which it lacks."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _load(hf: Path, fp8_as: torch.dtype) -> Any:

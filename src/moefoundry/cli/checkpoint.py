@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from moefoundry.checkpoint.manifest import Manifest
 
 EXIT_DAMAGED = 1
+EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE  # what a shell reports of any other program
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,7 +39,13 @@ def run(args: argparse.Namespace) -> int:
     if not args.path.is_dir():
         raise UserError(f"{args.path}: no such directory")
     actions = {"list": _list, "verify": _verify, "show": _show, "delete": _delete}
-    return actions[args.action](args)
+    try:
+        status = actions[args.action](args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `show RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is flushed at exit
+        return EXIT_PIPE_CLOSED
+    return status
 
 
 def _action(actions: Any, name: str, text: str, path: str) -> argparse.ArgumentParser:
@@ -48,8 +57,9 @@ def _action(actions: Any, name: str, text: str, path: str) -> argparse.ArgumentP
 def _list(args: argparse.Namespace) -> int:
     from moefoundry.checkpoint.manifest import Manifest
 
+    directories = _directories(args.path)
     print(f"{'checkpoint':24} {'saved at':26} {'size':>10}  {'mesh':36} state")
-    for directory in _directories(args.path):
+    for directory in directories:
         try:
             manifest = Manifest.read(directory)
         except UserError:
