@@ -30,8 +30,8 @@ from moefoundry.ops.fp8 import (
     retile,
     wgrad,
 )
+from moefoundry.ops.fp8.coarse import round_coarsely
 from moefoundry.ops.fp8.gemm_reference import wgrad_reference
-from moefoundry.ops.fp8.scales import scales_of
 from moefoundry.ops.fp8.tensor_cores import TensorCores
 from moefoundry.ops.grouped_linear import grouped_linear
 from moefoundry.precision import AFTER_ATTENTION, apply_precision
@@ -126,16 +126,9 @@ def sqnr(exact: Tensor, rounded: Tensor) -> float:
 # --------------------------------------------------------------------------------------------------------- what breaks
 
 
-def shared_scale(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``x`` rounded to E4M3 with one FP32 scale for each slice along ``dims``."""
-    largest = Format.E4M3.largest
-    scales = scales_of(x.abs().amax(dims, keepdim=True), Format.E4M3, Scaling.FP32)
-    return (x / scales).clamp(-largest, largest).to(torch.float8_e4m3fn).float() * scales
-
-
 SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "tensor": lambda x: shared_scale(x, (0, 1)),
-    "row": lambda x: shared_scale(x, (1,)),
+    "tensor": lambda x: round_coarsely(x, (0, 1)),
+    "row": lambda x: round_coarsely(x, (1,)),
     "128x128": lambda x: dequantize(quantize(x, Tile.BLOCK)),
     "1x128": lambda x: dequantize(quantize(x, Tile.ROW)),
 }

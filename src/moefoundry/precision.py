@@ -173,8 +173,13 @@ def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
         prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)
 
-    gates = {id(module.gate) for module in modules.values() if isinstance(module, Router)}
+    gates = _gates(model)
     return {name: module for name, module in modules.items() if id(module) not in gates and not excluded(name)}
+
+
+def _gates(model: nn.Module) -> set[int]:
+    """``id`` of every router's gate, which keeps its own product."""
+    return {id(module.gate) for module in model.modules() if isinstance(module, Router)}
 
 
 def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:
@@ -205,7 +210,7 @@ def _use_coarse_scales(modules: dict[str, nn.Module], granularity: Granularity) 
 
 
 def _emulate(model: nn.Module, dtype: torch.dtype) -> None:
-    gates = {id(module.gate) for module in model.modules() if isinstance(module, Router)}
+    gates = _gates(model)
     for module in model.modules():
         if isinstance(module, GroupedExperts):
             module.grouped_linear = _emulated(module.grouped_linear, dtype)

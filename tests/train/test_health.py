@@ -46,35 +46,27 @@ def in_the_third_batch_of_the_last_rank(state: Any) -> bool:
 
 def infinite_loss() -> None:
     """The loss is infinite while every gradient is finite: an infinite constant is added to it."""
-    from composer.core import Callback
-
-    from moefoundry.foundry import ComposerMoECausalLM
-
-    class Fault(Callback):
-        def before_loss(self, state: Any, logger: Any) -> None:
-            ComposerMoECausalLM.loss = infinite if in_the_third_batch_of_the_last_rank(state) else loss
-
-    def infinite(self: ComposerMoECausalLM, outputs: Any, batch: Any) -> dict[str, Tensor]:
-        losses = loss(self, outputs, batch)
-        return losses | {"total": losses["total"] + torch.inf, "z": losses["z"] + torch.inf}
-
-    loss = ComposerMoECausalLM.loss
-    add_callback(Fault())
+    change_loss(lambda losses: {"total": losses["total"] + torch.inf, "z": losses["z"] + torch.inf})
 
 
 def nan_loss() -> None:
     """The loss is NaN, and with it every gradient of every rank."""
+    change_loss(lambda losses: {"total": losses["total"] * torch.nan, "lm": losses["lm"] * torch.nan})
+
+
+def change_loss(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """In the third batch, on the last rank."""
     from composer.core import Callback
 
     from moefoundry.foundry import ComposerMoECausalLM
 
     class Fault(Callback):
         def before_loss(self, state: Any, logger: Any) -> None:
-            ComposerMoECausalLM.loss = nan if in_the_third_batch_of_the_last_rank(state) else loss
+            ComposerMoECausalLM.loss = changed if in_the_third_batch_of_the_last_rank(state) else loss
 
-    def nan(self: ComposerMoECausalLM, outputs: Any, batch: Any) -> dict[str, Tensor]:
+    def changed(self: ComposerMoECausalLM, outputs: Any, batch: Any) -> dict[str, Tensor]:
         losses = loss(self, outputs, batch)
-        return losses | {"total": losses["total"] * torch.nan, "lm": losses["lm"] * torch.nan}
+        return losses | change(losses)
 
     loss = ComposerMoECausalLM.loss
     add_callback(Fault())

@@ -68,25 +68,25 @@ class _CoarseLinear(Function):
 
 def _multiply(rows_RK: Tensor, weight_ENK: Tensor, sizes: list[int], granularity: Granularity) -> Tensor:
     """[R, N]; the weight is rounded already."""
-    groups = _rounded(rows_RK, (0, 1) if granularity is Granularity.TENSOR else (1,)).split(sizes)
+    groups = round_coarsely(rows_RK, (0, 1) if granularity is Granularity.TENSOR else (1,)).split(sizes)
     products = [rows @ weight.T for rows, weight in zip(groups, weight_ENK, strict=True)]
     return torch.cat(products).to(rows_RK.dtype)
 
 
 def _rounded_weight(weight_EOI: Tensor, summed: int, granularity: Granularity) -> Tensor:
     """``summed`` is the dimension that the product sums over."""
-    return _rounded(weight_EOI, (1, 2) if granularity is Granularity.TENSOR else (summed,))
+    return round_coarsely(weight_EOI, (1, 2) if granularity is Granularity.TENSOR else (summed,))
 
 
 def _rounded_columns(x_RC: Tensor, sizes: list[int], granularity: Granularity) -> list[Tensor]:
     """An operand of Wgrad, whose sums run over the rows of each group."""
     if granularity is Granularity.TENSOR:
-        return list(_rounded(x_RC, (0, 1)).split(sizes))
-    return [_rounded(group, (0,)) for group in x_RC.split(sizes)]
+        return list(round_coarsely(x_RC, (0, 1)).split(sizes))
+    return [round_coarsely(group, (0,)) for group in x_RC.split(sizes)]
 
 
-def _rounded(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``x`` as float32 with E4M3's values times a scale for each slice along ``dims``."""
+def round_coarsely(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``x`` as float32 with E4M3's values times one FP32 scale for each slice along ``dims``."""
     x = x.float()
     if not x.numel():
         return x
