@@ -19,7 +19,7 @@ import torch.distributed as dist
 from benchmarks.harness import Comparison, in_turn
 from benchmarks.ranks import on_ranks
 
-RANKS, ROUNDS = 4, 15
+RANKS, ROUNDS = 4, 41
 PEERS = {"routed": "routed rows", "routed_new": "routed rows, new buffers", "sent_new": "rows sent, new buffers"}
 TARGET = round(1 / 1.3, 2)
 
@@ -87,17 +87,14 @@ def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
     there, back = (tokens.new_zeros(sum(split), case.width) for split in routed)
 
     def ours() -> None:
-        dist.barrier()
         dispatcher.combine(*dispatcher.dispatch(tokens, ids, weights)())
 
     def bare() -> None:
-        dist.barrier()
         send, receive = routed
         dist.all_to_all_single(back, there, receive, send)
         dist.all_to_all_single(there, back, send, receive)
 
     def bare_new(send: list[int], receive: list[int]) -> None:
-        dist.barrier()
         came = there.new_empty(sum(receive), case.width)
         dist.all_to_all_single(came, there[: sum(send)], receive, send)
         dist.all_to_all_single(there.new_empty(sum(send), case.width), came, send, receive)
@@ -109,7 +106,7 @@ def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
         "sent_new": lambda: bare_new(*sent),
     }
     with torch.no_grad():
-        return in_turn(contenders, rounds, warmup=2)
+        return in_turn(contenders, rounds, warmup=2, ready=dist.barrier)
 
 
 def _splits_of_slots(rank_of_slot: torch.Tensor) -> tuple[list[int], list[int]]:

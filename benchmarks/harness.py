@@ -67,16 +67,23 @@ class Record:
     notes: list[str] = field(default_factory=list)
 
 
-def in_turn(contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int) -> dict[str, list[float]]:
+def in_turn(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int,
+    ready: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
     """Seconds of every contender in every round, after ``warmup`` rounds that do not count.
 
-    The garbage collector runs between the calls, never inside one.
+    The garbage collector runs between the calls, never inside one; then, still untimed, ``ready``: where ranks wait for
+    each other.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(warmup + rounds):
         for name, contender in contenders.items():
             gc.collect()
             gc.disable()
+            ready()
             start = time.perf_counter()
             contender()
             elapsed = time.perf_counter() - start

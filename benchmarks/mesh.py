@@ -96,6 +96,7 @@ def _measure(recipe: Recipe, mesh: MeshConfig, rounds: int) -> dict[str, list[fl
         },
         rounds,
         warmup=1,
+        ready=dist.barrier,
     )
 
 
