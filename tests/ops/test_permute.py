@@ -54,7 +54,8 @@ HAND_IDS = torch.tensor([[2, 0], [0, 3], [2, 3]])
 def test_order_of_the_example_worked_out_by_hand() -> None:
     order = order_by_expert(HAND_IDS, num_experts=4)
     assert order.slot_of_row_N.tolist() == [1, 2, 0, 4, 3, 5]
-    assert order.row_of_slot_TK.tolist() == [[2, 0], [1, 4], [3, 5]]
+    assert order.row_of_kept_slot_N.tolist() == [2, 0, 1, 4, 3, 5]
+    assert order.kept_before_slot.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert order.token_of_row_N.tolist() == [0, 1, 0, 2, 1, 2]
     assert order.tokens_per_expert_E.tolist() == [2, 0, 2, 2]
 
@@ -75,9 +76,9 @@ def test_values_of_the_example_worked_out_by_hand() -> None:
 def test_order_is_a_bijection_sorted_by_expert_and_stable(ids: Tensor) -> None:
     order = order_by_expert(ids, E)
     slots = order.slot_of_row_N
-    assert slots.dtype == order.row_of_slot_TK.dtype == torch.int64
+    assert slots.dtype == order.row_of_kept_slot_N.dtype == torch.int64
     assert slots.tolist() == sorted(range(ids.numel()), key=lambda slot: (ids.flatten()[slot].item(), slot))
-    assert order.row_of_slot_TK.flatten()[slots].tolist() == list(range(ids.numel()))
+    assert order.row_of_kept_slot_N[slots].tolist() == list(range(ids.numel()))
     assert order.tokens_per_expert_E.tolist() == torch.bincount(ids.flatten(), minlength=E).tolist()
 
 
@@ -135,11 +136,19 @@ def test_only_kept_slots_have_rows() -> None:
     kept = torch.tensor([[False, True], [False, False], [True, True]])
     known, counted = (order_by_expert(HAND_IDS, 4, kept, num_kept) for num_kept in (3, None))
     assert known.slot_of_row_N.tolist() == counted.slot_of_row_N.tolist() == [1, 4, 5]
-    assert known.row_of_slot_TK.tolist() == [[0, 0], [0, 0], [1, 2]]
+    assert known.row_of_kept_slot_N.tolist() == [0, 1, 2]
+    assert known.kept_before_slot.tolist() == [0, 0, 1, 1, 1, 2, 3]
     assert known.tokens_per_expert_E.tolist() == [1, 0, 1, 1]
     rows = torch.tensor([[1.0], [2.0], [3.0]])
     assert sum_rows(rows, known).flatten().tolist() == [1, 0, 5]
     assert permute_slots(torch.arange(6.0).view(3, 2), known).tolist() == [1, 4, 5]
+
+
+def test_a_token_without_rows_gets_nothing_of_others() -> None:
+    """Also where these are not finite."""
+    order = order_by_expert(HAND_IDS, 4, torch.tensor([[True, True], [False, False], [False, True]]))
+    rows = torch.tensor([[float("inf")], [float("nan")], [1.0]])
+    assert sum_rows(rows, order)[1:].flatten().tolist() == [0, 1]
 
 
 def test_the_sum_undoes_permute_where_weights_sum_to_one() -> None:

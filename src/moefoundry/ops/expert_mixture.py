@@ -72,7 +72,8 @@ class _ExpertMixture(Function):
             u_nF = torch.mm(x_nD, up[e].T, out=up_NF[rows])
             h_nF = aten.silu.out(g_nF, out=h[:n]).mul_(u_nF).mul_(weight_N1[rows])
             out_TD.index_add_(0, token_N[rows], torch.mm(h_nF, down[e].T, out=y[:n]))
-        ctx.save_for_backward(tokens_TD, gate, up, down, gate_NF, up_NF, weight_N1, token_N, order.row_of_slot_TK)
+        row_of_slot_TK = order.row_of_kept_slot_N.view(weights_TK.shape)
+        ctx.save_for_backward(tokens_TD, gate, up, down, gate_NF, up_NF, weight_N1, token_N, row_of_slot_TK)
         ctx.counts = counts
         return out_TD
 

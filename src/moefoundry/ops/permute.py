@@ -9,7 +9,7 @@ are not kept (capacity, or another node's experts) have no row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,26 +25,26 @@ class RowOrder:
 
     Attributes:
         slot_of_row_N: int64 [N]; ascending within an expert, so the order is stable.
-        row_of_slot_TK: int64 [T, K]; the inverse; 0 for slots that are not kept.
+        row_of_kept_slot_N: int64 [N]; the inverse, by slot.
+        kept_before_slot: int64 [T * K + 1]; how many slots before it have a row; the last is N.
         tokens_per_expert_E: int64 [E]; rows of each expert, summing to N.
-        kept_TK: bool [T, K]; None keeps all.
+        top_k: K.
     """
 
     slot_of_row_N: Tensor
-    row_of_slot_TK: Tensor
+    row_of_kept_slot_N: Tensor
+    kept_before_slot: Tensor
     tokens_per_expert_E: Tensor
-    kept_TK: Tensor | None = None
+    top_k: int
 
     @property
     def token_of_row_N(self) -> Tensor:
         """int64 [N]: which token each row holds."""
-        top_k = self.row_of_slot_TK.shape[1]
-        return self.slot_of_row_N // top_k if top_k > 1 else self.slot_of_row_N
+        return self.slot_of_row_N // self.top_k if self.top_k > 1 else self.slot_of_row_N
 
     def of_slots(self) -> RowOrder:
         """The same order where each slot is a token by itself, [T * K, 1]."""
-        kept = None if self.kept_TK is None else self.kept_TK.view(-1, 1)
-        return RowOrder(self.slot_of_row_N, self.row_of_slot_TK.view(-1, 1), self.tokens_per_expert_E, kept)
+        return replace(self, top_k=1)
 
 
 def order_by_expert(
@@ -60,17 +60,19 @@ def order_by_expert(
     """
     ids = topk_expert_ids_TK.flatten()
     if kept_TK is None:
-        slot_of_row_N = _argsort(ids)
-        row_of_slot = torch.empty_like(slot_of_row_N)
+        slot_of_row_N = order_N = _argsort(ids)
+        kept_before_slot = torch.arange(len(ids) + 1, device=ids.device)
     else:
         kept = kept_TK.flatten()
         slots_N = (kept.nonzero() if num_kept is None else kept.nonzero_static(size=num_kept)).flatten()
         ids = ids[slots_N]
-        slot_of_row_N = slots_N[_argsort(ids)]
-        row_of_slot = torch.zeros(kept.shape, dtype=torch.int64, device=kept.device)
-    row_of_slot[slot_of_row_N] = torch.arange(len(slot_of_row_N), device=ids.device)
+        order_N = _argsort(ids)
+        slot_of_row_N = slots_N[order_N]
+        kept_before_slot = F.pad(kept.cumsum(0), (1, 0))
+    row_of_kept_slot_N = torch.empty_like(order_N)
+    row_of_kept_slot_N[order_N] = torch.arange(len(order_N), device=ids.device)
     counts_E = count_by_expert(ids, num_experts)
-    return RowOrder(slot_of_row_N, row_of_slot.view_as(topk_expert_ids_TK), counts_E, kept_TK)
+    return RowOrder(slot_of_row_N, row_of_kept_slot_N, kept_before_slot, counts_E, topk_expert_ids_TK.shape[1])
 
 
 def _argsort(ids: Tensor) -> Tensor:
@@ -110,9 +112,8 @@ def permute_reference(tokens_TD: Tensor, order: RowOrder) -> Tensor:
 
 def sum_rows_reference(rows_ND: Tensor, order: RowOrder) -> Tensor:
     """:func:`sum_rows` by plain indexing."""
-    if order.kept_TK is None:
-        return rows_ND[order.row_of_slot_TK].sum(dim=1)
-    return rows_ND.new_zeros(len(order.kept_TK), rows_ND.shape[1]).index_add(0, order.token_of_row_N, rows_ND)
+    num_tokens = (len(order.kept_before_slot) - 1) // order.top_k
+    return rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add(0, order.token_of_row_N, rows_ND)
 
 
 class _Permute(Function):
@@ -142,8 +143,8 @@ class _SumRows(Function):
 
 
 def _sum_of_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
-    """[N, D] -> [T, D]; an absent slot reads row 0, with weight 0."""
+    """[N, D] -> [T, D]."""
+    first_of_token = order.kept_before_slot[:: order.top_k].contiguous()
     if not len(rows_ND):
-        return rows_ND.new_zeros(len(order.row_of_slot_TK), rows_ND.shape[1])
-    weights_TK = None if order.kept_TK is None else order.kept_TK.to(rows_ND.dtype)
-    return F.embedding_bag(order.row_of_slot_TK, rows_ND, mode="sum", per_sample_weights=weights_TK)
+        return rows_ND.new_zeros(len(first_of_token) - 1, rows_ND.shape[1])
+    return F.embedding_bag(order.row_of_kept_slot_N, rows_ND, first_of_token, mode="sum", include_last_offset=True)
