@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.harness import RESULTS, ROOT, replace_table
 
 WAYS = {
     "none": ["model.moe.balance.aux_loss_weight=0"],
@@ -31,7 +31,6 @@ SEEDS = (17, 18, 19)
 LAST_STEPS = 50
 RECORD = RESULTS / "studies" / "balance.json"
 PLOT, PAGE = ROOT.parent / "docs" / "balance.png", ROOT.parent / "docs" / "balance.md"
-MARKS = ("<!-- table: benchmarks/balance.py -->\n", "<!-- end of table -->")
 VIOLATION, HELD_OUT = "moe/max_violation", "metrics/eval/LanguageCrossEntropy"
 
 
@@ -47,8 +46,7 @@ def main() -> None:
         RECORD.write_text(json.dumps(runs, indent=1) + "\n")
     runs = json.loads(RECORD.read_text())
     plot(runs)
-    before, rest = PAGE.read_text().split(MARKS[0])
-    PAGE.write_text(before + MARKS[0] + table(runs) + MARKS[1] + rest.split(MARKS[1])[1])
+    replace_table(PAGE, "benchmarks/balance.py", table(runs))
 
 
 def train(way: str, seed: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from benchmarks.fp8_tensors import FACTORS, LONG, TENSORS, accuracies, breaks, observe, with_precision
-from benchmarks.harness import RESULTS, ROOT
+from benchmarks.harness import RESULTS, ROOT, replace_table
 from moefoundry.config import Recipe, load_recipe
 from moefoundry.data.loader import build_loader
 from moefoundry.model.transformer import MoETransformer
@@ -92,12 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 RECORD.write_text(json.dumps(sorted(runs, key=lambda run: run["seed"]), indent=1) + "\n")
     runs = json.loads(RECORD.read_text())
     plot(runs, DOCS)
-    page = (DOCS / "fp8.md").read_text()
     for name, table in tables(runs).items():
-        marks = f"<!-- table: fp8_study, {name} -->\n", "<!-- end of table -->"
-        before, rest = page.split(marks[0])
-        page = before + marks[0] + table + marks[1] + rest.split(marks[1], 1)[1]
-    (DOCS / "fp8.md").write_text(page)
+        replace_table(DOCS / "fp8.md", f"fp8_study, {name}", table)
 
 
 # ------------------------------------------------------------------------------------------------------------- one run

@@ -93,6 +93,13 @@ def in_turn(
     return seconds
 
 
+def replace_table(page: Path, name: str, table: str) -> None:
+    """Put a table where a page has ``<!-- table: NAME -->`` and ``<!-- end of table -->``."""
+    first, last = f"<!-- table: {name} -->\n", "<!-- end of table -->"
+    before, _, rest = page.read_text().partition(first)
+    page.write_text(before + first + table + last + rest.partition(last)[2])
+
+
 def machine(threads: int, allocator: str, device: str = "cpu") -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     import torch

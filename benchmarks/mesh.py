@@ -67,7 +67,7 @@ def _step(recipe: Recipe, mesh: MeshConfig, rounds: int) -> Comparison:
 def _measure(recipe: Recipe, mesh: MeshConfig, rounds: int) -> dict[str, list[float]]:
     """Seconds of a step of all ranks, and of the same global batch on rank 0 while the others wait."""
     from moefoundry.mesh import build_meshes, resolve_degrees
-    from moefoundry.model.transformer import MoETransformer
+    from moefoundry.model.transformer import MoETransformer, meta_model
     from moefoundry.parallel import materialize, parallelize
     from moefoundry.train import build_optimizer
 
@@ -76,8 +76,7 @@ def _measure(recipe: Recipe, mesh: MeshConfig, rounds: int) -> dict[str, list[fl
     batch = torch.randint(recipe.model.vocab_size, size, generator=torch.Generator().manual_seed(0))
 
     def trainer(sharded: bool) -> tuple[MoETransformer, torch.optim.Optimizer]:
-        with torch.device("meta"):
-            model = MoETransformer(recipe.model)
+        model = meta_model(recipe.model)
         parallelize(model, build_meshes(resolve_degrees(mesh, ranks), "cpu") if sharded else None, recipe.precision)
         materialize(model, "cpu", recipe.seed)
         return model, build_optimizer(model, OptimizerConfig())

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from moefoundry.config import AuxLossScope, ConfigError, Problem, load_recipe
 from moefoundry.model.targets import shifted_targets
-from moefoundry.model.transformer import CausalLMLosses, MoETransformer
+from moefoundry.model.transformer import CausalLMLosses, MoETransformer, meta_model
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 from moefoundry.parallel import materialize
 
@@ -109,8 +109,7 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
             key = "bias_update_rate" if balance.bias_update_rate else "aux_loss_scope"
             message = f"{getattr(balance, key)} needs moefoundry's own trainer: scripts/train.py"
             raise ConfigError([Problem(f"model.moe.balance.{key}", message)])
-        with torch.device("meta"):
-            transformer = MoETransformer(cfg)
+        transformer = meta_model(cfg)
         materialize(transformer, "cpu", seed)
         super().__init__(transformer)
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from moefoundry.config import ActivationCheckpointing, Fp8Recipe, PrecisionConfig
-from moefoundry.mesh import Meshes
+from moefoundry.mesh import MeshDegrees, Meshes
 from moefoundry.model.init import init_weights
 from moefoundry.model.mla import MultiHeadLatentAttention
 from moefoundry.model.transformer import Block, MoETransformer
@@ -37,6 +37,11 @@ PRODUCT_OPS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._grouped_m
 KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS
 """What ``selective`` keeps: products, attention and what ranks exchanged; norms, activations and reorders are
 recomputed."""
+
+
+def needs_mesh(degrees: MeshDegrees, precision: PrecisionConfig) -> bool:
+    """Whether there is anything for FSDP to do: to shard, or to cast."""
+    return degrees.world_size > 1 or mixed_precision(precision).param_dtype is not None
 
 
 def parallelize(

@@ -44,7 +44,6 @@ from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.run_dir import open_run, store_of
 from moefoundry.checkpoint.store import Retention
 from moefoundry.config import (
-    Compute,
     CosineWithWarmupConfig,
     LinearDecayWithWarmupConfig,
     LoaderConfig,
@@ -61,9 +60,9 @@ from moefoundry.data.tokenizer import check_vocabulary
 from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
 from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, by_mesh, limit_waiting, resolve_degrees
-from moefoundry.model.transformer import MoETransformer
+from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.optim import Bf16MomentsAdamW
-from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize, sum_between_copies
+from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, needs_mesh, parallelize, sum_between_copies
 from moefoundry.planning.describe import parameter_counts
 from moefoundry.precision import describe_fp8
 
@@ -171,7 +170,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
 def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
     """Join the process group and build the meshes; None where one plain process does."""
     degrees = degrees_of(recipe)
-    if degrees.world_size == 1 and recipe.precision.compute != Compute.bf16:
+    if not needs_mesh(degrees, recipe.precision):
         return None
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{recipe.run_dir}/nccl_trace_rank_")
@@ -205,8 +204,7 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     """The model for ``device``, sharded, on meta: what cannot be built is found before anything is written."""
     if recipe.precision.fp8.recipe is not None:
         describe_fp8(recipe.precision.fp8, device._device)
-    with torch.device("meta"):
-        model = MoETransformer(recipe.model)
+    model = meta_model(recipe.model)
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     return model
 

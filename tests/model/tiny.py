@@ -17,7 +17,7 @@ from moefoundry.config import (
     PrecisionConfig,
     RouterConfig,
 )
-from moefoundry.model.transformer import MoETransformer
+from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.parallel import materialize, parallelize
 
 VOCAB, WIDTH, FFN, EXPERT_WIDTH, EXPERTS = 61, 32, 48, 16, 4
@@ -61,11 +61,6 @@ def tiny_config(
             backend=ExpertBackend(backend),
         ),
     )
-
-
-def meta_model(cfg: ModelConfig) -> MoETransformer:
-    with torch.device("meta"):
-        return MoETransformer(cfg)
 
 
 def tiny_model(

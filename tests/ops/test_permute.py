@@ -55,7 +55,7 @@ def test_order_of_the_example_worked_out_by_hand() -> None:
     order = order_by_expert(HAND_IDS, num_experts=4)
     assert order.slot_of_row_N.tolist() == [1, 2, 0, 4, 3, 5]
     assert order.row_of_kept_slot_N.tolist() == [2, 0, 1, 4, 3, 5]
-    assert order.kept_before_slot.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert order.first_of_token.tolist() == [0, 2, 4, 6]
     assert order.token_of_row_N.tolist() == [0, 1, 0, 2, 1, 2]
     assert order.tokens_per_expert_E.tolist() == [2, 0, 2, 2]
 
@@ -138,6 +138,7 @@ def test_only_kept_slots_have_rows() -> None:
     assert known.slot_of_row_N.tolist() == counted.slot_of_row_N.tolist() == [1, 4, 5]
     assert known.row_of_kept_slot_N.tolist() == [0, 1, 2]
     assert known.kept_before_slot.tolist() == [0, 0, 1, 1, 1, 2, 3]
+    assert known.first_of_token.tolist() == [0, 1, 1, 3]
     assert known.tokens_per_expert_E.tolist() == [1, 0, 1, 1]
     rows = torch.tensor([[1.0], [2.0], [3.0]])
     assert sum_rows(rows, known).flatten().tolist() == [1, 0, 5]

@@ -38,13 +38,13 @@ from moefoundry.checkpoint.hf_files import (
 )
 from moefoundry.checkpoint.safetensors_io import SafetensorsReader, write_file, write_safetensors
 from moefoundry.checkpoint.store import STAGING_SUFFIX, find_checkpoint, using
-from moefoundry.checkpoint.tensor_map import Dtype, TensorMap, check_tensors, meta_model
+from moefoundry.checkpoint.tensor_map import Dtype, TensorMap, check_tensors
 from moefoundry.checkpoint.verify import verify_logits
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
 from moefoundry.config.spec import plain
 from moefoundry.config.yaml_reader import StrictDumper
 from moefoundry.model.families import FAMILIES, Family, family_for, family_of
-from moefoundry.model.transformer import MoETransformer
+from moefoundry.model.transformer import MoETransformer, meta_model
 
 RECIPE = "recipe.yaml"
 PREFIX = "model/model."

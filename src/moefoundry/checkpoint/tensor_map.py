@@ -20,7 +20,7 @@ from moefoundry.checkpoint.blocks import Block, TensorSpec, row_ranges
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.model.families.family import Family
 from moefoundry.model.families.pieces import Piece
-from moefoundry.model.transformer import MoETransformer
+from moefoundry.model.transformer import meta_model
 
 
 class Dtype(StrEnum):
@@ -42,12 +42,6 @@ class Source(Protocol):
     specs: dict[str, TensorSpec]
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor: ...
-
-
-def meta_model(cfg: ModelConfig) -> MoETransformer:
-    """The model without its values."""
-    with torch.device("meta"):
-        return MoETransformer(cfg)
 
 
 class TensorMap:

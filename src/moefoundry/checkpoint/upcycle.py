@@ -20,9 +20,10 @@ from torch import Tensor
 from moefoundry.checkpoint.blocks import Block, TensorSpec
 from moefoundry.checkpoint.convert import HfDirectory, Summary, open_hf, staged, write_recipe, write_weights
 from moefoundry.checkpoint.hf_files import TOKENIZER, copy_tokenizer, has_tokenizer
-from moefoundry.checkpoint.tensor_map import Dtype, meta_model
+from moefoundry.checkpoint.tensor_map import Dtype
 from moefoundry.config import ModelConfig, MoEConfig, RouterConfig, UserError
 from moefoundry.model.families.family import dense_layers, with_dense_layers
+from moefoundry.model.transformer import meta_model
 
 HIDDEN_DIM = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}  # of the dense FFN's weights
 

@@ -107,6 +107,12 @@ class OutputHead(nn.Linear):
         return round_gradient(nn.functional.linear(*operands), self.operand_dtype)
 
 
+def meta_model(cfg: ModelConfig) -> MoETransformer:
+    """The model without its values."""
+    with torch.device("meta"):
+        return MoETransformer(cfg)
+
+
 class MoETransformer(nn.Module):
     """``model(input_ids)`` gives logits; ``model(input_ids, labels)`` gives losses.
 

@@ -26,21 +26,29 @@ class RowOrder:
     Attributes:
         slot_of_row_N: int64 [N]; ascending within an expert, so the order is stable.
         row_of_kept_slot_N: int64 [N]; the inverse, by slot.
-        kept_before_slot: int64 [T * K + 1]; how many slots before it have a row; the last is N.
         tokens_per_expert_E: int64 [E]; rows of each expert, summing to N.
         top_k: K.
+        kept_before_slot: int64 [T * K + 1]; how many slots before it have a row, the last is N. None: all have one.
     """
 
     slot_of_row_N: Tensor
     row_of_kept_slot_N: Tensor
-    kept_before_slot: Tensor
     tokens_per_expert_E: Tensor
     top_k: int
+    kept_before_slot: Tensor | None = None
 
     @property
     def token_of_row_N(self) -> Tensor:
         """int64 [N]: which token each row holds."""
         return self.slot_of_row_N // self.top_k if self.top_k > 1 else self.slot_of_row_N
+
+    @property
+    def first_of_token(self) -> Tensor:
+        """int64 [T + 1]: where each token begins in ``row_of_kept_slot_N``, and where the last ends."""
+        if self.kept_before_slot is None:
+            num_slots, device = len(self.slot_of_row_N), self.slot_of_row_N.device
+            return torch.arange(0, num_slots + 1, self.top_k, device=device)
+        return self.kept_before_slot[:: self.top_k].contiguous()
 
     def of_slots(self) -> RowOrder:
         """The same order where each slot is a token by itself, [T * K, 1]."""
@@ -61,7 +69,7 @@ def order_by_expert(
     ids = topk_expert_ids_TK.flatten()
     if kept_TK is None:
         slot_of_row_N = order_N = _argsort(ids)
-        kept_before_slot = torch.arange(len(ids) + 1, device=ids.device)
+        kept_before_slot = None
     else:
         kept = kept_TK.flatten()
         slots_N = (kept.nonzero() if num_kept is None else kept.nonzero_static(size=num_kept)).flatten()
@@ -72,7 +80,7 @@ def order_by_expert(
     row_of_kept_slot_N = torch.empty_like(order_N)
     row_of_kept_slot_N[order_N] = torch.arange(len(order_N), device=ids.device)
     counts_E = count_by_expert(ids, num_experts)
-    return RowOrder(slot_of_row_N, row_of_kept_slot_N, kept_before_slot, counts_E, topk_expert_ids_TK.shape[1])
+    return RowOrder(slot_of_row_N, row_of_kept_slot_N, counts_E, topk_expert_ids_TK.shape[1], kept_before_slot)
 
 
 def _argsort(ids: Tensor) -> Tensor:
@@ -112,7 +120,7 @@ def permute_reference(tokens_TD: Tensor, order: RowOrder) -> Tensor:
 
 def sum_rows_reference(rows_ND: Tensor, order: RowOrder) -> Tensor:
     """:func:`sum_rows` by plain indexing."""
-    num_tokens = (len(order.kept_before_slot) - 1) // order.top_k
+    num_tokens = len(order.first_of_token) - 1
     return rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add(0, order.token_of_row_N, rows_ND)
 
 
@@ -144,7 +152,7 @@ class _SumRows(Function):
 
 def _sum_of_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
     """[N, D] -> [T, D]."""
-    first_of_token = order.kept_before_slot[:: order.top_k].contiguous()
+    first_of_token = order.first_of_token
     if not len(rows_ND):
         return rows_ND.new_zeros(len(first_of_token) - 1, rows_ND.shape[1])
     return F.embedding_bag(order.row_of_kept_slot_N, rows_ND, first_of_token, mode="sum", include_last_offset=True)

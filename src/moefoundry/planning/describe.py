@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from moefoundry.config import ModelConfig
-from moefoundry.model.transformer import MoETransformer
+from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.layer import MoELayer
 
 
@@ -36,8 +34,7 @@ class ParameterCounts:
 
 def count_parameters(cfg: ModelConfig) -> ParameterCounts:
     """Count the parameters of the model that ``cfg`` declares."""
-    with torch.device("meta"):
-        return parameter_counts(MoETransformer(cfg))
+    return parameter_counts(meta_model(cfg))
 
 
 def parameter_counts(model: MoETransformer) -> ParameterCounts:

@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
-from moefoundry.config import Compute, Recipe
+from moefoundry.config import Recipe
 from moefoundry.mesh import MeshDegrees, build_meshes, resolve_degrees
-from moefoundry.model.transformer import MoETransformer
-from moefoundry.parallel import parallelize
+from moefoundry.model.transformer import MoETransformer, meta_model
+from moefoundry.parallel import needs_mesh, parallelize
 from moefoundry.planning.describe import ParameterCounts, parameter_counts
 from moefoundry.planning.memory import Memory, memory
 from moefoundry.planning.traffic import Traffic, step_traffic
@@ -104,9 +102,7 @@ def micro_batches(recipe: Recipe, world_size: int) -> list[int]:
 
 def build_sharded(recipe: Recipe, degrees: MeshDegrees) -> MoETransformer:
     """The model on meta, as ``train.build_model`` shards it; on one rank that computes in fp32 it stays as it is."""
-    with torch.device("meta"):
-        model = MoETransformer(recipe.model)
-    unsharded = degrees.world_size == 1 and recipe.precision.compute != Compute.bf16
-    meshes = None if unsharded else build_meshes(degrees, "cpu")
+    model = meta_model(recipe.model)
+    meshes = build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
     return model
