@@ -1,7 +1,7 @@
 """The router against transformers' routing and its own formulas, token by token."""
 
 import math
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from moefoundry.config import Assignment, BalanceConfig, MoEConfig, RouterConfig, ScoreFunction
-from moefoundry.moe.router import Router
+from moefoundry.moe.router import Router, deal_in_turn
 from tests.model.tiny import batch, gradients, tiny_config, tiny_model
 
 T, D, E = 50, 16, 8
@@ -297,3 +297,55 @@ def test_uniform_assignment_deals_experts_in_turn() -> None:
     assert counts.max() - counts.min() <= 1
     chosen = routing.scores.gather(1, routing.topk_expert_ids)
     torch.testing.assert_close(routing.topk_weights, chosen / chosen.sum(dim=1, keepdim=True))
+
+
+def dealt(num_tokens: int, top_k: int, num_experts: int, groups: int, kept: int) -> Tensor:
+    cfg = RouterConfig(num_groups=groups, top_k_groups=kept)
+    return deal_in_turn(num_tokens, top_k, num_experts, cfg, torch.device("cpu"))
+
+
+def counted_experts(ids_TK: Tensor, num_experts: int) -> list[int]:
+    return ids_TK.flatten().bincount(minlength=num_experts).tolist()
+
+
+@pytest.mark.parametrize(("groups", "size"), [(1, 12), (3, 4), (4, 3), (6, 2), (12, 1)])
+def test_uniform_assignment_keeps_to_the_groups_of_a_token_and_evens_out(groups: int, size: int) -> None:
+    for kept, top_k in product(range(1, groups + 1), range(1, 13)):
+        if top_k > kept * size:
+            continue
+        period = 12 // math.gcd(size, top_k)
+        ids_TK = dealt(period, top_k, 12, groups, kept)
+        assert counted_experts(ids_TK, 12) == [period * top_k // 12] * 12
+        for ids in ids_TK.tolist():
+            assert len(set(ids)) == top_k
+            assert len({expert // size for expert in ids}) == min(kept, top_k)
+        assert torch.equal(dealt(2 * period, top_k, 12, groups, kept), ids_TK.repeat(2, 1))
+
+
+def distinct(ids_TK: Tensor, experts_of_one: int) -> list[int]:
+    """On how many nodes or ranks each token's experts lie."""
+    return [len(set(places)) for places in (ids_TK // experts_of_one).tolist()]
+
+
+def test_uniform_assignment_meets_as_many_nodes_and_ranks_as_the_router_of_deepseek_v3() -> None:
+    """On 8 nodes of 8 ranks of 4 experts. Dealt, each of a token's 4 groups has 2 of its experts. Scored, it may have
+    more or none, so that nodes and ranks are a few percent fewer."""
+    sizes = {"num_experts": 256, "top_k": 8}
+    cfg = RouterConfig(score_function=ScoreFunction.sigmoid, num_groups=8, top_k_groups=4)
+    scored = Router(256, MoEConfig(router=cfg, **sizes))
+    torch.nn.init.eye_(scored.gate.weight)  # logits are the inputs
+    scores_TE = torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
+    scored_TK, dealt_TK = scored(scores_TE).topk_expert_ids, dealt(2000, 8, 256, 8, 4)
+    assert set(distinct(dealt_TK, 32)) == {4}
+    assert max(distinct(scored_TK, 32)) == 4
+    for experts_of_one, tolerance in ((64, 0.05), (32, 0.02), (4, 0.03)):  # nodes of 16 ranks, nodes of 8, ranks
+        means = [sum(distinct(ids_TK, experts_of_one)) / 2000 for ids_TK in (dealt_TK, scored_TK)]
+        assert means[0] == pytest.approx(means[1], rel=tolerance), experts_of_one
+    assert len({tuple(sorted(set(ids))) for ids in (dealt_TK // 32).tolist()}) > 8, "the same groups again and again"
+
+
+def test_uniform_assignment_of_a_router_with_groups() -> None:
+    module = wide_router(None, **V3, assignment=Assignment.uniform)
+    routing = module(many_tokens()[:16])
+    assert torch.equal(routing.topk_expert_ids, dealt(16, CHOICES, WIDE, GROUPS, KEPT_GROUPS))
+    assert counted_experts(routing.topk_expert_ids, WIDE) == [4] * WIDE

@@ -137,7 +137,6 @@ def test_only_kept_slots_have_rows() -> None:
     known, counted = (order_by_expert(HAND_IDS, 4, kept, num_kept) for num_kept in (3, None))
     assert known.slot_of_row_N.tolist() == counted.slot_of_row_N.tolist() == [1, 4, 5]
     assert known.row_of_kept_slot_N.tolist() == [0, 1, 2]
-    assert known.kept_before_slot.tolist() == [0, 0, 1, 1, 1, 2, 3]
     assert known.first_of_token.tolist() == [0, 1, 1, 3]
     assert known.tokens_per_expert_E.tolist() == [1, 0, 1, 1]
     rows = torch.tensor([[1.0], [2.0], [3.0]])

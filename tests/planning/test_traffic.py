@@ -90,6 +90,22 @@ def test_experts_on_several_nodes_are_reached_in_two_hops():
     check([recipe_of((1, 4, 4), mode) for mode in MODES], gpus_per_node=2)
 
 
+def test_tokens_of_limited_groups_reach_fewer_nodes_and_ranks():
+    """Four groups are the ranks, two are the nodes."""
+    free = recipe_of((1, 4, 4), MODES[-1])
+    two_of_four, one_of_two = (
+        recipe_of((1, 4, 4), MODES[-1], f"model.moe.router={{assignment: uniform, {groups}}}")
+        for groups in ("num_groups: 4, top_k_groups: 2", "num_groups: 2, top_k_groups: 1")
+    )
+    check([two_of_four, one_of_two], gpus_per_node=2)
+    sent = [
+        {entry.axis: entry.sent for entry in make_plan(recipe, 4, 2).traffic if entry.collective == "all_to_all"}
+        for recipe in (free, two_of_four, one_of_two)
+    ]
+    assert sent[0]["expert_node"] > sent[1]["expert_node"] > sent[2]["expert_node"]
+    assert sent[0]["expert_place"] > max(sent[1]["expert_place"], sent[2]["expert_place"])
+
+
 def test_bf16_halves_what_is_gathered_and_exchanged_but_not_what_is_reduced():
     narrow, wide = (recipe_of((1, 4, 2), f"precision.compute={compute}") for compute in ("bf16", "fp32"))
     check([narrow])

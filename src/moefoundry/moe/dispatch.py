@@ -202,39 +202,35 @@ def depart(tokens: Tokens, num_experts: int, splits: Splits) -> tuple[Hop, Calla
         num_experts: That the group has together, each rank as many as the others.
         splits: As the group agreed on them.
     """
-    local = num_experts // splits.group.size()
-    ranks_TK = first_visits(tokens.expert_ids_TK // local)
-    order = order_by_expert(ranks_TK, splits.group.size(), ranks_TK >= 0, sum(splits.send))
-    rank_P = ranks_TK.flatten()[order.slot_of_row_N]
-    ids_PK = tokens.expert_ids_TK[order.token_of_row_N] - (rank_P * local).unsqueeze(1)
-    ids_PK = ids_PK.where((ids_PK >= 0) & (ids_PK < local), -1)
+    ranks, local = splits.group.size(), num_experts // splits.group.size()
+    visits_TG = visits(tokens.expert_ids_TK // local, ranks)
+    ranks_TG = torch.arange(ranks, device=visits_TG.device).expand_as(visits_TG)
+    order = order_by_expert(ranks_TG, ranks, visits_TG, sum(splits.send))
     # one exchange for both: fp32 holds an expert's number exactly
     dtype = torch.promote_types(tokens.weights_TK.dtype, torch.float32)
-    slots = torch.cat([permute(tokens.weights_TK.to(dtype), order), ids_PK.to(dtype)], dim=1)
-    slots_under_way = start_all_to_all(slots, splits)
+    slots_T2K = torch.cat([tokens.weights_TK.to(dtype), tokens.expert_ids_TK.to(dtype)], dim=1)
+    slots_under_way = start_all_to_all(permute(slots_T2K, order), splits)
     rows_under_way = start_all_to_all(permute(tokens.rows_TD, order), splits)
 
     def land() -> Tokens:
         weights_PK, ids_PK = finish_all_to_all(slots_under_way).chunk(2, dim=1)
-        return Tokens(finish_all_to_all(rows_under_way), ids_PK.long(), weights_PK)
+        ids_PK = ids_PK.long() - splits.group.rank() * local
+        ids_PK = ids_PK.where((ids_PK >= 0) & (ids_PK < local), -1)
+        return Tokens(finish_all_to_all(rows_under_way), ids_PK, weights_PK)
 
     return Hop(order, splits), land
 
 
-def first_visits(places_TK: Tensor) -> Tensor:
-    """A place that an earlier choice of the token has named already becomes -1."""
-    named_TKK = (places_TK.unsqueeze(2) == places_TK.unsqueeze(1)).tril(-1)
-    return places_TK.where(~named_TKK.any(dim=2), -1)
+def visits(places_TK: Tensor, num_places: int) -> Tensor:
+    """bool [T, num_places]: where each token has a slot; -1 is nowhere."""
+    visited = torch.zeros(len(places_TK), num_places + 1, dtype=torch.bool, device=places_TK.device)
+    return visited.scatter_(1, places_TK.remainder(num_places + 1), True)[:, :-1]  # -1 becomes the last
 
 
 def pairs_and_slots(expert_ids_TK: Tensor, num_experts: int, num_places: int) -> tuple[Tensor, Tensor]:
     """Tokens that have an expert at each place, and how many slots they have there; both int64 [num_places]."""
     places_TK = expert_ids_TK // (num_experts // num_places)
-    visits_TK = first_visits(places_TK)
-    return (
-        count_by_expert(visits_TK, num_places, visits_TK >= 0),
-        count_by_expert(places_TK, num_places, places_TK >= 0),
-    )
+    return visits(places_TK, num_places).sum(dim=0), count_by_expert(places_TK, num_places, places_TK >= 0)
 
 
 def spread(rows_T: Tensor, metadata: DispatchMetadata) -> Tensor:

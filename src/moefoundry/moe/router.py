@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import Assignment, MoEConfig, ScoreFunction
+from moefoundry.config import Assignment, MoEConfig, RouterConfig, ScoreFunction
 from moefoundry.ops.permute import count_by_expert
 from moefoundry.ops.wide_linear import wide_linear, widened
 
@@ -75,7 +75,7 @@ class Router(nn.Module):
     def _choose(self, scores_TE: Tensor) -> Tensor:
         """int64 [T, K]: the experts of each token."""
         if self.cfg.assignment == Assignment.uniform:
-            return deal_in_turn(len(scores_TE), self.top_k, scores_TE.shape[1], scores_TE.device)
+            return deal_in_turn(len(scores_TE), self.top_k, scores_TE.shape[1], self.cfg, scores_TE.device)
         if self.expert_bias is not None:
             scores_TE = scores_TE + self.expert_bias
         if self.cfg.num_groups > 1:
@@ -101,16 +101,34 @@ def keep_best_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best
     return scores_TGM.masked_fill(left_out_TG.unsqueeze(-1), -math.inf).flatten(1)
 
 
-def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> Tensor:
-    """int64 [T, K]: slot ``n = t * K + k`` goes to expert number ``n % E`` of a fixed shuffle; perfect balance, for
-    benchmarks. Shuffled, so that a token's experts lie on as many ranks as a router's would."""
-    slots_N = torch.arange(num_tokens * top_k, device=device)
-    return _shuffled_experts(num_experts, device)[slots_N % num_experts].view(num_tokens, top_k)
+def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, cfg: RouterConfig, device: torch.device) -> Tensor:
+    """int64 [T, K]: experts whatever the scores, for benchmarks; all are even after every ``E / gcd(E / G, K)`` tokens.
+
+    A token's experts come from ``top_k_groups`` of the G groups, equally many from each if that divides K. The order of
+    groups, and of the experts in each, is a fixed shuffle, so that a token's experts lie on about as many nodes and
+    ranks as a router's would. Without groups, slot ``n = t * K + k`` goes to expert number ``n % E`` of the shuffle.
+    """
+    dealt_PK = _dealt_once(top_k, num_experts, cfg.num_groups, cfg.top_k_groups, device)
+    return dealt_PK[torch.arange(num_tokens, device=device) % len(dealt_PK)]
 
 
 @cache
-def _shuffled_experts(num_experts: int, device: torch.device) -> Tensor:
-    return torch.randperm(num_experts, generator=torch.Generator().manual_seed(0)).to(device)
+def _dealt_once(top_k: int, num_experts: int, num_groups: int, top_k_groups: int, device: torch.device) -> Tensor:
+    """int64 [P, K]: what is dealt to P tokens before it repeats.
+
+    In a round of G tokens, every group comes up once for each slot k. So its experts come up in turn if slot k of round
+    r takes number ``r * K + k`` of them.
+    """
+    group_size = num_experts // num_groups
+    rounds = group_size // math.gcd(group_size, top_k)
+    draw = torch.Generator().manual_seed(0)
+    members_GM = torch.stack([torch.randperm(group_size, generator=draw) for _ in range(num_groups)])
+    groups_RG = torch.stack([torch.randperm(num_groups, generator=draw) for _ in range(rounds)])
+    token_P1, slot_K = torch.arange(rounds * num_groups).unsqueeze(1), torch.arange(top_k)
+    round_P1 = token_P1 // num_groups
+    group_PK = groups_RG[round_P1, (token_P1 + slot_K * top_k_groups // top_k) % num_groups]
+    member_PK = members_GM[group_PK, (round_P1 * top_k + slot_K) % group_size]
+    return (group_PK * group_size + member_PK).to(device)
 
 
 def within_capacity(scores_TE: Tensor, topk_expert_ids_TK: Tensor, capacity_factor: float) -> Tensor:

@@ -9,7 +9,7 @@ are not kept (capacity, or another node's experts) have no row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,33 +26,21 @@ class RowOrder:
     Attributes:
         slot_of_row_N: int64 [N]; ascending within an expert, so the order is stable.
         row_of_kept_slot_N: int64 [N]; the inverse, by slot.
+        first_of_token: int64 [T + 1]; where each token begins in it; the last is N.
         tokens_per_expert_E: int64 [E]; rows of each expert, summing to N.
         top_k: K.
-        kept_before_slot: int64 [T * K + 1]; how many slots before it have a row, the last is N. None: all have one.
     """
 
     slot_of_row_N: Tensor
     row_of_kept_slot_N: Tensor
+    first_of_token: Tensor
     tokens_per_expert_E: Tensor
     top_k: int
-    kept_before_slot: Tensor | None = None
 
     @property
     def token_of_row_N(self) -> Tensor:
         """int64 [N]: which token each row holds."""
         return self.slot_of_row_N // self.top_k if self.top_k > 1 else self.slot_of_row_N
-
-    @property
-    def first_of_token(self) -> Tensor:
-        """int64 [T + 1]: where each token begins in ``row_of_kept_slot_N``, and where the last ends."""
-        if self.kept_before_slot is None:
-            num_slots, device = len(self.slot_of_row_N), self.slot_of_row_N.device
-            return torch.arange(0, num_slots + 1, self.top_k, device=device)
-        return self.kept_before_slot[:: self.top_k].contiguous()
-
-    def of_slots(self) -> RowOrder:
-        """The same order where each slot is a token by itself, [T * K, 1]."""
-        return replace(self, top_k=1)
 
 
 def order_by_expert(
@@ -66,21 +54,21 @@ def order_by_expert(
         kept_TK: bool [T, K]; slots that get a row. None keeps all.
         num_kept: How many these are, where the host knows; else it waits for the device to tell.
     """
-    ids = topk_expert_ids_TK.flatten()
+    ids, top_k = topk_expert_ids_TK.flatten(), topk_expert_ids_TK.shape[1]
     if kept_TK is None:
         slot_of_row_N = order_N = _argsort(ids)
-        kept_before_slot = None
+        first_of_token = torch.arange(0, len(ids) + 1, top_k, device=ids.device)
     else:
         kept = kept_TK.flatten()
         slots_N = (kept.nonzero() if num_kept is None else kept.nonzero_static(size=num_kept)).flatten()
         ids = ids[slots_N]
         order_N = _argsort(ids)
         slot_of_row_N = slots_N[order_N]
-        kept_before_slot = F.pad(kept.cumsum(0), (1, 0))
+        first_of_token = F.pad(kept_TK.sum(dim=1).cumsum(0), (1, 0))
     row_of_kept_slot_N = torch.empty_like(order_N)
     row_of_kept_slot_N[order_N] = torch.arange(len(order_N), device=ids.device)
     counts_E = count_by_expert(ids, num_experts)
-    return RowOrder(slot_of_row_N, row_of_kept_slot_N, counts_E, topk_expert_ids_TK.shape[1], kept_before_slot)
+    return RowOrder(slot_of_row_N, row_of_kept_slot_N, first_of_token, counts_E, top_k)
 
 
 def _argsort(ids: Tensor) -> Tensor:
@@ -110,7 +98,7 @@ def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
 
 def permute_slots(values_TK: Tensor, order: RowOrder) -> Tensor:
     """[T, K] -> [N]: what belongs to each row."""
-    return permute(values_TK.reshape(-1, 1), order.of_slots()).squeeze(1)
+    return values_TK.flatten().index_select(0, order.slot_of_row_N)
 
 
 def permute_reference(tokens_TD: Tensor, order: RowOrder) -> Tensor:
@@ -152,7 +140,7 @@ class _SumRows(Function):
 
 def _sum_of_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
     """[N, D] -> [T, D]."""
-    first_of_token = order.first_of_token
     if not len(rows_ND):
-        return rows_ND.new_zeros(len(first_of_token) - 1, rows_ND.shape[1])
-    return F.embedding_bag(order.row_of_kept_slot_N, rows_ND, first_of_token, mode="sum", include_last_offset=True)
+        return rows_ND.new_zeros(len(order.first_of_token) - 1, rows_ND.shape[1])
+    rows_by_token, first = order.row_of_kept_slot_N, order.first_of_token
+    return F.embedding_bag(rows_by_token, rows_ND, first, mode="sum", include_last_offset=True)

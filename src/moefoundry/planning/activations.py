@@ -28,7 +28,8 @@ from moefoundry.config import ActivationCheckpointing, GqaConfig, MlaConfig, Mod
 FP32 = 4
 E4M3_ROW, E5M6_ROW = 129 / 128, 193 / 128
 ORDER_BYTES = 16
-"""Of a slot: its row, and the row's slot. They belong to no operation, and checkpointing leaves them."""
+"""Of a slot: its row, and the row's slot. They belong to no operation, and checkpointing leaves them; so with 8 bytes
+of a token, the first of its slots."""
 INDEX_BYTES = 36
 """Of a slot: those, its expert and its weight, and the row's weight."""
 
@@ -131,8 +132,8 @@ def _moe(cfg: ModelConfig, c: int, exchanged: bool, fp8: bool) -> Kept:
     row = _dense(width, hidden, c, fp8).all + INDEX_BYTES
     row_products = moe.top_k * c * (width + 2 * hidden + (2 * width if exchanged else 0))
     return Kept(
-        shared.all + 2 * FP32 * moe.num_experts + moe.top_k * row,
+        shared.all + 2 * FP32 * moe.num_experts + moe.top_k * row + 8,
         (shared.products if moe.num_shared_experts else 0) + FP32 * moe.num_experts + row_products,
         max(shared.gradients, 2 * c * moe.top_k * (width + hidden)),
-        moe.top_k * ORDER_BYTES * (2 if exchanged else 1),
+        (moe.top_k * ORDER_BYTES + 8) * (2 if exchanged else 1),
     )

@@ -2,8 +2,8 @@
 
 Counted are the bytes that rank 0 sends to others: of an all-gather its shard to each of the n - 1, of a reduce-scatter
 the shards of the n - 1, of an all-reduce both of these on one n-th of the buffer, of an all-to-all the rows for the
-n - 1. Experts are dealt in turn (``router.assignment: uniform``), and a token goes once to a rank that has several of
-its experts. Left out are metrics and the gradient norm, a few kB.
+n - 1. Experts are dealt in turn, from ``router.top_k_groups`` groups to a token (``router.assignment: uniform``), and a
+token goes once to a rank that has several of its experts. Left out are metrics and the gradient norm, a few kB.
 
 FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
 reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows go to the experts and back,
@@ -146,7 +146,7 @@ class Routed:
 def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
     """Route ``tokens`` tokens."""
     moe, dtype = recipe.model.moe, compute_dtype(recipe.precision)
-    ids_TK = deal_in_turn(tokens, moe.top_k, moe.num_experts, torch.device("cpu"))
+    ids_TK = deal_in_turn(tokens, moe.top_k, moe.num_experts, moe.router, torch.device("cpu"))
 
     def pairs(places: int) -> list[int]:
         place_TK = ids_TK // (moe.num_experts // places)
