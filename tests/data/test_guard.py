@@ -8,12 +8,16 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import count
+from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from streaming.base.storage.download import LocalDownloader
 
 from moefoundry.config import DataError, LoaderConfig, Recipe, UserError
@@ -285,6 +289,76 @@ def test_row16_shared_memory_of_a_living_run_stays(corpus: Path, tmp_path: Path)
     before, after, outcome = run_distributed(start_beside, 1, config, False, True)[0]
     assert before <= after
     assert str(outcome).startswith(f"UserError: {tmp_path}/cache/train: the cache of another run on this machine;")
+
+
+def meet(place: Path) -> bool:
+    """Wait for another process at ``place``; whether one came."""
+    own = place / str(os.getpid())
+    place.mkdir(exist_ok=True)
+    own.touch()
+    until = time.monotonic() + 0.2
+    while not (met := len(list(place.iterdir())) > 1) and time.monotonic() < until:
+        time.sleep(0.005)
+    own.unlink()
+    return met
+
+
+def start_as_two_runs(configs: list[LoaderConfig], places: Path) -> tuple[int | str, set[str]]:
+    """Each rank is a run of its own; its number or message, and where it could meet the other one."""
+    config = configs[dist.get_rank()]
+    dist.barrier()
+    dist.destroy_process_group()
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    met = set()
+    remove, make = guard.remove_stale_segments, BuiltinSharedMemory.__init__
+
+    def removing() -> None:
+        if meet(places / "removal"):
+            met.add("removal")
+        remove()
+
+    def making(self: BuiltinSharedMemory, name: str, create: bool = False, size: int = 0) -> None:
+        if create and name.endswith("_locals") and meet(places / "choice"):
+            met.add("choice")
+        make(self, name, create, size)
+
+    guard.remove_stale_segments, BuiltinSharedMemory.__init__ = removing, making
+    try:
+        return build_loader(config, batch_size=2, model_vocab_size=VOCAB).dataset._shm_prefix_int, met
+    except (OSError, UserError) as error:
+        return f"{type(error).__name__}: {error}", met
+
+
+def test_row16_runs_that_start_at_once_take_different_numbers(corpus: Path, tmp_path: Path) -> None:
+    configs = [config_of(tmp_path / name, remote=str(corpus)) for name in ("first", "second")]
+    (first, first_met), (second, second_met) = run_distributed(start_as_two_runs, 2, configs, tmp_path)
+    assert {type(first), type(second)} == {int}, (first, second)
+    assert first != second
+    assert not first_met | second_met
+
+
+def start_with_another_view(config: LoaderConfig) -> tuple[int, int]:
+    """The first number that this rank sees free, and the one of its segments."""
+    from streaming.base.shared import prefix
+
+    first = next(prefix._each_prefix_int()) + dist.get_rank()  # on rank 1, as if a run had ended since rank 0 looked
+    prefix._each_prefix_int = lambda: count(first)
+    return first, build_loader(config, batch_size=2, model_vocab_size=VOCAB).dataset._shm_prefix_int
+
+
+def test_row16_ranks_agree_on_a_number_while_other_runs_come_and_go(corpus: Path) -> None:
+    (first, number), (other, same) = run_distributed(start_with_another_view, 2, config_of(corpus))
+    assert (number, same) == (first, first)
+    assert other != first
+
+
+def test_row16_a_number_that_any_name_begins_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SEGMENTS", tmp_path / "segments")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "segments").mkdir()
+    for name in ("segments/000003_locals", "segments/000004_moefoundry", "000005_cache_filelock", "segments/000007_x"):
+        (tmp_path / name).touch()
+    assert [guard._free_number(first) for first in (2, 3, 5, 7)] == [2, 6, 6, 8]
 
 
 def test_row16_only_what_no_process_holds_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

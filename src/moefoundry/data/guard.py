@@ -13,6 +13,9 @@ What the library (0.13) does by itself, and what is done about it here:
 - A cached index is never compared with the remote one. Here it is, at the start.
 - Segments of shared memory that a killed run has left make its cache "in use" for ever. Here a run that starts removes
   those of dead runs of this program (:func:`remove_stale_segments`).
+- Every rank looks for itself which number is free for the segments, so runs that start at once take the same, and one
+  that ends meanwhile leaves the ranks of another with different ones. Here the node's leader alone looks, and takes the
+  number, while no other process of the machine may (:meth:`GuardedDataset._register`).
 
 A process that dies while it prepares a shard is not noticed here: its rank's DataLoader notices a dead worker, and
 launchers end every rank when one ends.
@@ -27,6 +30,8 @@ import uuid
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -34,11 +39,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
-from streaming.base.constant import SHM_TO_CLEAN
+from streaming.base import dataset as library
+from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import all_gather_object, barrier
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.hashing import get_hash, is_hash
+from streaming.base.shared import SharedMemory
+from streaming.base.shared.prefix import _check_and_find_retrying, _get_path, _pack_locals
 from streaming.base.world import World
 
 from moefoundry.config.errors import DataError, UserError
@@ -188,8 +196,31 @@ def _segments_directory() -> Path:
     return SEGMENTS if SEGMENTS.is_dir() else Path(gettempdir())
 
 
+@contextmanager
+def _sole_starter() -> Iterator[None]:
+    """One process of the machine at a time is in here, whoever's it is.
+
+    The lock is one of the directory itself, which every user may open; a file for it could belong to another. Nothing
+    collective may happen inside: of two jobs that share two nodes, each could hold what the other waits for.
+    """
+    directory = os.open(_segments_directory(), os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(directory, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
+        os.close(directory)
+
+
+def _free_number(first: int) -> int:
+    """The first number that begins no name, neither of a segment or a flag nor of the library's lock files."""
+    directories = {_segments_directory(), Path(gettempdir())}
+    taken = {path.name.partition("_")[0] for directory in directories for path in directory.glob("[0-9]*_*")}
+    return next(number for number in count(first) if f"{number:06}" not in taken)
+
+
 def remove_stale_segments() -> None:
-    """Remove the shared memory of dead runs of this program; one process of a node calls it.
+    """Remove the shared memory of dead runs of this program.
 
     A run's segments are told by the file of its :class:`NodeFailure`, whose lock the kernel drops when the process
     dies, however it dies. Segments without such a file are of other programs, or of another user, and stay.
@@ -221,10 +252,7 @@ class GuardedDataset(StreamingDataset):
     """
 
     def __init__(self, stream: CheckedStream, **options: Any) -> None:
-        leader = World.detect().is_local_leader
-        if leader:
-            remove_stale_segments()
-        barrier()
+        original, library.get_shm_prefix = library.get_shm_prefix, self._register
         try:
             super().__init__(streams=[stream], **options)
         except ValueError as error:
@@ -234,16 +262,54 @@ class GuardedDataset(StreamingDataset):
                 f"{stream.directory}: the cache of another run on this machine; choose another dataset.local "
                 "(if no other run is alive, another program has left /dev/shm/*_locals: remove it)"
             ) from error
-        path = _segments_directory() / f"{self._shm_prefix_int:06}_{MARKER}"
-        if leader:
+        finally:
+            library.get_shm_prefix = original
+        if self._unique_rank_world.is_local_leader:
             self._shard_states.numpy()[:] = _ShardState.REMOTE  # whoever needs a shard first prepares, so checks, it
-            failure = NodeFailure.create(path)
-            barrier()
-        else:
-            barrier()
-            failure = NodeFailure(path)
-        self._event: Any = failure
+        barrier()
         self._expected = 0
+
+    def _register(
+        self, local: list[str], remote: list[str | None], world: World, retry: int = 100
+    ) -> tuple[int, SharedMemory]:
+        """What ``StreamingDataset`` calls for its ``get_shm_prefix``: take a number for the segments of this dataset.
+
+        Collective: what is wrong on one node is raised on all.
+
+        Args:
+            local: Directory of each stream's data.
+            remote: Where they come from, if not from there.
+            world: The place of this rank.
+            retry: How often to look again whether a cache is still in use; each takes 7 ms.
+
+        Returns:
+            The number, one a node, and the segment that says which directories are in use.
+
+        Raises:
+            ValueError: A cache is in use.
+            OSError: The segment cannot be created.
+        """
+        taken: int | OSError | ValueError | None = None
+        if world.is_local_leader:
+            try:
+                with _sole_starter():
+                    remove_stale_segments()
+                    taken = _free_number(_check_and_find_retrying(local, remote, LOCALS, retry))
+                    content = _pack_locals(local, taken)
+                    segment = SharedMemory(_get_path(taken, LOCALS), True, len(content))
+                    segment.buf[: len(content)] = content
+                    self._event: Any = NodeFailure.create(_segments_directory() / _get_path(taken, MARKER))
+            except (OSError, ValueError) as error:
+                taken = error
+        by_rank = all_gather_object(taken)
+        if (problem := next((each for each in by_rank if isinstance(each, Exception)), None)) is not None:
+            raise problem
+        number = by_rank[world.rank - world.rank_of_node]
+        assert isinstance(number, int)
+        if not world.is_local_leader:
+            segment = SharedMemory(_get_path(number, LOCALS), False)
+            self._event = NodeFailure(_segments_directory() / _get_path(number, MARKER))
+        return number, segment
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """The samples of this process in this epoch.
