@@ -48,9 +48,9 @@ def product_error(replicate: int, shard: int, world_size: int) -> str:
         (0, 8, 1, 8, "mesh.replicate: 0 is no degree"),
         (2, 0, 1, 8, "mesh.shard: 0 is no degree"),
         (1, 8, 0, 8, "mesh.expert: 0 is no degree"),
-        (1, 8, 3, 8, "mesh.expert: expert 3 does not divide shard 8"),
-        (2, -1, 8, 8, "mesh.expert: expert 8 does not divide shard 4"),
-        (-1, 1, 2, 8, "mesh.expert: expert 2 does not divide shard 1"),
+        (1, 8, 3, 8, "mesh.expert: 3 does not divide mesh.shard, 8 of 8 ranks; allowed: 1, 2, 4, 8"),
+        (2, -1, 8, 8, "mesh.expert: 8 does not divide mesh.shard, 4 of 8 ranks; allowed: 1, 2, 4"),
+        (-1, 1, 2, 8, "mesh.expert: 2 does not divide mesh.shard, 1 of 8 ranks; allowed: 1"),
     ],
 )
 def test_impossible_degrees_are_refused_by_key(

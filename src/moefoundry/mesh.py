@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from moefoundry.config import ConfigError, MeshConfig, Problem
+from moefoundry.config.checks import divisors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +82,8 @@ def resolve_degrees(cfg: MeshConfig, world_size: int, ranks_per_node: int | None
             "replicate", f"replicate {cfg.replicate} x shard {cfg.shard} does not make up a world size of {world_size}"
         )
     if shard % cfg.expert:
-        raise _error("expert", f"expert {cfg.expert} does not divide shard {shard}")
+        message = f"{cfg.expert} does not divide mesh.shard, {shard} of {world_size} ranks"
+        raise _error("expert", message, allowed=divisors(shard))
     per_node = cfg.ranks_per_node or ranks_per_node or world_size
     return MeshDegrees(replicate, shard, cfg.expert, 1 if cfg.expert % per_node else cfg.expert // per_node)
 
@@ -146,5 +148,5 @@ def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
     return list(groups.values())
 
 
-def _error(key: str, message: str) -> ConfigError:
-    return ConfigError([Problem(f"mesh.{key}", message)])
+def _error(key: str, message: str, allowed: str = "") -> ConfigError:
+    return ConfigError([Problem(f"mesh.{key}", message, allowed)])

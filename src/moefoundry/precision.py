@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
-from moefoundry.config import Compute, Fp8Config, Fp8Recipe, PrecisionConfig, UserError
+from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
 from moefoundry.model.transformer import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.router import Router
@@ -54,7 +54,7 @@ def apply_precision(model: nn.Module, cfg: PrecisionConfig) -> None:
     """Change the products of ``model`` in place; parameters keep their names, dtypes and values.
 
     Raises:
-        UserError: ``precision.fp8.exclude`` has a pattern that no module matches.
+        ConfigError: ``precision.fp8.exclude`` has patterns that no module matches.
     """
     if cfg.fp8.recipe is not None:
         _use_fp8(model, cfg.fp8)
@@ -162,11 +162,13 @@ def _asked(cfg: Fp8Config) -> Backend | None:
 def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
     """The modules, by name, that no pattern excludes, be it by a module around them."""
     modules = dict(model.named_modules())
+    problems = []
     for pattern in exclude:
         if pattern not in Fp8Config().exclude and not any(fnmatchcase(name, pattern) for name in modules):
-            near = difflib.get_close_matches(pattern, modules, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"precision.fp8.exclude: no module is named {pattern!r}{hint}")
+            near = "".join(difflib.get_close_matches(pattern, modules, 1))
+            problems.append(Problem("precision.fp8.exclude", f"no module is named {pattern!r}", suggestion=near))
+    if problems:
+        raise ConfigError(problems)
 
     def excluded(name: str) -> bool:
         parts = name.split(".")

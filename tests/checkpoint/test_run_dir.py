@@ -1,12 +1,33 @@
 """A run directory belongs to one recipe."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from moefoundry.checkpoint.manifest import Origin, commit
-from moefoundry.checkpoint.run_dir import CONFIG_FILE, FREE_KEYS, check_run_dir, claim_run_dir, store_of
+from moefoundry.checkpoint.io import STATE_KEYS
+from moefoundry.checkpoint.manifest import (
+    COMMIT_FILE,
+    MANIFEST_FILE,
+    HashedBlock,
+    Origin,
+    commit,
+    visible_damage,
+    write_synced,
+)
+from moefoundry.checkpoint.run_dir import (
+    CONFIG_FILE,
+    FREE_KEYS,
+    check_run_dir,
+    checkpoint_to_resume,
+    claim_run_dir,
+    newest_without,
+    open_run,
+    store_of,
+)
+from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
 
 MakeRecipe = Callable[..., Recipe]
@@ -23,10 +44,14 @@ def begin(recipe: Recipe) -> Path:
     return run_dir
 
 
-def save_checkpoint(recipe: Recipe) -> None:
+def save_checkpoint(recipe: Recipe, batch: int = 4, stored: dict[str, Any] | None = None) -> Path:
+    """A checkpoint without tensors; ``stored`` is the flat recipe in it, where it is not ``recipe``'s."""
     store = store_of(Path(recipe.run_dir))
-    commit(store.begin(4), Origin(4), {})
-    store.publish(4)
+    directory = store.begin(batch)
+    state = dict.fromkeys(STATE_KEYS) | {"recipe": flatten(recipe) if stored is None else stored}
+    file = write_synced(directory / STATE_FILE, json.dumps(state).encode())
+    commit(directory, Origin(batch), {STATE_FILE: [file]})
+    return store.publish(batch)
 
 
 def test_the_resolved_recipe_is_written_and_loads(recipe: MakeRecipe) -> None:
@@ -60,6 +85,56 @@ def test_checkpoints_are_continued_or_left_alone(recipe: MakeRecipe) -> None:
     assert "max_duration: 400ba" in (run_dir / CONFIG_FILE).read_text()
 
 
+def test_keys_that_a_stored_recipe_does_not_know_are_off_in_it(recipe: MakeRecipe) -> None:
+    later = ("model.dense_layers", "model.moe.router.input_jitter", "model.attention.bias", "model.attention.head_dim")
+    stored = {key: value for key, value in flatten(recipe()).items() if key not in later}
+    newest = save_checkpoint(recipe(), stored=stored)
+    assert open_run(recipe("autoresume=true")) == (newest.parents[1], newest)
+    with pytest.raises(UserError) as raised:
+        checkpoint_to_resume(recipe("model.dense_layers=[2]", "model.attention.bias=all"), newest)
+    assert str(raised.value).splitlines()[1:] == [
+        "  model.dense_layers: null there, [2] here",
+        "  model.attention.bias: null there, 'all' here",
+    ]
+
+
+def test_keys_that_are_only_in_the_stored_recipe_count_too(recipe: MakeRecipe) -> None:
+    newest = save_checkpoint(recipe("model.attention.yarn={factor: 8}"))
+    with pytest.raises(UserError, match=r"\n  model\.attention\.yarn\.factor: 8\.0 there, null here\n"):
+        checkpoint_to_resume(recipe(), newest)
+
+
+def test_where_every_checkpoint_is_damaged_each_is_named_once_with_what_to_do(recipe: MakeRecipe) -> None:
+    run_dir = begin(recipe())
+    for batch, file in ((2, COMMIT_FILE), (4, STATE_FILE), (6, MANIFEST_FILE)):
+        (save_checkpoint(recipe(), batch) / file).write_text("{}")
+    with pytest.raises(UserError) as raised:
+        open_run(recipe("autoresume=true"))
+    first, *lines, last = str(raised.value).splitlines()
+    assert first == f"autoresume: every checkpoint in {run_dir}/checkpoints is damaged:"
+    assert [line.split(": ")[0] for line in lines] == [
+        f"  ba6/{MANIFEST_FILE}",
+        f"  ba4/{STATE_FILE}",
+        f"  ba2/{MANIFEST_FILE}",
+    ]
+    assert f"or move {run_dir}/checkpoints away: the run then goes on from save_remote" in last
+    (run_dir / "checkpoints").rename(run_dir / "damaged")
+    assert open_run(recipe("autoresume=true")) == (run_dir, None), "as the message says"
+
+
+def test_a_checkpoint_with_several_damaged_files_is_one_line(recipe: MakeRecipe) -> None:
+    store = store_of(begin(recipe()))
+    directory = store.begin(4)
+    commit(directory, Origin(4), {name: [HashedBlock(0, 1, "00")] for name in ("a.distcp", "b.distcp", STATE_FILE)})
+    store.publish(4)
+    with pytest.raises(UserError) as raised:
+        newest_without(visible_damage, store)
+    (line,) = str(raised.value).splitlines()[1:-1]
+    assert (
+        line == "  ba4/a.distcp: unreadable: No such file or directory (and 2 more; see moefoundry checkpoint verify)"
+    )
+
+
 def test_free_keys_exist(recipe: MakeRecipe) -> None:
     keys = flatten(recipe())
     for free in FREE_KEYS:
@@ -74,8 +149,25 @@ def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_written_is_named(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(UserError, match=r"run_dir: .*/a/run is not writable"):
+    with pytest.raises(UserError, match=r"run_dir: .*/a/run is not a directory that can be written to"):
         check_run_dir(recipe())
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints"])
+@pytest.mark.parametrize("kind", ["file", "dangling link"])
+def test_what_should_be_a_directory_and_is_not_is_named(recipe: MakeRecipe, name: str, kind: str) -> None:
+    path = Path(recipe().run_dir) / name
+    path.parent.mkdir(parents=True)
+    path.write_text("") if kind == "file" else path.symlink_to("nowhere")
+    with pytest.raises(UserError, match=rf"^run_dir: {path} is not a directory that can be written to$"):
+        check_run_dir(recipe())
+
+
+def test_a_recipe_that_cannot_be_written_is_named(recipe: MakeRecipe) -> None:
+    config = check_run_dir(recipe()) / CONFIG_FILE
+    config.mkdir()
+    with pytest.raises(UserError, match=rf"^run_dir: cannot write {config}: Is a directory$"):
+        claim_run_dir(recipe())
 
 
 def test_a_damaged_config_is_named(recipe: MakeRecipe) -> None:

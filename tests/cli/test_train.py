@@ -70,6 +70,7 @@ def files(directory: Path) -> dict[str, bytes]:
             ["precision.fp8={recipe: deepseek_v3, backend: triton}"],
             r"precision\.fp8\.backend: backend triton cannot run: its kernels need a CUDA device, not cpu",
         ),
+        (["seed", "3"], r"seed: an override is written key=value; did you mean 'seed=3'\?"),
         (["model.moe.topk=4"], r"model\.moe\.topk: unknown key; did you mean 'model\.moe\.top_k'\?"),
     ],
     ids=lambda value: value[-1].partition("=")[0] if isinstance(value, list) else "",
@@ -100,6 +101,8 @@ def test_a_run_dir_that_cannot_be_made_is_named(tiny_overrides: Overrides, tmp_p
     (tmp_path / "file").write_text("")
     outcome = train(*tiny_overrides(tmp_path / "file" / "run"))
     assert_refused(outcome, r"run_dir: cannot create .*/file/run: Not a directory")
+    outcome = train(*tiny_overrides(tmp_path / "file"))
+    assert_refused(outcome, r"run_dir: .*/file is not a directory that can be written to")
 
 
 def test_every_rank_ends_and_one_speaks(tiny_overrides: Overrides, tmp_path: Path) -> None:

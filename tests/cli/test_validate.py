@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moefoundry.cli.main import main
+from moefoundry.cli.main import COMMANDS, main
 from moefoundry.config import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,23 @@ def test_ok_is_one_line(capsys):
     out = capsys.readouterr().out
     assert out.startswith("OK quickstart: moe_causal_lm, 6 layers (1 dense), d_model 256, 16 experts top-4 + 1 shared")
     assert out.count("\n") == 1
+
+
+def test_ok_names_the_precision_whatever_this_machine_can_run(capsys):
+    assert main(["validate", "precision.fp8={recipe: deepseek_v3, backend: triton}"]) == 0
+    assert capsys.readouterr().out.endswith(" of 4 x 512 tokens, fp32, fp8 deepseek_v3\n")
+
+
+def test_names_of_modules_are_checked_against_the_model(capsys):
+    assert main(["validate", "precision.fp8={recipe: rowwise, exclude: [layers.5, '*.experts']}"]) == 0
+    capsys.readouterr()
+    assert main(["validate", "--print", "precision.fp8={recipe: rowwise, exclude: [layers.6, lm_head, layer.1]}"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: recipe: 2 errors\n"
+        "  precision.fp8.exclude: no module is named 'layers.6'; did you mean 'layers.5'?\n"
+        "  precision.fp8.exclude: no module is named 'layer.1'; did you mean 'layers.1'?\n",
+    )
 
 
 def test_recipe_is_optional(capsys):
@@ -73,24 +90,74 @@ def test_row23_tags_and_duplicate_keys_exit_2(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "problems"),
+    [
+        (["seed", "3"], ["seed: an override is written key=value; did you mean 'seed=3'?"]),
+        (["seed=1", "--seed", "3"], ["--seed: no such option; overrides are key=value; did you mean 'seed=3'?"]),
+        (["--wrld-size", "3", "seed=1"], ["--wrld-size: no such option; overrides are key=value"]),
+        (
+            ["seed", "max_seq_len"],
+            [f"{key}: an override is written key=value; did you mean '{key}=...'?" for key in ("seed", "max_seq_len")],
+        ),
+        (["other.yaml"], ["other.yaml: an override is written key=value"]),
+    ],
+)
+def test_overrides_without_an_equals_sign(arguments, problems, capsys):
+    assert main(["validate", QUICKSTART, *arguments]) == 2
+    _, *lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"  {problem}" for problem in problems]
+
+
+def test_a_key_in_place_of_a_recipe(capsys):
+    assert main(["validate", "seed", "3"]) == 2
+    assert "seed: no such recipe file; did you mean 'seed=...'?" in capsys.readouterr().err
+
+
+def test_an_option_that_is_unknown_is_not_taken_for_a_recipe(capsys):
+    assert main(["validate", "--seed", "3"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "  --seed: no such option; overrides are key=value; did you mean 'seed=3'?\n"
+    )
+
+
+def test_a_recipe_that_resembles_no_other_gets_no_suggestion(capsys):
+    assert main(["validate", "nofile.yaml"]) == 2
+    assert capsys.readouterr().err.endswith("nofile.yaml: no such recipe file\n")
+
+
 def test_unknown_recipe(capsys):
     assert main(["validate", str(ROOT / "configs" / "quikstart.yaml")]) == 2
     assert f"no such recipe file; did you mean {QUICKSTART!r}?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["validate", "--world-size", "0"], ["nonsense"], []])
-def test_usage_errors_exit_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["required: command", ",".join(COMMANDS)]),
+        (["trian"], ["'trian'", *map(repr, COMMANDS)]),
+        (["checkpoint"], ["required: action", "list,verify,show,delete"]),
+        (["validate", "--world-size", "0"], ["--world-size: '0' is not a positive integer"]),
+        (["plan"], ["required: --world-size"]),
+        (["plan", "x.yaml", "--world-size", "abc"], ["--world-size: 'abc' is not a positive integer"]),
+        (["generate", "--checkpoint", "a", "--prompt", "b", "--topk", "3"], ["usage: moefoundry generate", "--topk 3"]),
+    ],
+)
+def test_usage_errors_exit_2_and_say_what_is_expected(arguments, words, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
-    assert "usage: moefoundry" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("usage: moefoundry")
+    for word in words:
+        assert word in error
 
 
 def test_validate_imports_nothing_heavy():
     script = (
         "import sys\n"
         "from moefoundry.cli.main import main\n"
-        f"assert main(['validate', {QUICKSTART!r}]) == 0\n"
+        f"assert main(['validate', {QUICKSTART!r}, 'precision.fp8.recipe=deepseek_v3']) == 0\n"
         "heavy = {'torch', 'composer', 'llmfoundry', 'streaming', 'transformers', 'tokenizers', 'numpy', 'pandas',\n"
         "         'matplotlib', 'moefoundry.cli.prepare', 'moefoundry.model', 'moefoundry.train'}\n"
         "print(sorted(heavy & sys.modules.keys()))\n"

@@ -22,7 +22,17 @@ def test_row22_top_k_exceeds_num_experts():
 def test_row22_experts_not_divisible_by_the_expert_degree():
     found = broken("mesh.expert=3", "mesh.shard=6", "global_train_batch_size=6")
     assert found == {
-        "mesh.expert": "mesh.expert: model.moe.num_experts 16 is not divisible by 3; allowed: 1, 2, 4, 8, 16"
+        "mesh.expert": "mesh.expert: 3 does not divide model.moe.num_experts, 16; allowed: 1, 2"  # of 6, too
+    }
+
+
+def test_row22_the_expert_degree_that_is_allowed_divides_experts_and_ranks():
+    found = broken("mesh.expert=3", "mesh.replicate=2", "global_train_batch_size=16", world_size=16)
+    assert list(found.values()) == [
+        "mesh.expert: 3 does not divide model.moe.num_experts, 16, nor mesh.shard, 8 of 16 ranks; allowed: 1, 2, 4, 8"
+    ]
+    assert broken("mesh.expert=3", "model.moe.num_experts=8") == {
+        "mesh.expert": "mesh.expert: 3 does not divide model.moe.num_experts, 8; allowed: 1, 2, 4, 8"
     }
 
 
@@ -38,7 +48,7 @@ def test_row22_check_recipe_alone():
     recipe.mesh.expert = 4
     recipe.model.moe.num_experts = 6
     assert [problem.path for problem in check_recipe(recipe)] == ["mesh.expert"]
-    assert [problem.path for problem in check_recipe(recipe, world_size=2)] == ["mesh.expert", "mesh.expert"]
+    assert [problem.path for problem in check_recipe(recipe, world_size=2)] == ["mesh.expert"]
     assert check_recipe(recipe, world_size=2, skip={"mesh.expert"}) == []
 
 
@@ -139,6 +149,20 @@ def test_grouped_mm_suggests_the_loop_backend():
         "did you mean 'model.moe.backend=loop'?"
         in broken("model.moe.expert_hidden_size=30")["model.moe.expert_hidden_size"]
     )
+
+
+def test_ways_of_fp8_without_fp8_are_refused():
+    found = broken("precision.fp8={exclude: [lm_head, layers.0], backend: reference}")
+    suggestion = "did you mean 'precision.fp8.recipe=deepseek_v3'?"
+    assert found == {
+        "precision.fp8.exclude": "precision.fp8.exclude: ['lm_head', 'layers.0'] has no effect while "
+        f"precision.fp8.recipe is null; allowed: ['lm_head', '*.router.gate']; {suggestion}",
+        "precision.fp8.backend": "precision.fp8.backend: 'reference' has no effect while precision.fp8.recipe is null; "
+        f"allowed: null; {suggestion}",
+    }
+    defaults = "exclude: [lm_head, '*.router.gate'], backend: null"
+    assert broken(f"precision.fp8={{recipe: null, {defaults}}}") == {}
+    assert broken("precision.fp8={recipe: rowwise, exclude: [layers.0], backend: reference}") == {}
 
 
 def test_a_metric_that_is_mistyped_is_named_with_those_that_there_are():

@@ -81,8 +81,12 @@ def test_file_then_overrides_in_order(tmp_path):
     assert recipe.model.moe.num_experts == 16
 
 
-def test_empty_file_is_the_defaults(tmp_path):
-    assert load_recipe(write(tmp_path, "# nothing\n")) == load_recipe()
+@pytest.mark.parametrize("text", ["", "# nothing\n", "---\n"])
+def test_an_empty_file_is_refused(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError, match=rf"{path}: is empty; allowed: a mapping of keys to values$"):
+        load_recipe(path)
+    assert load_recipe(write(tmp_path, "{}")) == load_recipe()
 
 
 @pytest.mark.parametrize("text", ["6e-4", "6.0e-4", "0.0006", ".0006", "6E-4"])

@@ -361,6 +361,17 @@ def test_row16_a_number_that_any_name_begins_is_not_free(tmp_path: Path, monkeyp
     assert [guard._free_number(first) for first in (2, 3, 5, 7)] == [2, 6, 6, 8]
 
 
+def test_row16_who_stays_while_he_starts_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard, "SEGMENTS", tmp_path)
+    monkeypatch.setattr(guard, "PATIENCE", 0.05)
+    with guard._sole_starter(), pytest.raises(UserError, match=f"{tmp_path}: a process has locked it"):
+        guard._sole_starter().__enter__()
+    with guard._sole_starter():
+        pass
+
+
 def test_row16_only_what_no_process_holds_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "SEGMENTS", tmp_path)
     for number in ("000001", "000002", "000003"):

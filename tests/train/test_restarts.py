@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -32,6 +33,7 @@ SEGMENT = 900_000  # names the shared memory of the agent's ranks, of which a ki
 def train_or_be_killed(recipe: Recipe, directory: Path) -> int:
     """Train; the agent's first attempt loses its last rank in batch 9. Returns the number of this attempt."""
     os.chdir(directory)
+    tempfile.tempdir = str(directory)
     faulthandler.dump_traceback_later(60, exit=True, file=open(f"hung{os.environ['RANK']}", "w"))  # noqa: SIM115
     from streaming.base.shared import prefix
 

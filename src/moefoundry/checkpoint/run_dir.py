@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
 from moefoundry.checkpoint.manifest import visible_damage
@@ -13,6 +14,8 @@ from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_url
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
 from moefoundry.config import Moments, Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
+from moefoundry.config.build import changes_nothing
+from moefoundry.config.spec import show_leaf
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -61,8 +64,8 @@ def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
     """Claim ``run_dir`` and find the checkpoint that the run continues, if any; every rank calls it.
 
     Raises:
-        UserError: As :func:`check_run_dir`, :func:`newest_without` and :func:`checkpoint_to_resume`; nothing has been
-            written then.
+        UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_resume` and
+            :func:`claim_run_dir`; nothing has been written then.
     """
     run_dir = on_rank_zero(lambda: check_run_dir(recipe))
     newest = newest_without(visible_damage, store_of(run_dir)) if recipe.autoresume else None
@@ -79,16 +82,21 @@ def check_run_dir(recipe: Recipe) -> Path:
     """Make sure that ``run_dir`` is there and free for this run; one rank calls it.
 
     Raises:
-        UserError: It cannot be written, it belongs to a recipe that differs in more than :data:`FREE_KEYS`, or it holds
-            checkpoints that this run would not continue (``autoresume`` is off).
+        UserError: It, or its directory of checkpoints, cannot be written to; it belongs to a recipe that differs in
+            more than :data:`FREE_KEYS`, or it holds checkpoints that this run would not continue (``autoresume`` is
+            off).
     """
     run_dir = Path(recipe.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        pass  # by a file: refused below
     except OSError as error:
         raise UserError(f"run_dir: cannot create {run_dir}: {error.strerror}") from error
-    if not os.access(run_dir, os.W_OK | os.X_OK):
-        raise UserError(f"run_dir: {run_dir} is not writable")
+    for directory in (run_dir, run_dir / CHECKPOINTS):
+        writable = directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
+        if os.path.lexists(directory) and not writable:
+            raise UserError(f"run_dir: {directory} is not a directory that can be written to")
     config = run_dir / CONFIG_FILE
     if config.exists():
         differences = [line for line in diff_recipes(load_recipe(config), recipe) if not line.startswith(FREE_KEYS)]
@@ -109,8 +117,15 @@ def claim_run_dir(recipe: Recipe) -> None:
     """Write ``config.yaml``: from now on, ``run_dir`` belongs to this recipe.
 
     Done when all else has been checked, so that a corrected recipe may use the directory of a mistaken one.
+
+    Raises:
+        UserError: The file cannot be written.
     """
-    (Path(recipe.run_dir) / CONFIG_FILE).write_text(dump_recipe(recipe))
+    path = Path(recipe.run_dir) / CONFIG_FILE
+    try:
+        path.write_text(dump_recipe(recipe))
+    except OSError as error:
+        raise UserError(f"run_dir: cannot write {path}: {error.strerror}") from error
 
 
 def newest_without(damage: Damage, store: CheckpointStore) -> Path | None:
@@ -136,9 +151,20 @@ def newest_without(damage: Damage, store: CheckpointStore) -> Path | None:
             return store.path(batch)
         damaged[batch] = problems
     if damaged:
-        lines = [line for problems in damaged.values() for line in problems]
-        raise UserError(f"autoresume: every checkpoint in {store.root} is damaged:\n  " + "\n  ".join(lines))
+        raise UserError(_nothing_left(store, damaged))
     return None
+
+
+def _nothing_left(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> str:
+    lines = [f"autoresume: every checkpoint in {store.root} is damaged:"]
+    for first, *others in damaged.values():
+        more = f" (and {len(others)} more; see moefoundry checkpoint verify)" if others else ""
+        lines.append(first.replace(f"{store.root}/", "") + more)
+    lines.append(
+        f"bring back the files of one of them, or move {store.root} away: the run then goes on from save_remote, "
+        "else starts from load_path, else anew"
+    )
+    return "\n  ".join(lines)
 
 
 def _quarantine(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> None:
@@ -161,12 +187,7 @@ def checkpoint_to_resume(recipe: Recipe, newest: Path | None) -> Path | None:
         return None
     document = read_state(checkpoint)
     saved, own = document["recipe"], flatten(recipe)
-    differing = [
-        f"{key}: {saved.get(key)!r} there, {value!r} here"
-        for key, value in own.items()
-        if key.startswith("model.") and not key.startswith(NOT_ARCHITECTURE) and saved.get(key) != value
-    ]
-    if differing:
+    if differing := _other_architecture(saved, own):
         raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
     sizes = saved.get("global_train_batch_size"), recipe.global_train_batch_size
     if sizes[0] != sizes[1] and not (recipe.allow_batch_size_change or document.get(WEIGHTS_ONLY)):
@@ -179,6 +200,18 @@ def checkpoint_to_resume(recipe: Recipe, newest: Path | None) -> Path | None:
         text = f"note: {MOMENTS}: {moments[1]}; those of {checkpoint}, {moments[0]}, are converted"
         print(text, file=sys.stderr, flush=True)
     return checkpoint
+
+
+def _other_architecture(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """A line for each key of the architecture that differs between two flat recipes. What a recipe does not have is off
+    in it: it was stored before there was such a key, or belongs to a mapping that is null."""
+    lines = []
+    for key in dict.fromkeys((*own, *saved)):
+        if key.startswith("model.") and not key.startswith(NOT_ARCHITECTURE):
+            there, here = saved.get(key), own.get(key)
+            if there != here and not (changes_nothing(there) and changes_nothing(here)):
+                lines.append(f"{key}: {show_leaf(there)} there, {show_leaf(here)} here")
+    return lines
 
 
 def _from_elsewhere(recipe: Recipe) -> Path | None:

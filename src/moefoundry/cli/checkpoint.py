@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         description="Look after the checkpoints of a run; see docs/checkpoints.md.",
         allow_abbrev=False,
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_subparsers(dest="action", required=True)
     _action(actions, "list", "one line for each", "a run, or a directory of checkpoints")
     _action(actions, "verify", "read every byte; exit status 1 if any is not as saved", "a checkpoint or a run")
     _action(actions, "show", "where it comes from, and its tensors", "a checkpoint, or a run (its newest)")

@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         description="Convert checkpoints from and to Hugging Face directories; see docs/conversion.md.",
         allow_abbrev=False,
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_subparsers(dest="action", required=True)
     _add_import(actions)
     _add_export(actions)
     _add_consolidate(actions)

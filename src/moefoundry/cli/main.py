@@ -25,16 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="moefoundry", description="Train Mixture-of-Experts language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True)
     chosen = [argv[0]] if argv and argv[0] in COMMANDS else COMMANDS
     modules = {name: importlib.import_module(f"moefoundry.cli.{name}") for name in chosen}
     for module in modules.values():
         module.add_parser(subparsers)
     args, unknown = parser.parse_known_args(argv)
-    if hasattr(args, "arguments"):  # overrides after an option, and --key=value, whose error the recipe loader words
+    if hasattr(args, "arguments"):  # overrides after an option, and --key value, whose error the recipe loader words
         args.arguments = [*args.arguments, *unknown]
+        if any(word.startswith("-") for word in unknown):
+            args.arguments.sort(key=argv.index)
     elif unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return exit_status(lambda: modules[args.command].run(args))
 
 

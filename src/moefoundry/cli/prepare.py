@@ -24,6 +24,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help="turn text into token shards",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="file, directory, or `stdlib`")
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")

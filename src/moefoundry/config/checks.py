@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from moefoundry.config.schema import (
     Compute,
     ExpertBackend,
     Fp8Backend,
+    Fp8Config,
     Fp8Recipe,
     GqaConfig,
     MlaConfig,
@@ -19,6 +21,7 @@ from moefoundry.config.schema import (
     Recipe,
     ScoreFunction,
 )
+from moefoundry.config.spec import show_leaf
 
 HELD_OUT_LOSS = "metrics/eval/LanguageCrossEntropy"
 EVEN = "an even width, which rotary embeddings need"
@@ -83,7 +86,7 @@ def _expert_groups(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     groups, kept = router.num_groups, router.top_k_groups
     if moe.num_experts % groups:
         message = f"model.moe.num_experts {moe.num_experts} is not divisible by {groups}"
-        yield Problem("model.moe.router.num_groups", message, allowed=_divisors(moe.num_experts))
+        yield Problem("model.moe.router.num_groups", message, allowed=divisors(moe.num_experts))
         return
     if kept > groups:
         message = f"{kept} groups for each token, but model.moe.router.num_groups is {groups}"
@@ -127,13 +130,13 @@ def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         if attention.head_dim % 2:
             yield Problem("model.attention.head_dim", f"{attention.head_dim} is odd", allowed=EVEN)
     elif width % heads:
-        yield Problem(path, f"model.d_model {width} is not divisible by {heads} heads", allowed=_divisors(width))
+        yield Problem(path, f"model.d_model {width} is not divisible by {heads} heads", allowed=divisors(width))
     elif (width // heads) % 2:
         message = f"the head width model.d_model / n_heads = {width} / {heads} = {width // heads} is odd"
         yield Problem(path, message, allowed=EVEN)
     if heads % attention.n_kv_heads:
         message = f"n_heads {heads} is not divisible by {attention.n_kv_heads} key-value heads"
-        yield Problem("model.attention.n_kv_heads", message, allowed=_divisors(heads))
+        yield Problem("model.attention.n_kv_heads", message, allowed=divisors(heads))
 
 
 @rule("model.attention")
@@ -169,6 +172,18 @@ def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
             yield Problem(path, message, allowed, suggestion="model.moe.backend=loop")
 
 
+@rule("precision.fp8")
+def _fp8_is_on(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """What says how FP8 is done does nothing where nothing says that it is."""
+    fp8, default = recipe.precision.fp8, Fp8Config()
+    for name in ("exclude", "backend"):
+        given, usual = getattr(fp8, name), getattr(default, name)
+        if fp8.recipe is None and given != usual:
+            message = f"{show_leaf(given)} has no effect while precision.fp8.recipe is null"
+            suggestion = f"precision.fp8.recipe={Fp8Recipe.deepseek_v3}"
+            yield Problem(f"precision.fp8.{name}", message, allowed=show_leaf(usual), suggestion=suggestion)
+
+
 @rule("precision.fp8.recipe", "precision.fp8.backend")
 def _kernels_of_fp8(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     fp8 = recipe.precision.fp8
@@ -197,25 +212,23 @@ def _degrees(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
     product = mesh.replicate * mesh.shard
     if product < 0 and world_size % -product:
         path, known = ("mesh.replicate", mesh.replicate) if mesh.shard == -1 else ("mesh.shard", mesh.shard)
-        yield Problem(path, f"{known} does not divide the world size {world_size}", allowed=_divisors(world_size))
+        yield Problem(path, f"{known} does not divide the world size {world_size}", allowed=divisors(world_size))
     if product > 0 and product != world_size:
         message = f"mesh.replicate * mesh.shard is {mesh.replicate} * {mesh.shard} = {product}"
         yield Problem("mesh.shard", message, allowed=f"the world size, {world_size}")
 
 
-@rule("mesh.expert", "model.moe.num_experts")
-def _experts_divide(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+@rule("mesh", "model.moe.num_experts")
+def _expert_degree(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
+    """Experts are divided evenly, among ranks that share one copy of the model."""
     expert, num_experts = recipe.mesh.expert, recipe.model.moe.num_experts
-    if num_experts % expert:
-        message = f"model.moe.num_experts {num_experts} is not divisible by {expert}"
-        yield Problem("mesh.expert", message, allowed=_divisors(num_experts))
-
-
-@rule("mesh")
-def _expert_divides_shard(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
-    expert, shard = recipe.mesh.expert, _shard_degree(recipe, world_size)
-    if shard is not None and shard % expert:
-        yield Problem("mesh.expert", f"mesh.shard {shard} is not divisible by {expert}", allowed=_divisors(shard))
+    sizes = {f"model.moe.num_experts, {num_experts}": num_experts}
+    if (shard := _shard_degree(recipe, world_size)) is not None:
+        sizes[f"mesh.shard, {shard}" + (f" of {world_size} ranks" if world_size else "")] = shard
+    broken = [name for name, size in sizes.items() if size % expert]
+    if broken:
+        message = f"{expert} does not divide {', nor '.join(broken)}"
+        yield Problem("mesh.expert", message, allowed=divisors(math.gcd(*sizes.values())))
 
 
 @rule("mesh.replicate", "mesh.shard", "global_train_batch_size")
@@ -296,7 +309,8 @@ def _duration(text: str) -> tuple[float, str]:
     return float(number), unit
 
 
-def _divisors(number: int) -> str:
+def divisors(number: int) -> str:
+    """What divides ``number``, for a message."""
     if number > 10_000:
         return f"a divisor of {number}"
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

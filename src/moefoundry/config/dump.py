@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import join, plain, redact, show
+from moefoundry.config.spec import join, plain, redact, show_leaf
 from moefoundry.config.yaml_reader import StrictDumper
 
 
@@ -43,12 +43,6 @@ def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
     lines = []
     for path in before | after:
         if path not in before or path not in after or before[path] != after[path]:
-            was, becomes = (_text(leaves[path]) if path in leaves else "(absent)" for leaves in (before, after))
+            was, becomes = (show_leaf(leaves[path]) if path in leaves else "(absent)" for leaves in (before, after))
             lines.append(f"{path}: {was} -> {becomes}")
     return lines
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(show(item) for item in value) + "]"
-    return "{}" if value == {} else show(value)

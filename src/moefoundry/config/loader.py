@@ -15,7 +15,7 @@ from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.interpolation import Resolver
-from moefoundry.config.overrides import apply_overrides
+from moefoundry.config.overrides import KEYS, apply_overrides
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import chosen_class, plain, show, specs
 from moefoundry.config.yaml_reader import parse_yaml
@@ -76,16 +76,17 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         nearby = [*path.parent.glob("*.y*ml"), *Path("configs").rglob("*.y*ml")]
-        by_name = {key: str(file) for file in nearby for key in (file.stem, file.name, str(file))}
-        names = difflib.get_close_matches(str(path), by_name, 1) or difflib.get_close_matches(path.stem, by_name, 1)
-        suggestion = by_name[names[0]] if names else ""
+        by_name = {key: str(file) for file in nearby for key in (file.stem, str(file.with_suffix("")))}
+        wanted = str(path.with_suffix("")), path.stem  # what files of one kind have in common tells nothing
+        names = [near for name in wanted for near in difflib.get_close_matches(name, by_name, 1)]
+        suggestion = f"{path}=..." if str(path) in KEYS else by_name[names[0]] if names else ""
         raise ConfigError([Problem(str(path), "no such recipe file", suggestion=suggestion)], str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError([Problem(str(path), f"cannot be read: {reason}")], str(path)) from None
     tree = parse_yaml(text, str(path))
     if tree is None:
-        return {}
+        raise ConfigError([Problem(str(path), "is empty", allowed="a mapping of keys to values")], str(path))
     if not isinstance(tree, dict):
         problem = Problem(str(path), f"the top level is {show(tree)}", allowed="a mapping of keys to values")
         raise ConfigError([problem], str(path))

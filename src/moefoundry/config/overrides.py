@@ -13,12 +13,14 @@ from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import looks_secret, redact, show, specs
+from moefoundry.config.spec import looks_secret, redact, show, specs, walk
 from moefoundry.config.yaml_reader import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 KeyPath = tuple[str, ...]
 _INDEX = re.compile(r"\[\d+\]|\.\d+$")
+KEYS = frozenset(path for path, _ in walk(Recipe))
+"""Every key of a recipe, of whichever variant."""
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -42,9 +44,13 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
     """
     problems = []
     leaves: dict[KeyPath, Any] = {}
-    for token in overrides:
+    words = list(overrides)
+    while words:
+        token, following = words.pop(0), "..."
+        if "=" not in token and words and "=" not in words[0] and words[0] not in KEYS:
+            following = words.pop(0)  # `key value`: one mistake
         try:
-            path, value = _parse(token)
+            path, value = _parse(token, following)
             leaves.update(_leaves(tuple(path.split(".")), value))
         except ConfigError as error:
             problems += error.problems
@@ -57,16 +63,16 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
     return problems
 
 
-def _parse(token: str) -> tuple[str, Any]:
+def _parse(token: str, following: str) -> tuple[str, Any]:
+    """The key and the value of an override; ``following`` is what seems to be the value where it has none."""
     path, equals, text = token.partition("=")
     bare = path.lstrip("-")
+    shown = "..." if looks_secret(bare) else text or following
     if not equals:
-        raise ConfigError(
-            [Problem(token, "an override is written key=value", suggestion=f"{bare}=..." if bare else "")]
-        )
+        message = "an override is written key=value" if bare == path else "no such option; overrides are key=value"
+        raise ConfigError([Problem(token, message, suggestion=f"{bare}={shown}" if bare in KEYS else "")])
     if bare != path:
-        text = "..." if looks_secret(bare) else text
-        raise ConfigError([Problem(path, "an override has no leading dashes", suggestion=f"{bare}={text}")])
+        raise ConfigError([Problem(path, "an override has no leading dashes", suggestion=f"{bare}={shown}")])
     if _INDEX.search(path):
         raise ConfigError([Problem(path, "a list is set as a whole", suggestion=_INDEX.sub("", path) + "=[...]")])
     if not _PATH.fullmatch(path):

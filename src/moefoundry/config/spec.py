@@ -182,3 +182,10 @@ def show(value: Any) -> str:
         return "a mapping" if isinstance(value, dict) else "a list"
     text = repr(redact(str(value))) if isinstance(value, str) else repr(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def show_leaf(value: Any) -> str:
+    """:func:`show`, with a list's elements; an empty mapping is ``{}``."""
+    if isinstance(value, list):
+        return "[" + ", ".join(show(item) for item in value) + "]"
+    return "{}" if value == {} else show(value)

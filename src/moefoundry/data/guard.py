@@ -26,6 +26,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import time
 import uuid
 import weakref
 from collections.abc import Iterator
@@ -53,6 +54,8 @@ from moefoundry.config.errors import DataError, UserError
 
 MARKER = "moefoundry"  # follows the number that begins the names of a dataset's segments
 SEGMENTS = Path("/dev/shm")
+PATIENCE = 60.0
+"""Seconds to wait for others that start; each takes well under one."""
 
 
 class CheckedStream(Stream):
@@ -202,14 +205,32 @@ def _sole_starter() -> Iterator[None]:
 
     The lock is one of the directory itself, which every user may open; a file for it could belong to another. Nothing
     collective may happen inside: of two jobs that share two nodes, each could hold what the other waits for.
+
+    Raises:
+        UserError: Another process stays in here, stopped perhaps.
     """
-    directory = os.open(_segments_directory(), os.O_RDONLY)
+    path = _segments_directory()
+    directory = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)
-        yield
+        deadline = time.monotonic() + PATIENCE
+        while not _try_lock(directory):
+            if time.monotonic() > deadline:
+                raise UserError(f"{path}: a process has locked it for {PATIENCE:.0f} seconds; `fuser {path}` names it")
+            time.sleep(0.005)
+        try:
+            yield
+        finally:
+            fcntl.flock(directory, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
     finally:
-        fcntl.flock(directory, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
         os.close(directory)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _free_number(first: int) -> int:
@@ -287,9 +308,10 @@ class GuardedDataset(StreamingDataset):
 
         Raises:
             ValueError: A cache is in use.
+            UserError: Others do not let this run start.
             OSError: The segment cannot be created.
         """
-        taken: int | OSError | ValueError | None = None
+        taken: int | Exception | None = None
         if world.is_local_leader:
             try:
                 with _sole_starter():
@@ -299,7 +321,7 @@ class GuardedDataset(StreamingDataset):
                     segment = SharedMemory(_get_path(taken, LOCALS), True, len(content))
                     segment.buf[: len(content)] = content
                     self._event: Any = NodeFailure.create(_segments_directory() / _get_path(taken, MARKER))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, UserError) as error:
                 taken = error
         by_rank = all_gather_object(taken)
         if (problem := next((each for each in by_rank if isinstance(each, Exception)), None)) is not None:
