@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import psutil
@@ -39,6 +40,7 @@ def train_or_be_killed(recipe: Recipe, directory: Path) -> int:
 
     from moefoundry.train import train
 
+    resource_tracker.register = resource_tracker.unregister = lambda name, kind: None  # as in tests.distributed
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     prefix._each_prefix_int = lambda: count(SEGMENT + 5 * attempt)
     if attempt == 0:
