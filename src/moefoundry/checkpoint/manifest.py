@@ -105,12 +105,14 @@ class Manifest:
         path, marker = directory / MANIFEST_FILE, directory / COMMIT_FILE
         try:
             committed = marker.read_text()
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{marker}: not a committed checkpoint: {error.strerror}") from error
+        except ValueError as error:
             raise UserError(f"{marker}: not a committed checkpoint: {error}") from error
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{path}: unreadable checkpoint manifest: {error}") from error
+            raise UserError(f"{path}: unreadable checkpoint manifest: {error.strerror}") from error
         if committed.strip() != digest(content):
             raise UserError(f"{path}: its hash is not the one in {COMMIT_FILE}; one of the two is damaged or replaced")
         try:
