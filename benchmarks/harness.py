@@ -97,7 +97,10 @@ def replace_table(page: Path, name: str, table: str) -> None:
     """Put a table where a page has ``<!-- table: NAME -->`` and ``<!-- end of table -->``."""
     first, last = f"<!-- table: {name} -->\n", "<!-- end of table -->"
     before, _, rest = page.read_text().partition(first)
-    page.write_text(before + first + table + last + rest.partition(last)[2])
+    _, found, after = rest.partition(last)
+    if not found:
+        raise ValueError(f"{page}: no table {name}")
+    page.write_text(before + first + table + last + after)
 
 
 def machine(threads: int, allocator: str, device: str = "cpu") -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """A run directory belongs to one recipe."""
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,20 +165,18 @@ def test_what_should_be_a_directory_and_is_not_is_named(recipe: MakeRecipe, name
         check_run_dir(recipe())
 
 
-def test_a_recipe_that_cannot_be_written_is_named(recipe: MakeRecipe) -> None:
-    config = check_run_dir(recipe()) / CONFIG_FILE
-    config.mkdir()
-    with pytest.raises(UserError, match=rf"^run_dir: cannot write {config}: Is a directory$"):
+def test_a_recipe_that_cannot_be_written_leaves_the_old_one(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = check_run_dir(recipe()) / CONFIG_FILE
+    claim_run_dir(recipe())
+    written = path.read_text()
+
+    def full(file: Path, content: bytes) -> None:
+        file.write_bytes(content[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moefoundry.checkpoint.run_dir.write_synced", full)
+    with pytest.raises(UserError, match=rf"run_dir: cannot write {path}: No space left"):
         claim_run_dir(recipe())
-
-
-def test_a_damaged_config_is_named(recipe: MakeRecipe) -> None:
-    run_dir = begin(recipe())
-    (run_dir / CONFIG_FILE).write_text("seed: [")
-    with pytest.raises(UserError, match=r"config\.yaml"):
-        check_run_dir(recipe())
-
-
-def test_a_directory_is_not_claimed_by_looking(recipe: MakeRecipe) -> None:
-    check_run_dir(recipe("seed=3"))
-    check_run_dir(recipe("seed=4"))
+    assert path.read_text() == written

@@ -26,7 +26,7 @@ def test_ok_is_one_line(capsys):
 
 
 def test_ok_names_the_precision_whatever_this_machine_can_run(capsys):
-    assert main(["validate", "precision.fp8={recipe: deepseek_v3, backend: triton}"]) == 0
+    assert main(["validate", "precision.fp8={recipe: deepseek_v3, backend: triton, exclude: [layers.0]}"]) == 0
     assert capsys.readouterr().out.endswith(" of 4 x 512 tokens, fp32, fp8 deepseek_v3\n")
 
 
@@ -99,6 +99,17 @@ def test_row23_tags_and_duplicate_keys_exit_2(tmp_path):
         (
             ["seed", "max_seq_len"],
             [f"{key}: an override is written key=value; did you mean '{key}=...'?" for key in ("seed", "max_seq_len")],
+        ),
+        (
+            ["--seed", "--max_seq_len", "5"],
+            [
+                "--seed: no such option; overrides are key=value; did you mean 'seed=...'?",
+                "--max_seq_len: no such option; overrides are key=value; did you mean 'max_seq_len=5'?",
+            ],
+        ),
+        (
+            ["--world-size", "4", "--seed", "4"],
+            ["--seed: no such option; overrides are key=value; did you mean 'seed=4'?"],
         ),
         (["other.yaml"], ["other.yaml: an override is written key=value"]),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
-from moefoundry.checkpoint.manifest import visible_damage
+from moefoundry.checkpoint.manifest import visible_damage, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_url
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
@@ -119,11 +119,13 @@ def claim_run_dir(recipe: Recipe) -> None:
     Done when all else has been checked, so that a corrected recipe may use the directory of a mistaken one.
 
     Raises:
-        UserError: The file cannot be written.
+        UserError: The file cannot be written; one that is there stays as it is.
     """
     path = Path(recipe.run_dir) / CONFIG_FILE
+    fresh = path.with_name(f".{path.name}")
     try:
-        path.write_text(dump_recipe(recipe))
+        write_synced(fresh, dump_recipe(recipe).encode())
+        fresh.replace(path)
     except OSError as error:
         raise UserError(f"run_dir: cannot write {path}: {error.strerror}") from error
 

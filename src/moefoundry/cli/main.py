@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from moefoundry import __version__
@@ -32,12 +33,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_parser(subparsers)
     args, unknown = parser.parse_known_args(argv)
     if hasattr(args, "arguments"):  # overrides after an option, and --key value, whose error the recipe loader words
-        args.arguments = [*args.arguments, *unknown]
-        if any(word.startswith("-") for word in unknown):
-            args.arguments.sort(key=argv.index)
+        args.arguments = _in_order([*args.arguments, *unknown], argv)
     elif unknown:
         subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return exit_status(lambda: modules[args.command].run(args))
+
+
+def _in_order(words: list[str], argv: Sequence[str]) -> list[str]:
+    """``words`` as they follow each other in ``argv``; of words that look alike, options have the first as values."""
+    left, found = Counter(words), []
+    for word in reversed(argv):
+        if left[word]:
+            left[word] -= 1
+            found.append(word)
+    return found[::-1]
 
 
 def exit_status(run: Callable[[], int]) -> int:

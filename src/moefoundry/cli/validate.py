@@ -1,4 +1,4 @@
-"""``moefoundry validate``: everything that can be wrong with a recipe, in under a second.
+"""``moefoundry validate``: what can be wrong with a recipe, on any machine, in under a second.
 
 Nothing heavy is imported, with one exception: which modules there are, for ``precision.fp8.exclude`` to name, only the
 model itself can say, so it is built on meta. That takes about three seconds, nearly all of them to import torch.
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from moefoundry.config import Recipe
 
 DESCRIPTION = """\
-Check a recipe and its overrides; list every problem at once (exit status 2). The machine plays no part: a recipe for
-GPUs is checked on any other computer. What the devices must be able to do is checked when training starts.
+Check a recipe and its overrides; list every problem at once (exit status 2). Names of modules in precision.fp8.exclude
+are looked up when all else is right. The machine plays no part: a recipe for GPUs is checked on any other computer.
+What the devices must be able to do is checked when training starts.
 """
 
 

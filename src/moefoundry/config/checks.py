@@ -180,8 +180,7 @@ def _fp8_is_on(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         given, usual = getattr(fp8, name), getattr(default, name)
         if fp8.recipe is None and given != usual:
             message = f"{show_leaf(given)} has no effect while precision.fp8.recipe is null"
-            suggestion = f"precision.fp8.recipe={Fp8Recipe.deepseek_v3}"
-            yield Problem(f"precision.fp8.{name}", message, allowed=show_leaf(usual), suggestion=suggestion)
+            yield Problem(f"precision.fp8.{name}", message, allowed=show_leaf(usual))
 
 
 @rule("precision.fp8.recipe", "precision.fp8.backend")

@@ -47,7 +47,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
     words = list(overrides)
     while words:
         token, following = words.pop(0), "..."
-        if "=" not in token and words and "=" not in words[0] and words[0] not in KEYS:
+        if "=" not in token and words and "=" not in words[0] and words[0].lstrip("-") not in KEYS:
             following = words.pop(0)  # `key value`: one mistake
         try:
             path, value = _parse(token, following)

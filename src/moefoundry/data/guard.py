@@ -317,11 +317,12 @@ class GuardedDataset(StreamingDataset):
                 with _sole_starter():
                     remove_stale_segments()
                     taken = _free_number(_check_and_find_retrying(local, remote, LOCALS, retry))
+                    # the flag first: segments that a killed run leaves without one would stay
+                    self._event: Any = NodeFailure.create(_segments_directory() / _get_path(taken, MARKER))
                     content = _pack_locals(local, taken)
                     segment = SharedMemory(_get_path(taken, LOCALS), True, len(content))
                     segment.buf[: len(content)] = content
-                    self._event: Any = NodeFailure.create(_segments_directory() / _get_path(taken, MARKER))
-            except (OSError, ValueError, UserError) as error:
+            except Exception as error:  # whatever it is, the others wait to hear of it
                 taken = error
         by_rank = all_gather_object(taken)
         if (problem := next((each for each in by_rank if isinstance(each, Exception)), None)) is not None:

@@ -35,7 +35,7 @@ def expert_mixture(
         tokens_TD: Float tokens on the CPU.
         weights_TK: Top-k weights; cast to the dtype of the tokens.
         gate_EFD, up_EFD, down_EDF: Experts' weights, each in the layout of ``nn.Linear``.
-        order: From :func:`~moefoundry.ops.permute.order_by_expert`.
+        order: Of all slots, from :func:`~moefoundry.ops.permute.order_by_expert`.
     """
     return _ExpertMixture.apply(tokens_TD, weights_TK.to(tokens_TD.dtype), gate_EFD, up_EFD, down_EDF, order)
 

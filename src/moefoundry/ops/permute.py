@@ -2,6 +2,7 @@
 
 Both directions, forward and backward, are gathers (with a sum over K), never scatter-adds: no atomics, so two runs
 give the same bits, and no zero-filled buffers. The sum over K is one ``embedding_bag``, which reads each row once.
+Only gradients of what belongs to slots, a number each, are scattered, each to a place of its own.
 
 A *slot* is one routed (token, choice) pair, numbered ``t * K + k``; a *row* is its position in expert order. Slots that
 are not kept (capacity, or another node's experts) have no row.

@@ -29,7 +29,7 @@ FP32 = 4
 E4M3_ROW, E5M6_ROW = 129 / 128, 193 / 128
 ORDER_BYTES = 16
 """Of a slot: its row, and the row's slot. They belong to no operation, and checkpointing leaves them; so with 8 bytes
-of a token, the first of its slots."""
+of a token, the first of its slots. Exchanges have orders of their own, of fewer slots or as many: taken as one more."""
 INDEX_BYTES = 36
 """Of a slot: those, its expert and its weight, and the row's weight."""
 
