@@ -35,6 +35,21 @@ def test_gradient_norm_and_clipping() -> None:
     run_distributed(norms, 1)
 
 
+def norm_of_pieces() -> None:
+    from moefoundry.callbacks.gradient_norm import global_norm
+
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randn(4096, 256, generator=draw) * torch.randn(4096, 1, generator=draw).mul(2).exp()
+    exact = whole.double().norm()
+    assert abs(torch.nn.utils.get_total_norm([whole]) / exact - 1) > 1e-5, "as fp32 has it"
+    for pieces in (1, 2, 3, 64):
+        assert global_norm(whole.chunk(pieces)).item() == pytest.approx(exact.item(), rel=1e-8)
+
+
+def test_norm_of_a_large_gradient_does_not_depend_on_its_split() -> None:
+    run_distributed(norm_of_pieces, 1)
+
+
 def read(run_dir: Path) -> list[dict]:
     from moefoundry.callbacks.metrics_file import read_metrics
 

@@ -35,12 +35,16 @@ class GradientNorm(Callback):
         self.norm = norm
         if self.max_norm is not None and norm.isfinite():  # clipping would spread what is not: see health.py
             for same_mesh in by_mesh(parameters):
-                torch.nn.utils.clip_grads_with_norm_(same_mesh, self.max_norm, norm)
+                torch.nn.utils.clip_grads_with_norm_(same_mesh, self.max_norm, norm.to(same_mesh[0].dtype))
         logger.log_metrics({"grad_norm": norm.item()})
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, the same scalar on every rank."""
+    """L2 norm of all gradients together, a float64 scalar, the same on every rank and mesh.
+
+    An fp32 norm of a large matrix is off by 1e-5 and more, by less where shards are smaller: so only its rows have
+    theirs in fp32, and these are summed in float64.
+    """
     squares = [_square_sum(same_mesh) for same_mesh in by_mesh(gradients)]
     return torch.stack(squares).sum().sqrt()
 
@@ -48,7 +52,8 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
 def _square_sum(gradients: list[Tensor]) -> Tensor:
     """Sum of squares of gradients of one mesh: this rank's shards, then over every axis that shards them."""
     shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    square = torch.nn.utils.get_total_norm(shards).square()
+    norms_of_rows = torch.cat([torch.linalg.vector_norm(shard, dim=-1).flatten() for shard in shards])
+    square = norms_of_rows.double().square().sum()
     first = gradients[0]
     if isinstance(first, DTensor):
         for axis, placement in enumerate(first.placements):

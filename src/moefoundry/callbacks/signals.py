@@ -1,8 +1,9 @@
 """Preemption: a signal to any rank makes all ranks stop after the same batch, with a checkpoint of it.
 
 SIGTERM is what launchers, Kubernetes and Slurm send before they kill; SIGUSR1 is what ``sbatch --signal=USR1@120`` asks
-Slurm for. Both mean the same. Ranks must not save by themselves when a signal comes: a save is collective, and the
-others may be a batch behind. So a signal only leaves a note, and ranks compare notes at the end of each batch.
+Slurm for; SIGINT is Ctrl-C. All mean the same. Ranks must not save by themselves when a signal comes: a save is
+collective, and the others may be a batch behind. So a signal only leaves a note, and ranks compare notes at the end of
+each batch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75: "try again later"; neither a success nor what a crash or a bare signal gives
 REPEAT_SECONDS = 5.0
 """A signal to a process group reaches a rank twice: at once, and passed on by its launcher, which got it too. Only one

@@ -48,7 +48,7 @@ from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 
 TOKENS = "tokens"
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # see callbacks/signals.py
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # see callbacks/signals.py
 
 
 class TokenDataset(GuardedDataset):
