@@ -453,6 +453,11 @@ def test_from_pretrained(tmp_path: Path) -> None:
     assert tied.lm_head.weight is tied.embed_tokens.weight
 
 
+def test_a_model_that_is_not_there_is_to_be_downloaded_first(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"OLMoE: no such directory; .* download ORGANIZATION/OLMoE --local-dir "):
+        import_hf(tmp_path / "OLMoE", tmp_path / "imported")
+
+
 def test_importing_the_package_is_light() -> None:
     code = "import sys, moefoundry; moefoundry.from_pretrained; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

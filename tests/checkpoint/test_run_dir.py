@@ -78,6 +78,24 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(recipe: MakeRecipe)
     assert config.read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("place", "saved", "remedy"),
+    [
+        ("named", False, r"choose another run_name, or remove .*, which has no checkpoints\. Diff"),
+        ("named", True, r"choose another run_name\. Diff"),
+        ("spelled_out", True, r"choose another run_dir\. Diff"),
+    ],
+)
+def test_another_recipe_is_told_where_to_go(tmp_path: Path, place: str, saved: bool, remedy: str) -> None:
+    keys = [f"run_dir={tmp_path}/{place}", "run_name=named"]
+    recipe = load_recipe(None, keys)
+    begin(recipe)
+    if saved:
+        save_checkpoint(recipe)
+    with pytest.raises(UserError, match=remedy):
+        check_run_dir(load_recipe(None, [*keys, "seed=3"]))
+
+
 def test_checkpoints_are_continued_or_left_alone(recipe: MakeRecipe) -> None:
     run_dir = begin(recipe())
     save_checkpoint(recipe())

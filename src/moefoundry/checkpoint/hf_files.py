@@ -23,8 +23,11 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """``config.json`` of a directory.
 
     Raises:
-        UserError: It is missing or no JSON object.
+        UserError: The directory or the file is missing, or it is no JSON object.
     """
+    if not path.is_dir():
+        download = f"huggingface-cli download ORGANIZATION/{path.name} --local-dir {path}"
+        raise UserError(f"{path}: no such directory; a model is downloaded first: {download}")
     try:
         config = json.loads((path / CONFIG).read_text())
     except (OSError, ValueError) as error:

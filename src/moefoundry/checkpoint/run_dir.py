@@ -100,12 +100,15 @@ def check_run_dir(recipe: Recipe) -> Path:
     config = run_dir / CONFIG_FILE
     if config.exists():
         differences = [line for line in diff_recipes(load_recipe(config), recipe) if not line.startswith(FREE_KEYS)]
+        batches = store_of(run_dir).batches()
         if differences:
+            remedy = f"choose another run_{'name' if recipe.run_name in run_dir.parts else 'dir'}"
+            remedy += "" if batches else f", or remove {run_dir}, which has no checkpoints"
             raise UserError(
-                f"run_dir: {run_dir} belongs to a run with another recipe; choose another run_name. Differing keys:\n  "
+                f"run_dir: {run_dir} belongs to a run with another recipe; {remedy}. Differing keys:\n  "
                 + "\n  ".join(differences)
             )
-        if store_of(run_dir).batches() and not recipe.autoresume:
+        if batches and not recipe.autoresume:
             raise UserError(
                 f"run_dir: {run_dir} holds checkpoints of this recipe; "
                 "continue it with autoresume=true or choose another run_name"
