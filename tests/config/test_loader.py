@@ -195,8 +195,11 @@ def test_row21_unknown_keys_suggest_a_full_path(override, path, suggestion):
 
 
 def test_an_unknown_key_near_nothing_lists_what_there_is():
-    assert only_problem("mesh.zzz=1").allowed == "replicate, shard, expert, ranks_per_node"
-    assert only_problem("kind=1").allowed == "model.norm.kind, model.attention.kind"
+    for key in ("mesh.zzz", "mesh.ep", "mesh.tp"):
+        assert str(only_problem(f"{key}=1")) == f"{key}: unknown key; allowed: replicate, shard, expert, ranks_per_node"
+    assert str(only_problem("mesh.kind=1")) == (
+        "mesh.kind: unknown key; keys with this name are model.norm.kind, model.attention.kind"
+    )
 
 
 def test_a_dotted_key_in_the_file_is_to_be_nested(tmp_path):

@@ -126,17 +126,17 @@ class Builder:
         for known in everywhere:
             leaves.setdefault(known.rpartition(".")[2], []).append(known)
         here = difflib.get_close_matches(name, siblings, 1, 0.7)
-        elsewhere = leaves.get(name, [])
-        if not elsewhere and not here:
-            elsewhere = [known for near in difflib.get_close_matches(name, leaves, 1, 0.75) for known in leaves[near]]
-        elsewhere = [known for known in elsewhere if known != path]  # a key of another variant
-        allowed = ", ".join(siblings)
-        suggestion = join(parent, here[0]) if here else ""
+        elsewhere = [known for known in leaves.get(name, []) if known != path]  # not a key of another variant
+        fuzzy = not here and name not in leaves and len(name) > 3  # shorter names are near to too many
+        near = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, 1, 0.75)] if fuzzy else []
+        message, suggestion, allowed = f"unknown key{kind}", join(parent, here[0]) if here else "", ", ".join(siblings)
         if len(elsewhere) == 1:
-            allowed, suggestion = "", elsewhere[0]
+            suggestion = elsewhere[0]
         elif elsewhere and not here:
-            allowed = ", ".join(elsewhere)
-        self._fail(path, f"unknown key{kind}", "" if suggestion else allowed, suggestion)
+            message, allowed = f"{message}; keys with this name are {', '.join(elsewhere)}", ""
+        elif near and len(near[0]) == 1:
+            suggestion = near[0][0]
+        self._fail(path, message, "" if suggestion else allowed, suggestion)
         if suggestion:
             self.unsound.add(suggestion)
 
