@@ -16,7 +16,8 @@ class Console(LoggerDestination):
 
     Args:
         title: Printed when training begins.
-        interval: Time between two lines (``10ba``, ``1ep``); None prints only evaluations.
+        interval: Time between two lines (``10ba``, ``1ep``), besides those of the first batch and of the last; None
+            prints only evaluations.
         progress_bar: Show a bar, if ``stream`` is a terminal.
         stream: Where to print; standard error if None.
     """
@@ -48,14 +49,15 @@ class Console(LoggerDestination):
             )
 
     def batch_end(self, state: State, logger: Logger) -> None:
+        assert state.max_duration is not None, "training has begun"
         if self._bar is not None:
-            assert state.max_duration is not None
             self._bar.update(state.timestamp.get(state.max_duration.unit).value - self._bar.n)
         if self.interval is None or state.previous_timestamp is None:
             return
         unit, step = self.interval.unit, self.interval.value
         before, now = state.previous_timestamp.get(unit).value, state.timestamp.get(unit).value
-        if now // step > before // step or state.timestamp.batch.value == 1:
+        ends = state.timestamp.batch.value == 1 or state.timestamp >= state.max_duration
+        if ends or now // step > before // step:
             self._print(format_train_line(state, self._metrics))
 
     def eval_end(self, state: State, logger: Logger) -> None:
@@ -98,6 +100,7 @@ def format_train_line(state: State, metrics: dict[str, Any]) -> str:
         ("loss", "loss/train/lm", ".4f"),
         ("balance", "loss/train/balance", ".4f"),
         ("z", "loss/train/z", ".4f"),
+        ("mtp", "loss/train/mtp", ".4f"),
         ("grad norm", "grad_norm", ".3f"),
         ("lr", "lr", ".2e"),
         ("tokens/s", "throughput/tokens_per_sec", ",.0f"),
