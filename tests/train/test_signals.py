@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from moefoundry.callbacks.signals import EXIT_STOPPED, SIGNALS
+from moefoundry.callbacks.signals import EXIT_STOPPED
 from moefoundry.config import Recipe
+from moefoundry.data.loader import STOP_SIGNALS
 from tests.distributed import RankError, captured_output, run_distributed
 from tests.train.runs import Run, finished, run_recipe
 
@@ -75,7 +76,7 @@ def whole(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathF
     return run_recipe(tiny_recipe(tmp_path_factory.mktemp("whole"), *STEPS), 2)
 
 
-@pytest.mark.parametrize("signum", list(SIGNALS), ids=lambda signum: signum.name)
+@pytest.mark.parametrize("signum", STOP_SIGNALS, ids=lambda signum: signum.name)
 def test_row19_all_ranks_save_and_the_run_resumes(
     tiny_overrides: Overrides,
     tiny_recipe: Callable[..., Recipe],
@@ -101,7 +102,7 @@ def test_row19_all_ranks_save_and_the_run_resumes(
     assert resumed.column(evaluation) == whole.column(evaluation)
 
 
-@pytest.mark.parametrize("signum", list(SIGNALS), ids=lambda signum: signum.name)
+@pytest.mark.parametrize("signum", STOP_SIGNALS, ids=lambda signum: signum.name)
 def test_row19_loader_processes_leave_signals_to_their_rank(
     tiny_overrides: Overrides, tmp_path: Path, signum: signal.Signals
 ) -> None:

@@ -18,7 +18,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from moefoundry.data.loader import STOP_SIGNALS
+
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75: "try again later"; neither a success nor what a crash or a bare signal gives
 REPEAT_SECONDS = 5.0
 """A signal to a process group reaches a rank twice: at once, and passed on by its launcher, which got it too. Only one
@@ -42,7 +43,7 @@ class StopOnSignal(Callback):
         self._previous: dict[int, Any] = {}
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        self._previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+        self._previous = {signum: signal.signal(signum, self._note) for signum in STOP_SIGNALS}
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         received = state.device.tensor_to_device(torch.tensor(self._received))
@@ -61,7 +62,7 @@ class StopOnSignal(Callback):
     def post_close(self) -> None:
         """All is saved. A launcher ends the others when a first rank ends; let each end with its own status."""
         if self.stopped_by is not None:
-            for signum in SIGNALS:
+            for signum in STOP_SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)
 
     def _note(self, signum: int, frame: object) -> None:

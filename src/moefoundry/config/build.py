@@ -12,8 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import INVALID, Spec, chosen_class, describe, join, options, plain, show, specs, walk
+from moefoundry.config.spec import INVALID, Spec, chosen_class, describe, every_key, join, options, plain, show, specs
 
 
 class Builder:
@@ -118,7 +117,7 @@ class Builder:
 
     def _unknown(self, name: str, parent: str, siblings: list[str], kind: str) -> None:
         path = join(parent, name)
-        everywhere = dict.fromkeys(known for known, _ in walk(Recipe))
+        everywhere = every_key()
         if name in everywhere and "." in name:
             self._fail(path, "a dotted key is for overrides; nest it in the file")
             return
@@ -127,15 +126,14 @@ class Builder:
             leaves.setdefault(known.rpartition(".")[2], []).append(known)
         here = difflib.get_close_matches(name, siblings, 1, 0.7)
         elsewhere = [known for known in leaves.get(name, []) if known != path]  # not a key of another variant
-        fuzzy = not here and name not in leaves and len(name) > 3  # shorter names are near to too many
-        near = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, 1, 0.75)] if fuzzy else []
+        if not here and name not in leaves and len(name) > 3:  # shorter names are near to too many
+            near = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, 1, 0.75)]
+            elsewhere = near[0] if near and len(near[0]) == 1 else []
         message, suggestion, allowed = f"unknown key{kind}", join(parent, here[0]) if here else "", ", ".join(siblings)
         if len(elsewhere) == 1:
             suggestion = elsewhere[0]
         elif elsewhere and not here:
             message, allowed = f"{message}; keys with this name are {', '.join(elsewhere)}", ""
-        elif near and len(near[0]) == 1:
-            suggestion = near[0][0]
         self._fail(path, message, "" if suggestion else allowed, suggestion)
         if suggestion:
             self.unsound.add(suggestion)

@@ -15,9 +15,9 @@ from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.interpolation import Resolver
-from moefoundry.config.overrides import KEYS, apply_overrides
+from moefoundry.config.overrides import apply_overrides
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import chosen_class, plain, show, specs
+from moefoundry.config.spec import chosen_class, every_key, plain, show, specs
 from moefoundry.config.yaml_reader import parse_yaml
 
 LLM_FOUNDRY_MODELS = (
@@ -79,7 +79,7 @@ def _read(path: Path) -> dict[str, Any]:
         by_name = {key: str(file) for file in nearby for key in (file.stem, str(file.with_suffix("")))}
         wanted = str(path.with_suffix("")), path.stem  # what files of one kind have in common tells nothing
         names = [near for name in wanted for near in difflib.get_close_matches(name, by_name, 1)]
-        suggestion = f"{path}=..." if str(path) in KEYS else by_name[names[0]] if names else ""
+        suggestion = f"{path}=..." if str(path) in every_key() else by_name[names[0]] if names else ""
         raise ConfigError([Problem(str(path), "no such recipe file", suggestion=suggestion)], str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"

@@ -13,14 +13,12 @@ from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import looks_secret, redact, show, specs, walk
+from moefoundry.config.spec import every_key, looks_secret, redact, show, specs
 from moefoundry.config.yaml_reader import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 KeyPath = tuple[str, ...]
 _INDEX = re.compile(r"\[\d+\]|\.\d+$")
-KEYS = frozenset(path for path, _ in walk(Recipe))
-"""Every key of a recipe, of whichever variant."""
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -47,7 +45,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
     words = list(overrides)
     while words:
         token, following = words.pop(0), "..."
-        if "=" not in token and words and "=" not in words[0] and words[0].lstrip("-") not in KEYS:
+        if "=" not in token and words and "=" not in words[0] and words[0].lstrip("-") not in every_key():
             following = words.pop(0)  # `key value`: one mistake
         try:
             path, value = _parse(token, following)
@@ -70,7 +68,7 @@ def _parse(token: str, following: str) -> tuple[str, Any]:
     shown = "..." if looks_secret(bare) else text or following
     if not equals:
         message = "an override is written key=value" if bare == path else "no such option; overrides are key=value"
-        raise ConfigError([Problem(token, message, suggestion=f"{bare}={shown}" if bare in KEYS else "")])
+        raise ConfigError([Problem(token, message, suggestion=f"{bare}={shown}" if bare in every_key() else "")])
     if bare != path:
         raise ConfigError([Problem(path, "an override has no leading dashes", suggestion=f"{bare}={shown}")])
     if _INDEX.search(path):

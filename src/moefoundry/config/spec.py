@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from moefoundry.config.schema import PATTERN_HINTS
+from moefoundry.config.schema import PATTERN_HINTS, Recipe
 
 
 class _Invalid:
@@ -85,6 +85,12 @@ def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Spec]]:
         if spec.is_mapping:
             for child in (spec.variants or {"": spec.kind}).values():
                 yield from walk(child, f"{path}.")
+
+
+@cache
+def every_key() -> dict[str, None]:
+    """The paths of all keys of a recipe, of whichever variant, in the order of the schema."""
+    return dict.fromkeys(path for path, _ in walk(Recipe))
 
 
 def join(path: str, key: str | int) -> str:

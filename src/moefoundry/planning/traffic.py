@@ -21,6 +21,7 @@ import torch
 
 from moefoundry.config import ActivationCheckpointing, AuxLossScope, Fp8Recipe, Recipe
 from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, REPLICATE, MeshDegrees
+from moefoundry.moe.dispatch import pairs_and_slots
 from moefoundry.moe.router import deal_in_turn
 from moefoundry.ops.fp8.wire import row_bytes
 from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
@@ -149,8 +150,7 @@ def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
     ids_TK = deal_in_turn(tokens, moe.top_k, moe.num_experts, moe.router, torch.device("cpu"))
 
     def pairs(places: int) -> list[int]:
-        place_TK = ids_TK // (moe.num_experts // places)
-        return torch.zeros(tokens, places, dtype=torch.int64).scatter_(1, place_TK, 1).sum(0).tolist()
+        return pairs_and_slots(ids_TK, moe.num_experts, places)[0].tolist()
 
     weight_bytes = torch.promote_types(dtype, torch.float32).itemsize
     width, fp8 = recipe.model.d_model, recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
