@@ -129,7 +129,7 @@ class Fp8Experts(GroupedExperts):
     backend: Backend | None
 
     def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor, row_weights_R: Tensor | None = None) -> Tensor:
-        return fp8_feed_forward(rows_RD, *self._local_weights(), tokens_per_expert_E, row_weights_R, self.backend)
+        return fp8_feed_forward(rows_RD, *self.local_weights(), tokens_per_expert_E, row_weights_R, self.backend)
 
 
 def codec_of_rows(experts: GroupedExperts) -> Fp8Codec | None:

@@ -230,7 +230,7 @@ def test_enums_list_what_is_allowed():
 @pytest.mark.parametrize(
     ("override", "allowed"),
     [
-        ("model.moe.backend=megablocks", "grouped_mm, loop"),
+        ("model.moe.backend=megablocks", "auto, triton, grouped_mm, loop"),
         ("icl_tasks=[lambada]", "null"),
     ],
 )
@@ -538,7 +538,7 @@ def test_unreadable_files(tmp_path):
 def test_dump_is_plain_yaml_in_the_schemas_order():
     data = yaml.safe_load(dump_recipe(load_recipe()))
     assert list(data) == [field.name for field in dataclasses.fields(Recipe)]
-    assert data["model"]["moe"]["backend"] == "grouped_mm"
+    assert data["model"]["moe"]["backend"] == "auto"
 
 
 def test_flatten_and_diff():

@@ -252,12 +252,12 @@ def test_fused_cpu_function_changes_nothing_but_rounding(monkeypatch: pytest.Mon
     x = torch.randn(2, 16, 32)
     calls: list[Tensor] = []
     monkeypatch.setattr(
-        "moefoundry.moe.layer.expert_mixture", lambda *args: calls.append(args[0]) or expert_mixture(*args)
+        "moefoundry.moe.mixture.expert_mixture", lambda *args: calls.append(args[0]) or expert_mixture(*args)
     )
     runs = []
     for threshold in (2**60, 0):
         assert not calls
-        monkeypatch.setattr("moefoundry.moe.layer.PAYS_FROM_BYTES", threshold)
+        monkeypatch.setattr("moefoundry.moe.mixture.PAYS_FROM_BYTES", threshold)
         module.zero_grad()
         out, stats = module(x)
         (out.square().sum() + stats.balance_loss).backward()

@@ -158,7 +158,7 @@ def _yarn(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 @rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision.compute")
 def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """``torch.nn.functional.grouped_mm`` wants strides that are multiples of 16 bytes."""
-    if recipe.model.moe.backend != ExpertBackend.grouped_mm:
+    if recipe.model.moe.backend == ExpertBackend.loop:
         return
     multiple = 8 if recipe.precision.compute == Compute.bf16 else 4
     sizes = {

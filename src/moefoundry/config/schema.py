@@ -105,6 +105,8 @@ class AuxLossScope(StrEnum):
 
 
 class ExpertBackend(StrEnum):
+    auto = "auto"
+    triton = "triton"
     grouped_mm = "grouped_mm"
     loop = "loop"
     megablocks = "megablocks"
@@ -207,9 +209,9 @@ class MoEConfig:
         gt=0,
     )
     backend: ExpertBackend = key(
-        ExpertBackend.grouped_mm,
-        "How experts multiply; loop is the plain oracle.",
-        available=(ExpertBackend.grouped_mm, ExpertBackend.loop),
+        ExpertBackend.auto,
+        "How experts multiply; auto takes the fastest for the device, dtype and size, loop is the plain oracle.",
+        available=(ExpertBackend.auto, ExpertBackend.triton, ExpertBackend.grouped_mm, ExpertBackend.loop),
     )
 
 

@@ -43,12 +43,12 @@ class GroupedExperts(nn.Module):
 
     def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor, row_weights_R: Tensor | None = None) -> Tensor:
         """[R, D] rows in the order of this rank's experts -> [R, D], times their weights."""
-        gate, up, down = self._local_weights()
+        gate, up, down = self.local_weights()
         gate_RF = self.grouped_linear(rows_RD, gate, tokens_per_expert_E)
         up_RF = self.grouped_linear(rows_RD, up, tokens_per_expert_E)
         return self.grouped_linear(swiglu(gate_RF, up_RF, row_weights_R), down, tokens_per_expert_E)
 
-    def _local_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+    def local_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down of this rank's experts."""
         return self._local(self.gate_proj), self._local(self.up_proj), self._local(self.down_proj)
 

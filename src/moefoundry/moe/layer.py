@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AuxLossScope, MoEConfig
 from moefoundry.moe.balance import balance_loss, mean_probs, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts
+from moefoundry.moe.mixture import Mixture, choose_mixture
 from moefoundry.moe.router import Router, Routing, within_capacity
-from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import BACKENDS, grouped_linear
 from moefoundry.ops.permute import count_by_expert, order_by_expert
 
@@ -52,6 +51,7 @@ class MoELayer(nn.Module):
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
         self.router = Router(d_model, cfg)
+        self.backend = cfg.backend
         self.experts = GroupedExperts(cfg.num_experts, d_model, cfg.expert_hidden_size, BACKENDS[cfg.backend])
         self.shared_experts = (
             FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
@@ -67,8 +67,12 @@ class MoELayer(nn.Module):
         kept_TK = None
         if self.capacity_factor is not None and self.training:
             kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)
-        if kept_TK is None and self._fused_pays(tokens_TD):
-            out_TD, shared_TD = self._fused(tokens_TD, routing), self._shared(tokens_TD)
+        mixture = self._mixture(tokens_TD) if kept_TK is None else None
+        if mixture is not None:
+            weights = self.experts.local_weights()
+            order = order_by_expert(routing.topk_expert_ids, len(weights[0]))
+            out_TD = mixture(tokens_TD, routing.topk_weights, *weights, order)
+            shared_TD = self._shared(tokens_TD)
         else:
             arrive = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids, routing.topk_weights, kept_TK)
             shared_TD = self._shared(tokens_TD)  # while the rows travel
@@ -82,21 +86,13 @@ class MoELayer(nn.Module):
     def _shared(self, tokens_TD: Tensor) -> Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(tokens_TD)
 
-    def _fused(self, tokens_TD: Tensor, routing: Routing) -> Tensor:
-        weights = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
-        order = order_by_expert(routing.topk_expert_ids, len(weights[0]))
-        return expert_mixture(tokens_TD, routing.topk_weights, *weights, order)
-
-    def _fused_pays(self, tokens_TD: Tensor) -> bool:
-        """Whether the fused CPU function computes the same (fp32, all experts here, products as they are), faster."""
-        return (
-            tokens_TD.device.type == "cpu"
-            and tokens_TD.dtype == torch.float32
-            and isinstance(self.dispatcher, LocalDispatcher)
-            and type(self.experts) is GroupedExperts
-            and self.experts.grouped_linear is grouped_linear
-            and tokens_TD.nbytes * self.router.top_k >= PAYS_FROM_BYTES
-        )
+    def _mixture(self, tokens_TD: Tensor) -> Mixture | None:
+        """What mixes the experts at once, where all are here and multiply as they are."""
+        experts = self.experts
+        plain = type(experts) is GroupedExperts and experts.grouped_linear is grouped_linear
+        if not plain or not isinstance(self.dispatcher, LocalDispatcher):
+            return None
+        return choose_mixture(self.backend, tokens_TD, self.router.top_k, experts.down_proj.shape[-1])
 
     def _stats(self, routing: Routing, kept_TK: Tensor | None, num_sequences: int) -> RoutingStats:
         num_segments = num_sequences if self.aux_loss_scope == AuxLossScope.sequence else 1

@@ -1,4 +1,10 @@
-"""A product in fp32 of operands that may be narrower, for the router's gate; of float64 in float64."""
+"""A product in fp32 of operands that may be narrower, for the router's gate; of float64 in float64.
+
+A GPU multiplies fp32 on its slow units. Where the tokens are bfloat16, the weight is therefore cut into three bfloat16
+parts that add up to its 24 bits: one product on the tensor cores, which sum in fp32, takes the place of a tenth of the
+layer's time. Backward likewise: gradients in three parts for the weight's, in two for the tokens', which are rounded to
+bfloat16 in the end.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +27,50 @@ def widened(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def parts_of(x: Tensor, number: int) -> list[Tensor]:
+    """Cut fp32 into bfloat16 parts, largest first, whose sum has 8 more bits with each."""
+    parts = []
+    for _ in range(number):
+        parts.append(x.bfloat16())
+        x = x - parts[-1].float()
+    return parts
+
+
+def multiply_parts(a: Tensor, b: Tensor) -> Tensor:
+    """fp32 [M, K] x [K, N] of bfloat16, on the tensor cores where there are any."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+
+
+def linear_by_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """``x @ weight.T`` in fp32, ``x`` bfloat16 and ``weight`` fp32."""
+    stacked = multiply_parts(x_TD, torch.cat(parts_of(weight_ED, 3)).T)
+    return sum_of_thirds(stacked, dim=1)
+
+
+def gradients_by_parts(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` to 16 bits, of ``weight`` to 24, both fp32."""
+    high, low, rest = parts_of(grad_TE, 3)
+    weight_high, weight_low = parts_of(weight_ED, 2)
+    grad_x_TD = multiply_parts(torch.cat([high, high, low], dim=1), torch.cat([weight_high, weight_low, weight_high]))
+    return grad_x_TD, sum_of_thirds(multiply_parts(torch.cat([high, low, rest], dim=1).T, x_TD), dim=0)
+
+
+def sum_of_thirds(x: Tensor, dim: int) -> Tensor:
+    """Add the three equal parts of a dimension, the smallest first."""
+    high, low, rest = x.chunk(3, dim)
+    return rest + low + high
+
+
+def _by_parts(x_TD: Tensor, weight_ED: Tensor) -> bool:
+    return x_TD.is_cuda and x_TD.dtype == torch.bfloat16 and weight_ED.dtype == torch.float32
+
+
 class _WideLinear(Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
+        if _by_parts(x_TD, weight_ED):
+            return linear_by_parts(x_TD, weight_ED)
         wide_TD = widened(x_TD)
         return F.linear(wide_TD, weight_ED.to(wide_TD.dtype))
 
@@ -32,5 +78,8 @@ class _WideLinear(Function):
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
-        grad_x_TD, grad_weight_ED = grad_TE @ weight_ED.to(grad_TE.dtype), grad_TE.T @ widened(x_TD)
+        if _by_parts(x_TD, weight_ED):
+            grad_x_TD, grad_weight_ED = gradients_by_parts(grad_TE, x_TD, weight_ED)
+        else:
+            grad_x_TD, grad_weight_ED = grad_TE @ weight_ED.to(grad_TE.dtype), grad_TE.T @ widened(x_TD)
         return grad_x_TD.to(x_TD.dtype), grad_weight_ED.to(weight_ED.dtype)

@@ -85,7 +85,7 @@ def check_products(device: str, scaling: Scaling, sizes: list[int] | None, inner
     for product in products:
         expected = product(torch.float32, Backend.REFERENCE)
         # on a GPU the tensor cores' accumulator is short within 128 of K: their error, not the kernel's
-        tolerance = (2.0**-13 if device == "cuda" else FP32_SUMS) * max(expected.abs().flatten().tolist(), default=0)
+        tolerance = (2.0**-11 if device == "cuda" else FP32_SUMS) * max(expected.abs().flatten().tolist(), default=0)
         torch.testing.assert_close(product(torch.float32, Backend.TRITON), expected, rtol=0, atol=tolerance)
         if device == "cuda":
             got = product(torch.bfloat16, Backend.TRITON)

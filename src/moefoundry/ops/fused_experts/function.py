@@ -1,0 +1,272 @@
+"""The mixture of SwiGLU experts as one autograd function over the kernels of ``kernels.py``.
+
+Forward: gather, both up-projections and weighted SwiGLU in one kernel; the down-projection; a sum over each token's
+rows. Backward: gather of gradients, the down-projection's gradient and SwiGLU's in one kernel; both weight gradients
+with their gathers; the tokens' gradient; its sum. Kept for backward: tokens, both up-projections' outputs, routing.
+Weights and tiles never reach the host. The idea of keeping no more than that, and of taking the router weights'
+gradient before ``down``, is SonicMoE's (arXiv 2512.14080). Reference: ``ops/expert_mixture.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moefoundry.ops.expert_mixture import expert_mixture_reference
+from moefoundry.ops.fused_experts import kernels
+from moefoundry.ops.permute import RowOrder
+
+CAPABILITY = (9, 0)  # tensor descriptors
+ALIGNMENT = 8  # elements; a descriptor's strides are multiples of 16 bytes
+
+
+class Config(NamedTuple):
+    """How one kernel is tiled: rows, columns and depth of a tile, warps and pipeline stages of a program."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def launch(self) -> dict[str, int]:
+        """The arguments of a launch."""
+        return {"M": self.m, "N": self.n, "K": self.k, "num_warps": self.warps, "num_stages": self.stages}
+
+
+CONFIGS = {
+    "up_swiglu": Config(128, 128, 64, 8, 3),
+    "down": Config(128, 256, 64, 8, 3),
+    "down_backward_swiglu": Config(128, 128, 64, 8, 3),
+    "up_backward": Config(128, 256, 64, 8, 3),
+    "weight_gradient": Config(128, 256, 64, 8, 3),
+}
+"""Fastest of those measured on an H200; see benchmarks/GPU.md. All kernels over tiles of rows share ``m``."""
+SUM_COLUMNS = 1024
+
+
+def obstacle(tokens_TD: Tensor, hidden_size: int) -> str | None:
+    """Why :func:`fused_experts` cannot take these tokens, or None."""
+    if tokens_TD.dtype not in (torch.bfloat16, torch.float16):
+        return f"it multiplies bfloat16 and float16, not {tokens_TD.dtype}"
+    if tokens_TD.shape[1] % ALIGNMENT or hidden_size % ALIGNMENT:
+        return f"widths must be multiples of {ALIGNMENT}, not {tokens_TD.shape[1]} and {hidden_size}"
+    if triton.knobs.runtime.interpret:
+        return None
+    if tokens_TD.device.type != "cuda" or torch.version.hip is not None:
+        return f"its kernels need an NVIDIA GPU, not {tokens_TD.device}"
+    capability = torch.cuda.get_device_capability(tokens_TD.device)
+    return None if capability >= CAPABILITY else f"its kernels need compute capability {CAPABILITY}, not {capability}"
+
+
+def fused_experts(
+    tokens_TD: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+) -> Tensor:
+    """[T, D] -> [T, D]: each token's weighted sum of its experts' SwiGLU.
+
+    Args:
+        tokens_TD: bfloat16 or float16, on a GPU that :func:`obstacle` finds none for.
+        weights_TK: Top-k weights, any float dtype; used in fp32.
+        gate_EFD, up_EFD, down_EDF: Experts' weights, each in the layout of ``nn.Linear``, dtype as the tokens.
+        order: Of the slots that have rows.
+    """
+    operands = tokens_TD, weights_TK, gate_EFD, up_EFD, down_EDF
+    if not len(order.slot_of_row_N):
+        return expert_mixture_reference(*operands, order)  # a descriptor must not be empty
+    return _FusedExperts.apply(*operands, order)
+
+
+class Tiles(NamedTuple):
+    """Where each tile of rows lies; int32 [tiles] each, on the device.
+
+    Attributes:
+        group, first, end: Its expert (E: none), its first row, and where its expert's rows end.
+    """
+
+    group: Tensor
+    first: Tensor
+    end: Tensor
+
+
+def place_tiles(tokens_per_expert_E: Tensor, num_rows: int, m: int) -> Tiles:
+    """Tile N rows by ``m``, each expert's rows from a tile of their own; there are as many tiles as there can be."""
+    num_experts = len(tokens_per_expert_E)
+    tiles = (num_rows + num_experts * (m - 1)) // m
+    table = torch.empty(3, tiles, dtype=torch.int32, device=tokens_per_expert_E.device)
+    kernels.place_tiles[(tiles,)](
+        tokens_per_expert_E, *table, num_experts, MAX_GROUPS=triton.next_power_of_2(num_experts), M=m
+    )
+    return Tiles(*table)
+
+
+class _FusedExperts(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, tokens_TD: Tensor, weights_TK: Tensor, gate: Tensor, up: Tensor, down: Tensor, order: RowOrder
+    ) -> Tensor:
+        tokens_TD, gate, up, down = (tensor.contiguous() for tensor in (tokens_TD, gate, up, down))
+        token_of_row_N = order.token_of_row_N.to(torch.int32)
+        row_weights_N = weights_TK.flatten()[order.slot_of_row_N].float()
+        tiles = place_tiles(order.tokens_per_expert_E, len(token_of_row_N), CONFIGS["up_swiglu"].m)
+        gate_up, hidden = multiply_up(tokens_TD, token_of_row_N, row_weights_N, gate, up, tiles)
+        out_TD = sum_rows(multiply_down(hidden, down, tiles), order)
+        ctx.save_for_backward(tokens_TD, token_of_row_N, row_weights_N, gate, up, down, gate_up, *tiles)
+        ctx.order, ctx.slots, ctx.weights_dtype = order, weights_TK.shape, weights_TK.dtype
+        return out_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        tokens_TD, token_of_row_N, row_weights_N, gate, up, down, gate_up, *table = ctx.saved_tensors
+        order, tiles, grad_TD = ctx.order, Tiles(*table), grad_TD.contiguous()
+        ends_E = order.tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+        grad_gate_up, hidden, grad_row_weights_N = multiply_down_backward(
+            grad_TD, token_of_row_N, row_weights_N, down, gate_up, tiles
+        )
+        (grad_down,) = multiply_transposed(grad_TD, hidden, token_of_row_N, ends_E, 1, gather_left=True)
+        grad_gate, grad_up = multiply_transposed(grad_gate_up, tokens_TD, token_of_row_N, ends_E, 2, gather_left=False)
+        grad_tokens_TD = sum_rows(multiply_up_backward(grad_gate_up, gate, up, tiles), order)
+        grad_weights_TK = grad_row_weights_N.new_zeros(ctx.slots)
+        grad_weights_TK.view(-1)[order.slot_of_row_N] = grad_row_weights_N
+        return grad_tokens_TD, grad_weights_TK.to(ctx.weights_dtype), grad_gate, grad_up, grad_down, None
+
+
+def multiply_up(
+    tokens_TD: Tensor, token_of_row_N: Tensor, row_weights_N: Tensor, gate: Tensor, up: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor]:
+    """Outputs of gate and up, [N, 2 F], and their weighted SwiGLU, [N, F]."""
+    config, rows, (experts, columns, inner) = CONFIGS["up_swiglu"], len(token_of_row_N), gate.shape
+    gate_up, hidden = (tokens_TD.new_empty(rows, width) for width in (2 * columns, columns))
+    kernels.up_swiglu[(len(tiles.group) * triton.cdiv(columns, config.n),)](
+        tokens_TD,
+        token_of_row_N,
+        *(_described(weight, 1, config.n, config.k) for weight in (gate, up)),
+        row_weights_N,
+        gate_up,
+        hidden,
+        *tiles,
+        experts,
+        inner,
+        columns,
+        GATHER=True,
+        EVEN=inner % config.k == 0,
+        **config.launch(),
+    )
+    return gate_up, hidden
+
+
+def multiply_down(hidden_NF: Tensor, down: Tensor, tiles: Tiles) -> Tensor:
+    """[N, F] -> [N, D]."""
+    config, (experts, columns, inner) = CONFIGS["down"], down.shape
+    out = hidden_NF.new_empty(len(hidden_NF), columns)
+    kernels.down[(len(tiles.group) * triton.cdiv(columns, config.n),)](
+        _described(hidden_NF, config.m, config.k),
+        _described(down, 1, config.n, config.k),
+        out,
+        *tiles,
+        experts,
+        inner,
+        columns,
+        **config.launch(),
+    )
+    return out
+
+
+def multiply_up_backward(grad_gate_up: Tensor, gate: Tensor, up: Tensor, tiles: Tiles) -> Tensor:
+    """[N, 2 F] -> [N, D]."""
+    config, (experts, inner, columns) = CONFIGS["up_backward"], gate.shape
+    out = grad_gate_up.new_empty(len(grad_gate_up), columns)
+    kernels.up_backward[(len(tiles.group) * triton.cdiv(columns, config.n),)](
+        _described(grad_gate_up, config.m, config.k),
+        *(_described(weight, 1, config.k, config.n) for weight in (gate, up)),
+        out,
+        *tiles,
+        experts,
+        inner,
+        columns,
+        **config.launch(),
+    )
+    return out
+
+
+def multiply_down_backward(
+    grad_TD: Tensor, token_of_row_N: Tensor, row_weights_N: Tensor, down: Tensor, gate_up: Tensor, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of gate's and up's outputs, [N, 2 F]; SwiGLU's output again, [N, F]; gradients of weights, fp32 [N]."""
+    config, rows = CONFIGS["down_backward_swiglu"], len(token_of_row_N)
+    experts, inner, columns = down.shape
+    grad_gate_up, hidden = torch.empty_like(gate_up), gate_up.new_empty(rows, columns)
+    across = triton.cdiv(columns, config.n)
+    parts = row_weights_N.new_empty(across, rows)
+    kernels.down_backward_swiglu[(len(tiles.group) * across,)](
+        grad_TD,
+        token_of_row_N,
+        _described(down, 1, config.k, config.n),
+        gate_up,
+        row_weights_N,
+        grad_gate_up,
+        hidden,
+        parts,
+        *tiles,
+        experts,
+        rows,
+        inner,
+        columns,
+        GATHER=True,
+        EVEN=inner % config.k == 0,
+        **config.launch(),
+    )
+    return grad_gate_up, hidden, parts.sum(0)
+
+
+def multiply_transposed(
+    left: Tensor, right: Tensor, token_of_row_N: Tensor, ends_E: Tensor, outputs: int, *, gather_left: bool
+) -> list[Tensor]:
+    """``left``^T ``right`` of each expert's rows, [E, A, B] for each of the ``outputs`` parts that left's columns have;
+    one of the two is gathered."""
+    config, experts = CONFIGS["weight_gradient"], len(ends_E)
+    rows, columns = left.shape[1] // outputs, right.shape[1]
+    grads = [left.new_empty(experts, rows, columns) for _ in range(outputs)]
+    kernels.weight_gradient[(triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n), experts, outputs)](
+        left,
+        right,
+        token_of_row_N,
+        ends_E,
+        grads[0],
+        grads[-1],
+        left.shape[1],
+        rows,
+        columns,
+        GATHER_LEFT=gather_left,
+        GATHER_RIGHT=not gather_left,
+        **config.launch(),
+    )
+    return grads
+
+
+def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
+    """[N, D] -> [T, D]: the sum over each token's rows, in fp32."""
+    tokens, width = len(order.first_of_token) - 1, rows_ND.shape[1]
+    out = rows_ND.new_empty(tokens, width)
+    columns = min(SUM_COLUMNS, triton.next_power_of_2(width))
+    kernels.gather_sum[(tokens, triton.cdiv(width, columns))](
+        rows_ND,
+        order.row_of_kept_slot_N,
+        order.first_of_token,
+        out,
+        width,
+        SLOTS=triton.next_power_of_2(order.top_k),
+        N=columns,
+        num_warps=4,
+    )
+    return out
+
+
+def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, list(block))

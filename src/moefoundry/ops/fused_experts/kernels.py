@@ -1,0 +1,322 @@
+"""Triton kernels of a mixture of SwiGLU experts on rows in expert order.
+
+N routed rows, D model width, F expert hidden width, E experts. Every product sums in fp32. A tile is ``M`` rows of one
+expert; tables say where each tile lies, so that no product looks for its rows again. Rows behind the end of an expert
+are read somewhere harmless and never stored. The weights come as tensor descriptors [E, O, I], whose edges read as
+zeros; so widths need only be multiples of 8.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# a kernel's arguments have types of Triton's own, those of its launch
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moefoundry.ops.fp8 import triton_codec as codec
+
+
+@triton.jit
+def place_tiles(
+    sizes, group_of_tile, first_of_tile, end_of_tile, num_groups, MAX_GROUPS: tl.constexpr, M: tl.constexpr
+):
+    """Write the expert, first row and end of rows of each tile; ``num_groups`` and no rows behind the last."""
+    tile = tl.program_id(0)
+    group, first, end = codec.rows_of_tile(sizes, tile, num_groups, MAX_GROUPS, M)
+    tl.store(group_of_tile + tile, group)
+    tl.store(first_of_tile + tile, first)
+    tl.store(end_of_tile + tile, end)
+
+
+@triton.jit
+def up_swiglu(
+    tokens,
+    token_of_row,
+    gate,
+    up,
+    row_weights,
+    gate_up,
+    hidden,
+    group_of_tile,
+    first_of_tile,
+    end_of_tile,
+    num_groups,
+    inner,
+    columns,
+    GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Gather tokens [T, D], multiply by gate and up [E, F, D]; keep both products and their weighted SwiGLU.
+
+    ``gate_up`` is [N, 2 F], gate first; ``hidden`` [N, F].
+    """
+    tiles_across = tl.cdiv(columns, N)
+    tile = tl.program_id(0) // tiles_across
+    across = tl.program_id(0) % tiles_across
+    group = tl.load(group_of_tile + tile)
+    if group == num_groups:
+        return
+    row = tl.load(first_of_tile + tile) + tl.arange(0, M)
+    inside = row < tl.load(end_of_tile + tile)
+    source = row
+    if GATHER:
+        source = tl.load(token_of_row + row, mask=inside, other=0)
+    k = tl.arange(0, K)
+    place = tokens + tl.where(inside, source, 0).to(tl.int64)[:, None] * inner + k[None, :]
+    g = tl.zeros([M, N], tl.float32)
+    u = tl.zeros([M, N], tl.float32)
+    for start in range(0, inner, K):
+        x = tl.load(place) if EVEN else tl.load(place, mask=k[None, :] < inner - start, other=0.0)
+        g = tl.dot(x, gate.load([group, across * N, start]).reshape(N, K).T, g)
+        u = tl.dot(x, up.load([group, across * N, start]).reshape(N, K).T, u)
+        place += K
+    column = across * N + tl.arange(0, N)
+    keep = inside[:, None] & (column < columns)[None, :]
+    dtype = hidden.dtype.element_ty
+    place = gate_up + row.to(tl.int64)[:, None] * (2 * columns) + column[None, :]
+    tl.store(place, g.to(dtype), mask=keep)
+    tl.store(place + columns, u.to(dtype), mask=keep)
+    g = g.to(dtype).to(tl.float32)
+    u = u.to(dtype).to(tl.float32)
+    weight = tl.load(row_weights + row, mask=inside, other=0.0)
+    out = g * tl.sigmoid(g) * u * weight[:, None]
+    tl.store(hidden + row.to(tl.int64)[:, None] * columns + column[None, :], out.to(dtype), mask=keep)
+
+
+@triton.jit
+def down(
+    hidden,
+    weight,
+    out,
+    group_of_tile,
+    first_of_tile,
+    end_of_tile,
+    num_groups,
+    inner,
+    columns,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Multiply rows [N, F] by the transposed down [E, D, F]."""
+    tiles_across = tl.cdiv(columns, N)
+    tile = tl.program_id(0) // tiles_across
+    across = tl.program_id(0) % tiles_across
+    group = tl.load(group_of_tile + tile)
+    if group == num_groups:
+        return
+    first = tl.load(first_of_tile + tile)
+    total = tl.zeros([M, N], tl.float32)
+    for start in range(0, inner, K):
+        h = hidden.load([first, start])
+        total = tl.dot(h, weight.load([group, across * N, start]).reshape(N, K).T, total)
+    store_tile(out, total, first, tl.load(end_of_tile + tile), across, columns, M, N)
+
+
+@triton.jit
+def up_backward(
+    grad_gate_up,
+    gate,
+    up,
+    out,
+    group_of_tile,
+    first_of_tile,
+    end_of_tile,
+    num_groups,
+    inner,
+    columns,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Multiply gradients [N, 2 F] by gate and up [E, F, D] and add: the gradient of each row's token, [N, D]."""
+    tiles_across = tl.cdiv(columns, N)
+    tile = tl.program_id(0) // tiles_across
+    across = tl.program_id(0) % tiles_across
+    group = tl.load(group_of_tile + tile)
+    if group == num_groups:
+        return
+    first = tl.load(first_of_tile + tile)
+    total = tl.zeros([M, N], tl.float32)
+    for start in range(0, inner, K):
+        # behind the end of gate's half lies up's: the weights read zeros there
+        g = grad_gate_up.load([first, start])
+        total = tl.dot(g, gate.load([group, start, across * N]).reshape(K, N), total)
+        u = grad_gate_up.load([first, inner + start])
+        total = tl.dot(u, up.load([group, start, across * N]).reshape(K, N), total)
+    store_tile(out, total, first, tl.load(end_of_tile + tile), across, columns, M, N)
+
+
+@triton.jit
+def store_tile(out, values, first, end, across, columns, M: tl.constexpr, N: tl.constexpr):
+    row = first + tl.arange(0, M)
+    column = across * N + tl.arange(0, N)
+    keep = (row < end)[:, None] & (column < columns)[None, :]
+    place = out + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(place, values.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def down_backward_swiglu(
+    grad,
+    token_of_row,
+    weight,
+    gate_up,
+    row_weights,
+    grad_gate_up,
+    hidden,
+    grad_weight_parts,
+    group_of_tile,
+    first_of_tile,
+    end_of_tile,
+    num_groups,
+    num_rows,
+    inner,
+    columns,
+    GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Multiply gathered gradients [T, D] by down [E, D, F]; go back through SwiGLU; make its output again.
+
+    Each tile across writes its part of the gradient of the row weights, [tiles across, N].
+    """
+    tiles_across = tl.cdiv(columns, N)
+    tile = tl.program_id(0) // tiles_across
+    across = tl.program_id(0) % tiles_across
+    group = tl.load(group_of_tile + tile)
+    if group == num_groups:
+        return
+    row = tl.load(first_of_tile + tile) + tl.arange(0, M)
+    inside = row < tl.load(end_of_tile + tile)
+    source = row
+    if GATHER:
+        source = tl.load(token_of_row + row, mask=inside, other=0)
+    k = tl.arange(0, K)
+    place = grad + tl.where(inside, source, 0).to(tl.int64)[:, None] * inner + k[None, :]
+    dh = tl.zeros([M, N], tl.float32)
+    for start in range(0, inner, K):
+        dy = tl.load(place) if EVEN else tl.load(place, mask=k[None, :] < inner - start, other=0.0)
+        dh = tl.dot(dy, weight.load([group, start, across * N]).reshape(K, N), dh)
+        place += K
+    # a part of the columns at a time: SwiGLU's backward needs five values of each, and registers are few
+    left, right = halves(dh, M, N)
+    a, b = halves(left, M, N // 2)
+    c, d = halves(right, M, N // 2)
+    s = tl.load(row_weights + row, mask=inside, other=0.0)
+    grad_weight = tl.zeros([M], tl.float32)
+    for part in tl.static_range(4):
+        dh = a if part == 0 else b if part == 1 else c if part == 2 else d
+        column = across * N + part * (N // 4) + tl.arange(0, N // 4)
+        grad_weight += swiglu_backward(dh, s, row, column, inside, columns, gate_up, hidden, grad_gate_up)
+    tl.store(grad_weight_parts + across.to(tl.int64) * num_rows + row, grad_weight, mask=inside)
+
+
+@triton.jit
+def halves(x, M: tl.constexpr, N: tl.constexpr):
+    """[M, N] -> its left and its right half."""
+    return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def swiglu_backward(dh, weight, row, column, inside, columns, gate_up, hidden, grad_gate_up):
+    """Store what SwiGLU's backward makes of some columns; return their part of the row weights' gradient."""
+    keep = inside[:, None] & (column < columns)[None, :]
+    dtype = hidden.dtype.element_ty
+    wide = row.to(tl.int64)[:, None] * (2 * columns) + column[None, :]
+    g = tl.load(gate_up + wide, mask=keep, other=0.0).to(tl.float32)
+    u = tl.load(gate_up + wide + columns, mask=keep, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    grad_weight = tl.sum(dh * silu * u, 1)
+    dh *= weight[:, None]
+    place = hidden + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(place, (silu * u * weight[:, None]).to(dtype), mask=keep)
+    tl.store(grad_gate_up + wide + columns, (dh * silu).to(dtype), mask=keep)
+    tl.store(grad_gate_up + wide, (dh * u * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=keep)
+    return grad_weight
+
+
+@triton.jit
+def weight_gradient(
+    left,
+    right,
+    token_of_row,
+    ends,
+    out,
+    out_behind,
+    left_stride,
+    rows,
+    columns,
+    GATHER_LEFT: tl.constexpr,
+    GATHER_RIGHT: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+):
+    """Sum left^T right over the rows of each expert, [E, rows, columns].
+
+    ``left`` has ``rows`` columns for ``out`` and, where there are two outputs, as many behind for ``out_behind``.
+    """
+    tiles_down, tiles_across = tl.cdiv(rows, M), tl.cdiv(columns, N)
+    tile = tl.program_id(0)
+    group = tl.program_id(1)
+    half = tl.program_id(2)
+    # 8 tiles down, then the next across: programs that run together share operands in the cache
+    tile_down, across = tl.swizzle2d(tile // tiles_across, tile % tiles_across, tiles_down, tiles_across, 8)
+    first = tl.load(ends + group - 1, mask=group > 0, other=0)
+    end = tl.load(ends + group)
+    m = tile_down * M + tl.arange(0, M)
+    n = across * N + tl.arange(0, N)
+    m_inside = m < rows
+    n_inside = n < columns
+    left += half * rows
+    k = tl.arange(0, K)
+    total = tl.zeros([M, N], tl.float32)
+    for start in range(first, end, K):
+        row = start + k
+        inside = row < end
+        left_row = row
+        right_row = row
+        if GATHER_LEFT:
+            left_row = tl.load(token_of_row + row, mask=inside, other=0)
+        if GATHER_RIGHT:
+            right_row = tl.load(token_of_row + row, mask=inside, other=0)
+        a = tl.load(
+            left + left_row.to(tl.int64)[:, None] * left_stride + m[None, :],
+            mask=inside[:, None] & m_inside[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            right + right_row.to(tl.int64)[:, None] * columns + n[None, :],
+            mask=inside[:, None] & n_inside[None, :],
+            other=0.0,
+        )
+        total = tl.dot(a.T, b, total)
+    place = (group.to(tl.int64) * rows + m.to(tl.int64)[:, None]) * columns + n[None, :]
+    keep = m_inside[:, None] & n_inside[None, :]
+    if half == 0:
+        tl.store(out + place, total.to(out.dtype.element_ty), mask=keep)
+    else:
+        tl.store(out_behind + place, total.to(out.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def gather_sum(rows, row_of_slot, first_of_token, out, width, SLOTS: tl.constexpr, N: tl.constexpr):
+    """Add up the rows of each token's slots, at most ``SLOTS``, in fp32."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    slot = tl.load(first_of_token + token) + tl.arange(0, SLOTS)
+    inside = slot < tl.load(first_of_token + token + 1)
+    row = tl.load(row_of_slot + slot, mask=inside, other=0).to(tl.int64)
+    values = tl.load(
+        rows + row[:, None] * width + column[None, :], mask=inside[:, None] & (column < width)[None, :], other=0.0
+    )
+    total = tl.sum(values.to(tl.float32), 0)
+    tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)

@@ -1,0 +1,79 @@
+"""The checks of ``test_fused_experts.py``: run in Triton's interpreter by a process of its own, or on a GPU here."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from moefoundry.ops.expert_mixture import expert_mixture_reference
+from moefoundry.ops.fused_experts import function, fused_experts
+from moefoundry.ops.permute import RowOrder, order_by_expert
+
+SMALL = {name: function.Config(16, 32, 16, 4, 2) for name in function.CONFIGS}
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def routed(tokens: int, experts: int, top_k: int, skew: float = 0.0) -> Tensor:
+    """int64 [T, K] distinct experts; with ``skew`` the first come often and the last never."""
+    scores = torch.rand(tokens, experts) - skew * torch.arange(experts) / experts
+    if skew:
+        scores[:, -1] = -torch.inf
+    return scores.topk(top_k, dim=1).indices
+
+
+def check_equal_to_float64(
+    device: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int], skew: float, keep: float
+) -> None:
+    """Output and all gradients, ``shape`` T, D, F, E, K; a share ``keep`` of the slots has rows."""
+    torch.manual_seed(1)
+    tokens, width, hidden, experts, top_k = shape
+    ids = routed(tokens, experts, top_k, skew)
+    kept = torch.rand(ids.shape) < keep
+    order = order_by_expert(ids.to(device), experts, None if keep == 1 else kept.to(device))
+    operands = [
+        torch.randn(tokens, width),
+        torch.rand(tokens, top_k),
+        torch.randn(experts, hidden, width) * width**-0.5,
+        torch.randn(experts, hidden, width) * width**-0.5,
+        torch.randn(experts, width, hidden) * hidden**-0.5,
+    ]
+    ours = [operand.to(device, dtype if index != 1 else torch.float32) for index, operand in enumerate(operands)]
+    got = with_gradients(fused_experts, ours, order, dtype, device)
+    exact = [operand.double() for operand in ours]
+    expected = with_gradients(expert_mixture_reference, exact, order, torch.float64, device)
+    for name, mine, other in zip(("out", "x", "weights", "gate", "up", "down"), got, expected, strict=True):
+        error = (mine.double() - other).norm() / other.norm().clamp(min=1e-9)
+        assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
+        assert mine.dtype == (torch.float32 if name == "weights" else dtype) or mine.dtype == torch.float64
+
+
+def with_gradients(
+    mix: Any, operands: list[Tensor], order: RowOrder, dtype: torch.dtype, device: str
+) -> tuple[Tensor, ...]:
+    """The output and the gradients of its operands, for the same incoming gradient each time."""
+    leaves = [operand.detach().requires_grad_() for operand in operands]
+    out = mix(*leaves, order)
+    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
+    return (out, *torch.autograd.grad(out, leaves, incoming))
+
+
+def check_small_tiles(device: str, dtype: torch.dtype, *case: Any) -> None:
+    """The same with tiles so small that every kernel has several in each direction."""
+    with mock.patch.dict(function.CONFIGS, SMALL):
+        check_equal_to_float64(device, dtype, *case)
+
+
+def check_no_rows(device: str) -> None:
+    """No tokens at all."""
+    leaves = [torch.zeros(*shape, device=device, dtype=torch.float16) for shape in ((0, 16), (0, 2), *[(4, 8, 16)] * 2)]
+    leaves.append(torch.zeros(4, 16, 8, device=device, dtype=torch.float16))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    order = order_by_expert(torch.zeros(0, 2, dtype=torch.int64, device=device), 4)
+    out = fused_experts(*leaves, order)
+    assert out.shape == (0, 16)
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()
