@@ -1,0 +1,6 @@
+"""What one GPU shows: tests, the MoE layer beside its peers, training steps, FP8, attention, checkpoints.
+
+``python -m benchmarks.gpu --out DIR`` runs the steps of ``steps.py`` one after another, each in a process of its own
+with a time limit of its own. A step writes ``DIR/<step>.json`` after every figure, so one that is stopped keeps what it
+has.
+"""

@@ -1,0 +1,72 @@
+"""The project's tests that need a GPU: which pass, and the assertion of each that does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from xml.etree import ElementTree
+
+from benchmarks.gpu.figures import Figures, NotRunError, Part
+from benchmarks.gpu.steps import Options
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = 8
+OF_COMPOSER = ("tests/callbacks",)
+"""Folders whose tests import Composer."""
+
+
+def run(figures: Figures, options: Options) -> None:
+    """Run them, those that need Composer apart."""
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    files = [str(path.relative_to(ROOT)) for path in paths if "mark.gpu" in path.read_text()]
+    of_composer = [file for file in files if file.startswith(OF_COMPOSER)]
+    figures.run("without Composer", pytest, [file for file in files if file not in of_composer])
+    figures.run("with Composer", with_composer, of_composer)
+
+
+def with_composer(part: Part, files: list[str]) -> None:
+    """Those that import Composer, where it is installed."""
+    if find_spec("composer") is None:
+        raise NotRunError(f"composer is not installed ({', '.join(files)})")
+    pytest(part, files)
+
+
+def pytest(part: Part, files: list[str]) -> None:
+    """Run the GPU tests of some files."""
+    if not files:
+        raise NotRunError("no such tests")
+    parallel = ["-n", str(WORKERS)] if find_spec("xdist") else []
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *parallel, "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", *files]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        part.put(files=files, exit_code=done.returncode, last_line=(done.stdout.splitlines() or [""])[-1])
+        if not report.exists():
+            raise RuntimeError(f"pytest wrote no report: {done.stdout[-2000:]}")
+        part.put(**summary(report))
+
+
+def summary(report: Path) -> dict[str, object]:
+    """Counts, seconds, failures with their assertion lines and reasons of skips of a JUnit report."""
+    suite = next(ElementTree.parse(report).iter("testsuite"))
+    failures, skips = {}, {}
+    for case in suite.iter("testcase"):
+        name = f"{case.get('classname')}.{case.get('name')}"
+        for kind in ("failure", "error"):
+            if (found := case.find(kind)) is not None:
+                failures[name] = assertion(found.text or found.get("message") or kind)
+        if (skipped := case.find("skipped")) is not None:
+            reason = skipped.get("message") or "skipped"
+            skips[reason] = skips.get(reason, 0) + 1
+    counts = {kind: int(suite.get(kind, 0)) for kind in ("tests", "failures", "errors", "skipped")}
+    return counts | {"seconds": float(suite.get("time", 0)), "failed": failures, "skips": skips}
+
+
+def assertion(text: str) -> str:
+    """The lines that pytest marks with E, the first few."""
+    marked = [line[1:].strip() for line in text.splitlines() if line.startswith("E ")]
+    return " | ".join(marked[:4])[:500] or text.strip().splitlines()[-1][:500]

@@ -1,0 +1,168 @@
+"""Runs steps in processes of their own, within a time limit for all, and keeps one JSON of everything.
+
+While a step runs, the next one's process imports what it needs and waits for a line on its standard input: a minute of
+imports, all steps together, that does not count. A step that is stopped or dies keeps its figures; one that died in a
+part is started again for the parts that are left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.figures import write_json
+from benchmarks.gpu.gpu_tests import ROOT
+from benchmarks.gpu.steps import Options, Step
+from benchmarks.gpu.table import render
+
+SHORTEST = 8.0
+"""Seconds; with less left, no step is begun."""
+LAST = 4.0
+"""Seconds kept for writing the table."""
+ATTEMPTS = 4
+POLL_SECONDS = 2.0
+
+
+class Run:
+    """All steps of one command.
+
+    Args:
+        options: Passed on to the steps.
+        limit: Seconds for everything.
+    """
+
+    def __init__(self, steps: Sequence[Step], options: Options, limit: float) -> None:
+        self.steps, self.options = steps, options
+        self.end = time.monotonic() + limit
+        self.record: dict[str, Any] = {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "limit_seconds": limit,
+            "device": options.device,
+            "tiny": options.tiny,
+            "steps": {step.name: {"state": "not run", "reason": "the run ended before it"} for step in steps},
+        }
+        self._waiting: dict[str, subprocess.Popen[bytes]] = {}
+
+    def run(self) -> None:
+        """Run every step for which there is time; whatever happens, write the JSON and the table."""
+        signal.signal(signal.SIGTERM, _exit)
+        try:
+            self._prepare(self.steps[0])
+            for step, following in zip(self.steps, [*self.steps[1:], None], strict=True):
+                self._run_step(step, following)
+        finally:
+            for process in self._waiting.values():
+                _stop(process)
+            self.write()
+            print((self.options.out / "table.md").read_text(), flush=True)
+
+    def write(self) -> None:
+        """``gpu.json`` with all figures so far, and ``table.md``."""
+        for step in self.steps:
+            path = self.options.out / f"{step.name}.json"
+            if path.exists():
+                self.record["steps"][step.name]["parts"] = json.loads(path.read_text())
+        versions = self.record["steps"].get("machine", {}).get("parts", {}).get("versions")
+        if versions:
+            self.record["versions"] = versions
+        write_json(self.options.out / "gpu.json", self.record)
+        (self.options.out / "table.md").write_text(render([self.record]))
+
+    def _run_step(self, step: Step, following: Step | None) -> None:
+        entry = self.record["steps"][step.name]
+        left = self.end - time.monotonic() - LAST
+        if left < SHORTEST:
+            entry["reason"] = f"no time: {max(left, 0):.0f} of {self.record['limit_seconds']:.0f} s left"
+            return
+        (self.options.out / f"{step.name}.json").unlink(missing_ok=True)
+        start = time.monotonic()
+        limit = min(step.seconds, left)
+        entry.pop("reason", None)
+        for attempt in range(ATTEMPTS):
+            self._prepare(step)
+            process = self._waiting.pop(step.name)
+            if attempt == 0 and following is not None:
+                self._prepare(following)
+            entry.update(state="running", limit_seconds=round(limit, 1), attempts=attempt + 1)
+            before = self._parts_ended(step)
+            code = self._wait(process, start + limit)
+            entry["seconds"] = round(time.monotonic() - start, 1)
+            if code == 0:
+                entry["state"] = "done"
+                break
+            entry["state"] = "stopped at its limit" if code is None else f"ended with exit code {code}"
+            self._end_running_part(step, entry["state"])
+            if code is None or self._parts_ended(step) == before:
+                break
+        print(f"== {step.name}: {entry['state']}, {entry['seconds']} s", flush=True)
+        self.write()
+
+    def _prepare(self, step: Step) -> None:
+        """Start a step's process; it waits for its line."""
+        if step.name in self._waiting:
+            return
+        command = [sys.executable, "-m", "benchmarks.gpu", "--step", step.name, "--out", str(self.options.out)]
+        command += ["--device", self.options.device] + ["--tiny"] * self.options.tiny
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self._waiting[step.name] = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, start_new_session=True
+        )
+
+    def _wait(self, process: subprocess.Popen[bytes], end: float) -> int | None:
+        """Let a process go on and wait for it; its exit code, or None if it had to be stopped."""
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended; its exit code says so
+            process.stdin.write(b"go\n")
+            process.stdin.close()
+        try:
+            while time.monotonic() < end:
+                try:
+                    return process.wait(max(0.01, min(POLL_SECONDS, end - time.monotonic())))
+                except subprocess.TimeoutExpired:
+                    self.write()
+            return None
+        finally:
+            _stop(process)
+
+    def _parts_ended(self, step: Step) -> int:
+        path = self.options.out / f"{step.name}.json"
+        parts = json.loads(path.read_text()) if path.exists() else {}
+        return sum(part["state"] != "running" for part in parts.values())
+
+    def _end_running_part(self, step: Step, why: str) -> None:
+        """Say of the part that was running that the step ended in it; it is not tried again."""
+        path = self.options.out / f"{step.name}.json"
+        parts = json.loads(path.read_text()) if path.exists() else {}
+        for part in parts.values():
+            if part["state"] == "running":
+                part.update(state="failed", error=f"the step {why}" if why.startswith("ended") else why)
+        if parts:
+            write_json(path, parts)
+
+
+def _exit(signum: int, frame: Any) -> None:
+    sys.exit(128 + signum)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process with everything that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def child(step: Step, options: Options) -> None:
+    """What a step's process does: import, wait, run."""
+    from benchmarks.gpu.figures import Figures
+
+    function = step.load()
+    sys.stdin.readline()
+    function(Figures(Path(options.out, f"{step.name}.json")), options)

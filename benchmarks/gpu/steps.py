@@ -1,0 +1,66 @@
+"""The steps, in the order of what would be missed most, and how long each may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.figures import Figures
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a step is told.
+
+    Attributes:
+        out: Where JSON goes.
+        device: ``cuda`` or ``cpu``.
+        tiny: Sizes that a CPU gets through in seconds; the figures mean nothing.
+    """
+
+    out: Path
+    device: str
+    tiny: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """One process of the run.
+
+    Attributes:
+        name: Of the step and of its JSON file.
+        seconds: It is stopped after these.
+        function: ``module:function`` under this package; called with the figures to fill and :class:`Options`.
+        light: Whether its tiny form takes a few seconds on a CPU.
+    """
+
+    name: str
+    seconds: float
+    function: str
+    light: bool = False
+
+    def load(self) -> Callable[[Figures, Options], Any]:
+        """Import the step's function, with all that its module's ``preload`` imports."""
+        path, _, name = self.function.partition(":")
+        module = import_module(f"benchmarks.gpu.{path}")
+        if hasattr(module, "preload"):
+            module.preload()
+        function: Callable[[Figures, Options], Any] = getattr(module, name)
+        return function
+
+
+STEPS = (
+    Step("machine", 40, "machine:run", light=True),
+    Step("tests", 130, "gpu_tests:run"),
+    Step("layer", 140, "layer:run", light=True),
+    Step("peers", 70, "peers:run", light=True),
+    Step("train", 100, "training:run_bf16"),
+    Step("fp8", 60, "fp8:run", light=True),
+    Step("train_fp8", 45, "training:run_fp8"),
+    Step("attention", 25, "attention:run", light=True),
+    Step("checkpoint", 30, "checkpoint:run", light=True),
+    Step("composer", 90, "composer_run:run"),
+)

@@ -1,0 +1,208 @@
+"""Training steps in a bare loop over the model, its parallel transform and AdamW: no trainer, no data.
+
+MFU counts 6 operations a token and active parameter (without the embedding, which is a look-up), and causal attention's
+6 L D S a token; recomputation counts nothing. ``mfu`` is of the BF16 product that this run measured, ``mfu_of_989`` of
+an H100's data sheet. The router is a real one with random weights on random tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.optim import AdamW
+
+from benchmarks.gpu import machine
+from benchmarks.gpu.figures import Figures, Part
+from benchmarks.gpu.steps import Options
+from benchmarks.gpu.timing import host_syncs, largest_kernels, peak_bytes, timed
+from moefoundry.config import ModelConfig, Recipe, load_recipe
+from moefoundry.mesh import build_meshes, by_mesh, resolve_degrees
+from moefoundry.model.transformer import MoETransformer, meta_model
+from moefoundry.parallel import materialize, moe_layers, needs_mesh, parallelize
+
+DATA_SHEET_TFLOPS = 989
+
+
+class Model(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        overrides: Of the default recipe.
+        layers, sequences: Blocks, and sequences of a step.
+    """
+
+    overrides: tuple[str, ...]
+    layers: int
+    sequences: int
+
+
+OLMOE = (
+    "max_seq_len=4096",
+    "model.vocab_size=50304",
+    "model.d_model=2048",
+    "model.n_dense_layers=0",
+    "model.init.std=0.02",
+    "model.attention={n_heads: 16, n_kv_heads: 16, qk_norm: full}",
+    "model.moe={num_experts: 64, top_k: 8, expert_hidden_size: 1024, num_shared_experts: 0}",
+)
+SMALL = (
+    "max_seq_len=4096",
+    "model.vocab_size=50304",
+    "model.d_model=1536",
+    "model.n_dense_layers=0",
+    "model.init.std=0.02",
+    "model.attention={n_heads: 12, n_kv_heads: 12}",
+    "model.moe={num_experts: 64, top_k: 8, expert_hidden_size: 512, num_shared_experts: 0}",
+)
+TINY = (
+    "max_seq_len=64",
+    "model.vocab_size=512",
+    "model.d_model=64",
+    "model.n_dense_layers=0",
+    "model.attention={n_heads: 4, n_kv_heads: 4}",
+    "model.moe={num_experts: 8, top_k: 2, expert_hidden_size: 32, num_shared_experts: 0}",
+)
+MODELS = {
+    "OLMoE, 4 layers": Model(OLMOE, 4, 4),
+    "3B-A0.6B": Model(SMALL, 18, 4),
+    "OLMoE, 16 layers": Model(OLMOE, 16, 2),
+}
+
+
+def run_bf16(figures: Figures, options: Options) -> None:
+    """BF16; compiled at the depth that compiles in time."""
+    with one_rank(options):
+        if options.tiny:
+            figures.run("tiny", measure, Model(TINY, 2, 2), [], options)
+            return
+        figures.run("OLMoE, 4 layers", measure, MODELS["OLMoE, 4 layers"], [], options)
+        figures.run("3B-A0.6B", measure, MODELS["3B-A0.6B"], [], options)
+        figures.run("OLMoE, 4 layers, compiled", measure, MODELS["OLMoE, 4 layers"], ["compile=true"], options)
+        figures.run("OLMoE, 16 layers", measure, MODELS["OLMoE, 16 layers"], [], options)
+
+
+def run_fp8(figures: Figures, options: Options) -> None:
+    """FP8 in tiles and blocks; beside it what ``run_bf16`` measured."""
+    fp8 = ["precision.fp8.recipe=deepseek_v3"]
+    with one_rank(options):
+        models = {"tiny": Model(TINY, 2, 2)} if options.tiny else dict(list(MODELS.items())[:2])
+        for name, model in models.items():
+            figures.run(f"{name}, fp8", measure, model, fp8, options)
+
+
+@contextmanager
+def one_rank(options: Options) -> Iterator[None]:
+    """A world of this process."""
+    backend = "gloo" if options.device == "cpu" else "nccl"
+    if options.device == "cuda":
+        torch.cuda.set_device(0)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def measure(part: Part, model: Model, changes: list[str], options: Options) -> None:
+    """Time, throughput and memory of steps; then their phases, host syncs and kernels."""
+    recipe = recipe_of(model, changes)
+    network = build(recipe, options)
+    groups = [{"params": group} for group in by_mesh(network.parameters())]
+    optimizer = AdamW(groups, lr=1e-4, fused=True)
+    shape = (model.sequences, recipe.max_seq_len)
+    batches = [torch.randint(recipe.model.vocab_size, shape, device=options.device) for _ in range(2)]
+
+    def step(ids_BS: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        network(ids_BS, ids_BS).total.backward()
+        optimizer.step()
+
+    part.put(peak_bytes=peak_bytes(lambda: step(batches[0]), options.device))
+    part.put(peak_bytes_later=peak_bytes(lambda: step(batches[1]), options.device))
+    time = timed([lambda ids=ids: step(ids) for ids in batches], options.device, seconds=1.5)
+    part.put(**throughput(network, shape, time["ms"], options), **time)
+    part.put(phases_ms=phases(network, optimizer, batches[0], options))
+    part.put(busiest_over_mean=imbalance(network, batches[0]))
+    part.put(syncs=host_syncs(lambda: step(batches[0]), options.device))
+    part.put(kernels_us=largest_kernels(lambda: step(batches[0]), options.device, 40))
+
+
+def recipe_of(model: Model, changes: list[str]) -> Recipe:
+    """The default recipe with the model's changes and BF16."""
+    return load_recipe(None, [*model.overrides, f"model.n_layers={model.layers}", "precision.compute=bf16", *changes])
+
+
+def build(recipe: Recipe, options: Options) -> MoETransformer:
+    """The model as a run on one device builds it."""
+    degrees = resolve_degrees(recipe.mesh, 1)
+    meshes = build_meshes(degrees, options.device) if needs_mesh(degrees, recipe.precision) else None
+    network = meta_model(recipe.model)
+    parallelize(network, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
+    materialize(network, torch.device(options.device), recipe.seed)
+    return network.train()
+
+
+def throughput(
+    network: MoETransformer, shape: tuple[int, int], milliseconds: float, options: Options
+) -> dict[str, Any]:
+    """Tokens and operations a second."""
+    total, active = count_parameters(network)
+    tokens = shape[0] * shape[1]
+    operations = operations_a_token(network.cfg, active, shape[1]) * tokens
+    rate = operations / milliseconds / 1e9
+    peak = machine.measured_peak(options)
+    return {
+        "tokens": tokens,
+        "parameters": total,
+        "active_parameters": active,
+        "tokens_per_second": round(1e3 * tokens / milliseconds),
+        "tflops": round(rate, 3),
+        "mfu": round(rate / peak, 4) if peak else None,
+        "mfu_of_989": round(rate / DATA_SHEET_TFLOPS, 4),
+    }
+
+
+def count_parameters(network: MoETransformer) -> tuple[int, int]:
+    """All, and those that a token meets, without the embedding."""
+    total = sum(parameter.numel() for parameter in network.parameters())
+    moe = network.cfg.moe
+    routed = sum(p.numel() for layer in moe_layers(network) for p in layer.experts.parameters())
+    active = total - routed + routed * moe.top_k // moe.num_experts - network.embed_tokens.weight.numel()
+    return total, active
+
+
+def operations_a_token(cfg: ModelConfig, active: int, sequence: int) -> int:
+    """Forward and backward of one token."""
+    return 6 * active + 6 * cfg.n_layers * cfg.d_model * sequence
+
+
+def phases(
+    network: MoETransformer, optimizer: AdamW, ids_BS: torch.Tensor, options: Options
+) -> dict[str, float] | None:
+    """Milliseconds of the forward pass, the backward pass and the optimizer, in one step."""
+    if options.device != "cuda":
+        return None
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    optimizer.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    marks[0].record()
+    total = network(ids_BS, ids_BS).total
+    marks[1].record()
+    total.backward()
+    marks[2].record()
+    optimizer.step()
+    marks[3].record()
+    torch.cuda.synchronize()
+    names = ("forward", "backward", "optimizer")
+    return {name: round(marks[at].elapsed_time(marks[at + 1]), 3) for at, name in enumerate(names)}
+
+
+def imbalance(network: MoETransformer, ids_BS: torch.Tensor) -> list[float]:
+    """By layer, tokens of the busiest expert over the mean."""
+    with torch.no_grad():
+        counts_LE = network(ids_BS, ids_BS).tokens_per_expert.double()
+    return [round(value, 2) for value in (counts_LE.max(1).values / counts_LE.mean(1)).tolist()]
