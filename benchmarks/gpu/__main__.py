@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import sys
 from pathlib import Path
@@ -49,15 +50,22 @@ def start(steps: list[Step], options: Options, limit: float, own: str | None) ->
         (step,) = (step for step in STEPS if step.name == own)
         runner.child(step, options)
         return 0
-    if options.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            print("no CUDA device: torch.cuda.is_available() is False", file=sys.stderr)
-            return 1
+    if options.device == "cuda" and not has_device():
+        print("no CUDA device: the driver names none", file=sys.stderr)
+        return 1
     options.out.mkdir(parents=True, exist_ok=True)
     runner.Run(steps, options, limit).run()
     return 0
+
+
+def has_device() -> bool:
+    """Whether CUDA's driver is there and has a device; asks it without torch, whose import takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 if __name__ == "__main__":

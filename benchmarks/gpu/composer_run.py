@@ -11,7 +11,6 @@ import contextlib
 import random
 import tempfile
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,10 @@ def run(figures: Figures, options: Options) -> None:
 
 def measure(part: Part, options: Options) -> None:
     """Train twice and compare."""
-    for package in ("composer", "streaming"):
-        if find_spec(package) is None:
-            raise NotRunError(f"{package} is not installed")
+    try:
+        import moefoundry.train  # noqa: F401
+    except ImportError as error:
+        raise NotRunError(f"moefoundry.train cannot be imported: {error}") from None
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         start = time.perf_counter()

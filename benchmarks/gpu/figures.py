@@ -81,11 +81,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def free_device(figures: Figures) -> None:
     """Give memory back after a part; end the process if the device answers no more."""
-    gc.collect()
     import torch
 
     if not torch.cuda.is_initialized():
         return
+    gc.collect()
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

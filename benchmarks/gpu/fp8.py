@@ -14,7 +14,7 @@ ROWS = 32768
 def run(figures: Figures, options: Options) -> None:
     """What a CPU can do there: the references, and a tiny layer."""
     if options.device == "cpu":
-        figures.run("quantizers", lambda part: part.put(gb_per_second=fp8.throughput_on_cpu(64, 1)))
+        figures.run("quantizers", lambda part: part.put(gb_per_second=fp8.throughput_on_cpu(8, 1)))
         figures.run(f"layer {TINY[0]}", measure, Case(TINY[0], "grouped_mm", "uniform", "fp8"), options)
         return
     figures.run("quantizers", quantizers)

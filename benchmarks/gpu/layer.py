@@ -28,7 +28,7 @@ from moefoundry.precision import apply_precision
 SEQUENCE = 4096
 SAMPLES = 48
 """Tokens that are computed again in float64."""
-TOLERANCE = {"bf16": 1e-2, "fp8": 8e-2, "fp32": 1e-5}
+TOLERANCE = {"bf16": 1e-2, "fp8": 1e-1, "fp32": 1e-5}
 """Of the norm of the error over the norm of the values."""
 
 

@@ -111,7 +111,8 @@ class Run:
             return
         command = [sys.executable, "-m", "benchmarks.gpu", "--step", step.name, "--out", str(self.options.out)]
         command += ["--device", self.options.device] + ["--tiny"] * self.options.tiny
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        paths = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
         self._waiting[step.name] = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, start_new_session=True
         )

@@ -1,0 +1,195 @@
+"""``python -m benchmarks.gpu`` runs to its end whatever its steps do, and its samples and tables are right."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import gpu_tests, runner
+from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.figures import Figures, NotRunError, Part
+from benchmarks.gpu.layer import TINY, Case, Shape, build, check
+from benchmarks.gpu.routers import by_shares, expert_ids, zipf_shares
+from benchmarks.gpu.steps import STEPS, Options, Step
+from benchmarks.gpu.table import render
+
+LIGHT = [step.name for step in STEPS if step.light]
+HEAVY = [step.name for step in STEPS if not step.light]
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Options:
+    return Options(tmp_path, "cpu", True)
+
+
+def run_in_turn(options: Options, steps: list[Step]) -> dict[str, dict]:
+    """The parts of steps that run in this process."""
+    for step in steps:
+        step.load()(Figures(options.out / f"{step.name}.json"), options)
+    return {step.name: json.loads((options.out / f"{step.name}.json").read_text()) for step in steps}
+
+
+def test_light_steps_run_on_a_cpu(options: Options) -> None:
+    found = run_in_turn(options, [step for step in STEPS if step.light])
+    for name, parts in found.items():
+        for part, figures in parts.items():
+            assert figures["state"] in ("done", "not run"), (name, part, figures)
+            assert "wrong" not in figures, (name, part, figures)
+    assert sum("tflops_forward" in figures for figures in found["layer"].values()) == 4  # three routers and the oracle
+    assert found["checkpoint"]["background save"]["stall_gb_per_second"] > 0
+    assert any("runs_ms" in figures["forward"] for figures in found["layer"].values() if "forward" in figures)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_whole_command_runs_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--out", str(tmp_path), "--device", "cpu", "--tiny"]) == 0
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: entry["state"] for name, entry in record["steps"].items()} == dict.fromkeys(LIGHT + HEAVY, "done")
+    parts = {
+        (name, part): figures for name, entry in record["steps"].items() for part, figures in entry["parts"].items()
+    }
+    assert not [key for key, figures in parts.items() if figures["state"] == "failed" or "wrong" in figures]
+    assert parts["composer", "train and resume"]["bit_equal"]
+    assert main(["--render", str(tmp_path / "gpu.json")]) == 0
+    assert capfd.readouterr().out.endswith((tmp_path / "table.md").read_text())
+
+
+def fake_step(tmp_path: Path, body: str) -> list[str]:
+    """A command in place of a step's process."""
+    code = "import json, os, pathlib, sys, time\nsys.stdin.readline()\nout = pathlib.Path(sys.argv[1])\n" + body
+    return [sys.executable, "-c", code, str(tmp_path)]
+
+
+def test_a_step_that_hangs_or_dies_keeps_its_figures(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = (
+        "(out / '{0}.json').write_text(json.dumps({{'a': {{'state': 'done', 'x': 1}}, 'b': {{'state': 'running'}}}}))\n"
+    )
+    bodies = {
+        "hangs": write.format("hangs") + "time.sleep(60)",
+        "dies": write.format("dies") + "os._exit(9)",
+        "ends": "(out / 'ends.json').write_text(json.dumps({'a': {'state': 'done', 'y': 2}}))",
+    }
+    started = []
+    popen = subprocess.Popen
+
+    def start(command: list[str], **arguments: object) -> subprocess.Popen:
+        name = command[command.index("--step") + 1]
+        started.append(name)
+        return popen(fake_step(tmp_path, bodies[name]), **arguments)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", start)
+    steps = [Step("hangs", 1.5, ""), Step("dies", 20, ""), Step("ends", 20, ""), Step("late", 20, "")]
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.1)
+    bodies["late"] = ""
+    run = runner.Run(steps, options, 30)
+    begin = run._run_step
+
+    def spend(step: Step, following: Step | None) -> None:
+        if step.name == "late":
+            run.end = time.monotonic()
+        begin(step, following)
+
+    monkeypatch.setattr(run, "_run_step", spend)
+    run.run()
+    record = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert record["hangs"]["state"] == "stopped at its limit"
+    assert record["dies"]["state"] == "ended with exit code 9"
+    assert record["dies"]["attempts"] == 2, "the second has ended no further part, so there is no third"
+    for name in ("hangs", "dies"):
+        assert record[name]["parts"]["a"] == {"state": "done", "x": 1}
+        assert record[name]["parts"]["b"]["state"] == "failed"
+    assert record["ends"]["state"] == "done"
+    assert record["late"]["reason"].startswith("no time")
+    table = (tmp_path / "table.md").read_text()
+    assert "| a | x | 1 |" in table
+    assert "| late | the step | not run: no time" in table
+
+
+def test_parts_that_are_there_are_not_run_again(tmp_path: Path) -> None:
+    def fails(part: Part) -> None:
+        part.put(figure=1)
+        raise ValueError("no good")
+
+    def cannot(part: Part) -> None:
+        raise NotRunError("no device")
+
+    figures = Figures(tmp_path / "step.json")
+    figures.run("one", fails)
+    figures.run("two", cannot)
+    again = Figures(tmp_path / "step.json")
+    again.run("one", lambda part: pytest.fail("run twice"))
+    assert again.parts["one"]["figure"] == 1
+    assert again.parts["one"]["error"] == "ValueError: no good"
+    assert again.parts["two"] == {"state": "not run", "reason": "no device"}
+
+
+def test_loads_fall_as_one_over_rank() -> None:
+    shares = zipf_shares(128, 8)
+    assert shares.sum().item() == pytest.approx(8)
+    assert shares.max() <= 1
+    full = int((shares == 1).sum())
+    assert full == 1
+    assert torch.allclose(shares[full:] * torch.arange(full + 1, 129), shares[full] * (full + 1))
+    ids = by_shares(shares, 20000, torch.Generator().manual_seed(0))
+    assert (ids.sort(dim=1).values.diff(dim=1) > 0).all()
+    assert torch.allclose(torch.bincount(ids.flatten(), minlength=128).double() / 20000, shares, atol=0.02)
+    assert zipf_shares(4, 4).tolist() == [1, 1, 1, 1]
+
+
+def test_uniform_experts_are_distinct_and_even() -> None:
+    ids = expert_ids("uniform", Shape(4096, 8, 8, 16, 4), "cpu")
+    assert (ids.sort(dim=1).values.diff(dim=1) > 0).all()
+    assert torch.bincount(ids.flatten()).float().div(1024).sub(1).abs().max() < 0.1
+
+
+def test_a_wrong_layer_is_said_to_be_wrong(options: Options) -> None:
+    case = Case(TINY[0], "grouped_mm", "real", "fp32")
+    layer, x, grad = build(case, options)
+    assert "wrong" not in check(layer, x, grad, None, case)
+    forward = layer.experts.forward
+    layer.experts.forward = lambda *args: forward(*args) * 1.001
+    assert "output_error, input_gradient_error" in check(layer, x, grad, None, case)["wrong"]
+
+
+def test_failures_are_listed_with_their_assertions(tmp_path: Path) -> None:
+    module = tmp_path / "test_sample.py"
+    module.write_text("def test_a():\n    assert 1 == 2\n\n\ndef test_b():\n    pass\n")
+    report = tmp_path / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", str(module)]
+    subprocess.run([*command, f"--rootdir={tmp_path}", "-c", "/dev/null"], capture_output=True, check=False)
+    found = gpu_tests.summary(report)
+    assert (found["tests"], found["failures"]) == (2, 1)
+    assert found["failed"] == {"test_sample.test_a": "assert 1 == 2"}
+
+
+def test_the_table_lists_what_is_missing() -> None:
+    step = {
+        "state": "done",
+        "parts": {"x": {"state": "done", "wrong": "over 1"}, "y": {"state": "not run", "reason": "z"}},
+    }
+    page = render([{"device": "cuda", "started": "2026-01-02T", "tiny": False, "steps": {"layer": step}}])
+    assert "| layer | x | wrong: over 1 |" in page
+    assert "| layer | y | not run: z |" in page
+
+
+def test_a_machine_without_a_gpu_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.__main__.has_device", lambda: False)
+    assert main(["--out", str(tmp_path / "out")]) == 1
+    assert "no CUDA device" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--steps", "layers"], ["--out", "x", "--device", "cpu"]])
+def test_bad_arguments_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "error:" in capsys.readouterr().err
