@@ -146,7 +146,16 @@ def build(case: Case, options: Options) -> tuple[MoELayer, Tensor, Tensor]:
         x_BSD, grad_BSD = (torch.randn(sequences, shape.T // sequences, shape.D, dtype=dtype) for _ in range(2))
     if case.precision == "fp8":
         apply_precision(layer, PrecisionConfig(fp8=Fp8Config(Fp8Recipe.deepseek_v3)))
+    refuse_what_cannot_run(layer, x_BSD)
     return layer.train(), x_BSD.requires_grad_(), grad_BSD
+
+
+def refuse_what_cannot_run(layer: MoELayer, x_BSD: Tensor) -> None:
+    """Say why, where the layer's backend does not take these tokens or this device."""
+    try:
+        layer(x_BSD[:1, :1])
+    except ValueError as error:
+        raise NotRunError(str(error)) from None
 
 
 def choose(layer: MoELayer, ids_TK: Tensor) -> None:

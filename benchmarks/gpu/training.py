@@ -82,6 +82,8 @@ def run_bf16(figures: Figures, options: Options) -> None:
         figures.run("OLMoE, 4 layers", measure, MODELS["OLMoE, 4 layers"], [], options)
         figures.run("3B-A0.6B", measure, MODELS["3B-A0.6B"], [], options)
         figures.run("OLMoE, 4 layers, compiled", measure, MODELS["OLMoE, 4 layers"], ["compile=true"], options)
+        grouped_mm = ["model.moe.backend=grouped_mm"]
+        figures.run("OLMoE, 4 layers, grouped_mm", measure, MODELS["OLMoE, 4 layers"], grouped_mm, options)
         figures.run("OLMoE, 16 layers", measure, MODELS["OLMoE, 16 layers"], [], options)
 
 
