@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.harness import Comparison, in_turn
 from benchmarks.ranks import on_ranks
+from moefoundry.ops.permute import permute, sum_rows
 
 RANKS, ROUNDS = 4, 41
 PEERS = {"routed": "routed rows", "routed_new": "routed rows, new buffers", "sent_new": "rows sent, new buffers"}
@@ -81,13 +82,14 @@ def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
     ids = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top_k, dim=-1).indices
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
     dispatcher = AllToAllDispatcher(case.experts, group)
-    _, metadata = dispatcher.dispatch(tokens, ids, weights)()
+    _, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
     sent = metadata.hops[0].splits.send, metadata.hops[0].splits.receive
     routed = _splits_of_slots(ids // (case.experts // RANKS))
     there, back = (tokens.new_zeros(sum(split), case.width) for split in routed)
 
     def ours() -> None:
-        dispatcher.combine(*dispatcher.dispatch(tokens, ids, weights)())
+        arrived, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
+        dispatcher.combine(sum_rows(permute(arrived, metadata.order), metadata.order), metadata)
 
     def bare() -> None:
         send, receive = routed

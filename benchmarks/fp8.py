@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import in_turn, machine
-from moefoundry.config import Fp8Config, Fp8Recipe, MoEConfig, PrecisionConfig
+from moefoundry.config import ExpertBackend, Fp8Config, Fp8Recipe, MoEConfig, PrecisionConfig
 from moefoundry.model.norm import RMSNorm
 from moefoundry.moe.experts import GroupedExperts
 from moefoundry.moe.layer import MoELayer
@@ -40,7 +40,7 @@ from moefoundry.ops.fp8 import (
     wgrad,
 )
 from moefoundry.ops.fp8.wire import row_bytes
-from moefoundry.ops.grouped_linear import BACKENDS
+from moefoundry.ops.permute import order_by_expert
 from moefoundry.precision import apply_precision
 
 NOT_RUN = "not run: torch.cuda.is_available() is False"
@@ -191,18 +191,19 @@ def experts_on_gpu(shape: Shape) -> dict[str, float]:
     """Forward and backward of all of a layer's experts, quantizing included, over BF16."""
     from triton.testing import do_bench
 
-    sizes_E = torch.full((shape.experts,), shape.rows // shape.experts, device="cuda")
+    ids = torch.arange(shape.rows, device="cuda").remainder(shape.experts).unsqueeze(1)
+    routed = torch.ones(ids.shape, device="cuda"), order_by_expert(ids, shape.experts)
     x, grad = random_bf16(shape.rows, shape.width).requires_grad_(), random_bf16(shape.rows, shape.width)
     milliseconds = {}
     for name, recipe in RECIPES.items():
-        experts = GroupedExperts(shape.experts, shape.width, shape.hidden, BACKENDS["grouped_mm"])
+        experts = GroupedExperts(shape.experts, shape.width, shape.hidden, ExpertBackend.grouped_mm)
         block = nn.ModuleDict({"experts": experts}).to("cuda", torch.bfloat16)
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.02)
         apply_precision(block, PrecisionConfig(fp8=Fp8Config(recipe)))
         inputs = [x, *experts.parameters()]
         milliseconds[name] = do_bench(
-            lambda experts=experts, inputs=inputs: torch.autograd.grad(experts(x, sizes_E), inputs, grad),
+            lambda experts=experts, inputs=inputs: torch.autograd.grad(experts(x, *routed), inputs, grad),
             return_mode="median",
         )
     return {**milliseconds, "speed over bf16": round(milliseconds["bf16"] / milliseconds["deepseek_v3"], 2)}

@@ -41,10 +41,12 @@ from moefoundry.ops.fp8 import (
     fp8_feed_forward,
     fp8_kept_linear,
     fp8_linear,
+    fp8_mixture,
 )
 from moefoundry.ops.fp8.backend import GEMM_CAPABILITY, describe_backend
 from moefoundry.ops.fp8.wire import Fp8Codec
 from moefoundry.ops.grouped_linear import GroupedLinear
+from moefoundry.ops.permute import RowOrder
 from moefoundry.ops.rounding import round_gradient, round_operand
 
 AFTER_ATTENTION = "o_proj"
@@ -126,15 +128,15 @@ class Fp8FeedForward(FeedForward):
 class Fp8Experts(GroupedExperts):
     """Experts that keep their input and SwiGLU's inputs in FP8 for backward."""
 
-    backend: Backend | None
+    fp8_backend: Backend | None
 
-    def forward(self, rows_RD: Tensor, tokens_per_expert_E: Tensor, row_weights_R: Tensor | None = None) -> Tensor:
-        return fp8_feed_forward(rows_RD, *self.local_weights(), tokens_per_expert_E, row_weights_R, self.backend)
+    def forward(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
+        return fp8_mixture(tokens_PD, weights_PK, *self.local_weights(), order, self.fp8_backend)
 
 
 def codec_of_rows(experts: GroupedExperts) -> Fp8Codec | None:
     """What tokens of ``experts`` travel as between ranks; None is what they are."""
-    return Fp8Codec(experts.backend) if isinstance(experts, Fp8Experts) else None
+    return Fp8Codec(experts.fp8_backend) if isinstance(experts, Fp8Experts) else None
 
 
 class CoarseLinear(nn.Linear):
@@ -189,7 +191,7 @@ def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:
         whole = all(f"{name}.{child}" in modules for child, _ in module.named_children())
         if type(module) is GroupedExperts:
             module.__class__ = Fp8Experts
-            cast(Fp8Experts, module).backend = backend
+            cast(Fp8Experts, module).fp8_backend = backend
         elif type(module) is FeedForward and whole:
             module.__class__ = Fp8FeedForward
             cast(Fp8FeedForward, module).backend = backend

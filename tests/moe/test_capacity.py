@@ -71,7 +71,7 @@ def test_output_gradients_and_rows_equal_brute_force(
 ) -> None:
     module, x_BSD = layer(factor, backend, dtype), tokens(dtype)
     rows: list[int] = []
-    module.experts.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    module.experts.register_forward_pre_hook(lambda _, args: rows.append(len(args[2].slot_of_row_N)))
     out, stats = module(x_BSD)
     exact = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
     exact_x = x_BSD.detach().double().requires_grad_()
@@ -127,10 +127,16 @@ def test_many_equal_scores_keep_the_first_tokens() -> None:
     assert kept.tolist() == [True] * 1250 + [False] * 3750
 
 
-def test_the_fused_cpu_function_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = layer(0.5, "grouped_mm", torch.float32)(tokens(torch.float32))[0]
-    monkeypatch.setattr("moefoundry.moe.layer.PAYS_FROM_BYTES", 0)
-    assert torch.equal(layer(0.5, "grouped_mm", torch.float32)(tokens(torch.float32))[0], plain)
+def test_the_fused_cpu_function_leaves_out_the_same_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for threshold in (2**60, 0):
+        monkeypatch.setattr("moefoundry.moe.mixture.PAYS_FROM_BYTES", threshold)
+        module, x_BSD = layer(0.5, "auto", torch.float32), tokens(torch.float32).detach().requires_grad_()
+        out = module(x_BSD)[0]
+        out.square().sum().backward()
+        runs.append([out.detach(), x_BSD.grad, *(parameter.grad for parameter in module.parameters())])
+    for plain, fused in zip(*runs, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
 
 
 def on_ranks(capacity_factor: float) -> tuple[Tensor, Tensor, RoutingStats]:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moefoundry.ops.permute import permute, sum_rows
 from tests.collectives import CrossingBytes
 from tests.distributed import run_distributed
 
@@ -71,11 +72,12 @@ def expert(rows: Tensor, index: int) -> Tensor:
 
 def dispatch_and_combine(dispatcher: Any, routing: str, rank: int, ranks: int, first_expert: int) -> Result:
     tokens, ids, weights, kept = case(routing, rank, ranks)
-    rows, metadata = dispatcher.dispatch(tokens, ids, weights, kept)()
+    arrived, metadata = dispatcher.dispatch(tokens, ids, weights, kept).wait()
+    rows = permute(arrived, metadata.order)
     groups = rows.split(metadata.tokens_per_local_expert.tolist())
     rows = torch.cat([expert(group, first_expert + i) for i, group in enumerate(groups)])
     rows = rows * metadata.row_weights_R.unsqueeze(1)
-    out = dispatcher.combine(rows, metadata)
+    out = dispatcher.combine(sum_rows(rows, metadata.order), metadata)
     (out * torch.arange(1.0, WIDTH + 1)).sum().backward()
     return Result(out.detach(), tokens.grad, weights.grad, len(rows))
 
@@ -178,10 +180,12 @@ def in_fp8(kind: str, routings: list[str]) -> list[tuple[Result, Result]]:
         for ours in (True, False):
             leaves = [x.float().requires_grad_() for x in (tokens, weights)]
             if ours:
-                rows, metadata = dispatcher.dispatch(leaves[0], ids, leaves[1], kept)()
+                arrived, metadata = dispatcher.dispatch(leaves[0], ids, leaves[1], kept).wait()
+                rows = permute(arrived, metadata.order)
                 first, sizes = rank * EXPERTS // ranks, metadata.tokens_per_local_expert.tolist()
                 rows = torch.cat([expert(group, first + i) for i, group in enumerate(rows.split(sizes))])
-                out = dispatcher.combine(rows * metadata.row_weights_R.unsqueeze(1), metadata)
+                rows = rows * metadata.row_weights_R.unsqueeze(1)
+                out = dispatcher.combine(sum_rows(rows, metadata.order), metadata)
             else:
                 sent, out = quantized(leaves[0]), leaves[0] * 0
                 for t, k in ((t, k) for t in range(len(ids)) for k in range(TOP_K)):
@@ -232,9 +236,9 @@ def count_traffic(kind: str, top_k: int, fp8: bool = False) -> Traffic:
 
         dispatcher.codec = Fp8Codec()
     with CrossingBytes(ranks // nodes) as counter:
-        rows, metadata = dispatcher.dispatch(tokens, ids, weights)()
-        weighted = rows.sin() * metadata.row_weights_R.unsqueeze(1).to(dtype)
-        dispatcher.combine(weighted, metadata).sum().backward()
+        arrived, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
+        rows = permute(arrived, metadata.order).sin() * metadata.row_weights_R.unsqueeze(1).to(dtype)
+        dispatcher.combine(sum_rows(rows, metadata.order), metadata).sum().backward()
     node_pairs = pairs_away(ids, num_experts, nodes, rank // (ranks // nodes))
     rank_pairs = pairs_away(ids, num_experts, ranks, rank)
     numbers = torch.tensor([counter.crossing, counter.sent, node_pairs, rank_pairs])

@@ -1,17 +1,16 @@
-"""Bring each token's rows to its experts and the results back.
+"""Bring each token to the ranks of its experts, and the results back.
 
 A dispatcher is the only part of the layer that knows where experts live. All of them share one interface; what
-``combine`` needs of ``dispatch`` travels in a frozen :class:`DispatchMetadata`, not in the dispatcher.
+``combine`` needs of ``dispatch`` is kept in a frozen :class:`DispatchMetadata`, not in the dispatcher.
 
 Between ranks a token travels once for each rank that has an expert of it, not once for each expert (as in DeepEP,
 https://github.com/deepseek-ai/DeepEP): the experts' rank makes the copies, and adds up its results before they go back.
-So a row crosses at most once each way, and the copies and the sum take the place of a reorder by expert. Weights travel
-with the tokens, and the experts apply them: no result has to be kept for their gradient.
+Weights travel with the tokens, and the experts apply them: no result has to be kept for their gradient.
 
-Dispatch spreads rows, combine collects and sums them; each is the other's transpose, and so its backward pass. Two of
-these four legs, the spreading ones, can carry rows in another form than that of tokens, a :class:`RowCodec`'s.
+Dispatch spreads tokens over ranks, combine collects and sums their results; each is the other's transpose, and so its
+backward pass. Two of these four legs, the spreading ones, can carry tokens in another form, a :class:`RowCodec`'s.
 
-P pairs (token, rank) on their way, G ranks of a group.
+P tokens at a rank that has experts for them, G ranks of a group.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moefoundry.ops.all_to_all import Splits, all_to_all_rows, finish_all_to_all, start_all_to_all
-from moefoundry.ops.permute import RowOrder, count_by_expert, order_by_expert, permute, permute_slots, sum_rows
+from moefoundry.ops.all_to_all import Splits, all_to_all_rows, start_all_to_all, wait_for
+from moefoundry.ops.permute import RowOrder, count_by_expert, gather_rows, order_by_expert, permute_slots, sum_of_rows
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Hop:
     """How tokens went to other ranks of a group.
 
     Attributes:
-        order: Of their pairs, by rank.
+        order: Of (token, rank) pairs, by rank.
         splits: How many went to each, and came from it.
     """
 
@@ -45,15 +44,15 @@ class Hop:
 
 @dataclass(frozen=True)
 class DispatchMetadata:
-    """What is known of the R rows of this rank's experts, and what ``combine`` needs to undo ``dispatch``.
+    """What is known of the P tokens that arrived, and what ``combine`` needs to undo ``dispatch``.
 
     Attributes:
-        row_weights_R: What each row counts in the sum over its token's experts; differentiable.
-        order: Of the slots, of tokens that came, for this rank's experts.
+        weights_PK: What each slot counts in the sum over its token's experts; differentiable.
+        order: Of the slots that are for this rank's experts: its R rows.
         hops: How the tokens came; none where all experts are here.
     """
 
-    row_weights_R: Tensor
+    weights_PK: Tensor
     order: RowOrder
     hops: tuple[Hop, ...] = ()
 
@@ -62,9 +61,20 @@ class DispatchMetadata:
         """int64 [num_local_experts]; how the R rows split."""
         return self.order.tokens_per_expert_E
 
+    @property
+    def row_weights_R(self) -> Tensor:
+        """[R]; the weights in the order of rows, differentiable."""
+        return permute_slots(self.weights_PK, self.order)
 
-Arrival = Callable[[], tuple[Tensor, DispatchMetadata]]
-"""Rows under way. Called, it waits for them: [R, D] in the order of this rank's experts, and the metadata."""
+
+class PendingExchange(NamedTuple):
+    """Tokens under way.
+
+    Attributes:
+        wait: Wait for them: [P, D] and the metadata. Call it once; what is computed before overlaps with the exchange.
+    """
+
+    wait: Callable[[], tuple[Tensor, DispatchMetadata]]
 
 
 class TokenDispatcher(Protocol):
@@ -72,8 +82,8 @@ class TokenDispatcher(Protocol):
 
     def dispatch(
         self, tokens_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor, kept_TK: Tensor | None = None
-    ) -> Arrival:
-        """Send a copy of each token toward each of its experts; work done before the arrival is asked for overlaps.
+    ) -> PendingExchange:
+        """Send each token toward the ranks of its experts.
 
         Args:
             tokens_TD: This rank's tokens, [T, D].
@@ -83,26 +93,25 @@ class TokenDispatcher(Protocol):
         """
         ...
 
-    def combine(self, rows_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """[R, D] -> [T, D], the sum over each token's (kept) experts of rows that have been weighted."""
+    def combine(self, mixed_PD: Tensor, metadata: DispatchMetadata) -> Tensor:
+        """[P, D] -> [T, D]: add up what each token's ranks made of it."""
         ...
 
 
 class LocalDispatcher:
-    """All experts are on this rank: dispatch is a permutation."""
+    """All experts are on this rank: tokens stay where they are."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
     def dispatch(
         self, tokens_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor, kept_TK: Tensor | None = None
-    ) -> Arrival:
+    ) -> PendingExchange:
         order = order_by_expert(topk_expert_ids_TK, self.num_experts, kept_TK)
-        metadata = DispatchMetadata(permute_slots(topk_weights_TK, order), order)
-        return lambda: (permute(tokens_TD, order), metadata)
+        return PendingExchange(lambda: (tokens_TD, DispatchMetadata(topk_weights_TK, order)))
 
-    def combine(self, rows_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        return sum_rows(rows_RD, metadata.order)
+    def combine(self, mixed_PD: Tensor, metadata: DispatchMetadata) -> Tensor:
+        return mixed_PD
 
 
 class RowCodec(Protocol):
@@ -117,26 +126,12 @@ class RowCodec(Protocol):
         ...
 
 
-class Tokens(NamedTuple):
-    """Tokens and what they are for.
-
-    Attributes:
-        rows_TD: [T, D], or what a codec made of it.
-        expert_ids_TK: int64 [T, K], among the experts that can be reached from here; -1 for a slot that has none.
-        weights_TK: [T, K], differentiable.
-    """
-
-    rows_TD: Tensor
-    expert_ids_TK: Tensor
-    weights_TK: Tensor
-
-
 class AllToAllDispatcher:
     """Experts are divided among the ranks of a group: rank r owns experts ``r * E / size .. (r + 1) * E / size``.
 
     The ranks tell each other how many tokens come (one exchange of counts, and the one time that a layer waits for the
-    host), then exchange the tokens, sorted by rank, and beside them what each is for. What came is copied into the
-    order of this rank's experts. Combine is the same, backwards. A rank may receive nothing, or all.
+    host), then exchange the tokens, sorted by rank, and beside them what each is for. Combine is the same, backwards. A
+    rank may receive nothing, or all.
 
     Args:
         num_experts: E, a multiple of the group's size.
@@ -159,31 +154,28 @@ class AllToAllDispatcher:
 
     def dispatch(
         self, tokens_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor, kept_TK: Tensor | None = None
-    ) -> Arrival:
+    ) -> PendingExchange:
         expert_ids_TK = topk_expert_ids_TK if kept_TK is None else topk_expert_ids_TK.where(kept_TK, -1)
-        (first, *others), num_rows = self._plan(expert_ids_TK)
-        rows_TD = tokens_TD if self.codec is None else self.codec.encode(tokens_TD)
-        hop, land = depart(Tokens(rows_TD, expert_ids_TK, topk_weights_TK), self.num_experts, first)
-        departure = None if self.codec is None else Departure(tokens_TD)
+        splits, num_rows = self._plan(expert_ids_TK)
+        first = next_hop(expert_ids_TK, self.num_experts, splits[0])
+        slots = start_hop(pack_slots(topk_weights_TK, expert_ids_TK), first)
+        tokens = start_hop(tokens_TD, first, self.codec)
 
-        def arrive() -> tuple[Tensor, DispatchMetadata]:
-            hops, tokens, num_experts = [hop], land(), self.num_experts // first.group.size()
-            for splits in others:
-                next_hop, land_there = depart(tokens, num_experts, splits)
-                hops, tokens, num_experts = [*hops, next_hop], land_there(), num_experts // splits.group.size()
-            order = order_by_expert(tokens.expert_ids_TK, num_experts, tokens.expert_ids_TK >= 0, num_rows)
-            metadata = DispatchMetadata(permute_slots(tokens.weights_TK, order), order, tuple(hops))
-            rows_R = permute(tokens.rows_TD, order)
-            if self.codec is None or departure is None:
-                return rows_R, metadata
-            return departure.arrive(self.codec.decode(rows_R, tokens_TD), metadata), metadata
+        def wait() -> tuple[Tensor, DispatchMetadata]:
+            hops, num_experts = [first], self.num_experts // first.splits.group.size()
+            weights_PK, ids_PK = unpack_slots(finish_hops(slots, hops), first, num_experts)
+            for split in splits[1:]:
+                hop, num_experts = next_hop(ids_PK, num_experts, split), num_experts // split.group.size()
+                packed = finish_hops(start_hop(pack_slots(weights_PK, ids_PK), hop), [hop])
+                weights_PK, ids_PK = unpack_slots(packed, hop, num_experts)
+                hops.append(hop)
+            order = order_by_expert(ids_PK, num_experts, ids_PK >= 0, num_rows)
+            return finish_hops(tokens, hops), DispatchMetadata(weights_PK, order, tuple(hops))
 
-        return arrive
+        return PendingExchange(wait)
 
-    def combine(self, rows_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        if self.codec is None:
-            return collect(rows_RD, metadata)
-        return _Combine.apply(rows_RD, metadata, self.codec)
+    def combine(self, mixed_PD: Tensor, metadata: DispatchMetadata) -> Tensor:
+        return _Combine.apply(mixed_PD, metadata.hops, self.codec)
 
     def _plan(self, expert_ids_TK: Tensor) -> tuple[list[Splits], int]:
         """How tokens split in each hop, and how many rows this rank's experts get."""
@@ -194,31 +186,31 @@ class AllToAllDispatcher:
         return [Splits(send, receive, self.group)], sum(rows)
 
 
-def depart(tokens: Tokens, num_experts: int, splits: Splits) -> tuple[Hop, Callable[[], Tokens]]:
-    """Send each token to the ranks that have an expert of it; the function waits for those that come.
+def next_hop(expert_ids_TK: Tensor, num_experts: int, splits: Splits) -> Hop:
+    """Order tokens by the ranks that have an expert of them.
 
     Args:
-        tokens: Of this rank.
+        expert_ids_TK: int64 [T, K], among the experts that the group has; -1 for a slot that has none there.
         num_experts: That the group has together, each rank as many as the others.
         splits: As the group agreed on them.
     """
-    ranks, local = splits.group.size(), num_experts // splits.group.size()
-    visits_TG = visits(tokens.expert_ids_TK // local, ranks)
+    ranks = splits.group.size()
+    visits_TG = visits(expert_ids_TK // (num_experts // ranks), ranks)
     ranks_TG = torch.arange(ranks, device=visits_TG.device).expand_as(visits_TG)
-    order = order_by_expert(ranks_TG, ranks, visits_TG, sum(splits.send))
-    # one exchange for both: fp32 holds an expert's number exactly
-    dtype = torch.promote_types(tokens.weights_TK.dtype, torch.float32)
-    slots_T2K = torch.cat([tokens.weights_TK.to(dtype), tokens.expert_ids_TK.to(dtype)], dim=1)
-    slots_under_way = start_all_to_all(permute(slots_T2K, order), splits)
-    rows_under_way = start_all_to_all(permute(tokens.rows_TD, order), splits)
+    return Hop(order_by_expert(ranks_TG, ranks, visits_TG, sum(splits.send)), splits)
 
-    def land() -> Tokens:
-        weights_PK, ids_PK = finish_all_to_all(slots_under_way).chunk(2, dim=1)
-        ids_PK = ids_PK.long() - splits.group.rank() * local
-        ids_PK = ids_PK.where((ids_PK >= 0) & (ids_PK < local), -1)
-        return Tokens(finish_all_to_all(rows_under_way), ids_PK, weights_PK)
 
-    return Hop(order, splits), land
+def pack_slots(weights_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
+    """[T, 2 K] in fp32 at least, which holds an expert's number exactly: one exchange for both."""
+    dtype = torch.promote_types(weights_TK.dtype, torch.float32)
+    return torch.cat([weights_TK.to(dtype), expert_ids_TK.to(dtype)], dim=1)
+
+
+def unpack_slots(slots_P2K: Tensor, hop: Hop, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Weights [P, K], and experts int64 [P, K] counted from this rank's first of ``num_experts``; -1 for others."""
+    weights_PK, ids_PK = slots_P2K.chunk(2, dim=1)
+    ids_PK = ids_PK.long() - hop.splits.group.rank() * num_experts
+    return weights_PK, ids_PK.where((ids_PK >= 0) & (ids_PK < num_experts), -1)
 
 
 def visits(places_TK: Tensor, num_places: int) -> Tensor:
@@ -233,88 +225,89 @@ def pairs_and_slots(expert_ids_TK: Tensor, num_experts: int, num_places: int) ->
     return visits(places_TK, num_places).sum(dim=0), count_by_expert(places_TK, num_places, places_TK >= 0)
 
 
-def spread(rows_T: Tensor, metadata: DispatchMetadata) -> Tensor:
-    """[T, ...] -> [R, ...]: rows go to their token's experts, the way that tokens went."""
-    for hop in metadata.hops:
-        rows_T = all_to_all_rows(permute(rows_T, hop.order), hop.splits)
-    return permute(rows_T, metadata.order)
+class StartedHop(NamedTuple):
+    """Rows on their first hop.
 
-
-def start_collecting(rows_RD: Tensor, metadata: DispatchMetadata) -> Callable[[], Tensor]:
-    """:func:`collect` that does not wait for the last exchange."""
-    rows = sum_rows(rows_RD, metadata.order)
-    first, *others = metadata.hops
-    for hop in reversed(others):
-        rows = sum_rows(all_to_all_rows(rows, hop.splits.reverse()), hop.order)
-    under_way = start_all_to_all(rows, first.splits.reverse())
-    return lambda: sum_rows(finish_all_to_all(under_way), first.order)
-
-
-def collect(rows_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-    """[R, D] -> [T, D]: rows go back to their token, and add up; the transpose of :func:`spread`."""
-    return start_collecting(rows_RD, metadata)()
-
-
-class Departure:
-    """Connects the rows that a codec's bytes became to the tokens that they were made of, for gradients.
-
-    As with ``start_all_to_all``, the exchange of gradients is started where the rows arrived and waited for where the
-    tokens left, so that what lies between overlaps with it backward.
-
-    Args:
-        tokens_TD: What left.
+    Attributes:
+        under_way: What was sent; only :func:`~moefoundry.ops.all_to_all.wait_for` may read it.
+        sent: Has the shape of what was sent, no memory, and the gradient that comes back.
+        codec: What rows travel as.
     """
 
-    def __init__(self, tokens_TD: Tensor) -> None:
-        self._way_back: list[Callable[[], Tensor]] = []
-        self._handle = _Leave.apply(tokens_TD, self._way_back)
-
-    def arrive(self, rows_RD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """A view of ``rows_RD`` with a gradient that goes back to the tokens."""
-        return _Arrive.apply(self._handle, rows_RD, metadata, self._way_back)
+    under_way: Tensor
+    sent: Tensor
+    codec: RowCodec | None
 
 
-class _Leave(Function):
+def start_hop(rows_T: Tensor, hop: Hop, codec: RowCodec | None = None) -> StartedHop:
+    """Send rows [T, ...] on a hop, and do not wait. :func:`finish_hops` waits.
+
+    The backward pass of the latter starts the exchange of gradients, the backward pass of this one waits for it: what
+    lies between overlaps with it too.
+    """
+    under_way, sent = _StartHop.apply(rows_T, hop, codec)
+    return StartedHop(under_way, sent, codec)
+
+
+def finish_hops(started: StartedHop, hops: list[Hop]) -> Tensor:
+    """[P, ...]: wait for the first of the hops, and go on with the others."""
+    return _FinishHops.apply(started.sent, started.under_way, tuple(hops), started.codec)
+
+
+def spread(rows_T: Tensor, hops: tuple[Hop, ...]) -> Tensor:
+    """[T, ...] -> [P, ...]: rows go to other ranks as tokens went."""
+    for hop in hops:
+        rows_T = all_to_all_rows(gather_rows(rows_T, hop.order), hop.splits)
+    return rows_T
+
+
+def collect(rows_P: Tensor, hops: tuple[Hop, ...]) -> Tensor:
+    """[P, ...] -> [T, ...]: rows go back to their token, and add up; the transpose of :func:`spread`."""
+    for hop in reversed(hops):
+        rows_P = sum_of_rows(all_to_all_rows(rows_P, hop.splits.reverse()), hop.order)
+    return rows_P
+
+
+class _StartHop(Function):
     @staticmethod
-    def forward(ctx: Any, tokens_TD: Tensor, way_back: list[Callable[[], Tensor]]) -> Tensor:
-        ctx.way_back = way_back
-        return tokens_TD.new_empty(0)
+    def forward(ctx: Any, rows_T: Tensor, hop: Hop, codec: RowCodec | None) -> tuple[Tensor, Tensor]:
+        ctx.hop = hop
+        sent = rows_T if codec is None else codec.encode(rows_T)
+        under_way = start_all_to_all(gather_rows(sent, hop.order), hop.splits)
+        ctx.mark_non_differentiable(under_way)
+        return under_way, rows_T.new_empty(1).expand(sum(hop.splits.send), *rows_T.shape[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
-        return ctx.way_back.pop()(), None
+    def backward(ctx: Any, _: None, grad_under_way: Tensor) -> tuple[Tensor, None, None]:
+        return sum_of_rows(wait_for(grad_under_way), ctx.hop.order), None, None
 
 
-class _Arrive(Function):
+class _FinishHops(Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        handle: Tensor,
-        rows_RD: Tensor,
-        metadata: DispatchMetadata,
-        way_back: list[Callable[[], Tensor]],
-    ) -> Tensor:
-        ctx.route, ctx.way_back = metadata, way_back
-        return rows_RD.view_as(rows_RD)
+    def forward(ctx: Any, sent: Tensor, under_way: Tensor, hops: tuple[Hop, ...], codec: RowCodec | None) -> Tensor:
+        ctx.hops = hops
+        rows = spread(wait_for(under_way), hops[1:])
+        return rows.view_as(rows) if codec is None else codec.decode(rows, sent)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
-        ctx.way_back.append(start_collecting(grad_RD, ctx.route))
-        return grad_RD.new_empty(0), None, None, None
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None, None, None]:
+        first, *others = ctx.hops
+        return start_all_to_all(collect(grad_P, tuple(others)), first.splits.reverse()), None, None, None
 
 
 class _Combine(Function):
-    """:func:`collect`, with a codec backward."""
+    """:func:`collect`; backward, gradients spread as the codec's rows."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, metadata: DispatchMetadata, codec: RowCodec) -> Tensor:
-        ctx.route, ctx.codec = metadata, codec
-        return collect(rows_RD, metadata)
+    def forward(ctx: Any, mixed_PD: Tensor, hops: tuple[Hop, ...], codec: RowCodec | None) -> Tensor:
+        ctx.hops, ctx.codec = hops, codec
+        return collect(mixed_PD, hops)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        sent_R = spread(ctx.codec.encode(grad_TD), ctx.route)
-        return ctx.codec.decode(sent_R, grad_TD), None, None
+        if ctx.codec is None:
+            return spread(grad_TD, ctx.hops), None, None
+        return ctx.codec.decode(spread(ctx.codec.encode(grad_TD), ctx.hops), grad_TD), None, None

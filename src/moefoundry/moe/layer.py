@@ -1,8 +1,9 @@
 """The MoE layer: route -> dispatch -> experts -> combine, plus the shared experts.
 
-Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` copies it into the rows
-of those experts; each expert is a SwiGLU over its rows, times the router's weights; ``combine`` adds the K results; the
-shared experts, which see every token, are added on top. No token is ever dropped, unless the recipe sets a capacity:
+Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` sends it to the ranks of
+those experts; there it is copied into a row of each, which is a SwiGLU over its rows, and the results, times the
+router's weights, are added up; ``combine`` brings the sums back and adds them; the shared experts, which see every
+token, are added on top. No token is ever dropped, unless the recipe sets a capacity:
 then, in training, a choice that its expert cannot take is not dispatched, and adds nothing.
 """
 
@@ -16,10 +17,8 @@ from moefoundry.config import AuxLossScope, MoEConfig
 from moefoundry.moe.balance import balance_loss, mean_probs, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts
-from moefoundry.moe.mixture import Mixture, choose_mixture
 from moefoundry.moe.router import Router, Routing, within_capacity
-from moefoundry.ops.grouped_linear import BACKENDS, grouped_linear
-from moefoundry.ops.permute import count_by_expert, order_by_expert
+from moefoundry.ops.permute import count_by_expert
 
 
 class RoutingStats(NamedTuple):
@@ -51,8 +50,7 @@ class MoELayer(nn.Module):
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
         self.router = Router(d_model, cfg)
-        self.backend = cfg.backend
-        self.experts = GroupedExperts(cfg.num_experts, d_model, cfg.expert_hidden_size, BACKENDS[cfg.backend])
+        self.experts = GroupedExperts(cfg.num_experts, d_model, cfg.expert_hidden_size, cfg.backend)
         self.shared_experts = (
             FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
         )
@@ -67,32 +65,17 @@ class MoELayer(nn.Module):
         kept_TK = None
         if self.capacity_factor is not None and self.training:
             kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)
-        mixture = self._mixture(tokens_TD) if kept_TK is None else None
-        if mixture is not None:
-            weights = self.experts.local_weights()
-            order = order_by_expert(routing.topk_expert_ids, len(weights[0]))
-            out_TD = mixture(tokens_TD, routing.topk_weights, *weights, order)
-            shared_TD = self._shared(tokens_TD)
-        else:
-            arrive = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids, routing.topk_weights, kept_TK)
-            shared_TD = self._shared(tokens_TD)  # while the rows travel
-            rows_RD, metadata = arrive()
-            rows_RD = self.experts(rows_RD, metadata.tokens_per_local_expert, metadata.row_weights_R)
-            out_TD = self.dispatcher.combine(rows_RD, metadata)
+        pending = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids, routing.topk_weights, kept_TK)
+        shared_TD = self._shared(tokens_TD)  # while tokens travel
+        tokens_PD, metadata = pending.wait()
+        mixed_PD = self.experts(tokens_PD, metadata.weights_PK, metadata.order)
+        out_TD = self.dispatcher.combine(mixed_PD, metadata)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
         return out_TD.view_as(x_BSD), self._stats(routing, kept_TK, x_BSD.shape[0])
 
     def _shared(self, tokens_TD: Tensor) -> Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(tokens_TD)
-
-    def _mixture(self, tokens_TD: Tensor) -> Mixture | None:
-        """What mixes the experts at once, where all are here and multiply as they are."""
-        experts = self.experts
-        plain = type(experts) is GroupedExperts and experts.grouped_linear is grouped_linear
-        if not plain or not isinstance(self.dispatcher, LocalDispatcher):
-            return None
-        return choose_mixture(self.backend, tokens_TD, self.router.top_k, experts.down_proj.shape[-1])
 
     def _stats(self, routing: Routing, kept_TK: Tensor | None, num_sequences: int) -> RoutingStats:
         num_segments = num_sequences if self.aux_loss_scope == AuxLossScope.sequence else 1

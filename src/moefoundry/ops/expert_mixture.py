@@ -1,4 +1,4 @@
-"""All of a local MoE layer's expert work in one function, for CPUs: one expert at a time, in buffers that fit a cache.
+"""All expert work of a rank in one function, for CPUs: one expert at a time, in buffers that fit a cache.
 
 ``permute -> grouped_linear x3 -> sum_rows`` makes a dozen tensors of N = T * K rows. On a GPU they cost bandwidth; on
 a CPU those of 32 MiB and more, which glibc never keeps, are mapped from the system and cleared anew at each call, and
@@ -35,7 +35,7 @@ def expert_mixture(
         tokens_TD: Float tokens on the CPU.
         weights_TK: Top-k weights; cast to the dtype of the tokens.
         gate_EFD, up_EFD, down_EDF: Experts' weights, each in the layout of ``nn.Linear``.
-        order: Of all slots, from :func:`~moefoundry.ops.permute.order_by_expert`.
+        order: Of the slots that have rows, from :func:`~moefoundry.ops.permute.order_by_expert`.
     """
     return _ExpertMixture.apply(tokens_TD, weights_TK.to(tokens_TD.dtype), gate_EFD, up_EFD, down_EDF, order)
 
@@ -72,15 +72,15 @@ class _ExpertMixture(Function):
             u_nF = torch.mm(x_nD, up[e].T, out=up_NF[rows])
             h_nF = aten.silu.out(g_nF, out=h[:n]).mul_(u_nF).mul_(weight_N1[rows])
             out_TD.index_add_(0, token_N[rows], torch.mm(h_nF, down[e].T, out=y[:n]))
-        row_of_slot_TK = order.row_of_kept_slot_N.view(weights_TK.shape)
-        ctx.save_for_backward(tokens_TD, gate, up, down, gate_NF, up_NF, weight_N1, token_N, row_of_slot_TK)
-        ctx.counts = counts
+        slot_N = order.slot_of_row_N
+        ctx.save_for_backward(tokens_TD, gate, up, down, gate_NF, up_NF, weight_N1, token_N, slot_N)
+        ctx.counts, ctx.slots = counts, weights_TK.shape
         return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        tokens_TD, gate, up, down, gate_NF, up_NF, weight_N1, token_N, row_of_slot_TK = ctx.saved_tensors
+        tokens_TD, gate, up, down, gate_NF, up_NF, weight_N1, token_N, slot_N = ctx.saved_tensors
         grad_TD = grad_TD.contiguous()
         grad_tokens_TD = torch.zeros_like(tokens_TD)
         grad_gate, grad_up, grad_down = (torch.empty_like(weight) for weight in (gate, up, down))
@@ -107,7 +107,9 @@ class _ExpertMixture(Function):
             torch.mm(du_nF.T, x_nD, out=grad_up[e])
             dx_nD = torch.mm(dg_nF, gate[e], out=dx[:n]).addmm_(du_nF, up[e])
             grad_tokens_TD.index_add_(0, ids, dx_nD)
-        return grad_tokens_TD, grad_weight_N[row_of_slot_TK], grad_gate, grad_up, grad_down, None
+        grad_weights_TK = weight_N1.new_zeros(ctx.slots)
+        grad_weights_TK.view(-1)[slot_N] = grad_weight_N
+        return grad_tokens_TD, grad_weights_TK, grad_gate, grad_up, grad_down, None
 
 
 def _experts(counts: list[int]) -> Iterator[tuple[int, slice]]:

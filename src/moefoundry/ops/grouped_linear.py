@@ -49,14 +49,6 @@ def grouped_linear_loop(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E
     return torch.cat([rows @ weight.T for rows, weight in zip(groups, weight_EOI, strict=True)])
 
 
-BACKENDS: dict[str, GroupedLinear] = {
-    "auto": grouped_linear,
-    "triton": grouped_linear,  # where experts are divided among ranks
-    "grouped_mm": grouped_linear,
-    "loop": grouped_linear_loop,
-}
-
-
 class _GroupedLinear(Function):
     """``F.grouped_mm`` with its gradients spelled out, for it refuses an incoming gradient that does not lie in memory
     row by row (an expanded one, say)."""

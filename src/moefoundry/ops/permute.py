@@ -117,12 +117,12 @@ class _Permute(Function):
     @staticmethod
     def forward(ctx: Any, tokens_TD: Tensor, order: RowOrder) -> Tensor:
         ctx.order = order
-        return tokens_TD.index_select(0, order.token_of_row_N)
+        return gather_rows(tokens_TD, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
-        return _sum_of_rows(grad_ND, ctx.order), None
+        return sum_of_rows(grad_ND, ctx.order), None
 
 
 class _SumRows(Function):
@@ -131,16 +131,21 @@ class _SumRows(Function):
     @staticmethod
     def forward(ctx: Any, rows_ND: Tensor, order: RowOrder) -> Tensor:
         ctx.order = order
-        return _sum_of_rows(rows_ND, order)
+        return sum_of_rows(rows_ND, order)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        return grad_TD.index_select(0, ctx.order.token_of_row_N), None
+        return gather_rows(grad_TD, ctx.order), None
 
 
-def _sum_of_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
-    """[N, D] -> [T, D]."""
+def gather_rows(tokens_TD: Tensor, order: RowOrder) -> Tensor:
+    """:func:`permute`, not differentiable; rows of any shape and dtype."""
+    return tokens_TD.index_select(0, order.token_of_row_N)
+
+
+def sum_of_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
+    """:func:`sum_rows`, not differentiable."""
     if not len(rows_ND):
         return rows_ND.new_zeros(len(order.first_of_token) - 1, rows_ND.shape[1])
     rows_by_token, first = order.row_of_kept_slot_N, order.first_of_token

@@ -2,6 +2,7 @@
 
 formats.py, scales.py             the formats, the tiles, and what is decided where the report says nothing
 linear.py, feed_forward.py        layers with autograd, and what they keep for backward
+mixture.py                        experts of tokens that are quantized before they are copied
 coarse.py                         linear layers with one scale a tensor or a row, to compare with
 quantization.py, gemm.py          what to call; picks an implementation by device (``backend.py``)
 reference.py, e5m6.py, groups.py  the quantizers in plain PyTorch: their definition
@@ -15,6 +16,7 @@ from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
 from moefoundry.ops.fp8.formats import TILE, Format, QuantizedTensor, Scaling, Tile
 from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
 from moefoundry.ops.fp8.linear import fp8_kept_linear, fp8_linear
+from moefoundry.ops.fp8.mixture import fp8_mixture
 from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "fp8_feed_forward",
     "fp8_kept_linear",
     "fp8_linear",
+    "fp8_mixture",
     "fprop",
     "quantize",
     "quantize_columns",

@@ -32,6 +32,7 @@ def fp8_feed_forward(
     group_sizes_E: Tensor | None = None,
     row_weights_R: Tensor | None = None,
     backend: Backend | None = None,
+    rows: QuantizedTensor | None = None,
 ) -> Tensor:
     """[..., D] -> [..., D], in the dtype of ``x``; Wgrad's sums are fp32, its results have the weights' dtype.
 
@@ -42,9 +43,10 @@ def fp8_feed_forward(
         group_sizes_E: int64 [E], sums to R.
         row_weights_R: [R], differentiable: what each row counts.
         backend: The one to use; None chooses by device.
+        rows: ``x`` quantized, in E4M3 rows [R, D]; None quantizes it.
     """
-    rows_RD, keep = quantize_rows_once(x, backend), torch.is_grad_enabled()
-    return _FeedForward.apply(x, row_weights_R, gate, up, down, group_sizes_E, rows_RD, keep, backend)
+    rows, keep = quantize_rows_once(x, backend) if rows is None else rows, torch.is_grad_enabled()
+    return _FeedForward.apply(x, row_weights_R, gate, up, down, group_sizes_E, rows, keep, backend)
 
 
 class _FeedForward(Function):

@@ -44,10 +44,11 @@ CONFIGS = {
     "up_swiglu": Config(128, 128, 64, 8, 3),
     "down": Config(128, 256, 64, 8, 3),
     "down_backward_swiglu": Config(128, 128, 64, 8, 3),
-    "up_backward": Config(128, 256, 64, 8, 3),
-    "weight_gradient": Config(128, 256, 64, 8, 3),
+    "up_backward": Config(128, 256, 64, 8, 2),
+    "weight_gradient": Config(128, 256, 64, 8, 5),
 }
-"""Fastest of those measured on an H200; see benchmarks/GPU.md. All kernels over tiles of rows share ``m``."""
+"""Chosen by what the compiler says of registers and shared memory; ``python -m benchmarks.tune_experts`` measures them,
+and has not run yet. All kernels over tiles of rows share ``m``."""
 SUM_COLUMNS = 1024
 
 

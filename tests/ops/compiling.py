@@ -1,0 +1,217 @@
+"""Compile Triton kernels for a GPU that is not there, as their own wrappers launch them, and read the machine code.
+
+    python -m tests.ops.compiling [--capability 100] [--update]
+
+prints what ``test_compiled_kernels.py`` compares with ``compiled_kernels.json``, or writes it there. A stand-in for
+Triton's driver names the target; launches only compile, every configuration of an autotuned kernel once. So signatures,
+specialization (divisible by 16, equal to 1, alignment) and constants are those of real launches. ``ptxas`` and
+``cuobjdump`` come with Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+GOLDEN = Path(__file__).with_name("compiled_kernels.json")
+TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 256, 1536, 256, 128, 8
+"""Of the layers that kernels are compiled for: only divisibility matters, and the number of experts."""
+Found = dict[str, Any]
+
+
+class NoGpu:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@contextmanager
+def only_compiling(capability: int, configs: int) -> Iterator[list[tuple[str, Any]]]:
+    """Let launches only compile; yields the list that every (name, compiled kernel) is appended to.
+
+    Args:
+        capability: 90 for Hopper, 100 for Blackwell.
+        configs: How many configurations of an autotuned kernel, from the first.
+    """
+    from triton.runtime import driver
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append((self.__name__, kernel))
+        return kernel
+
+    def each_config(self: Any, *args: Any, **options: Any) -> None:
+        options.pop("warmup", None)
+        for config in self.configs[:configs]:
+            self.fn.run(*args, **options, **config.all_kwargs())
+
+    driver.set_active(NoGpu(capability))  # for good: where there is no GPU there is no driver to go back to
+    with mock.patch.object(JITFunction, "run", compile_only), mock.patch.object(Autotuner, "run", each_config):
+        yield compiled
+
+
+def inspect(kernel: Any) -> Found:
+    """Registers, shared memory and spills of a compiled kernel, and how it multiplies and copies."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        code, usage = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+
+    def has(pattern: str) -> bool:
+        return re.search(pattern, code) is not None
+
+    return {
+        "registers": int(registers),
+        "stack": int(stack),
+        "shared": kernel.metadata.shared,
+        "tensor cores": next((name for name in ("QGMMA", "HGMMA", "UTCQMMA", "UTCHMMA") if has(rf"\b{name}")), None),
+        "copies": [name for name, seen in (("TMA", has("UTMALDG")), ("128 bits", has(r"LDGSTS\S*\.128"))) if seen],
+    }
+
+
+def launches() -> dict[str, Callable[[], Any]]:
+    """Launches of every kernel, by name, on small operands whose values nobody reads."""
+    from moefoundry.ops.fp8 import Format, Scaling, Tile, formats
+    from moefoundry.ops.fp8 import triton_gemm as gemm
+    from moefoundry.ops.fp8 import triton_quantize as quantize
+    from moefoundry.ops.fp8.formats import QuantizedTensor
+    from moefoundry.ops.fused_experts import function as fused
+    from moefoundry.ops.permute import order_by_expert
+
+    rows = TOKENS * TOP_K
+
+    def bf16(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.bfloat16)
+
+    def tiles(rows: int, columns: int, format: Format = Format.E4M3) -> QuantizedTensor:
+        values = torch.zeros(rows, format.width(columns), dtype=torch.uint8).view(format.dtype)
+        scales = torch.ones(rows, columns // formats.TILE, dtype=torch.uint8)
+        return QuantizedTensor(values, scales, Tile.ROW, (rows, columns), format)
+
+    def blocks(rows: int, columns: int) -> QuantizedTensor:
+        values = torch.zeros(EXPERTS, rows, columns, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        scales = torch.ones(EXPERTS, rows // formats.TILE, columns // formats.TILE, dtype=torch.uint8)
+        return QuantizedTensor(values, scales, Tile.BLOCK, (EXPERTS, rows, columns))
+
+    def columns(width: int) -> QuantizedTensor:
+        count = formats.num_column_tiles(rows, EXPERTS)
+        values = torch.zeros(width, count * formats.TILE, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        scales = torch.ones(count, width, dtype=torch.uint8)
+        return QuantizedTensor(values, scales, Tile.COLUMN, (rows, width), Format.E4M3, sizes_E)
+
+    sizes_E = torch.full((EXPERTS,), rows // EXPERTS, dtype=torch.int64)
+    order = order_by_expert(torch.arange(rows).remainder(EXPERTS).view(TOKENS, TOP_K), EXPERTS)
+    token_of_row, weights = order.token_of_row_N.to(torch.int32), torch.ones(rows)
+    x, hidden, gate_up = bf16(TOKENS, WIDTH), bf16(rows, HIDDEN), bf16(rows, 2 * HIDDEN)
+    gate, down = bf16(EXPERTS, HIDDEN, WIDTH), bf16(EXPERTS, WIDTH, HIDDEN)
+    place = fused.Tiles(*(torch.zeros(rows // 128 + EXPERTS, dtype=torch.int32) for _ in range(3)))
+    ends_E = sizes_E.cumsum(0, dtype=torch.int32)
+    power, scaling = Scaling.POWER_OF_TWO, "power-of-two scales"
+    of_rows = {
+        f"quantize {format.name} rows, {scaling}": lambda f=format: quantize.quantize_triton(x, Tile.ROW, f, power)
+        for format in Format
+    }
+    retiled = {
+        f"retile {format.name}": lambda f=format: quantize.retile_triton(tiles(rows, WIDTH, f), sizes_E, power)
+        for format in Format
+    }
+    return {
+        "experts: place tiles": lambda: fused.place_tiles(sizes_E, rows, 128),
+        "experts: up and SwiGLU": lambda: fused.multiply_up(x, token_of_row, weights, gate, gate, place),
+        "experts: down": lambda: fused.multiply_down(hidden, down, place),
+        "experts: down's and SwiGLU's gradients": lambda: fused.multiply_down_backward(
+            x, token_of_row, weights, down, gate_up, place
+        ),
+        "experts: tokens' gradients": lambda: fused.multiply_up_backward(gate_up, gate, gate, place),
+        "experts: gradients of gate and up": lambda: fused.multiply_transposed(
+            gate_up, x, token_of_row, ends_E, 2, gather_left=False
+        ),
+        "experts: gradients of down": lambda: fused.multiply_transposed(
+            x, hidden, token_of_row, ends_E, 1, gather_left=True
+        ),
+        "experts: sum": lambda: fused.sum_rows(bf16(rows, WIDTH), order),
+        "FP8 fprop": lambda: gemm.multiply_triton(tiles(rows, WIDTH), blocks(HIDDEN, WIDTH), sizes_E, torch.bfloat16),
+        "FP8 dgrad": lambda: gemm.multiply_triton(
+            tiles(rows, HIDDEN), blocks(HIDDEN, WIDTH).mT, sizes_E, torch.bfloat16
+        ),
+        "FP8 wgrad": lambda: gemm.wgrad_triton(columns(HIDDEN), columns(WIDTH), torch.float32),
+        **of_rows,
+        f"quantize blocks, {scaling}": lambda: quantize.quantize_triton(gate, Tile.BLOCK, Format.E4M3, power),
+        f"quantize columns, {scaling}": lambda: quantize.quantize_columns_triton(bf16(rows, WIDTH), sizes_E, power),
+        **retiled,
+        "dequantize E5M6": lambda: quantize.dequantize_triton(tiles(rows, WIDTH, Format.E5M6), torch.bfloat16),
+    }
+
+
+def compile_all(capability: int, configs: int) -> dict[str, Found]:
+    """Inspect every kernel; all configurations but the first have a number behind the name.
+
+    A process compiles for one capability: Triton keeps what it has compiled, whatever its driver says then.
+    """
+    found: dict[str, Found] = {}
+    for name, launch in launches().items():
+        with only_compiling(capability, configs) as compiled:
+            launch()
+        for number, (_, kernel) in enumerate(compiled):
+            found[name if number == 0 else f"{name} ({number + 1})"] = inspect(kernel)
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile all Triton kernels for a GPU that is not there.")
+    parser.add_argument("--capability", type=int, default=90, help="90 for Hopper (the default), 100 for Blackwell")
+    parser.add_argument("--configs", type=int, default=2, help="of each autotuned kernel, from its first (default 2)")
+    parser.add_argument("--update", action="store_true", help=f"write it to {GOLDEN.name}")
+    args = parser.parse_args(argv)
+    import triton
+
+    found = {f"triton {triton.__version__}, sm_{args.capability}": compile_all(args.capability, args.configs)}
+    if args.update:
+        found = (json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}) | found
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    else:
+        print(json.dumps(found, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Every Triton kernel compiles for GPUs that are not here, and its machine code is what it is meant to be.
+
+Kept in ``compiled_kernels.json`` for the locked Triton; a change of a kernel updates it:
+``python -m tests.ops.compiling --update``, and again with ``--capability 100``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from tests.ops import compiling
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that a program can have on compute capability 9.0 and 10.0."""
+MULTIPLIES = ("experts: up", "experts: down", "experts: tokens", "experts: gradients", "FP8")
+
+
+def compiled(capability: int, configs: int, cache: Path) -> dict[str, Any]:
+    """Compile in a process of its own, which interprets nothing and takes nothing from an earlier cache."""
+    environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(compiling.compile_all, capability, configs).result()
+
+
+@pytest.mark.parametrize(
+    ("capability", "configs"), [(90, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, 2), (100, 2)))]
+)
+def test_machine_code(capability: int, configs: int, tmp_path: Path) -> None:
+    found = compiled(capability, configs, tmp_path)
+    for name, kernel in found.items():
+        assert kernel["stack"] == 0, f"{name} spills"
+        assert kernel["shared"] <= SHARED_LIMIT, f"{name} cannot start"
+        if name.startswith(MULTIPLIES):
+            assert kernel["tensor cores"], f"{name} does not use the tensor cores"
+            assert kernel["copies"], f"{name} copies nothing ahead"
+    expected = json.loads(compiling.GOLDEN.read_text())
+    key = f"triton {triton.__version__}, sm_{capability}"
+    if key not in expected:
+        pytest.skip(f"compiled_kernels.json has nothing of {key}; what must hold of every version was checked")
+    assert found == {name: kernel for name, kernel in expected[key].items() if name in found}
