@@ -1,7 +1,8 @@
 """A mixture of SwiGLU experts in FP8: tokens and gradients are quantized before they are copied to their experts.
 
 A token's tiles are its own, so its copies have the same bits. K copies of FP8 rows cost half of the bytes of K copies
-in BF16, and one quantization in place of K. Where tokens or gradients came from other ranks in FP8, what came is copied.
+in BF16, and one quantization in place of K. Where tokens or gradients came from other ranks in FP8, what came is
+copied.
 """
 
 from __future__ import annotations
