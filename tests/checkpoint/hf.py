@@ -25,7 +25,7 @@ def family_config(family: str, variant: str = "plain", mtp_depth: int = 0) -> Mo
 
 def family_tensors(family: str, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Tensors as they are published: buffers in fp32, whatever the parameters; modules that predict further tokens
-    with their copies of embedding and head."""
+    with their copies of embedding and head; and those without elements."""
     model = transformers_model(family, cfg)
     for _ in range(cfg.mtp.depth):
         add_prediction_module(model)
@@ -36,7 +36,8 @@ def family_tensors(family: str, cfg: ModelConfig, dtype: torch.dtype = torch.flo
     }
     copies = FAMILIES[family].copies(cfg)
     copied = {name: tensors[original].clone() for name, original in copies.items() if name != "lm_head.weight"}
-    return tensors | copied
+    empty = {name: torch.empty(shape, dtype=dtype) for name, shape in FAMILIES[family].empty_tensors(cfg).items()}
+    return tensors | copied | empty
 
 
 def write_hf(
