@@ -195,11 +195,11 @@ def declared_token(directory: Path, key: str) -> str | None:
     for path in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
         try:
             config: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-            if key not in config:
-                continue
-            declared = config[key]
-        except (ValueError, TypeError) as error:
+            declared = config.get(key)
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a JSON object: {error}") from error
+        if key not in config:
+            continue
         token = declared.get("content") if isinstance(declared, dict) else declared
         return token if isinstance(token, str) and token else None
     return None
