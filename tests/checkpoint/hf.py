@@ -58,6 +58,23 @@ def write_hf(
     return directory
 
 
+def change_config(directory: Path, **changes: object) -> Path:
+    """The directory, with other values in its config.json."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return directory
+
+
+def write_version_5(directory: Path, family: str, cfg: ModelConfig) -> Path:
+    """A directory as transformers 5 has models in memory: its config, and experts fused."""
+    write_hf(directory, family, cfg)
+    tensors = contents(directory)
+    save_file(fused(tensors), directory / "model.safetensors", {"format": "pt"})
+    config = as_version_5({"rope_scaling": None, **json.loads((directory / "config.json").read_text())})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 def as_version_5(config: dict[str, Any]) -> dict[str, Any]:
     """``config`` as transformers 5.24 saves it."""
     generic = {

@@ -89,7 +89,7 @@ def import_tokenizer(hf: Path, target: Path) -> None:
     copy_tokenizer(hf, target)
     special = special_token_ids(hf)
     if special and special != special_token_ids(target):
-        _add_to_json(target / GENERATION_CONFIG, special)
+        _rewrite(target / GENERATION_CONFIG, _stated(target / GENERATION_CONFIG) | special)
 
 
 def export_tokenizer(source: Path, hf: Path) -> dict[str, Any]:
@@ -101,10 +101,11 @@ def export_tokenizer(source: Path, hf: Path) -> dict[str, Any]:
     """
     copy_tokenizer(source, hf)
     special = special_token_ids(hf)
-    if special.get(END) != _stated(hf / GENERATION_CONFIG).get(END) or not (hf / GENERATION_CONFIG).exists():
-        _add_to_json(hf / GENERATION_CONFIG, special)
+    generation = _stated(hf / GENERATION_CONFIG)
+    complete = generation and generation.get(END) == special.get(END)
+    _rewrite(hf / GENERATION_CONFIG, generation if complete else generation | special)
     if (hf / "tokenizer.json").is_file():
-        _add_to_json(hf / TOKENIZER_CONFIG, _portable(_stated(hf / TOKENIZER_CONFIG)))
+        _rewrite(hf / TOKENIZER_CONFIG, _portable(_stated(hf / TOKENIZER_CONFIG)))
     return special
 
 
@@ -158,25 +159,26 @@ def _tokenizers_ids(directory: Path) -> dict[str, Any]:
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """What a tokenizer_config.json has to say."""
-    changes: dict[str, Any] = {}
-    if config.get("tokenizer_class", NEWER_CLASS) == NEWER_CLASS:
-        changes["tokenizer_class"] = PLAIN_CLASS
-    inputs = config.get("model_input_names")
-    if inputs is None or "token_type_ids" in inputs:
-        changes["model_input_names"] = INPUTS
-    return changes
+    """A tokenizer_config.json that transformers 4 and 5 read alike."""
+    portable = dict(config)
+    if (config.get("tokenizer_class") or NEWER_CLASS) == NEWER_CLASS:
+        portable["tokenizer_class"] = PLAIN_CLASS
+    if isinstance(config.get("extra_special_tokens"), list):  # which transformers 4 takes for a mapping
+        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
+    if "token_type_ids" in config.get("model_input_names", ["token_type_ids"]):
+        portable["model_input_names"] = INPUTS
+    return portable
 
 
 def _stated(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _add_to_json(path: Path, changes: dict[str, Any]) -> None:
-    """Change keys of a JSON file, made if need be; with nothing to change it stays as it is to the last byte."""
-    if changes or not path.exists():
+def _rewrite(path: Path, value: dict[str, Any]) -> None:
+    """Make ``value`` what a JSON file says; one that says it already stays as it is to the last byte."""
+    if not path.exists() or value != _stated(path):
         path.parent.mkdir(exist_ok=True)
-        write_json(path, _stated(path) | changes)
+        write_json(path, value)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
