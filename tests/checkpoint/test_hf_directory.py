@@ -29,20 +29,18 @@ pytestmark = pytest.mark.filterwarnings(
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
 
 
-# -------------------------------------------------------------------------------------------- as transformers 5 has them
+# ------------------------------------------------------------------------------------------- as transformers 5 has them
 
 
 @pytest.mark.parametrize(
     ("family", "variant"),
-    [("mixtral", "yarn"), ("olmoe", "plain"), ("qwen3_moe", "window"), ("deepseek_v3", "yarn"), ("dbrx", "clipped")]
-    + [("deepseek_v3", "moonlight"), ("deepseek_v3", "no_shared"), ("llama", "tied")],
+    [("mixtral", "yarn"), ("qwen3_moe", "window"), ("deepseek_v3", "yarn"), ("deepseek_v3", "moonlight")],
 )
 def test_fused_experts_are_split_exactly_and_verified(tmp_path: Path, family: str, variant: str) -> None:
-    """Whatever version is installed: transformers 4 passes over ``rope_parameters``, and would compute another model."""
+    """With any version of transformers: 4 passes over ``rope_parameters``, and would compute another model."""
     cfg = family_config(family, variant)
     newer = write_version_5(tmp_path / "newer", family, cfg)
-    if family not in ("dbrx", "llama"):
-        assert any(name.endswith("gate_up_proj") for name in contents(newer))
+    assert any(name.endswith("gate_up_proj") for name in contents(newer))
     summary = import_hf(newer, tmp_path / "checkpoint", tolerance=1e-4)
     assert summary.max_difference is not None
     export_hf(tmp_path / "checkpoint", tmp_path / "back", family)
@@ -84,7 +82,7 @@ def test_fused_experts_that_are_not_the_models_are_named(
         open_hf(hf)
 
 
-# ------------------------------------------------------------------------------------------------- less than is declared
+# ------------------------------------------------------------------------------------------------ less than is declared
 
 
 @pytest.mark.parametrize("stored", [0, 1])
@@ -142,7 +140,7 @@ def test_no_error_is_a_wall(tmp_path: Path) -> None:
     assert "  ... and 26 more not expected" in lines
 
 
-# --------------------------------------------------------------------------------------------------------------- pointers
+# -------------------------------------------------------------------------------------------------------------- pointers
 
 
 @pytest.mark.parametrize(
