@@ -3,19 +3,20 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moefoundry.checkpoint.convert import export_hf, import_hf, load_model
-from moefoundry.evaluation.generation import greedy
-from tests.checkpoint.hf import assert_same_tensors
-from tests.checkpoint.transformers5 import NEW_TOKENS, ids
+from moefoundry.evaluation.generation import complete, greedy
+from moefoundry.model.families import FAMILIES
+from tests.checkpoint.hf import assert_same_tensors, family_config, write_hf, write_tokenizer
+from tests.checkpoint.transformers5 import NEW_TOKENS, PROMPT, ids
 from tests.model.families.models import CASES
 
 pytestmark = [
@@ -102,3 +103,23 @@ def test_it_loads_what_is_exported(saved: Peer, exported: Peer, family: str, var
     if variant != "moonlight":  # whose queries are not compressed: transformers 4.51 builds no such model
         older = AutoModelForCausalLM.from_pretrained(exported.path / name, attn_implementation="eager").eval()
         assert difference(older(ids()).logits, expected["logits"]) < ABSOLUTE
+
+
+def test_it_writes_the_text_that_is_written_here(tmp_path: Path) -> None:
+    """As users call it; and the tokenizers that it saves go out in a form that either version reads."""
+    expected, tokenizer = {}, write_tokenizer(tmp_path / "tokenizer")
+    for family in FAMILIES:
+        hf = write_hf(tmp_path / f"{family}-hf", family, replace(family_config(family), vocab_size=270))
+        import_hf(hf, tmp_path / f"{family}-checkpoint")
+        export_hf(tmp_path / f"{family}-checkpoint", tmp_path / "out" / family, family, tokenizer=tokenizer)
+        expected[family] = complete(load_model(tmp_path / f"{family}-checkpoint"), tokenizer, PROMPT, NEW_TOKENS)
+    peer = run_peer("write", tmp_path / "out")
+    assert {family: result["text"] for family, result in peer.results.items()} == expected
+    saved = tmp_path / "out/mixtral/tokenizer5"
+    assert "TokenizersBackend" in (saved / "tokenizer_config.json").read_text()
+    export_hf(tmp_path / "mixtral-checkpoint", tmp_path / "again", tokenizer=saved)
+    older = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    older_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "again")
+    inputs = older_tokenizer(PROMPT, return_tensors="pt")
+    tokens = older.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    assert older_tokenizer.decode(tokens[0]) == expected["mixtral"]

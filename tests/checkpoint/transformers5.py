@@ -1,22 +1,25 @@
-"""What transformers 5 does, in a process of its own: ``python -m tests.checkpoint.transformers5 save|load DIR``.
+"""What transformers 5 does, in a process of its own: ``python -m tests.checkpoint.transformers5 save|load|write DIR``.
 
     save   DIR/{family}-{variant}          a model of each family in each variant, saved with random weights
            DIR/{family}-{variant}-fused    the same, with its experts in one tensor, as they are in memory
     load   every directory of DIR
+    write  text with each, as users do; and each directory's tokenizer, saved anew, to {name}/tokenizer5
 
-Both write ``DIR/results.pt``: logits and greedy tokens of each model by name; what was missing or unexpected of each.
+All write ``DIR/results.pt``: logits and greedy tokens of each model by name; what was missing or unexpected of each; or
+the text.
 """
 
 import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moefoundry.model.families import FAMILIES
 from tests.model.families.models import CASES, VARIANTS, VOCAB, randomize
 
 NEW_TOKENS = 12
+PROMPT = "def first<fim_begin>"
 OPTIONS = {"attn_implementation": "eager"}
 
 
@@ -56,5 +59,16 @@ def load(directory: Path) -> None:
     torch.save(results, directory / "results.pt")
 
 
+def write(directory: Path) -> None:
+    results = {}
+    for path in sorted(path for path in directory.iterdir() if (path / "config.json").exists()):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        inputs = tokenizer(PROMPT, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        results[path.name] = {"text": tokenizer.decode(tokens[0])}
+        tokenizer.save_pretrained(path / "tokenizer5")
+    torch.save(results, directory / "results.pt")
+
+
 if __name__ == "__main__":
-    {"save": save, "load": load}[sys.argv[1]](Path(sys.argv[2]))
+    {"save": save, "load": load, "write": write}[sys.argv[1]](Path(sys.argv[2]))

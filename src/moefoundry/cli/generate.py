@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
     model = load_model(checkpoint, Weights.ema if args.ema else Weights.trained).to(device)
 
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # of characters that the terminal's encoding lacks
     print(args.prompt, end="", flush=True)
     new_ids = generate(model, prompt_ids.to(device), args.max_new_tokens, choose)
     for piece in tokenizer.decode_stream(prompt_ids, new_ids):

@@ -65,7 +65,12 @@ def family_for(cfg: ModelConfig) -> Family:
 
 def nearest_family(cfg: ModelConfig) -> tuple[Family, list[str]]:
     """The family that has such a model, or else the one in whose way least stands, and what does."""
-    reasons = {name: family.fits(cfg) for name, family in FAMILIES.items()}
-    kind = {name: family.attention_kind != cfg.attention.kind for name, family in FAMILIES.items()}
-    name = min(FAMILIES, key=lambda name: (kind[name], len(reasons[name])))
-    return FAMILIES[name], reasons[name]
+    kin = [family for family in FAMILIES.values() if family.attention_kind == cfg.attention.kind]
+    reasons = {family.name: family.fits(cfg) for family in kin}
+
+    def distance(name: str) -> tuple[bool, int]:
+        no_experts = f"model.n_dense_layers: {cfg.n_dense_layers}, and {name} has {cfg.n_layers}"
+        return no_experts in reasons[name], len(reasons[name])
+
+    nearest = min(reasons, key=distance)
+    return FAMILIES[nearest], reasons[nearest]
