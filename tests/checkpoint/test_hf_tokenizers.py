@@ -47,7 +47,7 @@ def read(path: Path) -> dict[str, Any]:
     [
         None,
         VERSION_5,
-        {"eos_token": "<|endoftext|>"},
+        {"eos_token": "<|endoftext|>", "tokenizer_class": None, "model_input_names": None},
         {"eos_token": "<|endoftext|>", "model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
     ],
     ids=["prepared", "version_5", "bare", "types"],

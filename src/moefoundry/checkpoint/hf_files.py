@@ -164,8 +164,9 @@ def _portable(config: dict[str, Any]) -> dict[str, Any]:
     if (config.get("tokenizer_class") or NEWER_CLASS) == NEWER_CLASS:
         portable["tokenizer_class"] = PLAIN_CLASS
     if isinstance(config.get("extra_special_tokens"), list):  # which transformers 4 takes for a mapping
-        portable["additional_special_tokens"] = portable.pop("extra_special_tokens")
-    if "token_type_ids" in config.get("model_input_names", ["token_type_ids"]):
+        tokens = [*(config.get("additional_special_tokens") or []), *portable.pop("extra_special_tokens")]
+        portable["additional_special_tokens"] = [token for i, token in enumerate(tokens) if token not in tokens[:i]]
+    if "token_type_ids" in (config.get("model_input_names") or ["token_type_ids"]):
         portable["model_input_names"] = INPUTS
     return portable
 
