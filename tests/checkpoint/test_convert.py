@@ -27,6 +27,7 @@ from moefoundry.checkpoint.convert import (
 )
 from moefoundry.checkpoint.hf_files import special_token_ids
 from moefoundry.checkpoint.tensor_map import Dtype
+from moefoundry.checkpoint.verify import verify_logits
 from moefoundry.cli.main import main
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten, load_recipe
 from moefoundry.model.families import FAMILIES
@@ -153,6 +154,38 @@ def test_transformers_loads_what_is_exported(tmp_path: Path, family: str) -> Non
     assert tokenizer.eos_token_id == 0
     assert theirs.config.to_dict().items() >= special.items()
     assert GenerationConfig.from_pretrained(tmp_path / "back").to_dict().items() >= special.items()
+
+
+def test_a_model_without_compressed_queries_is_verified(tmp_path: Path) -> None:
+    """Which transformers 4.51 does not build by itself."""
+    hf = write_hf(tmp_path / "hf", "deepseek_v3", family_config("deepseek_v3", "moonlight"))
+    import_hf(hf, tmp_path / "checkpoint", tolerance=1e-4)
+    export_hf(tmp_path / "checkpoint", tmp_path / "back", tolerance=1e-4)
+    zeros = torch.zeros_like(contents(hf)["model.layers.0.self_attn.q_proj.weight"])
+    wrong = write_hf(tmp_path / "wrong", "deepseek_v3", family_config("deepseek_v3", "moonlight"))
+    save_file(contents(wrong) | {"model.layers.0.self_attn.q_proj.weight": zeros}, wrong / "model.safetensors")
+    with pytest.raises(UserError, match="logits differ by"):
+        verify_logits(wrong, load_model(tmp_path / "checkpoint"), 1e-4)
+
+
+def test_what_transformers_does_not_load_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = write_hf(tmp_path / "hf", "mixtral", MIXTRAL)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("size mismatch\n\tfor lm_head")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(UserError, match=r"cannot be verified: .* load it: size mismatch for lm_head$"):
+        import_hf(hf, tmp_path / "checkpoint", tolerance=1e-4)
+
+
+def test_the_recipe_of_an_import_is_for_every_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_hf(tmp_path / "hf", "mixtral", MIXTRAL)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    import_hf(Path("hf"), Path("./models/../imported"))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_recipe(Path("../imported/recipe.yaml"), ["run_name=a"]).load_path == str(tmp_path / "imported")
 
 
 def test_the_tokenizer_travels_along(tmp_path: Path) -> None:
@@ -285,7 +318,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_exported(tmp_path: Path) -> Non
     (tmp_path / "part").mkdir()
     io.write(tmp_path / "part", tensors, io.read_state(tmp_path / "whole"))
     for convert in (export_hf, consolidate):
-        with pytest.raises(UserError, match=r"layers\.1\.ffn_norm\.weight: missing\n  norm\.weight: missing"):
+        with pytest.raises(UserError, match=r"layers\.1\.ffn_norm\.weight: missing\n  \.\.\. and 1 more missing$"):
             convert(tmp_path / "part", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "part", "whole"]
 

@@ -1,5 +1,6 @@
 """Sparse upcycling: until training begins, the mixture computes what the dense model does."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,38 @@ def test_a_dense_model_becomes_a_mixtral(tmp_path: Path) -> None:
     assert "no tokenizer" in str(summary)
     export_hf(tmp_path / "checkpoint", tmp_path / "mixtral", "mixtral", tolerance=1e-4)
     assert contents(tmp_path / "mixtral")["model.layers.0.block_sparse_moe.gate.weight"].dtype == torch.float32
+
+
+def test_a_qwen3_becomes_a_qwen3_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With some blocks dense, and nothing said beforehand."""
+    hf = write_hf(tmp_path / "hf", "qwen3", family_config("qwen3"))
+    upcycle(hf, tmp_path / "checkpoint", Upcycling(num_experts=4, top_k=2, layers=frozenset({1})))
+    assert capsys.readouterr().err == ""
+    export_hf(tmp_path / "checkpoint", tmp_path / "back", tolerance=1e-4)
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == "qwen3_moe"
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("qwen2", {}, "nearest is mixtral: model.attention.bias: qkv, and mixtral has none"),
+        ("qwen3", {"granularity": 2}, "nearest is qwen3_moe: model.moe.router.scale: 2.0, and qwen3_moe has 1.0"),
+        (
+            "llama",
+            {"layers": frozenset({1})},
+            "nearest is qwen3_moe: model.attention.qk_norm: none, and qwen3_moe has head",
+        ),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, options: dict[str, object], reason: str
+) -> None:
+    hf = write_hf(tmp_path / "hf", family, family_config(family))
+    upcycle(hf, tmp_path / "checkpoint", replace(Upcycling(num_experts=4, top_k=2), **options))  # type: ignore[arg-type]
+    note = "note: the mixture can be trained and not exported: no Hugging Face family computes what it does; "
+    assert capsys.readouterr().err == f"{note}{reason}\n"
+    with pytest.raises(UserError, match=reason.split(": ", 1)[1]):
+        export_hf(tmp_path / "checkpoint", tmp_path / "back")
 
 
 @pytest.mark.parametrize(

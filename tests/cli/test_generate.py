@@ -42,6 +42,7 @@ def test_text_is_that_of_the_ranks_that_trained(run: Run, capsys) -> None:
 def test_sampling_options(run: Run, capsys) -> None:
     greedy = generate(capsys, run.run_dir)
     assert generate(capsys, run.run_dir, "--temperature", "0.7", "--top-k", "1") == greedy
+    assert generate(capsys, run.run_dir, "--temperature", "0", "--seed", "3") == greedy
     assert generate(capsys, run.run_dir, "--seed", "1") == generate(capsys, run.run_dir, "--seed=1", "--top-p=1.0")
     assert generate(capsys, run.run_dir, "--seed", "1") != generate(capsys, run.run_dir, "--seed", "2")
 
@@ -52,7 +53,7 @@ def test_sampling_options(run: Run, capsys) -> None:
         (["--checkpoint", "/nowhere"], "error: --checkpoint /nowhere: no complete checkpoint there"),
         (["--prompt", ""], "error: --prompt '': has no token"),
         (["--max-new-tokens", "0"], "error: --max-new-tokens 0: must be at least 1"),
-        (["--temperature", "0"], "error: --temperature 0.0: must be above 0"),
+        (["--temperature", "-1"], "error: --temperature -1.0: must be a number of at least 0"),
         (["--top-k", "0"], "error: --top-k 0: must be at least 1"),
         (["--device", "abacus"], "error: --device abacus: "),
     ],

@@ -10,40 +10,40 @@ is overwritten. Memory is needed for a block (see ``tensor_map.py``), whatever t
 
 from __future__ import annotations
 
-import shutil
+import os
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 
 from moefoundry.checkpoint import io
 from moefoundry.checkpoint.blocks import Block, StoredTensors, TensorSpec, write_blocks
+from moefoundry.checkpoint.hf_directory import open_hf
 from moefoundry.checkpoint.hf_files import (
     CONFIG,
-    GENERATION_CONFIG,
     TOKENIZER,
-    copy_tokenizer,
-    fp8_block,
+    check_importable,
+    export_tokenizer,
     has_tokenizer,
-    read_hf_config,
-    special_token_ids,
+    import_tokenizer,
     tokenizer_of,
     write_json,
 )
-from moefoundry.checkpoint.safetensors_io import SafetensorsReader, write_file, write_safetensors
-from moefoundry.checkpoint.store import STAGING_SUFFIX, find_checkpoint, using
+from moefoundry.checkpoint.safetensors_io import write_file, write_safetensors
+from moefoundry.checkpoint.staging import GIB, staged
+from moefoundry.checkpoint.store import find_checkpoint, using
 from moefoundry.checkpoint.tensor_map import Dtype, TensorMap, check_tensors
 from moefoundry.checkpoint.verify import verify_logits
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
 from moefoundry.config.spec import plain
 from moefoundry.config.yaml_reader import StrictDumper
-from moefoundry.model.families import FAMILIES, Family, family_for, family_of
+from moefoundry.model.families import FAMILIES, Family, family_for
 from moefoundry.model.transformer import MoETransformer, meta_model
 
 RECIPE = "recipe.yaml"
@@ -51,7 +51,6 @@ PREFIX = "model/model."
 """Of a parameter's name in a checkpoint: Composer's model holds ours under ``model``."""
 
 DEFAULT_MAX_SEQ_LEN = 4096  # where neither config nor recipe says; it bounds nothing that is computed
-GIB = 2**30
 SHARD_BYTES = 5 * 10**9
 
 
@@ -88,45 +87,6 @@ class Summary:
         return text
 
 
-@dataclass(frozen=True)
-class HfDirectory:
-    """A Hugging Face directory that is whole: config, family, tensors."""
-
-    path: Path
-    config: dict[str, Any]
-    family: Family
-    cfg: ModelConfig
-    tensors: SafetensorsReader
-    names: TensorMap
-
-    @property
-    def max_seq_len(self) -> int | None:
-        """Tokens a sequence, where the config says."""
-        return self.family.max_seq_len(self.config)
-
-
-def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
-    """Read the config and check every tensor; no values are read but those that must be copies of others.
-
-    Args:
-        path: Holds config.json and safetensors.
-        fp8_as: What FP8 tensors are read as; None is BF16.
-
-    Raises:
-        UserError: The config means a model that is not here, or a tensor is missing, too many or misshapen (all are
-            named), or the weights are pickled, or quantized other than in FP8 blocks.
-    """
-    config = read_hf_config(path)
-    block = fp8_block(config, path)
-    family = family_of(config)
-    cfg = family.read_config({key: value for key, value in config.items() if key != "quantization_config"})
-    tensors = SafetensorsReader(path, block, fp8_as or torch.bfloat16)
-    names = TensorMap(family, cfg)
-    names.check_theirs(tensors.specs, path)
-    names.check_copies(tensors, path)
-    return HfDirectory(path, config, family, cfg, tensors, names)
-
-
 def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: float | None = None) -> Summary:
     """Write a weights-only checkpoint with the tensors of a Hugging Face directory; beside them its tokenizer, and the
     recipe that goes on training them.
@@ -143,16 +103,17 @@ def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: floa
     source = open_hf(hf, dtype.torch)
     specs = source.names.our_specs(source.tensors.specs, dtype)
     blocks = source.names.our_blocks(source.tensors, specs)
-    with staged(output) as staging:
+    tokenizer = check_importable(hf)
+    say(*source.notes)
+    with staged(output, nbytes_of(specs)) as staging:
         staging.mkdir()
         write_weights(staging, source.cfg, specs, blocks, source.max_seq_len)
         write_recipe(staging, source.cfg, load_path=output)
-        if has_tokenizer(hf):
-            copy_tokenizer(hf, staging / TOKENIZER)
+        import_tokenizer(hf, staging / TOKENIZER)
         difference = None
         if tolerance is not None:
             difference = verify_logits(hf, load_model(staging), tolerance, dtype.torch, dtype.torch or torch.bfloat16)
-    return Summary(output, len(specs), _nbytes(specs), has_tokenizer(hf), difference)
+    return Summary(output, len(specs), nbytes_of(specs), tokenizer, difference)
 
 
 def export_hf(
@@ -191,21 +152,17 @@ def export_hf(
     tokenizer = tokenizer or tokenizer_of(directory, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise UserError(f"no tokenizer at {tokenizer}; name its directory with --tokenizer")
-    with using(directory), staged(hf) as staging:
+    with using(directory), staged(hf, nbytes_of(specs)) as staging:
         staging.mkdir()
         write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
-        if tokenizer is not None:
-            copy_tokenizer(tokenizer, staging)
-        special = special_token_ids(staging)
-        if not (staging / GENERATION_CONFIG).exists():
-            write_json(staging / GENERATION_CONFIG, special)
+        special = export_tokenizer(tokenizer or directory / TOKENIZER, staging)
         write_json(staging / CONFIG, config | special)
         difference = (
             None
             if tolerance is None
             else verify_logits(staging, load_model(directory, weights), tolerance, dtype.torch)
         )
-    return Summary(hf, len(specs), _nbytes(specs), tokenizer is not None, difference)
+    return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, difference)
 
 
 def consolidate(
@@ -224,11 +181,11 @@ def consolidate(
     """
     directory = named_checkpoint(checkpoint)
     ours = open_checkpoint(directory, meta_model(io.read_model_config(directory)), weights)
-    size = _nbytes(ours.specs)
+    size = nbytes_of(ours.specs)
     one_file = output.suffix == ".safetensors"
     if one_file and size > max_shard_bytes:
         raise UserError(f"{output}: {size / GIB:.2f} GiB exceed one shard; name a directory, or allow a larger shard")
-    with using(directory), staged(output) as staging:
+    with using(directory), staged(output, size) as staging:
         if one_file:
             write_file(staging, ours.specs, ours.blocks)
         else:
@@ -241,6 +198,8 @@ def from_pretrained(hf: Path, dtype: torch.dtype | None, device: torch.device | 
     """What :func:`moefoundry.from_pretrained` does."""
     dtype = dtype or torch.float32
     source = open_hf(hf, dtype)
+    for note in source.notes:
+        warnings.warn(note, stacklevel=3)
     model = meta_model(source.cfg)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -314,34 +273,8 @@ def write_weights(
 
 def write_recipe(staging: Path, cfg: ModelConfig, load_path: Path) -> None:
     """Write the recipe that trains these weights; what it leaves out is as in any recipe."""
-    recipe = {"model": plain(cfg), "load_path": str(load_path)}
+    recipe = {"model": plain(cfg), "load_path": os.path.abspath(load_path)}  # runs start in other directories, too
     (staging / RECIPE).write_text(yaml.dump(recipe, Dumper=StrictDumper, sort_keys=False, width=120))
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A path to write to. It becomes ``target`` at the end, and is removed if an error is raised.
-
-    Raises:
-        UserError: ``target`` exists.
-    """
-    if target.exists():
-        raise UserError(f"{target} exists already; nothing is overwritten")
-    staging = target.with_name(target.name + STAGING_SUFFIX)
-    _remove(staging)
-    staging.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield staging
-        staging.rename(target)
-    finally:
-        _remove(staging)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _family(name: str | None, cfg: ModelConfig) -> Family:
@@ -360,5 +293,12 @@ def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:
     return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
 
 
-def _nbytes(specs: Mapping[str, TensorSpec]) -> int:
+def say(*notes: str) -> None:
+    """Tell the user what the conversion does that they may not expect, before it takes its time."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def nbytes_of(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of the values of tensors."""
     return sum(spec.nbytes for spec in specs.values())

@@ -7,16 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
+from moefoundry.checkpoint.safetensors_io import refuse_lfs_pointer
 from moefoundry.config import UserError
-from moefoundry.data.tokenizer import HF_FILES
+from moefoundry.data.tokenizer import HF_FILES, INPUTS, declared_token, open_backend
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER = "tokenizer"
-TOKENIZER_FILES = (*HF_FILES, GENERATION_CONFIG)  # which names the same special tokens
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = {f"{token}_token": f"{token}_token_id" for token in ("bos", "eos", "pad")}
+END = "eos_token_id"
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # which takes tokenizer.json as it stands
+NEWER_CLASS = "TokenizersBackend"  # its name in transformers 5
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
@@ -28,13 +30,23 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         download = f"huggingface-cli download ORGANIZATION/{path.name} --local-dir {path}"
         raise UserError(f"{path}: no such directory; a model is downloaded first: {download}")
+    return read_json(path / CONFIG)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: It cannot be read, or is none.
+    """
     try:
-        config = json.loads((path / CONFIG).read_text())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / CONFIG}: unreadable: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path / CONFIG}: not a JSON object")
-    return config
+        refuse_lfs_pointer(path)
+        raise UserError(f"{path}: unreadable: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return value
 
 
 def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
@@ -55,38 +67,119 @@ def has_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
+def check_importable(directory: Path) -> bool:
+    """Whether a Hugging Face directory has a tokenizer.
+
+    Raises:
+        UserError: It has one in a form that nothing here reads, or a file of it is unreadable.
+    """
+    if not has_tokenizer(directory):
+        return False
+    for name in HF_FILES:
+        refuse_lfs_pointer(directory / name)
+    if not (directory / "tokenizer.json").is_file():
+        make = f"AutoTokenizer.from_pretrained({str(directory)!r}).save_pretrained({str(directory)!r})"
+        raise UserError(f"{directory}: its tokenizer has no tokenizer.json; transformers makes one: {make}")
+    open_backend(directory)
+    return True
+
+
+def import_tokenizer(hf: Path, target: Path) -> None:
+    """Copy what a Hugging Face directory says of tokens: the tokenizer, and the end tokens of all its files."""
+    copy_tokenizer(hf, target)
+    special = special_token_ids(hf)
+    if special and special != special_token_ids(target):
+        _rewrite(target / GENERATION_CONFIG, _stated(target / GENERATION_CONFIG) | special)
+
+
+def export_tokenizer(source: Path, hf: Path) -> dict[str, Any]:
+    """Copy a tokenizer into a Hugging Face directory, so that transformers 4 and 5 read it as it is read here, and the
+    model takes all that it gives.
+
+    Returns:
+        Its special tokens, for config.json.
+    """
+    copy_tokenizer(source, hf)
+    special = special_token_ids(hf)
+    generation = _stated(hf / GENERATION_CONFIG)
+    complete = generation and generation.get(END) == special.get(END)
+    _rewrite(hf / GENERATION_CONFIG, generation if complete else generation | special)
+    if (hf / "tokenizer.json").is_file():
+        _rewrite(hf / TOKENIZER_CONFIG, _portable(_stated(hf / TOKENIZER_CONFIG)))
+    return special
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files into a directory, made if need be."""
-    target.mkdir(exist_ok=True)
-    for name in TOKENIZER_FILES:
+    """Copy the tokenizer's files into a directory, made if there are any."""
+    for name in HF_FILES:
         if (source / name).is_file():
+            target.mkdir(exist_ok=True)
             shutil.copyfile(source / name, target / name)
 
 
 def tokenizer_of(checkpoint: Path, recipe: dict[str, Any]) -> Path | None:
     """Where a checkpoint's tokenizer should be: its own, or else that of its run; None where it has neither."""
-    if (checkpoint / TOKENIZER).is_dir():
+    if has_tokenizer(checkpoint / TOKENIZER):
         return checkpoint / TOKENIZER
     name = recipe.get("tokenizer.name")
     return None if name is None else Path(name)
 
 
 def special_token_ids(directory: Path) -> dict[str, Any]:
-    """``bos_token_id`` and so on, as generation_config.json says, or else the tokenizer; empty without either."""
-    if (directory / GENERATION_CONFIG).is_file():
-        generation = json.loads((directory / GENERATION_CONFIG).read_text())
-        return {key: generation[key] for key in SPECIAL_TOKENS.values() if key in generation}
-    if not all((directory / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
-        return {}
-    tokens = json.loads((directory / "tokenizer_config.json").read_text())
-    vocabulary = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    found = {}
-    for token, key in SPECIAL_TOKENS.items():
-        text = tokens.get(token)
-        text = text["content"] if isinstance(text, dict) else text
-        if text is not None:
-            found[key] = vocabulary.token_to_id(text)
+    """``bos_token_id`` and so on, of the first file that has it: generation_config.json, config.json, or the tokenizer.
+
+    ``eos_token_id`` is of all three: an id, or a list where they name several. Whichever comes ends the text.
+    """
+    found: dict[str, Any] = {}
+    ends: list[int] = []
+    for ids in (_stated(directory / GENERATION_CONFIG), _stated(directory / CONFIG), _tokenizers_ids(directory)):
+        for key in SPECIAL_TOKENS.values():
+            if ids.get(key) is not None:
+                found.setdefault(key, ids[key])
+        end = ids.get(END)
+        ends += [token for token in (end if isinstance(end, list) else [end]) if isinstance(token, int)]
+    if ends:
+        unique = list(dict.fromkeys(ends))
+        found[END] = unique if len(unique) > 1 else unique[0]
     return found
+
+
+def end_token_ids(directory: Path) -> frozenset[int]:
+    """Tokens of which any ends a text."""
+    ends = special_token_ids(directory).get(END, [])
+    return frozenset(ends if isinstance(ends, list) else [ends])
+
+
+def _tokenizers_ids(directory: Path) -> dict[str, Any]:
+    if not (directory / "tokenizer.json").is_file():
+        return {}
+    vocabulary = open_backend(directory)
+    named = {key: declared_token(directory, token) for token, key in SPECIAL_TOKENS.items()}
+    return {key: vocabulary.token_to_id(token) for key, token in named.items() if token is not None}
+
+
+def _portable(config: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4 and 5 read alike."""
+    portable = dict(config)
+    if (config.get("tokenizer_class") or NEWER_CLASS) == NEWER_CLASS:
+        portable["tokenizer_class"] = PLAIN_CLASS
+    if isinstance(config.get("extra_special_tokens"), list):  # which transformers 4 takes for a mapping
+        tokens = [*(config.get("additional_special_tokens") or []), *portable.pop("extra_special_tokens")]
+        portable["additional_special_tokens"] = [token for i, token in enumerate(tokens) if token not in tokens[:i]]
+    if "token_type_ids" in (config.get("model_input_names") or ["token_type_ids"]):
+        portable["model_input_names"] = INPUTS
+    return portable
+
+
+def _stated(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _rewrite(path: Path, value: dict[str, Any]) -> None:
+    """Make ``value`` what a JSON file says; one that says it already stays as it is to the last byte."""
+    if not path.exists() or value != _stated(path):
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, value)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

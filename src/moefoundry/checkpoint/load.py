@@ -51,8 +51,8 @@ from moefoundry.checkpoint.manifest import MANIFEST_FILE, Manifest
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.reading import BlockReader, Read, Wanted
 from moefoundry.config import UserError
+from moefoundry.config.errors import first_few
 
-NAMED_PROBLEMS = 8
 COPIES_UNDER_WAY = 2
 
 
@@ -214,7 +214,7 @@ def _check_shapes(index: Index, tensors: Mapping[str, Tensor], owned: Sequence[M
         if stored.get(name) != shape
     ]
     if problems:
-        raise UserError(f"{index.directory} does not fit this model: " + "; ".join(problems[:NAMED_PROBLEMS]))
+        raise UserError(f"{index.directory} does not fit this model: {first_few(problems, '; ')}")
 
 
 def _targets(

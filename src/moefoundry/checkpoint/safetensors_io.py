@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from moefoundry.checkpoint.blocks import TensorSpec, progress
 from moefoundry.config import UserError
+from moefoundry.config.errors import first_few
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -70,12 +73,12 @@ class SafetensorsReader:
         weight_map = _weight_map(directory)
         missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
         if missing:
-            raise UserError(f"{directory}: shards of the index are missing: {', '.join(missing)}")
+            raise UserError(f"{directory}: shards of the index are missing: {first_few(missing)}")
         for file in sorted(set(weight_map.values())) or [SINGLE_FILE]:
             self._open(directory / file)
         absent = [name for name in weight_map if name not in self.specs]
         if absent:
-            raise UserError(f"{directory}: tensors of the index are missing: {', '.join(absent)}")
+            raise UserError(f"{directory}: tensors of the index are missing: {first_few(absent)}")
         self._scales = self._take_scales(directory)
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
@@ -101,6 +104,7 @@ class SafetensorsReader:
                 self.specs[name] = TensorSpec(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
                 self._files[name] = file
         except (SafetensorError, OSError) as error:
+            refuse_lfs_pointer(path)
             raise UserError(f"{path}: unreadable safetensors: {error}") from error
 
     def _take_scales(self, directory: Path) -> dict[str, str]:
@@ -117,8 +121,19 @@ class SafetensorsReader:
             scales[name] = name + SCALE_SUFFIX
             self.specs[name] = TensorSpec(shape, self._fp8_as)
         if problems:
-            raise UserError(f"{directory}: FP8 tensors that cannot be read:\n  " + "\n  ".join(problems))
+            raise UserError(f"{directory}: FP8 tensors that cannot be read:\n  " + first_few(problems, "\n  "))
         return scales
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Say what a file is that git-lfs left in the place of a large one.
+
+    Raises:
+        UserError: It is such a file.
+    """
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path}: a git-lfs pointer, not the file itself; `git lfs pull` there fetches it")
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
@@ -129,10 +144,11 @@ def _weight_map(directory: Path) -> dict[str, str]:
             weight_map = json.loads(index.read_text())["weight_map"]
             names = {PurePath(file) for file in weight_map.values()}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            refuse_lfs_pointer(index)
             raise UserError(f"{index}: unreadable index: {error!r}") from error
         outside = sorted(str(name) for name in names if name.is_absolute() or ".." in name.parts)
         if outside:
-            raise UserError(f"{index}: files outside the directory are refused: {', '.join(outside)}")
+            raise UserError(f"{index}: files outside the directory are refused: {first_few(outside)}")
         return weight_map
     if (directory / SINGLE_FILE).is_file():
         return {}

@@ -18,9 +18,12 @@ from torch import Tensor
 
 from moefoundry.checkpoint.blocks import Block, TensorSpec, row_ranges
 from moefoundry.config import ModelConfig, UserError
+from moefoundry.config.errors import first_few
 from moefoundry.model.families.family import Family
 from moefoundry.model.families.pieces import Piece
 from moefoundry.model.transformer import meta_model
+
+NAMED = 4  # tensors of each kind of error
 
 
 class Dtype(StrEnum):
@@ -51,6 +54,7 @@ class TensorMap:
         shapes: Of our tensors, by name in ``MoETransformer.state_dict()``.
         their_shapes: Of the family's.
         copies: Tensors of the family that repeat another: name -> the other's.
+        empty: Tensors of the family without elements: name -> shape.
     """
 
     def __init__(self, family: Family, cfg: ModelConfig) -> None:
@@ -58,6 +62,7 @@ class TensorMap:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._buffers = {name for name, _ in model.named_buffers()}
         self.copies = family.copies(cfg)
+        self.empty = family.empty_tensors(cfg)
         self._ours: dict[str, list[Piece]] = defaultdict(list)
         self._theirs: dict[str, list[Piece]] = defaultdict(list)
         for piece in family.pieces(cfg):
@@ -85,11 +90,14 @@ class TensorMap:
         """Make sure that a family's checkpoint is whole.
 
         Raises:
-            UserError: Names every tensor that is missing, or has another shape, or belongs to no such model.
+            UserError: Names tensors that are missing, or have another shape, or belong to no such model.
         """
         copied = {name: self.their_shapes[original] for name, original in self.copies.items() if name in specs}
-        # Older transformers stored this constant.
-        known = {name: spec for name, spec in specs.items() if not name.endswith("rotary_emb.inv_freq")}
+        known = {
+            name: spec
+            for name, spec in specs.items()
+            if name not in self.empty and not name.endswith("rotary_emb.inv_freq")  # older transformers stored these
+        }
         check_tensors(known, self.their_shapes | copied, where)
 
     def check_copies(self, theirs: Source, where: object) -> None:
@@ -104,7 +112,7 @@ class TensorMap:
             if name in theirs.specs and not _equal(theirs, name, original)
         ]
         if different:
-            raise UserError(f"{where}: tensors that must be copies are not:\n  " + "\n  ".join(different))
+            raise UserError(f"{where}: tensors that must be copies are not:\n  " + first_few(different, "\n  "))
 
     def our_specs(self, theirs: Mapping[str, TensorSpec], dtype: Dtype) -> dict[str, TensorSpec]:
         """Our tensors, as :meth:`our_blocks` makes them."""
@@ -141,11 +149,13 @@ class TensorMap:
         for name, shape in self.their_shapes.items():
             sources = [piece.name for piece in self._theirs[name]]
             specs[name] = TensorSpec(shape, self._dtype(sources[0], (ours[source] for source in sources), dtype))
-        return specs | {name: specs[other] for name, other in self.copies.items() if name != "lm_head.weight"}
+        copies = {name: specs[other] for name, other in self.copies.items() if name != "lm_head.weight"}
+        dtype_of_empty = next(iter(specs.values())).dtype
+        return specs | copies | {name: TensorSpec(shape, dtype_of_empty) for name, shape in self.empty.items()}
 
     def their_blocks(self, name: str, ours: Source, spec: TensorSpec) -> Iterator[Tensor]:
         """The values of one tensor of the family, cut into rows."""
-        for piece in self._theirs[self.copies.get(name, name)]:
+        for piece in self._theirs.get(self.copies.get(name, name), []):  # none of one without elements
             shape = self._block_shape(piece)
             expert = [] if piece.expert is None else [(piece.expert, piece.expert + 1)]
             if piece.transposed or not shape:
@@ -163,17 +173,24 @@ def check_tensors(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[in
     """Make sure that the tensors that are there are the ones that must be.
 
     Raises:
-        UserError: Names every one that is missing, has another shape, or is not expected.
+        UserError: Names some of those that are missing, have another shape, or are not expected, and says how many more
+            there are of each kind.
     """
-    problems = [f"{name}: missing" for name in shapes if name not in specs]
-    problems += [
-        f"{name}: has shape {specs[name].shape}, not {shape}"
-        for name, shape in shapes.items()
-        if name in specs and specs[name].shape != shape
-    ]
-    problems += [f"{name}: not expected" for name in specs if name not in shapes]
-    if problems:
-        raise UserError(f"{where} does not hold the tensors of its model:\n  " + "\n  ".join(problems))
+    kinds = {
+        "missing": [name for name in shapes if name not in specs],
+        "of another shape": [
+            f"{name}: has shape {specs[name].shape}, not {shape}"
+            for name, shape in shapes.items()
+            if name in specs and specs[name].shape != shape
+        ],
+        "not expected": [name for name in specs if name not in shapes],
+    }
+    lines = []
+    for kind, names in kinds.items():
+        lines += [name if ": " in name else f"{name}: {kind}" for name in names[:NAMED]]
+        lines += [f"... and {len(names) - NAMED} more {kind}"] if len(names) > NAMED else []
+    if lines:
+        raise UserError(f"{where} does not hold the tensors of its model:\n  " + "\n  ".join(lines))
 
 
 def _equal(source: Source, name: str, other: str) -> bool:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor
 
 from moefoundry.checkpoint.blocks import Block, TensorSpec
-from moefoundry.checkpoint.convert import HfDirectory, Summary, open_hf, staged, write_recipe, write_weights
-from moefoundry.checkpoint.hf_files import TOKENIZER, copy_tokenizer, has_tokenizer
+from moefoundry.checkpoint.convert import Summary, nbytes_of, say, write_recipe, write_weights
+from moefoundry.checkpoint.hf_directory import HfDirectory, open_hf
+from moefoundry.checkpoint.hf_files import TOKENIZER, check_importable, import_tokenizer
+from moefoundry.checkpoint.staging import staged
 from moefoundry.checkpoint.tensor_map import Dtype
 from moefoundry.config import ModelConfig, MoEConfig, RouterConfig, UserError
+from moefoundry.model.families import nearest_family
 from moefoundry.model.families.family import dense_layers, with_dense_layers
 from moefoundry.model.transformer import meta_model
 
@@ -93,7 +96,8 @@ def upcycle(hf: Path, output: Path, options: Upcycling, dtype: Dtype = Dtype.kee
         dtype: What parameters are stored as.
 
     Raises:
-        UserError: As :func:`~moefoundry.checkpoint.convert.open_hf` and :meth:`Upcycling.config`; or ``output`` exists.
+        UserError: As :func:`~moefoundry.checkpoint.hf_directory.open_hf` and :meth:`Upcycling.config`; or ``output``
+            exists or cannot be written.
     """
     source = open_hf(hf, dtype.torch)
     cfg = options.config(source.cfg)
@@ -102,14 +106,25 @@ def upcycle(hf: Path, output: Path, options: Upcycling, dtype: Dtype = Dtype.kee
         name: TensorSpec(tuple(tensor.shape), dense[_dense_name(name)].dtype)
         for name, tensor in meta_model(cfg).state_dict().items()
     }
-    with staged(output) as staging:
+    tokenizer = check_importable(hf)
+    say(*source.notes, *_not_exportable(cfg))
+    with staged(output, nbytes_of(specs)) as staging:
         staging.mkdir()
         blocks = _blocks(source, options, dense, specs)
         write_weights(staging, cfg, specs, blocks, source.max_seq_len)
         write_recipe(staging, cfg, load_path=output)
-        if has_tokenizer(hf):
-            copy_tokenizer(hf, staging / TOKENIZER)
-    return Summary(output, len(specs), sum(spec.nbytes for spec in specs.values()), has_tokenizer(hf))
+        import_tokenizer(hf, staging / TOKENIZER)
+    return Summary(output, len(specs), nbytes_of(specs), tokenizer)
+
+
+def _not_exportable(cfg: ModelConfig) -> list[str]:
+    family, reasons = nearest_family(cfg)
+    if not reasons:
+        return []
+    return [
+        "the mixture can be trained and not exported: no Hugging Face family computes what it does; "
+        f"nearest is {family.name}: {'; '.join(reasons)}"
+    ]
 
 
 def _dense_name(name: str) -> str:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Continue a prompt with a checkpoint of any mesh, in fp32 in this process; the text streams to standard output and ends
-where the model ends it. Without --temperature each token is the most likely one."""
+where the model ends it. Without --temperature, or with 0, each token is the most likely one."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -25,7 +25,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default 128)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="draw by chance; above 1 is more even")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="draw by chance; above 1 is more even (0: greedy)"
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
     parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likely tokens of probability P in all")
     parser.add_argument("--seed", type=int, metavar="S", help="another seed draws other tokens (default 0)")
@@ -35,30 +37,28 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import warnings
-    from itertools import takewhile
 
     from moefoundry.checkpoint.convert import Weights, load_model, named_checkpoint
     from moefoundry.checkpoint.io import read_model_config
     from moefoundry.config import UserError
-    from moefoundry.data.tokenizer import check_vocabulary
-    from moefoundry.evaluation.generation import decode_stream, encode_prompt, generate
+    from moefoundry.evaluation.generation import generate
+    from moefoundry.evaluation.prompts import PromptTokenizer
 
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     choose, device = _choice(args), _device(args.device)
     checkpoint = named_checkpoint(args.checkpoint)
-    tokenizer = check_vocabulary(_tokenizer_dir(checkpoint), read_model_config(checkpoint).vocab_size)
-    tokenizer.backend.encode_special_tokens = False  # a prompt may spell them out; a document's text may not
-    prompt_ids = encode_prompt(tokenizer.backend, args.prompt)
-    if not len(prompt_ids):
-        raise UserError(f"--prompt {args.prompt!r}: has no token")
+    tokenizer = PromptTokenizer.open(_tokenizer_dir(checkpoint), read_model_config(checkpoint).vocab_size)
+    try:
+        prompt_ids = tokenizer.encode(args.prompt)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
     model = load_model(checkpoint, Weights.ema if args.ema else Weights.trained).to(device)
 
     print(args.prompt, end="", flush=True)
     new_ids = generate(model, prompt_ids.to(device), args.max_new_tokens, choose)
-    text = takewhile(lambda token: token != tokenizer.eos_id, new_ids)
-    for piece in decode_stream(tokenizer.backend, prompt_ids, text):
+    for piece in tokenizer.decode_stream(prompt_ids, new_ids):
         print(piece, end="", flush=True)
     print()
     return 0

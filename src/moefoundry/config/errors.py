@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moefoundry.config.spec import redact
@@ -52,3 +53,9 @@ class ConfigError(UserError, ValueError):
         self.problems = list(problems)
         count = f"{len(problems)} error" + ("s" if len(problems) > 1 else "")
         super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+
+
+def first_few(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+    """As many as a person reads, and how many more there are."""
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *more])

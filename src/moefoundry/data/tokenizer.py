@@ -37,10 +37,12 @@ HF_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "generation_config.json",  # which names further end tokens
     "merges.txt",
     "tokenizer.model",
     "vocab.json",
 )
+INPUTS = ["input_ids", "attention_mask"]  # what a model takes; transformers adds token_type_ids unless told
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     config = {
         **special,
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": INPUTS,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
@@ -135,13 +138,8 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
             not in its vocabulary.
     """
     files = {name: (directory / name).read_bytes() for name in HF_FILES if (directory / name).is_file()}
-    if "tokenizer.json" not in files:
-        raise UserError(f"{directory / 'tokenizer.json'}: no such file (a Hugging Face tokenizer directory is needed)")
-    try:
-        backend = Tokenizer.from_str(files["tokenizer.json"].decode())
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{directory / 'tokenizer.json'}: not a tokenizer: {error}") from error
-    eos_token = _declared_eos(directory, files)
+    backend = open_backend(directory)
+    eos_token = declared_token(directory, "eos_token")
     if eos_token is None:
         raise UserError(f"{directory}: the tokenizer has no eos_token in tokenizer_config.json; documents need one")
     if backend.token_to_id(eos_token) is None:
@@ -149,42 +147,68 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
     return _for_plain_text(backend, eos_token, files)
 
 
-def check_vocabulary(directory: Path, model_vocab_size: int) -> TextTokenizer:
+def open_backend(directory: Path) -> Tokenizer:
+    """``tokenizer.json`` of a directory, which cuts whole texts, whatever padding and truncation it declares.
+
+    Raises:
+        UserError: It is absent or unreadable.
+    """
+    path = directory / "tokenizer.json"
+    try:
+        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file (a Hugging Face tokenizer directory is needed)") from None
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a tokenizer: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def rows_needed(backend: Tokenizer) -> int:
+    """Rows that an embedding needs: one more than the largest id, as ids may have gaps."""
+    return max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def check_vocabulary(directory: Path, model_vocab_size: int) -> Tokenizer:
     """The tokenizer of a directory, if a model has a row for each of its tokens.
 
     Raises:
         UserError: The tokenizer is absent, or has tokens that the model has not.
     """
-    tokenizer = load_tokenizer(directory)
-    if tokenizer.vocab_size > model_vocab_size:
+    backend = open_backend(directory)
+    if rows_needed(backend) > model_vocab_size:
         raise UserError(
-            f"tokenizer.name: {directory} has a vocabulary of {tokenizer.vocab_size}, "
+            f"tokenizer.name: {directory} has a vocabulary of {rows_needed(backend)}, "
             f"which exceeds model.vocab_size {model_vocab_size}"
         )
-    return tokenizer
+    return backend
+
+
+def declared_token(directory: Path, key: str) -> str | None:
+    """A special token, such as ``eos_token``, as the first configuration file says that has it: a string, or a mapping
+    with its ``content``.
+
+    Raises:
+        UserError: One of the files is no JSON object.
+    """
+    for path in (directory / "tokenizer_config.json", directory / "special_tokens_map.json"):
+        try:
+            config: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+            declared = config.get(key)
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a JSON object: {error}") from error
+        if key not in config:
+            continue
+        token = declared.get("content") if isinstance(declared, dict) else declared
+        return token if isinstance(token, str) and token else None
+    return None
 
 
 def _for_plain_text(backend: Tokenizer, eos_token: str, files: dict[str, bytes]) -> TextTokenizer:
-    """Set the tokenizer up for documents: whole, unpadded, and blind to special tokens that the text spells out."""
-    backend.no_truncation()
-    backend.no_padding()
+    """Set the tokenizer up for documents: blind to special tokens that the text spells out."""
     backend.encode_special_tokens = True
-    vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-    return TextTokenizer(backend, vocab_size, eos_token, backend.token_to_id(eos_token), files)
-
-
-def _declared_eos(directory: Path, files: dict[str, bytes]) -> str | None:
-    """The end-of-text token that the configuration files name: a string, or a mapping with its ``content``."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            config: dict[str, Any] = json.loads(files.get(name, b"{}"))
-            declared = config.get("eos_token")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{directory / name}: not a JSON object: {error}") from error
-        token = declared.get("content") if isinstance(declared, dict) else declared
-        if isinstance(token, str) and token:
-            return token
-    return None
+    return TextTokenizer(backend, rows_needed(backend), eos_token, backend.token_to_id(eos_token), files)
 
 
 def _to_json(value: dict[str, Any]) -> bytes:

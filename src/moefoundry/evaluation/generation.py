@@ -6,14 +6,16 @@ run on other ranks may round otherwise, so ranks need not see the end of the tex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from moefoundry.evaluation.prompts import PromptTokenizer
 from moefoundry.model.cache import KVCache
 from moefoundry.model.transformer import MoETransformer
 
@@ -22,6 +24,7 @@ Choice = Callable[[Tensor], Tensor]
 
 
 def most_likely(logits_V: Tensor) -> Tensor:
+    """The token of the largest logit."""
     return logits_V.argmax()
 
 
@@ -32,7 +35,7 @@ class Sampling:
     Drawn on the CPU in fp32, so that devices agree; copies with the same seed draw the same.
 
     Attributes:
-        temperature: Divides the logits; above 0.
+        temperature: Divides the logits; 0 is the most likely token, always.
         top_k: Only this many of the most likely tokens; None is all.
         top_p: Only the most likely tokens that together have this probability, at least one (arXiv 1904.09751).
         seed: Of the random numbers.
@@ -47,8 +50,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature {self.temperature}: must be above 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature}: must be a number of at least 0")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k {self.top_k}: must be at least 1")
         if not 0 < self.top_p <= 1:
@@ -61,7 +64,10 @@ class Sampling:
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
         """What is drawn from: fp32 [V] on the CPU, 0 for the tokens that are left out."""
-        logits_V = logits_V.float().cpu() / self.temperature
+        logits_V = logits_V.float().cpu()
+        if self.temperature == 0:
+            return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
+        logits_V = logits_V / self.temperature
         if self.top_k is not None and self.top_k < len(logits_V):
             kept = logits_V.topk(self.top_k).indices
             logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, kept, logits_V[kept])
@@ -91,55 +97,37 @@ def generate(
         ids_BS = token.to(ids_BS.device).view(1, 1)
 
 
-def greedy(model: MoETransformer, prompt_ids: Tensor, max_new_tokens: int, eos_id: int | None = None) -> Tensor:
-    """The most likely next token, again and again; as :func:`generate`, and what follows ``eos_id`` is cut off.
+def greedy(
+    model: MoETransformer, prompt_ids: Tensor, max_new_tokens: int, end_ids: Collection[int] = frozenset()
+) -> Tensor:
+    """The most likely next token, again and again; as :func:`generate`, and cut off before the first of ``end_ids``.
 
     Args:
         model: In evaluation mode.
         prompt_ids: int64 [S], at least one.
         max_new_tokens: Tokens to add.
-        eos_id: Ends the text.
+        end_ids: Tokens of which any ends the text.
 
     Returns:
-        The new tokens, int64 [at most max_new_tokens], without ``eos_id``.
+        The new tokens, int64 [at most max_new_tokens], without an end token.
     """
-    new_ids = list(generate(model, prompt_ids, max_new_tokens))
-    if eos_id in new_ids:
-        new_ids = new_ids[: new_ids.index(eos_id)]
-    return prompt_ids.new_tensor(new_ids)
+    new_ids = list(generate(model, prompt_ids, max_new_tokens))  # every step: ranks stay together
+    return prompt_ids.new_tensor(list(takewhile(lambda token: token not in end_ids, new_ids)))
 
 
 def complete(model: MoETransformer, tokenizer_dir: Path, prompt: str, max_new_tokens: int) -> str:
-    """``prompt`` and its greedy continuation, as text. With a sharded model every rank must call it.
+    """``prompt`` and its greedy continuation up to an end token, as text. With a sharded model every rank must call it.
 
     Args:
         model: Left in evaluation mode.
         tokenizer_dir: Holds ``tokenizer.json``.
         prompt: At least one token.
         max_new_tokens: Tokens to add.
+
+    Raises:
+        UserError: The tokenizer is unreadable or has tokens that the model has not, or the prompt has none.
     """
-    tokenizer = Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
-    prompt_ids = encode_prompt(tokenizer, prompt).to(next(model.parameters()).device)
-    return prompt + tokenizer.decode(greedy(model.eval(), prompt_ids, max_new_tokens).tolist())
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """int64 [S]: the tokens, without any that the tokenizer would add, as training had none."""
-    return torch.tensor(tokenizer.encode(prompt, add_special_tokens=False).ids, dtype=torch.int64)
-
-
-def decode_stream(tokenizer: Tokenizer, prompt_ids: Tensor, new_ids: Iterable[int]) -> Iterator[str]:
-    """The text of new tokens as they come; a token that ends within a character waits for the next.
-
-    All tokens are decoded again for each new one: what a token's text is may depend on those before it.
-    """
-    ids: list[int] = prompt_ids.tolist()
-    text = shown = tokenizer.decode(ids)
-    for token in new_ids:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[len(shown) :]
-            shown = text
-    if text != shown:
-        yield text[len(shown) :]
+    tokenizer = PromptTokenizer.open(tokenizer_dir, model.cfg.vocab_size)
+    prompt_ids = tokenizer.encode(prompt)
+    new_ids = greedy(model.eval(), prompt_ids.to(next(model.parameters()).device), max_new_tokens)
+    return prompt + "".join(tokenizer.decode_stream(prompt_ids, new_ids.tolist()))

@@ -165,8 +165,11 @@ def test_all_problems_of_a_config_are_named_at_once() -> None:
 
 
 def test_an_unknown_model_type_is_named_with_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"model_type 'qwen2_moe' is not among the families: llama, .*; the nearest is"):
-        family_of({"model_type": "qwen2_moe"})
+    for other in ("qwen2_moe", "deepseek_v2", "jamba"):  # whose names are near to some here, and whose models are not
+        with pytest.raises(UserError, match=rf"model_type '{other}' is not among the families: llama, .*, dbrx$"):
+            family_of({"model_type": other})
+    with pytest.raises(UserError, match=r"dbrx; did you mean 'qwen3_moe'\?"):
+        family_of({"model_type": "Qwen3-MoE"})
     with pytest.raises(UserError, match="model_type None"):
         family_of({})
 

@@ -6,7 +6,7 @@ our parameters. Nothing here reads or writes files; ``checkpoint/`` does. To add
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +22,7 @@ from moefoundry.model.families.qwen2 import Qwen2
 from moefoundry.model.families.qwen3 import Qwen3
 from moefoundry.model.families.qwen3_moe import Qwen3Moe
 
-__all__ = ["FAMILIES", "Family", "Piece", "family_for", "family_of"]
+__all__ = ["FAMILIES", "Family", "Piece", "family_for", "family_of", "nearest_family"]
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (Llama(), Qwen2(), Qwen3(), Mixtral(), Olmoe(), Qwen3Moe(), DeepseekV3(), Dbrx())
@@ -38,9 +38,14 @@ def family_of(hf: Mapping[str, Any]) -> Family:
     model_type = hf.get("model_type")
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    close = difflib.get_close_matches(str(model_type), FAMILIES, 1)
-    hint = f"; the nearest is {close[0]}" if close else ""
+    meant = [name for name in FAMILIES if _squashed(name) == _squashed(str(model_type))]
+    hint = f"; did you mean {meant[0]!r}?" if meant else ""
     raise UserError(f"model_type {model_type!r} is not among the families: {', '.join(FAMILIES)}{hint}")
+
+
+def _squashed(name: str) -> str:
+    """``name`` without what its spellings differ in; families with similar names are others."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def family_for(cfg: ModelConfig) -> Family:
@@ -56,3 +61,16 @@ def family_for(cfg: ModelConfig) -> Family:
             return family
     lines = "".join(f"\n  {name}: {'; '.join(texts)}" for name, texts in reasons.items())
     raise UserError(f"no Hugging Face family computes what this model does:{lines}")
+
+
+def nearest_family(cfg: ModelConfig) -> tuple[Family, list[str]]:
+    """The family that has such a model, or else the one in whose way least stands, and what does."""
+    kin = [family for family in FAMILIES.values() if family.attention_kind == cfg.attention.kind]
+    reasons = {family.name: family.fits(cfg) for family in kin}
+
+    def distance(name: str) -> tuple[bool, int]:
+        no_experts = f"model.n_dense_layers: {cfg.n_dense_layers}, and {name} has {cfg.n_layers}"
+        return no_experts in reasons[name], len(reasons[name])
+
+    nearest = min(reasons, key=distance)
+    return FAMILIES[nearest], reasons[nearest]

@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 
 from moefoundry.config import GqaConfig, InitConfig, ModelConfig, MoEConfig, NormConfig, NormKind, RouterConfig
 from moefoundry.model.families.family import Family
-from moefoundry.model.families.keys import Keys
+from moefoundry.model.families.keys import GENERIC, Keys
 from moefoundry.model.families.pieces import Piece
+from moefoundry.model.families.rope_scaling import read_rope
 
 EPS = 1e-5  # torch.nn.LayerNorm's own; the config has no key for it
 ATTENTION_DEFAULTS = {"kv_n_heads": 1, "rope_theta": 10000.0}
@@ -30,12 +31,18 @@ class Dbrx(Family):
         return problems
 
     def _read(self, keys: Keys) -> ModelConfig:
-        attention, ffn = keys.nested("attn_config", ATTENTION_DEFAULTS), keys.nested("ffn_config", FFN_DEFAULTS)
+        attention = keys.nested("attn_config", ATTENTION_DEFAULTS, GENERIC)
+        ffn = keys.nested("ffn_config", FFN_DEFAULTS, GENERIC)
+        theta, yarn = read_rope(keys, attention)
+        keys.only("rope_theta", theta)  # transformers 5 reads it here, transformers 4 in attn_config
+        if yarn is not None:
+            keys.refuse("rope_parameters" if keys.has("rope_parameters") else "rope_scaling", "no YaRN")
         for dropout in ("resid_pdrop", "emb_pdrop"):
             keys.only(dropout, 0.0)
         attention.only("attn_pdrop", 0.0)
         keys.only("tie_word_embeddings", False)
         keys.only("num_key_value_heads", attention.size("kv_n_heads"))  # transformers writes it twice
+        ffn.only("hidden_size", keys.size("d_model"))  # once more
         ffn.only("ffn_act_fn", {"name": "silu"})
         ffn.only("uniform_expert_assignment", False)
         normalize = ffn.has("moe_normalize_expert_weights")  # null does not
@@ -49,7 +56,7 @@ class Dbrx(Family):
             init=InitConfig(std=keys.number("initializer_range")),
             attention=GqaConfig(
                 n_heads=keys.size("n_heads"),
-                rope_theta=attention.number("rope_theta"),
+                rope_theta=theta,
                 n_kv_heads=attention.size("kv_n_heads"),
                 clip_qkv=attention.number("clip_qkv") if attention.has("clip_qkv") else None,
             ),
@@ -77,6 +84,7 @@ class Dbrx(Family):
             "n_layers": cfg.n_layers,
             "initializer_range": cfg.init.std,
             "tie_word_embeddings": False,
+            "rope_theta": cfg.attention.rope_theta,
             "attn_config": {
                 "clip_qkv": cfg.attention.clip_qkv,
                 "kv_n_heads": cfg.attention.n_kv_heads,

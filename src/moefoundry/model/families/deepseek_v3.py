@@ -14,7 +14,7 @@ from moefoundry.config import AttentionConfig, MlaConfig, ModelConfig, MoEConfig
 from moefoundry.model.families.keys import Keys
 from moefoundry.model.families.llama import Llama, experts, ffn
 from moefoundry.model.families.pieces import Piece
-from moefoundry.model.families.rope_scaling import read_yarn, write_yarn
+from moefoundry.model.families.rope_scaling import read_rope, write_yarn
 
 
 class DeepseekV3(Llama):
@@ -30,10 +30,11 @@ class DeepseekV3(Llama):
     }
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
+        theta, yarn = read_rope(keys)
         attention = MlaConfig(
             n_heads=keys.size("num_attention_heads"),
-            rope_theta=keys.number("rope_theta"),
-            yarn=read_yarn(keys),
+            rope_theta=theta,
+            yarn=yarn,
             q_lora_rank=keys.size("q_lora_rank") if keys.has("q_lora_rank") else None,
             kv_lora_rank=keys.size("kv_lora_rank"),
             qk_nope_head_dim=keys.size("qk_nope_head_dim"),
@@ -62,6 +63,8 @@ class DeepseekV3(Llama):
         }
 
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
+        keys.alias("n_routed_experts", "num_local_experts")
+        keys.alias("num_nextn_predict_layers", "num_mtp_layers")
         keys.only("moe_layer_freq", 1)
         keys.only("scoring_func", "sigmoid")
         keys.only("topk_method", "noaux_tc")
@@ -122,6 +125,16 @@ class DeepseekV3(Llama):
             found[f"{theirs}.embed_tokens.weight"] = "model.embed_tokens.weight"
             found[f"{theirs}.shared_head.head.weight"] = head
         return found
+
+    def empty_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+        if cfg.moe.num_shared_experts:
+            return {}
+        shapes = {"gate_proj": (0, cfg.d_model), "up_proj": (0, cfg.d_model), "down_proj": (cfg.d_model, 0)}
+        return {
+            f"model.layers.{index}.mlp.shared_experts.{name}.weight": shape
+            for index in range(cfg.n_dense_layers, cfg.n_layers)
+            for name, shape in shapes.items()
+        }
 
     def _attention_tensors(self, cfg: ModelConfig) -> Iterator[tuple[str, str]]:
         assert isinstance(cfg.attention, MlaConfig)

@@ -46,7 +46,7 @@ class Family(ABC):
         Raises:
             ConfigError: Names every key whose value means something that this project does not compute.
         """
-        keys = Keys({**self.defaults, **hf}, f"Hugging Face config ({self.name})")
+        keys = Keys(hf, self.defaults, f"Hugging Face config ({self.name})")
         cfg = self._read(keys)
         if keys.has("quantization_config"):  # of the file's tensors; what they stand for is for checkpoint/ to read
             keys.nested("quantization_config", {}).only("quant_method", "fp8")
@@ -88,11 +88,18 @@ class Family(ABC):
         if cfg.attention.kind != self.attention_kind:
             return [f"model.attention.kind: {cfg.attention.kind}, and {self.name} has {self.attention_kind}"]
         ours, theirs = _leaves(computed(cfg)), _leaves(computed(self.read_config(self._write(cfg))))
-        return [
+        problems = [
             f"model.{path}: {value}, and {self.name} has {theirs.get(path)}"
             for path, value in ours.items()
             if value != theirs.get(path)
         ]
+        yarn = cfg.attention.yarn
+        if yarn is not None and not (yarn.factor * yarn.original_max_seq_len).is_integer():
+            problems.append(
+                f"model.attention.yarn.factor: {yarn.factor}, and transformers takes the ratio of two whole lengths; "
+                f"times original_max_seq_len {yarn.original_max_seq_len} it is none"
+            )
+        return problems
 
     @abstractmethod
     def pieces(self, cfg: ModelConfig) -> Iterator[Piece]:
@@ -101,6 +108,11 @@ class Family(ABC):
 
     def copies(self, cfg: ModelConfig) -> dict[str, str]:
         """Tensors that a checkpoint there may hold, or leave out, since they repeat another: name -> the other's."""
+        return {}
+
+    def empty_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Tensors without elements that transformers has for what such a model lacks: name -> shape. A checkpoint there
+        may leave them out, of which transformers warns."""
         return {}
 
     @abstractmethod

@@ -12,16 +12,27 @@ from typing import Any
 
 from moefoundry.config import ConfigError, Problem
 
-# About training, generation, files or speed. `max_position_embeddings` bounds no computation: rotary embeddings do not
-# end. The balance loss is the recipe's to decide.
+# About training, generation, files, other tools or speed. `max_position_embeddings` bounds no computation: rotary
+# embeddings do not end. The balance loss is the recipe's to decide.
 INERT = frozenset(
     {
         *("architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "_name_or_path"),
-        *("use_cache", "use_bfloat16", "pretraining_tp", "ep_size", "_attn_implementation_autoset"),
-        *("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "max_seq_len"),
+        *("use_cache", "use_bfloat16", "pretraining_tp", "ep_size", "chunk_size_feed_forward", "_commit_hash"),
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "use_flash_attn"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+        *("max_position_embeddings", "max_seq_len", "model_max_length", "tokenizer_class", "prefix"),
         *("output_router_logits", "router_aux_loss_coef", "moe_loss_weight", "aux_loss_alpha", "seq_aux"),
+        *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task", "task_specific_params"),
+        *("return_dict", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
+        *("unsloth_version", "unsloth_fixed", "torchscript", "tf_legacy_loss", "is_decoder", "pruned_heads"),
+        *("max_length", "min_length", "do_sample", "early_stopping", "temperature", "top_p", "typical_p"),
+        *("num_beams", "num_beam_groups", "num_return_sequences", "diversity_penalty", "repetition_penalty"),
+        *("length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "remove_invalid_values"),
     }
 )
+# What transformers writes into every mapping of a file that is a config of its own, whatever the mapping is about.
+GENERIC = INERT | {"tie_word_embeddings", "tie_encoder_decoder", "top_k"}
+ONLY_DECODER = ("is_encoder_decoder", "add_cross_attention")
 
 
 class Keys:
@@ -32,22 +43,35 @@ class Keys:
 
     Args:
         config: The mapping.
+        defaults: What the keys mean that it leaves out.
         source: What it is, for the error.
         path: Of the mapping itself, where it is not the whole file.
+        inert: Keys that have no part in what is computed.
         problems: Where problems go.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], source: str, path: str = "", problems: list[Problem] | None = None
+        self,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        source: str,
+        path: str = "",
+        inert: frozenset[str] = INERT,
+        problems: list[Problem] | None = None,
     ) -> None:
-        self._values = {key: value for key, value in config.items() if value is not None}
-        self._unread = set(self._values) - INERT
+        self._stated = {key for key, value in config.items() if value is not None}
+        self._values = {key: value for key, value in {**defaults, **config}.items() if value is not None}
+        self._unread = set(self._values) - inert
         self._source, self._path = source, path
         self._problems: list[Problem] = [] if problems is None else problems
 
     def has(self, key: str) -> bool:
-        """Whether the key is there."""
+        """Whether the key is there, or has a default."""
         return key in self._values
+
+    def stated(self, key: str) -> bool:
+        """Whether the key is there."""
+        return key in self._stated
 
     def size(self, key: str) -> int:
         """An integer of at least 1."""
@@ -75,14 +99,37 @@ class Keys:
         value = self._take(key, "a list of integers", lambda v: isinstance(v, list) and all(type(i) is int for i in v))
         return value if isinstance(value, list) else []
 
-    def nested(self, key: str, defaults: Mapping[str, Any]) -> Keys:
+    def nested(self, key: str, defaults: Mapping[str, Any], inert: frozenset[str] = INERT) -> Keys:
         """The mapping under ``key``, over ``defaults``; :meth:`finish` it too."""
         self._unread.discard(key)
         value = self._values.get(key, {})
         if not isinstance(value, dict):
             self.refuse(key, "a mapping")
             value = {}
-        return Keys({**defaults, **value}, self._source, f"{self._path}{key}.", self._problems)
+        return Keys(value, defaults, self._source, f"{self._path}{key}.", inert, self._problems)
+
+    def alias(self, key: str, other: str) -> None:
+        """``other`` is a second name of ``key``: either may be there, or both with one value."""
+        if not self.stated(other):
+            return
+        value = self._values.pop(other)
+        self._unread.discard(other)
+        if self.stated(key) and self._values[key] != value:
+            self._values[other] = value
+            self.refuse(other, f"{_text(self._values[key])}, as {self._path}{key} says")
+        elif not self.stated(key):
+            self._values[key] = value
+            self._stated.add(key)
+            self._unread.add(key)
+
+    def assume(self, key: str, value: object) -> None:
+        """What ``key`` means in this file where it is left out."""
+        if not self.stated(key):
+            self._values[key] = value
+
+    def skip(self, *keys: str) -> None:
+        """These have no effect, as others stand."""
+        self._unread.difference_update(keys)
 
     def only(self, key: str, value: object) -> None:
         """The key is absent or has this value, the one that the model here has."""
@@ -100,6 +147,8 @@ class Keys:
         Raises:
             ConfigError: Names each key and its value.
         """
+        for key in ONLY_DECODER:
+            self.only(key, False)
         for key in sorted(self._unread):
             message = f"got {_text(self._values[key])}, and this key is not known here: it may change what is computed"
             self._problems.append(Problem(f"{self._path}{key}", message))

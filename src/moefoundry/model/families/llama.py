@@ -10,7 +10,7 @@ from moefoundry.config import AttentionBias, AttentionConfig, GqaConfig, InitCon
 from moefoundry.model.families.family import Family, dense_layers
 from moefoundry.model.families.keys import Keys
 from moefoundry.model.families.pieces import Piece
-from moefoundry.model.families.rope_scaling import read_yarn, write_yarn
+from moefoundry.model.families.rope_scaling import read_rope, write_yarn
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 
@@ -40,6 +40,7 @@ class Llama(Family):
             attention=self._read_attention(keys),
         )
         keys.only("hidden_act", "silu")
+        keys.only("partial_rotary_factor", 1.0)
         keys.only("attention_dropout", 0.0)
         return self._read_ffn(keys, cfg)
 
@@ -64,10 +65,11 @@ class Llama(Family):
         head_dim = keys.size("head_dim") if keys.has("head_dim") else None
         if not self.has_attention_bias:
             keys.only("attention_bias", False)
+        theta, yarn = read_rope(keys)
         return GqaConfig(
             n_heads=n_heads,
-            rope_theta=keys.number("rope_theta"),
-            yarn=read_yarn(keys),
+            rope_theta=theta,
+            yarn=yarn,
             n_kv_heads=keys.size("num_key_value_heads") if keys.has("num_key_value_heads") else n_heads,
             head_dim=None if head_dim == d_model // n_heads else head_dim,
             bias=AttentionBias.all if self.has_attention_bias and keys.flag("attention_bias") else AttentionBias.none,

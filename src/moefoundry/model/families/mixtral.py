@@ -33,6 +33,7 @@ class Mixtral(Llama):
         return super()._write_attention(cfg) | {"sliding_window": cfg.attention.sliding_window}
 
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
+        keys.alias("num_local_experts", "num_experts")
         moe = MoEConfig(
             num_experts=keys.size("num_local_experts"),
             top_k=keys.size("num_experts_per_tok"),

@@ -27,6 +27,7 @@ class Olmoe(Llama):
         return keys
 
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
+        keys.alias("num_experts", "num_local_experts")
         moe = MoEConfig(
             num_experts=keys.size("num_experts"),
             top_k=keys.size("num_experts_per_tok"),

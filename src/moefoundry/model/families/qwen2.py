@@ -31,10 +31,10 @@ class Qwen2(Llama):
 def read_window(keys: Keys) -> int | None:
     """The sliding window of all layers. Transformers means it for the layers from ``max_window_layers`` on; a window of
     some layers only is refused."""
-    window = keys.size("sliding_window") if keys.has("sliding_window") else None
     first, n_layers = keys.count("max_window_layers"), keys.size("num_hidden_layers")
-    if not keys.flag("use_sliding_window") or first >= n_layers:
-        window = None
+    keys.skip("sliding_window")  # whatever it is, where it is not used
+    used = keys.flag("use_sliding_window") and keys.has("sliding_window") and first < n_layers
+    window = keys.size("sliding_window") if used else None
     if window is not None and first > 0:
         keys.refuse("max_window_layers", f"0 (a window in every layer), or {n_layers} (in none)")
     kind = "full_attention" if window is None else "sliding_attention"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from moefoundry.config import ModelConfig, MoEConfig, RouterConfig
+from moefoundry.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
 from moefoundry.model.families.family import dense_layers, with_dense_layers
 from moefoundry.model.families.keys import Keys
 from moefoundry.model.families.qwen2 import Qwen2
@@ -21,7 +21,14 @@ class Qwen3Moe(Qwen3):
         "norm_topk_prob": False,
     }
 
+    def _read_attention(self, keys: Keys) -> AttentionConfig:
+        if keys.has("rope_parameters") and keys.flag("use_sliding_window"):
+            keys.assume("max_window_layers", 0)  # transformers 5 has the window in every layer, whatever the key says
+            keys.only("max_window_layers", 0)
+        return super()._read_attention(keys)
+
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
+        keys.alias("num_experts", "num_local_experts")
         step = keys.size("decoder_sparse_step")
         dense = keys.indices("mlp_only_layers") if keys.has("mlp_only_layers") else []
         moe = MoEConfig(

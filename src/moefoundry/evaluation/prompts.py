@@ -1,0 +1,71 @@
+"""Prompts become tokens and new tokens text in one way, whoever asks: the command, a run's report, an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from moefoundry.checkpoint.hf_files import end_token_ids
+from moefoundry.config import UserError
+from moefoundry.data.tokenizer import check_vocabulary
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """A tokenizer for prompts, which may spell special tokens out.
+
+    Attributes:
+        backend: Neither pads nor truncates.
+        end_ids: Tokens of which any ends a text.
+    """
+
+    backend: Tokenizer
+    end_ids: frozenset[int] = frozenset()
+
+    @classmethod
+    def open(cls, directory: Path, model_vocab_size: int) -> PromptTokenizer:
+        """The tokenizer of a directory.
+
+        Raises:
+            UserError: It is absent or unreadable, or has tokens that the model has not.
+        """
+        backend = check_vocabulary(directory, model_vocab_size)
+        backend.encode_special_tokens = False
+        return cls(backend, end_token_ids(directory))
+
+    def encode(self, prompt: str) -> Tensor:
+        """int64 [S]: the tokens, without any that the tokenizer would add, as training had none.
+
+        Raises:
+            UserError: There is none, or the prompt is no text.
+        """
+        try:
+            ids = self.backend.encode(prompt, add_special_tokens=False).ids
+        except (UnicodeError, TypeError):  # lone surrogates, which stand for what was not UTF-8
+            raise UserError(f"prompt {prompt!a}: not UTF-8") from None
+        if not ids:
+            raise UserError(f"prompt {prompt!r}: has no token")
+        return torch.tensor(ids, dtype=torch.int64)
+
+    def decode_stream(self, prompt_ids: Tensor, new_ids: Iterable[int]) -> Iterator[str]:
+        """The text of new tokens as they come, up to an end token; one that ends within a character waits for the next.
+
+        All tokens are decoded again for each new one, the prompt's too: what a token's text is may depend on those
+        before it, such as the blank before a word.
+        """
+        ids: list[int] = prompt_ids.tolist()
+        text = shown = self.backend.decode(ids)
+        for token in takewhile(lambda token: token not in self.end_ids, new_ids):
+            ids.append(token)
+            text = self.backend.decode(ids)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+        if text != shown:
+            yield text[len(shown) :]
