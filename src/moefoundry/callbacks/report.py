@@ -38,7 +38,9 @@ def write_report(recipe: Recipe, completion: str, command: Sequence[str]) -> Non
     if losses:
         lines.append(f"held-out loss    {losses[-1]:.4f} nats/token")
     if losses and entropy is not None:
-        lines.append(f"unigram entropy  {entropy:.4f} nats/token; the model is {entropy - losses[-1]:.4f} better")
+        gain = entropy - losses[-1]
+        verdict = f"{abs(gain):.4f} {'better' if gain >= 0 else 'worse'}"
+        lines.append(f"unigram entropy  {entropy:.4f} nats/token; the model is {verdict}")
     lines += [
         "completion",
         *("    | " + line for line in redacted(completion, "").splitlines()),
