@@ -15,8 +15,8 @@ def whole_tensors(recipe: Recipe, build_or_train: str) -> dict[str, Tensor]:
     """Of model and optimizer, when ``recipe`` has been built, or trained too."""
     from torch.distributed.tensor import DTensor
 
-    from moefoundry.checkpoint.state import model_tensors, optimizer_tensors
     from moefoundry import train
+    from moefoundry.checkpoint.state import model_tensors, optimizer_tensors
 
     trainer = train.train(recipe) if build_or_train == "train" else train.build_trainer(recipe)
     state = trainer.state
