@@ -191,6 +191,16 @@ def test_next_command_trains_twice_as_long() -> None:
     ]
 
 
+def compared() -> tuple[str, str]:
+    from moefoundry.callbacks.report import compared
+
+    return compared(3.5, 3.75), compared(6.0, 3.75)
+
+
+def test_a_loss_is_better_or_worse_by_what_it_differs() -> None:
+    assert run_distributed(compared, 1) == [("0.2500 better", "2.2500 worse")]
+
+
 def mean_over_targets() -> list[float]:
     from moefoundry.foundry import LanguageCrossEntropy, count_tokens
 

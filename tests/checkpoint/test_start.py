@@ -76,6 +76,9 @@ def test_the_uploaded_checkpoints_of_a_run_are_its_own(recipe: MakeRecipe, tmp_p
     start = begun(recipe("lost", *keys))
     assert start is not None
     assert (start.own, start.weights_only, start.checkpoint.name) == (True, False, "ba4")
+    said = refusal(recipe("fork", *keys, "optimizer.lr=1e-5"))
+    assert said.startswith(f"save_remote: file://{tmp_path}/store holds checkpoints of a run with another recipe; ")
+    assert said.endswith("\n  optimizer.lr: 0.004 -> 1e-05")
 
 
 def test_an_import_has_weights_alone(recipe: MakeRecipe) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from moefoundry.checkpoint.io import read_state
 from moefoundry.checkpoint.manifest import visible_damage, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
-from moefoundry.checkpoint.remote import find_remote, is_url
+from moefoundry.checkpoint.remote import find_remote, is_downloaded, is_url
 from moefoundry.checkpoint.start import Start, check_start
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
-from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, load_recipe
+from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
+from moefoundry.config.spec import show_leaf
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -69,8 +72,7 @@ def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | 
     newest = newest_without(visible_damage, store_of(run_dir)) if recipe.autoresume else None
 
     def claim() -> Start | None:
-        found = checkpoint_to_start_from(recipe, newest)
-        start = found and check_start(*found, recipe, digests)
+        start = _start(recipe, newest, digests)
         claim_run_dir(recipe)
         return start
 
@@ -199,6 +201,37 @@ def checkpoint_to_start_from(recipe: Recipe, newest: Path | None) -> tuple[Path,
     if downloaded is None:
         raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
     return downloaded, False
+
+
+def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> Start | None:
+    """What the run starts from, checked; a refused download is removed."""
+    found = checkpoint_to_start_from(recipe, newest)
+    if found is None:
+        return None
+    checkpoint, own = found
+    try:
+        if own and newest is None:
+            _check_uploaded(recipe, checkpoint)
+        return check_start(checkpoint, own, recipe, digests)
+    except UserError:
+        if is_downloaded(checkpoint):
+            shutil.rmtree(checkpoint)
+        raise
+
+
+def _check_uploaded(recipe: Recipe, uploaded: Path) -> None:
+    """What is in the store must be the run's own: a copied recipe may name the store of the run it was copied from."""
+    saved, own = read_state(uploaded)["recipe"], flatten(recipe)
+    differing = [
+        f"{key}: {show_leaf(saved[key])} -> {show_leaf(own[key])}"
+        for key in own
+        if key in saved and saved[key] != own[key] and not key.startswith(FREE_KEYS)
+    ]
+    if differing:
+        raise UserError(
+            f"save_remote: {recipe.save_remote} holds checkpoints of a run with another recipe; choose another URL. "
+            "Differing keys:\n  " + "\n  ".join(differing)
+        )
 
 
 def store_of(run_dir: Path) -> CheckpointStore:
