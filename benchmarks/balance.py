@@ -4,8 +4,8 @@
     python -m benchmarks.balance --plot         # from the last results: docs/balance.png, the table of docs/balance.md
 
 Each run is ``configs/quickstart.yaml`` in one process of one thread, with nothing changed but the seed, the keys of
-:data:`WAYS`, and Composer's timing of the schedule, with which the committed results were measured. Compared are the mean
-max violation over the last 50 steps and the held-out loss at the end.
+:data:`WAYS`, and Composer's timing of the schedule, with which the committed results were measured. Compared are the
+mean max violation over the last 50 steps and the held-out loss at the end.
 """
 
 from __future__ import annotations
