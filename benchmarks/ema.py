@@ -81,6 +81,7 @@ def main(side: str, address: str, batches: int) -> None:
             SIDES[side],
             f"max_duration={batches}ba",
             "scheduler.t_warmup=1ba",
+            "scheduler.timing=composer",
             f"run_dir={run_dir}",
             f"save_interval={NEVER}",
             "eval_loader=null",

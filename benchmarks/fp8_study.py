@@ -125,7 +125,7 @@ def train(case: str, seed: int, moments: Sequence[int] = (), changes: Sequence[s
 def recipe_of(case: str, changes: Sequence[str]) -> Recipe:
     """The twin, as ``case`` has it."""
     common = ["callbacks.report=null", "progress_bar=false", "log_to_console=false", "save_interval=1000ba"]
-    common += ["eval_loader.dataset.shuffle=true", "eval_loader.dataset.shuffle_seed=0"]
+    common += ["scheduler.timing=composer", "eval_loader.dataset.shuffle=true", "eval_loader.dataset.shuffle_seed=0"]
     return load_recipe(RECIPE, [*CASES[case], *common, *changes])
 
 

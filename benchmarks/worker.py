@@ -75,6 +75,7 @@ def main(side: str, address: str, match_index: int, batches: int, ranks: int) ->
             *match.overrides,
             f"max_duration={batches}ba",
             "scheduler.t_warmup=1ba",
+            "scheduler.timing=composer",
             f"run_dir={run_dir}",
             f"eval_interval={NEVER}",
             f"save_interval={NEVER}",

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +18,6 @@ from composer import DataSpec, Evaluator, Trainer
 from composer.core import Callback
 from composer.devices import Device
 from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
-from composer.optim import (
-    ComposerScheduler,
-    ConstantWithWarmupScheduler,
-    CosineAnnealingWithWarmupScheduler,
-    LinearWithWarmupScheduler,
-)
 from composer.utils import collect_env, dist, get_device
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import nn
@@ -35,6 +29,7 @@ from moefoundry.callbacks.ema import Ema
 from moefoundry.callbacks.expert_bias import ExpertBias
 from moefoundry.callbacks.gradient_norm import GradientNorm
 from moefoundry.callbacks.health import FiniteCheck, named_collectives
+from moefoundry.callbacks.learning_rate import LearningRate
 from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.report import write_report
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
@@ -42,16 +37,14 @@ from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
 from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.run_dir import open_run, store_of
+from moefoundry.checkpoint.start import Start, data_digests
 from moefoundry.checkpoint.store import Retention
 from moefoundry.config import (
-    CosineWithWarmupConfig,
-    LinearDecayWithWarmupConfig,
     LoaderConfig,
     LoggersConfig,
     Moments,
     OptimizerConfig,
     Recipe,
-    SchedulerConfig,
     flatten,
     redacted,
 )
@@ -141,19 +134,19 @@ def build_trainer(recipe: Recipe) -> Trainer:
     if recipe.callbacks.report is not None:
         check_vocabulary(Path(recipe.tokenizer.name), recipe.model.vocab_size)
     model = build_model(recipe, meshes, device)
-    run_dir, resume_from = open_run(recipe)
+    digests = on_rank_zero(lambda: data_digests(recipe))
+    run_dir, start = open_run(recipe, digests)
     materialize(model, device._device, recipe.seed)
-    metrics_file = MetricsFile(run_dir)
+    metrics_file = MetricsFile(run_dir, goes_on=start is not None and start.own)
     return MeshTrainer(
         model=ComposerMoECausalLM(model),
         optimizers=build_optimizer(model, recipe.optimizer, recipe.precision.optimizer_moments, recipe.seed),
-        schedulers=build_scheduler(recipe.scheduler),
         train_dataloader=train_data,
         eval_dataloader=eval_data and Evaluator(label="eval", dataloader=eval_data),
         eval_interval=recipe.eval_interval if eval_data else 0,
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
-        callbacks=build_callbacks(recipe, model, metrics_file, resume_from),
+        callbacks=build_callbacks(recipe, model, metrics_file, digests, start),
         loggers=[metrics_file, *build_console(recipe, model), *build_loggers(recipe.loggers, run_dir)],
         parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
         precision="fp32",  # the model's own: see precision.py
@@ -242,17 +235,12 @@ def build_optimizer(model: nn.Module, cfg: OptimizerConfig, moments: Moments = M
     return Bf16MomentsAdamW(named, cfg.lr, betas, cfg.eps, seed if moments == Moments.bf16_stochastic else None)
 
 
-def build_scheduler(cfg: SchedulerConfig) -> ComposerScheduler:
-    """The learning-rate schedule."""
-    if isinstance(cfg, CosineWithWarmupConfig):
-        return CosineAnnealingWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
-    if isinstance(cfg, LinearDecayWithWarmupConfig):
-        return LinearWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
-    return ConstantWithWarmupScheduler(t_warmup=cfg.t_warmup)
-
-
 def build_callbacks(
-    recipe: Recipe, model: MoETransformer, metrics_file: MetricsFile, resume_from: Path | None
+    recipe: Recipe,
+    model: MoETransformer,
+    metrics_file: MetricsFile,
+    digests: Mapping[str, str],
+    start: Start | None,
 ) -> list[Callback]:
     """The run's callbacks, in the order they act."""
     clipping, wanted = recipe.algorithms.gradient_clipping, recipe.callbacks
@@ -266,13 +254,15 @@ def build_callbacks(
         mesh={"replicate": degrees.replicate, "shard": degrees.shard, "expert": degrees.expert},
         metric=metrics_file.value,
         recipe=flatten(recipe),
-        resume_from=resume_from,
+        data_digests=digests,
+        start=start,
         remote=recipe.save_remote,
         ema=ema,
     )
     gradient_norm = GradientNorm(clipping.clipping_threshold if clipping else None)
     callbacks = [
         CountTargets(),
+        LearningRate(recipe, start.schedule_changes if start else ""),
         gradient_norm,
         FiniteCheck(gradient_norm, recipe.nonfinite),
         model.step_counts and GlobalBatchBalance(model.step_counts),

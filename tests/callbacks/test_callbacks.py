@@ -68,15 +68,63 @@ def goes_on(run_dir: Path) -> list[dict]:
 
     from moefoundry.callbacks.metrics_file import MetricsFile
 
-    MetricsFile(run_dir).batch_checkpoint(SimpleNamespace(timestamp=Timestamp(batch=2)), None)
-    return read(run_dir)
+    file = MetricsFile(run_dir, goes_on=True)
+    file.after_load(SimpleNamespace(timestamp=Timestamp(batch=1)), None)
+    file.batch_checkpoint(SimpleNamespace(timestamp=Timestamp(batch=2)), None)
+    return (run_dir / "metrics.jsonl").read_text().splitlines()
 
 
-@pytest.mark.parametrize("left", ["", '{"batch": 1}\n', '{"batch": 1}\n{"batch": 2, "lr'])
-def test_what_a_killed_run_left_is_not_continued_in_its_line(tmp_path: Path, left: str) -> None:
-    (tmp_path / "metrics.jsonl").write_text(left)
-    expected = [{"batch": 1}, {"batch": 2}] if left else [{"batch": 2}]
+@pytest.mark.parametrize("left", [None, "", '{"batch": 1}\n', '{"batch": 1}\n{"batch": 2, "lr'])
+def test_what_a_killed_run_left_is_not_continued_in_its_line(tmp_path: Path, left: str | None) -> None:
+    if left is not None:
+        (tmp_path / "metrics.jsonl").write_text(left)
+    expected = ['{"batch": 1}', '{"batch": 2}'] if left else ['{"batch": 2}']
     assert run_distributed(goes_on, 1, tmp_path) == [expected]
+
+
+def test_lines_of_batches_that_are_trained_again_are_set_aside(tmp_path: Path) -> None:
+    """One line a batch stays, of the run that goes on; those of another run go."""
+    path, superseded = tmp_path / "metrics.jsonl", tmp_path / "metrics.superseded.jsonl"
+    path.write_text('{"batch": 1}\nnonsense\n{"batch": 2}\n[3]\n{"batch": 3}\n{"batch": 4, "l')
+    run_distributed(set_aside_after, 1, path, 2)
+    assert path.read_text() == '{"batch": 1}\n{"batch": 2}\n'
+    assert superseded.read_text() == 'nonsense\n[3]\n{"batch": 3}\n{"batch": 4, "l\n'
+    run_distributed(set_aside_after, 1, path, 2)
+    run_distributed(set_aside_after, 1, path, 0)
+    assert path.read_text() == ""
+    assert superseded.read_text().endswith('"l\n{"batch": 1}\n{"batch": 2}\n')
+
+
+def set_aside_after(path: Path, batch: int) -> None:
+    from moefoundry.callbacks.metrics_file import set_aside
+
+    set_aside(path, batch)
+
+
+def evaluated_at_the_end(run_dir: Path) -> str:
+    from composer.core import Timestamp
+
+    from moefoundry.callbacks.metrics_file import MetricsFile
+
+    file = MetricsFile(run_dir, goes_on=False)
+    state = SimpleNamespace(timestamp=Timestamp(batch=1))
+    file.log_metrics({"metrics/eval/LanguageCrossEntropy": 1.25, "lr": 0.123456789})
+    file.eval_end(state, None)  # within training: before the line of the batch
+    file.batch_checkpoint(state, None)
+    state.timestamp = Timestamp(batch=2)
+    file.batch_checkpoint(state, None)
+    file.log_metrics({"metrics/eval/LanguageCrossEntropy": 1.5})
+    file.eval_end(state, None)
+    file.log_metrics({"metrics/eval/LanguageCrossEntropy": 1.0})
+    file.eval_end(state, None)
+    return (run_dir / "metrics.jsonl").read_text()
+
+
+def test_an_evaluation_after_the_last_batch_completes_its_line(tmp_path: Path) -> None:
+    (text,) = run_distributed(evaluated_at_the_end, 1, tmp_path)
+    first, second = (json.loads(line) for line in text.splitlines())
+    assert first == {"batch": 1, "metrics/eval/LanguageCrossEntropy": 1.25, "lr": 0.123456789}
+    assert second == {"batch": 2, "metrics/eval/LanguageCrossEntropy": 1.0}
 
 
 def full_precision(run_dir: Path) -> str:
@@ -84,7 +132,7 @@ def full_precision(run_dir: Path) -> str:
 
     from moefoundry.callbacks.metrics_file import MetricsFile
 
-    file = MetricsFile(run_dir)
+    file = MetricsFile(run_dir, goes_on=False)
     file.log_metrics({"loss/train/lm": torch.tensor(0.1), "time/batch": 3})
     file.record({"moe/load/layer1": [0.25, 0.75]})
     file.batch_checkpoint(SimpleNamespace(timestamp=Timestamp(batch=4)), None)
@@ -141,6 +189,16 @@ def test_next_command_trains_twice_as_long() -> None:
         "composer -n 2 scripts/train.py r.yaml seed=3 autoresume=true max_duration=400ba",
         """python scripts/train.py 'callbacks.report={prompt: '"'"'a b'"'"'}' autoresume=true max_duration=2ep""",
     ]
+
+
+def compared() -> tuple[str, str]:
+    from moefoundry.callbacks.report import compared
+
+    return compared(3.5, 3.75), compared(6.0, 3.75)
+
+
+def test_a_loss_is_better_or_worse_by_what_it_differs() -> None:
+    assert run_distributed(compared, 1) == [("0.2500 better", "2.2500 worse")]
 
 
 def mean_over_targets() -> list[float]:

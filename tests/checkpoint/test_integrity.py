@@ -242,6 +242,14 @@ def test_the_command(store: CheckpointStore, capsys: pytest.CaptureFixture) -> N
     assert said("delete", str(store.root / "ba4.quarantine-0"), "--yes")[0] == 0
     assert [path.name for path in entries(store.root)] == ["ba2", "ba8.incomplete"]
 
+    imported = store.path(2).rename(store.root.parent / "imported")  # a checkpoint of no run
+    status, out, _ = said("list", str(imported))
+    assert [re.split(r"  +", line)[0] for line in out.splitlines()[1:]] == ["imported"]
+    assert said("verify", str(imported)) == (0, f"{imported}: intact\n", "")
+    assert said("delete", str(imported)) == (2, "", f"error: this deletes {imported}; say --yes\n")
+    assert said("delete", str(imported), "--yes")[0] == 0
+    assert not imported.exists()
+
 
 @pytest.mark.parametrize("action", ["list", "show", "verify"])
 def test_the_command_ends_quietly_where_nobody_reads_on(

@@ -132,7 +132,7 @@ def test_damaged_metadata_is_named(checkpoint: Path) -> None:
 
 def test_state_that_lacks_something_is_named(checkpoint: Path) -> None:
     (checkpoint / io.STATE_FILE).write_text('{"timestamp": {}, "data": {}}')
-    with pytest.raises(UserError, match=r"state\.json: incomplete checkpoint state: it lacks schedulers, world_size"):
+    with pytest.raises(UserError, match=r"state\.json: incomplete checkpoint state: it lacks world_size, recipe"):
         io.read_state(checkpoint)
 
 

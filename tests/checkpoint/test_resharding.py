@@ -11,14 +11,15 @@ from moefoundry.config import Recipe
 from tests.distributed import run_distributed
 
 
-def trained_tensors(recipe: Recipe) -> dict[str, Tensor]:
-    """Whole tensors of model and optimizer after ``recipe``."""
+def whole_tensors(recipe: Recipe, build_or_train: str) -> dict[str, Tensor]:
+    """Of model and optimizer, when ``recipe`` has been built, or trained too."""
     from torch.distributed.tensor import DTensor
 
+    from moefoundry import train
     from moefoundry.checkpoint.state import model_tensors, optimizer_tensors
-    from moefoundry.train import train
 
-    state = train(recipe).state
+    trainer = train.train(recipe) if build_or_train == "train" else train.build_trainer(recipe)
+    state = trainer.state
     tensors = {**model_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0])}
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
@@ -30,10 +31,9 @@ def trained_tensors(recipe: Recipe) -> dict[str, Tensor]:
 def test_saved_on_some_ranks_and_loaded_on_others(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path, saved_on: int, loaded_on: int
 ) -> None:
-    """The loading run starts where the saving one ended, so it trains nothing."""
-    saved = run_distributed(trained_tensors, saved_on, tiny_recipe(tmp_path / "saved"))[0]
-    loading = tiny_recipe(tmp_path / "loaded", f"load_path={tmp_path / 'saved'}", "seed=99")
-    loaded = run_distributed(trained_tensors, loaded_on, loading)[0]
+    saved = run_distributed(whole_tensors, saved_on, tiny_recipe(tmp_path / "saved"), "train")[0]
+    loading = tiny_recipe(tmp_path / "loaded", f"load_path={tmp_path / 'saved'}", "seed=99", "max_duration=5ba")
+    loaded = run_distributed(whole_tensors, loaded_on, loading, "build")[0]
     assert loaded.keys() == saved.keys()
     assert "optimizer/model.layers.1.ffn.experts.gate_proj/exp_avg_sq" in saved
     for name, tensor in saved.items():

@@ -23,12 +23,12 @@ from moefoundry.checkpoint.run_dir import (
     CONFIG_FILE,
     FREE_KEYS,
     check_run_dir,
-    checkpoint_to_resume,
     claim_run_dir,
     newest_without,
     open_run,
     store_of,
 )
+from moefoundry.checkpoint.start import Start, check_start
 from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
 
@@ -109,9 +109,9 @@ def test_keys_that_a_stored_recipe_does_not_know_are_off_in_it(recipe: MakeRecip
     later = ("model.dense_layers", "model.moe.router.input_jitter", "model.attention.bias", "model.attention.head_dim")
     stored = {key: value for key, value in flatten(recipe()).items() if key not in later}
     newest = save_checkpoint(recipe(), stored=stored)
-    assert open_run(recipe("autoresume=true")) == (newest.parents[1], newest)
+    assert open_run(recipe("autoresume=true"), {}) == (newest.parents[1], Start(newest))
     with pytest.raises(UserError) as raised:
-        checkpoint_to_resume(recipe("model.dense_layers=[2]", "model.attention.bias=all"), newest)
+        check_start(newest, True, recipe("model.dense_layers=[2]", "model.attention.bias=all"), {})
     assert str(raised.value).splitlines()[1:] == [
         "  model.dense_layers: null there, [2] here",
         "  model.attention.bias: null there, 'all' here",
@@ -121,7 +121,7 @@ def test_keys_that_a_stored_recipe_does_not_know_are_off_in_it(recipe: MakeRecip
 def test_keys_that_are_only_in_the_stored_recipe_count_too(recipe: MakeRecipe) -> None:
     newest = save_checkpoint(recipe("model.attention.yarn={factor: 8}"))
     with pytest.raises(UserError, match=r"\n  model\.attention\.yarn\.factor: 8\.0 there, null here\n"):
-        checkpoint_to_resume(recipe(), newest)
+        check_start(newest, True, recipe(), {})
 
 
 def test_where_every_checkpoint_is_damaged_each_is_named_once_with_what_to_do(recipe: MakeRecipe) -> None:
@@ -129,7 +129,7 @@ def test_where_every_checkpoint_is_damaged_each_is_named_once_with_what_to_do(re
     for batch, file in ((2, COMMIT_FILE), (4, STATE_FILE), (6, MANIFEST_FILE)):
         (save_checkpoint(recipe(), batch) / file).write_text("{}")
     with pytest.raises(UserError) as raised:
-        open_run(recipe("autoresume=true"))
+        open_run(recipe("autoresume=true"), {})
     first, *lines, last = str(raised.value).splitlines()
     assert first == f"autoresume: every checkpoint in {run_dir}/checkpoints is damaged:"
     assert [line.split(": ")[0] for line in lines] == [
@@ -139,7 +139,7 @@ def test_where_every_checkpoint_is_damaged_each_is_named_once_with_what_to_do(re
     ]
     assert f"or move {run_dir}/checkpoints away: the run then goes on from save_remote" in last
     (run_dir / "checkpoints").rename(run_dir / "damaged")
-    assert open_run(recipe("autoresume=true")) == (run_dir, None), "as the message says"
+    assert open_run(recipe("autoresume=true"), {}) == (run_dir, None), "as the message says"
 
 
 def test_a_checkpoint_with_several_damaged_files_is_one_line(recipe: MakeRecipe) -> None:

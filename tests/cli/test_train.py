@@ -154,9 +154,10 @@ def test_damaged_checkpoints_are_named(tiny_overrides: Overrides, trained: Path,
     copy = tmp_path / "copy"
     shutil.copytree(trained / "checkpoints" / "ba4", copy)
     next(copy.glob("*.distcp")).unlink()
-    assert_refused(train(*tiny_overrides(tmp_path / "run", f"load_path={copy}")), r"copy/\w+\.distcp: unreadable")
+    changes = [f"load_path={copy}", "max_duration=8ba"]
+    assert_refused(train(*tiny_overrides(tmp_path / "run", *changes)), r"copy/\w+\.distcp: unreadable")
     (copy / "state.json").write_text('{"recipe": ')
-    assert_refused(train(*tiny_overrides(tmp_path / "run", f"load_path={copy}")), r"copy/state\.json: unreadable")
+    assert_refused(train(*tiny_overrides(tmp_path / "run", *changes)), r"copy/state\.json: unreadable")
 
 
 def test_the_launcher(tiny_overrides: Overrides, tmp_path: Path) -> None:

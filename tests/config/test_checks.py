@@ -132,6 +132,11 @@ def test_row22_check_recipe_alone():
         (["save_keep_best=metrics/eval/LanguageCrossEntropy", "eval_loader=null"], None, ["save_keep_best"]),
         (["save_keep_best=loss/train/mtp", "model.mtp.depth=1"], None, []),
         (["save_keep_best=loss/train/mtp"], None, ["save_keep_best"]),
+        (["save_num_checkpoints_to_keep=-1"], None, []),
+        (["save_num_checkpoints_to_keep=0"], None, ["save_num_checkpoints_to_keep"]),
+        # where a run begins
+        (["load_weights_only=true", "load_path=runs/other"], None, []),
+        (["load_weights_only=true"], None, ["load_weights_only"]),
         # schedule
         (["max_duration=10ba", "scheduler.t_warmup=20ba"], None, ["scheduler.t_warmup"]),
         (["max_duration=20ba", "scheduler.t_warmup=20ba"], None, []),

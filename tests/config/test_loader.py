@@ -212,7 +212,7 @@ def test_keys_of_another_variant_are_unknown(tmp_path):
     problem = only_problem(path=path)
     assert problem.path == "scheduler.alpha_f"
     assert problem.message == "unknown key of name 'constant_with_warmup'"
-    assert problem.allowed == "name, t_warmup"
+    assert problem.allowed == "name, t_warmup, timing"
 
 
 def test_unknown_variant_lists_the_options():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from moefoundry.checkpoint.manifest import Origin, damage, recipe_digest
 from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.remote import is_downloaded, upload_checkpoint
 from moefoundry.checkpoint.run_dir import newest_without
+from moefoundry.checkpoint.start import Start
 from moefoundry.checkpoint.state import (
     derived_rng_tensors,
     model_tensors,
@@ -49,8 +51,9 @@ class Checkpointing(Callback):
         mesh: Degrees of its axes, by name; noted in the manifest.
         metric: Value of a metric in this batch, by name, if it has been measured.
         recipe: The run's recipe as a plain mapping; a reader compares the model with its own.
-        resume_from: The checkpoint this run continues, read before the first batch. If it is one of ``store`` and turns
-            out to be damaged, the newest one before it that is not.
+        data_digests: Digests of the run's data, which each checkpoint keeps.
+        start: What the run begins with, read before the first batch. If that is one of ``store`` and turns out to be
+            damaged, the newest one before it that is not.
         remote: URL that checkpoints are also uploaded to.
         ema: What averages the parameters, if anything does.
     """
@@ -64,7 +67,8 @@ class Checkpointing(Callback):
         mesh: dict[str, int],
         metric: Callable[[str], float | None],
         recipe: dict[str, Any],
-        resume_from: Path | None,
+        data_digests: Mapping[str, str],
+        start: Start | None,
         remote: str | None,
         ema: Ema | None,
     ) -> None:
@@ -74,7 +78,8 @@ class Checkpointing(Callback):
         self.metric = metric
         self.saver = Saver(store, self._published)
         self.recipe = recipe
-        self.resume_from = resume_from
+        self.data_digests = data_digests
+        self.start = start
         self.remote = remote
         self.ema = ema
         self._is_due = create_interval_scheduler(interval)
@@ -91,19 +96,19 @@ class Checkpointing(Callback):
             logger.log_metrics({"checkpoint/stall_seconds": time.perf_counter() - start})
 
     def after_load(self, state: State, logger: Logger) -> None:
-        if self.resume_from is None:
+        if self.start is None:
             return
         try:
-            self.load(state, self.resume_from)
+            self.load(state, self.start)
             return
         except UserError:  # on every rank
-            store = self.saver.store
-            intact = newest_without(damage, store) if self.resume_from.parent == store.root else self.resume_from
-            if intact == self.resume_from:
+            checkpoint, store = self.start.checkpoint, self.saver.store
+            intact = newest_without(damage, store) if checkpoint.parent == store.root else checkpoint
+            if intact == checkpoint:
                 raise
-            self.resume_from = intact
-        assert self.resume_from is not None, "with none left, newest_without raises"
-        self.load(state, self.resume_from)
+        assert intact is not None, "with none left, newest_without raises"
+        self.start = replace(self.start, checkpoint=intact)
+        self.load(state, self.start)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._waiting_since = time.perf_counter()
@@ -115,13 +120,16 @@ class Checkpointing(Callback):
         """Making the loader's iterator draws from the generators; a run that was never interrupted drew before the
         save, so mid-epoch the state is put back only now."""
         self._restore_rng()
-        if self._resume_seconds:
+        if self.start is not None and self._resume_seconds:
             parts = {**self._resume_seconds, "data_position": time.perf_counter() - self._waiting_since}
-            logger.log_traces({"resumed_from": f"{self.resume_from} (batch {state.timestamp.batch.value})"})
+            checkpoint, batch = self.start.checkpoint, state.timestamp.batch.value
+            resumed = f"resumed from {checkpoint} (batch {batch})"
+            begun = f"begun with the weights of {checkpoint}" if self.start.weights_only else resumed
+            logger.log_traces({"start": begun})
             logger.log_metrics({f"resume/{part}_seconds": seconds for part, seconds in parts.items()})
             self._resume_seconds = {}
-            if dist.get_global_rank() == 0 and self.resume_from is not None and is_downloaded(self.resume_from):
-                shutil.rmtree(self.resume_from)  # every rank has read it: loading ends with a collective
+            if dist.get_global_rank() == 0 and is_downloaded(checkpoint):
+                shutil.rmtree(checkpoint)  # every rank has read it: loading ends with a collective
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.saver.finish()
@@ -164,54 +172,46 @@ class Checkpointing(Callback):
             with saying(f"checkpoint {checkpoint.name} was saved, but not uploaded"):
                 upload_checkpoint(checkpoint, self.remote)
 
-    def load(self, state: State, checkpoint: Path) -> None:
-        """Put a saved state back into ``state``: weights, optimizer, schedule, position in the data, generators. Of a
-        weights-only checkpoint, weights alone: the run begins at its first batch.
+    def load(self, state: State, start: Start) -> None:
+        """Put a saved state back into ``state``: weights, averages of them, optimizer, position in the data and
+        generators; or weights and averages alone.
 
-        A rank that the checkpoint knows gets its own generators; any further rank gets new ones, derived from the seed,
+        A buffer that the checkpoint lacks, such as the expert bias of a softmax router, starts as in any new run. A
+        rank that the checkpoint knows gets its own generators; any further rank gets new ones, derived from the seed,
         the batch and the rank.
         """
-        document, index = on_rank_zero(lambda: io.read_state(checkpoint)), read_index(checkpoint)
+        document, index = on_rank_zero(lambda: io.read_state(start.checkpoint)), read_index(start.checkpoint)
+        stored, buffers = index.shapes, {f"model/{name}" for name, _ in state.model.named_buffers()}
         model = model_tensors(state.model)
-        if document.get(io.WEIGHTS_ONLY):
-            buffers = {f"model/{name}" for name, _ in state.model.named_buffers()}
-            # A buffer that it lacks, such as the expert bias of a softmax router, starts as in any new run.
-            wanted = {name: tensor for name, tensor in model.items() if name in index.shapes or name not in buffers}
-            report = load(index, wanted)
-            self._resume_seconds = {"store": report.store_seconds, "exchange": report.exchange_seconds}
-            return
-        start = time.perf_counter()
-        optimizer = optimizer_tensors(state.model, state.optimizers[0])
-        optimizer_seconds = time.perf_counter() - start
-        timestamp, rank = document["timestamp"], dist.get_global_rank()
-        if rank < document["world_size"]:
-            own = {name: tensor for name, tensor in rng_tensors(rank).items() if name in index.shapes}
-            self._rng = own
+        tensors = {name: tensor for name, tensor in model.items() if name in stored or name not in buffers}
+        tensors |= self.ema.continued(index) if self.ema else {}
+        if start.weights_only:
+            report, seconds = load(index, tensors), {}
         else:
-            own = {}
-            self._rng = derived_rng_tensors(rank, int(self.recipe["seed"]), timestamp["batch"])
-        averages = self.ema.continued(index) if self.ema else {}
-        report = load(index, {**model, **optimizer, **averages}, own)
-        self._resume_seconds = {
-            "store": report.store_seconds,
-            "exchange": report.exchange_seconds,
-            "optimizer": optimizer_seconds,
-        }
-        seconds = {key: datetime.timedelta(seconds=value) for key, value in timestamp.items() if key.endswith("_wct")}
-        state.timestamp.load_state_dict({**timestamp, **seconds})
-        for scheduler, saved in zip(state.schedulers, document["schedulers"], strict=True):
-            _restore_schedule(scheduler, saved)
-        assert state.train_dataloader is not None, "set before AFTER_LOAD"
-        state.train_dataloader.dataset.load_state_dict(document["data"])
-        state.dataset_resumption["train"] = True
+            begun = time.perf_counter()
+            tensors |= optimizer_tensors(state.model, state.optimizers[0])
+            seconds = {"optimizer": time.perf_counter() - begun}
+            report = load(index, tensors, self._own_rng(document, stored))
+            _restore_position(state, document)
+        self._resume_seconds = {"store": report.store_seconds, "exchange": report.exchange_seconds, **seconds}
+
+    def _own_rng(self, document: dict[str, Any], stored: Collection[str]) -> dict[str, Tensor]:
+        """This rank's generators, to be read; set aside for the first batch, read or derived."""
+        rank = dist.get_global_rank()
+        if rank < document["world_size"]:
+            self._rng = {name: tensor for name, tensor in rng_tensors(rank).items() if name in stored}
+            return self._rng
+        self._rng = derived_rng_tensors(rank, int(self.recipe["seed"]), document["timestamp"]["batch"])
+        return {}
 
     def _document(self, state: State) -> dict[str, Any]:
         assert state.train_dataloader is not None, "training has begun"
         data = state.train_dataloader.dataset.state_dict(state.timestamp.sample_in_epoch.value, True)
         return {
             "timestamp": to_jsonable(state.timestamp.state_dict()),
-            "schedulers": [scheduler.state_dict() for scheduler in state.schedulers],
+            "lr": state.optimizers[0].param_groups[0]["lr"],
             "data": {**data, "epoch": state.timestamp.epoch.value},
+            "data_digests": dict(self.data_digests),
             "world_size": dist.get_world_size(),
             "recipe": self.recipe,
         }
@@ -222,10 +222,11 @@ class Checkpointing(Callback):
             self._rng = {}
 
 
-def _restore_schedule(scheduler: Any, saved: dict[str, Any]) -> None:
-    """Put a schedule back. Its parameter groups may be fewer or more on another mesh, but have one learning rate."""
-    rate, groups = saved["_last_lr"][0], scheduler.optimizer.param_groups
-    own = {name: scheduler.state_dict()[name] for name in ("base_lrs", "lr_lambdas")}
-    scheduler.load_state_dict({**saved, **own, "_last_lr": [rate] * len(groups)})
-    for group in groups:
-        group["lr"] = rate
+def _restore_position(state: State, document: dict[str, Any]) -> None:
+    """Let training and its data go on where they were."""
+    timestamp = document["timestamp"]
+    seconds = {key: datetime.timedelta(seconds=value) for key, value in timestamp.items() if key.endswith("_wct")}
+    state.timestamp.load_state_dict({**timestamp, **seconds})
+    assert state.train_dataloader is not None, "set before AFTER_LOAD"
+    state.train_dataloader.dataset.load_state_dict(document["data"])
+    state.dataset_resumption["train"] = True

@@ -28,16 +28,16 @@ class Console(LoggerDestination):
         self.stream = sys.stderr if stream is None else stream
         self.progress_bar = progress_bar and self.stream.isatty()
         self._metrics: dict[str, Any] = {}
-        self._resumed_from = ""
+        self._start = ""
         self._bar: tqdm | None = None
 
     def log_traces(self, traces: dict[str, Any]) -> None:
-        self._resumed_from = traces.get("resumed_from", self._resumed_from)
+        self._start = traces.get("start", self._start)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self._metrics.update(metrics)
         if parts := {name: seconds for name, seconds in metrics.items() if name.startswith("resume/")}:
-            self._print(format_resume_line(self._resumed_from, parts))
+            self._print(format_start_line(self._start, parts))
 
     def fit_start(self, state: State, logger: Logger) -> None:
         if self.interval is not None:
@@ -81,13 +81,13 @@ class Console(LoggerDestination):
             print(line, file=self.stream, flush=True)
 
 
-def format_resume_line(source: str, parts: dict[str, float]) -> str:
+def format_start_line(start: str, parts: dict[str, float]) -> str:
     """``resumed from runs/mine/checkpoints/ba6 (batch 6) in 2.1 s: store 1.2 s, exchange 0.3 s ...``."""
     texts = [
         f"{name.removeprefix('resume/').removesuffix('_seconds').replace('_', ' ')} {seconds:.1f} s"
         for name, seconds in parts.items()
     ]
-    return f"resumed from {source} in {sum(parts.values()):.1f} s: {', '.join(texts)}"
+    return f"{start} in {sum(parts.values()):.1f} s: {', '.join(texts)}"
 
 
 def format_train_line(state: State, metrics: dict[str, Any]) -> str:

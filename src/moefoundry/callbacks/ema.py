@@ -113,8 +113,8 @@ class _Staging:
 
 
 class Ema(Callback):
-    """Averages the parameters, from their initial or resumed values on, or from the averages of the checkpoint that the
-    run continues. Buffers are not averaged.
+    """Averages the parameters, from their initial or loaded values on, or from the averages of the checkpoint that the
+    run begins with. Buffers are not averaged.
 
     With ``evaluate``, the averages take the place of the parameters during evaluation.
 
@@ -159,8 +159,8 @@ class Ema(Callback):
         return {f"ema/{name}": _sharded_like(parameter, averages[parameter]) for name, parameter in self._names.items()}
 
     def continued(self, index: Index) -> dict[str, Tensor]:
-        """What to load from the checkpoint that the run continues, before this callback's own ``after_load``; empty if
-        it holds no averages."""
+        """What to load from the checkpoint that the run begins with, before this callback's own ``after_load``; empty
+        if it holds no averages."""
         self._goes_on = any(name.startswith("ema/") for name in index.shapes)
         return self.tensors() if self._goes_on else {}
 

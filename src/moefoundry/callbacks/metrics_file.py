@@ -13,14 +13,16 @@
     memory/peak_host_gib, memory/peak_device_gib
     skipped_steps                           1 in the batches whose step was skipped (``nonfinite: skip``)
 
-A key is absent where it does not apply. Lines are appended and flushed as their batch ends, so a killed run keeps them;
-after a resume, later lines of the same batch win (:func:`read_metrics`).
+A key is absent where it does not apply. A line is appended and flushed as its batch ends, so a killed run keeps it. An
+evaluation after the last batch completes that batch's line. Lines of batches that are trained again, or that another
+run has left here, move to ``metrics.superseded.jsonl`` when training begins, so that there is one line a batch. (Of
+files of earlier releases the later line of a batch counts: :func:`read_metrics`.)
 """
 
 from __future__ import annotations
 
 import json
-import os
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
 FILE_NAME = "metrics.jsonl"
+SUPERSEDED = "metrics.superseded.jsonl"
 KEPT_PREFIXES = (
     "loss/",
     "grad_norm",
@@ -48,14 +51,15 @@ class MetricsFile(LoggerDestination):
 
     Args:
         run_dir: Where the file goes; it must exist.
+        goes_on: The run continues the one whose lines are there; else they are another's.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, goes_on: bool) -> None:
         self.path = run_dir / FILE_NAME
+        self.goes_on = goes_on
         self._pending: dict[str, Any] = {}
         self._written: dict[str, Any] = {}
-        if dist.get_global_rank() == 0 and self.path.exists():
-            _end_torn_line(self.path)
+        self._begin = 0  # of the last line, in bytes
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self._pending.update({name: float(value) for name, value in metrics.items() if name.startswith(KEPT_PREFIXES)})
@@ -68,29 +72,50 @@ class MetricsFile(LoggerDestination):
         """What has been measured since the last line."""
         return self._pending.get(name)
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0 and self.path.exists():
+            set_aside(self.path, after=state.timestamp.batch.value if self.goes_on else 0)
+
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """The last event of a batch: after evaluation, and after the checkpoint callback (loggers run last)."""
+        if dist.get_global_rank() == 0 and self.path.exists():
+            self._begin = self.path.stat().st_size
         self._write({"batch": state.timestamp.batch.value, **self._pending})
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """An evaluation at the end of training comes after the last batch's line: write that line again, completed."""
+        """An evaluation at the end of training comes after the last batch's line: complete that line."""
         if self._written.get("batch") == state.timestamp.batch.value:
             self._write({**self._written, **self._pending})
 
     def _write(self, line: dict[str, Any]) -> None:
         self._written, self._pending = line, {}
         if dist.get_global_rank() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.path.open("r+b" if self.path.exists() else "wb") as file:
+                file.seek(self._begin)
+                file.write(json.dumps(line).encode() + b"\n")
+                file.truncate()
 
 
-def _end_torn_line(path: Path) -> None:
-    """A run that was killed may have left half a line, which the next one must not continue."""
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        if file.read() not in (b"", b"\n"):
-            file.write(b"\n")
+def set_aside(path: Path, after: int) -> None:
+    """Move the lines of batches beyond ``after`` to :data:`SUPERSEDED`, and the half line that a killed run left."""
+    kept: list[bytes] = []
+    superseded: list[bytes] = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        (kept if line.endswith(b"\n") and _batch(line) <= after else superseded).append(line)
+    if superseded:
+        with path.with_name(SUPERSEDED).open("ab") as file:
+            file.writelines(line.rstrip(b"\n") + b"\n" for line in superseded)
+        fresh = path.with_name(f".{path.name}")
+        fresh.write_bytes(b"".join(kept))
+        fresh.replace(path)
+
+
+def _batch(line: bytes) -> float:
+    """Its batch; infinity if it is not a line of metrics."""
+    try:
+        return float(json.loads(line)["batch"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ def write_report(recipe: Recipe, completion: str, command: Sequence[str]) -> Non
     if losses:
         lines.append(f"held-out loss    {losses[-1]:.4f} nats/token")
     if losses and entropy is not None:
-        lines.append(f"unigram entropy  {entropy:.4f} nats/token; the model is {entropy - losses[-1]:.4f} better")
+        lines.append(f"unigram entropy  {entropy:.4f} nats/token; the model is {compared(losses[-1], entropy)}")
     lines += [
         "completion",
         *("    | " + line for line in redacted(completion, "").splitlines()),
@@ -48,6 +48,11 @@ def write_report(recipe: Recipe, completion: str, command: Sequence[str]) -> Non
         f"go on with       {next_command(command, recipe.max_duration)}",
     ]
     print("\n".join(lines), flush=True)
+
+
+def compared(loss: float, entropy: float) -> str:
+    """``0.2500 better`` or ``0.2500 worse`` than the best model that ignores context."""
+    return f"{abs(loss - entropy):.4f} {'better' if loss <= entropy else 'worse'}"
 
 
 def next_command(command: Sequence[str], max_duration: str) -> str:

@@ -32,9 +32,9 @@ from moefoundry.checkpoint.writer import (
 from moefoundry.config import ConfigError, ModelConfig, UserError
 from moefoundry.config.build import Builder
 
-STATE_KEYS = ("timestamp", "schedulers", "data", "world_size", "recipe")
+STATE_KEYS = ("timestamp", "data", "world_size", "recipe")
 WEIGHTS_ONLY = "weights_only"
-"""Marks the state of a checkpoint without optimizer, schedule and position: besides it, only ``recipe`` is there, with
+"""Marks the state of a checkpoint without optimizer and position: besides it, only ``recipe`` is there, with
 the keys of ``model``. A run that starts from it trains from its first batch on."""
 
 

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.io import read_state
 from moefoundry.checkpoint.manifest import visible_damage, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
-from moefoundry.checkpoint.remote import find_remote, is_url
+from moefoundry.checkpoint.remote import find_remote, is_downloaded, is_url
+from moefoundry.checkpoint.start import Start, check_start
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
-from moefoundry.config import Moments, Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
-from moefoundry.config.build import changes_nothing
+from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 from moefoundry.config.spec import show_leaf
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DOWNLOADS = "downloads"
 Damage = Callable[[Path, int, int], list[str]]
-MOMENTS = "precision.optimizer_moments"
 FREE_KEYS = (
+    "run_name",
+    "run_dir",
     "autoresume",
-    "load_path",
+    "load_",
     "allow_batch_size_change",
     "max_duration",
     "mesh.",
@@ -44,36 +45,36 @@ FREE_KEYS = (
     "eval_loader.num_workers",
     "train_loader.dataset.validate_hash",
     "eval_loader.dataset.validate_hash",
+    "train_loader.dataset.local",
+    "train_loader.dataset.remote",
+    "train_loader.dataset.split",
+    "eval_loader.dataset.local",
+    "eval_loader.dataset.remote",
+    "eval_loader.dataset.split",
+    "tokenizer.name",
 )
-"""Keys, or prefixes of keys, that a resumed run may change."""
+"""Keys, or prefixes of keys, that a resumed run may change. Of data and tokenizers these say where they lie; what they
+are is compared by content (:mod:`moefoundry.checkpoint.start`)."""
 
 
-NOT_ARCHITECTURE = (
-    "model.init.",
-    "model.document_masking",
-    "model.moe.router.input_jitter",
-    "model.moe.balance.",
-    "model.moe.capacity_factor",
-    "model.moe.backend",
-    "model.mtp.loss_weight",
-)
-"""Keys of ``model`` that a run may change when it starts from another's checkpoint."""
+def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | None]:
+    """Claim ``run_dir`` and find what the run starts from, if anything; every rank calls it.
 
-
-def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
-    """Claim ``run_dir`` and find the checkpoint that the run continues, if any; every rank calls it.
+    Args:
+        recipe: The run's.
+        digests: Of its data; see :func:`moefoundry.checkpoint.start.data_digests`.
 
     Raises:
-        UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_resume` and
-            :func:`claim_run_dir`; nothing has been written then.
+        UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_start_from`,
+            :func:`check_start` and :func:`claim_run_dir`; nothing has been written then.
     """
     run_dir = on_rank_zero(lambda: check_run_dir(recipe))
     newest = newest_without(visible_damage, store_of(run_dir)) if recipe.autoresume else None
 
-    def claim() -> Path | None:
-        checkpoint = checkpoint_to_resume(recipe, newest)
+    def claim() -> Start | None:
+        start = _start(recipe, newest, digests)
         claim_run_dir(recipe)
-        return checkpoint
+        return start
 
     return run_dir, on_rank_zero(claim)
 
@@ -99,7 +100,8 @@ def check_run_dir(recipe: Recipe) -> Path:
             raise UserError(f"run_dir: {directory} is not a directory that can be written to")
     config = run_dir / CONFIG_FILE
     if config.exists():
-        differences = [line for line in diff_recipes(load_recipe(config), recipe) if not line.startswith(FREE_KEYS)]
+        stored = load_recipe(config, check=False)
+        differences = [line for line in diff_recipes(stored, recipe) if not line.startswith(FREE_KEYS)]
         batches = store_of(run_dir).batches()
         if differences:
             remedy = f"choose another run_{'name' if recipe.run_name in run_dir.parts else 'dir'}"
@@ -179,58 +181,57 @@ def _quarantine(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> Non
         print("\n  ".join(lines), file=sys.stderr, flush=True)
 
 
-def checkpoint_to_resume(recipe: Recipe, newest: Path | None) -> Path | None:
-    """The checkpoint to continue: the ``newest`` of the run if it has one, else that of ``save_remote`` (with
-    ``autoresume``), else ``load_path``. Says so where its optimizer's moments have another dtype: loading converts.
+def checkpoint_to_start_from(recipe: Recipe, newest: Path | None) -> tuple[Path, bool] | None:
+    """A checkpoint, and whether the run itself has saved it: the ``newest`` of the run if it has one, else that of
+    ``save_remote`` (with ``autoresume``), else ``load_path``; None to begin anew.
 
     Raises:
-        UserError: It is absent, unreadable, or of another architecture; or the run would go on within an epoch with
-            another global batch size, by which the order of the data depends.
+        UserError: There is none where ``load_path`` says.
     """
-    checkpoint = newest or _from_elsewhere(recipe)
-    if checkpoint is None:
-        return None
-    document = read_state(checkpoint)
-    saved, own = document["recipe"], flatten(recipe)
-    if differing := _other_architecture(saved, own):
-        raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
-    sizes = saved.get("global_train_batch_size"), recipe.global_train_batch_size
-    if sizes[0] != sizes[1] and not (recipe.allow_batch_size_change or document.get(WEIGHTS_ONLY)):
-        raise UserError(
-            f"global_train_batch_size: {sizes[1]}, and {checkpoint} was written with {sizes[0]}; the rest of its epoch "
-            "would be other samples, some of them twice; allow_batch_size_change=true accepts that"
-        )
-    moments = saved.get(MOMENTS, Moments.fp32), own[MOMENTS]
-    if (moments[0] == Moments.fp32) != (moments[1] == Moments.fp32) and not document.get(WEIGHTS_ONLY):
-        text = f"note: {MOMENTS}: {moments[1]}; those of {checkpoint}, {moments[0]}, are converted"
-        print(text, file=sys.stderr, flush=True)
-    return checkpoint
-
-
-def _other_architecture(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """A line for each key of the architecture that differs between two flat recipes. What a recipe does not have is off
-    in it: it was stored before there was such a key, or belongs to a mapping that is null."""
-    lines = []
-    for key in dict.fromkeys((*own, *saved)):
-        if key.startswith("model.") and not key.startswith(NOT_ARCHITECTURE):
-            there, here = saved.get(key), own.get(key)
-            if there != here and not (changes_nothing(there) and changes_nothing(here)):
-                lines.append(f"{key}: {show_leaf(there)} there, {show_leaf(here)} here")
-    return lines
-
-
-def _from_elsewhere(recipe: Recipe) -> Path | None:
+    if newest is not None:
+        return newest, True
     cache = Path(recipe.run_dir) / DOWNLOADS
     if recipe.autoresume and recipe.save_remote and (uploaded := find_remote(recipe.save_remote, cache)):
-        return uploaded
+        return uploaded, True
     if recipe.load_path is None:
         return None
     if not is_url(recipe.load_path):
-        return find_checkpoint(recipe.load_path)
+        return find_checkpoint(recipe.load_path), False
     downloaded = find_remote(recipe.load_path, cache)
     if downloaded is None:
         raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
-    return downloaded
+    return downloaded, False
+
+
+def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> Start | None:
+    """What the run starts from, checked; a refused download is removed."""
+    found = checkpoint_to_start_from(recipe, newest)
+    if found is None:
+        return None
+    checkpoint, own = found
+    try:
+        if own and newest is None:
+            _check_uploaded(recipe, checkpoint)
+        return check_start(checkpoint, own, recipe, digests)
+    except UserError:
+        if is_downloaded(checkpoint):
+            shutil.rmtree(checkpoint)
+        raise
+
+
+def _check_uploaded(recipe: Recipe, uploaded: Path) -> None:
+    """What is in the store must be the run's own: a copied recipe may name the store of the run it was copied from."""
+    saved, own = read_state(uploaded)["recipe"], flatten(recipe)
+    differing = [
+        f"{key}: {show_leaf(saved[key])} -> {show_leaf(own[key])}"
+        for key in own
+        if key in saved and saved[key] != own[key] and not key.startswith(FREE_KEYS)
+    ]
+    if differing:
+        raise UserError(
+            f"save_remote: {recipe.save_remote} holds checkpoints of a run with another recipe; choose another URL. "
+            "Differing keys:\n  " + "\n  ".join(differing)
+        )
 
 
 def store_of(run_dir: Path) -> CheckpointStore:

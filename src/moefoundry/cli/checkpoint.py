@@ -68,7 +68,7 @@ def _list(args: argparse.Namespace) -> int:
         else:
             cells, state = (manifest.origin.saved_at, _size(manifest.nbytes), _mesh(manifest)), "committed"
         state = "quarantined" if ".quarantine-" in directory.name else state
-        print(f"{directory.name:24} {cells[0]:26} {cells[1]:>10}  {cells[2]:36} {state}")
+        print(f"{directory.resolve().name:24} {cells[0]:26} {cells[1]:>10}  {cells[2]:36} {state}")
     return 0
 
 
@@ -108,6 +108,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _delete(args: argparse.Namespace) -> int:
+    from moefoundry.checkpoint.manifest import is_committed
     from moefoundry.checkpoint.store import entries, in_use
 
     if args.step is not None:
@@ -117,7 +118,7 @@ def _delete(args: argparse.Namespace) -> int:
         (directory,) = named
     else:
         directory = args.path.resolve()
-        if directory not in entries(directory.parent):
+        if not is_committed(directory) and directory not in entries(directory.parent):
             raise UserError(f"{args.path}: no checkpoint; name one, or --step of a run")
     if not args.yes:
         raise UserError(f"this deletes {directory}; say --yes")
@@ -129,9 +130,12 @@ def _delete(args: argparse.Namespace) -> int:
 
 
 def _directories(path: Path) -> list[Path]:
-    """Everything that is, was, or is about to become a checkpoint of a run, oldest first."""
+    """Everything that is, was, or is about to become a checkpoint of a run, oldest first; of a checkpoint, itself."""
+    from moefoundry.checkpoint.manifest import is_committed
     from moefoundry.checkpoint.store import entries
 
+    if is_committed(path):  # such as an import, which is in no run
+        return [path]
     found = [entry for root in (path / "checkpoints", path) for entry in entries(root)]
     if not found:
         raise UserError(f"{path}: no checkpoints there")

@@ -282,6 +282,19 @@ def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("save_keep_best", message, allowed=", ".join(measured), suggestion=near)
 
 
+@rule("save_num_checkpoints_to_keep")
+def _kept_checkpoints(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """The newest checkpoint always stays."""
+    if recipe.save_num_checkpoints_to_keep == 0:
+        yield Problem("save_num_checkpoints_to_keep", "got 0", allowed="a positive integer, or -1 to keep all")
+
+
+@rule("load_weights_only", "load_path")
+def _weights_of_something(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    if recipe.load_weights_only and recipe.load_path is None:
+        yield Problem("load_weights_only", "true, but load_path is null", allowed="false, or load_path=CHECKPOINT")
+
+
 @rule("precision.optimizer_moments", "optimizer.betas")
 def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Without a gradient, a moment loses 1 - beta of itself a step; to be rounded down it may have to lose 2**-8."""

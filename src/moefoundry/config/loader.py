@@ -35,13 +35,16 @@ LLM_FOUNDRY_MODELS = (
 )
 
 
-def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = (), world_size: int | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path | None = None, overrides: Sequence[str] = (), world_size: int | None = None, check: bool = True
+) -> Recipe:
     """Read, resolve and check a recipe.
 
     Args:
         path: A YAML file; None is the built-in default, which equals ``configs/quickstart.yaml``.
         overrides: Dotted ``key=value`` strings; see :mod:`moefoundry.config.overrides`.
         world_size: Number of ranks, where it is known; the mesh and the batch size are then checked against it.
+        check: Check relations between keys. A stored recipe need not pass the checks of a later release.
 
     Raises:
         ConfigError: With every problem found.
@@ -56,7 +59,8 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = (), w
     # One bad value is one problem, not one more for each key that refers to it.
     derived = {path for path in found if not found.keys().isdisjoint(_sources(path, resolver.references))}
     problems += [problem for path, problem in found.items() if path not in derived] or found.values()
-    problems += check_recipe(recipe, world_size, skip=builder.unsound)
+    if check:
+        problems += check_recipe(recipe, world_size, skip=builder.unsound)
     if problems:
         raise ConfigError(problems, source)
     return recipe

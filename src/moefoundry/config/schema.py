@@ -351,12 +351,21 @@ class OptimizerConfig:
     weight_decay: float = key(0.1, "Decoupled decay of weight matrices (not norms, biases, embeddings).", ge=0)
 
 
+class ScheduleTiming(StrEnum):
+    batch_end = "batch_end"
+    composer = "composer"
+
+
 @dataclass
 class SchedulerConfig:
     """What every schedule has; the keys of a schedule are in its subclass."""
 
     name: str = key("cosine_with_warmup", "Schedule; it decides the other keys of this mapping.")
     t_warmup: str = key("0.3dur", "Linear warm-up.", pattern=DURATION)
+    timing: ScheduleTiming = key(
+        ScheduleTiming.batch_end,
+        "Where in the schedule a batch is: at its own end, or two batches before, as in Composer and LLM Foundry.",
+    )
 
 
 @dataclass
@@ -502,7 +511,12 @@ class Recipe:
     )
     save_keep_best: str | None = key(None, "A loss of metrics.jsonl; the checkpoint where it was lowest is kept.")
     save_remote: str | None = key(None, "Checkpoints are also uploaded to this URL.", pattern=URL)
-    load_path: str | None = key(None, "Checkpoint to start from; may be a URL.")
+    load_path: str | None = key(
+        None, "Checkpoint whose run is continued in this run_dir, from its batch on; may be a URL."
+    )
+    load_weights_only: bool = key(
+        False, "Take the weights alone from load_path: counters, schedule, optimizer and data begin anew."
+    )
     allow_batch_size_change: bool = key(
         False, "Resume with another global_train_batch_size, although the rest of the epoch is then drawn anew."
     )

@@ -1,0 +1,87 @@
+"""The learning rate of each batch, computed from the recipe and the position alone: no state, so nothing to restore.
+
+Composer evaluates a schedule where training has come to when a batch has ended, and one batch late at that: batch n,
+counted from 1, gets the value at n - 2 batches. So the first two batches of a warm-up have a rate of 0, and the last
+batch is short of the end. Here batch n has the value at n batches: the warm-up begins above 0, and the last batch has
+the final rate. ``scheduler.timing: composer`` keeps Composer's and LLM Foundry's.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import cast
+
+from composer.core import Callback, State, Timestamp
+from composer.loggers import Logger
+from composer.optim import (
+    ComposerScheduler,
+    ConstantWithWarmupScheduler,
+    CosineAnnealingWithWarmupScheduler,
+    LinearWithWarmupScheduler,
+)
+from composer.utils import dist
+
+from moefoundry.config import (
+    CosineWithWarmupConfig,
+    LinearDecayWithWarmupConfig,
+    Recipe,
+    SchedulerConfig,
+    ScheduleTiming,
+)
+
+
+class LearningRate(Callback):
+    """Sets the rate before each batch.
+
+    Args:
+        recipe: Its ``optimizer.lr``, ``scheduler`` and sizes of a batch.
+        changes: What makes this schedule differ from that of the checkpoint which the run continues, for a line that
+            says so with the first rate; empty if nothing does.
+    """
+
+    def __init__(self, recipe: Recipe, changes: str = "") -> None:
+        self.peak = recipe.optimizer.lr
+        self.timing = recipe.scheduler.timing
+        self.schedule = build_schedule(recipe.scheduler)
+        self.samples = recipe.global_train_batch_size
+        self.tokens = recipe.global_train_batch_size * recipe.max_seq_len
+        self._changes = changes
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        rate = self.rate(state)
+        for group in state.optimizers[0].param_groups:
+            group["lr"] = rate
+        if self._changes and dist.get_global_rank() == 0:
+            batch = state.timestamp.batch.value + 1
+            text = f"note: the learning rate of batch {batch} is {rate:.4g}, by this recipe's schedule; {self._changes}"
+            print(text, file=sys.stderr, flush=True)
+        self._changes = ""
+
+    def rate(self, state: State) -> float:
+        """That of the batch which follows ``state.timestamp``."""
+        position = SimpleNamespace(
+            timestamp=self._position(state.timestamp),
+            max_duration=state.max_duration,
+            dataloader_len=state.dataloader_len,
+        )
+        return self.peak * self.schedule(cast(State, position))
+
+    def _position(self, now: Timestamp) -> Timestamp:
+        """Where in the schedule the next batch is. A last, smaller batch of an epoch counts as a whole one."""
+        if self.timing == ScheduleTiming.batch_end:
+            return now.to_next_batch(self.samples, self.tokens)
+        return now.copy(
+            batch=max(0, now.batch.value - 1),
+            sample=max(0, now.sample.value - self.samples),
+            token=max(0, now.token.value - self.tokens),
+        )
+
+
+def build_schedule(cfg: SchedulerConfig) -> ComposerScheduler:
+    """Position -> share of the peak rate."""
+    if isinstance(cfg, CosineWithWarmupConfig):
+        return CosineAnnealingWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
+    if isinstance(cfg, LinearDecayWithWarmupConfig):
+        return LinearWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
+    return ConstantWithWarmupScheduler(t_warmup=cfg.t_warmup)

@@ -1,0 +1,207 @@
+"""What a run begins with: nothing, the weights of a checkpoint, or all of one; and whether it may.
+
+A run *goes on* from a checkpoint of its own (``autoresume``), or from another run's (``load_path``): optimizer,
+counters and position in the data come along, so the data must be the same, by content. With ``load_weights_only`` it
+begins a new *phase* with another's weights, and all else from the beginning, on whatever data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
+from moefoundry.config import Moments, Recipe, ScheduleTiming, UserError, flatten
+from moefoundry.config.build import changes_nothing
+from moefoundry.config.spec import show_leaf
+from moefoundry.data.identity import read_shards, stream_digest
+
+MOMENTS = "precision.optimizer_moments"
+SHUFFLE_SEED = "train_loader.dataset.shuffle_seed"
+TIMING = "scheduler.timing"
+TRAINING_DATA = "train_loader.dataset"
+HELD_OUT_DATA = "eval_loader.dataset"
+TOKENIZER = "tokenizer"
+COUNTERS = {"ba": "batch", "ep": "epoch", "tok": "token", "sp": "sample"}
+
+NOT_ARCHITECTURE = (
+    "model.init.",
+    "model.document_masking",
+    "model.moe.router.input_jitter",
+    "model.moe.balance.",
+    "model.moe.capacity_factor",
+    "model.moe.backend",
+    "model.mtp.loss_weight",
+)
+"""Keys of ``model`` that a run may change when it starts from another's checkpoint."""
+
+ORDER = ("train_loader.dataset.shuffle", "train_loader.drop_last")
+"""Keys by which, beside the size of the global batch, a position within an epoch depends."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: Its directory.
+        own: The run saved it, in ``run_dir`` or ``save_remote``; else it is ``load_path``'s.
+        weights_only: Its weights are taken, and all else begins anew.
+        schedule_changes: Why the learning rate is not the one that the checkpoint's recipe goes on with, if it is not.
+    """
+
+    checkpoint: Path
+    own: bool = True
+    weights_only: bool = False
+    schedule_changes: str = ""
+
+
+def data_digests(recipe: Recipe) -> dict[str, str]:
+    """Key of a recipe that names data -> digest of their content: each stream of samples, and the tokenizer if there is
+    one. The indices of remote data must have been downloaded, as building a loader does.
+
+    Raises:
+        UserError: The index of a stream is absent or damaged.
+    """
+    digests = {}
+    for key, loader in ((TRAINING_DATA, recipe.train_loader), (HELD_OUT_DATA, recipe.eval_loader)):
+        if loader is not None:
+            digests[key] = stream_digest(Path(loader.dataset.local, loader.dataset.split))
+    file = Path(recipe.tokenizer.name, "tokenizer.json")
+    if file.is_file():
+        digests[TOKENIZER] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return digests
+
+
+def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[str, str]) -> Start:
+    """How a run begins with ``checkpoint``. Says what goes on in another way than the recipe or the checkpoint has it.
+
+    Args:
+        checkpoint: A directory.
+        own: The run saved it itself.
+        recipe: The run's.
+        digests: Its :func:`data_digests`.
+
+    Raises:
+        UserError: The checkpoint is unreadable, or of another architecture; or the run would go on with other data, in
+            another order, or has nothing left to train.
+    """
+    document = read_state(checkpoint)
+    saved, here = document["recipe"], flatten(recipe)
+    if differing := _other_architecture(saved, here):
+        raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
+    if document.get(WEIGHTS_ONLY) or (recipe.load_weights_only and not own):
+        return Start(checkpoint, own, weights_only=True)
+    if not own:
+        _check_something_is_left(checkpoint, document["timestamp"] or {}, recipe.max_duration)
+    _check_order(checkpoint, saved, here, recipe.allow_batch_size_change)
+    if (stored := document.get("data_digests")) is None:
+        _check_data_without_digests(checkpoint, document, here)
+    else:
+        _check_data(checkpoint, own, stored, here, digests)
+    moments = saved.get(MOMENTS, Moments.fp32), here[MOMENTS]
+    if (moments[0] == Moments.fp32) != (moments[1] == Moments.fp32):
+        _note(f"{MOMENTS}: {moments[1]}; those of {checkpoint}, {moments[0]}, are converted")
+    seeds = (document["data"] or {}).get("shuffle_seed"), here[SHUFFLE_SEED]
+    if seeds[0] is not None and seeds[0] != seeds[1] and here[ORDER[0]]:
+        _note(f"{SHUFFLE_SEED}: {seeds[1]}; the data go on in the order of {checkpoint}, that of {seeds[0]}")
+    return Start(checkpoint, own, schedule_changes=_schedule_changes(saved, here, document.get("lr")))
+
+
+def _other_architecture(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """A line for each key of the architecture that differs between two flat recipes. What a recipe does not have is off
+    in it: it was stored before there was such a key, or belongs to a mapping that is null."""
+    lines = []
+    for key in dict.fromkeys((*own, *saved)):
+        if key.startswith("model.") and not key.startswith(NOT_ARCHITECTURE):
+            there, here = saved.get(key), own.get(key)
+            if there != here and not (changes_nothing(there) and changes_nothing(here)):
+                lines.append(f"{key}: {show_leaf(there)} there, {show_leaf(here)} here")
+    return lines
+
+
+def _check_something_is_left(checkpoint: Path, timestamp: Mapping[str, Any], max_duration: str) -> None:
+    number = "".join(filter(str.isdigit, max_duration))
+    counter = COUNTERS[max_duration.removeprefix(number)]
+    if timestamp.get(counter, 0) >= int(number):
+        raise UserError(
+            f"load_path: {checkpoint} is at {counter} {timestamp[counter]} of max_duration={max_duration}: nothing is "
+            "left to train; raise max_duration to go on, or begin a new phase with its weights: load_weights_only=true"
+        )
+
+
+def _check_order(checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, Any], batch_size_is_free: bool) -> None:
+    """The position in the data must mean the same samples."""
+    sizes = saved.get("global_train_batch_size"), here["global_train_batch_size"]
+    if sizes[0] != sizes[1] and not batch_size_is_free:
+        raise UserError(
+            f"global_train_batch_size: {sizes[1]}, and {checkpoint} was written with {sizes[0]}; the rest of its epoch "
+            "would be other samples, some of them twice; allow_batch_size_change=true accepts that"
+        )
+    for key in ORDER:
+        if saved.get(key, here[key]) != here[key]:
+            raise UserError(
+                f"{key}: {show_leaf(here[key])}, and {checkpoint} was written with {show_leaf(saved[key])}; the rest "
+                "of its epoch would be other samples; begin a new phase with its weights instead: "
+                "load_weights_only=true"
+            )
+
+
+def _check_data(
+    checkpoint: Path, own: bool, stored: Mapping[str, str], here: Mapping[str, Any], digests: Mapping[str, str]
+) -> None:
+    """Data are known by their content. Where a run goes on elsewhere, its held-out data may be others."""
+    for key in digests:
+        if stored.get(key, digests[key]) == digests[key]:
+            continue
+        place = here["tokenizer.name"] if key == TOKENIZER else _place(here, key)
+        what = f"{key}: {place} is not what {checkpoint} was saved with"
+        if key == HELD_OUT_DATA and not own:
+            _note(f"{what}; held-out losses are not to be compared")
+            continue
+        where = " in another run_dir" if own else ""
+        raise UserError(
+            f"{what} (sha256 {digests[key][:12]} here, {stored[key][:12]} there); bring that back, or begin a new "
+            f"phase with the weights{where}: load_path={checkpoint} load_weights_only=true"
+        )
+
+
+def _check_data_without_digests(checkpoint: Path, document: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Of a checkpoint of an earlier release only the place and the position are known."""
+    position = (document["data"] or {}).get("sample_in_epoch", 0)
+    directory = Path(here[f"{TRAINING_DATA}.local"], here[f"{TRAINING_DATA}.split"])
+    if position and position > (samples := sum(shard["samples"] for shard in read_shards(directory))):
+        raise UserError(
+            f"{TRAINING_DATA}: {checkpoint} is at sample {position} of its epoch, and {directory} has {samples}; "
+            "bring its data back, or begin a new phase with its weights: load_weights_only=true"
+        )
+    there, place = _place(document["recipe"], TRAINING_DATA), _place(here, TRAINING_DATA)
+    if there != place:
+        _note(f"{checkpoint} has no digest of its data, {there}; {place} is taken for the same")
+
+
+def _place(recipe: Mapping[str, Any], key: str) -> str:
+    """Where the flat ``recipe`` has the stream ``key``."""
+    return f"{recipe.get(f'{key}.remote') or recipe.get(f'{key}.local')}/{recipe.get(f'{key}.split')}"
+
+
+def _schedule_changes(saved: Mapping[str, Any], here: Mapping[str, Any], last_rate: float | None) -> str:
+    """Which keys of the schedule differ. What was saved before there was ``scheduler.timing`` had Composer's."""
+    saved = {TIMING: ScheduleTiming.composer, **saved}
+    keys = [key for key in {**saved, **here} if key in ("max_duration", "optimizer.lr") or key.startswith("scheduler.")]
+    lines = [
+        f"{key} is {show_leaf(here.get(key))}, and was {show_leaf(saved.get(key))}"
+        for key in keys
+        if saved.get(key) != here.get(key)
+    ]
+    if lines and last_rate is not None:
+        lines.append(f"the batch before had {last_rate:.4g}")
+    return "; ".join(lines)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
