@@ -24,7 +24,6 @@ What happens when shards are damaged, missing or stale is in :mod:`moefoundry.da
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -43,6 +42,7 @@ from torch import Tensor
 from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig
 from moefoundry.data.guard import CheckedStream, GuardedDataset
+from moefoundry.data.identity import read_shards
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
@@ -263,12 +263,7 @@ def check_local(config: DatasetConfig, model_vocab_size: int) -> None:
 
 def _check_shards(directory: Path) -> None:
     """Every shard of the index is there with its size: known at once, what would else end the run at the shard."""
-    file = directory / "index.json"
-    try:
-        shards: list[dict[str, Any]] = json.loads(file.read_text())["shards"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
-    for shard in shards:
+    for shard in read_shards(directory):
         info = shard["raw_data"]
         path = directory / info["basename"]
         if not path.is_file():

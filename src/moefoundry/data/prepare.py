@@ -33,6 +33,7 @@ from tqdm import tqdm
 from moefoundry import __version__
 from moefoundry.config.errors import UserError
 from moefoundry.data.corpus import Corpus, CorpusFormat, CorpusScan, Document, Split, open_corpus, split_of, unit_hash
+from moefoundry.data.identity import corpus_digest, stream_digest
 from moefoundry.data.packing import pack
 from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSION, CorpusSummary, SplitSummary, read_corpus_summary
 from moefoundry.data.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_tokenizer
@@ -128,6 +129,9 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
             skipped=scan.skipped,
             inputs=inputs,
             splits=splits,
+            sha256=corpus_digest(
+                tokenizer.sha256, tokenizer.eos_id, {name: split.sha256 for name, split in splits.items()}
+            ),
         )
         summary.write(staging)
     return PreparedSummary(options.out, summary, up_to_date=False)
@@ -318,6 +322,7 @@ def _write_split(documents: _Counted, seq_len: int, directory: Path) -> SplitSum
         samples=samples,
         dropped_tokens=documents.tokens - samples * seq_len,
         unigram_entropy_nats=unigram_entropy(counts),
+        sha256=stream_digest(directory),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import UserError
+from moefoundry.data.identity import corpus_digest, stream_digest
 
 CORPUS_FILE = "corpus.json"
 FORMAT_VERSION = 1  # of the directory's layout; another number is another preparation
@@ -29,6 +30,7 @@ class SplitSummary:
         dropped_tokens: The tail that filled no sample; ``tokens == samples * max_seq_len + dropped_tokens``.
         unigram_entropy_nats: Entropy of the token frequencies of the samples, in nats a token: the loss of the best
             model that ignores context.
+        sha256: What identifies the samples and their order; see :mod:`moefoundry.data.identity`.
     """
 
     documents: int
@@ -37,6 +39,7 @@ class SplitSummary:
     samples: int
     dropped_tokens: int
     unigram_entropy_nats: float
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class CorpusSummary:
         skipped: Files or lines left out as blank or not UTF-8.
         inputs: Everything that decides the content: the options and the digest of the documents.
         splits: ``train`` and ``val``.
+        sha256: What identifies the corpus; see :mod:`moefoundry.data.identity`.
     """
 
     format_version: int
@@ -67,6 +71,7 @@ class CorpusSummary:
     skipped: int
     inputs: dict[str, Any]
     splits: dict[str, SplitSummary]
+    sha256: str
 
     def write(self, directory: Path) -> None:
         """Write corpus.json into ``directory``."""
@@ -90,7 +95,18 @@ def read_corpus_summary(local: str | Path) -> CorpusSummary:
     if version != FORMAT_VERSION:
         raise UserError(f"{file}: format version {version}, this release reads {FORMAT_VERSION}; prepare it again")
     try:
+        _add_digests(record, Path(local))
         splits = {name: SplitSummary(**split) for name, split in record.pop("splits").items()}
         return CorpusSummary(**record, splits=splits)
     except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file}: damaged: {error}") from error
+
+
+def _add_digests(record: dict[str, Any], local: Path) -> None:
+    """Compute what a corpus.json of an earlier version lacks; the indices of the shards hold what it takes."""
+    for name, split in record["splits"].items():
+        if "sha256" not in split:
+            split["sha256"] = stream_digest(local / name)
+    if "sha256" not in record:
+        streams = {name: split["sha256"] for name, split in record["splits"].items()}
+        record["sha256"] = corpus_digest(record["tokenizer_sha256"], record["eos_id"], streams)
