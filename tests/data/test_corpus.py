@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from moefoundry.config.errors import UserError
-from moefoundry.data.corpus import CorpusFormat, Document, Split, open_corpus, split_of, unit_hash
+from moefoundry.data.corpus import Document, open_corpus
+from moefoundry.data.formats import CorpusFormat
+from moefoundry.data.splits import Split, split_of, unit_hash
 
 
 def write(root: Path, files: dict[str, str | bytes]) -> Path:

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from moefoundry.cli import prepare as command
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
-from moefoundry.data.corpus import open_corpus, split_of
+from moefoundry.data.corpus import open_corpus
 from moefoundry.data.prepare import PrepareOptions, prepare, unigram_entropy
+from moefoundry.data.splits import split_of
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -168,14 +169,17 @@ def test_given_tokenizer_is_copied_and_wide_vocabularies_fit(options: PrepareOpt
     ("change", "message"),
     [
         ({"source": "nowhere/at/all"}, "nowhere/at/all: no such file or directory"),
-        ({"max_docs": 1}, r"the (train|val) split has no sample: .* of 1 document\(s\)"),
-        ({"max_seq_len": 10_000}, "the train split has no sample: .* --max-seq-len 10000"),
-        ({"val_fraction": 1e-9}, r"the val split has no sample: 0 of 40 document\(s\)"),
+        ({"max_docs": 1, "max_seq_len": 800}, r"no sample for train( and val)?: 1 document\(s\) have \d+ tokens in all"),
+        ({"max_seq_len": 10_000}, "no sample for train and val: .* --max-seq-len 10000; .* nothing out: --val-fraction 0"),
+        ({"max_seq_len": 10_000, "val_fraction": 0}, "no sample for train: .* --max-seq-len 10000; add text, or lower"),
+        ({"source": "s3://user:secret@bucket/text"}, r"^s3://\.\.\.: not a local path; copy the corpus"),
+        ({"out": Path("s3://user:secret@bucket/text")}, r"^s3://\.\.\.: OUT is a local directory"),
+        ({"max_loss": 1.5}, r"--max-loss 1\.5: a share, from 0 to 1"),
         ({"max_bytes": 1}, "empty corpus: no document with text .* within --max-docs and --max-bytes"),
         ({"tokenizer": Path("no/tokenizer")}, r"no/tokenizer/tokenizer\.json: no such file"),
         ({"max_vocab": 299}, "--vocab-size 300 exceeds --max-vocab 299"),
         ({"max_seq_len": 1}, "--max-seq-len 1: at least 2"),
-        ({"val_fraction": 1.0}, r"--val-fraction 1\.0: must lie between 0 and 1"),
+        ({"val_fraction": 1.0}, r"--val-fraction 1\.0: at least 0 .* below 1"),
         ({"vocab_size": 100}, "--vocab-size 100: at least 261"),
         ({"max_docs": 0}, "--max-docs 0: at least 1"),
     ],
@@ -197,7 +201,7 @@ def test_given_vocabulary_above_the_limit_is_named(options: PrepareOptions, tmp_
 def test_blank_files_are_an_empty_corpus(options: PrepareOptions, source: Path) -> None:
     for file in source.iterdir():
         file.write_text(" \n")
-    with pytest.raises(UserError, match=r"source: empty corpus: no document with text in 40 file\(s\)$"):
+    with pytest.raises(UserError, match=r"source: empty corpus: no document with text in 40 file\(s\) \(left out: 40 blank"):
         prepare(options)
 
 
