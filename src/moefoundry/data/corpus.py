@@ -265,7 +265,7 @@ def _open_directory(
     format = format or (format_of_files(place, paths, CorpusFormat.source) if paths else CorpusFormat.source)
     others = Counter(suffix_of(entry.path) for entry in set(entries) - set(chosen))
     ignored = () if globs else tuple(others.most_common())
-    return Corpus(place, format, paths, text_key, bad_bytes, tuple(unusable), ignored)
+    return Corpus(place, format, paths, text_key, bad_bytes, tuple(sorted(unusable)), ignored)
 
 
 def url_scheme(place: str) -> str:
@@ -287,9 +287,10 @@ def _only_format(place: Path, entries: list[Entry]) -> CorpusFormat:
 
 
 def _of_format(entries: list[Entry], format: CorpusFormat) -> list[Entry]:
-    """The entries whose name declares the format."""
+    """The entries whose name declares the format, and links to nothing that may have been to a directory of them."""
     chosen = [entry for entry in entries if suffix_of(entry.path) in SUFFIXES[format]]
-    return chosen or [entry for entry in entries if named_format(entry.path) is format]
+    chosen = chosen or [entry for entry in entries if named_format(entry.path) is format]
+    return chosen + [entry for entry in entries if entry.status is None and not suffix_of(entry.path)]
 
 
 def _size(file: Path) -> int | None:

@@ -38,7 +38,8 @@ OF_RECORDS = frozenset({Reason.no_key, Reason.not_string, Reason.null})
 REMEDIES = {
     Reason.bad_bytes: "--bad-bytes replace keeps such lines, with U+FFFD for each bad byte",
     Reason.not_text: "convert these files to UTF-8 text",
-    Reason.unreadable: "change the permissions",
+    Reason.unreadable: "make it readable",
+    Reason.broken_link: "mend or remove the link",
 }
 
 

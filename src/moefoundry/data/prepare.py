@@ -18,6 +18,7 @@ than tokenizing.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -270,7 +271,7 @@ def _write(
 ) -> _Written:
     """Write the tokenizer and the splits. Where one gets no sample, divide otherwise, and write again."""
     with Progress("loading libraries"):
-        import streaming as _  # and torch: seconds
+        importlib.import_module("streaming")  # and torch: seconds
     division = Division(options.val_fraction)
     asked = [Split.train, Split.val] if options.val_fraction else [Split.train]
     for margin in (*RETRY_MARGINS, None):

@@ -45,10 +45,14 @@ def json_records(file: Path, bad_bytes: BadBytes) -> Iterator[Record]:
     head = read_head(file)
     encoding = encoding_of(head)
     start = head.decode(encoding, "replace").lstrip()
-    if _over_lines(start, ".json" in file.suffixes):
+    one_value = ".json" in file.suffixes
+    if _over_lines(start, one_value):
         with open_bytes(file) as stream:
-            yield from _values(_text(stream.read(), encoding, bad_bytes))
-        return
+            values = _values(_text(stream.read(), encoding, bad_bytes))
+        first = next(values, None)
+        if one_value or first is None or not isinstance(first.value, Reason):
+            yield from itertools.chain([first] if first else [], values)
+            return
     for number, line in enumerate(lines(file), start=1):
         if line.strip():
             yield Record(number, len(line), _parse(_text(line, "utf-8", bad_bytes)))
