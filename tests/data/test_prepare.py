@@ -4,11 +4,14 @@ import argparse
 import hashlib
 import json
 import math
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from streaming import StreamingDataLoader
 from streaming.base.format import reader_from_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -20,6 +23,7 @@ from moefoundry.data.prepare import PrepareOptions, prepare, unigram_entropy
 from moefoundry.data.splits import split_of
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.data.shards import config_of, tokens_of
 
 
 @pytest.fixture
@@ -251,6 +255,41 @@ def test_a_failed_rename_puts_the_old_corpus_back(options: PrepareOptions, monke
     with pytest.raises(UserError, match=r"out: cannot be written: .*not today"):
         prepare(replace(options, max_seq_len=16, overwrite=True))
     assert tree(options.out.parent) == before
+
+
+@pytest.mark.parametrize("place", ["of d#1%20?x&y=z", "größe 漢 [1]*", "a:b", "'quoted' \\"])
+def test_any_path_will_do(tmp_path: Path, place: str, build: Callable[..., StreamingDataLoader]) -> None:
+    source, out = tmp_path / place / "in", tmp_path / place / "out"
+    source.mkdir(parents=True)
+    for number in range(30):
+        (source / f"{number} {place}.txt").write_text(f"line {number} of text\n" * 20)
+    options = PrepareOptions(str(source), out, max_seq_len=16, vocab_size=280, val_fraction=0.2)
+    summary = prepare(options).corpus
+    loader = build(config_of(out))
+    assert len(tokens_of(loader)) == summary.splits["train"].samples // 4
+    again = prepare(replace(options, tokenizer=out / "tokenizer", overwrite=True))
+    assert again.corpus.sha256 == summary.sha256
+
+
+def test_a_name_that_is_not_utf_8(source: Path, options: PrepareOptions) -> None:
+    name = os.fsdecode(b"caf\xe9.py")
+    (source / name).write_bytes(b"x = 1\ny = '\xe9'\n")
+    prepared = prepare(replace(options, max_loss=0.1))
+    assert prepared.corpus.left_out["not UTF-8"]["first"] == [f"{name}:2"]
+    assert "caf\\udce9.py:2" in command.describe(prepared)
+    assert prepare(replace(options, max_loss=0.1)).up_to_date
+
+
+def test_home_is_expanded(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    first = prepare(replace(options, source="~/source", out=Path("~/first")))
+    assert (tmp_path / "first" / "corpus.json").is_file()
+    prepare(replace(options, source="~/source", out=Path("~/deep/second"), tokenizer=Path("~/first/tokenizer")))
+    assert not (tmp_path / "~").exists()
+    assert first.out == tmp_path / "first"
+    with pytest.raises(UserError, match="~nobody-has-this-name/x: no such file or directory"):
+        prepare(replace(options, source="~nobody-has-this-name/x"))
 
 
 def test_the_command_prints_a_summary(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -159,7 +159,8 @@ def describe(prepared: PreparedSummary) -> str:
             f"  held out with --val-fraction {corpus.division['val_fraction']:.3g}, for a sample in each split"
         )
     if corpus.left_out:
-        lines.append(f"  left out, {corpus.left_out_share:.2%} of the bytes: {describe_left_out(corpus.left_out)}")
+        share = f", {corpus.left_out_share:.2%} of the bytes" if corpus.left_out_share else ""
+        lines.append(f"  left out{share}: {describe_left_out(corpus.left_out)}")
     elif corpus.skipped:
         lines.append(f"  left out: {corpus.skipped:,} blank or not UTF-8")
     if prepared.ignored:
