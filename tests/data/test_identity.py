@@ -8,7 +8,8 @@ import pytest
 
 from moefoundry.config.errors import UserError
 from moefoundry.data.identity import stream_digest
-from moefoundry.data.prepare import PrepareOptions, prepare
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare
 from moefoundry.data.summary import CorpusSummary, read_corpus_summary
 
 

@@ -11,7 +11,8 @@ from moefoundry.cli.prepare import describe
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data.left_out import LeftOut, Reason, one_line
-from moefoundry.data.prepare import PrepareOptions, prepare
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare
 from moefoundry.data.reading import BadBytes
 from moefoundry.data.summary import read_corpus_summary
 

@@ -19,7 +19,8 @@ from moefoundry.cli import prepare as command
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data.corpus import open_corpus
-from moefoundry.data.prepare import PrepareOptions, prepare, unigram_entropy
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare, unigram_entropy
 from moefoundry.data.splits import split_of
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer, train_tokenizer

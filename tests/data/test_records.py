@@ -104,6 +104,13 @@ def test_json_arrays_and_single_objects_are_records(tmp_path: Path) -> None:
     assert (found, [item[:2] for item in left]) == (expected[0], [("x.json:4", Reason.not_json)])
 
 
+def test_lines_that_are_lists_are_not_an_array(tmp_path: Path) -> None:
+    chat = json.dumps([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}])
+    found, left = texts(file_of(tmp_path, f'{chat}\n{{"text": "a"}}\n{chat}\n'), text_key="text")
+    assert found == ["a"]
+    assert [item[:2] for item in left] == [("x.jsonl:1", Reason.not_json), ("x.jsonl:3", Reason.not_json)]
+
+
 def test_json_by_glob_is_not_text(tmp_path: Path) -> None:
     file_of(tmp_path, '{"text": "a"}', "x.json")
     assert texts(tmp_path, globs=("*.json",)) == (["a"], [])

@@ -10,7 +10,8 @@ import pytest
 from moefoundry.config.errors import UserError
 from moefoundry.data.corpus import Document
 from moefoundry.data.loader import check_local
-from moefoundry.data.prepare import PrepareOptions, prepare
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare
 from moefoundry.data.splits import Division, Split, by_position, moved, split_of
 from moefoundry.data.summary import CorpusSummary
 from moefoundry.data.tokenizer import load_tokenizer

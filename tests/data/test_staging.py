@@ -15,7 +15,8 @@ from moefoundry.cli import prepare as command
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data import staging as module
-from moefoundry.data.prepare import PrepareOptions, prepare
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare
 from moefoundry.data.staging import clear_abandoned, staging
 
 

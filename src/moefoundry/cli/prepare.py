@@ -117,7 +117,8 @@ def _stop_signals() -> Iterator[None]:
 
 def _prepare(args: argparse.Namespace) -> PreparedSummary:
     from moefoundry.data.formats import CorpusFormat
-    from moefoundry.data.prepare import PrepareOptions, prepare
+    from moefoundry.data.options import PrepareOptions
+    from moefoundry.data.prepare import prepare
     from moefoundry.data.reading import BadBytes
 
     return prepare(

@@ -185,10 +185,11 @@ class Corpus:
 
     def hint(self, left_out: LeftOut) -> str:
         """What would read the records that have no text; empty if there are none, or nothing is seen."""
-        for reason in OF_RECORDS & left_out.reasons.keys():
-            file = self.root / left_out.reasons[reason]["first"][0].rpartition(":")[0]
-            return hint(self._records_of(file), file, self.text_key)
-        return ""
+        names = [left["first"][0] for reason, left in left_out.reasons.items() if reason in OF_RECORDS]
+        if not names:
+            return ""
+        file = self.root / names[0].rpartition(":")[0]
+        return hint(self._records_of(file), file, self.text_key)
 
 
 def add_to_digest(digest: hashlib._Hash, document: Document, data: bytes) -> None:

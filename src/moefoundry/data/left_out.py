@@ -34,7 +34,7 @@ class Reason(StrEnum):
 
 
 HARMLESS = frozenset({Reason.blank, Reason.special})
-OF_RECORDS = frozenset({Reason.no_key, Reason.not_string, Reason.null})
+OF_RECORDS = frozenset({Reason.no_key, Reason.not_string})
 REMEDIES = {
     Reason.bad_bytes: "--bad-bytes replace keeps such lines, with U+FFFD for each bad byte",
     Reason.not_text: "convert these files to UTF-8 text",

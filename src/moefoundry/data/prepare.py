@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,17 +31,16 @@ from numpy.typing import NDArray
 
 from moefoundry import __version__
 from moefoundry.config.errors import UserError
-from moefoundry.data.corpus import Corpus, CorpusScan, Document, add_to_digest, open_corpus, url_scheme
-from moefoundry.data.formats import CorpusFormat
+from moefoundry.data.corpus import Corpus, CorpusScan, Document, add_to_digest, open_corpus
 from moefoundry.data.identity import corpus_digest, stream_digest
-from moefoundry.data.left_out import MAX_LOSS, describe_left_out
+from moefoundry.data.left_out import describe_left_out
+from moefoundry.data.options import PrepareOptions, check_numbers, expanded
 from moefoundry.data.packing import pack
 from moefoundry.data.progress import Progress
-from moefoundry.data.reading import BadBytes
 from moefoundry.data.splits import Division, Split, by_position, moved, unit_hash
 from moefoundry.data.staging import clear_abandoned, staging
 from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSION, CorpusSummary, SplitSummary, read_corpus_summary
-from moefoundry.data.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_tokenizer
+from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 OUTPUTS = {"tokenizer", "train", "val", CORPUS_FILE}
 HASHES = ["sha1", "xxh64"]  # of every shard, in its index; sorted, as MDSWriter demands
@@ -50,47 +48,6 @@ SHARD_BYTES = 1 << 24  # 16 MiB: a few seconds of download, and enough shards to
 TOKENIZER_SAMPLE_BYTES = 1 << 27  # 128 MiB of text; merges hardly change beyond, memory and time do
 ENCODE_BATCH_BYTES = 1 << 22  # text handed to the tokenizer's threads at once
 RETRY_MARGINS = (1.2, 2.0, 4.0)  # text for a sample, over that of an average one, where a split got none
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What to prepare and how.
-
-    Attributes:
-        source: File, directory or ``stdlib``.
-        out: Directory to make.
-        max_seq_len: Tokens a sample.
-        vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
-        tokenizer: A Hugging Face tokenizer directory to use instead of training one.
-        max_vocab: Refuse a larger vocabulary (the model's ``vocab_size``).
-        format: How documents are stored; inferred if None.
-        globs: Patterns of the files.
-        text_key: JSONL and Parquet: key of the text, or a path of keys with dots.
-        bad_bytes: What becomes of bytes that are not text.
-        max_loss: The share of the bytes that may be left out.
-        val_fraction: Expected share of files (documents for JSONL) held out; 0 holds nothing out.
-        max_docs: Use only the first so many documents.
-        max_bytes: Use only the first documents of so many bytes.
-        seed: Decides which files are held out, and the tokenizer's sample.
-        overwrite: Replace a corpus that was prepared from something else, or differently.
-    """
-
-    source: str
-    out: Path
-    max_seq_len: int = 512
-    vocab_size: int = 4096
-    tokenizer: Path | None = None
-    max_vocab: int | None = None
-    format: CorpusFormat | None = None
-    globs: tuple[str, ...] = ()
-    text_key: str = "text"
-    bad_bytes: BadBytes = BadBytes.drop
-    max_loss: float = MAX_LOSS
-    val_fraction: float = 0.05
-    max_docs: int | None = None
-    max_bytes: int | None = None
-    seed: int = 17
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,10 +73,11 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
     Raises:
         UserError: Bad options or input, ``out`` holds something else, or it cannot be written. ``out`` is untouched.
     """
-    options = _expanded(options)
-    _check_numbers(options)
+    options = expanded(options)
+    check_numbers(options)
     out = options.out.resolve()
     clear_abandoned(out)
+    _check_out(out, options)
     corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     _check_vocab(given, options)
@@ -153,25 +111,6 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
     return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
 
 
-def _expanded(options: PrepareOptions) -> PrepareOptions:
-    """The options with ``~`` resolved in every path.
-
-    Raises:
-        UserError: ``out`` is a URL.
-    """
-    if scheme := url_scheme(str(options.out)):
-        raise UserError(
-            f"{scheme}://...: OUT is a local directory; upload it when it is complete, and name that place as "
-            "dataset.remote"
-        )
-    return replace(
-        options,
-        source=os.path.expanduser(options.source),
-        out=Path(os.path.expanduser(options.out)),
-        tokenizer=Path(os.path.expanduser(options.tokenizer)) if options.tokenizer else None,
-    )
-
-
 def _scan(corpus: Corpus, options: PrepareOptions) -> CorpusScan:
     """Read the corpus once; refuse one without text, or of which too much cannot be read."""
     with Progress("reading") as progress:
@@ -185,21 +124,6 @@ def _scan(corpus: Corpus, options: PrepareOptions) -> CorpusScan:
             + left_out
         )
     return scan
-
-
-def _check_numbers(options: PrepareOptions) -> None:
-    """Refuse numbers out of range, by the name of their option."""
-    if options.max_seq_len < 2:
-        raise UserError(f"--max-seq-len {options.max_seq_len}: at least 2 (a token and the next one)")
-    if not 0 <= options.val_fraction < 1:
-        raise UserError(f"--val-fraction {options.val_fraction}: at least 0 (no held-out split), and below 1")
-    if not 0 <= options.max_loss <= 1:
-        raise UserError(f"--max-loss {options.max_loss}: a share, from 0 to 1")
-    if options.tokenizer is None:
-        check_trainable(options.vocab_size)
-    for name, cap in (("--max-docs", options.max_docs), ("--max-bytes", options.max_bytes)):
-        if cap is not None and cap < 1:
-            raise UserError(f"{name} {cap}: at least 1")
 
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
@@ -230,20 +154,24 @@ def _inputs(
     }
 
 
-def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> CorpusSummary | None:
-    """What ``out`` holds, if it is what was asked for; None if it is to be written.
-
-    Raises:
-        UserError: ``out`` holds something else: another corpus without ``--overwrite``, or no corpus at all.
-    """
+def _check_out(out: Path, options: PrepareOptions) -> None:
+    """Refuse, before anything is read, to write where something else than a corpus lies."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
+        return
     if not (out / CORPUS_FILE).is_file():
         raise UserError(f"{options.out}: exists and is not a prepared corpus (no {CORPUS_FILE}); choose another OUT")
     foreign = sorted({entry.name for entry in out.iterdir()} - OUTPUTS)
     if options.overwrite and foreign:
         raise UserError(f"{options.out}: not overwritten, as it also holds {', '.join(foreign)}")
-    if options.overwrite:
+
+
+def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> CorpusSummary | None:
+    """What ``out`` holds, if it is what was asked for; None if it is to be written.
+
+    Raises:
+        UserError: ``out`` holds another corpus, and is not to be overwritten.
+    """
+    if options.overwrite or not (out / CORPUS_FILE).is_file():
         return None
     summary = read_corpus_summary(out)
     names = sorted(inputs.keys() | summary.inputs.keys())

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moefoundry.data.left_out import Reason
+from moefoundry.data.left_out import OF_RECORDS, Reason
 from moefoundry.data.reading import BadBytes, DamagedError, encoding_of, lines, open_bytes, read_head
 
 PARQUET_MAGIC = b"PAR1"
@@ -60,10 +60,10 @@ def json_records(file: Path, bad_bytes: BadBytes) -> Iterator[Record]:
 
 def _over_lines(start: str, single: bool) -> bool:
     """Whether a file that starts so is an array, or values over several lines, rather than one value a line."""
-    first, newline, _ = start.partition("\n")
+    first, newline, rest = start.partition("\n")
     value = _parse(first) if newline else Reason.not_json
     if first.startswith("["):
-        return isinstance(value, Reason) or (bool(value) and all(isinstance(item, dict) for item in value))
+        return isinstance(value, Reason) or (not rest.strip() and all(isinstance(item, dict) for item in value))
     return single and bool(newline) and isinstance(value, Reason)
 
 
@@ -153,9 +153,9 @@ def text_of(value: Any, text_key: str, bad_bytes: BadBytes) -> str | Reason:
 
 
 def hint(records: Iterable[Record], file: Path, text_key: str) -> str:
-    """What would read the records of ``file``, whose text is not at ``text_key``; empty if nothing is seen."""
-    values = (record.value for record in itertools.islice(records, HINT_RECORDS))
-    first = next((value for value in values if isinstance(value, dict)), {})
+    """Where a record of ``file`` without a text at ``text_key`` has one; empty if nothing is seen."""
+    values = [record.value for record in itertools.islice(records, HINT_RECORDS) if isinstance(record.value, dict)]
+    first = next((value for value in values if text_of(value, text_key, BadBytes.drop) in OF_RECORDS), {})
     strings = [path for path in _string_paths(first) if path != text_key]
     if strings:
         return f"{file.name} has strings at {', '.join(strings[:8])}: name the one that is text with --text-key"
