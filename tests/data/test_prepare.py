@@ -222,6 +222,9 @@ def test_out_that_cannot_be_made_is_named(options: PrepareOptions, tmp_path: Pat
         prepare(replace(options, out=tmp_path / "file" / "out"))
     with pytest.raises(UserError, match="file: exists and is not a prepared corpus"):
         prepare(replace(options, out=tmp_path / "file", overwrite=True))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop: cannot be written"):
+        prepare(replace(options, out=tmp_path / "loop"))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])

@@ -127,6 +127,18 @@ def test_a_full_disk_is_one_line_with_the_path(options: PrepareOptions) -> None:
     assert names(options.out.parent) == ["in"]
 
 
+def test_what_cannot_be_removed_is_named(options: PrepareOptions, dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = options.out.parent / f".out.partial-{dead}"
+    left.mkdir()
+
+    def refuse(place: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(place / "train"))
+
+    monkeypatch.setattr(module.shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match=rf"^/.*/{left.name}: left by a process .*: Permission denied$"):
+        clear_abandoned(options.out)
+
+
 @pytest.mark.parametrize("call", ["mkdir", "rename"])
 def test_no_permission_is_one_line_with_the_path(
     options: PrepareOptions, call: str, monkeypatch: pytest.MonkeyPatch

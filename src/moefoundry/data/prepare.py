@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -75,7 +76,7 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
     """
     options = expanded(options)
     check_numbers(options)
-    out = options.out.resolve()
+    out = Path(os.path.realpath(options.out))
     clear_abandoned(out)
     _check_out(out, options)
     corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)

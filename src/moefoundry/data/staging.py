@@ -63,18 +63,24 @@ def clear_abandoned(out: Path) -> None:
     Raises:
         UserError: It cannot be removed or put back.
     """
-    prefix = re.compile(re.escape(f".{out.name}.") + r"(partial|replaced)-(?:(.+)-)?(\d+)")
+    pattern = re.compile(re.escape(f".{out.name}.") + r"(partial|replaced)-(?:(.+)-)?(\d+)")
     try:
-        for place in sorted(out.parent.iterdir()) if out.parent.is_dir() else []:
-            match = prefix.fullmatch(place.name)
+        beside = sorted(out.parent.iterdir())
+    except OSError:
+        return  # what is wrong with it is said when it is written to
+    for place in beside:
+        match = pattern.fullmatch(place.name)
+        try:
             if match is None or not _abandoned(place, match[2], int(match[3])):
                 continue
             if match[1] == "replaced" and not out.exists():
                 place.rename(out)
             else:
                 shutil.rmtree(place)
-    except OSError as error:
-        raise UserError(f"{error.filename}: left by a process that was killed: {error.strerror}") from error
+        except FileNotFoundError:  # another process was faster
+            continue
+        except OSError as error:
+            raise UserError(f"{place}: left by a process that was killed, and in the way: {error.strerror}") from error
 
 
 def _abandoned(place: Path, host: str | None, process: int) -> bool:
