@@ -4,11 +4,13 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from moefoundry.cli.prepare import describe
 from moefoundry.config.errors import UserError
+from moefoundry.data import corpus as corpus_module
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data.left_out import LeftOut, Reason, one_line
 from moefoundry.data.options import PrepareOptions
@@ -62,9 +64,43 @@ def test_more_than_a_hundredth_is_an_error_unless_allowed(options: PrepareOption
 
 def test_a_loss_of_unknown_size_is_allowed_only_where_any_is(options: PrepareOptions) -> None:
     (Path(options.source) / "gone.txt").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"1 a link to nothing \(size unknown: gone\.txt\); mend or .*--max-loss 1$"):
+    unknown = r"an unknown share of its bytes .*: 1 a link to nothing \(size unknown: gone\.txt\); mend .*--max-loss 1$"
+    with pytest.raises(UserError, match=unknown):
         prepare(replace(options, max_loss=0.9))
-    assert prepare(replace(options, max_loss=1.0)).corpus.left_out_share == 1.0
+    assert prepare(replace(options, max_loss=1.0)).corpus.left_out_share is None
+
+
+def test_a_file_without_permission_is_named(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_bytes = corpus_module.open_bytes  # the tests may run as root, who can read everything
+
+    def refuse(file: Path) -> BinaryIO:
+        if file.name == "07.txt":
+            raise PermissionError(13, "Permission denied", str(file))
+        return open_bytes(file)
+
+    monkeypatch.setattr(corpus_module, "open_bytes", refuse)
+    with pytest.raises(UserError, match=r"2\.50% of its bytes .*: 1 not readable \(1,785 bytes: 07\.txt\)"):
+        prepare(options)
+    assert prepare(replace(options, max_loss=0.03)).corpus.left_out_share == 1 / 40
+
+
+def test_places_without_permission_are_one_line(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(place: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(place))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        with pytest.raises(UserError, match=r"in: cannot be read: Permission denied$"):
+            prepare(options)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "load_tokenizer", lambda place: refuse(place / "tokenizer.json"))
+        with pytest.raises(UserError, match=r"given/tokenizer\.json: Permission denied$"):
+            prepare(replace(options, tokenizer=Path("given")))
+    long = "x" * 300
+    with pytest.raises(UserError, match=rf"{long}: file name too long"):
+        prepare(replace(options, source=long))
+    with pytest.raises(UserError, match=rf"{long}: File name too long"):
+        prepare(replace(options, out=Path(long)))
 
 
 def test_blank_files_and_pipes_are_named_and_cost_nothing(options: PrepareOptions) -> None:

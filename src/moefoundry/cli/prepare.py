@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moefoundry.data.left_out import describe_left_out
+from moefoundry.data.left_out import describe_left_out, describe_share
 
 if TYPE_CHECKING:
     from moefoundry.data.prepare import PreparedSummary
@@ -160,7 +160,7 @@ def describe(prepared: PreparedSummary) -> str:
             f"  held out with --val-fraction {corpus.division['val_fraction']:.3g}, for a sample in each split"
         )
     if corpus.left_out:
-        share = f", {corpus.left_out_share:.2%} of the bytes" if corpus.left_out_share else ""
+        share = f", {describe_share(corpus.left_out_share)} of the bytes" if corpus.left_out_share != 0 else ""
         lines.append(f"  left out{share}: {describe_left_out(corpus.left_out)}")
     elif corpus.skipped:
         lines.append(f"  left out: {corpus.skipped:,} blank or not UTF-8")

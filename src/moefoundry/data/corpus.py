@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -228,12 +229,14 @@ def open_corpus(
     if scheme := url_scheme(source):
         raise UserError(f"{scheme}://...: not a local path; copy the corpus to this machine first")
     place = Path(source)
-    if place.is_file():
+    if os.path.isfile(place):
         format = format or format_of_files(place.parent, [place.name], CorpusFormat.text)
         return Corpus(place.parent, format, (place.name,), text_key, bad_bytes)
-    if not place.exists():
-        raise UserError(f"{source}: no such file or directory (the corpus to prepare)")
-    if not place.is_dir():
+    try:
+        status = place.stat()
+    except OSError as error:
+        raise UserError(f"{source}: {str(error.strerror).lower()} (the corpus to prepare)") from error
+    if not stat.S_ISDIR(status.st_mode):
         raise UserError(f"{source}: neither a file nor a directory; the text is read more than once, so make it a file")
     return _open_directory(place, format, globs, text_key, bad_bytes, leave)
 
@@ -257,7 +260,7 @@ def _open_directory(
         chosen = [entry for entry in entries if any(matches(entry.path, pattern) for pattern in globs)]
         wanted = "no file matches " + " ".join(globs)
     else:
-        format = format or _only_format(place, entries)
+        format = format or _only_format(place, entries, unusable)
         chosen = _of_format(entries, format)
         wanted = f"no file of {format} ({' '.join(SUFFIXES[format])}); other files need --glob"
     paths = tuple(usable(chosen, place, report))
@@ -272,10 +275,10 @@ def _open_directory(
 def url_scheme(place: str) -> str:
     """``s3`` of ``s3://bucket/name`` (also where a path has made one slash of the two); empty for a path."""
     match = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", place)
-    return match[1] if match and not Path(place).exists() else ""
+    return match[1] if match and not os.path.exists(place) else ""
 
 
-def _only_format(place: Path, entries: list[Entry]) -> CorpusFormat:
+def _only_format(place: Path, entries: list[Entry], unusable: list[tuple[str, Reason, int | None]]) -> CorpusFormat:
     """The one format whose files ``place`` holds."""
     suffixes = {suffix_of(entry.path) for entry in entries}
     found = [format for format, own in SUFFIXES.items() if suffixes & set(own)]
@@ -283,7 +286,8 @@ def _only_format(place: Path, entries: list[Entry]) -> CorpusFormat:
         return CorpusFormat.jsonl
     if not found:
         known = " ".join(suffix for own in SUFFIXES.values() for suffix in own)
-        raise UserError(f"{place}: empty corpus: no file of a known kind ({known}); other files need --glob")
+        unread = "".join(f"; {reason}: {name}" for name, reason, _ in unusable[:1])
+        raise UserError(f"{place}: empty corpus: no file of a known kind ({known}); other files need --glob{unread}")
     return one_format(place, found)
 
 

@@ -44,6 +44,9 @@ def walk(root: Path, leave: Path | None, report: Report, patterns: Sequence[str]
         leave: A directory that is not entered, if it lies there (the output).
         report: Called with each directory that cannot be read.
         patterns: Directories that hold no match of these are not entered.
+
+    Raises:
+        UserError: ``root`` itself cannot be read.
     """
     seen = {_identity(os.stat(place)) for place in (leave,) if place is not None and place.is_dir()}
     found: list[Entry] = []
@@ -56,7 +59,9 @@ def walk(root: Path, leave: Path | None, report: Report, patterns: Sequence[str]
                 continue
             seen.add(identity)
             entries = [entry for entry in os.scandir(root / relative) if not entry.name.startswith(".")]
-        except OSError:
+        except OSError as error:
+            if not relative:
+                raise UserError(f"{root}: cannot be read: {error.strerror}") from error
             report(f"{relative}/", Reason.unreadable, None)
             continue
         for entry in entries:

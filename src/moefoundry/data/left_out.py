@@ -66,11 +66,11 @@ class LeftOut:
         """How many things were left out."""
         return sum(left["count"] for left in self.reasons.values())
 
-    def share(self, kept_bytes: int) -> float:
-        """The lost share of all bytes, 0 to 1; 1 where the size of something lost is unknown."""
+    def share(self, kept_bytes: int) -> float | None:
+        """The lost share of all bytes, 0 to 1; None where the size of something lost is unknown."""
         lost = [left["bytes"] for reason, left in self.reasons.items() if reason not in HARMLESS]
         if None in lost:
-            return 1.0
+            return None
         return sum(lost) / max(kept_bytes + sum(lost), 1)
 
     def check(self, source: str, kept_bytes: int, max_loss: float, hint: str) -> None:
@@ -86,16 +86,21 @@ class LeftOut:
             UserError: More is lost. The message says what, and what can be done.
         """
         share = self.share(kept_bytes)
-        if share <= max_loss:
+        if (1.0 if share is None else share) <= max_loss:
             return
         remedies = [hint] if hint else []
         remedies += [remedy for reason, remedy in REMEDIES.items() if reason in self.reasons]
         if kept_bytes:
-            remedies.append(f"or allow it: --max-loss {_rounded_up(share)}")
+            remedies.append(f"or allow it: --max-loss {1 if share is None else _rounded_up(share)}")
         raise UserError(
-            f"{source}: {share:.2%} of its bytes would be left out, and {max_loss:.2%} may be: "
+            f"{source}: {describe_share(share)} of its bytes would be left out, and {max_loss:.2%} may be: "
             f"{'; '.join([describe_left_out(self.reasons), *remedies])}"
         )
+
+
+def describe_share(share: float | None) -> str:
+    """A share that may be unknown, in words."""
+    return "an unknown share" if share is None else f"{share:.2%}"
 
 
 def describe_left_out(reasons: dict[str, Left]) -> str:

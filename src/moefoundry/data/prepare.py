@@ -75,6 +75,13 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
         UserError: Bad options or input, ``out`` holds something else, or it cannot be written. ``out`` is untouched.
     """
     options = expanded(options)
+    try:
+        return _prepare(options)
+    except OSError as error:
+        raise UserError(f"{error.filename or options.out}: {error.strerror or error}") from error
+
+
+def _prepare(options: PrepareOptions) -> PreparedSummary:
     check_numbers(options)
     out = Path(os.path.realpath(options.out))
     clear_abandoned(out)

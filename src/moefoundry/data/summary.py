@@ -60,7 +60,7 @@ class CorpusSummary:
         sha256: What identifies the corpus; see :mod:`moefoundry.data.identity`.
         left_out: Of each reason the count, the bytes and the first names; empty where an earlier version wrote it, as
             are the next two.
-        left_out_share: The share of the bytes that was lost.
+        left_out_share: The share of the bytes that was lost; None if that is not known.
         division: How the splits were divided; see :class:`moefoundry.data.splits.Division`.
     """
 
@@ -77,7 +77,7 @@ class CorpusSummary:
     splits: dict[str, SplitSummary]
     sha256: str
     left_out: dict[str, Any] = field(default_factory=dict)
-    left_out_share: float = 0.0
+    left_out_share: float | None = 0.0
     division: dict[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
