@@ -53,7 +53,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared corpus of Python-like text: vocabulary 384, samples of 64 tokens, about 50 of them for training, so
     that an epoch of global batches of 8 sequences has 6 batches."""
-    from moefoundry.data.prepare import PrepareOptions, prepare
+    from moefoundry.data.options import PrepareOptions
+    from moefoundry.data.prepare import prepare
 
     root = tmp_path_factory.mktemp("tiny")
     words = random.Random(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from moefoundry.cli.main import COMMANDS
+from moefoundry.cli.main import COMMANDS, main
 from moefoundry.config import load_recipe, split_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +60,20 @@ def test_overrides_in_the_pages_are_valid() -> None:
         load_recipe(None, overrides)
         checked += 1
     assert checked >= 3, "the pages show how to launch"
+
+
+def test_preparations_in_the_pages_succeed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each as it is written, on a file of text, and with a tokenizer that a former one has made."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number} words in a line of text, {number * 7919 % 1000}\n" for number in range(1500)))
+    prepare = [words for _, words in commands() if words[:2] == ["moefoundry", "prepare"]]
+    shown = [words[4:] for words in prepare if "[" not in "".join(words)]
+    assert len(shown) >= 2
+    for number, options in enumerate(shown):
+        if "--tokenizer" in options:
+            options[options.index("--tokenizer") + 1] = str(tmp_path / "0" / "tokenizer")
+        assert main(["prepare", str(text), str(tmp_path / f"{number}"), *options]) == 0
+        assert " 0 samples" not in capsys.readouterr().out
 
 
 def test_make_targets_in_the_pages_exist() -> None:

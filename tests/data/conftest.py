@@ -10,7 +10,8 @@ from streaming.base.shared import SharedMemory
 from moefoundry.config.schema import LoaderConfig
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data.loader import build_loader
-from moefoundry.data.prepare import PrepareOptions, prepare
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare
 from tests.data.shards import SEQ_LEN, VOCAB
 
 

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from moefoundry.config.errors import UserError
-from moefoundry.data.corpus import CorpusFormat, Document, Split, open_corpus, split_of, unit_hash
+from moefoundry.data.corpus import Document, open_corpus
+from moefoundry.data.formats import CorpusFormat
+from moefoundry.data.left_out import Reason
+from moefoundry.data.splits import Split, split_of, unit_hash
 
 
 def write(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -32,11 +35,15 @@ def test_text_is_streamed_in_path_order_byte_for_byte(tmp_path: Path) -> None:
 
 def test_blank_and_undecodable_files_are_left_out_and_reported(tmp_path: Path) -> None:
     root = write(tmp_path, {"a.txt": "ok", "blank.txt": " \n", "latin.txt": b"caf\xe9"})
-    skipped: list[str] = []
+    skipped: list[tuple] = []
     corpus = open_corpus(str(root))
-    assert [document.text for document in corpus.documents(skipped.append)] == ["ok"]
-    assert skipped == ["blank.txt", "latin.txt"]
-    assert corpus.scan().skipped == 2
+    assert [document.text for document in corpus.documents(lambda *left: skipped.append(left))] == ["ok"]
+    assert skipped == [
+        ("blank.txt", Reason.blank, 2),
+        ("latin.txt:1", Reason.bad_bytes, 4),
+        ("latin.txt", Reason.blank, 4),
+    ]
+    assert corpus.scan().left_out.count == 3
 
 
 def test_jsonl_documents_are_lines(tmp_path: Path) -> None:
@@ -48,21 +55,6 @@ def test_jsonl_documents_are_lines(tmp_path: Path) -> None:
         Document("x.jsonl:1", "one", "one"),
         Document("x.jsonl:4", "two\n", "two\n"),
     ]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{nope", r"x\.jsonl:2: not a JSON object"),
-        ("[1]", r"x\.jsonl:2: no string at the key 'text'; name the right one with --text-key"),
-        ('{"text": 3}', r"x\.jsonl:2: no string at the key 'text'"),
-        ('{"body": "x"}', r"x\.jsonl:2: no string at the key 'text'"),
-    ],
-)
-def test_bad_jsonl_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:
-    write(tmp_path, {"x.jsonl": '{"text": "fine"}\n' + line})
-    with pytest.raises(UserError, match=message):
-        ids(tmp_path / "x.jsonl")
 
 
 def test_source_tree_takes_globs(tmp_path: Path) -> None:
@@ -77,6 +69,9 @@ def test_source_tree_takes_globs(tmp_path: Path) -> None:
 def test_format_is_inferred_only_where_there_is_one(tmp_path: Path) -> None:
     root = write(tmp_path, {"a.py": "a"})
     assert open_corpus(str(root)).format is CorpusFormat.source
+    write(root, {"data.json": "{}", "LICENSE": "l", "b.log": "1", "c.LOG": "2"})
+    assert open_corpus(str(root)).paths == ("a.py",)
+    assert dict(open_corpus(str(root)).ignored) == {".json": 1, "": 1, ".log": 2}
     write(root, {"notes.md": "n"})
     with pytest.raises(UserError, match="holds text and source files; say which are the corpus with --format"):
         open_corpus(str(root))
@@ -85,8 +80,10 @@ def test_format_is_inferred_only_where_there_is_one(tmp_path: Path) -> None:
 def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such file or directory"):
         open_corpus(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="empty corpus: no file matches"):
+    with pytest.raises(UserError, match=r"empty corpus: no file of a known kind \(\.txt \.md \.jsonl"):
         open_corpus(str(tmp_path))
+    with pytest.raises(UserError, match=r"empty corpus: no file of parquet \(\.parquet\)"):
+        open_corpus(str(tmp_path), CorpusFormat.parquet)
     with pytest.raises(UserError, match=r"empty corpus: no file matches \*\*/\*\.rs"):
         open_corpus(str(tmp_path), globs=("**/*.rs",))
     with pytest.raises(UserError, match="'stdlib' takes neither"):

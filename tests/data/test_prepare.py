@@ -4,21 +4,27 @@ import argparse
 import hashlib
 import json
 import math
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from streaming import StreamingDataLoader
 from streaming.base.format import reader_from_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moefoundry.cli import prepare as command
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
-from moefoundry.data.corpus import open_corpus, split_of
-from moefoundry.data.prepare import PrepareOptions, prepare, unigram_entropy
+from moefoundry.data.corpus import open_corpus
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare, unigram_entropy
+from moefoundry.data.splits import split_of
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer, train_tokenizer
+from tests.data.shards import config_of, tokens_of
 
 
 @pytest.fixture
@@ -168,14 +174,23 @@ def test_given_tokenizer_is_copied_and_wide_vocabularies_fit(options: PrepareOpt
     ("change", "message"),
     [
         ({"source": "nowhere/at/all"}, "nowhere/at/all: no such file or directory"),
-        ({"max_docs": 1}, r"the (train|val) split has no sample: .* of 1 document\(s\)"),
-        ({"max_seq_len": 10_000}, "the train split has no sample: .* --max-seq-len 10000"),
-        ({"val_fraction": 1e-9}, r"the val split has no sample: 0 of 40 document\(s\)"),
+        (
+            {"max_docs": 1, "max_seq_len": 800},
+            r"no sample for train( and val)?: 1 document\(s\)",
+        ),
+        (
+            {"max_seq_len": 10_000},
+            "no sample for train and val: .* --max-seq-len 10000; .*: --val-fraction 0",
+        ),
+        ({"max_seq_len": 10_000, "val_fraction": 0}, "no sample for train: .* --max-seq-len 10000; add text, or lower"),
+        ({"source": "s3://user:secret@bucket/text"}, r"^s3://\.\.\.: not a local path; copy the corpus"),
+        ({"out": Path("s3://user:secret@bucket/text")}, r"^s3://\.\.\.: OUT is a local directory"),
+        ({"max_loss": 1.5}, r"--max-loss 1\.5: a share, from 0 to 1"),
         ({"max_bytes": 1}, "empty corpus: no document with text .* within --max-docs and --max-bytes"),
         ({"tokenizer": Path("no/tokenizer")}, r"no/tokenizer/tokenizer\.json: no such file"),
         ({"max_vocab": 299}, "--vocab-size 300 exceeds --max-vocab 299"),
         ({"max_seq_len": 1}, "--max-seq-len 1: at least 2"),
-        ({"val_fraction": 1.0}, r"--val-fraction 1\.0: must lie between 0 and 1"),
+        ({"val_fraction": 1.0}, r"--val-fraction 1\.0: at least 0 .* below 1"),
         ({"vocab_size": 100}, "--vocab-size 100: at least 261"),
         ({"max_docs": 0}, "--max-docs 0: at least 1"),
     ],
@@ -197,7 +212,7 @@ def test_given_vocabulary_above_the_limit_is_named(options: PrepareOptions, tmp_
 def test_blank_files_are_an_empty_corpus(options: PrepareOptions, source: Path) -> None:
     for file in source.iterdir():
         file.write_text(" \n")
-    with pytest.raises(UserError, match=r"source: empty corpus: no document with text in 40 file\(s\)$"):
+    with pytest.raises(UserError, match=r"empty corpus: no document with text in 40 file\(s\) \(left out: 40 bl"):
         prepare(options)
 
 
@@ -207,6 +222,9 @@ def test_out_that_cannot_be_made_is_named(options: PrepareOptions, tmp_path: Pat
         prepare(replace(options, out=tmp_path / "file" / "out"))
     with pytest.raises(UserError, match="file: exists and is not a prepared corpus"):
         prepare(replace(options, out=tmp_path / "file", overwrite=True))
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="loop: cannot be written"):
+        prepare(replace(options, out=tmp_path / "loop"))
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -241,6 +259,41 @@ def test_a_failed_rename_puts_the_old_corpus_back(options: PrepareOptions, monke
     with pytest.raises(UserError, match=r"out: cannot be written: .*not today"):
         prepare(replace(options, max_seq_len=16, overwrite=True))
     assert tree(options.out.parent) == before
+
+
+@pytest.mark.parametrize("place", ["of d#1%20?x&y=z", "größe 漢 [1]*", "a:b", "'quoted' \\"])
+def test_any_path_will_do(tmp_path: Path, place: str, build: Callable[..., StreamingDataLoader]) -> None:
+    source, out = tmp_path / place / "in", tmp_path / place / "out"
+    source.mkdir(parents=True)
+    for number in range(30):
+        (source / f"{number} {place}.txt").write_text(f"line {number} of text\n" * 20)
+    options = PrepareOptions(str(source), out, max_seq_len=16, vocab_size=280, val_fraction=0.2)
+    summary = prepare(options).corpus
+    loader = build(config_of(out))
+    assert len(tokens_of(loader)) == summary.splits["train"].samples // 4
+    again = prepare(replace(options, tokenizer=out / "tokenizer", overwrite=True))
+    assert again.corpus.sha256 == summary.sha256
+
+
+def test_a_name_that_is_not_utf_8(source: Path, options: PrepareOptions) -> None:
+    name = os.fsdecode(b"caf\xe9.py")
+    (source / name).write_bytes(b"x = 1\ny = '\xe9'\n")
+    prepared = prepare(replace(options, max_loss=0.1))
+    assert prepared.corpus.left_out["not UTF-8"]["first"] == [f"{name}:2"]
+    assert "caf\\udce9.py:2" in command.describe(prepared)
+    assert prepare(replace(options, max_loss=0.1)).up_to_date
+
+
+def test_home_is_expanded(options: PrepareOptions, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    first = prepare(replace(options, source="~/source", out=Path("~/first")))
+    assert (tmp_path / "first" / "corpus.json").is_file()
+    prepare(replace(options, source="~/source", out=Path("~/deep/second"), tokenizer=Path("~/first/tokenizer")))
+    assert not (tmp_path / "~").exists()
+    assert first.out == tmp_path / "first"
+    with pytest.raises(UserError, match="~nobody-has-this-name/x: no such file or directory"):
+        prepare(replace(options, source="~nobody-has-this-name/x"))
 
 
 def test_the_command_prints_a_summary(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,13 +1,22 @@
 """Byte-level BPE: lossless on any text, and the same in transformers."""
 
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
 
 from moefoundry.config.errors import UserError
-from moefoundry.data.tokenizer import SMALLEST_VOCAB, SPECIAL_TOKENS, TextTokenizer, load_tokenizer, train_tokenizer
+from moefoundry.data.tokenizer import (
+    SMALLEST_VOCAB,
+    SPECIAL_TOKENS,
+    TextTokenizer,
+    cut_long_runs,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 SAMPLE = [
     "def add(first, second):\n    return first + second\n",
@@ -118,3 +127,24 @@ def test_bad_tokenizers_are_named(tmp_path: Path, trained: TextTokenizer) -> Non
 def test_vocab_size_must_hold_the_bytes() -> None:
     with pytest.raises(UserError, match="--vocab-size 260: at least 261"):
         train_tokenizer(["a"], 260)
+
+
+@pytest.mark.parametrize("run", ["ACGTTGCA", "\0", " ", "漢字"])
+def test_a_run_without_a_break_takes_no_quadratic_time(run: str) -> None:
+    chance = random.Random(0)
+    times = []
+    for length in (20_000, 80_000):
+        text = "".join(chance.choice(run) for _ in range(length))
+        assert "".join(cut_long_runs(f"before {text}\n after")) == f"before {text}\n after"
+        start = time.process_time()
+        trained = train_tokenizer([text], 600)
+        times.append(time.process_time() - start)
+        (ids,) = trained.encode_batch([text])
+        assert trained.backend.decode(ids.tolist()) == text
+    assert times[1] < 10 * times[0] + 0.2, "four times the text"  # squared it is 16 times
+
+
+def test_ordinary_text_is_not_cut() -> None:
+    for text in (*SAMPLE, *HARD, "", "x" * 255):
+        assert cut_long_runs(text) == text
+    assert cut_long_runs("x" * 300 + " y" + " " * 600) == ["x" * 256, "x" * 44 + " y" + " " * 256, " " * 256, " " * 88]

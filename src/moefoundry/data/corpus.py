@@ -1,13 +1,8 @@
 """Documents: what every later stage reads, whatever the text was stored in.
 
-A corpus is an ordered stream of :class:`Document`. The order is that of the relative paths (then of the lines of a
-JSONL file), so two machines that hold the same files see the same stream. Text is kept byte for byte: no newline
-translation, no Unicode normalization. Files that are not UTF-8 and documents without a visible character are left out,
-and reported to the caller.
-
-The held-out split is by *file* (by document for JSONL): a file is in exactly one split, decided by a hash of the seed
-and its relative path alone. It does not change when other files come or go. A JSONL document is hashed by its text, so
-that exact duplicates never lie on both sides.
+A corpus is an ordered stream of :class:`Document`. The order is that of the relative paths (then of the records of a
+file), so two machines that hold the same files see the same stream. What cannot be a document costs as little as it can
+(a line, a record, a file), and is reported to the caller.
 
 The special corpus ``stdlib`` is the source of the running interpreter's standard library: real code, on every machine,
 no download. What it leaves out is in :data:`STDLIB_SKIPPED_DIRS` and :data:`STDLIB_SKIPPED_FILES`.
@@ -16,17 +11,32 @@ no download. What it leaves out is in :data:`STDLIB_SKIPPED_DIRS` and :data:`STD
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
+import stat
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from moefoundry.config.errors import UserError
+from moefoundry.data.files import Entry, Report, check_patterns, matches, usable, walk
+from moefoundry.data.formats import (
+    JSON_SUFFIX,
+    RECORD_FORMATS,
+    SUFFIXES,
+    CorpusFormat,
+    format_of_files,
+    named_format,
+    one_format,
+    suffix_of,
+)
+from moefoundry.data.left_out import OF_RECORDS, LeftOut, Reason
+from moefoundry.data.reading import DAMAGES, BadBytes, NotTextError, decode, open_bytes
+from moefoundry.data.records import PARQUET_MAGIC, Record, hint, json_records, parquet_records, text_of
 
 STDLIB = "stdlib"
 
@@ -50,34 +60,13 @@ STDLIB_SKIPPED_DIRS = frozenset(
 STDLIB_SKIPPED_FILES = ("_sysconfigdata_", "entities.py", "stringprep.py")  # prefixes of file names
 
 
-class CorpusFormat(StrEnum):
-    """How documents are stored. ``stdlib`` is ``source`` with a fixed place and fixed exclusions."""
-
-    text = "text"
-    jsonl = "jsonl"
-    source = "source"
-    stdlib = "stdlib"
-
-
-class Split(StrEnum):
-    train = "train"
-    val = "val"
-
-
-FORMAT_GLOBS = {
-    CorpusFormat.text: ("**/*.txt", "**/*.md"),
-    CorpusFormat.jsonl: ("**/*.jsonl",),
-    CorpusFormat.source: ("**/*.py",),
-}
-
-
 class Document(NamedTuple):
     """One text.
 
     Attributes:
-        doc_id: Relative path, with ``:LINE`` behind it for JSONL. Unique in the corpus.
+        doc_id: Relative path, with ``:NUMBER`` of the line or record behind it for JSONL and Parquet. Unique.
         text: The text, not blank.
-        split_key: What decides the split: the relative path, or the text for JSONL.
+        split_key: What decides the split: the relative path, or the text for JSONL and Parquet.
     """
 
     doc_id: str
@@ -92,13 +81,13 @@ class CorpusScan:
     Attributes:
         documents: Documents within the caps; the first so many of the stream.
         bytes: Their UTF-8 size.
-        skipped: Files or lines left out as blank or not UTF-8.
+        left_out: Everything else.
         sha256: Digest of every admitted document's id and text, in order.
     """
 
     documents: int
     bytes: int
-    skipped: int
+    left_out: LeftOut
     sha256: str
 
 
@@ -110,83 +99,123 @@ class Corpus:
         root: Directory that relative paths start from.
         format: How the documents are stored.
         paths: Relative POSIX paths, sorted.
-        text_key: JSONL only: the key that holds the text.
+        text_key: JSONL and Parquet only: the key that holds the text.
+        bad_bytes: What becomes of bytes that are not text.
+        unusable: Name, reason and bytes of what has the name of a file and is none that can be read.
+        ignored: How many files of each other suffix lie there.
     """
 
     root: Path
     format: CorpusFormat
     paths: tuple[str, ...]
-    text_key: str
+    text_key: str = "text"
+    bad_bytes: BadBytes = BadBytes.drop
+    unusable: tuple[tuple[str, Reason, int | None], ...] = ()
+    ignored: tuple[tuple[str, int], ...] = ()
 
-    def documents(self, on_skip: Callable[[str], None] | None = None) -> Iterator[Document]:
+    def documents(self, report: Report = lambda name, reason, size: None) -> Iterator[Document]:
         """Stream the documents in order, one file (one line for JSONL) in memory at a time.
 
         Args:
-            on_skip: Called with the id of everything that is left out (blank, or not UTF-8).
-
-        Raises:
-            UserError: A JSONL line is not an object with a string at ``text_key``, or a file cannot be read.
+            report: Called with everything that is left out.
         """
+        read = self._records if self.format in RECORD_FORMATS else self._whole
         for path in self.paths:
-            if self.format is CorpusFormat.jsonl:
-                candidates = self._jsonl_documents(path)
+            try:
+                yield from read(path, report)
+            except DAMAGES as error:
+                unreadable = isinstance(error, OSError) and error.errno is not None
+                report(path, Reason.unreadable if unreadable else Reason.damaged, _size(self.root / path))
+
+    def _whole(self, path: str, report: Report) -> Iterator[Document]:
+        with open_bytes(self.root / path) as stream:
+            data = stream.read()
+        try:
+            text = decode(data, self.bad_bytes, lambda line, size: report(f"{path}:{line}", Reason.bad_bytes, size))
+        except NotTextError:
+            report(path, Reason.not_text, len(data))
+            return
+        if text and not text.isspace():
+            yield Document(path, text, path)
+        else:
+            report(path, Reason.blank, len(data))
+
+    def _records(self, path: str, report: Report) -> Iterator[Document]:
+        for record in self._records_of(self.root / path):
+            text = text_of(record.value, self.text_key, self.bad_bytes)
+            name = f"{path}:{record.number}"
+            if isinstance(text, Reason):
+                report(name, text, record.size)
+            elif text and not text.isspace():
+                yield Document(name, text, text)
             else:
-                with _open(self.root / path) as file:
-                    candidates = iter([Document(path, _decode(file.read()), path)])
-            for document in candidates:
-                if document.text and not document.text.isspace():
-                    yield document
-                elif on_skip is not None:
-                    on_skip(document.doc_id)
+                report(name, Reason.blank, record.size)
 
-    def _jsonl_documents(self, path: str) -> Iterator[Document]:
-        file = self.root / path
-        with _open(file) as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{file}:{number}: not a JSON object: {error}") from error
-                text = record.get(self.text_key) if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"{file}:{number}: no string at the key {self.text_key!r}; name the right one with --text-key"
-                    )
-                yield Document(f"{path}:{number}", text if _is_unicode(text) else "", text)
+    def _records_of(self, file: Path) -> Iterator[Record]:
+        with open(file, "rb") as stream:
+            is_parquet = stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+        return parquet_records(file, self.text_key) if is_parquet else json_records(file, self.bad_bytes)
 
-    def scan(self, max_docs: int | None = None, max_bytes: int | None = None) -> CorpusScan:
+    def scan(
+        self,
+        max_docs: int | None = None,
+        max_bytes: int | None = None,
+        progress: Callable[[int], None] = lambda size: None,
+    ) -> CorpusScan:
         """Read the corpus once, for its size and its digest.
 
         Args:
             max_docs: Stop after this many documents.
             max_bytes: Stop before the document that would exceed this many bytes of UTF-8.
+            progress: Called with the bytes of each document.
         """
         digest = hashlib.sha256()
         documents = total_bytes = 0
-        skipped: list[str] = []
-        for document in islice(self.documents(on_skip=skipped.append), max_docs):
+        left_out = LeftOut()
+        for item in self.unusable:
+            left_out.add(*item)
+        for document in islice(self.documents(left_out.add), max_docs):
             data = document.text.encode()
             if max_bytes is not None and total_bytes + len(data) > max_bytes:
                 break
             documents += 1
             total_bytes += len(data)
-            digest.update(f"{document.doc_id}\0{len(data)}\0".encode())
-            digest.update(data)
-        return CorpusScan(documents, total_bytes, len(skipped), digest.hexdigest())
+            add_to_digest(digest, document, data)
+            progress(len(data))
+        return CorpusScan(documents, total_bytes, left_out, digest.hexdigest())
+
+    def hint(self, left_out: LeftOut) -> str:
+        """What would read the records that have no text; empty if there are none, or nothing is seen."""
+        names = [left["first"][0] for reason, left in left_out.reasons.items() if reason in OF_RECORDS]
+        if not names:
+            return ""
+        file = self.root / names[0].rpartition(":")[0]
+        return hint(self._records_of(file), file, self.text_key)
+
+
+def add_to_digest(digest: hashlib._Hash, document: Document, data: bytes) -> None:
+    """Add a document, whose text in UTF-8 is ``data``, to a corpus' digest."""
+    digest.update(f"{document.doc_id}\0{len(data)}\0".encode(errors="surrogateescape"))
+    digest.update(data)
 
 
 def open_corpus(
-    source: str, format: CorpusFormat | None = None, globs: tuple[str, ...] = (), text_key: str = "text"
+    source: str,
+    format: CorpusFormat | None = None,
+    globs: tuple[str, ...] = (),
+    text_key: str = "text",
+    bad_bytes: BadBytes = BadBytes.drop,
+    leave: Path | None = None,
 ) -> Corpus:
     """Find the files of a corpus.
 
     Args:
         source: A file, a directory, or ``stdlib`` (``./stdlib`` is the directory of that name).
         format: How documents are stored; inferred if None.
-        globs: Patterns relative to ``source``; given without a format they make it a source tree.
-        text_key: JSONL only: the key that holds the text.
+        globs: Patterns relative to ``source``; without a format, files that are no records are a source tree.
+        text_key: JSONL and Parquet only: the key that holds the text.
+        bad_bytes: What becomes of bytes that are not text.
+        leave: A directory inside ``source`` that is no part of it.
 
     Raises:
         UserError: ``source`` does not exist, holds no matching file, or its format cannot be inferred.
@@ -195,62 +224,89 @@ def open_corpus(
         if source != STDLIB or format not in (None, CorpusFormat.stdlib) or globs:
             raise UserError(f"{source}: the corpus 'stdlib' takes neither a place, nor --format, nor --glob")
         root = Path(sysconfig.get_path("stdlib"))
-        return Corpus(root, CorpusFormat.stdlib, tuple(_stdlib_paths(root)), text_key)
+        return Corpus(root, CorpusFormat.stdlib, tuple(_stdlib_paths(root)), text_key, bad_bytes)
 
+    if scheme := url_scheme(source):
+        raise UserError(f"{scheme}://...: not a local path; copy the corpus to this machine first")
     place = Path(source)
-    if not place.exists():
-        raise UserError(f"{source}: no such file or directory (the corpus to prepare)")
-    if format is None:
-        format = CorpusFormat.source if globs else _infer_format(place)
-    if place.is_file():
-        return Corpus(place.parent, format, (place.name,), text_key)
-    patterns = globs or FORMAT_GLOBS[format]
-    paths = tuple(_matching_paths(place, patterns))
-    if not paths:
-        raise UserError(f"{source}: empty corpus: no file matches {' '.join(patterns)}")
-    return Corpus(place, format, paths, text_key)
+    if os.path.isfile(place):
+        format = format or format_of_files(place.parent, [place.name], CorpusFormat.text)
+        return Corpus(place.parent, format, (place.name,), text_key, bad_bytes)
+    try:
+        status = place.stat()
+    except OSError as error:
+        raise UserError(f"{source}: {str(error.strerror).lower()} (the corpus to prepare)") from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise UserError(f"{source}: neither a file nor a directory; the text is read more than once, so make it a file")
+    return _open_directory(place, format, globs, text_key, bad_bytes, leave)
 
 
-def split_of(document: Document, val_fraction: float, seed: int) -> Split:
-    """The split a document belongs to; ``val_fraction`` is the expected share of files (documents for JSONL)."""
-    return Split.val if unit_hash(document.split_key, seed) < val_fraction else Split.train
+def _open_directory(
+    place: Path,
+    format: CorpusFormat | None,
+    globs: tuple[str, ...],
+    text_key: str,
+    bad_bytes: BadBytes,
+    leave: Path | None,
+) -> Corpus:
+    unusable: list[tuple[str, Reason, int | None]] = []
+
+    def report(name: str, reason: Reason, size: int | None) -> None:
+        unusable.append((name, reason, size))
+
+    check_patterns(globs, place)
+    entries = walk(place, leave, report, globs or ("**",))
+    if globs:
+        chosen = [entry for entry in entries if any(matches(entry.path, pattern) for pattern in globs)]
+        wanted = "no file matches " + " ".join(globs)
+    else:
+        format = format or _only_format(place, entries, unusable)
+        chosen = _of_format(entries, format)
+        wanted = f"no file of {format} ({' '.join(SUFFIXES[format])}); other files need --glob"
+    paths = tuple(usable(chosen, place, report))
+    if not paths and not unusable:
+        raise UserError(f"{place}: empty corpus: {wanted}")
+    format = format or (format_of_files(place, paths, CorpusFormat.source) if paths else CorpusFormat.source)
+    others = Counter(suffix_of(entry.path) for entry in set(entries) - set(chosen))
+    ignored = () if globs else tuple(others.most_common())
+    return Corpus(place, format, paths, text_key, bad_bytes, tuple(sorted(unusable)), ignored)
 
 
-def unit_hash(key: str, seed: int) -> float:
-    """A number in [0, 1), uniform over keys, that is the same on every machine and in every release."""
-    data = f"{seed}\0{key}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
+def url_scheme(place: str) -> str:
+    """``s3`` of ``s3://bucket/name`` (also where a path has made one slash of the two); empty for a path."""
+    match = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", place)
+    return match[1] if match and not os.path.exists(place) else ""
 
 
-def _infer_format(place: Path) -> CorpusFormat:
-    """The one format whose files ``place`` holds; a directory that holds two kinds is never guessed."""
-    if place.is_file():
-        suffixes = {".jsonl": CorpusFormat.jsonl, ".py": CorpusFormat.source}
-        return suffixes.get(place.suffix, CorpusFormat.text)
-    found = [format for format, globs in FORMAT_GLOBS.items() if any(_matching_paths(place, globs))]
-    if len(found) == 1:
-        return found[0]
-    known = " ".join(glob for globs in FORMAT_GLOBS.values() for glob in globs)
+def _only_format(place: Path, entries: list[Entry], unusable: list[tuple[str, Reason, int | None]]) -> CorpusFormat:
+    """The one format whose files ``place`` holds."""
+    suffixes = {suffix_of(entry.path) for entry in entries}
+    found = [format for format, own in SUFFIXES.items() if suffixes & set(own)]
+    if not found and JSON_SUFFIX in suffixes:
+        return CorpusFormat.jsonl
     if not found:
-        raise UserError(f"{place}: empty corpus: no file matches {known}; other files need --glob")
-    kinds = " and ".join(found)
-    raise UserError(f"{place}: holds {kinds} files; say which are the corpus with --format")
+        known = " ".join(suffix for own in SUFFIXES.values() for suffix in own)
+        unread = "".join(f"; {reason}: {name}" for name, reason, _ in unusable[:1])
+        raise UserError(f"{place}: empty corpus: no file of a known kind ({known}); other files need --glob{unread}")
+    return one_format(place, found)
 
 
-def _matching_paths(root: Path, patterns: tuple[str, ...]) -> list[str]:
-    """Sorted relative POSIX paths of the files that match, hidden files and directories left out."""
-    paths: set[str] = set()
-    for pattern in patterns:
-        try:
-            matches = [file.relative_to(root) for file in root.glob(pattern) if file.is_file()]
-        except (NotImplementedError, ValueError) as error:
-            raise UserError(f"--glob {pattern!r}: not a pattern relative to {root}: {error}") from error
-        paths.update(match.as_posix() for match in matches if not any(part.startswith(".") for part in match.parts))
-    return sorted(paths)
+def _of_format(entries: list[Entry], format: CorpusFormat) -> list[Entry]:
+    """The entries whose name declares the format, and links to nothing that may have been to a directory of them."""
+    chosen = [entry for entry in entries if suffix_of(entry.path) in SUFFIXES[format]]
+    chosen = chosen or [entry for entry in entries if named_format(entry.path) is format]
+    return chosen + [entry for entry in entries if entry.status is None and not suffix_of(entry.path)]
+
+
+def _size(file: Path) -> int | None:
+    try:
+        return file.stat().st_size
+    except OSError:
+        return None
 
 
 def _stdlib_paths(root: Path) -> list[str]:
-    """Like :func:`_matching_paths`; walks by hand so as not to descend into site-packages."""
+    """Paths of the standard library's source; does not descend into site-packages."""
     paths: list[str] = []
     for directory, subdirectories, files in os.walk(root):
         subdirectories[:] = [name for name in subdirectories if name not in STDLIB_SKIPPED_DIRS]
@@ -263,27 +319,3 @@ def _stdlib_paths(root: Path) -> list[str]:
     if not paths:
         raise UserError(f"{root}: this Python installation carries no source of its standard library")
     return sorted(paths)
-
-
-def _open(file: Path) -> BinaryIO:
-    try:
-        return open(file, "rb")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-
-
-def _decode(data: bytes) -> str:
-    """The text, or an empty string (which is left out as blank) if the bytes are not UTF-8."""
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        return ""
-
-
-def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON escapes can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

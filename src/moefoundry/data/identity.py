@@ -55,7 +55,10 @@ def stream_digest(directory: Path) -> str:
 
 
 def corpus_digest(tokenizer_sha256: str, eos_id: int, streams: Mapping[str, str]) -> str:
-    """SHA-256, in hex, of a prepared corpus: its tokenizer and the digest of each stream, by name."""
+    """SHA-256, in hex, of a prepared corpus: its tokenizer and the digest of each stream, by name.
+
+    A stream's own digest is of token ids, whose meaning the tokenizer decides; compare the tokenizers, too.
+    """
     return _digest({"tokenizer": tokenizer_sha256, "eos_id": eos_id, "streams": dict(streams)})
 
 

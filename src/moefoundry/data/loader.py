@@ -255,7 +255,8 @@ def check_local(config: DatasetConfig, model_vocab_size: int) -> None:
             f"{local}: its vocabulary of {summary.vocab_size} exceeds the model's vocab_size {model_vocab_size}"
         )
     if config.split not in summary.splits:
-        raise UserError(f"{local}: no split {config.split!r}; it has {', '.join(summary.splits)}")
+        nothing_held_out = "" if "val" in summary.splits else " (--val-fraction 0; eval_loader=null evaluates nothing)"
+        raise UserError(f"{local}: no split {config.split!r}; it has {', '.join(summary.splits)}{nothing_held_out}")
     if not summary.splits[config.split].samples:
         raise UserError(f"{local}/{config.split}: no samples")
     _check_shards(local / config.split)

@@ -4,12 +4,12 @@ Layout of the result::
 
     OUT/tokenizer/    Hugging Face tokenizer
     OUT/train/        MDS shards of packed samples, column ``tokens``: max_seq_len ids of uint16 (uint32 if needed)
-    OUT/val/          the same, of held-out files
+    OUT/val/          the same, of held-out files; absent with a ``val_fraction`` of 0
     OUT/corpus.json   counts, unigram entropies, options and the digest of the input (see ``summary``)
 
-Everything is written into a hidden sibling of OUT, which is renamed to OUT at the end: an interrupted run leaves
-nothing that looks complete. The result is a function of the documents and the options alone, so a second run has
-nothing to do, and a run that would give something else refuses instead of replacing data that may be in use.
+OUT appears when it is complete (:mod:`moefoundry.data.staging`). The result is a function of the documents and the
+options alone, so a second run has nothing to do, and a run that would give something else refuses instead of replacing
+data that may be in use.
 
 The corpus is read several times (digest, tokenizer, each split) rather than held in memory; reading is far cheaper
 than tokenizing.
@@ -17,78 +17,55 @@ than tokenizing.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from moefoundry import __version__
 from moefoundry.config.errors import UserError
-from moefoundry.data.corpus import Corpus, CorpusFormat, CorpusScan, Document, Split, open_corpus, split_of, unit_hash
+from moefoundry.data.corpus import Corpus, CorpusScan, Document, add_to_digest, open_corpus
 from moefoundry.data.identity import corpus_digest, stream_digest
+from moefoundry.data.left_out import describe_left_out
+from moefoundry.data.options import PrepareOptions, check_numbers, expanded
 from moefoundry.data.packing import pack
+from moefoundry.data.progress import Progress
+from moefoundry.data.splits import Division, Split, by_position, moved, unit_hash
+from moefoundry.data.staging import clear_abandoned, staging
 from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSION, CorpusSummary, SplitSummary, read_corpus_summary
-from moefoundry.data.tokenizer import TextTokenizer, check_trainable, load_tokenizer, train_tokenizer
+from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 OUTPUTS = {"tokenizer", "train", "val", CORPUS_FILE}
 HASHES = ["sha1", "xxh64"]  # of every shard, in its index; sorted, as MDSWriter demands
 SHARD_BYTES = 1 << 24  # 16 MiB: a few seconds of download, and enough shards to shuffle across
 TOKENIZER_SAMPLE_BYTES = 1 << 27  # 128 MiB of text; merges hardly change beyond, memory and time do
 ENCODE_BATCH_BYTES = 1 << 22  # text handed to the tokenizer's threads at once
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """What to prepare and how.
-
-    Attributes:
-        source: File, directory or ``stdlib``.
-        out: Directory to make.
-        max_seq_len: Tokens a sample.
-        vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
-        tokenizer: A Hugging Face tokenizer directory to use instead of training one.
-        max_vocab: Refuse a larger vocabulary (the model's ``vocab_size``).
-        format: How documents are stored; inferred if None.
-        globs: Patterns of a source tree.
-        text_key: JSONL key of the text.
-        val_fraction: Expected share of files (documents for JSONL) held out.
-        max_docs: Use only the first so many documents.
-        max_bytes: Use only the first documents of so many bytes.
-        seed: Decides which files are held out, and the tokenizer's sample.
-        overwrite: Replace a corpus that was prepared from something else, or differently.
-    """
-
-    source: str
-    out: Path
-    max_seq_len: int = 512
-    vocab_size: int = 4096
-    tokenizer: Path | None = None
-    max_vocab: int | None = None
-    format: CorpusFormat | None = None
-    globs: tuple[str, ...] = ()
-    text_key: str = "text"
-    val_fraction: float = 0.05
-    max_docs: int | None = None
-    max_bytes: int | None = None
-    seed: int = 17
-    overwrite: bool = False
+RETRY_MARGINS = (1.2, 2.0, 4.0)  # text for a sample, over that of an average one, where a split got none
 
 
 @dataclass(frozen=True)
 class PreparedSummary:
-    """What :func:`prepare` did: ``up_to_date`` is True if ``out`` already held just that and nothing was written."""
+    """What :func:`prepare` did.
+
+    Attributes:
+        out: The directory.
+        corpus: What it holds.
+        up_to_date: Whether it held just that already, and nothing was written.
+        ignored: How many files of each suffix in the source are of other kinds than the corpus.
+    """
 
     out: Path
     corpus: CorpusSummary
     up_to_date: bool
+    ignored: tuple[tuple[str, int], ...] = ()
 
 
 def prepare(options: PrepareOptions) -> PreparedSummary:
@@ -97,57 +74,64 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
     Raises:
         UserError: Bad options or input, ``out`` holds something else, or it cannot be written. ``out`` is untouched.
     """
-    _check_numbers(options)
-    out = options.out.resolve()
-    corpus = open_corpus(options.source, options.format, options.globs, options.text_key)
+    options = expanded(options)
+    try:
+        return _prepare(options)
+    except OSError as error:
+        raise UserError(f"{error.filename or options.out}: {error.strerror or error}") from error
+
+
+def _prepare(options: PrepareOptions) -> PreparedSummary:
+    check_numbers(options)
+    out = Path(os.path.realpath(options.out))
+    clear_abandoned(out)
+    _check_out(out, options)
+    corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     _check_vocab(given, options)
-    scan = corpus.scan(options.max_docs, options.max_bytes)
-    if not scan.documents:
-        raise UserError(
-            f"{options.source}: empty corpus: no document with text in {len(corpus.paths)} file(s)"
-            + (" within --max-docs and --max-bytes" if options.max_docs or options.max_bytes else "")
-        )
+    scan = _scan(corpus, options)
     inputs = _inputs(options, corpus, scan, given)
     existing = _existing(out, inputs, options)
     if existing is not None:
-        return PreparedSummary(options.out, existing, up_to_date=True)
+        return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
 
-    with _staging(out) as staging:
-        tokenizer = given or _train(corpus, scan, options)
-        tokenizer.save(staging / "tokenizer")
-        splits = _write_splits(corpus, scan, tokenizer, options, staging)
+    with staging(out, options.overwrite) as directory:
+        written = _write(corpus, scan, given, options, directory)
+        digests = {name: split.sha256 for name, split in written.splits.items()}
         summary = CorpusSummary(
             format_version=FORMAT_VERSION,
             moefoundry_version=__version__,
             source=options.source,
             max_seq_len=options.max_seq_len,
-            vocab_size=tokenizer.vocab_size,
-            eos_token=tokenizer.eos_token,
-            eos_id=tokenizer.eos_id,
-            tokenizer_sha256=tokenizer.sha256,
-            skipped=scan.skipped,
+            vocab_size=written.tokenizer.vocab_size,
+            eos_token=written.tokenizer.eos_token,
+            eos_id=written.tokenizer.eos_id,
+            tokenizer_sha256=written.tokenizer.sha256,
+            skipped=scan.left_out.count,
             inputs=inputs,
-            splits=splits,
-            sha256=corpus_digest(
-                tokenizer.sha256, tokenizer.eos_id, {name: split.sha256 for name, split in splits.items()}
-            ),
+            splits=written.splits,
+            sha256=corpus_digest(written.tokenizer.sha256, written.tokenizer.eos_id, digests),
+            left_out=scan.left_out.reasons,
+            left_out_share=scan.left_out.share(scan.bytes),
+            division=asdict(written.division),
         )
-        summary.write(staging)
-    return PreparedSummary(options.out, summary, up_to_date=False)
+        summary.write(directory)
+    return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
 
 
-def _check_numbers(options: PrepareOptions) -> None:
-    """Refuse numbers out of range, by the name of their option."""
-    if options.max_seq_len < 2:
-        raise UserError(f"--max-seq-len {options.max_seq_len}: at least 2 (a token and the next one)")
-    if not 0 < options.val_fraction < 1:
-        raise UserError(f"--val-fraction {options.val_fraction}: must lie between 0 and 1")
-    if options.tokenizer is None:
-        check_trainable(options.vocab_size)
-    for name, cap in (("--max-docs", options.max_docs), ("--max-bytes", options.max_bytes)):
-        if cap is not None and cap < 1:
-            raise UserError(f"{name} {cap}: at least 1")
+def _scan(corpus: Corpus, options: PrepareOptions) -> CorpusScan:
+    """Read the corpus once; refuse one without text, or of which too much cannot be read."""
+    with Progress("reading") as progress:
+        scan = corpus.scan(options.max_docs, options.max_bytes, progress.update)
+    scan.left_out.check(options.source, scan.bytes, options.max_loss, corpus.hint(scan.left_out))
+    if not scan.documents:
+        left_out = f" (left out: {describe_left_out(scan.left_out.reasons)})" if scan.left_out.count else ""
+        raise UserError(
+            f"{options.source}: empty corpus: no document with text in {len(corpus.paths)} file(s)"
+            + (" within --max-docs and --max-bytes" if options.max_docs or options.max_bytes else "")
+            + left_out
+        )
+    return scan
 
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
@@ -178,20 +162,24 @@ def _inputs(
     }
 
 
-def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> CorpusSummary | None:
-    """What ``out`` holds, if it is what was asked for; None if it is to be written.
-
-    Raises:
-        UserError: ``out`` holds something else: another corpus without ``--overwrite``, or no corpus at all.
-    """
+def _check_out(out: Path, options: PrepareOptions) -> None:
+    """Refuse, before anything is read, to write where something else than a corpus lies."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
+        return
     if not (out / CORPUS_FILE).is_file():
         raise UserError(f"{options.out}: exists and is not a prepared corpus (no {CORPUS_FILE}); choose another OUT")
     foreign = sorted({entry.name for entry in out.iterdir()} - OUTPUTS)
     if options.overwrite and foreign:
         raise UserError(f"{options.out}: not overwritten, as it also holds {', '.join(foreign)}")
-    if options.overwrite:
+
+
+def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> CorpusSummary | None:
+    """What ``out`` holds, if it is what was asked for; None if it is to be written.
+
+    Raises:
+        UserError: ``out`` holds another corpus, and is not to be overwritten.
+    """
+    if options.overwrite or not (out / CORPUS_FILE).is_file():
         return None
     summary = read_corpus_summary(out)
     names = sorted(inputs.keys() | summary.inputs.keys())
@@ -200,89 +188,107 @@ def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> Cor
         for name in names
         if summary.inputs.get(name) != inputs.get(name)
     ]
-    needed = ("tokenizer/tokenizer.json", "train/index.json", "val/index.json")
+    needed = ("tokenizer/tokenizer.json", *(f"{name}/index.json" for name in summary.splits))
     differing += [f"{name} (missing there)" for name in needed if not (out / name).is_file()]
     if differing:
         raise UserError(f"{options.out}: holds another corpus; differs in {', '.join(differing)}; replace: --overwrite")
     return summary
 
 
-@contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A hidden sibling of ``out`` that takes its place when the body succeeds, and is gone when it does not."""
-    staging = out.parent / f".{out.name}.partial-{os.getpid()}"
-    retired = out.parent / f".{out.name}.replaced-{os.getpid()}"
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        yield staging
-        if out.exists():
-            out.rename(retired)
-        try:
-            staging.rename(out)
-        except OSError:
-            retired.rename(out)
-            raise
-        shutil.rmtree(retired, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+@dataclass(frozen=True)
+class _Written:
+    tokenizer: TextTokenizer
+    splits: dict[str, SplitSummary]
+    division: Division
 
 
-def _documents(corpus: Corpus, scan: CorpusScan, split: Split, options: PrepareOptions) -> Iterator[Document]:
-    """The admitted documents of one split."""
-    for document in islice(corpus.documents(), scan.documents):
-        if split_of(document, options.val_fraction, options.seed) is split:
+def _write(
+    corpus: Corpus, scan: CorpusScan, given: TextTokenizer | None, options: PrepareOptions, directory: Path
+) -> _Written:
+    """Write the tokenizer and the splits. Where one gets no sample, divide otherwise, and write again."""
+    with Progress("loading libraries"):
+        importlib.import_module("streaming")  # and torch: seconds
+    division = Division(options.val_fraction)
+    asked = [Split.train, Split.val] if options.val_fraction else [Split.train]
+    for margin in (*RETRY_MARGINS, None):
+        tokenizer = given or _train(corpus, scan, division, options)
+        splits = {}
+        with Progress("tokenizing", scan.bytes * len(asked)) as progress:
+            for split in asked:
+                documents = _documents(corpus, scan, division, split, options, progress)
+                splits[split.value] = _write_split(_Counted(tokenizer, documents), options, directory / split.value)
+        if all(split.samples for split in splits.values()):
+            tokenizer.save(directory / "tokenizer")
+            return _Written(tokenizer, splits, division)
+        tokens = sum(split.tokens for split in splits.values())
+        if margin is None or tokens < len(asked) * options.max_seq_len:
+            raise UserError(_too_little(scan, splits, tokens, options))
+        for split in asked:
+            shutil.rmtree(directory / split.value)
+        needed_bytes = margin * options.max_seq_len * scan.bytes / tokens
+        everything = islice(corpus.documents(), scan.documents)
+        division = moved(everything, options.val_fraction, options.seed, needed_bytes) or by_position(
+            scan.bytes, options.val_fraction, needed_bytes
+        )
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _too_little(scan: CorpusScan, splits: dict[str, SplitSummary], tokens: int, options: PrepareOptions) -> str:
+    empty = " and ".join(name for name, split in splits.items() if not split.samples)
+    return (
+        f"{options.source}: no sample for {empty}: {scan.documents} document(s) have {tokens} tokens in all, and each "
+        f"of {' and '.join(splits)} needs --max-seq-len {options.max_seq_len}; add text, or lower that"
+        + (", or hold nothing out: --val-fraction 0" if len(splits) > 1 else "")
+    )
+
+
+def _documents(
+    corpus: Corpus, scan: CorpusScan, division: Division, split: Split, options: PrepareOptions, progress: Progress
+) -> Iterator[Document]:
+    """The admitted documents of one split.
+
+    Raises:
+        UserError: The corpus is no longer what was scanned.
+    """
+    digest = hashlib.sha256()
+
+    def unchanged() -> Iterator[Document]:
+        for document in islice(corpus.documents(), scan.documents):
+            data = document.text.encode()
+            add_to_digest(digest, document, data)
             yield document
+            progress.update(len(data))
+        if digest.hexdigest() != scan.sha256:
+            raise UserError(f"{options.source}: changed while it was read; prepare it when nothing writes to it")
+
+    return division.divide(unchanged(), split, options.seed)
 
 
-def _train(corpus: Corpus, scan: CorpusScan, options: PrepareOptions) -> TextTokenizer:
+def _train(corpus: Corpus, scan: CorpusScan, division: Division, options: PrepareOptions) -> TextTokenizer:
     """Train the tokenizer on the training split, or on an even sample of it where it is large."""
     share = min(1.0, TOKENIZER_SAMPLE_BYTES / scan.bytes)
-    texts = (
-        document.text
-        for document in _documents(corpus, scan, Split.train, options)
-        if unit_hash(f"tokenizer\0{document.doc_id}", options.seed) < share
-    )
-    return train_tokenizer(texts, options.vocab_size)
-
-
-def _write_splits(
-    corpus: Corpus, scan: CorpusScan, tokenizer: TextTokenizer, options: PrepareOptions, staging: Path
-) -> dict[str, SplitSummary]:
-    """Write both splits, with a progress bar over the bytes of the text where stderr is a terminal."""
-    splits = {}
-    with tqdm(total=scan.bytes, desc="tokenizing", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        for split in Split:
-            counted = _Counted(tokenizer, _documents(corpus, scan, split, options), bar)
-            splits[split.value] = _write_split(counted, options.max_seq_len, staging / split.value)
-            if not splits[split.value].samples:
-                raise UserError(
-                    f"{options.source}: the {split.value} split has no sample: {counted.documents} of {scan.documents} "
-                    f"document(s), {counted.tokens} tokens, and a sample takes --max-seq-len {options.max_seq_len}; "
-                    "more files, a shorter sample, or another --val-fraction is needed"
-                )
-    return splits
+    with Progress("learning the tokenizer", scan.bytes) as progress:
+        texts = (
+            document.text
+            for document in _documents(corpus, scan, division, Split.train, options, progress)
+            if unit_hash(f"tokenizer\0{document.doc_id}", options.seed) < share
+        )
+        return train_tokenizer(texts, options.vocab_size)
 
 
 class _Counted:
     """Token documents of one split, counted as they pass."""
 
-    def __init__(self, tokenizer: TextTokenizer, documents: Iterable[Document], bar: Any) -> None:
+    def __init__(self, tokenizer: TextTokenizer, documents: Iterable[Document]) -> None:
         self.tokenizer = tokenizer
         self._source = documents
-        self._bar = bar
         self.documents = self.bytes = self.tokens = 0
 
     def __iter__(self) -> Iterator[NDArray[np.int64]]:
         for texts in _batches(document.text for document in self._source):
             for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
-                size = len(text.encode())
-                self._bar.update(size)
                 self.documents += 1
-                self.bytes += size
+                self.bytes += len(text.encode())
                 self.tokens += len(ids) + 1  # and the end-of-text token
                 yield ids
 
@@ -301,10 +307,11 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _write_split(documents: _Counted, seq_len: int, directory: Path) -> SplitSummary:
+def _write_split(documents: _Counted, options: PrepareOptions, directory: Path) -> SplitSummary:
     """Pack the documents into MDS shards."""
-    from streaming import MDSWriter  # imports torch: seconds
+    from streaming import MDSWriter
 
+    seq_len = options.max_seq_len
     vocab_size = documents.tokenizer.vocab_size
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     column = {"tokens": f"ndarray:{np.dtype(dtype).name}:{seq_len}"}

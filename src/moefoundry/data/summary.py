@@ -7,7 +7,7 @@ against the data and to report the unigram entropy, without opening a shard.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,14 @@ class CorpusSummary:
         vocab_size: Rows the embedding needs at least.
         eos_token, eos_id: The end-of-text token.
         tokenizer_sha256: Digest of tokenizer/tokenizer.json.
-        skipped: Files or lines left out as blank or not UTF-8.
+        skipped: Files, lines and records left out.
         inputs: Everything that decides the content: the options and the digest of the documents.
         splits: ``train`` and ``val``.
         sha256: What identifies the corpus; see :mod:`moefoundry.data.identity`.
+        left_out: Of each reason the count, the bytes and the first names; empty where an earlier version wrote it, as
+            are the next two.
+        left_out_share: The share of the bytes that was lost; None if that is not known.
+        division: How the splits were divided; see :class:`moefoundry.data.splits.Division`.
     """
 
     format_version: int
@@ -72,6 +76,9 @@ class CorpusSummary:
     inputs: dict[str, Any]
     splits: dict[str, SplitSummary]
     sha256: str
+    left_out: dict[str, Any] = field(default_factory=dict)
+    left_out_share: float | None = 0.0
+    division: dict[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
         """Write corpus.json into ``directory``."""

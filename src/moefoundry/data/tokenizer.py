@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
 FIM_TOKENS = ("<fim_begin>", "<fim_hole>", "<fim_end>")
 SPECIAL_TOKENS = (EOS_TOKEN, PAD_TOKEN, *FIM_TOKENS)
+LONGEST_RUN = 256  # characters; no useful token is longer
+LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}")
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)  # every byte, every special token, no merge
 
 # What a Hugging Face tokenizer directory may hold; the first is the one that is read here.
@@ -99,7 +103,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(map(cut_long_runs, texts), trainer)
     tokens = {"bos_token": EOS_TOKEN, "eos_token": EOS_TOKEN, "pad_token": PAD_TOKEN}
     special = {**tokens, "additional_special_tokens": list(FIM_TOKENS)}
     config = {
@@ -115,6 +119,15 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         "special_tokens_map.json": _to_json(special),
     }
     return _for_plain_text(backend, EOS_TOKEN, files)
+
+
+def cut_long_runs(text: str) -> str | list[str]:
+    """The text in pieces none of which holds a run of more than :data:`LONGEST_RUN` blanks, or of as many others.
+
+    A run is one word to learn merges from, and that takes time in the square of its length.
+    """
+    cuts = [0, *(run.end() for run in LONG_RUN.finditer(text)), len(text)]
+    return text if len(cuts) == 2 else [text[start:end] for start, end in pairwise(cuts)]
 
 
 def check_trainable(vocab_size: int) -> None:

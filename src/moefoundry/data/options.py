@@ -1,0 +1,93 @@
+"""What `moefoundry prepare` is asked for."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moefoundry.config.errors import UserError
+from moefoundry.data.corpus import url_scheme
+from moefoundry.data.formats import CorpusFormat
+from moefoundry.data.left_out import MAX_LOSS
+from moefoundry.data.reading import BadBytes
+from moefoundry.data.tokenizer import check_trainable
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to prepare and how.
+
+    Attributes:
+        source: File, directory or ``stdlib``.
+        out: Directory to make.
+        max_seq_len: Tokens a sample.
+        vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
+        tokenizer: A Hugging Face tokenizer directory to use instead of training one.
+        max_vocab: Refuse a larger vocabulary (the model's ``vocab_size``).
+        format: How documents are stored; inferred if None.
+        globs: Patterns of the files.
+        text_key: JSONL and Parquet: key of the text, or a path of keys with dots.
+        bad_bytes: What becomes of bytes that are not text.
+        max_loss: The share of the bytes that may be left out.
+        val_fraction: Expected share of files (documents for JSONL) held out; 0 holds nothing out.
+        max_docs: Use only the first so many documents.
+        max_bytes: Use only the first documents of so many bytes.
+        seed: Decides which files are held out, and the tokenizer's sample.
+        overwrite: Replace a corpus that was prepared from something else, or differently.
+    """
+
+    source: str
+    out: Path
+    max_seq_len: int = 512
+    vocab_size: int = 4096
+    tokenizer: Path | None = None
+    max_vocab: int | None = None
+    format: CorpusFormat | None = None
+    globs: tuple[str, ...] = ()
+    text_key: str = "text"
+    bad_bytes: BadBytes = BadBytes.drop
+    max_loss: float = MAX_LOSS
+    val_fraction: float = 0.05
+    max_docs: int | None = None
+    max_bytes: int | None = None
+    seed: int = 17
+    overwrite: bool = False
+
+
+def expanded(options: PrepareOptions) -> PrepareOptions:
+    """The options with ``~`` resolved in every path.
+
+    Raises:
+        UserError: ``out`` is a URL.
+    """
+    if scheme := url_scheme(str(options.out)):
+        raise UserError(
+            f"{scheme}://...: OUT is a local directory; upload it when it is complete, and name that place as "
+            "dataset.remote"
+        )
+    return replace(
+        options,
+        source=os.path.expanduser(options.source),
+        out=Path(os.path.expanduser(options.out)),
+        tokenizer=Path(os.path.expanduser(options.tokenizer)) if options.tokenizer else None,
+    )
+
+
+def check_numbers(options: PrepareOptions) -> None:
+    """Make sure that every number can be.
+
+    Raises:
+        UserError: One is out of range; it is named by its option.
+    """
+    if options.max_seq_len < 2:
+        raise UserError(f"--max-seq-len {options.max_seq_len}: at least 2 (a token and the next one)")
+    if not 0 <= options.val_fraction < 1:
+        raise UserError(f"--val-fraction {options.val_fraction}: at least 0 (no held-out split), and below 1")
+    if not 0 <= options.max_loss <= 1:
+        raise UserError(f"--max-loss {options.max_loss}: a share, from 0 to 1")
+    if options.tokenizer is None:
+        check_trainable(options.vocab_size)
+    for name, cap in (("--max-docs", options.max_docs), ("--max-bytes", options.max_bytes)):
+        if cap is not None and cap < 1:
+            raise UserError(f"{name} {cap}: at least 1")

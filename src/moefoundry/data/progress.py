@@ -1,0 +1,61 @@
+"""How far a stage of the preparation is: a bar on a terminal, else a line now and then (in a log, behind a pipe)."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0
+BAR_SECONDS = 1.0
+
+
+class Progress:
+    """Of one stage, counted in bytes of text; nothing is said of one that ends at once.
+
+    Args:
+        stage: What is being done.
+        total: Bytes in all; None if that is not known yet.
+    """
+
+    def __init__(self, stage: str, total: int | None = None) -> None:
+        self._stage, self._total, self._done = stage, total, 0
+        self._start = time.monotonic()
+        self._bar = tqdm(total=total, desc=stage, unit="B", unit_scale=True, disable=None, leave=False)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+
+    def update(self, size: int) -> None:
+        """Count ``size`` bytes more."""
+        self._done += size
+        self._bar.update(size)
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._bar.close()
+
+    def _show(self) -> None:
+        while not self._ended.wait(LINE_SECONDS if self._bar.disable else BAR_SECONDS):
+            if self._bar.disable:
+                print(self._line(), file=sys.stderr, flush=True)
+            else:
+                self._bar.refresh()  # so that the clock moves where no bytes do
+
+    def _line(self) -> str:
+        parts = [f"{time.monotonic() - self._start:.0f} s"]
+        if self._total:
+            share = min(self._done / self._total, 1.0)
+            parts.insert(0, f"{share:.0%} of {tqdm.format_sizeof(self._total, 'B')}")
+        elif self._done:
+            parts.insert(0, tqdm.format_sizeof(self._done, "B"))
+        return f"{self._stage}: {', '.join(parts)}"

@@ -1,0 +1,97 @@
+"""The held-out split.
+
+A document's split follows from the seed and its key alone: a file's relative path, or a record's text, so that exact
+duplicates never lie on both sides. It does not change when other documents come or go.
+
+In a small corpus chance may leave a split without a sample. Then the share is moved, as little as is needed
+(:func:`moved`), and where no share gives both a sample, as with a lone document, the end of the text is held out
+(:class:`Division` by position); the document there is cut at a line break, if one is near.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moefoundry.data.corpus import Document
+
+NEAR = 1 << 16  # characters within which a line break is looked for
+
+
+class Split(StrEnum):
+    train = "train"
+    val = "val"
+
+
+@dataclass(frozen=True)
+class Division:
+    """How documents are divided.
+
+    Attributes:
+        val_fraction: Expected share of the documents that are held out, or the share of bytes if by position.
+        train_bytes: By position only: the bytes of UTF-8 text that come before the cut.
+    """
+
+    val_fraction: float
+    train_bytes: int | None = None
+
+    def divide(self, documents: Iterable[Document], split: Split, seed: int) -> Iterator[Document]:
+        """The documents (by position: and the part of one) of a split, in order."""
+        if self.train_bytes is None:
+            yield from (document for document in documents if split_of(document, self.val_fraction, seed) is split)
+            return
+        position = 0
+        for document in documents:
+            size = len(document.text.encode())
+            cut = _cut(document.text, self.train_bytes - position)
+            position += size
+            text = document.text[:cut] if split is Split.train else document.text[cut:]
+            if text and not text.isspace():
+                yield document._replace(text=text)
+
+
+def split_of(document: Document, val_fraction: float, seed: int) -> Split:
+    """The split a document belongs to; ``val_fraction`` is the expected share of files (documents for JSONL)."""
+    return Split.val if unit_hash(document.split_key, seed) < val_fraction else Split.train
+
+
+def unit_hash(key: str, seed: int) -> float:
+    """A number in [0, 1), uniform over keys, that is the same on every machine and in every release."""
+    data = f"{seed}\0{key}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
+
+
+def moved(documents: Iterable[Document], val_fraction: float, seed: int, needed_bytes: float) -> Division | None:
+    """The division nearest to a share in which both splits have some bytes; None if no division by document does."""
+    sizes: dict[float, int] = {}
+    for document in documents:
+        key = unit_hash(document.split_key, seed)
+        sizes[key] = sizes.get(key, 0) + len(document.text.encode())
+    total, held_out = sum(sizes.values()), 0
+    possible = []
+    for key in sorted(sizes):
+        if held_out >= needed_bytes and total - held_out >= needed_bytes:
+            possible.append(key)  # all before this one are held out
+        held_out += sizes[key]
+    return Division(min(possible, key=lambda key: abs(key - val_fraction))) if possible else None
+
+
+def by_position(total_bytes: int, val_fraction: float, needed_bytes: float) -> Division:
+    """Hold out the last ``val_fraction`` of the text, but enough; at most half where there is little."""
+    held_out = max(val_fraction * total_bytes, min(needed_bytes, total_bytes / 2))
+    held_out = min(held_out, max(total_bytes - needed_bytes, total_bytes / 2))
+    return Division(held_out / total_bytes, total_bytes - int(held_out))
+
+
+def _cut(text: str, position: int) -> int:
+    """The character that begins behind ``position`` bytes, or behind the last line break shortly before."""
+    if position <= 0:
+        return 0
+    data = text.encode()
+    if position >= len(data):
+        return len(text)
+    characters = len(data[:position].decode(errors="ignore"))
+    line = text.rfind("\n", max(0, characters - NEAR, characters // 2), characters) + 1
+    return line or characters
