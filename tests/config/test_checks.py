@@ -96,6 +96,11 @@ def test_row22_check_recipe_alone():
             None,
             ["model.moe.router.num_groups"],
         ),
+        (
+            ["model.moe.router={num_groups: 16, top_k_groups: 2}", "model.moe.balance.bias_update_rate=1e-3"],
+            None,
+            ["model.moe.router.num_groups"],
+        ),
         # multi-token prediction
         (["model.mtp.depth=510"], None, []),
         (["model.mtp.depth=511"], None, ["model.mtp.depth"]),

@@ -19,7 +19,6 @@ from moefoundry.config.schema import (
     MlaConfig,
     Moments,
     Recipe,
-    ScoreFunction,
 )
 from moefoundry.config.spec import show_leaf
 
@@ -79,7 +78,7 @@ def _top_k(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("model.moe.top_k", message, allowed=f"1 to {moe.num_experts}")
 
 
-@rule("model.moe.top_k", "model.moe.num_experts", "model.moe.router")
+@rule("model.moe.top_k", "model.moe.num_experts", "model.moe.router", "model.moe.balance.bias_update_rate")
 def _expert_groups(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Group-limited routing must leave every token enough experts."""
     moe, router = recipe.model.moe, recipe.model.moe.router
@@ -93,8 +92,8 @@ def _expert_groups(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("model.moe.router.top_k_groups", message, allowed=f"1 to {groups}")
         return
     size = moe.num_experts // groups
-    if groups > 1 and size < 2 and router.score_function == ScoreFunction.sigmoid:
-        message = f"{groups} groups of one expert, but with sigmoid scores a group is judged by its best two"
+    if groups > 1 and size < moe.group_votes:
+        message = f"{groups} groups of one expert, but with an expert bias a group is judged by its best two"
         yield Problem("model.moe.router.num_groups", message, allowed="groups of at least two experts")
     if kept * size < moe.top_k <= moe.num_experts:
         message = f"{kept} groups of {size} experts are fewer experts than model.moe.top_k, {moe.top_k}"

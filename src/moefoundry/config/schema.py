@@ -227,6 +227,17 @@ class MoEConfig:
         available=(ExpertBackend.auto, ExpertBackend.triton, ExpertBackend.grouped_mm, ExpertBackend.loop),
     )
 
+    @property
+    def has_expert_bias(self) -> bool:
+        """Whether routers have a bias for the choice of experts."""
+        return self.router.score_function == ScoreFunction.sigmoid or self.balance.bias_update_rate > 0
+
+    @property
+    def group_votes(self) -> int:
+        """How many of a group's best experts its score is the sum of: as in DeepSeek's published code, two where there
+        is a bias (DeepSeek-V3), else one (DeepSeek-V2)."""
+        return 2 if self.has_expert_bias else 1
+
 
 @dataclass
 class MtpConfig:
