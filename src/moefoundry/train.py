@@ -36,14 +36,14 @@ from moefoundry.callbacks.expert_bias import ExpertBias
 from moefoundry.callbacks.gradient_norm import GradientNorm
 from moefoundry.callbacks.health import FiniteCheck, named_collectives
 from moefoundry.callbacks.metrics_file import MetricsFile
-from moefoundry.callbacks.report import write_report
+from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
-from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.run_dir import open_run, store_of
 from moefoundry.checkpoint.store import Retention
 from moefoundry.config import (
+    ConfigError,
     CosineWithWarmupConfig,
     LinearDecayWithWarmupConfig,
     LoaderConfig,
@@ -52,11 +52,12 @@ from moefoundry.config import (
     OptimizerConfig,
     Recipe,
     SchedulerConfig,
+    advice,
     flatten,
     redacted,
 )
+from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
-from moefoundry.data.tokenizer import check_vocabulary
 from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
 from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, by_mesh, limit_waiting, resolve_degrees
@@ -99,6 +100,9 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    if dist.get_global_rank() == 0:
+        for problem in advice(recipe):
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
     with named_collectives(recipe.dist_timeout):
         trainer = build_trainer(recipe)
         trainer.logger.log_hyperparameters(flatten(recipe))
@@ -108,10 +112,8 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         elif dist.get_global_rank() == 0:
             message = f"batch {timestamp.batch.value} of {max_duration.to_timestring()}: nothing left to train"
             print(message, file=sys.stderr, flush=True)
-        if (report := recipe.callbacks.report) is not None and stopped_by(trainer) is None:
-            model = trainer.state.model.model
-            completion = complete(model, Path(recipe.tokenizer.name), report.prompt, report.max_new_tokens)
-            on_rank_zero(lambda: write_report(recipe, completion, command))
+        if recipe.callbacks.report is not None and stopped_by(trainer) is None:
+            report(recipe, trainer.state.model.model, command)
         trainer.close()
         if (signum := stopped_by(trainer)) is not None:
             dist.barrier()  # launchers end every rank when one ends: let all have closed first
@@ -119,6 +121,17 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
                 message = f"stopped by {signum.name}; go on from {store_of(Path(recipe.run_dir)).latest()}"
                 print(f"{message} with autoresume=true", file=sys.stderr, flush=True)
         return trainer
+
+
+def report(recipe: Recipe, model: MoETransformer, command: Sequence[str]) -> None:
+    """Write the report of a finished run; what of it fails is named on standard error, and the run is finished still.
+    Every rank calls it."""
+    cfg, completion = recipe.callbacks.report, None
+    assert cfg is not None, "the caller has asked for it"
+    with unless_it_fails("completion"):
+        completion = complete(model, Path(recipe.tokenizer.name), cfg.prompt, cfg.max_new_tokens)
+    if dist.get_global_rank() == 0:
+        write_report(recipe, completion, command)
 
 
 def stopped_by(trainer: Trainer) -> signal.Signals | None:
@@ -138,8 +151,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
     meshes = setup_meshes(recipe, device)
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
-    if recipe.callbacks.report is not None:
-        check_vocabulary(Path(recipe.tokenizer.name), recipe.model.vocab_size)
+    if problems := list(report_problems(recipe)):
+        raise ConfigError(problems)
     model = build_model(recipe, meshes, device)
     run_dir, resume_from = open_run(recipe)
     materialize(model, device._device, recipe.seed)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.schema import (
+    MAX_SEED,
     Compute,
     ExpertBackend,
     Fp8Backend,
@@ -294,17 +295,32 @@ def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("scheduler.t_warmup", "max_duration")
 def _warmup(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """A schedule compares both; it knows how many batches an epoch has, but not how many tokens or samples a batch."""
     warmup, unit = _duration(recipe.scheduler.t_warmup)
     limit = "1dur" if unit == "dur" else recipe.max_duration
     total, total_unit = _duration(limit)
-    if unit == total_unit and warmup > total:
-        message = f"{recipe.scheduler.t_warmup} of warm-up is longer than the run"
-        yield Problem("scheduler.t_warmup", message, allowed=f"at most {limit}")
+    if unit == total_unit:
+        if warmup > total:
+            message = f"{recipe.scheduler.t_warmup} of warm-up is longer than the run"
+            yield Problem("scheduler.t_warmup", message, allowed=f"at most {limit}")
+    elif {unit, total_unit} != {"ba", "ep"}:
+        units = "ba or ep" if total_unit in ("ba", "ep") else total_unit
+        message = f"{recipe.scheduler.t_warmup} cannot be compared with max_duration, {recipe.max_duration}"
+        yield Problem("scheduler.t_warmup", message, allowed=f"in {units}, or a part of the run such as 0.05dur")
 
 
 def _duration(text: str) -> tuple[float, str]:
     number, unit = re.fullmatch(r"([\d.]+)([a-z]+)", text).groups()  # type: ignore[union-attr]  # the schema's pattern
     return float(number), unit
+
+
+@rule("seed", "mesh.replicate", "mesh.shard")
+def _seeds_of_ranks(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
+    """Each rank seeds its generators with the recipe's seed plus its number."""
+    ranks = world_size or max(1, recipe.mesh.replicate) * max(1, recipe.mesh.shard)
+    if recipe.seed > MAX_SEED + 1 - ranks:
+        message = f"{recipe.seed} leaves no seeds above it for {ranks} ranks"
+        yield Problem("seed", message, allowed=f"at most {MAX_SEED + 1 - ranks}")
 
 
 def divisors(number: int) -> str:
