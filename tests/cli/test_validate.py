@@ -74,6 +74,8 @@ def test_data_that_are_not_there_are_a_note_with_the_command_that_makes_them(cap
     assert capsys.readouterr().err.startswith("note: eval_loader.dataset.local: data/quickstart: no such directory")
     assert main(["validate", *remote, "tokenizer.name=here"]) == 0
     assert capsys.readouterr().err == "note: tokenizer.name: here: no such directory\n"
+    assert main(["validate", "train_loader.dataset.remote=a", remote[1], "callbacks.report=null"]) == 0
+    assert capsys.readouterr().err == "note: train_loader.dataset.remote: a: no such directory\n"
     assert main(["validate", *remote, "callbacks.report=null"]) == 0
     assert capsys.readouterr().err == ""
 
@@ -99,6 +101,7 @@ def test_data_that_are_not_there_are_a_note_with_the_command_that_makes_them(cap
             "train_loader.dataset.validate_hash=md5",
             "train_loader.dataset.validate_hash: {corpus}/train/index.json: no md5",
         ),
+        ("eval_loader.dataset.remote=nowhere", "eval_loader.dataset.remote: nowhere/val/index.json: no such file"),
         ("tokenizer.name=nowhere", "tokenizer.name: nowhere/tokenizer.json: no such file"),
         ("load_path=nowhere", "load_path: no complete checkpoint at nowhere"),
         ("load_path={corpus}", "load_path: no complete checkpoint at {corpus}"),

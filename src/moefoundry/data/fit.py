@@ -1,7 +1,7 @@
 """Whether prepared data fit a recipe, told from their small files: by ``validate`` in well under a second, and before
 training imports or allocates anything. What a shard holds is checked as it is first read (``guard.py``).
 
-Remote data are not looked at: ``local`` is their cache.
+Data that a URL names are not looked at: ``local`` is their cache.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 from moefoundry.config.errors import ConfigError, Problem, UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig, Recipe
 from moefoundry.data.summary import read_corpus_summary
+
+INDEX = "index.json"
 
 
 def check_data(recipe: Recipe, world_size: int = 1) -> None:
@@ -32,8 +34,11 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
         "eval_loader": recipe.device_eval_batch_size * world_size,
     }
     found: list[Problem] = []
-    for key, loader in _local_loaders(recipe).items():
-        found += loader_problems(loader, key, recipe.model.vocab_size, batches[key])
+    for key, loader in _loaders(recipe).items():
+        if loader.dataset.remote is None:
+            found += loader_problems(loader, key, recipe.model.vocab_size, batches[key])
+        elif (path := _path_of(loader.dataset)) and not (index := Path(path, loader.dataset.split, INDEX)).is_file():
+            found.append(Problem(f"{key}.dataset.remote", f"{index}: no such file"))
     found += report_problems(recipe)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))  # both loaders may have the same problem
@@ -41,21 +46,32 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
 
 def all_absent(recipe: Recipe) -> list[Problem]:
     """What the recipe reads, if none of it is on this machine; empty if anything is, or has to be."""
-    loaders = _local_loaders(recipe)
-    read = {loader.dataset.local: key for key, loader in reversed(loaders.items())}
+    read = {path: key for key, loader in reversed(_loaders(recipe).items()) if (path := _path_of(loader.dataset))}
     tokenizer = Path(recipe.tokenizer.name)
-    if any(Path(place).exists() for place in read) or tokenizer.exists():
+    if tokenizer.exists() or any(Path(path).exists() for path in read):
         return []
-    vocab_size = recipe.model.vocab_size
-    absent = [Problem(f"{key}.dataset.local", _how_to_make(loaders[key].dataset, vocab_size)) for key in read.values()]
-    if recipe.callbacks.report is not None and not any(tokenizer.is_relative_to(place) for place in read):
+    absent = []
+    for path, key in read.items():
+        dataset = _loaders(recipe)[key].dataset
+        if dataset.remote is None:
+            absent.append(Problem(f"{key}.dataset.local", _how_to_make(dataset, recipe.model.vocab_size)))
+        else:
+            absent.append(Problem(f"{key}.dataset.remote", f"{path}: no such directory"))
+    if recipe.callbacks.report is not None and not any(tokenizer.is_relative_to(path) for path in read):
         absent.append(Problem("tokenizer.name", f"{tokenizer}: no such directory"))
     return absent
 
 
-def _local_loaders(recipe: Recipe) -> dict[str, LoaderConfig]:
+def _loaders(recipe: Recipe) -> dict[str, LoaderConfig]:
     loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
-    return {key: loader for key, loader in loaders.items() if loader is not None and loader.dataset.remote is None}
+    return {key: loader for key, loader in loaders.items() if loader is not None}
+
+
+def _path_of(dataset: DatasetConfig) -> str | None:
+    """The directory where the data themselves are, if it is one."""
+    if dataset.remote is None:
+        return dataset.local
+    return None if "://" in dataset.remote else dataset.remote
 
 
 def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int) -> Iterator[Problem]:
@@ -153,7 +169,7 @@ def _how_to_make(dataset: DatasetConfig, model_vocab_size: int) -> str:
 def _shard_problems(dataset: DatasetConfig, where: str) -> Iterator[Problem]:
     """Every shard of the index is there with its size: known at once, what would else end the run at the shard."""
     directory = Path(dataset.local, dataset.split)
-    file = directory / "index.json"
+    file = directory / INDEX
     try:
         shards: list[dict[str, Any]] = json.loads(file.read_text())["shards"]
     except (OSError, ValueError, KeyError) as error:

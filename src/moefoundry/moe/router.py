@@ -143,7 +143,7 @@ def within_capacity(scores_TE: Tensor, topk_expert_ids_TK: Tensor, capacity_fact
         capacity_factor: What an expert takes, as a multiple of its even share.
     """
     num_experts, num_slots = scores_TE.shape[1], topk_expert_ids_TK.numel()
-    capacity = math.ceil(capacity_factor * num_slots / num_experts)
+    capacity = math.ceil(min(capacity_factor * num_slots / num_experts, num_slots))
     by_score_N = scores_TE.gather(1, topk_expert_ids_TK).flatten().argsort(descending=True, stable=True)
     ids_N = topk_expert_ids_TK.flatten()[by_score_N]
     by_expert_N = ids_N.argsort(stable=True)
