@@ -115,7 +115,7 @@ def _scalars(spec: Spec, kind: Any) -> st.SearchStrategy[Any]:
 def _mappings(spec: Spec, value: Any) -> st.SearchStrategy[Any]:
     if not spec.variants:
         return st.sampled_from([{}, value, None])
-    common = {name: value[name] for name in ("n_heads", "t_warmup") if name in value}
+    common = {name: value[name] for name in ("n_heads", "t_warmup") if name in (value or {})}
     kinds = [{spec.tag: tag, **common} for tag in [*spec.variants, "other", 3]]
     small = {"kind": "mla", "n_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
     return st.sampled_from([*kinds, {**small, "v_head_dim": 8}] if spec.tag == "kind" else kinds)

@@ -296,7 +296,9 @@ AT_LEAST_1 = "an integer >= 1"
         ("loggers.wandb.tags=['']", "loggers.wandb.tags[0]", "texts of 1 to 64 characters"),
         ("seed=3 # the third", "seed=", "quotes around it"),
         ("loggers.wandb={} # on", "loggers.wandb=", "quotes around it"),
-        ("dist_timeout=1e9", "dist_timeout", "a number > 0 and <= 31622400"),
+        ("dist_timeout=1e9", "dist_timeout", "a number >= 1 and <= 31622400"),
+        ("dist_timeout=0.001", "dist_timeout", "a number >= 1 and <= 31622400"),
+        ("device_eval_batch_size=2147483648", "device_eval_batch_size", "an integer >= 1 and <= 1048576"),
         ("optimizer.eps=1e-60", "optimizer.eps", "a number > 0"),
         ("optimizer.lr=1e39", "optimizer.lr", "a number > 0"),
         ("model.moe.balance.z_loss_weight=1e-50", "model.moe.balance.z_loss_weight", "a number >= 0"),
@@ -399,9 +401,12 @@ def test_texts_as_overrides_and_what_else_may_stand_there(tmp_path):
     assert load_recipe(path) == recipe, "what is kept reads back as text"
 
 
-@pytest.mark.parametrize("override", ["run_dir=\udcff", "callbacks.report={prompt: \udcff}", 'run_dir="\\ud800"'])
+@pytest.mark.parametrize("override", ["run_dir=\udcff", 'callbacks.report={prompt: "\\udcff"}', 'run_dir="\\ud800"'])
 def test_what_is_not_utf8_is_refused(override):
-    assert "is not UTF-8 text" in only_problem(override).message
+    problem = only_problem(override)
+    assert problem.path in ("run_dir", "callbacks.report.prompt")
+    assert "is not UTF-8 text" in problem.message
+    assert "not valid YAML" in only_problem("callbacks.report={prompt: \udcff}").message
 
 
 def test_a_path_may_begin_at_the_home_directory(monkeypatch, tmp_path):

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = load_recipe(path, overrides, world_size=args.world_size)
     _check_names(recipe)
     notes = [f"warning: {problem}" for problem in advice(recipe)]
-    notes += [f"note: {problem}" for problem in _absent(recipe, args.world_size or 1)]
+    notes += [f"note: {problem}" for problem in check_files(recipe, args.world_size or 1)]
     if notes:
         print("\n".join(notes), file=sys.stderr)
     if args.print_recipe:
@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
         f"d_model {model.d_model}, {moe.num_experts} experts top-{moe.top_k} + {moe.num_shared_experts} shared, "
         f"vocabulary {model.vocab_size}; {recipe.max_duration} of {recipe.global_train_batch_size} x "
         f"{recipe.max_seq_len} tokens, {precision.compute}{fp8}\n"
-        f"export: {_exports_as(model)}"
+        f"export: {exports_as(model)}"
     )
     return 0
 
 
-def _absent(recipe: Recipe, world_size: int) -> list[Problem]:
+def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
     """Refuse data, and a local ``load_path``, that do not fit, as training does. Where none of it is on this machine,
     return what is not."""
     from moefoundry.data.fit import all_absent, check_data
@@ -84,7 +84,7 @@ def _absent(recipe: Recipe, world_size: int) -> list[Problem]:
     return absent
 
 
-def _exports_as(model: ModelConfig) -> str:
+def exports_as(model: ModelConfig) -> str:
     """The Hugging Face family that has such a model, or the keys that stand in the way of the one that is nearest."""
     from moefoundry.model.families import FAMILIES
 

@@ -104,6 +104,8 @@ class Builder:
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             return self._fail(path, f"got {show(value)} ({_type_name(value)})", allowed)
+        if kind is str and (problem := _not_utf8(value)):
+            return self._fail(path, problem, allowed)
         if kind is int and not -(2**63) <= value < 2**63:
             return self._fail(path, f"got {show(value)}, which 64 bits do not hold", allowed)
         if kind is float:
@@ -145,6 +147,15 @@ class Builder:
         self._fail(path, message, "" if suggestion else allowed, suggestion)
         if suggestion:
             self.unsound.add(suggestion)
+
+
+def _not_utf8(text: str) -> str:
+    """What is wrong with a text that no file can keep: one with halves of characters, which stand for single bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"{ascii(text)[:80]} is not UTF-8 text"
+    return ""
 
 
 def _as_float(value: int | float) -> float:

@@ -97,7 +97,8 @@ def _expert_groups(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         message = f"{groups} groups of one expert, but with an expert bias a group is judged by its best two"
         yield Problem("model.moe.router.num_groups", message, allowed="groups of at least two experts")
     if kept * size < moe.top_k <= moe.num_experts:
-        message = f"{kept} groups of {size} experts are fewer experts than model.moe.top_k, {moe.top_k}"
+        message = f"{kept} of model.moe.router.num_groups, {groups}, have {kept * size} experts, "
+        message += f"fewer than model.moe.top_k, {moe.top_k}"
         yield Problem("model.moe.router.top_k_groups", message, allowed=f"{-(-moe.top_k // size)} to {groups}")
 
 
@@ -301,7 +302,7 @@ def _warmup(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     total, total_unit = _duration(limit)
     if unit == total_unit:
         if warmup > total:
-            message = f"{recipe.scheduler.t_warmup} of warm-up is longer than the run"
+            message = f"{recipe.scheduler.t_warmup} of warm-up is longer than max_duration, {recipe.max_duration}"
             yield Problem("scheduler.t_warmup", message, allowed=f"at most {limit}")
     elif {unit, total_unit} != {"ba", "ep"}:
         units = "ba or ep" if total_unit in ("ba", "ep") else total_unit

@@ -16,7 +16,7 @@ from typing import Any
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import every_key, looks_secret, redact, show, specs
-from moefoundry.config.yaml_reader import check_text, parse_yaml
+from moefoundry.config.yaml_reader import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 _QUOTED = re.compile(r"""(?s)"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'""")
@@ -89,7 +89,6 @@ def _value(path: str, text: str) -> Any:
         return None
     if _QUOTED.fullmatch(text):
         return parse_yaml(text, f"{path}=")
-    check_text(text, path)
     return text
 
 

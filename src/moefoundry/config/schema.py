@@ -24,6 +24,7 @@ SPLIT = r"[\w.\-/]*"
 TEXT = r"(?s).+"
 TAG = r"(?s).{1,64}"
 MAX_SEED = 2**32 - 1  # of NumPy's generators
+MAX_BATCH = 2**20  # the loader keeps a number for each sample of a batch, also of one that is larger than the data
 MAX_TIMEOUT = 366 * 86400  # a year; the libraries' own counters end far above
 PATTERN_HINTS = {
     SPLIT: "letters, digits, '_', '-', '.' and '/'",
@@ -519,9 +520,9 @@ class Recipe:
     loggers: LoggersConfig = key(LoggersConfig, "Where metrics go besides metrics.jsonl.")
     max_duration: str = key("200ba", "Length of training.", pattern=INTERVAL)
     eval_interval: str = key("100ba", "Time between evaluations.", pattern=INTERVAL)
-    global_train_batch_size: int = key(4, "Sequences of one optimizer step, over all ranks.", ge=1)
-    device_train_microbatch_size: int = key(2, "Sequences of one forward pass of one rank.", ge=1)
-    device_eval_batch_size: int = key(4, "Sequences of one evaluation batch of one rank.", ge=1)
+    global_train_batch_size: int = key(4, "Sequences of one optimizer step, over all ranks.", ge=1, le=MAX_BATCH)
+    device_train_microbatch_size: int = key(2, "Sequences of one forward pass of one rank.", ge=1, le=MAX_BATCH)
+    device_eval_batch_size: int = key(4, "Sequences of one evaluation batch of one rank.", ge=1, le=MAX_BATCH)
     save_interval: str = key("100ba", "Time between checkpoints.", pattern=INTERVAL)
     save_async: bool = key(True, "Train on while a checkpoint is written; false waits for it.")
     save_num_checkpoints_to_keep: int = key(2, "Newest checkpoints kept; -1 keeps all.", ge=-1)
@@ -535,7 +536,7 @@ class Recipe:
         False, "Resume with another global_train_batch_size, although the rest of the epoch is then drawn anew."
     )
     autoresume: bool = key(False, "Continue from the newest checkpoint of run_dir, if there is one.")
-    dist_timeout: float = key(600.0, "Seconds after which a collective gives up.", gt=0, le=MAX_TIMEOUT)
+    dist_timeout: float = key(600.0, "Seconds after which a collective gives up.", ge=1, le=MAX_TIMEOUT)
     progress_bar: bool = key(True, "Progress bar on a terminal.")
     log_to_console: bool = key(True, "Print metrics.")
     console_log_interval: str = key("10ba", "Time between printed metrics.", pattern=INTERVAL)

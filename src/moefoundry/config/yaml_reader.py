@@ -73,7 +73,6 @@ def parse_yaml(text: str, source: str, *, comments: bool = True, plain_text: boo
         ConfigError: Not YAML, more than one document, a tag, a key given twice, a key that is not a string, or
             aliases that contain themselves or expand too far. Problems have the path ``source:line``.
     """
-    check_text(text, source)
     try:
         loader = TextLoader(text) if plain_text else StrictLoader(text)
         node = loader.get_single_node()
@@ -99,25 +98,6 @@ def parse_yaml(text: str, source: str, *, comments: bool = True, plain_text: boo
     raise ConfigError(problems, source)
 
 
-def check_text(text: str, source: str) -> None:
-    """Make sure that a text can be kept in a file.
-
-    Raises:
-        ConfigError: As :func:`not_utf8` says.
-    """
-    if problem := not_utf8(text):
-        raise ConfigError([Problem(source, problem)], source)
-
-
-def not_utf8(text: str) -> str:
-    """What is wrong with a text that holds halves of characters, Python's stand-ins for bytes that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return f"{ascii(text)[:80]} is not UTF-8 text"
-    return ""
-
-
 def _faults(node: yaml.Node) -> Iterator[tuple[int, str, str]]:
     """(line, message, allowed) of tags, repeated keys and keys that are no strings; an aliased node is visited once."""
     visited: set[int] = set()
@@ -130,8 +110,6 @@ def _faults(node: yaml.Node) -> Iterator[tuple[int, str, str]]:
         if node.tag not in _CORE_TAGS:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
             yield node.start_mark.line + 1, f"YAML tag {tag!r} is refused", "plain values"
-        if isinstance(node, yaml.ScalarNode) and (problem := not_utf8(node.value)):
-            yield node.start_mark.line + 1, problem, ""
         if isinstance(node, yaml.SequenceNode):
             stack += [(child, f"{path}[{index}]") for index, child in enumerate(node.value)]
         elif isinstance(node, yaml.MappingNode):
