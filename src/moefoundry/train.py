@@ -43,6 +43,7 @@ from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
 from moefoundry.checkpoint.run_dir import open_run, store_of
 from moefoundry.checkpoint.store import Retention
 from moefoundry.config import (
+    Compute,
     ConfigError,
     CosineWithWarmupConfig,
     LinearDecayWithWarmupConfig,
@@ -62,6 +63,7 @@ from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
 from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, by_mesh, limit_waiting, resolve_degrees
 from moefoundry.model.transformer import MoETransformer, meta_model
+from moefoundry.moe.mixture import check_backend
 from moefoundry.optim import Bf16MomentsAdamW
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, needs_mesh, parallelize, sum_between_copies
 from moefoundry.planning.describe import parameter_counts
@@ -217,6 +219,8 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     """The model for ``device``, sharded, on meta: what cannot be built is found before anything is written."""
     if recipe.precision.fp8.recipe is not None:
         describe_fp8(recipe.precision.fp8, device._device)
+    dtype = torch.bfloat16 if recipe.precision.compute == Compute.bf16 else torch.float32
+    check_backend(recipe.model.moe, recipe.model.d_model, device._device, dtype)
     model = meta_model(recipe.model)
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     return model

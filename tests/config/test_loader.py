@@ -26,7 +26,7 @@ from moefoundry.config import (
     split_arguments,
 )
 from moefoundry.config.checks import RULES
-from moefoundry.config.paths import path_problem
+from moefoundry.config.paths import naming_problem
 from moefoundry.config.schema import DURATION, INTERVAL
 from moefoundry.config.spec import Spec, plain, specs, walk
 from moefoundry.config.yaml_reader import StrictDumper, parse_yaml
@@ -675,7 +675,7 @@ def values_of(spec: Spec) -> st.SearchStrategy[Any]:
     elif issubclass(kind, StrEnum):
         values = st.sampled_from([str(member) for member in kind])
     elif spec.path:
-        values = TEXT.filter(lambda text: text != "???" and not path_problem(text))
+        values = TEXT.filter(lambda text: text != "???" and not naming_problem(text))
     elif spec.pattern in (DURATION, INTERVAL):
         values = st.builds("{}{}".format, st.integers(1, 999), st.sampled_from(["ba", "ep", "tok", "sp"]))
     else:

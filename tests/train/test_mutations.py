@@ -15,7 +15,7 @@ from composer.core import Callback, State, Time, Timestamp
 from composer.loggers import Logger
 from hypothesis import HealthCheck, Phase, given, settings
 
-from moefoundry.config import Recipe, UserError, advice, dump_recipe, load_recipe
+from moefoundry.config import ExpertBackend, Recipe, UserError, advice, dump_recipe, load_recipe
 from moefoundry.config.loader import recipe_of
 from moefoundry.config.spec import plain
 from tests.config.mutations import Mutation, mutations
@@ -74,6 +74,9 @@ def mutate(tree: dict[str, Any], directory: Path, use: Callable[[Recipe, Path], 
             outcomes["refused"] += 1
         else:
             outcomes["accepted"] += 1
+            recipe.compile = False  # has tests of its own, and takes seconds
+            if recipe.model.moe.backend == ExpertBackend.triton:  # what devices can do is for training to find out
+                recipe.model.moe.backend = ExpertBackend.auto
             use(recipe, directory)
 
     one()
@@ -105,7 +108,6 @@ def compute(recipe: Recipe, directory: Path) -> None:
     assert exports_as(recipe.model)
     assert all(problem.suggestion for problem in advice(recipe))
 
-    recipe.compile = False  # has tests of its own, and takes seconds
     model = parts.build_model(recipe, parts.setup_meshes(recipe, get_device("cpu")), get_device("cpu"))
     parts.materialize(model, "cpu", recipe.seed)
     parts.build_callbacks(recipe, model, MetricsFile(directory), None)
@@ -136,7 +138,6 @@ def train_one_batch(recipe: Recipe, directory: Path) -> None:
     if "://" in f"{recipe.load_path}{recipe.save_remote}{recipe.train_loader.dataset.remote}":
         return  # what another machine has, no rule knows
     recipe.run_dir = str(directory / "runs" / str(next(NUMBERS)) / recipe.run_dir.lstrip("/"))
-    recipe.compile = False
     recipe.loggers.wandb = recipe.loggers.mlflow = None
     build_callbacks = parts.build_callbacks
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), StopAfterOneBatch()]

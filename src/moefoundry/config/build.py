@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.paths import expanded, path_problem
+from moefoundry.config.paths import expanded, naming_problem
 from moefoundry.config.spec import INVALID, Spec, chosen_class, describe, every_key, join, options, plain, show, specs
 
 FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
@@ -104,7 +104,7 @@ class Builder:
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             return self._fail(path, f"got {show(value)} ({_type_name(value)})", allowed)
-        if kind is str and (problem := _not_utf8(value)):
+        if isinstance(value, str) and (problem := _not_utf8(value)):
             return self._fail(path, problem, allowed)
         if kind is int and not -(2**63) <= value < 2**63:
             return self._fail(path, f"got {show(value)}, which 64 bits do not hold", allowed)
@@ -116,7 +116,7 @@ class Builder:
                 return self._fail(path, f"got {show(value)}, which fp32 does not hold", allowed)
         if spec.path:
             value = expanded(value)
-            if problem := path_problem(value):
+            if problem := naming_problem(value):
                 return self._fail(path, f"{show(value)} {problem}".replace("'' ", ""), allowed)
         within = {"ge": value.__ge__, "gt": value.__gt__, "le": value.__le__, "lt": value.__lt__} if spec.bounds else {}
         if not all(within[name](bound) for name, bound in spec.bounds.items()):

@@ -13,7 +13,7 @@ def expanded(path: str) -> str:
     return os.path.expanduser(path)
 
 
-def path_problem(path: str) -> str:
+def naming_problem(path: str) -> str:
     """Why no file can have this (expanded) path; empty where one can. Nothing is looked for on disk."""
     if not path:
         return "is empty"
