@@ -31,7 +31,7 @@ from moefoundry.callbacks.gradient_norm import GradientNorm
 from moefoundry.callbacks.health import FiniteCheck, named_collectives
 from moefoundry.callbacks.learning_rate import LearningRate
 from moefoundry.callbacks.metrics_file import MetricsFile
-from moefoundry.callbacks.report import write_report
+from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
@@ -40,20 +40,24 @@ from moefoundry.checkpoint.run_dir import open_run, store_of
 from moefoundry.checkpoint.start import Start, data_digests
 from moefoundry.checkpoint.store import Retention
 from moefoundry.config import (
+    Compute,
+    ConfigError,
     LoaderConfig,
     LoggersConfig,
     Moments,
     OptimizerConfig,
     Recipe,
+    advice,
     flatten,
     redacted,
 )
+from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
-from moefoundry.data.tokenizer import check_vocabulary
 from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
 from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, by_mesh, limit_waiting, resolve_degrees
 from moefoundry.model.transformer import MoETransformer, meta_model
+from moefoundry.moe.mixture import check_backend
 from moefoundry.optim import Bf16MomentsAdamW
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, needs_mesh, parallelize, sum_between_copies
 from moefoundry.planning.describe import parameter_counts
@@ -92,6 +96,9 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    if dist.get_global_rank() == 0:
+        for problem in advice(recipe):
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
     with named_collectives(recipe.dist_timeout):
         trainer = build_trainer(recipe)
         trainer.logger.log_hyperparameters(flatten(recipe))
@@ -101,10 +108,8 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         elif dist.get_global_rank() == 0:
             message = f"batch {timestamp.batch.value} of {max_duration.to_timestring()}: nothing left to train"
             print(message, file=sys.stderr, flush=True)
-        if (report := recipe.callbacks.report) is not None and stopped_by(trainer) is None:
-            model = trainer.state.model.model
-            completion = complete(model, Path(recipe.tokenizer.name), report.prompt, report.max_new_tokens)
-            on_rank_zero(lambda: write_report(recipe, completion, command))
+        if recipe.callbacks.report is not None and stopped_by(trainer) is None:
+            report(recipe, trainer.state.model.model, command)
         trainer.close()
         if (signum := stopped_by(trainer)) is not None:
             dist.barrier()  # launchers end every rank when one ends: let all have closed first
@@ -112,6 +117,17 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
                 message = f"stopped by {signum.name}; go on from {store_of(Path(recipe.run_dir)).latest()}"
                 print(f"{message} with autoresume=true", file=sys.stderr, flush=True)
         return trainer
+
+
+def report(recipe: Recipe, model: MoETransformer, command: Sequence[str]) -> None:
+    """Write the report of a finished run; what of it fails is named on standard error, and the run is finished still.
+    Every rank calls it."""
+    cfg, completion = recipe.callbacks.report, None
+    assert cfg is not None, "the caller has asked for it"
+    with unless_it_fails("completion"):
+        completion = complete(model, Path(recipe.tokenizer.name), cfg.prompt, cfg.max_new_tokens)
+    if dist.get_global_rank() == 0:
+        write_report(recipe, completion, command)
 
 
 def stopped_by(trainer: Trainer) -> signal.Signals | None:
@@ -131,8 +147,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
     meshes = setup_meshes(recipe, device)
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
-    if recipe.callbacks.report is not None:
-        check_vocabulary(Path(recipe.tokenizer.name), recipe.model.vocab_size)
+    if problems := list(report_problems(recipe)):
+        raise ConfigError(problems)
     model = build_model(recipe, meshes, device)
     digests = on_rank_zero(lambda: data_digests(recipe))
     run_dir, start = open_run(recipe, digests)
@@ -197,6 +213,8 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     """The model for ``device``, sharded, on meta: what cannot be built is found before anything is written."""
     if recipe.precision.fp8.recipe is not None:
         describe_fp8(recipe.precision.fp8, device._device)
+    dtype = torch.bfloat16 if recipe.precision.compute == Compute.bf16 else torch.float32
+    check_backend(recipe.model.moe, recipe.model.d_model, device._device, dtype)
     model = meta_model(recipe.model)
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     return model

@@ -70,6 +70,7 @@ def files(directory: Path) -> dict[str, bytes]:
             ["precision.fp8={recipe: deepseek_v3, backend: triton}"],
             r"precision\.fp8\.backend: backend triton cannot run: its kernels need a CUDA device, not cpu",
         ),
+        (["model.moe.backend=triton"], r"model\.moe\.backend: triton cannot run: "),
         (["seed", "3"], r"seed: an override is written key=value; did you mean 'seed=3'\?"),
         (["model.moe.topk=4"], r"model\.moe\.topk: unknown key; did you mean 'model\.moe\.top_k'\?"),
     ],

@@ -1,5 +1,6 @@
 """The command itself: exit status, streams, and what it does not import."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,16 +19,142 @@ def moefoundry(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
 
 
-def test_ok_is_one_line(capsys):
+def test_ok_is_a_line_and_what_the_model_can_be_exported_as_another(capsys):
     assert main(["validate", QUICKSTART, "model.moe.top_k=4"]) == 0
-    out = capsys.readouterr().out
-    assert out.startswith("OK quickstart: moe_causal_lm, 6 layers (1 dense), d_model 256, 16 experts top-4 + 1 shared")
-    assert out.count("\n") == 1
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith(
+        "OK quickstart: moe_causal_lm, 6 layers (1 dense), d_model 256, 16 experts top-4 + 1 shared"
+    )
+    assert second.startswith("export: ")
 
 
 def test_ok_names_the_precision_whatever_this_machine_can_run(capsys):
     assert main(["validate", "precision.fp8={recipe: deepseek_v3, backend: triton, exclude: [layers.0]}"]) == 0
-    assert capsys.readouterr().out.endswith(" of 4 x 512 tokens, fp32, fp8 deepseek_v3\n")
+    assert capsys.readouterr().out.splitlines()[0].endswith(" of 4 x 512 tokens, fp32, fp8 deepseek_v3")
+
+
+MOE = ("model.n_dense_layers=0", "model.moe.num_shared_experts=0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "export"),
+    [
+        (MOE, "mixtral"),
+        ((*MOE, "model.attention.qk_norm=head", "model.n_dense_layers=2"), "qwen3_moe"),
+        (("model.n_dense_layers=6",), "llama"),
+        (("model.attention.kind=mla", "model.moe.router.score_function=sigmoid"), "deepseek_v3"),
+        ((*MOE, "model.attention.bias=qkv"), "no Hugging Face family: model.attention.bias: qkv, and mixtral has none"),
+        (
+            (),
+            "no Hugging Face family: model.n_dense_layers: 1, and mixtral has 0; "
+            "model.moe.num_shared_experts: 1, and mixtral has 0",
+        ),
+        (
+            ("model.attention.kind=mla",),
+            "no Hugging Face family: model.moe.router.score_function: softmax, and deepseek_v3 has sigmoid",
+        ),
+    ],
+)
+def test_what_the_model_can_be_exported_as(overrides, export, capsys):
+    assert main(["validate", *overrides]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"export: {export}"
+
+
+def test_data_that_are_not_there_are_a_note_with_the_command_that_makes_them(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["validate", "train_loader.dataset.local=my data", "load_path=nowhere"]) == 0
+    data, start = capsys.readouterr().err.splitlines()
+    assert data.startswith(
+        "note: train_loader.dataset.local: my data: no such directory (the recipe's dataset.local); "
+    )
+    assert "moefoundry prepare stdlib 'my data' --max-seq-len 512 --vocab-size 4096" in data
+    assert start == "note: load_path: nowhere: no such directory"
+    remote = [f"{loader}.dataset.remote=s3://bucket/data" for loader in ("train_loader", "eval_loader")]
+    assert main(["validate", remote[0]]) == 0
+    assert capsys.readouterr().err.startswith("note: eval_loader.dataset.local: data/quickstart: no such directory")
+    assert main(["validate", *remote, "tokenizer.name=here"]) == 0
+    assert capsys.readouterr().err == "note: tokenizer.name: here: no such directory\n"
+    assert main(["validate", "train_loader.dataset.remote=a", remote[1], "callbacks.report=null"]) == 0
+    assert capsys.readouterr().err == "note: train_loader.dataset.remote: a: no such directory\n"
+    assert main(["validate", *remote, "callbacks.report=null"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("max_seq_len=128", "train_loader.dataset.max_seq_len: {corpus}: packed to max_seq_len 64, and the recipe's "),
+        (
+            "model.vocab_size=300",
+            "model.vocab_size: {corpus}: its vocabulary of 384 exceeds the model's vocab_size 300",
+        ),
+        ("model.vocab_size=300", "tokenizer.name: {corpus}/tokenizer has a vocabulary of 384, which exceeds model."),
+        ("train_loader.dataset.split=test", "train_loader.dataset.split: {corpus}: no split 'test'; it has train, val"),
+        ("eval_loader.dataset.local=nowhere", "eval_loader.dataset.local: nowhere: no such directory (the recipe's "),
+        ("eval_loader.dataset.local={corpus}/val", "eval_loader.dataset.local: {corpus}/val/corpus.json: No such file"),
+        ("global_train_batch_size=80", "global_train_batch_size: {corpus}/train: 53 sample(s), fewer than one global "),
+        (
+            "eval_loader={drop_last: true}",
+            "device_eval_batch_size: {corpus}/val: 20 sample(s), fewer than one global batch of 64",
+        ),
+        (
+            "train_loader.dataset.validate_hash=md5",
+            "train_loader.dataset.validate_hash: {corpus}/train/index.json: no md5",
+        ),
+        ("eval_loader.dataset.remote=nowhere", "eval_loader.dataset.remote: nowhere/val/index.json: no such file"),
+        ("tokenizer.name=nowhere", "tokenizer.name: nowhere/tokenizer.json: no such file"),
+        ("load_path=nowhere", "load_path: no complete checkpoint at nowhere"),
+        ("load_path={corpus}", "load_path: no complete checkpoint at {corpus}"),
+    ],
+)
+def test_data_that_are_there_have_to_fit(change, problem, tiny_corpus, tiny_overrides, tmp_path, capsys):
+    def command(*changes: str) -> list[str]:
+        always = ("callbacks.report={}", "device_eval_batch_size=64")
+        return ["validate", *tiny_overrides(tmp_path, *always, *changes)]
+
+    assert main(command()) == 0
+    assert capsys.readouterr().err == ""
+    assert main(command(change.replace("{corpus}", str(tiny_corpus)))) == 2
+    assert problem.replace("{corpus}", str(tiny_corpus)) in capsys.readouterr().err
+
+
+def test_damaged_data_and_prompts_of_no_tokens_are_found(tiny_corpus, tiny_overrides, tmp_path, capsys):
+    from tokenizers import Tokenizer, models
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_corpus, copy)
+    overrides = [*tiny_overrides(tmp_path / "run"), f"train_loader.dataset.local={copy}"]
+    shard = next((copy / "train").glob("shard*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (copy / "val" / "index.json").write_text("{")
+    assert main(["validate", *overrides]) == 2
+    error = capsys.readouterr().err
+    assert f"train_loader.dataset.local: {shard}: truncated shard: " in error
+    assert f"eval_loader.dataset.local: {copy}/val/index.json: cannot be read: " in error
+
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    vocabulary = {"word": 0, "<end>": 1}
+    Tokenizer(models.WordLevel(vocabulary)).save(str(tokenizer / "tokenizer.json"))
+    (tokenizer / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    overrides = [*tiny_overrides(tmp_path / "run"), f"tokenizer.name={tokenizer}"]
+    assert main(["validate", *overrides, "callbacks.report.prompt=other"]) == 2
+    assert f"callbacks.report.prompt: {tokenizer} makes no token of it" in capsys.readouterr().err
+    assert main(["validate", *overrides, "callbacks.report.prompt=word"]) == 0
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_a_gate_that_cannot_learn_is_a_warning_with_the_cure(score_function, capsys):
+    recipe = ["validate", "model.moe.top_k=1", f"model.moe.router.score_function={score_function}"]
+    assert main(recipe) == 0
+    warning = capsys.readouterr().err.splitlines()[0]
+    assert warning.startswith(
+        "warning: model.moe.router.normalize_topk: true, and with model.moe.top_k=1 every weight "
+    )
+    cure = warning.split("did you mean '")[1].split("'")[0]
+    for change in (cure, "model.moe.num_experts=1", "model.moe.router.assignment=uniform", "model.moe.top_k=2"):
+        assert main([*recipe, change]) == 0
+        assert "warning" not in capsys.readouterr().err
 
 
 def test_names_of_modules_are_checked_against_the_model(capsys):
@@ -170,7 +297,7 @@ def test_validate_imports_nothing_heavy():
         "from moefoundry.cli.main import main\n"
         f"assert main(['validate', {QUICKSTART!r}, 'precision.fp8.recipe=deepseek_v3']) == 0\n"
         "heavy = {'torch', 'composer', 'llmfoundry', 'streaming', 'transformers', 'tokenizers', 'numpy', 'pandas',\n"
-        "         'matplotlib', 'moefoundry.cli.prepare', 'moefoundry.model', 'moefoundry.train'}\n"
+        "         'matplotlib', 'moefoundry.cli.prepare', 'moefoundry.model.transformer', 'moefoundry.train'}\n"
         "print(sorted(heavy & sys.modules.keys()))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)

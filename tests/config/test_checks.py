@@ -96,6 +96,11 @@ def test_row22_check_recipe_alone():
             None,
             ["model.moe.router.num_groups"],
         ),
+        (
+            ["model.moe.router={num_groups: 16, top_k_groups: 2}", "model.moe.balance.bias_update_rate=1e-3"],
+            None,
+            ["model.moe.router.num_groups"],
+        ),
         # multi-token prediction
         (["model.mtp.depth=510"], None, []),
         (["model.mtp.depth=511"], None, ["model.mtp.depth"]),
@@ -143,6 +148,19 @@ def test_row22_check_recipe_alone():
         (["max_duration=1ep"], None, []),
         (["scheduler.t_warmup=0.5dur"], None, []),
         (["scheduler.t_warmup=1.5dur"], None, ["scheduler.t_warmup"]),
+        (["scheduler.t_warmup=10tok"], None, ["scheduler.t_warmup"]),
+        (["scheduler.t_warmup=10sp", "max_duration=2000tok"], None, ["scheduler.t_warmup"]),
+        (["scheduler.t_warmup=1ba", "max_duration=2000tok"], None, ["scheduler.t_warmup"]),
+        (["scheduler={name: constant_with_warmup, t_warmup: 5tok}"], None, ["scheduler.t_warmup"]),
+        (["scheduler.t_warmup=10ba", "max_duration=1ep"], None, []),
+        (["scheduler.t_warmup=1ep", "max_duration=1000ba"], None, []),
+        (["scheduler.t_warmup=10tok", "max_duration=2000tok"], None, []),
+        (["scheduler.t_warmup=0.1dur", "max_duration=2000sp"], None, []),
+        # seeds: one more for each rank
+        (["seed=4294967295"], None, []),
+        (["seed=4294967295"], 2, ["seed"]),
+        (["seed=4294967295", "mesh={replicate: 2, shard: 2}"], None, ["seed"]),
+        (["seed=4294967292"], 4, []),
     ],
 )
 def test_row22_relations(overrides, world_size, paths):

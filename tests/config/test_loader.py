@@ -26,6 +26,7 @@ from moefoundry.config import (
     split_arguments,
 )
 from moefoundry.config.checks import RULES
+from moefoundry.config.paths import naming_problem
 from moefoundry.config.schema import DURATION, INTERVAL
 from moefoundry.config.spec import Spec, plain, specs, walk
 from moefoundry.config.yaml_reader import StrictDumper, parse_yaml
@@ -250,6 +251,11 @@ def test_llm_foundrys_recipes_get_one_error(tmp_path, name):
     assert "not available yet" in problem.message
 
 
+NAMES = "letters, digits, '_', '-' and '.', but not '.' or '..'"
+SEEDS = "an integer >= 0 and <= 4294967295"
+AT_LEAST_1 = "an integer >= 1"
+
+
 @pytest.mark.parametrize(
     ("override", "path", "allowed"),
     [
@@ -263,16 +269,41 @@ def test_llm_foundrys_recipes_get_one_error(tmp_path, name):
         ("optimizer.betas=[x, 0.9]", "optimizer.betas[0]", "a number >= 0 and < 1"),
         ("optimizer.betas=[0.9]", "optimizer.betas", "a list of 2 numbers >= 0 and < 1"),
         ("optimizer.betas=0.9", "optimizer.betas", "a list of 2 numbers >= 0 and < 1"),
-        ("seed='17'", "seed", "an integer >= 0"),
-        ("seed=true", "seed", "an integer >= 0"),
-        ("seed=017", "seed", "an integer >= 0"),
-        ("seed=-1", "seed", "an integer >= 0"),
+        ("seed='17'", "seed", SEEDS),
+        ("seed=true", "seed", SEEDS),
+        ("seed=017", "seed", SEEDS),
+        ("seed=-1", "seed", SEEDS),
+        ("seed=4294967296", "seed", SEEDS),
+        ("train_loader.dataset.shuffle_seed=4294967296", "train_loader.dataset.shuffle_seed", SEEDS),
         ("autoresume=1", "autoresume", "true, false"),
         ("autoresume=yes", "autoresume", "true, false"),
-        ("run_name=17", "run_name", r"a string that matches [\w.\-]+"),
-        ("run_name=a/b", "run_name", r"a string that matches [\w.\-]+"),
-        ("tokenizer.name=null", "tokenizer.name", "a string"),
-        ("load_path=3", "load_path", "a string, or null"),
+        ("run_name=a/b", "run_name", NAMES),
+        ("run_name=..", "run_name", NAMES),
+        ("run_name=.", "run_name", NAMES),
+        ("run_name='..'", "run_name", NAMES),
+        ("run_name=a b", "run_name", NAMES),
+        ('run_name="a\\n"', "run_name", NAMES),
+        ("run_name=#1", "run_name", NAMES),
+        ("tokenizer.name=null", "tokenizer.name", "a path"),
+        ("tokenizer.name=", "tokenizer.name", "a path"),
+        ("load_path=''", "load_path", "a path, or null"),
+        ('run_dir=runs/"a\0b"', "run_dir", "a path"),
+        ("run_dir=~nosuchuser/runs", "run_dir", "a path"),
+        (f"run_dir=runs/{'x' * 256}/a", "run_dir", "a path"),
+        (f"run_dir={'x/' * 2000}", "run_dir", "a path"),
+        (f"run_name={'é' * 128}", "run_dir", "a path"),
+        ("callbacks.report.prompt=''", "callbacks.report.prompt", "text, not empty"),
+        ("loggers.wandb.tags=['']", "loggers.wandb.tags[0]", "texts of 1 to 64 characters"),
+        ("seed=3 # the third", "seed=", "quotes around it"),
+        ("loggers.wandb={} # on", "loggers.wandb=", "quotes around it"),
+        ("dist_timeout=1e9", "dist_timeout", "a number >= 1 and <= 31622400"),
+        ("dist_timeout=0.001", "dist_timeout", "a number >= 1 and <= 31622400"),
+        ("device_eval_batch_size=2147483648", "device_eval_batch_size", "an integer >= 1 and <= 1048576"),
+        ("optimizer.eps=1e-60", "optimizer.eps", "a number > 0"),
+        ("optimizer.lr=1e39", "optimizer.lr", "a number > 0"),
+        ("model.moe.balance.z_loss_weight=1e-50", "model.moe.balance.z_loss_weight", "a number >= 0"),
+        ("callbacks.speed_monitor.window_size=9223372036854775808", "callbacks.speed_monitor.window_size", AT_LEAST_1),
+        ("max_duration=9999999999999999999ba", "max_duration", "a duration: a positive integer and ba, ep, tok or sp"),
         ("model=null", "model", "a mapping"),
         ("model=[1]", "model", "a mapping"),
         ("loggers.wandb=true", "loggers.wandb", "a mapping, or null"),
@@ -308,11 +339,17 @@ def leaves() -> list[Any]:
 
 @pytest.mark.parametrize(("path", "spec", "tags"), leaves())
 @pytest.mark.parametrize("wrong", ["a mapping", "a scalar", "a list"])
-def test_row21_every_leaf_of_the_schema_is_typed(path, spec: Spec, tags, wrong):
+def test_row21_every_leaf_of_the_schema_is_typed(tmp_path, path, spec: Spec, tags, wrong):
     scalar = 12345 if spec.kind in (str, list) or issubclass(spec.kind, StrEnum) else "some words"
     value = {"a mapping": {"x": 1}, "a list": ["x", {"y": 2}], "a scalar": scalar}[wrong]
-    overrides = [f"{key}={tag}" for key, tag in tags.items() if key != path]
-    found = problems_of(*overrides, f"{path}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}")
+    tree: dict[str, Any] = {}
+    for key, leaf in {**{key: tag for key, tag in tags.items() if key != path}, path: value}.items():
+        *parents, name = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    found = problems_of(path=write(tmp_path, yaml.safe_dump(tree)))
     own = [where for where in found if where == path or where.startswith(f"{path}[")]
     assert own
     # Nothing else, but that a mapping above may not be available yet.
@@ -326,6 +363,66 @@ def test_row21_every_leaf_refuses_null_unless_optional(path, spec: Spec, tags):
         load_recipe(None, overrides)
     else:
         assert path in problems_of(*overrides)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1", "true", "def f(x):  # a comment: 2", "a: b", " [x", "{}", "'tis", '"a" and "b"', "- x", "&a", "a\tb ", "!x"],
+)
+def test_the_override_of_a_text_is_what_stands_after_the_first_equals_sign(text):
+    assert load_recipe(None, [f"callbacks.report.prompt={text}"]).callbacks.report.prompt == text
+
+
+def test_texts_as_overrides_and_what_else_may_stand_there(tmp_path):
+    recipe = load_recipe(
+        None,
+        [
+            "run_name=1",
+            "callbacks.report.prompt='it''s # quoted'",
+            "load_path=null",
+            "save_keep_best=",
+            "eval_loader.dataset.remote=~",
+            "tokenizer.name=a=b#c",
+            "loggers.wandb.tags=[1, true, 'a, b', c#d]",
+            "loggers.wandb.name=null",
+            "loggers.mlflow={run_name: '1'}",
+            "precision.compute='bf16'",
+        ],
+    )
+    assert (recipe.run_name, recipe.run_dir) == ("1", "runs/1")
+    assert recipe.callbacks.report.prompt == "it's # quoted"
+    assert (recipe.load_path, recipe.save_keep_best, recipe.eval_loader.dataset.remote) == (None, None, None)
+    assert recipe.tokenizer.name == "a=b#c"
+    assert recipe.loggers.wandb.tags == ["1", "true", "a, b", "c#d"]
+    assert recipe.loggers.wandb.name is None
+    assert recipe.loggers.mlflow.run_name == "1"
+    assert recipe.precision.compute == "bf16"
+    path = write(tmp_path, dump_recipe(recipe))
+    assert load_recipe(path) == recipe, "what is kept reads back as text"
+
+
+@pytest.mark.parametrize("override", ["run_dir=\udcff", 'callbacks.report={prompt: "\\udcff"}', 'run_dir="\\ud800"'])
+def test_what_is_not_utf8_is_refused(override):
+    problem = only_problem(override)
+    assert problem.path in ("run_dir", "callbacks.report.prompt")
+    assert "is not UTF-8 text" in problem.message
+    assert "not valid YAML" in only_problem("callbacks.report={prompt: \udcff}").message
+
+
+def test_a_path_may_begin_at_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [path for path, spec in walk(Recipe) if spec.path]
+    assert {path.rpartition(".")[2] for path in paths} == {
+        *("run_dir", "name", "local", "remote", "load_path", "log_dir", "tracking_uri"),
+    }
+    leaves = flatten(load_recipe(None, [f"{path}=~/a~ b/c" for path in paths]))
+    assert {leaves[path] for path in paths} == {f"{tmp_path}/a~ b/c"}
+    recipe = load_recipe(write(tmp_path, "train_loader: {dataset: {local: ~/data, remote: s3://a/~b}}\nload_path: ~"))
+    assert recipe.tokenizer.name == f"{tmp_path}/data/tokenizer"
+    assert recipe.eval_loader.dataset.local == f"{tmp_path}/data"
+    assert recipe.train_loader.dataset.remote == "s3://a/~b"
+    assert recipe.load_path is None, "a ~ alone is YAML's null"
+    assert load_recipe(None, ["train_loader.dataset.local=~"]).train_loader.dataset.local == str(tmp_path)
 
 
 def test_all_errors_are_reported_at_once(tmp_path):
@@ -464,7 +561,9 @@ def test_row23_yaml_tags_are_refused(tmp_path, monkeypatch, text, line, words):
 
 def test_row23_tags_in_overrides_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "refused" in only_problem("run_name=!!python/object/apply:os.system ['touch pwned']").message
+    for path in ("seed", "loggers.wandb.tags"):
+        assert "refused" in only_problem(f"{path}=!!python/object/apply:os.system ['touch pwned']").message
+    assert "got" in only_problem("run_name=!!python/object/apply:os.system ['touch pwned']").message
     assert not (tmp_path / "pwned").exists()
 
 
@@ -567,13 +666,16 @@ def values_of(spec: Spec) -> st.SearchStrategy[Any]:
     if kind is bool:
         values: st.SearchStrategy[Any] = st.booleans()
     elif kind is int:
-        values = st.integers(None if low is None else int(low), 10**9)
+        values = st.integers(None if low is None else int(low), 10**9 if high is None else int(high))
     elif kind is float:
         open_ends = {"exclude_min": "gt" in spec.bounds, "exclude_max": "lt" in spec.bounds}
         open_ends = {name: value for name, value in open_ends.items() if value}
-        values = st.floats(low, high, allow_nan=False, allow_infinity=False, **open_ends)  # type: ignore[arg-type]
+        fp32 = {"width": 32, "allow_subnormal": False, "allow_nan": False, "allow_infinity": False}
+        values = st.floats(low, high, **fp32, **open_ends)  # type: ignore[arg-type]
     elif issubclass(kind, StrEnum):
         values = st.sampled_from([str(member) for member in kind])
+    elif spec.path:
+        values = TEXT.filter(lambda text: text != "???" and not naming_problem(text))
     elif spec.pattern in (DURATION, INTERVAL):
         values = st.builds("{}{}".format, st.integers(1, 999), st.sampled_from(["ba", "ep", "tok", "sp"]))
     else:

@@ -7,7 +7,8 @@ from transformers import MixtralConfig, OlmoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from moefoundry.config import AuxLossScope, BalanceConfig, ExpertBackend, MoEConfig, RouterConfig
+from moefoundry.config import AuxLossScope, BalanceConfig, ExpertBackend, MoEConfig, RouterConfig, ScoreFunction
+from moefoundry.moe.balance import max_violation
 from moefoundry.moe.layer import MoELayer
 from moefoundry.ops.expert_mixture import expert_mixture
 
@@ -288,3 +289,39 @@ def test_on_a_gpu_it_computes_what_it_computes_on_a_cpu(dtype: torch.dtype, tole
     for (name, ours), theirs in zip(on_gpu.named_parameters(), on_cpu.parameters(), strict=True):
         error = (ours.grad.float().cpu() - theirs.grad).norm() / theirs.grad.norm()
         assert error < tolerance, name
+
+
+@pytest.mark.parametrize("shape", [(0, S), (1, 0), (2, 0), (0, 0)])
+@pytest.mark.parametrize("scope", AuxLossScope)
+@pytest.mark.parametrize("capacity", [None, 1.0])
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
+def test_no_tokens_have_no_loss_and_gradients_of_0(
+    shape: tuple[int, int], scope: AuxLossScope, capacity: float | None, score_function: str
+) -> None:
+    cfg = moe_config(
+        "grouped_mm", scope=scope, score_function=ScoreFunction(score_function), num_groups=3, top_k_groups=2
+    )
+    cfg.capacity_factor = capacity
+    module = layer(cfg)
+    x_BSD = torch.empty(*shape, D).requires_grad_()
+    out_BSD, stats = module(x_BSD)
+    assert out_BSD.shape == x_BSD.shape
+    for name, value in stats._asdict().items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+    (out_BSD.sum() + stats.balance_loss + stats.z_loss + stats.mean_probs.sum()).backward()
+    assert x_BSD.grad.shape == x_BSD.shape
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+    assert module.router.gate.weight.grad is not None
+
+
+@pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
+def test_an_empty_micro_batch_beside_another_changes_nothing(backend: str) -> None:
+    """As ranks and micro-batches are weighted: by their tokens."""
+    module = layer(moe_config(backend))
+    _, full = module(tokens())
+    _, empty = module(torch.empty(0, S, D))
+    for name in ("balance_loss", "z_loss", "router_entropy"):
+        mixed = (getattr(full, name) * B * S + getattr(empty, name) * 0) / (B * S)
+        torch.testing.assert_close(mixed, getattr(full, name))
+    assert max_violation(empty.tokens_per_expert) == 0

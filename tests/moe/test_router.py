@@ -47,6 +47,17 @@ def test_weights_are_the_best_scores_normalized_and_scaled(top_k: int, normalize
         assert routing.topk_weights[t].tolist() == pytest.approx([scale * scores[e] / divisor for e in best], abs=1e-13)
 
 
+@pytest.mark.parametrize("score_function", ScoreFunction)
+@pytest.mark.parametrize(("normalize", "learns"), [(True, False), (False, True)])
+def test_a_normalized_top_1_teaches_the_gate_nothing(
+    score_function: ScoreFunction, normalize: bool, learns: bool
+) -> None:
+    """What the recipe's warning says: every weight is 1."""
+    module = router(1, score_function=score_function, normalize_topk=normalize)
+    (module(tokens()).topk_weights * torch.randn(T, 1, generator=torch.Generator().manual_seed(2))).sum().backward()
+    assert (module.gate.weight.grad.abs().max() > 1e-3) == learns
+
+
 def test_experts_of_a_token_are_distinct_and_best_first() -> None:
     routing = router(5)(tokens())
     assert all(len(set(ids)) == 5 for ids in routing.topk_expert_ids.tolist())
@@ -177,6 +188,45 @@ def test_group_limited_routing_equals_brute_force_in_float64(
         chosen = sum(scores[e] for e in expected)
         assert weights == pytest.approx([2.5 * scores[e] / chosen for e in expected], rel=tolerance)
     assert compared >= MANY - (10 if margin else 0)
+
+
+def deepseek_gate(logits_TE: Tensor, score_func: str, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Weights and experts by the formula of DeepSeek-V3's published inference code (``Gate.forward``)."""
+    scores = logits_TE.softmax(dim=-1) if score_func == "softmax" else logits_TE.sigmoid()
+    original_scores = scores
+    if bias is not None:
+        scores = scores + bias
+    scores = scores.view(len(scores), GROUPS, -1)
+    group_scores = scores.amax(dim=-1) if bias is None else scores.topk(2, dim=-1)[0].sum(dim=-1)
+    indices = group_scores.topk(KEPT_GROUPS, dim=-1)[1]
+    mask = torch.ones(scores.shape[:2], dtype=torch.bool).scatter(1, indices, False)
+    scores = scores.masked_fill(mask.unsqueeze(-1), -math.inf).flatten(1)
+    indices = scores.topk(CHOICES, dim=-1)[1]
+    weights = original_scores.gather(1, indices)
+    if score_func == "sigmoid":
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    return weights * scale, indices
+
+
+@pytest.mark.parametrize(
+    ("score_func", "rate"), [("softmax", 0.0), ("softmax", 1e-3), ("sigmoid", 0.0), ("sigmoid", 1e-3)]
+)
+def test_groups_are_ranked_as_in_deepseeks_gate(score_func: str, rate: float) -> None:
+    """By their best two where there is a bias, whatever the score function; by their best one where there is none."""
+    options = {**V3, "score_function": ScoreFunction(score_func), "normalize_topk": score_func == "sigmoid"}
+    torch.manual_seed(0)
+    balance = BalanceConfig(bias_update_rate=rate)
+    module = Router(D, MoEConfig(WIDE, CHOICES, router=RouterConfig(**options), balance=balance)).double()
+    bias = None
+    if module.expert_bias is not None:
+        bias = module.expert_bias.copy_(random_bias())
+    else:
+        assert (score_func, rate) == ("softmax", 0.0)
+    logits = many_tokens().double() @ module.gate.weight.detach().T
+    routing = module(many_tokens().double())
+    weights, ids = deepseek_gate(logits, score_func, bias, scale=2.5)
+    assert torch.equal(routing.topk_expert_ids, ids)
+    torch.testing.assert_close(routing.topk_weights, weights, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -1,5 +1,6 @@
 """What a person is left with: progress on a terminal, and at the end plots, a completion and a command."""
 
+import errno
 import os
 import pty
 import shlex
@@ -70,6 +71,56 @@ def test_a_finished_run_that_is_resumed_only_reports(tiny_recipe: Callable[..., 
     assert again.checkpoints() == first.checkpoints()
     assert again.out == first.out
     assert "checkpoint" in again.out
+
+
+def break_every_part() -> None:
+    import matplotlib.figure
+
+    import moefoundry.callbacks.report as report
+    import moefoundry.train as training
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise IndexError("index -1 is out of\nbounds")
+
+    def disk_is_full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    training.complete = fail
+    matplotlib.figure.Figure.savefig = disk_is_full  # type: ignore[method-assign]
+    report.unigram_entropy = fail  # type: ignore[assignment]
+    report.store_of = fail  # type: ignore[assignment]
+
+
+def test_a_report_that_fails_does_not_fail_a_finished_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = run_recipe(tiny_recipe(tmp_path, REPORT, "eval_interval=2ba"), before=break_every_part)
+    warnings = [line for line in run.err.splitlines() if line.startswith("warning: ")]
+    assert warnings == [
+        "warning: the report has no completion: index -1 is out of bounds",
+        "warning: the report has no unigram entropy: index -1 is out of bounds",
+        "warning: the report has no loss.png: [Errno 28] No space left on device",
+        "warning: the report has no expert_load.png: [Errno 28] No space left on device",
+        "warning: the report has no checkpoint: index -1 is out of bounds",
+    ]
+    assert [line.split("  ")[0] for line in run.out.splitlines()] == ["held-out loss", "go on with"]
+    assert "ba4" in run.checkpoints()
+
+
+def report_without_metrics(recipe: Recipe) -> list[str]:
+    from moefoundry.callbacks.report import write_report
+
+    with captured_output() as texts:
+        write_report(recipe, "text", ["train"])
+    return texts
+
+
+def test_a_report_of_a_run_dir_without_metrics_says_what_it_can(
+    tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    """As of a run that goes on from another's last batch, and has nothing left to train."""
+    ((out, err),) = run_distributed(report_without_metrics, 1, tiny_recipe(tmp_path / "new"))
+    assert out == "completion\n    | text\ngo on with       train autoresume=true max_duration=8ba\n"
+    assert err.startswith("warning: the report has no metrics: ")
+    assert err.count("\n") == 1
 
 
 def train_on_a_terminal(recipe: Recipe) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +22,55 @@ LOAD_WINDOW = 20  # batches that the load plot averages
 EVAL_KEY = "metrics/eval/LanguageCrossEntropy"
 
 
-def write_report(recipe: Recipe, completion: str, command: Sequence[str]) -> None:
-    """Write the plots into ``run_dir`` and print the rest; one rank calls it, when everything else is written.
+@contextmanager
+def unless_it_fails(part: str) -> Iterator[None]:
+    """Go on behind this block when a part of the report fails, with a line that says why: the run itself has ended
+    well, and is saved."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"warning: the report has no {part}: {reason}", file=sys.stderr, flush=True)
+
+
+def write_report(recipe: Recipe, completion: str | None, command: Sequence[str]) -> None:
+    """Write the plots into ``run_dir`` and print the rest; one rank calls it, when everything else is written. A part
+    that fails is left out, with a line on standard error.
 
     Args:
         recipe: The run's recipe.
-        completion: A prompt and what the trained model made of it.
+        completion: A prompt and what the trained model made of it; None leaves it out.
         command: The command that started the run, to be repeated for the next.
     """
     run_dir = Path(recipe.run_dir)
-    metrics = read_metrics(run_dir)
-    entropy = unigram_entropy(recipe)
-    plot_loss(metrics, entropy, run_dir / LOSS_PLOT)
-    plot_load(metrics, run_dir / LOAD_PLOT)
+    metrics: list[dict[str, Any]] = []
+    entropy: float | None = None
+    with unless_it_fails("metrics"):
+        metrics = read_metrics(run_dir)
+    with unless_it_fails("unigram entropy"):
+        entropy = unigram_entropy(recipe)
+    plots: dict[str, Callable[[Path], bool]] = {
+        LOSS_PLOT: lambda path: plot_loss(metrics, entropy, path),
+        LOAD_PLOT: lambda path: plot_load(metrics, path),
+    }
+    drawn = {}
+    for name, plot in plots.items():
+        with unless_it_fails(name):
+            drawn[name] = plot(run_dir / name)
     lines = []
     losses = [line[EVAL_KEY] for line in metrics if EVAL_KEY in line]
     if losses:
         lines.append(f"held-out loss    {losses[-1]:.4f} nats/token")
     if losses and entropy is not None:
         lines.append(f"unigram entropy  {entropy:.4f} nats/token; the model is {compared(losses[-1], entropy)}")
-    lines += [
-        "completion",
-        *("    | " + line for line in redacted(completion, "").splitlines()),
-        f"loss curve       {run_dir / LOSS_PLOT}",
-        f"expert load      {run_dir / LOAD_PLOT}",
-        f"checkpoint       {store_of(run_dir).latest()}",
-        f"go on with       {next_command(command, recipe.max_duration)}",
-    ]
+    if completion is not None:
+        lines += ["completion", *("    | " + line for line in redacted(completion, "").splitlines())]
+    labels = {LOSS_PLOT: "loss curve", LOAD_PLOT: "expert load"}
+    lines += [f"{labels[name]:17}{run_dir / name}" for name, done in drawn.items() if done]
+    with unless_it_fails("checkpoint"):
+        if checkpoint := store_of(run_dir).latest():
+            lines.append(f"checkpoint       {checkpoint}")
+    lines.append(f"go on with       {next_command(command, recipe.max_duration)}")
     print("\n".join(lines), flush=True)
 
 
@@ -72,13 +96,17 @@ def unigram_entropy(recipe: Recipe) -> float | None:
     return split.unigram_entropy_nats if split else None
 
 
-def plot_loss(metrics: list[dict[str, Any]], entropy: float | None, path: Path) -> None:
-    """Training and held-out loss over batches."""
+def plot_loss(metrics: list[dict[str, Any]], entropy: float | None, path: Path) -> bool:
+    """Training and held-out loss over batches; whether there was any to plot."""
+    training = [(line["batch"], line["loss/train/lm"]) for line in metrics if "loss/train/lm" in line]
+    if not training:
+        return False
+
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([line["batch"] for line in metrics], [line["loss/train/lm"] for line in metrics], label="training")
+    axes.plot(*zip(*training, strict=True), label="training")
     held_out = [(line["batch"], line[EVAL_KEY]) for line in metrics if EVAL_KEY in line]
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", label="held out")
@@ -88,16 +116,19 @@ def plot_loss(metrics: list[dict[str, Any]], entropy: float | None, path: Path) 
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+    return True
 
 
-def plot_load(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Load of each expert of each layer over the last batches, as a multiple of the uniform load."""
-    from matplotlib.figure import Figure
-
+def plot_load(metrics: list[dict[str, Any]], path: Path) -> bool:
+    """Load of each expert of each layer over the last batches, as a multiple of the uniform load; whether there were
+    layers with experts."""
     recent = metrics[-LOAD_WINDOW:]
     names = [name for name in recent[-1] if name.startswith("moe/load/")] if recent else []
     if not names:
-        return
+        return False
+
+    from matplotlib.figure import Figure
+
     load_LE = torch.tensor([[line[name] for line in recent if name in line] for name in names]).mean(dim=1)
     figure = Figure(figsize=(7, 0.5 * len(names) + 1.5), layout="constrained")
     axes = figure.subplots()
@@ -106,3 +137,4 @@ def plot_load(metrics: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(names)), [name.removeprefix("moe/load/") for name in names])
     figure.colorbar(image)
     figure.savefig(path, dpi=120)
+    return True

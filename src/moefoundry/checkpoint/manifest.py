@@ -27,7 +27,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import xxhash
 
 from moefoundry import __version__
@@ -58,6 +57,12 @@ class HashedBlock(NamedTuple):
         return self.offset + self.length
 
 
+def _versions() -> dict[str, str]:
+    import torch  # readers of a manifest need none
+
+    return {"moefoundry": __version__, "torch": torch.__version__}
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a checkpoint comes from.
@@ -78,7 +83,7 @@ class Origin:
     recipe: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     saved_at: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    versions: Mapping[str, str] = field(default_factory=lambda: {"moefoundry": __version__, "torch": torch.__version__})
+    versions: Mapping[str, str] = field(default_factory=_versions)
 
 
 @dataclass(frozen=True)

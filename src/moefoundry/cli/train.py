@@ -30,6 +30,10 @@ def run(args: argparse.Namespace) -> int:
         path, overrides = split_arguments(args.arguments)
         recipe = load_recipe(path, overrides, world_size=world_size)
 
+        from moefoundry.data.fit import check_data
+
+        check_data(recipe, world_size)  # before what takes seconds to import
+
         from moefoundry.callbacks.signals import EXIT_STOPPED
         from moefoundry.train import stopped_by, train
 

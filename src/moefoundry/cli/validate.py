@@ -2,22 +2,28 @@
 
 Nothing heavy is imported, with one exception: which modules there are, for ``precision.fp8.exclude`` to name, only the
 model itself can say, so it is built on meta. That takes about three seconds, nearly all of them to import torch.
+
+The rules are those by which training refuses a recipe: ``config/`` for the recipe, ``data/fit.py`` for its data.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moefoundry.cli.arguments import add_recipe, positive
+from moefoundry.config.errors import Problem
 
 if TYPE_CHECKING:
-    from moefoundry.config import Recipe
+    from moefoundry.config import ModelConfig, Recipe
 
 DESCRIPTION = """\
 Check a recipe and its overrides; list every problem at once (exit status 2). Names of modules in precision.fp8.exclude
-are looked up when all else is right. The machine plays no part: a recipe for GPUs is checked on any other computer.
-What the devices must be able to do is checked when training starts.
+are looked up when all else is right, and so are local data: where they are not on this machine, a note says so, and how
+to make them. Otherwise the machine plays no part: a recipe for GPUs is checked on any other computer, and what the
+devices must be able to do is checked when training starts. Also says what the model can be exported as.
 """
 
 
@@ -34,11 +40,15 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moefoundry.config import dump_recipe, load_recipe, split_arguments
+    from moefoundry.config import advice, dump_recipe, load_recipe, split_arguments
 
     path, overrides = split_arguments(args.arguments)
     recipe = load_recipe(path, overrides, world_size=args.world_size)
     _check_names(recipe)
+    notes = [f"warning: {problem}" for problem in advice(recipe)]
+    notes += [f"note: {problem}" for problem in check_files(recipe, args.world_size or 1)]
+    if notes:
+        print("\n".join(notes), file=sys.stderr)
     if args.print_recipe:
         print(dump_recipe(recipe), end="")
         return 0
@@ -48,9 +58,45 @@ def run(args: argparse.Namespace) -> int:
         f"OK {recipe.run_name}: {model.name}, {model.n_layers} layers ({model.n_dense_layers} dense), "
         f"d_model {model.d_model}, {moe.num_experts} experts top-{moe.top_k} + {moe.num_shared_experts} shared, "
         f"vocabulary {model.vocab_size}; {recipe.max_duration} of {recipe.global_train_batch_size} x "
-        f"{recipe.max_seq_len} tokens, {precision.compute}{fp8}"
+        f"{recipe.max_seq_len} tokens, {precision.compute}{fp8}\n"
+        f"export: {exports_as(model)}"
     )
     return 0
+
+
+def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
+    """Refuse data, and a local ``load_path``, that do not fit, as training does. Where none of it is on this machine,
+    return what is not."""
+    from moefoundry.data.fit import all_absent, check_data
+
+    absent = all_absent(recipe)
+    if not absent:
+        check_data(recipe, world_size)
+    path = recipe.load_path
+    if path is None or "://" in path:
+        return absent
+    if absent and not Path(path).exists():
+        return [*absent, Problem("load_path", f"{path}: no such directory")]
+
+    from moefoundry.checkpoint.store import find_checkpoint
+
+    find_checkpoint(path)
+    return absent
+
+
+def exports_as(model: ModelConfig) -> str:
+    """The Hugging Face family that has such a model, or the keys that stand in the way of the one that is nearest."""
+    from moefoundry.model.families import FAMILIES
+
+    kin = [family for family in FAMILIES.values() if family.attention_kind == model.attention.kind]
+    reasons = {family.name: family.fits(model) for family in kin}
+
+    def distance(name: str) -> tuple[bool, int]:
+        no_experts = f"model.n_dense_layers: {model.n_dense_layers}, and {name} has {model.n_layers}"
+        return no_experts in reasons[name], len(reasons[name])
+
+    nearest = min(reasons, key=distance)
+    return nearest if not reasons[nearest] else f"no Hugging Face family: {'; '.join(reasons[nearest])}"
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -1,5 +1,6 @@
 """Recipes: typed schema, strict loader, errors that name the key. Imports neither torch nor Composer."""
 
+from moefoundry.config.advice import advice
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.dump import diff_recipes, dump_recipe, flatten, redacted
 from moefoundry.config.errors import ConfigError, DataError, Problem, UserError
@@ -113,6 +114,7 @@ __all__ = [
     "UserError",
     "WandbConfig",
     "YarnConfig",
+    "advice",
     "check_recipe",
     "diff_recipes",
     "dump_recipe",

@@ -1,7 +1,7 @@
 """Plain values -> schema objects, with every departure from the schema listed.
 
-Strict on purpose: 2.5, "4" and true are not integers, 1 is not true, nan is not a number to train with. The one
-conversion is from an integer to a float.
+Strict on purpose: 2.5, "4" and true are not integers, 1 is not true, nan is not a number to train with. What is
+converted: an integer to a float, and ``~`` in a path to the home directory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from enum import StrEnum
 from typing import Any
 
 from moefoundry.config.errors import Problem
+from moefoundry.config.paths import expanded, naming_problem
 from moefoundry.config.spec import INVALID, Spec, chosen_class, describe, every_key, join, options, plain, show, specs
+
+FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
 class Builder:
@@ -101,13 +104,20 @@ class Builder:
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             return self._fail(path, f"got {show(value)} ({_type_name(value)})", allowed)
+        if isinstance(value, str) and (problem := _not_utf8(value)):
+            return self._fail(path, problem, allowed)
+        if kind is int and not -(2**63) <= value < 2**63:
+            return self._fail(path, f"got {show(value)}, which 64 bits do not hold", allowed)
         if kind is float:
-            try:
-                value = float(value)
-            except OverflowError:
-                value = math.inf
+            value = _as_float(value)
             if not math.isfinite(value):
                 return self._fail(path, f"got {show(value)}", allowed)
+            if value and not FP32_SMALLEST <= abs(value) <= FP32_LARGEST:
+                return self._fail(path, f"got {show(value)}, which fp32 does not hold", allowed)
+        if spec.path:
+            value = expanded(value)
+            if problem := naming_problem(value):
+                return self._fail(path, f"{show(value)} {problem}".replace("'' ", ""), allowed)
         within = {"ge": value.__ge__, "gt": value.__gt__, "le": value.__le__, "lt": value.__lt__} if spec.bounds else {}
         if not all(within[name](bound) for name, bound in spec.bounds.items()):
             return self._fail(path, f"got {show(value)}", allowed)
@@ -137,6 +147,22 @@ class Builder:
         self._fail(path, message, "" if suggestion else allowed, suggestion)
         if suggestion:
             self.unsound.add(suggestion)
+
+
+def _not_utf8(text: str) -> str:
+    """What is wrong with a text that no file can keep: one with halves of characters, which stand for single bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return f"{ascii(text)[:80]} is not UTF-8 text"
+    return ""
+
+
+def _as_float(value: int | float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def changes_nothing(default: Any) -> bool:

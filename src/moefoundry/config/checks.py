@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.schema import (
+    MAX_SEED,
     Compute,
     ExpertBackend,
     Fp8Backend,
@@ -19,7 +20,6 @@ from moefoundry.config.schema import (
     MlaConfig,
     Moments,
     Recipe,
-    ScoreFunction,
 )
 from moefoundry.config.spec import show_leaf
 
@@ -79,7 +79,7 @@ def _top_k(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("model.moe.top_k", message, allowed=f"1 to {moe.num_experts}")
 
 
-@rule("model.moe.top_k", "model.moe.num_experts", "model.moe.router")
+@rule("model.moe.top_k", "model.moe.num_experts", "model.moe.router", "model.moe.balance.bias_update_rate")
 def _expert_groups(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Group-limited routing must leave every token enough experts."""
     moe, router = recipe.model.moe, recipe.model.moe.router
@@ -93,11 +93,12 @@ def _expert_groups(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("model.moe.router.top_k_groups", message, allowed=f"1 to {groups}")
         return
     size = moe.num_experts // groups
-    if groups > 1 and size < 2 and router.score_function == ScoreFunction.sigmoid:
-        message = f"{groups} groups of one expert, but with sigmoid scores a group is judged by its best two"
+    if groups > 1 and size < moe.group_votes:
+        message = f"{groups} groups of one expert, but with an expert bias a group is judged by its best two"
         yield Problem("model.moe.router.num_groups", message, allowed="groups of at least two experts")
     if kept * size < moe.top_k <= moe.num_experts:
-        message = f"{kept} groups of {size} experts are fewer experts than model.moe.top_k, {moe.top_k}"
+        message = f"{kept} of model.moe.router.num_groups, {groups}, have {kept * size} experts, "
+        message += f"fewer than model.moe.top_k, {moe.top_k}"
         yield Problem("model.moe.router.top_k_groups", message, allowed=f"{-(-moe.top_k // size)} to {groups}")
 
 
@@ -308,17 +309,32 @@ def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("scheduler.t_warmup", "max_duration")
 def _warmup(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """A schedule compares both; it knows how many batches an epoch has, but not how many tokens or samples a batch."""
     warmup, unit = _duration(recipe.scheduler.t_warmup)
     limit = "1dur" if unit == "dur" else recipe.max_duration
     total, total_unit = _duration(limit)
-    if unit == total_unit and warmup > total:
-        message = f"{recipe.scheduler.t_warmup} of warm-up is longer than the run"
-        yield Problem("scheduler.t_warmup", message, allowed=f"at most {limit}")
+    if unit == total_unit:
+        if warmup > total:
+            message = f"{recipe.scheduler.t_warmup} of warm-up is longer than max_duration, {recipe.max_duration}"
+            yield Problem("scheduler.t_warmup", message, allowed=f"at most {limit}")
+    elif {unit, total_unit} != {"ba", "ep"}:
+        units = "ba or ep" if total_unit in ("ba", "ep") else total_unit
+        message = f"{recipe.scheduler.t_warmup} cannot be compared with max_duration, {recipe.max_duration}"
+        yield Problem("scheduler.t_warmup", message, allowed=f"in {units}, or a part of the run such as 0.05dur")
 
 
 def _duration(text: str) -> tuple[float, str]:
     number, unit = re.fullmatch(r"([\d.]+)([a-z]+)", text).groups()  # type: ignore[union-attr]  # the schema's pattern
     return float(number), unit
+
+
+@rule("seed", "mesh.replicate", "mesh.shard")
+def _seeds_of_ranks(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
+    """Each rank seeds its generators with the recipe's seed plus its number."""
+    ranks = world_size or max(1, recipe.mesh.replicate) * max(1, recipe.mesh.shard)
+    if recipe.seed > MAX_SEED + 1 - ranks:
+        message = f"{recipe.seed} leaves no seeds above it for {ranks} ranks"
+        yield Problem("seed", message, allowed=f"at most {MAX_SEED + 1 - ranks}")
 
 
 def divisors(number: int) -> str:

@@ -33,7 +33,10 @@ class Resolver:
 
     def resolve(self, tree: dict[str, Any]) -> dict[str, Any]:
         """A copy of ``tree`` (dicts, lists, scalars) without interpolations."""
-        return self._resolve(OmegaConf.create(self._screen(tree, "")), "", ())
+        screened = self._screen(tree, "")
+        if not self.references:  # as in a resolved recipe that is read back: OmegaConf would take most of the time
+            return screened
+        return self._resolve(OmegaConf.create(screened), "", ())
 
     def _screen(self, value: Any, path: str) -> Any:
         """Take out the interpolations that OmegaConf cannot hold or must not evaluate."""

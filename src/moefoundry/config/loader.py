@@ -53,15 +53,36 @@ def load_recipe(
     tree = _read(Path(path)) if path is not None else {}
     problems = apply_overrides(tree, overrides)
     _refuse_llm_foundry(tree, source)
+    return recipe_of(tree, source, world_size, problems, check)
+
+
+def recipe_of(
+    tree: dict[str, Any],
+    source: str = "recipe",
+    world_size: int | None = None,
+    problems: Sequence[Problem] = (),
+    check: bool = True,
+) -> Recipe:
+    """Resolve and check what a recipe file holds.
+
+    Args:
+        tree: Dicts, lists and scalars.
+        source: What to call it in errors.
+        world_size: As in :func:`load_recipe`.
+        problems: What is wrong with it already.
+        check: As in :func:`load_recipe`.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
     resolver, builder = Resolver(), Builder()
     recipe = builder.build(Recipe, resolver.resolve(_fill(Recipe(), tree)))
     found = resolver.problems | {problem.path: problem for problem in builder.problems}
     # One bad value is one problem, not one more for each key that refers to it.
     derived = {path for path in found if not found.keys().isdisjoint(_sources(path, resolver.references))}
-    problems += [problem for path, problem in found.items() if path not in derived] or found.values()
-    if check:
-        problems += check_recipe(recipe, world_size, skip=builder.unsound)
-    if problems:
+    own = [problem for path, problem in found.items() if path not in derived] or list(found.values())
+    related = check_recipe(recipe, world_size, skip=builder.unsound) if check else []
+    if problems := [*problems, *own, *related]:
         raise ConfigError(problems, source)
     return recipe
 

@@ -1,7 +1,9 @@
 """Dotted ``key=value`` overrides, as given on the command line after the recipe.
 
-The value is YAML, read as strictly as the recipe itself: ``model.moe.top_k=4``, ``optimizer.betas=[0.9,0.99]``,
-``eval_loader=null``, ``loggers.wandb={}``. A mapping is merged into the one that is there.
+The value is what stands after the first ``=``. Where the key is a text, it is that text as it stands: ``run_name=1``,
+``callbacks.report.prompt=# a: b`` (but ``null``, or nothing, is null, and YAML's quotes around all of it are quotes).
+Of any other key it is YAML, read as strictly as the recipe itself: ``model.moe.top_k=4``, ``loggers.wandb={}``,
+``optimizer.betas=[0.9,0.99]``, ``eval_loader=null``. A mapping is merged into the one that is there.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from moefoundry.config.spec import every_key, looks_secret, redact, show, specs
 from moefoundry.config.yaml_reader import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+_QUOTED = re.compile(r"""(?s)"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'""")
 KeyPath = tuple[str, ...]
 _INDEX = re.compile(r"\[\d+\]|\.\d+$")
 
@@ -75,7 +78,18 @@ def _parse(token: str, following: str) -> tuple[str, Any]:
         raise ConfigError([Problem(path, "a list is set as a whole", suggestion=_INDEX.sub("", path) + "=[...]")])
     if not _PATH.fullmatch(path):
         raise ConfigError([Problem(path, "not a dotted key", allowed="key=value or section.key=value")])
-    return path, parse_yaml(text, f"{path}=")
+    return path, _value(path, text)
+
+
+def _value(path: str, text: str) -> Any:
+    spec = every_key().get(path)
+    if spec is None or not spec.is_text:
+        return parse_yaml(text, f"{path}=", comments=False, plain_text=spec is not None and spec.item is str)
+    if text in ("", "null", "Null", "NULL") or (text == "~" and spec.optional):
+        return None
+    if _QUOTED.fullmatch(text):
+        return parse_yaml(text, f"{path}=")
+    return text
 
 
 def _leaves(path: KeyPath, value: Any) -> dict[KeyPath, Any]:

@@ -17,7 +17,11 @@ Every key of a recipe, with its default (those of `configs/quickstart.yaml`). Th
 `python -m moefoundry.config.reference docs/recipe.md`; do not edit it by hand.
 
 - Overrides on the command line are dotted: `model.moe.top_k=4`, `optimizer.betas=[0.9,0.99]`, `loggers.wandb={}` (turns
-  an optional mapping on with its defaults), `eval_loader=null` (turns it off). Values are YAML; a list is set whole.
+  an optional mapping on with its defaults), `eval_loader=null` (turns it off). A list is set whole.
+- The value of an override is what stands after the first `=`. Of a key whose type is string or name it is that text as
+  it stands: `run_name=1`, `callbacks.report.prompt=# a: b`; nothing, or `null`, is null, and quotes around all of it
+  are YAML's. Of any other key it is YAML, without a comment.
+- `~` at the beginning of a path is the home directory, in the file and in overrides (a `~` alone is YAML's null).
 - `${key}` stands for another key's value, `${oc.env:NAME}` for an environment variable (not one named like a secret).
 - Unknown keys, wrong types and values out of range are errors, all listed at once with exit status 2;
   `moefoundry validate RECIPE key=value ...` does just that.

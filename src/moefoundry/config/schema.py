@@ -15,11 +15,22 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-DURATION = r"\d+(ba|ep|tok|sp)|\d+(\.\d+)?dur"
-INTERVAL = r"[1-9]\d*(ba|ep|tok|sp)"
-BATCHES = r"[1-9]\d*ba"
+DURATION = r"\d{1,18}(ba|ep|tok|sp)|\d{1,18}(\.\d{1,18})?dur"  # no more digits than an int64 holds
+INTERVAL = r"[1-9]\d{0,17}(ba|ep|tok|sp)"
+BATCHES = r"[1-9]\d{0,17}ba"
 URL = r"[a-z][a-z0-9+.\-]*://\S+"
+NAME = r"(?!\.{1,2}\Z)[\w.\-]+"
+SPLIT = r"[\w.\-/]*"
+TEXT = r"(?s).+"
+TAG = r"(?s).{1,64}"
+MAX_SEED = 2**32 - 1  # of NumPy's generators
+MAX_BATCH = 2**20  # the loader keeps a number for each sample of a batch, also of one that is larger than the data
+MAX_TIMEOUT = 366 * 86400  # a year; the libraries' own counters end far above
 PATTERN_HINTS = {
+    SPLIT: "letters, digits, '_', '-', '.' and '/'",
+    NAME: "letters, digits, '_', '-' and '.', but not '.' or '..'",
+    TEXT: "text, not empty",
+    TAG: "texts of 1 to 64 characters",
     DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",
     INTERVAL: "a duration: a positive integer and ba, ep, tok or sp",
     BATCHES: "a positive integer and ba",
@@ -40,6 +51,7 @@ def key(
     available: tuple[Any, ...] | None = None,
     variants: dict[str, type] | None = None,
     tag: str = "kind",
+    path: bool = False,
 ) -> Any:
     """A recipe field.
 
@@ -52,6 +64,7 @@ def key(
         available: The values that this release can run; others of the type are refused as "not available yet".
         variants: For a mapping whose keys depend on one of them: the value of ``tag`` -> the dataclass.
         tag: The key that selects among ``variants``.
+        path: Whether a string names a file or directory: ``~`` is expanded. It may be a URL where ``doc`` says so.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -62,6 +75,7 @@ def key(
         "available": available,
         "variants": variants,
         "tag": tag,
+        "path": path,
     }
     if isinstance(default, Callable):  # type: ignore[arg-type]
         return field(default_factory=default, metadata=metadata)
@@ -214,6 +228,17 @@ class MoEConfig:
         available=(ExpertBackend.auto, ExpertBackend.triton, ExpertBackend.grouped_mm, ExpertBackend.loop),
     )
 
+    @property
+    def has_expert_bias(self) -> bool:
+        """Whether routers have a bias for the choice of experts."""
+        return self.router.score_function == ScoreFunction.sigmoid or self.balance.bias_update_rate > 0
+
+    @property
+    def group_votes(self) -> int:
+        """How many of a group's best experts its score is the sum of: as in DeepSeek's published code, two where there
+        is a bias (DeepSeek-V3), else one (DeepSeek-V2)."""
+        return 2 if self.has_expert_bias else 1
+
 
 @dataclass
 class MtpConfig:
@@ -310,16 +335,16 @@ class EmaConfig:
 
 @dataclass
 class TokenizerConfig:
-    name: str = key("${train_loader.dataset.local}/tokenizer", "A Hugging Face tokenizer directory.")
+    name: str = key("${train_loader.dataset.local}/tokenizer", "A Hugging Face tokenizer directory.", path=True)
 
 
 @dataclass
 class DatasetConfig:
-    local: str = key("data/quickstart", "Directory written by `moefoundry prepare`.")
-    remote: str | None = key(None, "Where missing shards are downloaded from (any mosaicml-streaming URL).")
-    split: str = key("train", "Sub-directory of local and remote.")
+    local: str = key("data/quickstart", "Directory written by `moefoundry prepare`.", path=True)
+    remote: str | None = key(None, "Where missing shards are downloaded from (any mosaicml-streaming URL).", path=True)
+    split: str = key("train", "Sub-directory of local and remote.", pattern=SPLIT)
     shuffle: bool = key(True, "Shuffle samples.")
-    shuffle_seed: int = key("${seed}", "Seed of the shuffle.", ge=0)
+    shuffle_seed: int = key("${seed}", "Seed of the shuffle.", ge=0, le=MAX_SEED)
     max_seq_len: int = key("${max_seq_len}", "Tokens a sample; must be what the data were packed to.", ge=2)
     validate_hash: str | None = key(
         "xxh64", "Hash in the index that each shard is checked against before it is first read; null compares sizes."
@@ -335,7 +360,7 @@ class LoaderConfig:
     name: str = key("text", "Loader kind.", available=("text",))
     dataset: DatasetConfig = key(DatasetConfig, "What is read.")
     drop_last: bool = key(True, "Drop the last incomplete batch.")
-    num_workers: int = key(0, "Loader processes of each rank.", ge=0)
+    num_workers: int = key(0, "Loader processes of each rank.", ge=0, le=1024)
 
 
 def _eval_loader() -> LoaderConfig:
@@ -429,7 +454,9 @@ class MemoryMonitorConfig:
 @dataclass
 class ReportConfig:
     prompt: str = key(
-        "def is_valid(self, value):\n    if", "Text that the trained model continues at the end of the run."
+        "def is_valid(self, value):\n    if",
+        "Text that the trained model continues at the end of the run.",
+        pattern=TEXT,
     )
     max_new_tokens: int = key(48, "Tokens of the continuation.", ge=0)
 
@@ -444,24 +471,26 @@ class CallbacksConfig:
 
 @dataclass
 class WandbConfig:
-    project: str | None = key(None, "Project.")
-    entity: str | None = key(None, "User or team.")
-    group: str | None = key(None, "Group of runs.")
-    name: str | None = key("${run_name}", "Run name.")
-    tags: list[str] = key(list, "Tags.")
+    project: str | None = key(None, "Project.", pattern=TEXT)
+    entity: str | None = key(None, "User or team.", pattern=TEXT)
+    group: str | None = key(None, "Group of runs.", pattern=TEXT)
+    name: str | None = key("${run_name}", "Run name.", pattern=TEXT)
+    tags: list[str] = key(list, "Tags.", pattern=TAG)
 
 
 @dataclass
 class TensorBoardConfig:
-    log_dir: str = key("${run_dir}/tensorboard", "Where event files go.")
+    log_dir: str = key("${run_dir}/tensorboard", "Where event files go.", path=True)
     flush_interval: int = key(100, "Values between two flushes.", ge=1)
 
 
 @dataclass
 class MLflowConfig:
-    experiment_name: str = key("moefoundry", "Experiment.")
-    run_name: str | None = key("${run_name}", "Run name.")
-    tracking_uri: str | None = key(None, "Server or store; null is ${run_dir}/mlruns, a local file store.")
+    experiment_name: str = key("moefoundry", "Experiment.", pattern=TEXT)
+    run_name: str | None = key("${run_name}", "Run name.", pattern=TEXT)
+    tracking_uri: str | None = key(
+        None, "Server (a URL) or store; null is ${run_dir}/mlruns, a local file store.", path=True
+    )
 
 
 @dataclass
@@ -475,9 +504,9 @@ class LoggersConfig:
 class Recipe:
     """One training run."""
 
-    run_name: str = key("quickstart", "Name of the run.", pattern=r"[\w.\-]+")
-    run_dir: str = key("runs/${run_name}", "Everything a run writes goes here.")
-    seed: int = key(17, "Seed of weights, shuffling and sampling.", ge=0)
+    run_name: str = key("quickstart", "Name of the run.", pattern=NAME)
+    run_dir: str = key("runs/${run_name}", "Everything a run writes goes here.", path=True)
+    seed: int = key(17, "Seed of weights, shuffling and sampling.", ge=0, le=MAX_SEED)
     max_seq_len: int = key(512, "Tokens a sequence.", ge=2)
     model: ModelConfig = key(ModelConfig, "The model.")
     mesh: MeshConfig = key(MeshConfig, "The device mesh.")
@@ -500,9 +529,9 @@ class Recipe:
     loggers: LoggersConfig = key(LoggersConfig, "Where metrics go besides metrics.jsonl.")
     max_duration: str = key("200ba", "Length of training.", pattern=INTERVAL)
     eval_interval: str = key("100ba", "Time between evaluations.", pattern=INTERVAL)
-    global_train_batch_size: int = key(4, "Sequences of one optimizer step, over all ranks.", ge=1)
-    device_train_microbatch_size: int = key(2, "Sequences of one forward pass of one rank.", ge=1)
-    device_eval_batch_size: int = key(4, "Sequences of one evaluation batch of one rank.", ge=1)
+    global_train_batch_size: int = key(4, "Sequences of one optimizer step, over all ranks.", ge=1, le=MAX_BATCH)
+    device_train_microbatch_size: int = key(2, "Sequences of one forward pass of one rank.", ge=1, le=MAX_BATCH)
+    device_eval_batch_size: int = key(4, "Sequences of one evaluation batch of one rank.", ge=1, le=MAX_BATCH)
     save_interval: str = key("100ba", "Time between checkpoints.", pattern=INTERVAL)
     save_async: bool = key(True, "Train on while a checkpoint is written; false waits for it.")
     save_num_checkpoints_to_keep: int = key(2, "Newest checkpoints kept; -1 keeps all.", ge=-1)
@@ -512,7 +541,7 @@ class Recipe:
     save_keep_best: str | None = key(None, "A loss of metrics.jsonl; the checkpoint where it was lowest is kept.")
     save_remote: str | None = key(None, "Checkpoints are also uploaded to this URL.", pattern=URL)
     load_path: str | None = key(
-        None, "Checkpoint whose run is continued in this run_dir, from its batch on; may be a URL."
+        None, "Checkpoint whose run is continued in this run_dir, from its batch on; may be a URL.", path=True
     )
     load_weights_only: bool = key(
         False, "Take the weights alone from load_path: counters, schedule, optimizer and data begin anew."
@@ -521,7 +550,7 @@ class Recipe:
         False, "Resume with another global_train_batch_size, although the rest of the epoch is then drawn anew."
     )
     autoresume: bool = key(False, "Continue from the newest checkpoint of run_dir, if there is one.")
-    dist_timeout: float = key(600.0, "Seconds after which a collective gives up.", gt=0)
+    dist_timeout: float = key(600.0, "Seconds after which a collective gives up.", ge=1, le=MAX_TIMEOUT)
     progress_bar: bool = key(True, "Progress bar on a terminal.")
     log_to_console: bool = key(True, "Print metrics.")
     console_log_interval: str = key("10ba", "Time between printed metrics.", pattern=INTERVAL)

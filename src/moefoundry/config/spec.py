@@ -44,10 +44,16 @@ class Spec:
     available: tuple[Any, ...] | None
     variants: dict[str, type] | None
     tag: str
+    path: bool
 
     @property
     def is_mapping(self) -> bool:
         return dataclasses.is_dataclass(self.kind)
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its value is a text, whatever stands there: also a name of an enum."""
+        return self.kind is str or (isinstance(self.kind, type) and issubclass(self.kind, StrEnum))
 
     @property
     def matcher(self) -> re.Pattern[str] | None:
@@ -88,9 +94,12 @@ def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Spec]]:
 
 
 @cache
-def every_key() -> dict[str, None]:
-    """The paths of all keys of a recipe, of whichever variant, in the order of the schema."""
-    return dict.fromkeys(path for path, _ in walk(Recipe))
+def every_key() -> dict[str, Spec]:
+    """All keys of a recipe by their paths, of whichever variant (of several, the first), in the order of the schema."""
+    found: dict[str, Spec] = {}
+    for path, spec in walk(Recipe):
+        found.setdefault(path, spec)
+    return found
 
 
 def join(path: str, key: str | int) -> str:
@@ -121,17 +130,20 @@ _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 def describe(spec: Spec, kind: Any = None) -> str:
     """What a key accepts, in words; ``kind`` describes one element of a list instead."""
     kind = kind or spec.kind
-    bounds = " and ".join(f"{_SIGNS[name]} {bound:g}" for name, bound in spec.bounds.items())
+    bounds = " and ".join(f"{_SIGNS[name]} {show(bound)}" for name, bound in spec.bounds.items())
     if spec.is_mapping:
         text = "a mapping"
     elif kind is list:
-        text = f"a list of {spec.length or ''} {_NOUNS[spec.item][1]} {bounds}".replace("  ", " ").rstrip()
+        items = PATTERN_HINTS[spec.pattern] if spec.pattern else f"{_NOUNS[spec.item][1]} {bounds}"
+        text = f"a list of {spec.length or ''} {items}".replace("  ", " ").rstrip()
     elif kind is bool:
         text = "true, false"
     elif issubclass(kind, StrEnum):
         text = ", ".join(options(spec))
     elif spec.pattern:
-        text = PATTERN_HINTS.get(spec.pattern, f"a string that matches {spec.pattern}")
+        text = PATTERN_HINTS[spec.pattern]
+    elif spec.path:
+        text = "a path"
     else:
         text = f"{_NOUNS[kind][0]} {bounds}".rstrip()
     return f"{text}, or null" if spec.optional and kind is spec.kind else text

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from moefoundry.config.errors import ConfigError, Problem
+from moefoundry.config.spec import show
 
 MAX_NODES = 10_000
 _CORE_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
@@ -39,6 +40,12 @@ class StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
 
+class TextLoader(yaml.SafeLoader):
+    """The safe loader to which every plain scalar but null is a text."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+
+
 class StrictDumper(yaml.SafeDumper):
     """Quotes every string that :class:`StrictLoader`, or a YAML 1.1 reader, would take for something else."""
 
@@ -49,26 +56,33 @@ class StrictDumper(yaml.SafeDumper):
 for _name, _pattern, _first in _SCALARS:
     for _cls in (StrictLoader, StrictDumper):
         _cls.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})\\Z"), _first)
+    if _name == "null":
+        TextLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})\\Z"), _first)
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str, *, comments: bool = True, plain_text: bool = False) -> Any:
     """Parse one YAML document into fresh dicts, lists and scalars (aliases are copied, never shared).
 
     Args:
         text: The document.
         source: What to call it in errors: a file name, or the override it came from.
+        comments: Whether one may follow the value.
+        plain_text: Whether plain scalars, such as ``1`` or ``true`` but not null, are texts.
 
     Raises:
         ConfigError: Not YAML, more than one document, a tag, a key given twice, a key that is not a string, or
             aliases that contain themselves or expand too far. Problems have the path ``source:line``.
     """
     try:
-        loader = StrictLoader(text)
+        loader = TextLoader(text) if plain_text else StrictLoader(text)
         node = loader.get_single_node()
-        if node is None:
+        rest = "" if comments else text[node.end_mark.index if node else 0 :].strip()
+        problems = [Problem(f"{source}:{line}", *words) for line, *words in sorted(_faults(node))] if node else []
+        if rest:
+            problems.append(Problem(source, f"YAML takes {show(rest)} for a comment", allowed="quotes around it"))
+        if node is None and not problems:
             return None
-        problems = [Problem(f"{source}:{line}", *words) for line, *words in sorted(_faults(node))]
-        if not problems and _expanded_size(node, {}) > MAX_NODES:
+        if node and not problems and _expanded_size(node, {}) > MAX_NODES:
             problems = [Problem(source, "aliases expand too far", allowed=f"at most {MAX_NODES} nodes")]
         if not problems:
             return _unshare(loader.construct_document(node))

@@ -51,6 +51,7 @@ from streaming.base.shared.prefix import _check_and_find_retrying, _get_path, _p
 from streaming.base.world import World
 
 from moefoundry.config.errors import DataError, UserError
+from moefoundry.data.fit import missing_hash
 
 MARKER = "moefoundry"  # follows the number that begins the names of a dataset's segments
 SEGMENTS = Path("/dev/shm")
@@ -89,12 +90,9 @@ class CheckedStream(Stream):
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{index}: cannot be read: {error}") from error
         for info in (info for shard in shards for info, _ in shard.file_pairs):
-            if self.algorithm is not None and not (is_hash(self.algorithm) and self.algorithm in info.hashes):
-                there = ", ".join(sorted(info.hashes)) or "none"
-                raise UserError(
-                    f"{index}: no {self.algorithm} of {info.basename}; it has {there} "
-                    "(the recipe's dataset.validate_hash; null checks sizes alone)"
-                )
+            hashes = [name for name in info.hashes if is_hash(name)]
+            if message := missing_hash(index, info.basename, hashes, self.algorithm):
+                raise UserError(message)
         return shards
 
     def _fetch_index(self) -> str | None:

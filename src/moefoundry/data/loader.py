@@ -25,7 +25,6 @@ What happens when shards are damaged, missing or stale is in :mod:`moefoundry.da
 from __future__ import annotations
 
 import os
-import shlex
 import signal
 import threading
 from collections.abc import Iterator
@@ -41,8 +40,8 @@ from torch import Tensor
 
 from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig
+from moefoundry.data.fit import loader_problems, too_few_samples
 from moefoundry.data.guard import CheckedStream, GuardedDataset
-from moefoundry.data.identity import read_shards
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
@@ -96,11 +95,8 @@ class TokenDataset(GuardedDataset):
         ranks = World.detect().num_ranks
         global_batch_size = batch_size * ranks
         self.epoch_size = self.size - self.size % global_batch_size
-        if not self.epoch_size:
-            raise UserError(
-                f"{self.place}: {self.size} sample(s), fewer than one global batch of {global_batch_size}; "
-                "prepare more text or lower the batch size"
-            )
+        if message := too_few_samples(self.place, self.size, global_batch_size):
+            raise UserError(message)
         self.streams[0].choose = self.epoch_size
         self.length = self.epoch_size // ranks
 
@@ -188,7 +184,9 @@ def build_loader(
             data are checked before anything is allocated; contents, and remote data, as they are first needed.
     """
     if config.dataset.remote is None:
-        check_local(config.dataset, model_vocab_size)
+        global_batch = batch_size * World.detect().num_ranks
+        for problem in loader_problems(config, "loader", model_vocab_size, global_batch):
+            raise UserError(problem.message)
     dataset = TokenDataset(
         config.dataset,
         batch_size=batch_size,
@@ -228,46 +226,3 @@ def _eos_id(config: DatasetConfig, tokenizer_dir: Path) -> int:
     if config.remote is None:
         return read_corpus_summary(config.local).eos_id
     return load_tokenizer(tokenizer_dir).eos_id
-
-
-def check_local(config: DatasetConfig, model_vocab_size: int) -> None:
-    """Check a local corpus against the recipe, from its small files alone.
-
-    Raises:
-        UserError: It is missing (with the command that makes it), not complete, or does not fit.
-    """
-    local = Path(config.local)
-    if not local.exists():
-        command = ["moefoundry", "prepare", "stdlib", config.local]
-        command += ["--max-seq-len", str(config.max_seq_len), "--vocab-size", str(model_vocab_size)]
-        raise UserError(
-            f"{local}: no such directory (the recipe's dataset.local); make it with: {shlex.join(command)} "
-            "(or your own text in place of stdlib)"
-        )
-    summary = read_corpus_summary(local)
-    if summary.max_seq_len != config.max_seq_len:
-        raise UserError(
-            f"{local}: packed to max_seq_len {summary.max_seq_len}, and the recipe's max_seq_len is "
-            f"{config.max_seq_len}; change the recipe, or prepare the data again"
-        )
-    if summary.vocab_size > model_vocab_size:
-        raise UserError(
-            f"{local}: its vocabulary of {summary.vocab_size} exceeds the model's vocab_size {model_vocab_size}"
-        )
-    if config.split not in summary.splits:
-        nothing_held_out = "" if "val" in summary.splits else " (--val-fraction 0; eval_loader=null evaluates nothing)"
-        raise UserError(f"{local}: no split {config.split!r}; it has {', '.join(summary.splits)}{nothing_held_out}")
-    if not summary.splits[config.split].samples:
-        raise UserError(f"{local}/{config.split}: no samples")
-    _check_shards(local / config.split)
-
-
-def _check_shards(directory: Path) -> None:
-    """Every shard of the index is there with its size: known at once, what would else end the run at the shard."""
-    for shard in read_shards(directory):
-        info = shard["raw_data"]
-        path = directory / info["basename"]
-        if not path.is_file():
-            raise UserError(f"{path}: missing shard")
-        if path.stat().st_size != info["bytes"]:
-            raise UserError(f"{path}: truncated shard: {path.stat().st_size} bytes of {info['bytes']}")

@@ -2,7 +2,7 @@
 
 Nothing is kept between calls: the values travel with the layer's output, so activation checkpointing neither loses them
 nor counts them twice (MegaBlocks keeps a global list, which does both). Every loss is a mean over tokens, so weighting
-micro-batches by their tokens gives the value of the whole batch.
+micro-batches by their tokens gives the value of the whole batch; the mean of no tokens is 0, with gradients of 0.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
     Args:
         scores_TE: [T, E], differentiable.
         topk_expert_ids_TK: int64 [T, K]; counted, not differentiated.
-        num_segments: 1 takes the whole micro-batch as one segment; B takes each sequence as one.
+        num_segments: 1 takes the whole micro-batch as one segment; B takes each sequence as one. 0 of no tokens.
 
     Raises:
         ValueError: T is not a multiple of ``num_segments``.
     """
     num_tokens, num_experts = scores_TE.shape
-    if num_tokens % num_segments:
+    if num_tokens % max(num_segments, 1):
         raise ValueError(f"{num_tokens} tokens do not split into {num_segments} segments")
+    if not num_tokens:
+        return scores_TE.sum()
     probs_GSE = _normalized(scores_TE).reshape(num_segments, -1, num_experts)
     ids_GN = topk_expert_ids_TK.reshape(num_segments, -1)
     segment_offset_G1 = torch.arange(num_segments, device=ids_GN.device).unsqueeze(1) * num_experts
@@ -54,7 +56,12 @@ def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
 
 def mean_probs(scores_TE: Tensor) -> Tensor:
     """[E]: the mean over tokens of the scores, normalized to sum to 1 over E."""
-    return _normalized(scores_TE).mean(dim=0)
+    return _mean(_normalized(scores_TE))
+
+
+def _mean(values_T: Tensor) -> Tensor:
+    """Over the tokens, the first dim; 0 where there are none."""
+    return values_T.mean(dim=0) if len(values_T) else values_T.sum(dim=0)
 
 
 def _normalized(scores_TE: Tensor) -> Tensor:
@@ -91,18 +98,20 @@ class StepCounts:
 
 def z_loss(router_logits_TE: Tensor) -> Tensor:
     """Mean over tokens of ``logsumexp(logits)**2`` (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return router_logits_TE.logsumexp(dim=-1).square().mean()
+    return _mean(router_logits_TE.logsumexp(dim=-1).square())
 
 
 def router_entropy(scores_TE: Tensor) -> Tensor:
     """Mean over tokens of the entropy of the normalized scores, in nats; log(E) is uniform routing."""
-    return torch.special.entr(_normalized(scores_TE)).sum(dim=-1).mean()
+    return _mean(torch.special.entr(_normalized(scores_TE)).sum(dim=-1))
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """Largest load over mean load, minus 1, along the last dim [..., E] -> [...] (arXiv 2408.15664, eq. 4)."""
+    """Largest load over mean load, minus 1, along the last dim [..., E] -> [...] (arXiv 2408.15664, eq. 4); 0 where no
+    expert has a load."""
     load = tokens_per_expert.to(torch.float64)
-    return load.amax(dim=-1) / load.mean(dim=-1) - 1
+    violation = load.amax(dim=-1) / load.mean(dim=-1) - 1
+    return violation.where(load.amax(dim=-1) > 0, 0.0)
 
 
 def expert_bias_step(tokens_per_expert: Tensor, rate: float) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moefoundry.config import ExpertBackend
+from moefoundry.config import ExpertBackend, MoEConfig, UserError
 from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop
 from moefoundry.ops.permute import RowOrder
@@ -49,3 +49,22 @@ def choose_mixture(backend: ExpertBackend, tokens_TD: Tensor, num_rows: int, hid
     if found := obstacle(tokens_TD, hidden_size):
         raise ValueError(f"model.moe.backend: triton cannot run: {found}; use model.moe.backend=auto")
     return fused_experts
+
+
+def check_backend(cfg: MoEConfig, d_model: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Make sure that the backend which a recipe asks for runs where it is to run.
+
+    Args:
+        cfg: Says the backend.
+        d_model: D.
+        device: Of the tokens.
+        dtype: They are multiplied in.
+
+    Raises:
+        UserError: It does not.
+    """
+    tokens_TD = torch.empty(1, d_model, device=device, dtype=dtype)
+    try:
+        choose_mixture(cfg.backend, tokens_TD, cfg.top_k, cfg.expert_hidden_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None

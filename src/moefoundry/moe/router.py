@@ -54,9 +54,9 @@ class Router(nn.Module):
         self.gate = nn.Linear(d_model, cfg.num_experts, bias=False)
         self.product = wide_linear
         self.top_k = cfg.top_k
-        self.cfg = cfg.router
-        biased = cfg.router.score_function == ScoreFunction.sigmoid or cfg.balance.bias_update_rate > 0
-        self.register_buffer("expert_bias", torch.zeros(cfg.num_experts, dtype=torch.float32) if biased else None)
+        self.cfg, self.group_votes = cfg.router, cfg.group_votes
+        bias = torch.zeros(cfg.num_experts, dtype=torch.float32) if cfg.has_expert_bias else None
+        self.register_buffer("expert_bias", bias)
 
     def forward(self, tokens_TD: Tensor) -> Routing:
         """Route [T, D] tokens."""
@@ -79,8 +79,7 @@ class Router(nn.Module):
         if self.expert_bias is not None:
             scores_TE = scores_TE + self.expert_bias
         if self.cfg.num_groups > 1:
-            best = 1 if self.cfg.score_function == ScoreFunction.softmax else 2
-            scores_TE = keep_best_groups(scores_TE, self.cfg.num_groups, self.cfg.top_k_groups, best)
+            scores_TE = keep_best_groups(scores_TE, self.cfg.num_groups, self.cfg.top_k_groups, self.group_votes)
         return scores_TE.topk(self.top_k, dim=-1).indices
 
 
@@ -92,7 +91,8 @@ def keep_best_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best
         num_groups: G.
         top_k_groups: Groups kept for each token.
         best: A group's score is the sum of this many of its largest scores: 1 in DeepSeek-V2 (softmax scores,
-            arXiv 2405.04434, section 2.2.2), 2 in DeepSeek-V3 (sigmoid scores and bias).
+            arXiv 2405.04434, section 2.2.2), 2 in DeepSeek-V3. DeepSeek's inference code decides by whether there is a
+            bias, for either score function.
     """
     scores_TGM = scores_TE.unflatten(1, (num_groups, -1))
     group_ids = scores_TGM.topk(best, dim=-1).values.sum(dim=-1).topk(top_k_groups, dim=-1).indices
@@ -143,7 +143,7 @@ def within_capacity(scores_TE: Tensor, topk_expert_ids_TK: Tensor, capacity_fact
         capacity_factor: What an expert takes, as a multiple of its even share.
     """
     num_experts, num_slots = scores_TE.shape[1], topk_expert_ids_TK.numel()
-    capacity = math.ceil(capacity_factor * num_slots / num_experts)
+    capacity = math.ceil(min(capacity_factor * num_slots / num_experts, num_slots))
     by_score_N = scores_TE.gather(1, topk_expert_ids_TK).flatten().argsort(descending=True, stable=True)
     ids_N = topk_expert_ids_TK.flatten()[by_score_N]
     by_expert_N = ids_N.argsort(stable=True)

@@ -1,0 +1,189 @@
+"""Whether prepared data fit a recipe, told from their small files: by ``validate`` in well under a second, and before
+training imports or allocates anything. What a shard holds is checked as it is first read (``guard.py``).
+
+Data that a URL names are not looked at: ``local`` is their cache.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from moefoundry.config.errors import ConfigError, Problem, UserError
+from moefoundry.config.schema import DatasetConfig, LoaderConfig, Recipe
+from moefoundry.data.identity import INDEX_FILE, read_shards
+from moefoundry.data.summary import read_corpus_summary
+
+
+def check_data(recipe: Recipe, world_size: int = 1) -> None:
+    """Make sure that the data fit a recipe.
+
+    Args:
+        recipe: What is to be trained.
+        world_size: Number of ranks, by which an evaluation batch multiplies.
+
+    Raises:
+        ConfigError: Names every key that they do not fit, or that names data which are not there.
+    """
+    batches = {
+        "train_loader": recipe.global_train_batch_size,
+        "eval_loader": recipe.device_eval_batch_size * world_size,
+    }
+    found: list[Problem] = []
+    for key, loader in _loaders(recipe).items():
+        if loader.dataset.remote is None:
+            found += loader_problems(loader, key, recipe.model.vocab_size, batches[key])
+        elif path := _path_of(loader.dataset):
+            index = Path(path, loader.dataset.split, INDEX_FILE)
+            if not index.is_file():
+                found.append(Problem(f"{key}.dataset.remote", f"{index}: no such file"))
+    found += report_problems(recipe)
+    if found:
+        raise ConfigError(list(dict.fromkeys(found)))  # both loaders may have the same problem
+
+
+def all_absent(recipe: Recipe) -> list[Problem]:
+    """What the recipe reads, if none of it is on this machine; empty if anything is, or has to be."""
+    read = {path: key for key, loader in reversed(_loaders(recipe).items()) if (path := _path_of(loader.dataset))}
+    tokenizer = Path(recipe.tokenizer.name)
+    if tokenizer.exists() or any(Path(path).exists() for path in read):
+        return []
+    absent = []
+    for path, key in read.items():
+        dataset = _loaders(recipe)[key].dataset
+        if dataset.remote is None:
+            absent.append(Problem(f"{key}.dataset.local", _how_to_make(dataset, recipe.model.vocab_size)))
+        else:
+            absent.append(Problem(f"{key}.dataset.remote", f"{path}: no such directory"))
+    if recipe.callbacks.report is not None and not any(tokenizer.is_relative_to(path) for path in read):
+        absent.append(Problem("tokenizer.name", f"{tokenizer}: no such directory"))
+    return absent
+
+
+def _loaders(recipe: Recipe) -> dict[str, LoaderConfig]:
+    loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
+    return {key: loader for key, loader in loaders.items() if loader is not None}
+
+
+def _path_of(dataset: DatasetConfig) -> str | None:
+    """The directory where the data themselves are, if it is one."""
+    if dataset.remote is None:
+        return dataset.local
+    return None if "://" in dataset.remote else dataset.remote
+
+
+def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int) -> Iterator[Problem]:
+    """What stands in the way of a loader of local data.
+
+    Args:
+        cfg: The loader.
+        key: Its own in the recipe.
+        model_vocab_size: Rows of the embedding.
+        global_batch: Samples that the ranks take at a time.
+    """
+    dataset, local = cfg.dataset, Path(cfg.dataset.local)
+    where, place = f"{key}.dataset", local / dataset.split
+    if not local.exists():
+        yield Problem(f"{where}.local", _how_to_make(dataset, model_vocab_size))
+        return
+    try:
+        summary = read_corpus_summary(local)
+    except UserError as error:
+        yield Problem(f"{where}.local", str(error))
+        return
+    if summary.max_seq_len != dataset.max_seq_len:
+        message = f"{local}: packed to max_seq_len {summary.max_seq_len}, and the recipe's max_seq_len is "
+        message += f"{dataset.max_seq_len}; change the recipe, or prepare the data again"
+        yield Problem(f"{where}.max_seq_len", message)
+    if summary.vocab_size > model_vocab_size:
+        message = f"{local}: its vocabulary of {summary.vocab_size} exceeds the model's vocab_size {model_vocab_size}"
+        yield Problem("model.vocab_size", message)
+    if dataset.split not in summary.splits:
+        nothing_held_out = "" if "val" in summary.splits else " (--val-fraction 0; eval_loader=null evaluates nothing)"
+        message = f"{local}: no split {dataset.split!r}; it has {', '.join(summary.splits)}{nothing_held_out}"
+        yield Problem(f"{where}.split", message)
+    elif not (samples := summary.splits[dataset.split].samples):
+        yield Problem(f"{where}.split", f"{place}: no samples")
+    else:
+        if cfg.drop_last and (message := too_few_samples(str(place), samples, global_batch)):
+            batch = "global_train_batch_size" if key == "train_loader" else "device_eval_batch_size"
+            yield Problem(batch, message)
+        yield from _shard_problems(dataset, where)
+
+
+def too_few_samples(place: str, samples: int, global_batch: int) -> str:
+    """Why a split has no whole global batch; empty if it has."""
+    if samples >= global_batch:
+        return ""
+    more = "prepare more text or lower the batch size"
+    return f"{place}: {samples} sample(s), fewer than one global batch of {global_batch}; {more}"
+
+
+def missing_hash(index: Path, shard: str, hashes: Collection[str], algorithm: str | None) -> str:
+    """Why a shard cannot be checked by ``validate_hash``; empty if it can.
+
+    Args:
+        index: The file that lists the shard.
+        shard: Its file's name.
+        hashes: What the index has of it, by the names of the algorithms.
+        algorithm: The one to check; None checks sizes alone.
+    """
+    if algorithm is None or algorithm in hashes:
+        return ""
+    there = ", ".join(sorted(hashes)) or "none"
+    hint = "the recipe's dataset.validate_hash; null checks sizes alone"
+    return f"{index}: no {algorithm} of {shard}; it has {there} ({hint})"
+
+
+def report_problems(recipe: Recipe) -> Iterator[Problem]:
+    """What stands in the way of the report at the end of the run: its tokenizer, or a prompt of no tokens."""
+    report = recipe.callbacks.report
+    if report is None:
+        return
+
+    from moefoundry.data.tokenizer import check_vocabulary
+
+    try:
+        tokenizer = check_vocabulary(Path(recipe.tokenizer.name), recipe.model.vocab_size)
+    except UserError as error:
+        yield Problem("tokenizer.name", str(error).removeprefix("tokenizer.name: "))
+        return
+    try:
+        tokens, reason = tokenizer.backend.encode(report.prompt, add_special_tokens=False).ids, ""
+    except Exception as error:  # the library raises bare Exception
+        tokens, reason = [], f" ({error})"
+    if not tokens:
+        message = f"{recipe.tokenizer.name} makes no token of it{reason}"
+        yield Problem("callbacks.report.prompt", message, allowed="text of at least one token")
+
+
+def _how_to_make(dataset: DatasetConfig, model_vocab_size: int) -> str:
+    command = ["moefoundry", "prepare", "stdlib", dataset.local]
+    command += ["--max-seq-len", str(dataset.max_seq_len), "--vocab-size", str(model_vocab_size)]
+    return (
+        f"{Path(dataset.local)}: no such directory (the recipe's dataset.local); make it with: {shlex.join(command)} "
+        "(or your own text in place of stdlib)"
+    )
+
+
+def _shard_problems(dataset: DatasetConfig, where: str) -> Iterator[Problem]:
+    """Every shard of the index is there with its size: known at once, what would else end the run at the shard."""
+    directory = Path(dataset.local, dataset.split)
+    file = directory / INDEX_FILE
+    try:
+        shards = read_shards(directory)
+    except UserError as error:
+        yield Problem(f"{where}.local", str(error))
+        return
+    for shard in shards:
+        info = shard["raw_data"]
+        path = directory / info["basename"]
+        if not path.is_file():
+            yield Problem(f"{where}.local", f"{path}: missing shard")
+        elif path.stat().st_size != info["bytes"]:
+            size = f"{path.stat().st_size} bytes of {info['bytes']}"
+            yield Problem(f"{where}.local", f"{path}: truncated shard: {size}")
+        elif message := missing_hash(file, info["basename"], info["hashes"], dataset.validate_hash):
+            yield Problem(f"{where}.validate_hash", message)
+            return  # the others have not, either
