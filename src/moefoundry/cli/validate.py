@@ -85,18 +85,12 @@ def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
 
 
 def exports_as(model: ModelConfig) -> str:
-    """The Hugging Face family that has such a model, or the keys that stand in the way of the one that is nearest."""
-    from moefoundry.model.families import FAMILIES
+    """Name the Hugging Face family that has such a model, or the keys that stand in the way of the nearest."""
+    from moefoundry.model.families import nearest_family
 
-    kin = [family for family in FAMILIES.values() if family.attention_kind == model.attention.kind]
-    reasons = {family.name: family.fits(model) for family in kin}
+    family, reasons = nearest_family(model)
+    return f"no Hugging Face family: {'; '.join(reasons)}" if reasons else family.name
 
-    def distance(name: str) -> tuple[bool, int]:
-        no_experts = f"model.n_dense_layers: {model.n_dense_layers}, and {name} has {model.n_layers}"
-        return no_experts in reasons[name], len(reasons[name])
-
-    nearest = min(reasons, key=distance)
-    return nearest if not reasons[nearest] else f"no Hugging Face family: {'; '.join(reasons[nearest])}"
 
 
 def _check_names(recipe: Recipe) -> None:
