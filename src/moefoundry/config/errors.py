@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from moefoundry.config.spec import redact
 
+EXIT_USER_ERROR = 2
+"""Exit status of a command that met a :class:`UserError`."""
+
 
 @dataclass(frozen=True)
 class Problem:
