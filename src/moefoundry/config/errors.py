@@ -39,8 +39,12 @@ class Problem:
 class UserError(Exception):
     """Something the user can put right; the message is one clear line that names the culprit.
 
-    The command line prints it to standard error without a traceback and exits with status 2.
+    The command line prints it to standard error without a traceback and exits with status 2. What looks like a secret
+    is hidden, wherever the message comes from.
     """
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class DataError(UserError):

@@ -160,7 +160,10 @@ _TOKEN = re.compile(
         | AIza[A-Za-z0-9_-]{35}         # Google
         | xox[abprs]-[A-Za-z0-9-]{10,}  # Slack
         | dapi[0-9a-f]{32}              # Databricks
-    )\b | (?<=://) [^/\s:@]*:[^/\s@]+ (?=@)  # the password of an address""",
+    )\b
+    | (?<=:/) [^/\s:@]* : [^/\s]+ (?=@)   # the password of an address, also in a path, which loses a slash
+    | (?<=://) [^/\s:@]* : [^/\s]+ (?=@)
+    | (?<=[?&]) (?i:[\w-]*(?:key|token|secret|passw|credential|signature)[\w-]*|sig) = [^&\s'"#]+  # of signed URLs""",
     re.VERBOSE,
 )
 _WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # so is a commit of git, which elsewhere may be shown
