@@ -57,6 +57,14 @@ class MetricsFile(LoggerDestination):
         if dist.get_global_rank() == 0 and self.path.exists():
             _end_torn_line(self.path)
 
+    def begin(self, continues: bool) -> None:
+        """Put aside the lines of a run that this one does not continue, as ``metrics.N.jsonl``."""
+        if dist.get_global_rank() == 0 and not continues and self.path.exists():
+            number = 1
+            while (aside := self.path.with_name(f"metrics.{number}.jsonl")).exists():
+                number += 1
+            self.path.rename(aside)
+
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self._pending.update({name: float(value) for name, value in metrics.items() if name.startswith(KEPT_PREFIXES)})
 

@@ -298,10 +298,16 @@ def local_file(directory: Path, name: str) -> Path:
     Raises:
         UserError: The store fails for good.
     """
-    path, origin = directory / name, directory / ORIGIN_FILE
-    if not path.exists() and origin.exists():
-        Remote(json.loads(origin.read_text())["url"]).download(name, path)
+    path = directory / name
+    if not path.exists() and (url := origin_of(directory)) is not None:
+        Remote(url).download(name, path)
     return path
+
+
+def origin_of(directory: Path) -> str | None:
+    """The URL that a checkpoint's directory was made from; None for a local checkpoint."""
+    note = directory / ORIGIN_FILE
+    return str(json.loads(note.read_text())["url"]) if note.exists() else None
 
 
 def is_downloaded(directory: Path) -> bool:

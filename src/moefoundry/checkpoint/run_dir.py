@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.lease import make_directory
 from moefoundry.checkpoint.manifest import visible_damage, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
-from moefoundry.checkpoint.remote import find_remote, is_url
+from moefoundry.checkpoint.remote import find_remote, origin_of
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
 from moefoundry.config import Moments, Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 from moefoundry.config.build import changes_nothing
 from moefoundry.config.spec import show_leaf
+from moefoundry.config.urls import is_url, resolved
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -61,21 +63,15 @@ NOT_ARCHITECTURE = (
 
 
 def open_run(recipe: Recipe) -> tuple[Path, Path | None]:
-    """Claim ``run_dir`` and find the checkpoint that the run continues, if any; every rank calls it.
+    """``run_dir``, and the checkpoint that the run continues, if any; every rank calls it. The directory is claimed
+    later (:func:`claim_run_dir`), when all else has succeeded.
 
     Raises:
-        UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_resume` and
-            :func:`claim_run_dir`; nothing has been written then.
+        UserError: As :func:`check_run_dir`, :func:`newest_without` and :func:`checkpoint_to_resume`.
     """
     run_dir = on_rank_zero(lambda: check_run_dir(recipe))
     newest = newest_without(visible_damage, store_of(run_dir)) if recipe.autoresume else None
-
-    def claim() -> Path | None:
-        checkpoint = checkpoint_to_resume(recipe, newest)
-        claim_run_dir(recipe)
-        return checkpoint
-
-    return run_dir, on_rank_zero(claim)
+    return run_dir, on_rank_zero(lambda: checkpoint_to_resume(recipe, newest))
 
 
 def check_run_dir(recipe: Recipe) -> Path:
@@ -87,12 +83,7 @@ def check_run_dir(recipe: Recipe) -> Path:
             off).
     """
     run_dir = Path(recipe.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        pass  # by a file: refused below
-    except OSError as error:
-        raise UserError(f"run_dir: cannot create {run_dir}: {error.strerror}") from error
+    make_directory(run_dir)
     for directory in (run_dir, run_dir / CHECKPOINTS):
         writable = directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
         if os.path.lexists(directory) and not writable:
@@ -225,12 +216,22 @@ def _from_elsewhere(recipe: Recipe) -> Path | None:
         return uploaded
     if recipe.load_path is None:
         return None
-    if not is_url(recipe.load_path):
-        return find_checkpoint(recipe.load_path)
+    if not is_url(path := resolved(recipe.load_path)):
+        return find_checkpoint(path)
     downloaded = find_remote(recipe.load_path, cache)
     if downloaded is None:
         raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
     return downloaded
+
+
+def continues_itself(recipe: Recipe, checkpoint: Path | None) -> bool:
+    """Whether ``checkpoint`` was saved by this run, here or to ``save_remote``, and what is in ``run_dir`` goes on."""
+    if checkpoint is None:
+        return False
+    if checkpoint.parent == store_of(Path(recipe.run_dir)).root:
+        return True
+    origin, uploads = origin_of(checkpoint), recipe.save_remote
+    return recipe.autoresume and bool(origin and uploads and origin.startswith(f"{uploads.rstrip('/')}/"))
 
 
 def store_of(run_dir: Path) -> CheckpointStore:
