@@ -84,8 +84,9 @@ def test_a_living_run_on_this_host_is_named_at_once_and_a_killed_one_replaced(
         held(tmp_path / "run").__enter__()
     assert time.monotonic() - begin < 1
     process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie, which a launcher may leave for a while
     try:
-        with held(tmp_path / "run"):  # not waited for: it is a zombie
+        with held(tmp_path / "run"):
             assert f"taken over from process {process.pid} on" in capsys.readouterr().err
     finally:
         process.wait()
@@ -163,7 +164,7 @@ def contend(run_dir: Path, start: float, holders: Path) -> None:
         with held(run_dir):
             number = len(list(holders.iterdir()))
             (holders / str(os.getpid())).write_text(str(number))
-            time.sleep(0.3)
+            time.sleep(0.2)
             (holders / str(os.getpid())).unlink()
             (holders.parent / f"won-{os.getpid()}-{number}").write_text("")
     except UserError:
@@ -182,8 +183,9 @@ def test_of_many_that_start_at_once_one_wins(tmp_path: Path, stale: bool) -> Non
         process.start()
     for process in processes:
         process.join()
-    (won,) = tmp_path.glob("won-*")
-    assert won.name.endswith("-0"), "no other had it meanwhile"
+    won = [path.name for path in tmp_path.glob("won-*")]  # on a busy machine some start when another has ended
+    assert won
+    assert all(name.endswith("-0") for name in won), "no other had it meanwhile"
 
 
 def beating(run_dir: Path, seconds: float, taken_over: Callable[[], None] | None) -> None:

@@ -52,14 +52,15 @@ class DataError(UserError):
 
 
 class ConfigError(UserError, ValueError):
-    """A recipe that cannot be used. Carries every :class:`Problem` found, not just the first."""
+    """A recipe that cannot be used. Carries every :class:`Problem` found, not just the first; ``advice`` follows them."""
 
-    def __init__(self, problems: list[Problem], source: str = "recipe") -> None:
+    def __init__(self, problems: list[Problem], source: str = "recipe", advice: str = "") -> None:
         if not problems:
             raise ValueError("ConfigError needs at least one problem")
         self.problems = list(problems)
         count = f"{len(problems)} error" + ("s" if len(problems) > 1 else "")
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+        lines = [f"{source}: {count}", *(f"  {problem}" for problem in problems)]
+        super().__init__("\n".join([*lines, f"  {advice}"] if advice else lines))
 
 
 def first_few(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:

@@ -18,12 +18,10 @@ from typing import Any
 DURATION = r"\d+(ba|ep|tok|sp)|\d+(\.\d+)?dur"
 INTERVAL = r"[1-9]\d*(ba|ep|tok|sp)"
 BATCHES = r"[1-9]\d*ba"
-URL = r"[a-z][a-z0-9+.\-]*://\S+"
 PATTERN_HINTS = {
     DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",
     INTERVAL: "a duration: a positive integer and ba, ep, tok or sp",
     BATCHES: "a positive integer and ba",
-    URL: "a URL such as s3://bucket/run",
 }
 
 
@@ -316,7 +314,7 @@ class TokenizerConfig:
 @dataclass
 class DatasetConfig:
     local: str = key("data/quickstart", "Directory written by `moefoundry prepare`.")
-    remote: str | None = key(None, "Where missing shards are downloaded from (any mosaicml-streaming URL).")
+    remote: str | None = key(None, "Where missing shards are downloaded from; a URL or a path.")
     split: str = key("train", "Sub-directory of local and remote.")
     shuffle: bool = key(True, "Shuffle samples.")
     shuffle_seed: int = key("${seed}", "Seed of the shuffle.", ge=0)
@@ -452,7 +450,7 @@ class TensorBoardConfig:
 class MLflowConfig:
     experiment_name: str = key("moefoundry", "Experiment.")
     run_name: str | None = key("${run_name}", "Run name.")
-    tracking_uri: str | None = key(None, "Server or store; null is ${run_dir}/mlruns, a local file store.")
+    tracking_uri: str | None = key(None, "Server or store, a URL or a path; null is ${run_dir}/mlruns.")
 
 
 @dataclass
@@ -501,8 +499,10 @@ class Recipe:
         None, "Of each such span, the first checkpoint is kept for good.", pattern=BATCHES
     )
     save_keep_best: str | None = key(None, "A loss of metrics.jsonl; the checkpoint where it was lowest is kept.")
-    save_remote: str | None = key(None, "Checkpoints are also uploaded to this URL.", pattern=URL)
-    load_path: str | None = key(None, "Checkpoint to start from; may be a URL.")
+    save_remote: str | None = key(
+        None, "Checkpoints are also uploaded there: a URL such as s3://bucket/run, or a path."
+    )
+    load_path: str | None = key(None, "Checkpoint to start from; a path or a URL.")
     allow_batch_size_change: bool = key(
         False, "Resume with another global_train_batch_size, although the rest of the epoch is then drawn anew."
     )
