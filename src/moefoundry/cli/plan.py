@@ -24,9 +24,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--memory-gb", type=positive, default=80, metavar="GB", help="a device's, in 1e9 bytes (default: 80)"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON, all sizes in bytes; memory.fits says if it fits"
-    )
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes; memory.fits says if it fits")
     parser.add_argument("--exit-code", action="store_true", help="exit status 1 if it does not fit")
 
 

@@ -52,7 +52,13 @@ class DataError(UserError):
 
 
 class ConfigError(UserError, ValueError):
-    """A recipe that cannot be used. Carries every :class:`Problem` found, not just the first; ``advice`` follows them."""
+    """A recipe that cannot be used. Carries every :class:`Problem` found, not just the first.
+
+    Args:
+        problems: At least one.
+        source: The recipe's name.
+        advice: What follows the problems in the message.
+    """
 
     def __init__(self, problems: list[Problem], source: str = "recipe", advice: str = "") -> None:
         if not problems:

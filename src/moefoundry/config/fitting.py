@@ -13,7 +13,7 @@ KEYS = ("mesh.replicate", "mesh.shard", "mesh.expert", "global_train_batch_size"
 
 
 def fitting_overrides(recipe: Recipe, world_size: int) -> list[str]:
-    """Overrides of :data:`KEYS`, as few as do, with which ``recipe`` fits ``world_size`` ranks; empty if none are known.
+    """Overrides of :data:`KEYS`, as few as do, with which ``recipe`` fits ``world_size`` ranks, if any.
 
     Of what is possible: experts over as many ranks as the recipe says, or else the most below; then the same of
     ``shard``; and the global batch that is nearest from above.
@@ -24,7 +24,7 @@ def fitting_overrides(recipe: Recipe, world_size: int) -> list[str]:
         if not check_recipe(replace(recipe, mesh=mesh, global_train_batch_size=batch), world_size):
             before = (recipe.mesh.replicate, recipe.mesh.shard, recipe.mesh.expert, recipe.global_train_batch_size)
             pairs = zip(KEYS, before, (replicate, shard, expert, batch), strict=True)
-            return [f"{key}={value}" for key, old, value in pairs if old != value]
+            return [f"{key}={value}" for key, old, value in pairs if old not in (value, -1)]
     return []
 
 

@@ -68,7 +68,7 @@ def _advice(recipe: Recipe, problems: list[Problem], world_size: int | None) -> 
     if world_size is None or not {problem.path for problem in problems} <= {*KEYS}:
         return ""
     overrides = fitting_overrides(recipe, world_size)
-    return f"{world_size} ranks fit with: {' '.join(overrides)}" if overrides else ""
+    return f"a world size of {world_size} fits with: {' '.join(overrides)}" if overrides else ""
 
 
 def _sources(path: str, references: dict[str, list[str]]) -> set[str]:

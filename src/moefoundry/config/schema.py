@@ -499,9 +499,7 @@ class Recipe:
         None, "Of each such span, the first checkpoint is kept for good.", pattern=BATCHES
     )
     save_keep_best: str | None = key(None, "A loss of metrics.jsonl; the checkpoint where it was lowest is kept.")
-    save_remote: str | None = key(
-        None, "Checkpoints are also uploaded there: a URL such as s3://bucket/run, or a path."
-    )
+    save_remote: str | None = key(None, "Checkpoints are also uploaded to this URL, such as s3://bucket/run, or path.")
     load_path: str | None = key(None, "Checkpoint to start from; a path or a URL.")
     allow_batch_size_change: bool = key(
         False, "Resume with another global_train_batch_size, although the rest of the epoch is then drawn anew."
