@@ -70,9 +70,7 @@ def without(*names: str, **changes: str) -> dict[str, str]:
     [
         STEP,
         without("SLURM_NODEID", "SLURM_LOCALID"),
-        without(
-            "SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", SLURM_NODELIST="gpu[07-08]"
-        ),
+        {f"SLURM_{name}": value for name, value in BY_HAND.items()},
         without("SLURM_STEP_TASKS_PER_NODE", SLURM_TASKS_PER_NODE="16(x2)", SLURM_NNODES="2"),
         without(SLURM_NTASKS="64", ENVIRONMENT="BATCH"),
     ],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
@@ -39,11 +40,14 @@ class ByBatch(LoggerDestination):
     Args:
         tracker: What is logged to.
         key: Of the recipe, for messages.
+        entry: The variable of the environment that names an entry to go on with, and its value. Such an entry has its
+            hyperparameters, and MLflow refuses those that a resume has changed.
     """
 
-    def __init__(self, tracker: LoggerDestination, key: str) -> None:
+    def __init__(self, tracker: LoggerDestination, key: str, entry: dict[str, str] | None = None) -> None:
         self.tracker = tracker
         self.key = key
+        self.entry = entry or {}
         self._pending: dict[str, Any] = {}
 
     def start(self, state: State, logger: Logger) -> None:
@@ -52,10 +56,14 @@ class ByBatch(LoggerDestination):
         Raises:
             UserError: The tracker refuses.
         """
+        os.environ |= self.entry
         try:
             self.tracker.run_event(Event.INIT, state, logger)
         except Exception as error:  # each client has its own
             raise UserError(f"{self.key}: cannot be used: {one_line(error)}") from error
+        finally:
+            for name in self.entry:  # another run of this process has an entry of its own
+                del os.environ[name]
 
     def run_event(self, event: Event, state: State, logger: Logger) -> None:
         if event in ENDS and self._pending:
@@ -67,7 +75,8 @@ class ByBatch(LoggerDestination):
         self._pending.update(metrics)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        self.tracker.log_hyperparameters(hyperparameters)
+        if not self.entry:
+            self.tracker.log_hyperparameters(hyperparameters)
 
     def close(self, state: State, logger: Logger) -> None:
         self.tracker.close(state, logger)
@@ -129,19 +138,17 @@ def build_trackers(cfg: LoggersConfig, run_dir: Path, continues: bool) -> list[B
     trackers: list[ByBatch] = []
     if cfg.wandb:
         values = redacted(asdict(cfg.wandb), "loggers.wandb")
-        options = {"dir": str(run_dir), "resume": "allow"} | ({"id": entries["wandb"]} if "wandb" in entries else {})
-        trackers.append(_made("loggers.wandb", lambda: WandBLogger(**values, init_kwargs=options)))
+        place = {"dir": str(run_dir), "resume": "allow"} | ({"id": entries["wandb"]} if "wandb" in entries else {})
+        trackers.append(_made("loggers.wandb", lambda: WandBLogger(**values, init_kwargs=place)))
     if cfg.tensorboard:
         trackers.append(ByBatch(TensorBoard(cfg.tensorboard), "loggers.tensorboard"))
     if cfg.mlflow:
         experiment, name = cfg.mlflow.experiment_name, cfg.mlflow.run_name
         uri = mlflow_uri(cfg.mlflow.tracking_uri, run_dir)
         _be_brief_with_mlflow()
-        if (entry := entries.get("mlflow")) is not None and _mlflow_has(uri, entry):
-            os.environ["MLFLOW_RUN_ID"] = entry
-        trackers.append(
-            _made("loggers.mlflow", lambda: MLFlowLogger(experiment, name, tracking_uri=uri, log_system_metrics=False))
-        )
+        options = {"tracking_uri": uri, "log_system_metrics": False}  # these would have an axis of their own
+        entry = _mlflow_entry(uri, entries.get("mlflow"))
+        trackers.append(_made("loggers.mlflow", lambda: MLFlowLogger(experiment, name, **options), entry))
     return trackers
 
 
@@ -187,7 +194,10 @@ def mlflow_uri(uri: str | None, run_dir: Path) -> str:
 
 def _answers(key: str, url: str, remedy: str = "") -> None:
     try:
-        urllib.request.urlopen(url, timeout=PATIENCE).close()
+        parts = urllib.parse.urlsplit(url)
+        urllib.request.urlopen(
+            parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), timeout=PATIENCE
+        ).close()
     except urllib.error.HTTPError:
         pass  # which is an answer
     except (OSError, ValueError) as error:
@@ -195,9 +205,9 @@ def _answers(key: str, url: str, remedy: str = "") -> None:
         raise UserError(f"{key}: {url} does not answer: {reason}; start it, or leave out {key}{remedy}") from error
 
 
-def _made(key: str, make: Callable[[], LoggerDestination]) -> ByBatch:
+def _made(key: str, make: Callable[[], LoggerDestination], entry: dict[str, str] | None = None) -> ByBatch:
     try:
-        return ByBatch(make(), key)
+        return ByBatch(make(), key, entry)
     except Exception as error:  # each client has its own
         raise UserError(f"{key}: cannot be used: {one_line(error)}") from error
 
@@ -208,14 +218,18 @@ def _be_brief_with_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 
-def _mlflow_has(uri: str, run_id: str) -> bool:
+def _mlflow_entry(uri: str, run_id: str | None) -> dict[str, str]:
+    """How MLflow is told to go on with a run, if it still has it and the user names no other; for rank 0."""
+    if run_id is None or "MLFLOW_RUN_ID" in os.environ or dist.get_global_rank() != 0:
+        return {}
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
     try:
-        return bool(MlflowClient(uri).get_run(run_id).info.lifecycle_stage == "active")
+        active = MlflowClient(uri).get_run(run_id).info.lifecycle_stage == "active"
     except MlflowException:
-        return False
+        return {}
+    return {"MLFLOW_RUN_ID": run_id} if active else {}
 
 
 def _entry(tracker: LoggerDestination) -> tuple[str, str]:

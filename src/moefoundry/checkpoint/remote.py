@@ -32,12 +32,12 @@ from typing import Any, Protocol, TypeVar
 
 import tenacity
 
-from moefoundry.checkpoint.hf_files import TOKENIZER
 from moefoundry.checkpoint.manifest import COMMIT_FILE, DATA_SUFFIX, MANIFEST_FILE
+from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.config import UserError
 from moefoundry.config.spec import redact
 from moefoundry.config.urls import OBJECT_STORES, resolved
-from moefoundry.data.downloads import unless_silent
+from moefoundry.data.patience import unless_silent
 
 T = TypeVar("T")
 ATTEMPTS = 6

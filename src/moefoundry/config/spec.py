@@ -161,9 +161,8 @@ _TOKEN = re.compile(
         | xox[abprs]-[A-Za-z0-9-]{10,}  # Slack
         | dapi[0-9a-f]{32}              # Databricks
     )\b
-    | (?<=:/) [^/\s:@]* : [^/\s]+ (?=@)   # the password of an address, also in a path, which loses a slash
-    | (?<=://) [^/\s:@]* : [^/\s]+ (?=@)
-    | (?<=[?&]) (?i:[\w-]*(?:key|token|secret|passw|credential|signature)[\w-]*|sig) = [^&\s'"#]+  # of signed URLs""",
+    | (?:(?<=://)|(?<=:/)) [^/\s:@'"]* : (?!\d+/) [^\s'"]+ (?=@)  # the password of an address; a path loses a slash
+    | (?<=[?&]) (?i:[\w-]*(?:key|token|secret|passw|credential|signature)[\w-]*|sig) = [^&\s'"#]+ (?<![:;,.])  # of signed URLs""",
     re.VERBOSE,
 )
 _WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # so is a commit of git, which elsewhere may be shown

@@ -52,7 +52,8 @@ from streaming.base.world import World
 
 from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.urls import resolved
-from moefoundry.data.downloads import unless_silent
+from moefoundry.data import downloads as downloads
+from moefoundry.data.patience import unless_silent
 
 MARKER = "moefoundry"  # follows the number that begins the names of a dataset's segments
 SEGMENTS = Path("/dev/shm")
