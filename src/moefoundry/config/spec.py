@@ -162,7 +162,8 @@ _TOKEN = re.compile(
         | dapi[0-9a-f]{32}              # Databricks
     )\b
     | (?:(?<=://)|(?<=:/)) [^/\s:@'"]* : (?!\d+/) [^\s'"]+ (?=@)  # the password of an address; a path loses a slash
-    | (?<=[?&]) (?i:[\w-]*(?:key|token|secret|passw|credential|signature)[\w-]*|sig) = [^&\s'"#]+ (?<![:;,.])  # of signed URLs""",
+    # what signs a URL
+    | (?<=[?&]) (?i:[\w-]*(?:key|token|secret|passw|credential|signature)[\w-]*|sig) = [^&\s'"#]+ (?<![:;,.])""",
     re.VERBOSE,
 )
 _WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # so is a commit of git, which elsewhere may be shown
