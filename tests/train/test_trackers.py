@@ -25,9 +25,22 @@ ODD = "odd%20ü#1?x y"
 HELD_OUT = "metrics/eval/LanguageCrossEntropy"
 
 
+def without_network() -> None:
+    """Any connection that leaves the machine fails."""
+    connect = socket.socket.connect
+
+    def connect_here(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "localhost", "::1"):
+            raise AssertionError(f"connection to {address}")
+        connect(self, address)
+
+    socket.socket.connect = connect_here  # type: ignore[assignment,method-assign]
+
+
 def train_with_trackers(arguments: list[str]) -> tuple[int, str, str]:
     from moefoundry.cli.main import main
 
+    without_network()
     os.environ["WANDB_MODE"] = "offline"
     sys.argv = ["scripts/train.py", *arguments]
     with captured_output() as texts:
@@ -82,6 +95,15 @@ def test_mlflow_has_one_run_with_the_same_axis(resumed: Run) -> None:
         lines = [line.split() for line in (runs[0] / "metrics" / name).read_text().splitlines()]
         logged = {int(step): float(value) for _, value, step in lines}
         assert logged == pytest.approx(resumed.column(name), rel=1e-6), name
+
+
+def test_the_recipe_goes_along(resumed: Run) -> None:
+    (parameter,) = resumed.run_dir.glob("mlruns/*/*/params/model.moe.top_k")
+    assert parameter.read_text() == "2"
+    for pattern in ("wandb/**/*.wandb", "tensorboard/**/events.out*"):
+        content = b"".join(path.read_bytes() for path in resumed.run_dir.glob(pattern))
+        for name in (b"model.moe.top_k", b"loss/train/total", b"grad_norm", b"moe/max_violation", HELD_OUT.encode()):
+            assert name in content, (pattern, name)
 
 
 def test_wandb_goes_on_with_its_entry(resumed: Run) -> None:
