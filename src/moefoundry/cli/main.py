@@ -12,7 +12,6 @@ import importlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 from moefoundry import __version__
 from moefoundry.cli.arguments import Parser
@@ -41,8 +40,7 @@ def _run(argv: list[str]) -> int:
         args.arguments = _in_order([*args.arguments, *unknown], argv)
     elif unknown:
         subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
-    # training has its own answer to signals, and before that nothing to clean up: its end should not wait for others
-    with nullcontext() if args.command == "train" else ended_by_sigterm():
+    with ended_by_sigterm():
         status: int = modules[args.command].run(args)
     return status
 
