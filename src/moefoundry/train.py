@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch.distributed
 from composer import DataSpec, Evaluator, Trainer
 from composer.core import Callback
 from composer.devices import Device
-from composer.loggers import LoggerDestination, MLFlowLogger, TensorboardLogger, WandBLogger
+from composer.loggers import LoggerDestination
 from composer.utils import collect_env, dist, get_device
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 from torch import nn
@@ -35,22 +36,25 @@ from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
+from moefoundry.callbacks.trackers import build_trackers, note_entries, start_trackers, try_trackers
+from moefoundry.checkpoint.lease import held
 from moefoundry.checkpoint.ranks import on_rank_zero
-from moefoundry.checkpoint.run_dir import open_run, store_of
+from moefoundry.checkpoint.remote import Remote
+from moefoundry.checkpoint.run_dir import DOWNLOADS, claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.start import Start, data_digests
 from moefoundry.checkpoint.store import Retention
+from moefoundry.checkpoint.writer import together
 from moefoundry.config import (
     Compute,
     ConfigError,
     LoaderConfig,
-    LoggersConfig,
     Moments,
     OptimizerConfig,
     Recipe,
     advice,
     flatten,
-    redacted,
 )
+from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
 from moefoundry.evaluation.generation import complete
@@ -99,7 +103,7 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     if dist.get_global_rank() == 0:
         for problem in advice(recipe):
             print(f"warning: {problem}", file=sys.stderr, flush=True)
-    with named_collectives(recipe.dist_timeout):
+    with sole_owner(Path(recipe.run_dir)), named_collectives(recipe.dist_timeout):
         trainer = build_trainer(recipe)
         trainer.logger.log_hyperparameters(flatten(recipe))
         timestamp, max_duration = trainer.state.timestamp, trainer.state.max_duration
@@ -130,6 +134,19 @@ def report(recipe: Recipe, model: MoETransformer, command: Sequence[str]) -> Non
         write_report(recipe, completion, command)
 
 
+@contextmanager
+def sole_owner(run_dir: Path) -> Iterator[None]:
+    """Rank 0 holds the lease of ``run_dir``.
+
+    Raises:
+        UserError: Another run has it: on all ranks, or, where there is no process group yet, on rank 0.
+    """
+    with ExitStack() as stack:
+        if torch.distributed.is_initialized() or dist.get_global_rank() == 0:
+            on_rank_zero(lambda: stack.enter_context(held(run_dir)))
+        yield
+
+
 def stopped_by(trainer: Trainer) -> signal.Signals | None:
     """The signal that ended a run before its end."""
     (stop,) = (callback for callback in trainer.state.callbacks if isinstance(callback, StopOnSignal))
@@ -140,11 +157,22 @@ def build_trainer(recipe: Recipe) -> Trainer:
     """Assemble the run.
 
     Raises:
-        UserError: Something the user can put right, named; nothing has been overwritten.
+        UserError: Something the user can put right, named; ``run_dir`` is as it was.
     """
+    try:
+        return assemble(recipe)
+    except BaseException:
+        if dist.get_global_rank() == 0:
+            shutil.rmtree(Path(recipe.run_dir, DOWNLOADS), ignore_errors=True)
+        raise
+
+
+def assemble(recipe: Recipe) -> Trainer:
+    """Build all parts, and claim ``run_dir`` when nothing is left that can fail."""
     collect_env.get_cpu_model = lambda: "unknown"  # Composer starts an interpreter to learn it, and does not use it
     device = get_device(None)
     meshes = setup_meshes(recipe, device)
+    on_rank_zero(lambda: try_services(recipe))
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
     if problems := list(report_problems(recipe)):
@@ -153,8 +181,8 @@ def build_trainer(recipe: Recipe) -> Trainer:
     digests = on_rank_zero(lambda: data_digests(recipe))
     run_dir, start = open_run(recipe, digests)
     materialize(model, device._device, recipe.seed)
-    metrics_file = MetricsFile(run_dir, goes_on=start is not None and start.own)
-    return MeshTrainer(
+    metrics_file = MetricsFile(run_dir)
+    trainer = MeshTrainer(
         model=ComposerMoECausalLM(model),
         optimizers=build_optimizer(model, recipe.optimizer, recipe.precision.optimizer_moments, recipe.seed),
         train_dataloader=train_data,
@@ -163,7 +191,7 @@ def build_trainer(recipe: Recipe) -> Trainer:
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         callbacks=build_callbacks(recipe, model, metrics_file, digests, start),
-        loggers=[metrics_file, *build_console(recipe, model), *build_loggers(recipe.loggers, run_dir)],
+        loggers=[metrics_file, *build_console(recipe, model)],
         parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
         precision="fp32",  # the model's own: see precision.py
         device=device,
@@ -174,6 +202,27 @@ def build_trainer(recipe: Recipe) -> Trainer:
         log_to_console=False,
         spin_dataloaders=False,
     )
+    continues = start is not None and start.own
+    with together():
+        trackers = build_trackers(recipe.loggers, run_dir, continues)
+        start_trackers(trackers, trainer.state, trainer.logger)
+    on_rank_zero(lambda: claim_run_dir(recipe))
+    metrics_file.begin(trainer.state.timestamp.batch.value if continues else 0)
+    note_entries(trackers, run_dir)
+    return trainer
+
+
+def try_services(recipe: Recipe) -> None:
+    """Ask every service outside once, and briefly, whether it can be used; one rank calls it.
+
+    Raises:
+        UserError: One cannot.
+    """
+    if recipe.save_remote is not None:
+        Remote(recipe.save_remote).try_writing()
+    if recipe.load_path is not None and is_url(resolved(recipe.load_path)):
+        Remote(recipe.load_path).try_reading()
+    try_trackers(recipe.loggers)
 
 
 def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
@@ -323,16 +372,3 @@ def build_console(recipe: Recipe, model: MoETransformer) -> list[LoggerDestinati
     if recipe.precision.fp8.recipe is not None:
         title += f"; FP8 {describe_fp8(recipe.precision.fp8, next(model.parameters()).device)}"
     return [Console(title, recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]
-
-
-def build_loggers(cfg: LoggersConfig, run_dir: Path) -> list[LoggerDestination]:
-    """Experiment trackers."""
-    loggers: list[LoggerDestination] = []
-    if cfg.wandb:
-        loggers.append(WandBLogger(**redacted(asdict(cfg.wandb), "loggers.wandb"), init_kwargs={"dir": str(run_dir)}))
-    if cfg.tensorboard:
-        loggers.append(TensorboardLogger(**asdict(cfg.tensorboard)))
-    if cfg.mlflow:
-        uri = cfg.mlflow.tracking_uri or f"file://{(run_dir / 'mlruns').resolve()}"
-        loggers.append(MLFlowLogger(cfg.mlflow.experiment_name, cfg.mlflow.run_name, tracking_uri=uri))
-    return loggers

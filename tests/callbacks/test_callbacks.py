@@ -68,8 +68,8 @@ def goes_on(run_dir: Path) -> list[dict]:
 
     from moefoundry.callbacks.metrics_file import MetricsFile
 
-    file = MetricsFile(run_dir, goes_on=True)
-    file.after_load(SimpleNamespace(timestamp=Timestamp(batch=1)), None)
+    file = MetricsFile(run_dir)
+    file.begin(after=1)
     file.batch_checkpoint(SimpleNamespace(timestamp=Timestamp(batch=2)), None)
     return (run_dir / "metrics.jsonl").read_text().splitlines()
 
@@ -106,7 +106,7 @@ def evaluated_at_the_end(run_dir: Path) -> str:
 
     from moefoundry.callbacks.metrics_file import MetricsFile
 
-    file = MetricsFile(run_dir, goes_on=False)
+    file = MetricsFile(run_dir)
     state = SimpleNamespace(timestamp=Timestamp(batch=1))
     file.log_metrics({"metrics/eval/LanguageCrossEntropy": 1.25, "lr": 0.123456789})
     file.eval_end(state, None)  # within training: before the line of the batch
@@ -132,7 +132,7 @@ def full_precision(run_dir: Path) -> str:
 
     from moefoundry.callbacks.metrics_file import MetricsFile
 
-    file = MetricsFile(run_dir, goes_on=False)
+    file = MetricsFile(run_dir)
     file.log_metrics({"loss/train/lm": torch.tensor(0.1), "time/batch": 3})
     file.record({"moe/load/layer1": [0.25, 0.75]})
     file.batch_checkpoint(SimpleNamespace(timestamp=Timestamp(batch=4)), None)

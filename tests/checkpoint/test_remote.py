@@ -16,6 +16,7 @@ import torch
 from moefoundry.checkpoint import io, remote
 from moefoundry.checkpoint.remote import Remote, find_remote, is_downloaded, local_file, upload_checkpoint
 from moefoundry.config import Recipe, UserError
+from moefoundry.data.patience import unless_silent
 from tests.distributed import run_distributed
 from tests.train.runs import run_recipe
 
@@ -164,6 +165,69 @@ def test_what_is_missing_or_forbidden_is_not_asked_for_again(
         Remote(memory).upload(tmp_path, "secret")
 
 
+class Answer(Exception):  # noqa: N818  # clients call theirs as they like
+    """What a client raises for an answer over HTTP: each keeps the status elsewhere."""
+
+    def __init__(self, place: str, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        response = {"Error": {"Code": str(status)}, "ResponseMetadata": {"HTTPStatusCode": status}}
+        setattr(self, place, response if place == "response" else status)
+
+
+@pytest.mark.parametrize("place", ["response", "status", "status_code", "code"])
+def test_what_the_caller_is_to_blame_for_is_not_tried_again(
+    memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    """Bad credentials, a bucket that is not there: as botocore, Google, Azure and Oracle say so."""
+    for status, attempts in ((400, 1), (401, 1), (403, 1), (404, 1), (408, 6), (429, 6), (500, 6), (503, 6)):
+        Failing(monkeypatch, "upload", "name", 99, Answer(place, status))
+        with pytest.raises(UserError, match=rf"name: cannot upload \(attempts: {attempts}\): HTTP {status}$"):
+            Remote(memory).upload(Path("file"), "name")
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == (attempts > 1), "one line that it is tried again, not one an attempt"
+
+
+def test_wrapped_errors_and_missing_credentials_are_known_too() -> None:
+    import boto3.exceptions
+    import botocore.exceptions
+
+    wrapped = boto3.exceptions.S3UploadFailedError("failed")
+    wrapped.__context__ = Answer("response", 403)
+    assert remote.is_permanent(wrapped)
+    assert remote.is_permanent(botocore.exceptions.NoCredentialsError())
+    assert remote.is_permanent(NotImplementedError())
+    assert not remote.is_permanent(botocore.exceptions.EndpointConnectionError(endpoint_url="http://host"))
+    throttled = botocore.exceptions.ClientError(
+        {"Error": {"Code": "RequestTimeout"}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "PutObject"
+    )
+    assert not remote.is_permanent(throttled)
+
+
+def test_a_store_is_tried_once_when_a_run_starts(
+    tmp_path: Path, memory: str, silence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for url in (f"file://{tmp_path}/a%20place", str(tmp_path / "other place")):
+        Remote(url).try_writing()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a place", "other place"]
+    assert not list(tmp_path.glob("*/*")), "what was written is removed"
+    monkeypatch.setattr(remote, "FIRST_SILENCE", 0.1)
+    failing = Failing(monkeypatch, "upload", remote.PROBE, 99, ConnectionResetError("reset"))
+    with pytest.raises(UserError, match=rf"{memory}/{remote.PROBE}: cannot upload \(attempts: 1\): reset"):
+        Remote(memory).try_writing()
+    assert failing.calls == 1
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "S3_ENDPOINT_URL": silence}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"s3://bucket/run: cannot list \(attempts: 1\): nothing has come for 0\.1 sec"):
+        Remote("s3://bucket/run").try_reading()
+
+
+def test_passwords_are_hidden_in_what_a_store_says(memory: str) -> None:
+    with pytest.raises(UserError) as error:
+        Remote("nowhere://me:pass/word@host/run")
+    assert "word" not in str(error.value)
+    assert "nowhere://" in str(error.value)
+
+
 def test_waits_grow(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(remote, "FIRST_WAIT", 1.0)
@@ -298,14 +362,13 @@ def test_row20_a_store_that_never_answers_is_given_up(
     reason = r"\(attempts: 2\): nothing has come for 0\.1 seconds"
     with pytest.raises(UserError, match=rf"s3://bucket/run/ba4/__0_0\.distcp: cannot download {reason}"):
         store.download("ba4/__0_0.distcp", tmp_path / "__0_0.distcp")
-    with pytest.raises(UserError, match=rf"s3://bucket/run/: cannot list {reason}"):
+    with pytest.raises(UserError, match=rf"s3://bucket/run: cannot list {reason}"):
         store.names()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_slow_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_store_is_waited_for() -> None:
     """As long as anything comes."""
-    monkeypatch.setattr(remote, "LONGEST_SILENCE", 0.01)
     arrived, enough = iter(range(100)), threading.Event()
 
     def progress() -> int:
@@ -314,7 +377,7 @@ def test_a_slow_store_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
             enough.set()
         return number
 
-    assert remote.unless_silent(lambda: enough.wait(30), progress)
+    assert unless_silent(lambda: enough.wait(30), progress, 0.01)
 
 
 def test_what_has_come_is_counted_wherever_a_client_puts_it(tmp_path: Path) -> None:
@@ -370,7 +433,7 @@ def test_a_run_goes_on_from_a_url(tiny_recipe: Tiny, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["ba2", "ba4", "ba6"]
     resumed = run_recipe(tiny_recipe(tmp_path / "resumed", *STEPS, f"load_path={url}/ba2"))
     assert resumed.exact() == whole.exact(3)
-    assert not list((resumed.run_dir / "downloads").iterdir()), "removed after use"
+    assert not (resumed.run_dir / "downloads").exists(), "a file:// URL is a path, and read where it lies"
     for name in ("ba4", "ba6"):
         (tmp_path / "store" / name / "COMMITTED").unlink()
     lost = run_recipe(tiny_recipe(tmp_path / "lost", *STEPS, f"save_remote={url}", "autoresume=true"))
@@ -379,5 +442,5 @@ def test_a_run_goes_on_from_a_url(tiny_recipe: Tiny, tmp_path: Path) -> None:
 
 
 def test_a_url_without_a_checkpoint_is_refused(tiny_recipe: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"load_path: no complete checkpoint at file://{tmp_path}/none"):
+    with pytest.raises(UserError, match=rf"load_path: no complete checkpoint at {tmp_path}/none"):
         run_recipe(tiny_recipe(tmp_path / "run", *STEPS, f"load_path=file://{tmp_path}/none"))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moefoundry.checkpoint.remote import upload_checkpoint
 from moefoundry.cli.main import main
 from moefoundry.config import load_recipe
 from tests.train.runs import Run, run_recipe
@@ -26,7 +27,7 @@ def run(tiny_overrides: Callable, tmp_path_factory: pytest.TempPathFactory) -> R
     return run_recipe(load_recipe(None, [text for text in overrides if text != grouped_query]), world_size=2)
 
 
-def generate(capsys: pytest.CaptureFixture[str], checkpoint: Path, *options: str) -> str:
+def generate(capsys: pytest.CaptureFixture[str], checkpoint: Path | str, *options: str) -> str:
     options = ("--max-new-tokens", "12", "--device", "cpu", *options)
     assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", PROMPT, *options]) == 0
     return capsys.readouterr().out
@@ -78,3 +79,9 @@ def test_a_missing_tokenizer_is_named(run: Run, capsys, monkeypatch: pytest.Monk
         monkeypatch.setattr(io, "read_state", lambda _, recipe=recipe: document | {"recipe": recipe})
         assert main(["generate", "--checkpoint", str(run.run_dir), "--prompt", PROMPT]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_behind_a_url(run: Run, tmp_path: Path, capsys) -> None:
+    url = f"memory://{tmp_path.name}"
+    upload_checkpoint(run.run_dir / "checkpoints" / "ba2", url)
+    assert generate(capsys, url) == generate(capsys, run.run_dir)

@@ -55,6 +55,21 @@ def test_what_does_not_fit_is_said(capsys):
     assert out.endswith("one rank: nothing is sent\n")
 
 
+@pytest.mark.parametrize(("memory", "fits"), [("1", False), ("80", True)])
+def test_what_does_not_fit_is_a_field_and_on_request_a_status(memory: str, fits: bool, capsys) -> None:
+    arguments = ["plan", "--world-size", "1", "--json", "--memory-gb", memory, "model.d_model=1024", "max_seq_len=4096"]
+    assert main([*arguments, "--exit-code"]) == (0 if fits else 1)
+    assert json.loads(capsys.readouterr().out)["memory"]["fits"] == fits
+
+
+def test_a_recipe_for_more_ranks_comes_with_degrees_that_fit(capsys):
+    recipe = str(ROOT / "configs" / "pretrain" / "deepseek-v3-671b.yaml")
+    assert main(["plan", recipe, "--world-size", "8"]) == 2
+    *_, advice = capsys.readouterr().err.splitlines()
+    assert advice == "  a world size of 8 fits with: mesh.replicate=1 mesh.shard=8 mesh.expert=8"
+    assert main(["validate", recipe, "--world-size", "8", *advice.split(": ")[1].split()]) == 0
+
+
 def test_the_page_shows_what_the_command_prints(capsys):
     page = (ROOT / "docs" / "plan.md").read_text(encoding="utf-8")
     command = shlex.split(page.split("```bash\n")[1].split(" [--")[0])

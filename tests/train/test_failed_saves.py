@@ -18,7 +18,8 @@ STEPS = ("max_duration=6ba", "save_interval=2ba", "eval_loader=null")
 
 
 def train_on_a_full_disk(arguments: list[str], file: str | None) -> tuple[int, str]:
-    """The command line's status and standard error of a rank; the disk is full when ``file`` is written."""
+    """The command line's status and standard error of a rank. The disk is full when ``file`` is written; without one,
+    the store of uploads is gone after the start."""
     from moefoundry.checkpoint import async_save, io, remote
     from moefoundry.cli.main import main
 
@@ -30,6 +31,12 @@ def train_on_a_full_disk(arguments: list[str], file: str | None) -> tuple[int, s
         return write_pieces(path, *values)  # type: ignore[arg-type]
 
     async_save.write_pieces = io.write_pieces = write  # type: ignore[assignment]
+
+    def upload(store: object, path: Path, name: str) -> None:
+        if name != remote.PROBE:
+            raise ConnectionResetError("reset")
+
+    remote._FsspecStore.upload, remote._FsspecStore.remove = upload, lambda store, name: None  # type: ignore[assignment]
     remote.FIRST_WAIT = 0.0
     with captured_output() as texts:
         status = main(["train", *arguments])
@@ -56,11 +63,10 @@ def test_row26_a_full_disk_ends_the_run_and_the_last_checkpoint_is_gone_on_from(
 
 
 def test_row20_a_failed_upload_is_no_failed_save(tiny_overrides: Overrides, tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    url = f"file://{tmp_path}/file/run"
+    url = f"file://{tmp_path}/uploads"
     arguments = tiny_overrides(tmp_path / "run", *STEPS, f"save_remote={url}")
     ((status, err),) = run_distributed(train_on_a_full_disk, 1, arguments, None)
-    failure = f"checkpoint ba2 was saved, but not uploaded: {url}/ba2/.metadata: cannot upload (attempts: 6): "
+    failure = f"checkpoint ba2 was saved, but not uploaded: {url}/ba2/.metadata: cannot upload (attempts: 6): reset"
     assert status == 2
     assert f"warning: {failure}" in err
     assert f"error: {failure}" in err

@@ -51,15 +51,18 @@ class MetricsFile(LoggerDestination):
 
     Args:
         run_dir: Where the file goes; it must exist.
-        goes_on: The run continues the one whose lines are there; else they are another's.
     """
 
-    def __init__(self, run_dir: Path, goes_on: bool) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE_NAME
-        self.goes_on = goes_on
         self._pending: dict[str, Any] = {}
         self._written: dict[str, Any] = {}
         self._begin = 0  # of the last line, in bytes
+
+    def begin(self, after: int) -> None:
+        """Put aside the lines of batches beyond ``after``: they are trained again, or another run's."""
+        if dist.get_global_rank() == 0 and self.path.exists():
+            set_aside(self.path, after)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self._pending.update({name: float(value) for name, value in metrics.items() if name.startswith(KEPT_PREFIXES)})
@@ -71,10 +74,6 @@ class MetricsFile(LoggerDestination):
     def value(self, name: str) -> float | None:
         """What has been measured since the last line."""
         return self._pending.get(name)
-
-    def after_load(self, state: State, logger: Logger) -> None:
-        if dist.get_global_rank() == 0 and self.path.exists():
-            set_aside(self.path, after=state.timestamp.batch.value if self.goes_on else 0)
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """The last event of a batch: after evaluation, and after the checkpoint callback (loggers run last)."""

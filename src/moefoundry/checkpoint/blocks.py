@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from moefoundry.checkpoint.format import METADATA_FILE, FilePart, layout_in, read_metadata, values_in
 from moefoundry.checkpoint.manifest import HashedBlock, Manifest, Origin, recipe_digest
+from moefoundry.checkpoint.remote import local_file
 from moefoundry.checkpoint.writer import HashedFile, Piece, Place, data_file, write_index
 from moefoundry.checkpoint.writer import TensorSpec as TensorSpec
 from moefoundry.config import UserError
@@ -185,7 +186,7 @@ class StoredTensors:
     def _chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         index = MetadataIndex(self._stored_names[name], chunk.offsets)
         place = self._places[index]
-        path = self._directory / place.relative_path
+        path = local_file(self._directory, place.relative_path)
         try:
             if index not in self._checked:  # by reading: of mapped memory, all of it would become resident
                 self._manifest.check(place.relative_path, place.offset, place.length, index.fqn)

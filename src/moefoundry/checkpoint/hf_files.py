@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.checkpoint.safetensors_io import refuse_lfs_pointer
+from moefoundry.checkpoint.store import TOKENIZER as TOKENIZER
 from moefoundry.config import UserError
 from moefoundry.data.tokenizer import HF_FILES, INPUTS, declared_token, open_backend
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-TOKENIZER = "tokenizer"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = {f"{token}_token": f"{token}_token_id" for token in ("bos", "eos", "pad")}
 END = "eos_token_id"

@@ -10,40 +10,49 @@ it.
 
 ``s3://``, ``gs://``, ``oci://`` and ``azure://`` are Composer's object stores, with its environment variables
 (``S3_ENDPOINT_URL``, ...); all other URLs are fsspec's (``file://``, ``memory://``, ...). Whatever fails is tried
-:data:`ATTEMPTS` times, after 1, 2, 4 ... seconds, at most :data:`LONGEST_WAIT`; what is missing or forbidden is not. A
-read that brings nothing for :data:`LONGEST_SILENCE` seconds has failed, whatever time-outs the client has or lacks.
+:data:`ATTEMPTS` times, after 1, 2, 4 ... seconds, at most :data:`LONGEST_WAIT`; what another attempt would not change
+(:func:`is_permanent`) is not. A read that brings nothing for :data:`LONGEST_SILENCE` seconds has failed, whatever
+time-outs the client has or lacks.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from threading import Thread
+from tempfile import NamedTemporaryFile
 from typing import Any, Protocol, TypeVar
 
 import tenacity
 
-from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE
+from moefoundry.checkpoint.manifest import COMMIT_FILE, DATA_SUFFIX, MANIFEST_FILE
+from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.config import UserError
+from moefoundry.config.spec import redact
+from moefoundry.config.urls import OBJECT_STORES, resolved
+from moefoundry.data.patience import unless_silent
 
 T = TypeVar("T")
 ATTEMPTS = 6
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 30.0
 LONGEST_SILENCE = 90.0  # all attempts together stay below the default dist_timeout, in which other ranks wait
+FIRST_SILENCE = 10.0
+"""Seconds that a store may take for its first answer, when a run starts."""
+
 ORIGIN_FILE = "origin.json"
-COMPOSER_SCHEMES = ("s3", "gs", "oci", "azure")
+PROBE = ".written-by-moefoundry"
 TRANSFERS = 4
+PASSING_STATUS = (408, 409, 425, 429)  # of HTTP, among those that blame the caller
+PASSING_CODES = ("RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "SlowDown")
 _BATCH = re.compile(r"(?:.*/)?ba(\d+)/")
-_log = logging.getLogger(__name__)
 
 
 class _Store(Protocol):
@@ -81,7 +90,7 @@ class _FsspecStore:
     def __init__(self, url: str) -> None:
         import fsspec  # type: ignore[import-untyped]
 
-        self._files, root = fsspec.core.url_to_fs(url)
+        self._files, root = fsspec.core.url_to_fs(resolved(url))
         self._root = root.rstrip("/")
 
     def upload(self, file: Path, name: str) -> None:
@@ -95,6 +104,9 @@ class _FsspecStore:
         paths = self._files.find(self._path(prefix))
         return [path.removeprefix(self._path("")) for path in paths]
 
+    def remove(self, name: str) -> None:
+        self._files.rm_file(self._path(name))
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -103,20 +115,21 @@ class Remote:
     """Objects under a URL, with retries.
 
     Args:
-        url: ``scheme://...``.
+        url: ``scheme://...``, or a path.
 
     Raises:
         UserError: No store is known for the scheme, or it cannot be used here; or, from every method, the store still
-            fails at the last attempt, or does not have the object or the right.
+            fails at the last attempt, or fails in a way that another attempt would not change.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        kind = _ComposerStore if url.split("://")[0] in COMPOSER_SCHEMES else _FsspecStore
+        self._said: set[str] = set()
+        kind = _ComposerStore if url.split("://")[0] in OBJECT_STORES else _FsspecStore
         try:
             self._store: _Store = kind(self.url)
         except Exception as error:  # whatever a client's constructor may raise
-            raise UserError(f"{url}: no such store: {error}") from error
+            raise UserError(f"{url}: no such store: {one_line(error)}") from error
 
     def upload(self, file: Path, name: str) -> None:
         """Store ``file`` as ``name``; what is there is replaced."""
@@ -129,7 +142,7 @@ class Remote:
         def attempt() -> None:  # each has a file of its own: one that was given up may still write
             partial = file.with_name(f"{file.name}.{os.getpid()}-{next(numbers)}.partial")
             try:
-                unless_silent(lambda: self._store.download(name, partial), lambda: _size_of(partial))
+                unless_silent(lambda: self._store.download(name, partial), lambda: _size_of(partial), LONGEST_SILENCE)
                 partial.rename(file)
             finally:
                 partial.unlink(missing_ok=True)
@@ -138,49 +151,77 @@ class Remote:
 
     def names(self, prefix: str = "") -> list[str]:
         """Objects whose names begin with ``prefix``."""
-        return self._try(prefix, "list", lambda: unless_silent(lambda: self._store.names(prefix), lambda: 0))
+        return self._try(
+            prefix, "list", lambda: unless_silent(lambda: self._store.names(prefix), lambda: 0, LONGEST_SILENCE)
+        )
 
-    def _try(self, name: str, verb: str, action: Callable[[], T]) -> T:
+    def try_reading(self) -> None:
+        """List the place once, and wait for :data:`FIRST_SILENCE` at most."""
+        self._try("", "list", lambda: unless_silent(lambda: self._store.names(""), lambda: 0, FIRST_SILENCE), 1)
+
+    def try_writing(self) -> None:
+        """Write an object of a few bytes, :data:`PROBE`, in the same way. File systems remove it again; object stores,
+        where a right to write is none to delete, keep it."""
+        with NamedTemporaryFile() as file:
+            file.write(b"moefoundry writes this to see whether it can\n")
+            file.flush()
+            written = Path(file.name)
+            upload = lambda: self._store.upload(written, PROBE)  # noqa: E731
+            self._try(PROBE, "upload", lambda: unless_silent(upload, lambda: 0, FIRST_SILENCE), 1)
+        if isinstance(self._store, _FsspecStore):
+            self._store.remove(PROBE)
+
+    def _try(self, name: str, verb: str, action: Callable[[], T], attempts: int | None = None) -> T:
+        attempts = ATTEMPTS if attempts is None else attempts
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(ATTEMPTS),
+            stop=tenacity.stop_after_attempt(attempts),
             wait=tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
-            retry=tenacity.retry_if_not_exception_type((FileNotFoundError, PermissionError)),
-            before_sleep=tenacity.before_sleep_log(_log, logging.WARNING),
+            retry=tenacity.retry_if_exception(lambda error: not is_permanent(error)),
+            before_sleep=lambda _: self._say_once(verb, retrying.statistics),
             reraise=True,
         )
         try:
             return retrying(action)
         except Exception as error:  # stores raise nearly anything
             tries = retrying.statistics.get("attempt_number", 1)
-            raise UserError(f"{self.url}/{name}: cannot {verb} (attempts: {tries}): {error}") from error
+            place = f"{self.url}/{name}" if name else self.url
+            raise UserError(f"{place}: cannot {verb} (attempts: {tries}): {one_line(error)}") from error
+
+    def _say_once(self, verb: str, statistics: dict[str, Any]) -> None:
+        """A line at the first failure; those of the files that are under way at the same time would say the same."""
+        if verb not in self._said:
+            self._said.add(verb)
+            text = f"note: {redact(self.url)}: cannot {verb}; tried again, {ATTEMPTS} times at most"
+            print(text, file=sys.stderr, flush=True)
 
 
-def unless_silent(action: Callable[[], T], progress: Callable[[], int]) -> T:
-    """The result of ``action``, which runs in a thread.
+def is_permanent(error: BaseException) -> bool:
+    """Whether another attempt would fail in the same way: what is missing, forbidden, malformed, or not installed."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError)
+    if isinstance(error, (*kinds, NotImplementedError)):
+        return True
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None and before not in chain:
+        chain.append(before)  # clients wrap what theirs raise
+    return any("Credential" in type(link).__name__ or _blames_the_caller(link) for link in chain)
 
-    Args:
-        action: What may never return.
-        progress: A number that changes while it is alive.
 
-    Raises:
-        TimeoutError: The number has been the same for :data:`LONGEST_SILENCE` seconds; the thread is given up.
-        Exception: What ``action`` raises.
-    """
-    outcome: Future[T] = Future()
+def _blames_the_caller(error: BaseException) -> bool:
+    """Whether an answer over HTTP has a status of 4xx that will stay, wherever its client keeps it."""
+    response = getattr(error, "response", None)
+    status: Any = None
+    if isinstance(response, dict):  # botocore
+        if response.get("Error", {}).get("Code") in PASSING_CODES:
+            return False
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    for name in ("status_code", "status", "code"):
+        status = status if isinstance(status, int) else getattr(error, name, None)
+    return isinstance(status, int) and 400 <= status < 500 and status not in PASSING_STATUS
 
-    def run() -> None:
-        try:
-            outcome.set_result(action())
-        except BaseException as error:
-            outcome.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
-    before = progress()
-    while not wait([outcome], LONGEST_SILENCE).done:
-        if (now := progress()) == before:
-            raise TimeoutError(f"nothing has come for {LONGEST_SILENCE:g} seconds")
-        before = now
-    return outcome.result()
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line; its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _size_of(partial: Path) -> int:
@@ -191,11 +232,6 @@ def _size_of(partial: Path) -> int:
         with suppress(OSError):  # it has been renamed meanwhile
             size += path.stat().st_size
     return size
-
-
-def is_url(path: str) -> bool:
-    """Whether a path names a remote store."""
-    return "://" in path
 
 
 def upload_checkpoint(directory: Path, url: str) -> None:
@@ -237,10 +273,18 @@ def find_remote(url: str, cache: Path) -> Path | None:
     directory = cache / checkpoint.url.rsplit("/", 1)[-1]
     directory.mkdir(parents=True)
     for name in (name.removeprefix(place) for name in names if name.startswith(place)):
-        if "/" not in name and not name.endswith(".distcp"):
+        inside, _, file = name.rpartition("/")
+        if inside in ("", TOKENIZER) and not file.endswith(DATA_SUFFIX):
+            (directory / inside).mkdir(exist_ok=True)
             checkpoint.download(name, directory / name)
-    (directory / ORIGIN_FILE).write_text(json.dumps({"url": checkpoint.url}))
+    note_origin(directory, checkpoint.url)
     return directory
+
+
+def note_origin(directory: Path, url: str) -> None:
+    """Write in a directory where its other files are. Only this user may read it: an address may have a password."""
+    with open(os.open(directory / ORIGIN_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        json.dump({"url": url}, file)
 
 
 def _batch(place: str) -> int:
@@ -254,10 +298,16 @@ def local_file(directory: Path, name: str) -> Path:
     Raises:
         UserError: The store fails for good.
     """
-    path, origin = directory / name, directory / ORIGIN_FILE
-    if not path.exists() and origin.exists():
-        Remote(json.loads(origin.read_text())["url"]).download(name, path)
+    path = directory / name
+    if not path.exists() and (url := origin_of(directory)) is not None:
+        Remote(url).download(name, path)
     return path
+
+
+def origin_of(directory: Path) -> str | None:
+    """The URL that a checkpoint's directory was made from; None for a local checkpoint."""
+    note = directory / ORIGIN_FILE
+    return str(json.loads(note.read_text())["url"]) if note.exists() else None
 
 
 def is_downloaded(directory: Path) -> bool:

@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from moefoundry.checkpoint.io import read_state
+from moefoundry.checkpoint.lease import make_directory
 from moefoundry.checkpoint.manifest import visible_damage, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
-from moefoundry.checkpoint.remote import find_remote, is_downloaded, is_url
+from moefoundry.checkpoint.remote import find_remote, is_downloaded
 from moefoundry.checkpoint.start import Start, check_start
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
 from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 from moefoundry.config.spec import show_leaf
+from moefoundry.config.urls import is_url, resolved
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -58,25 +60,21 @@ are is compared by content (:mod:`moefoundry.checkpoint.start`)."""
 
 
 def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | None]:
-    """Claim ``run_dir`` and find what the run starts from, if anything; every rank calls it.
+    """Find what the run starts from, if anything; every rank calls it.
+
+    The directory is claimed later (:func:`claim_run_dir`), when all else has succeeded.
 
     Args:
         recipe: The run's.
         digests: Of its data; see :func:`moefoundry.checkpoint.start.data_digests`.
 
     Raises:
-        UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_start_from`,
-            :func:`check_start` and :func:`claim_run_dir`; nothing has been written then.
+        UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_start_from` and
+            :func:`check_start`.
     """
     run_dir = on_rank_zero(lambda: check_run_dir(recipe))
     newest = newest_without(visible_damage, store_of(run_dir)) if recipe.autoresume else None
-
-    def claim() -> Start | None:
-        start = _start(recipe, newest, digests)
-        claim_run_dir(recipe)
-        return start
-
-    return run_dir, on_rank_zero(claim)
+    return run_dir, on_rank_zero(lambda: _start(recipe, newest, digests))
 
 
 def check_run_dir(recipe: Recipe) -> Path:
@@ -88,12 +86,7 @@ def check_run_dir(recipe: Recipe) -> Path:
             off).
     """
     run_dir = Path(recipe.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        pass  # by a file: refused below
-    except OSError as error:
-        raise UserError(f"run_dir: cannot create {run_dir}: {error.strerror}") from error
+    make_directory(run_dir)
     for directory in (run_dir, run_dir / CHECKPOINTS):
         writable = directory.is_dir() and os.access(directory, os.W_OK | os.X_OK)
         if os.path.lexists(directory) and not writable:
@@ -195,8 +188,8 @@ def checkpoint_to_start_from(recipe: Recipe, newest: Path | None) -> tuple[Path,
         return uploaded, True
     if recipe.load_path is None:
         return None
-    if not is_url(recipe.load_path):
-        return find_checkpoint(recipe.load_path), False
+    if not is_url(path := resolved(recipe.load_path)):
+        return find_checkpoint(path), False
     downloaded = find_remote(recipe.load_path, cache)
     if downloaded is None:
         raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")

@@ -25,6 +25,7 @@ from moefoundry.config import UserError
 STAGING_SUFFIX = ".incomplete"
 QUARANTINE_SUFFIX = ".quarantine-"
 STATE_FILE = "state.json"
+TOKENIZER = "tokenizer"  # directory, beside the tensors of an imported model
 _NAME = re.compile(r"ba(\d+)")
 _ANY_NAME = re.compile(rf"ba(\d+)({re.escape(STAGING_SUFFIX)}|{re.escape(QUARANTINE_SUFFIX)}\d+)?")
 

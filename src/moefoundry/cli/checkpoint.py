@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moefoundry.cli.arguments import place
+from moefoundry.cli.exits import EXIT_NO
 from moefoundry.config.errors import UserError
+from moefoundry.config.spec import redact
+from moefoundry.config.urls import is_url
 
 if TYPE_CHECKING:
     from moefoundry.checkpoint.manifest import Manifest
-
-EXIT_DAMAGED = 1
-EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE  # what a shell reports of any other program
 
 
 def add_parser(subparsers: Any) -> None:
@@ -36,73 +35,78 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.path.is_dir():
-        raise UserError(f"{args.path}: no such directory")
     actions = {"list": _list, "verify": _verify, "show": _show, "delete": _delete}
-    try:
-        status = actions[args.action](args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # as in `show RUN | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is flushed at exit
-        return EXIT_PIPE_CLOSED
-    return status
+    if not is_url(args.path) and not Path(args.path).is_dir():
+        raise UserError(f"{args.path}: no such directory")
+    return actions[args.action](args)
 
 
 def _action(actions: Any, name: str, text: str, path: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
-    parser.add_argument("path", type=Path, metavar="RUN_OR_DIR", help=path)
+    parser.add_argument("path", type=place, metavar="RUN_OR_DIR", help=f"{path}; or a URL")
     return parser
 
 
 def _list(args: argparse.Namespace) -> int:
-    from moefoundry.checkpoint.manifest import Manifest
+    from moefoundry.checkpoint.fetch import checkpoints_at
 
-    directories = _directories(args.path)
-    print(f"{'checkpoint':24} {'saved at':26} {'size':>10}  {'mesh':36} state")
-    for directory in directories:
-        try:
-            manifest = Manifest.read(directory)
-        except UserError:
-            size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-            cells, state = ("", _size(size), ""), "not committed"
-        else:
-            cells, state = (manifest.origin.saved_at, _size(manifest.nbytes), _mesh(manifest)), "committed"
-        state = "quarantined" if ".quarantine-" in directory.name else state
-        print(f"{directory.resolve().name:24} {cells[0]:26} {cells[1]:>10}  {cells[2]:36} {state}")
+    with checkpoints_at(args.path) as path:
+        directories = _directories(path, args.path)
+        print(f"{'checkpoint':24} {'saved at':26} {'size':>10}  {'mesh':36} state")
+        for directory in directories:
+            print(f"{directory.resolve().name:24} {_row(directory, is_url(args.path))}")
     return 0
 
 
+def _row(directory: Path, size_unknown: bool) -> str:
+    """When, how large, which mesh, and whether it counts."""
+    from moefoundry.checkpoint.manifest import Manifest
+
+    try:
+        manifest = Manifest.read(directory)
+    except UserError:
+        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        cells, state = ("", "" if size_unknown else _size(size), ""), "not committed"
+    else:
+        cells, state = (manifest.origin.saved_at, _size(manifest.nbytes), _mesh(manifest)), "committed"
+    state = "quarantined" if ".quarantine-" in directory.name else state
+    return f"{cells[0]:26} {cells[1]:>10}  {cells[2]:36} {state}"
+
+
 def _verify(args: argparse.Namespace) -> int:
-    from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE, damage
+    from moefoundry.checkpoint.fetch import checkpoints_at, fetched_damage
     from moefoundry.checkpoint.store import STAGING_SUFFIX
 
-    single = any((args.path / name).exists() for name in (COMMIT_FILE, MANIFEST_FILE))
-    directories = [args.path] if single else _directories(args.path)
     damaged = False
-    for directory in directories:
-        if directory.name.endswith(STAGING_SUFFIX):
-            continue
-        problems = damage(directory)
-        damaged |= bool(problems)
-        print(*problems or [f"{directory}: intact"], sep="\n")
-    return EXIT_DAMAGED if damaged else 0
+    with checkpoints_at(args.path) as path:
+        for directory in _directories(path, args.path):
+            if directory.name.endswith(STAGING_SUFFIX):
+                continue
+            problems = fetched_damage(directory)
+            damaged |= bool(problems)
+            lines = problems or [f"{directory}: intact"]
+            print(*(line.replace(str(path), redact(args.path.rstrip("/"))) for line in lines), sep="\n")
+    return EXIT_NO if damaged else 0
 
 
 def _show(args: argparse.Namespace) -> int:
+    from moefoundry.checkpoint.fetch import checkpoint_at
     from moefoundry.checkpoint.format import METADATA_FILE, read_metadata, tensor_entries
     from moefoundry.checkpoint.manifest import Manifest
     from moefoundry.checkpoint.store import find_checkpoint
 
-    directory = find_checkpoint(str(args.path))
-    manifest = Manifest.read(directory)
-    manifest.check(METADATA_FILE, 0, manifest.size(METADATA_FILE))
-    origin = manifest.origin
-    print(f"{directory}: batch {origin.batch}, saved at {origin.saved_at}, {_size(manifest.nbytes)}")
+    with checkpoint_at(args.path) as path:
+        directory = path if is_url(args.path) else find_checkpoint(str(path))
+        manifest = Manifest.read(directory)
+        manifest.check(METADATA_FILE, 0, manifest.size(METADATA_FILE))
+        tensors = tensor_entries(read_metadata(directory))
+    origin, name = manifest.origin, redact(args.path) if is_url(args.path) else directory
+    print(f"{name}: batch {origin.batch}, saved at {origin.saved_at}, {_size(manifest.nbytes)}")
     print(f"mesh {_mesh(manifest)}, recipe {origin.recipe}")
     print(", ".join(f"{name} {version}" for name, version in origin.versions.items()))
     for name, value in origin.metrics.items():
         print(f"{name} {value:.6g}")
-    for name, entry in sorted(tensor_entries(read_metadata(directory)).items()):
+    for name, entry in sorted(tensors.items()):
         print(f"  {name}  {str(entry.properties.dtype).removeprefix('torch.')} {list(entry.size)}")
     return 0
 
@@ -111,13 +115,16 @@ def _delete(args: argparse.Namespace) -> int:
     from moefoundry.checkpoint.manifest import is_committed
     from moefoundry.checkpoint.store import entries, in_use
 
+    if is_url(args.path):
+        raise UserError(f"{args.path}: checkpoints in a store are deleted with the store's own tools")
+    path = Path(args.path)
     if args.step is not None:
-        named = [directory for directory in _directories(args.path) if directory.name == f"ba{args.step}"]
+        named = [directory for directory in _directories(path, args.path) if directory.name == f"ba{args.step}"]
         if not named:
             raise UserError(f"{args.path}: no checkpoint of step {args.step}")
         (directory,) = named
     else:
-        directory = args.path.resolve()
+        directory = path.resolve()
         if not is_committed(directory) and directory not in entries(directory.parent):
             raise UserError(f"{args.path}: no checkpoint; name one, or --step of a run")
     if not args.yes:
@@ -129,16 +136,20 @@ def _delete(args: argparse.Namespace) -> int:
     return 0
 
 
-def _directories(path: Path) -> list[Path]:
-    """Everything that is, was, or is about to become a checkpoint of a run, oldest first; of a checkpoint, itself."""
-    from moefoundry.checkpoint.manifest import is_committed
+def _directories(path: Path, name: str) -> list[Path]:
+    """The checkpoint that ``path`` is; or everything that is, was, or is about to become one of a run, oldest first.
+
+    Raises:
+        UserError: There is none; it is called ``name``.
+    """
+    from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE
     from moefoundry.checkpoint.store import entries
 
-    if is_committed(path):  # such as an import, which is in no run
+    if any((path / file).exists() for file in (COMMIT_FILE, MANIFEST_FILE)):
         return [path]
     found = [entry for root in (path / "checkpoints", path) for entry in entries(root)]
     if not found:
-        raise UserError(f"{path}: no checkpoints there")
+        raise UserError(f"{name}: no checkpoints there")
     return found
 
 

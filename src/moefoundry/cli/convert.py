@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moefoundry.cli.arguments import local_path, place
 
 if TYPE_CHECKING:
     from moefoundry.checkpoint.convert import Summary
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_import(actions: Any) -> None:
     parser = actions.add_parser("import", help="Hugging Face directory -> weights-only checkpoint", allow_abbrev=False)
-    _path(parser, "--hf", "config.json and safetensors")
+    _place(parser, "--hf", "config.json and safetensors")
     _path(parser, "--output", "checkpoint directory to make")
     _dtype(parser)
     _verify(parser)
@@ -45,11 +46,11 @@ def _add_import(actions: Any) -> None:
 
 def _add_export(actions: Any) -> None:
     parser = actions.add_parser("export", help="checkpoint -> Hugging Face directory", allow_abbrev=False)
-    _path(parser, "--checkpoint", "a checkpoint of any mesh, or the run that holds it")
+    _place(parser, "--checkpoint", "a checkpoint of any mesh, or the run that holds it")
     _path(parser, "--hf", "directory to make")
     _ema(parser)
     parser.add_argument("--family", metavar="F", help="model_type to export as (default: the first that fits)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer (default: the run's)")
+    parser.add_argument("--tokenizer", type=local_path, metavar="DIR", help="tokenizer (default: the run's)")
     _dtype(parser)
     _shard_size(parser)
     _verify(parser)
@@ -57,7 +58,7 @@ def _add_export(actions: Any) -> None:
 
 def _add_consolidate(actions: Any) -> None:
     parser = actions.add_parser("consolidate", help="checkpoint -> safetensors with our names", allow_abbrev=False)
-    _path(parser, "--checkpoint", "a checkpoint of any mesh, or the run that holds it")
+    _place(parser, "--checkpoint", "a checkpoint of any mesh, or the run that holds it")
     _path(parser, "--output", "a file *.safetensors, or a directory")
     _ema(parser)
     _shard_size(parser)
@@ -67,7 +68,7 @@ def _add_upcycle(actions: Any) -> None:
     parser = actions.add_parser(
         "upcycle", help="dense Hugging Face directory -> mixture of experts", allow_abbrev=False
     )
-    _path(parser, "--hf", "a dense model: config.json and safetensors")
+    _place(parser, "--hf", "a dense model: config.json and safetensors")
     _path(parser, "--output", "checkpoint directory to make")
     parser.add_argument("--num-experts", type=int, required=True, metavar="E", help="experts of each layer")
     parser.add_argument("--top-k", type=int, required=True, metavar="K", help="experts of each token")
@@ -80,47 +81,59 @@ def _add_upcycle(actions: Any) -> None:
 
 def _import(args: argparse.Namespace) -> Summary:
     from moefoundry.checkpoint.convert import import_hf
+    from moefoundry.checkpoint.fetch import directory_at
     from moefoundry.checkpoint.tensor_map import Dtype
 
-    return import_hf(args.hf, args.output, Dtype(args.dtype), args.tolerance if args.verify else None)
+    with directory_at(args.hf) as hf:
+        return import_hf(hf, args.output, Dtype(args.dtype), args.tolerance if args.verify else None)
 
 
 def _export(args: argparse.Namespace) -> Summary:
     from moefoundry.checkpoint.convert import Weights, export_hf
+    from moefoundry.checkpoint.fetch import checkpoint_at
     from moefoundry.checkpoint.tensor_map import Dtype
 
-    return export_hf(
-        args.checkpoint,
-        args.hf,
-        family_name=args.family,
-        dtype=Dtype(args.dtype),
-        max_shard_bytes=args.max_shard_size,
-        tokenizer=args.tokenizer,
-        tolerance=args.tolerance if args.verify else None,
-        weights=Weights.ema if args.ema else Weights.trained,
-    )
+    with checkpoint_at(args.checkpoint) as checkpoint:
+        return export_hf(
+            checkpoint,
+            args.hf,
+            family_name=args.family,
+            dtype=Dtype(args.dtype),
+            max_shard_bytes=args.max_shard_size,
+            tokenizer=args.tokenizer,
+            tolerance=args.tolerance if args.verify else None,
+            weights=Weights.ema if args.ema else Weights.trained,
+        )
 
 
 def _consolidate(args: argparse.Namespace) -> Summary:
     from moefoundry.checkpoint.convert import Weights, consolidate
+    from moefoundry.checkpoint.fetch import checkpoint_at
 
     weights = Weights.ema if args.ema else Weights.trained
-    return consolidate(args.checkpoint, args.output, args.max_shard_size, weights)
+    with checkpoint_at(args.checkpoint) as checkpoint:
+        return consolidate(checkpoint, args.output, args.max_shard_size, weights)
 
 
 def _upcycle(args: argparse.Namespace) -> Summary:
+    from moefoundry.checkpoint.fetch import directory_at
     from moefoundry.checkpoint.tensor_map import Dtype
     from moefoundry.checkpoint.upcycle import Upcycling, upcycle
 
     options = Upcycling(args.num_experts, args.top_k, args.granularity, args.layers, args.noise, args.seed)
-    return upcycle(args.hf, args.output, options, Dtype(args.dtype))
+    with directory_at(args.hf) as hf:
+        return upcycle(hf, args.output, options, Dtype(args.dtype))
 
 
 _ACTIONS = {"import": _import, "export": _export, "consolidate": _consolidate, "upcycle": _upcycle}
 
 
 def _path(parser: argparse.ArgumentParser, option: str, text: str) -> None:
-    parser.add_argument(option, type=Path, required=True, metavar="PATH", help=text)
+    parser.add_argument(option, type=local_path, required=True, metavar="PATH", help=text)
+
+
+def _place(parser: argparse.ArgumentParser, option: str, text: str) -> None:
+    parser.add_argument(option, type=place, required=True, metavar="PLACE", help=f"{text}; a path or a URL")
 
 
 def _ema(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moefoundry.cli.arguments import place
+
 if TYPE_CHECKING:
     import torch
 
@@ -21,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
         "generate", help="continue a prompt with a checkpoint", description=DESCRIPTION, allow_abbrev=False
     )
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="a checkpoint, or a run (its newest)"
+        "--checkpoint", type=place, required=True, metavar="PLACE", help="a checkpoint, or a run (its newest); or a URL"
     )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default 128)")
@@ -36,6 +38,13 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from moefoundry.checkpoint.fetch import checkpoint_at
+
+    with checkpoint_at(args.checkpoint) as path:
+        return _continue(args, path)
+
+
+def _continue(args: argparse.Namespace, path: Path) -> int:
     import warnings
 
     from moefoundry.checkpoint.convert import Weights, load_model, named_checkpoint
@@ -47,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
     choose, device = _choice(args), _device(args.device)
-    checkpoint = named_checkpoint(args.checkpoint)
+    checkpoint = named_checkpoint(path)
     tokenizer = PromptTokenizer.open(_tokenizer_dir(checkpoint), read_model_config(checkpoint).vocab_size)
     try:
         prompt_ids = tokenizer.encode(args.prompt)

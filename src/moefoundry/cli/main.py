@@ -8,23 +8,27 @@ A command that takes overrides declares them with ``arguments.add_recipe`` and t
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from moefoundry import __version__
-from moefoundry.config.errors import UserError
+from moefoundry.cli.arguments import Parser
+from moefoundry.cli.exits import ended_by_sigterm, exit_status, refuse_other_text
 
 COMMANDS = ["checkpoint", "convert", "generate", "plan", "prepare", "train", "validate"]
-EXIT_USER_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit status; 2 is something the user can put right, named on standard error."""
+    """Run one command. Returns its exit status; ``exits.py`` lists them."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="moefoundry", description="Train Mixture-of-Experts language models.")
+    return exit_status(lambda: _run(argv))
+
+
+def _run(argv: list[str]) -> int:
+    refuse_other_text(argv)
+    parser = Parser(prog="moefoundry", description="Train Mixture-of-Experts language models.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     chosen = [argv[0]] if argv and argv[0] in COMMANDS else COMMANDS
@@ -36,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.arguments = _in_order([*args.arguments, *unknown], argv)
     elif unknown:
         subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
-    return exit_status(lambda: modules[args.command].run(args))
+    with ended_by_sigterm():
+        status: int = modules[args.command].run(args)
+    return status
 
 
 def _in_order(words: list[str], argv: Sequence[str]) -> list[str]:
@@ -47,15 +53,6 @@ def _in_order(words: list[str], argv: Sequence[str]) -> list[str]:
             left[word] -= 1
             found.append(word)
     return found[::-1]
-
-
-def exit_status(run: Callable[[], int]) -> int:
-    """What ``run`` returns; a :class:`UserError` is printed to standard error, without a traceback, and becomes 2."""
-    try:
-        return run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":

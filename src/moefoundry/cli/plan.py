@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from moefoundry.cli.arguments import add_recipe, positive
+from moefoundry.cli.exits import EXIT_NO
 
 DESCRIPTION = """\
 Memory of a rank and bytes that it sends, by collective and mesh axis, for a recipe at any number of ranks. Nothing is
@@ -23,7 +24,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--memory-gb", type=positive, default=80, metavar="GB", help="a device's, in 1e9 bytes (default: 80)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
+    parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes; memory.fits says if it fits")
+    parser.add_argument("--exit-code", action="store_true", help="exit status 1 if it does not fit")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,4 +41,4 @@ def run(args: argparse.Namespace) -> int:
 
     plan = make_plan(recipe, args.world_size, args.gpus_per_node)
     print(json.dumps(plan.to_json(args.memory_gb), indent=2) if args.json else plan_table(plan, args.memory_gb))
-    return 0
+    return EXIT_NO if args.exit_code and not plan.fits(args.memory_gb) else 0

@@ -7,9 +7,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moefoundry.cli.arguments import local_path
 from moefoundry.data.left_out import describe_left_out, describe_share
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SOURCE", help="file, directory, or `stdlib`")
-    parser.add_argument("out", metavar="OUT", type=Path, help="directory to make")
+    parser.add_argument("out", metavar="OUT", type=local_path, help="directory to make")
     parser.add_argument("--max-seq-len", type=int, default=512, metavar="N", help="tokens a sample (default 512)")
     parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="vocabulary to train (default 4096)")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="use this Hugging Face tokenizer instead of training one"
+        "--tokenizer", type=local_path, metavar="DIR", help="use this Hugging Face tokenizer instead of training one"
     )
     parser.add_argument("--max-vocab", type=int, metavar="N", help="refuse a larger vocabulary (the model's)")
     parser.add_argument("--format", choices=["text", "jsonl", "source", "parquet"], help="inferred if not given")

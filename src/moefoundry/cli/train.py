@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moefoundry.cli.arguments import add_recipe
+from moefoundry.cli.world import join_world
+from moefoundry.config.errors import EXIT_USER_ERROR
+
+if TYPE_CHECKING:
+    from moefoundry.config import Recipe, UserError
 
 
 def add_parser(subparsers: Any) -> None:
@@ -23,29 +30,57 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from moefoundry.config import DataError, UserError, load_recipe, redact_argument, split_arguments
+    from moefoundry.checkpoint.lease import held
+    from moefoundry.config import UserError, load_recipe, split_arguments
 
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    path, overrides = split_arguments(args.arguments)
     try:
-        path, overrides = split_arguments(args.arguments)
+        world_size = join_world(os.environ)
         recipe = load_recipe(path, overrides, world_size=world_size)
-
-        from moefoundry.data.fit import check_data
-
-        check_data(recipe, world_size)  # before what takes seconds to import
-
-        from moefoundry.callbacks.signals import EXIT_STOPPED
-        from moefoundry.train import stopped_by, train
-
-        sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
-        arguments = map(redact_argument, args.arguments)
-        trainer = train(recipe, command=[*_launcher(world_size), "scripts/train.py", *arguments])
+        with held(Path(recipe.run_dir)) if _rank() == 0 else nullcontext():  # before the imports, which take long
+            return _train(recipe, world_size, args.arguments)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0 or isinstance(error, DataError):
+        if _is_to_say(error, path):
+            _tell_torchrun(error)
             raise
-        time.sleep(1)  # launchers end every rank when one ends: let the first of this node say why
-        return 2
+        time.sleep(1)  # launchers end every rank when one ends: let the one that speaks do so
+        return EXIT_USER_ERROR
+
+
+def _train(recipe: Recipe, world_size: int, arguments: list[str]) -> int:
+    from moefoundry.data.fit import check_data
+
+    check_data(recipe, world_size)  # before what takes seconds to import
+
+    from moefoundry.callbacks.signals import EXIT_STOPPED
+    from moefoundry.config import redact_argument
+    from moefoundry.train import stopped_by, train
+
+    sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
+    trainer = train(recipe, command=[*_launcher(world_size), "scripts/train.py", *map(redact_argument, arguments)])
     return EXIT_STOPPED if stopped_by(trainer) else 0
+
+
+def _rank(name: str = "RANK") -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else 0
+
+
+def _is_to_say(error: UserError, path: str | None) -> bool:
+    """Whether this rank prints the error. All find the same in a recipe: rank 0 says it. What is amiss on a node, the
+    first rank of that node says; what is amiss in data, whoever has read them."""
+    from moefoundry.config import ConfigError, DataError
+
+    if isinstance(error, ConfigError) and (path is None or Path(path).is_file()):
+        return _rank() == 0
+    return _rank("LOCAL_RANK") == 0 or isinstance(error, DataError)
+
+
+def _tell_torchrun(error: UserError) -> None:
+    """What a rank leaves in this file, torchrun shows at the end of all that it prints itself."""
+    if (file := os.environ.get("TORCHELASTIC_ERROR_FILE")) is not None:
+        extra = {"py_callstack": f"error: {error}", "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": f"error: {error}", "extraInfo": extra}}))
 
 
 def _launcher(world_size: int) -> list[str]:

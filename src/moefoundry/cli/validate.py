@@ -92,7 +92,6 @@ def exports_as(model: ModelConfig) -> str:
     return f"no Hugging Face family: {'; '.join(reasons)}" if reasons else family.name
 
 
-
 def _check_names(recipe: Recipe) -> None:
     """Refuse names of modules that there are not, as training does."""
     from moefoundry.config import Fp8Config

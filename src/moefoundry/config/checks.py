@@ -22,6 +22,7 @@ from moefoundry.config.schema import (
     Recipe,
 )
 from moefoundry.config.spec import show_leaf
+from moefoundry.config.urls import path_problem, url_problem
 
 HELD_OUT_LOSS = "metrics/eval/LanguageCrossEntropy"
 EVEN = "an even width, which rotary embeddings need"
@@ -254,6 +255,31 @@ def _shard_degree(recipe: Recipe, world_size: int | None) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------------- data and schedule
+
+
+@rule("load_path", "save_remote", "train_loader", "eval_loader")
+def _places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """What may be behind a URL, by the rule that readers follow."""
+    places = {"load_path": recipe.load_path, "save_remote": recipe.save_remote}
+    loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
+    remotes = {f"{name}.dataset.remote": loader.dataset.remote for name, loader in loaders.items() if loader}
+    for path, place in {**places, **remotes}.items():
+        if place is not None and (problem := url_problem(place, for_data=path in remotes)):
+            yield Problem(path, f"{show_leaf(place)}: {problem}")
+
+
+@rule("run_dir", "tokenizer", "train_loader", "eval_loader", "loggers.tensorboard")
+def _local_places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """What is read and written as files of this machine."""
+    paths = {"run_dir": recipe.run_dir, "tokenizer.name": recipe.tokenizer.name}
+    loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
+    paths |= {f"{name}.dataset.local": loader.dataset.local for name, loader in loaders.items() if loader}
+    if recipe.loggers.tensorboard is not None:
+        paths["loggers.tensorboard.log_dir"] = recipe.loggers.tensorboard.log_dir
+    uses = {"run_dir": "; checkpoints are uploaded with save_remote"}
+    for path, value in paths.items():
+        if problem := path_problem(value):
+            yield Problem(path, f"{show_leaf(value)}: {problem}{uses.get(path, '')}")
 
 
 @rule("max_seq_len", "train_loader.dataset.max_seq_len", "eval_loader.dataset.max_seq_len")

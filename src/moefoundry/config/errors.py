@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from moefoundry.config.spec import redact
 
+EXIT_USER_ERROR = 2
+"""Exit status of a command that met a :class:`UserError`."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -36,8 +39,12 @@ class Problem:
 class UserError(Exception):
     """Something the user can put right; the message is one clear line that names the culprit.
 
-    The command line prints it to standard error without a traceback and exits with status 2.
+    The command line prints it to standard error without a traceback and exits with status 2. What looks like a secret
+    is hidden, wherever the message comes from.
     """
+
+    def __str__(self) -> str:
+        return redact(super().__str__())
 
 
 class DataError(UserError):
@@ -45,14 +52,21 @@ class DataError(UserError):
 
 
 class ConfigError(UserError, ValueError):
-    """A recipe that cannot be used. Carries every :class:`Problem` found, not just the first."""
+    """A recipe that cannot be used. Carries every :class:`Problem` found, not just the first.
 
-    def __init__(self, problems: list[Problem], source: str = "recipe") -> None:
+    Args:
+        problems: At least one.
+        source: The recipe's name.
+        advice: What follows the problems in the message.
+    """
+
+    def __init__(self, problems: list[Problem], source: str = "recipe", advice: str = "") -> None:
         if not problems:
             raise ValueError("ConfigError needs at least one problem")
         self.problems = list(problems)
         count = f"{len(problems)} error" + ("s" if len(problems) > 1 else "")
-        super().__init__("\n".join([f"{source}: {count}", *(f"  {problem}" for problem in problems)]))
+        lines = [f"{source}: {count}", *(f"  {problem}" for problem in problems)]
+        super().__init__("\n".join([*lines, f"  {advice}"] if advice else lines))
 
 
 def first_few(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
+from moefoundry.config.fitting import KEYS, fitting_overrides
 from moefoundry.config.interpolation import Resolver
 from moefoundry.config.overrides import apply_overrides
 from moefoundry.config.schema import Recipe
@@ -83,8 +84,16 @@ def recipe_of(
     own = [problem for path, problem in found.items() if path not in derived] or list(found.values())
     related = check_recipe(recipe, world_size, skip=builder.unsound) if check else []
     if problems := [*problems, *own, *related]:
-        raise ConfigError(problems, source)
+        raise ConfigError(problems, source, _advice(recipe, problems, world_size))
     return recipe
+
+
+def _advice(recipe: Recipe, problems: list[Problem], world_size: int | None) -> str:
+    """What would make a recipe that is right but for its number of ranks fit that number."""
+    if world_size is None or not {problem.path for problem in problems} <= {*KEYS}:
+        return ""
+    overrides = fitting_overrides(recipe, world_size)
+    return f"a world size of {world_size} fits with: {' '.join(overrides)}" if overrides else ""
 
 
 def _sources(path: str, references: dict[str, list[str]]) -> set[str]:

@@ -18,7 +18,6 @@ from typing import Any
 DURATION = r"\d{1,18}(ba|ep|tok|sp)|\d{1,18}(\.\d{1,18})?dur"  # no more digits than an int64 holds
 INTERVAL = r"[1-9]\d{0,17}(ba|ep|tok|sp)"
 BATCHES = r"[1-9]\d{0,17}ba"
-URL = r"[a-z][a-z0-9+.\-]*://\S+"
 NAME = r"(?!\.{1,2}\Z)[\w.\-]+"
 SPLIT = r"[\w.\-/]*"
 TEXT = r"(?s).+"
@@ -34,7 +33,6 @@ PATTERN_HINTS = {
     DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",
     INTERVAL: "a duration: a positive integer and ba, ep, tok or sp",
     BATCHES: "a positive integer and ba",
-    URL: "a URL such as s3://bucket/run",
 }
 
 
@@ -341,7 +339,7 @@ class TokenizerConfig:
 @dataclass
 class DatasetConfig:
     local: str = key("data/quickstart", "Directory written by `moefoundry prepare`.", path=True)
-    remote: str | None = key(None, "Where missing shards are downloaded from (any mosaicml-streaming URL).", path=True)
+    remote: str | None = key(None, "Where missing shards are downloaded from; a URL or a path.", path=True)
     split: str = key("train", "Sub-directory of local and remote.", pattern=SPLIT)
     shuffle: bool = key(True, "Shuffle samples.")
     shuffle_seed: int = key("${seed}", "Seed of the shuffle.", ge=0, le=MAX_SEED)
@@ -488,9 +486,7 @@ class TensorBoardConfig:
 class MLflowConfig:
     experiment_name: str = key("moefoundry", "Experiment.", pattern=TEXT)
     run_name: str | None = key("${run_name}", "Run name.", pattern=TEXT)
-    tracking_uri: str | None = key(
-        None, "Server (a URL) or store; null is ${run_dir}/mlruns, a local file store.", path=True
-    )
+    tracking_uri: str | None = key(None, "Server or store, a URL or a path; null is ${run_dir}/mlruns.", path=True)
 
 
 @dataclass
@@ -539,7 +535,9 @@ class Recipe:
         None, "Of each such span, the first checkpoint is kept for good.", pattern=BATCHES
     )
     save_keep_best: str | None = key(None, "A loss of metrics.jsonl; the checkpoint where it was lowest is kept.")
-    save_remote: str | None = key(None, "Checkpoints are also uploaded to this URL.", pattern=URL)
+    save_remote: str | None = key(
+        None, "Checkpoints are also uploaded to this URL, such as s3://bucket/run, or path.", path=True
+    )
     load_path: str | None = key(
         None, "Checkpoint whose run is continued in this run_dir, from its batch on; may be a URL.", path=True
     )

@@ -172,7 +172,10 @@ _TOKEN = re.compile(
         | AIza[A-Za-z0-9_-]{35}         # Google
         | xox[abprs]-[A-Za-z0-9-]{10,}  # Slack
         | dapi[0-9a-f]{32}              # Databricks
-    )\b | (?<=://) [^/\s:@]*:[^/\s@]+ (?=@)  # the password of an address""",
+    )\b
+    | (?:(?<=://)|(?<=:/)) [^/\s:@'"]* : (?!\d+/) [^\s'"]+ (?=@)  # the password of an address; a path loses a slash
+    # what signs a URL
+    | (?<=[?&]) (?i:[\w-]*(?:key|token|secret|passw|credential|signature)[\w-]*|sig) = [^&\s'"#]+ (?<![:;,.])""",
     re.VERBOSE,
 )
 _WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # so is a commit of git, which elsewhere may be shown

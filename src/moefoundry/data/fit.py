@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moefoundry.config.errors import ConfigError, Problem, UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig, Recipe
+from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.identity import INDEX_FILE, read_shards
 from moefoundry.data.summary import read_corpus_summary
 
@@ -70,7 +71,8 @@ def _path_of(dataset: DatasetConfig) -> str | None:
     """The directory where the data themselves are, if it is one."""
     if dataset.remote is None:
         return dataset.local
-    return None if "://" in dataset.remote else dataset.remote
+    remote = resolved(dataset.remote)
+    return None if is_url(remote) else remote
 
 
 def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int) -> Iterator[Problem]:

@@ -51,10 +51,16 @@ from streaming.base.shared.prefix import _check_and_find_retrying, _get_path, _p
 from streaming.base.world import World
 
 from moefoundry.config.errors import DataError, UserError
+from moefoundry.config.urls import resolved
+from moefoundry.data import downloads as downloads
 from moefoundry.data.fit import missing_hash
+from moefoundry.data.patience import unless_silent
 
 MARKER = "moefoundry"  # follows the number that begins the names of a dataset's segments
 SEGMENTS = Path("/dev/shm")
+FIRST_SILENCE = 30.0
+"""Seconds that a store may take for the index, when a run starts."""
+
 PATIENCE = 60.0
 """Seconds to wait for others that start; each takes well under one."""
 
@@ -70,9 +76,9 @@ class CheckedStream(Stream):
     """
 
     def __init__(self, *, local: str, remote: str | None, split: str, algorithm: str | None) -> None:
-        super().__init__(local=local, remote=remote, split=split)
+        super().__init__(local=resolved(local), remote=remote and resolved(remote), split=split)
         self.algorithm = algorithm
-        self.directory = Path(local, split)
+        self.directory = Path(resolved(local), split)
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         """The index's shards. Collective: what is wrong on one node is raised on all.
@@ -101,9 +107,9 @@ class CheckedStream(Stream):
         here, there = self.directory / name, f"{self.remote}/{self.split}/{name}"
         fresh = self.directory / f"{name}.{uuid.uuid4().hex}"  # nodes may share the directory
         try:
-            self._download_file(name, fresh.name)
+            unless_silent(lambda: self._download_file(name, fresh.name), lambda: 0, FIRST_SILENCE)
         except Exception as error:  # every store has its own
-            return f"{there}: cannot be downloaded: {error}"
+            return f"{there}: cannot be downloaded: {' '.join(str(error).split()) or repr(error)}"
         if not here.exists():
             fresh.rename(here)
             return None

@@ -1,0 +1,249 @@
+"""Experiment trackers: Weights & Biases, TensorBoard, MLflow.
+
+Each has one entry for a run, which a resume goes on with, and one axis: the number of the batch, 1-based, as in
+``metrics.jsonl``. Composer logs losses before it counts their batch, and other metrics after; so here all that was
+measured in a batch is handed on when it ends.
+
+A tracker that cannot be used is named when the run starts, within :data:`PATIENCE` seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from composer.core import Event, State
+from composer.loggers import Logger, LoggerDestination, MLFlowLogger, WandBLogger
+from composer.utils import dist
+
+from moefoundry.checkpoint.remote import one_line
+from moefoundry.config import LoggersConfig, TensorBoardConfig, UserError, redacted
+from moefoundry.config.urls import is_url, resolved
+
+PATIENCE = 10.0
+ENTRIES_FILE = "trackers.json"
+ENDS = (Event.BATCH_CHECKPOINT, Event.EVAL_END, Event.FIT_END)
+"""When all that belongs to a batch has been measured, but for an evaluation that follows the last one."""
+
+
+class ByBatch(LoggerDestination):
+    """Hands a tracker what was measured in a batch at once, as of the batch's number.
+
+    Args:
+        tracker: What is logged to.
+        key: Of the recipe, for messages.
+        entry: The variable of the environment that names an entry to go on with, and its value. Such an entry has its
+            hyperparameters, and MLflow refuses those that a resume has changed.
+    """
+
+    def __init__(self, tracker: LoggerDestination, key: str, entry: dict[str, str] | None = None) -> None:
+        self.tracker = tracker
+        self.key = key
+        self.entry = entry or {}
+        self._pending: dict[str, Any] = {}
+
+    def start(self, state: State, logger: Logger) -> None:
+        """Begin to log; every rank calls it.
+
+        Raises:
+            UserError: The tracker refuses.
+        """
+        os.environ |= self.entry
+        try:
+            self.tracker.run_event(Event.INIT, state, logger)
+        except Exception as error:  # each client has its own
+            raise UserError(f"{self.key}: cannot be used: {one_line(error)}") from error
+        finally:
+            for name in self.entry:  # another run of this process has an entry of its own
+                del os.environ[name]
+
+    def run_event(self, event: Event, state: State, logger: Logger) -> None:
+        if event in ENDS and self._pending:
+            self.tracker.log_metrics(self._pending, state.timestamp.batch.value)
+            self._pending = {}
+        self.tracker.run_event(event, state, logger)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._pending.update(metrics)
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        if not self.entry:
+            self.tracker.log_hyperparameters(hyperparameters)
+
+    def close(self, state: State, logger: Logger) -> None:
+        self.tracker.close(state, logger)
+
+    def post_close(self) -> None:
+        self.tracker.post_close()
+
+
+class TensorBoard(LoggerDestination):
+    """Event files of rank 0 in ``log_dir/run_name``: one entry, whatever is logged, and however often a run resumes.
+
+    Args:
+        cfg: The recipe's ``loggers.tensorboard``.
+    """
+
+    def __init__(self, cfg: TensorBoardConfig) -> None:
+        self.cfg = cfg
+        self._writer: Any = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        if dist.get_global_rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            directory = Path(resolved(self.cfg.log_dir), state.run_name)
+            first_batch = state.timestamp.batch.value + 1  # of another attempt, later ones are no longer shown
+            self._writer = SummaryWriter(directory, purge_step=first_batch, max_queue=self.cfg.flush_interval)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self._writer is not None:
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, step)
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Of this entry: torch's ``add_hparams`` would make another."""
+        if self._writer is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            plain = {key: v if isinstance(v, (bool, int, float, str)) else str(v) for key, v in hyperparameters.items()}
+            for summary in hparams(plain, {}):
+                self._writer.file_writer.add_summary(summary)
+
+    def close(self, state: State, logger: Logger) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def build_trackers(cfg: LoggersConfig, run_dir: Path, continues: bool) -> list[ByBatch]:
+    """The recipe's trackers; every rank calls it.
+
+    Args:
+        cfg: The recipe's ``loggers``.
+        run_dir: Where they keep their files, and where it is noted which entries are the run's.
+        continues: Whether the run goes on with what is in ``run_dir``, and so with its entries.
+
+    Raises:
+        UserError: A tracker refuses, or is not installed.
+    """
+    entries = _read_entries(run_dir) if continues else {}
+    trackers: list[ByBatch] = []
+    if cfg.wandb:
+        values = redacted(asdict(cfg.wandb), "loggers.wandb")
+        place = {"dir": str(run_dir), "resume": "allow"} | ({"id": entries["wandb"]} if "wandb" in entries else {})
+        trackers.append(_made("loggers.wandb", lambda: WandBLogger(**values, init_kwargs=place)))
+    if cfg.tensorboard:
+        trackers.append(ByBatch(TensorBoard(cfg.tensorboard), "loggers.tensorboard"))
+    if cfg.mlflow:
+        experiment, name = cfg.mlflow.experiment_name, cfg.mlflow.run_name
+        uri = mlflow_uri(cfg.mlflow.tracking_uri, run_dir)
+        _be_brief_with_mlflow()
+        options = {"tracking_uri": uri, "log_system_metrics": False}  # these would have an axis of their own
+        entry = _mlflow_entry(uri, entries.get("mlflow"))
+        trackers.append(_made("loggers.mlflow", lambda: MLFlowLogger(experiment, name, **options), entry))
+    return trackers
+
+
+def start_trackers(trackers: list[ByBatch], state: State, logger: Logger) -> None:
+    """Let trackers see a run from here on; every rank calls it.
+
+    Raises:
+        UserError: One refuses.
+    """
+    for tracker in trackers:
+        tracker.start(state, logger)
+        logger.destinations = (*logger.destinations, tracker)
+        state.callbacks.append(tracker)
+        tracker.run_event(Event.AFTER_LOAD, state, logger)
+
+
+def note_entries(trackers: list[ByBatch], run_dir: Path) -> None:
+    """Keep what trackers call the run, for the time that it resumes."""
+    if dist.get_global_rank() == 0 and trackers:
+        entries = dict(_entry(tracker.tracker) for tracker in trackers)
+        (run_dir / ENTRIES_FILE).write_text(json.dumps(entries) + "\n")
+
+
+def try_trackers(cfg: LoggersConfig) -> None:
+    """Ask each server whether it is there; one rank calls it.
+
+    Raises:
+        UserError: One is not.
+    """
+    uri = cfg.mlflow and cfg.mlflow.tracking_uri
+    if uri and uri.startswith(("http://", "https://")):
+        _answers("loggers.mlflow", uri)
+    if cfg.wandb and os.environ.get("WANDB_MODE", "online") == "online" and not os.environ.get("WANDB_DISABLED"):
+        url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        _answers("loggers.wandb", url, ", or set WANDB_MODE=offline")
+
+
+def mlflow_uri(uri: str | None, run_dir: Path) -> str:
+    """Where MLflow keeps runs, as it wants it: a path as a URL, whatever letters it has."""
+    place = str(run_dir / "mlruns") if uri is None else resolved(uri)
+    return place if is_url(place) or place == "databricks" else Path(place).resolve().as_uri()
+
+
+def _answers(key: str, url: str, remedy: str = "") -> None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        urllib.request.urlopen(
+            parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(), timeout=PATIENCE
+        ).close()
+    except urllib.error.HTTPError:
+        pass  # which is an answer
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(f"{key}: {url} does not answer: {reason}; start it, or leave out {key}{remedy}") from error
+
+
+def _made(key: str, make: Callable[[], LoggerDestination], entry: dict[str, str] | None = None) -> ByBatch:
+    try:
+        return ByBatch(make(), key, entry)
+    except Exception as error:  # each client has its own
+        raise UserError(f"{key}: cannot be used: {one_line(error)}") from error
+
+
+def _be_brief_with_mlflow() -> None:
+    """Its own defaults wait for minutes, and say nothing."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE:.0f}")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+
+
+def _mlflow_entry(uri: str, run_id: str | None) -> dict[str, str]:
+    """How MLflow is told to go on with a run, if it still has it and the user names no other; for rank 0."""
+    if run_id is None or "MLFLOW_RUN_ID" in os.environ or dist.get_global_rank() != 0:
+        return {}
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        active = MlflowClient(uri).get_run(run_id).info.lifecycle_stage == "active"
+    except MlflowException:
+        return {}
+    return {"MLFLOW_RUN_ID": run_id} if active else {}
+
+
+def _entry(tracker: LoggerDestination) -> tuple[str, str]:
+    """The tracker's name, and its own name for the run; that of TensorBoard is the run's."""
+    if isinstance(tracker, WandBLogger):
+        import wandb
+
+        return "wandb", wandb.run.id if wandb.run is not None else ""
+    return ("mlflow", str(tracker._run_id)) if isinstance(tracker, MLFlowLogger) else ("tensorboard", "")
+
+
+def _read_entries(run_dir: Path) -> dict[str, str]:
+    with suppress(OSError, ValueError):
+        entries = json.loads((run_dir / ENTRIES_FILE).read_text())
+        if isinstance(entries, dict):
+            return {name: entry for name, entry in entries.items() if isinstance(entry, str) and entry}
+    return {}

@@ -1,0 +1,125 @@
+"""How every command ends, whatever happens to it: with a status, and a line rather than a traceback.
+
+0    done
+1    a failure that is not the user's: a traceback says where; or the answer is "no", where a command gives one
+     (`checkpoint verify`, `plan --exit-code`)
+2    something the user can put right, named in one line on standard error
+75   training was stopped by a signal and has saved; `autoresume=true` goes on (``callbacks/signals.py``)
+130  interrupted with Ctrl-C
+141  the reader of the output has gone, as in `moefoundry generate ... | head`
+143  ended by SIGTERM; what was half written has been removed
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from moefoundry.config.errors import EXIT_USER_ERROR, UserError
+from moefoundry.config.spec import redact
+
+EXIT_NO = 1
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_PIPE_CLOSED = 128 + signal.SIGPIPE  # what a shell reports of any other program
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """The status of ``run``: what it returns, or what became of it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to end
+    hide_secrets()
+    try:
+        try:
+            status = run()
+        finally:
+            sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is flushed at exit
+        return EXIT_PIPE_CLOSED
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"error: {redact(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return status
+
+
+def refuse_other_text(arguments: Sequence[str]) -> None:
+    """Refuse arguments that are not UTF-8.
+
+    Raises:
+        UserError: The first of them.
+    """
+    for number, argument in enumerate(arguments, 1):
+        content = os.fsencode(argument)
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"argument {number} is not UTF-8 text: {content.decode(errors='backslashreplace')}"
+            ) from None
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """While it is entered, SIGTERM ends the process as an error does, so that what cleans up can do so. Nothing changes
+    where the signal has another meaning already, or outside the main thread."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is _terminate:  # training has its own, to its end
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(signum: int, frame: object) -> None:
+    signal.signal(signum, signal.SIG_DFL)  # a second one ends it at once
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def hide_secrets() -> None:
+    """From now on, tracebacks, warnings and log records of this process, also of libraries, are shown without them."""
+    if logging.getLogRecordFactory() is _record:
+        return
+    logging.setLogRecordFactory(_record)
+    sys.excepthook = _show
+    threading.excepthook = lambda args: _show(args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **options: redact(plain(*args, **options))
+
+
+def _record(*args: Any, **options: Any) -> logging.LogRecord:
+    record = logging.LogRecord(*args, **options)
+    try:
+        message = record.getMessage()
+    except (TypeError, ValueError):  # its caller's mistake, which logging reports
+        return record
+    if (hidden := redact(message)) != message:
+        record.msg, record.args = hidden, ()
+    if record.exc_info and record.exc_info[0] is not None:
+        record.exc_text = redact("".join(traceback.format_exception(*record.exc_info))).rstrip()
+    return record
+
+
+def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
