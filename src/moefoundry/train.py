@@ -100,11 +100,11 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    if dist.get_global_rank() == 0:
-        for problem in advice(recipe):
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
     with sole_owner(Path(recipe.run_dir)), named_collectives(recipe.dist_timeout):
         trainer = build_trainer(recipe)
+        if dist.get_global_rank() == 0:
+            for problem in advice(recipe):
+                print(f"warning: {problem}", file=sys.stderr, flush=True)
         trainer.logger.log_hyperparameters(flatten(recipe))
         timestamp, max_duration = trainer.state.timestamp, trainer.state.max_duration
         if max_duration is None or timestamp < max_duration:
