@@ -7,7 +7,7 @@
 75   training was stopped by a signal and has saved; `autoresume=true` goes on (``callbacks/signals.py``)
 130  interrupted with Ctrl-C
 141  the reader of the output has gone, as in `moefoundry generate ... | head`
-143  ended by SIGTERM; what was half written has been removed
+143  ended by SIGTERM, where training had not begun; what was half written has been removed
 """
 
 from __future__ import annotations
