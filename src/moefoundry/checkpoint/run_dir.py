@@ -31,6 +31,7 @@ FREE_KEYS = (
     "allow_batch_size_change",
     "max_duration",
     "mesh.",
+    "model.moe.backend",
     "activation_checkpointing",
     "device_train_microbatch_size",
     "device_eval_batch_size",
