@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moefoundry.checkpoint import staging
 from moefoundry.cli.main import main
+from moefoundry.conversion import staging
 from moefoundry.conversion.convert import import_hf
 from tests.conversion.hf import family_config, write_hf, write_tokenizer
 
