@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from moefoundry.checkpoint.blocks import TensorSpec, row_ranges
-from moefoundry.checkpoint.safetensors_io import write_safetensors
-from moefoundry.checkpoint.tensor_map import TensorMap
 from moefoundry.cli import main as cli
 from moefoundry.config import GqaConfig, ModelConfig, MoEConfig
-from moefoundry.model.families import FAMILIES
+from moefoundry.conversion.families import FAMILIES
+from moefoundry.conversion.safetensors_io import write_safetensors
+from moefoundry.conversion.tensor_map import TensorMap
 
 POLL_SECONDS = 0.002
 SHARD_BYTES = 500 * 10**6

@@ -28,6 +28,6 @@ def from_pretrained(
         UserError: The config means a model that is not here; or a tensor is missing, too many or misshapen (all are
             named); or the weights are pickled, or quantized other than in FP8 blocks.
     """
-    convert = importlib.import_module("moefoundry.checkpoint.convert")  # torch takes seconds to import
+    convert = importlib.import_module("moefoundry.conversion.convert")  # torch takes seconds to import
     model: MoETransformer = convert.from_pretrained(Path(path), dtype, device)
     return model

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from moefoundry.config import GqaConfig, MlaConfig, ModelConfig, RouterConfig, ScoreFunction, YarnConfig
-from moefoundry.model.families.rope_scaling import write_yarn
+from moefoundry.conversion.families.rope_scaling import write_yarn
 from moefoundry.model.transformer import MoETransformer
 from tests.model.tiny import tiny_config, tiny_model
 

@@ -9,8 +9,8 @@ from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
 
 from moefoundry.config import MlaConfig, NormConfig, YarnConfig
+from moefoundry.conversion.families.rope_scaling import write_yarn
 from moefoundry.model.context import attention_context
-from moefoundry.model.families.rope_scaling import write_yarn
 from moefoundry.model.mla import softmax_scale
 from tests.model.peers import (
     DEEPSEEK_NAMES,

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import _compute_yarn_parameters
 
 from moefoundry.config import Compute, GqaConfig, MeshConfig, ModelConfig, PrecisionConfig, YarnConfig
-from moefoundry.model.families.rope_scaling import write_yarn
+from moefoundry.conversion.families.rope_scaling import write_yarn
 from moefoundry.model.rope import rotate, rotate_interleaved, rotation
 from tests.distributed import run_distributed
 from tests.model.peers import max_positions

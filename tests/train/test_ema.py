@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moefoundry.checkpoint.blocks import StoredTensors
-from moefoundry.checkpoint.convert import PREFIX, Weights, load_model
 from moefoundry.cli.main import main
 from moefoundry.config import Recipe, load_recipe
+from moefoundry.conversion.convert import PREFIX, Weights, load_model
 from tests.distributed import run_distributed
 from tests.train.runs import Run, run_recipe
 

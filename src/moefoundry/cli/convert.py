@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from moefoundry.cli.arguments import local_path, place
 
 if TYPE_CHECKING:
-    from moefoundry.checkpoint.convert import Summary
+    from moefoundry.conversion.convert import Summary
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 TOLERANCE = 1e-3  # of logits in fp32; those of a different model differ by far more
@@ -80,18 +80,19 @@ def _add_upcycle(actions: Any) -> None:
 
 
 def _import(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.convert import import_hf
     from moefoundry.checkpoint.fetch import directory_at
-    from moefoundry.checkpoint.tensor_map import Dtype
+    from moefoundry.conversion.convert import import_hf
+    from moefoundry.conversion.tensor_map import Dtype
 
     with directory_at(args.hf) as hf:
         return import_hf(hf, args.output, Dtype(args.dtype), args.tolerance if args.verify else None)
 
 
 def _export(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.convert import Weights, export_hf
     from moefoundry.checkpoint.fetch import checkpoint_at
-    from moefoundry.checkpoint.tensor_map import Dtype
+    from moefoundry.checkpoint.weights import Weights
+    from moefoundry.conversion.convert import export_hf
+    from moefoundry.conversion.tensor_map import Dtype
 
     with checkpoint_at(args.checkpoint) as checkpoint:
         return export_hf(
@@ -107,8 +108,9 @@ def _export(args: argparse.Namespace) -> Summary:
 
 
 def _consolidate(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.convert import Weights, consolidate
     from moefoundry.checkpoint.fetch import checkpoint_at
+    from moefoundry.checkpoint.weights import Weights
+    from moefoundry.conversion.convert import consolidate
 
     weights = Weights.ema if args.ema else Weights.trained
     with checkpoint_at(args.checkpoint) as checkpoint:
@@ -117,8 +119,8 @@ def _consolidate(args: argparse.Namespace) -> Summary:
 
 def _upcycle(args: argparse.Namespace) -> Summary:
     from moefoundry.checkpoint.fetch import directory_at
-    from moefoundry.checkpoint.tensor_map import Dtype
-    from moefoundry.checkpoint.upcycle import Upcycling, upcycle
+    from moefoundry.conversion.tensor_map import Dtype
+    from moefoundry.conversion.upcycle import Upcycling, upcycle
 
     options = Upcycling(args.num_experts, args.top_k, args.granularity, args.layers, args.noise, args.seed)
     with directory_at(args.hf) as hf:

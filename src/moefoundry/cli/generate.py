@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
 def _continue(args: argparse.Namespace, path: Path) -> int:
     import warnings
 
-    from moefoundry.checkpoint.convert import Weights, load_model, named_checkpoint
     from moefoundry.checkpoint.io import read_model_config
+    from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint
     from moefoundry.config import UserError
     from moefoundry.evaluation.generation import generate
     from moefoundry.evaluation.prompts import PromptTokenizer
@@ -102,8 +102,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _tokenizer_dir(checkpoint: Path) -> Path:
-    from moefoundry.checkpoint.hf_files import tokenizer_of
     from moefoundry.checkpoint.io import read_state
+    from moefoundry.checkpoint.weights import tokenizer_of
     from moefoundry.config import UserError
 
     directory = tokenizer_of(checkpoint, read_state(checkpoint)["recipe"])

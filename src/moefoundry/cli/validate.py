@@ -86,7 +86,7 @@ def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
 
 def exports_as(model: ModelConfig) -> str:
     """Name the Hugging Face family that has such a model, or the keys that stand in the way of the nearest."""
-    from moefoundry.model.families import nearest_family
+    from moefoundry.conversion.families import nearest_family
 
     family, reasons = nearest_family(model)
     return f"no Hugging Face family: {'; '.join(reasons)}" if reasons else family.name

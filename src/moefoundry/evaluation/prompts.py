@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from moefoundry.checkpoint.hf_files import end_token_ids
 from moefoundry.config import UserError
 from moefoundry.data.tokenizer import check_vocabulary
+from moefoundry.data.tokenizer_files import end_token_ids
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,255 @@
+"""Lossless conversion between checkpoints here and Hugging Face directories.
+
+    import       HF directory  -> weights-only checkpoint, which a run's ``load_path`` may name
+    export       checkpoint    -> HF directory, which ``AutoModelForCausalLM`` loads
+    consolidate  checkpoint    -> safetensors with our names
+
+Everything is checked before anything is written, what is written gets its final name when it is complete, and nothing
+is overwritten. Memory is needed for a block (see ``tensor_map.py``), whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from moefoundry.checkpoint import io
+from moefoundry.checkpoint.blocks import Block, StoredTensors, TensorSpec, write_blocks
+from moefoundry.checkpoint.store import TOKENIZER, using
+from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, stored_names, tokenizer_of
+from moefoundry.config import ModelConfig, Recipe, UserError, flatten
+from moefoundry.config.spec import plain
+from moefoundry.config.yaml_reader import StrictDumper
+from moefoundry.conversion.families import FAMILIES, Family, family_for
+from moefoundry.conversion.hf_directory import open_hf
+from moefoundry.conversion.parity import verify_logits
+from moefoundry.conversion.safetensors_io import write_file, write_safetensors
+from moefoundry.conversion.staging import GIB, staged
+from moefoundry.conversion.tensor_map import Dtype, TensorMap, check_tensors
+from moefoundry.data.json_files import write_json
+from moefoundry.data.tokenizer_files import (
+    CONFIG,
+    check_importable,
+    export_tokenizer,
+    has_tokenizer,
+    import_tokenizer,
+)
+from moefoundry.model.transformer import MoETransformer, meta_model
+
+RECIPE = "recipe.yaml"
+PREFIX = "model/model."
+"""Of a parameter's name in a checkpoint: Composer's model holds ours under ``model``."""
+
+DEFAULT_MAX_SEQ_LEN = 4096  # where neither config nor recipe says; it bounds nothing that is computed
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion wrote.
+
+    Attributes:
+        path: Where.
+        num_tensors, nbytes: Of the tensors written.
+        has_tokenizer: Whether a tokenizer came with it; None where none is expected.
+        max_difference: Largest difference of logits; None where they were not compared.
+    """
+
+    path: Path
+    num_tensors: int
+    nbytes: int
+    has_tokenizer: bool | None = None
+    max_difference: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.path}: {self.num_tensors} tensors, {self.nbytes / GIB:.2f} GiB"
+        if self.has_tokenizer is False:
+            text += "; no tokenizer"
+        if self.max_difference is not None:
+            text += f"; verified, logits differ by at most {self.max_difference:.1e}"
+        return text
+
+
+def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: float | None = None) -> Summary:
+    """Write a weights-only checkpoint with the tensors of a Hugging Face directory; beside them its tokenizer, and the
+    recipe that goes on training them.
+
+    Args:
+        hf: Holds config.json and safetensors.
+        output: The checkpoint directory to make.
+        dtype: What parameters are stored as; a run that starts from them makes them fp32.
+        tolerance: Largest difference of logits that is accepted; None does not compare them.
+
+    Raises:
+        UserError: As :func:`open_hf`; or ``output`` exists, or logits differ.
+    """
+    source = open_hf(hf, dtype.torch)
+    specs = source.names.our_specs(source.tensors.specs, dtype)
+    blocks = source.names.our_blocks(source.tensors, specs)
+    tokenizer = check_importable(hf)
+    say(*source.notes)
+    with staged(output, nbytes_of(specs)) as staging:
+        staging.mkdir()
+        write_weights(staging, source.cfg, specs, blocks, source.max_seq_len)
+        write_recipe(staging, source.cfg, load_path=output)
+        import_tokenizer(hf, staging / TOKENIZER)
+        difference = None
+        if tolerance is not None:
+            difference = verify_logits(hf, load_model(staging), tolerance, dtype.torch, dtype.torch or torch.bfloat16)
+    return Summary(output, len(specs), nbytes_of(specs), tokenizer, difference)
+
+
+def export_hf(
+    checkpoint: Path,
+    hf: Path,
+    family_name: str | None = None,
+    dtype: Dtype = Dtype.keep,
+    max_shard_bytes: int = SHARD_BYTES,
+    tokenizer: Path | None = None,
+    tolerance: float | None = None,
+    weights: Weights = Weights.trained,
+) -> Summary:
+    """Write a Hugging Face directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
+
+    Args:
+        checkpoint: A checkpoint of any mesh, weights-only or not, or the run that holds it.
+        hf: The directory to make.
+        family_name: ``model_type`` to export as; None is the first that fits.
+        dtype: What parameters are stored as.
+        max_shard_bytes: Size of a shard.
+        tokenizer: Directory; None is the checkpoint's own, or that of its run.
+        tolerance: As in :func:`import_hf`.
+        weights: Of the parameters.
+
+    Raises:
+        UserError: The family cannot hold the model (with the reasons), a tensor, the average or the tokenizer is
+            missing, ``hf`` exists, or logits differ.
+    """
+    directory = named_checkpoint(checkpoint)
+    recipe, cfg = io.read_state(directory)["recipe"], io.read_model_config(directory)
+    family = _family(family_name, cfg)
+    names = TensorMap(family, cfg)
+    ours = open_checkpoint(directory, meta_model(cfg), weights)
+    specs = names.their_specs(ours.specs, dtype)
+    config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
+    tokenizer = tokenizer or tokenizer_of(directory, recipe)
+    if tokenizer is not None and not has_tokenizer(tokenizer):
+        raise UserError(f"no tokenizer at {tokenizer}; name its directory with --tokenizer")
+    with using(directory), staged(hf, nbytes_of(specs)) as staging:
+        staging.mkdir()
+        write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
+        special = export_tokenizer(tokenizer or directory / TOKENIZER, staging)
+        write_json(staging / CONFIG, config | special)
+        difference = (
+            None
+            if tolerance is None
+            else verify_logits(staging, load_model(directory, weights), tolerance, dtype.torch)
+        )
+    return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, difference)
+
+
+def consolidate(
+    checkpoint: Path, output: Path, max_shard_bytes: int = SHARD_BYTES, weights: Weights = Weights.trained
+) -> Summary:
+    """Write the parameters and buffers of a checkpoint as safetensors, under the names of ``MoETransformer``.
+
+    Args:
+        checkpoint: As in :func:`export_hf`.
+        output: A file ``*.safetensors``, or a directory, which may be given shards.
+        max_shard_bytes: Size of a shard.
+        weights: Of the parameters.
+
+    Raises:
+        UserError: A tensor or the average is missing, ``output`` exists, or it is one file and all would not fit.
+    """
+    directory = named_checkpoint(checkpoint)
+    ours = open_checkpoint(directory, meta_model(io.read_model_config(directory)), weights)
+    size = nbytes_of(ours.specs)
+    one_file = output.suffix == ".safetensors"
+    if one_file and size > max_shard_bytes:
+        raise UserError(f"{output}: {size / GIB:.2f} GiB exceed one shard; name a directory, or allow a larger shard")
+    with using(directory), staged(output, size) as staging:
+        if one_file:
+            write_file(staging, ours.specs, ours.blocks)
+        else:
+            staging.mkdir()
+            write_safetensors(staging, ours.specs, ours.blocks, max_shard_bytes)
+    return Summary(output, len(ours.specs), size)
+
+
+def from_pretrained(hf: Path, dtype: torch.dtype | None, device: torch.device | str) -> MoETransformer:
+    """What :func:`moefoundry.from_pretrained` does."""
+    dtype = dtype or torch.float32
+    source = open_hf(hf, dtype)
+    for note in source.notes:
+        warnings.warn(note, stacklevel=3)
+    model = meta_model(source.cfg)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    tensors = model.state_dict()
+    specs = source.names.our_specs(source.tensors.specs, Dtype.keep)
+    for block in source.names.our_blocks(source.tensors, specs):
+        block.box_of(tensors[block.name]).copy_(block.values)
+    return model.eval()
+
+
+def open_checkpoint(directory: Path, model: MoETransformer, weights: Weights) -> StoredTensors:
+    """The parameters and buffers of a checkpoint's model, checked against their shapes."""
+    names = stored_names(directory, model, weights)
+    ours = StoredTensors(directory, PREFIX, names)
+    check_tensors(ours.specs, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, directory)
+    return ours
+
+
+def write_weights(
+    staging: Path, cfg: ModelConfig, specs: Mapping[str, TensorSpec], blocks: Iterable[Block], max_seq_len: int | None
+) -> None:
+    """Write a weights-only checkpoint; names are those of ``MoETransformer``."""
+    recipe = {key: value for key, value in flatten(Recipe(model=cfg)).items() if key.startswith("model.")}
+    if max_seq_len is not None:
+        recipe["max_seq_len"] = max_seq_len
+    stored = {PREFIX + name: spec for name, spec in specs.items()}
+    renamed = (replace(block, name=PREFIX + block.name) for block in blocks)
+    write_blocks(staging, stored, renamed, {io.WEIGHTS_ONLY: True, "recipe": recipe})
+
+
+def write_recipe(staging: Path, cfg: ModelConfig, load_path: Path) -> None:
+    """Write the recipe that trains these weights; what it leaves out is as in any recipe."""
+    recipe = {"model": plain(cfg), "load_path": os.path.abspath(load_path)}  # runs start in other directories, too
+    (staging / RECIPE).write_text(yaml.dump(recipe, Dumper=StrictDumper, sort_keys=False, width=120))
+
+
+def _family(name: str | None, cfg: ModelConfig) -> Family:
+    if name is None:
+        return family_for(cfg)
+    if name not in FAMILIES:
+        raise UserError(f"no model family {name!r}; there are {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]
+
+
+def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:
+    """Name of the dtype that most bytes have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for spec in specs.values():
+        sizes[spec.dtype] += spec.nbytes
+    return str(sizes.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def say(*notes: str) -> None:
+    """Tell the user what the conversion does that they may not expect, before it takes its time."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+
+
+def nbytes_of(specs: Mapping[str, TensorSpec]) -> int:
+    """Bytes of the values of tensors."""
+    return sum(spec.nbytes for spec in specs.values())

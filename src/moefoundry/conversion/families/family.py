@@ -1,0 +1,174 @@
+"""What a model family is: a config there and here, and a list of pieces that make up both."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from typing import Any, ClassVar
+
+from moefoundry.config import (
+    BalanceConfig,
+    ConfigError,
+    GqaConfig,
+    InitConfig,
+    ModelConfig,
+    MoEConfig,
+    MtpConfig,
+    Problem,
+    ScoreFunction,
+)
+from moefoundry.conversion.families.keys import Keys
+from moefoundry.conversion.families.pieces import Piece
+
+
+class Family(ABC):
+    """One ``model_type`` of Hugging Face.
+
+    Attributes:
+        name: The ``model_type``.
+        architecture: The class that ``AutoModelForCausalLM`` loads.
+        attention_kind: Its ``model.attention.kind``.
+        defaults: What transformers takes for an option that a config leaves out. Sizes have no default here.
+        length_key: Where it has the tokens of a sequence.
+    """
+
+    name: ClassVar[str]
+    architecture: ClassVar[str]
+    attention_kind: ClassVar[str] = "gqa"
+    defaults: ClassVar[dict[str, Any]]
+    length_key: ClassVar[str] = "max_position_embeddings"
+
+    def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
+        """The model that a ``config.json`` declares. What only training reads keeps the recipe's defaults, but for
+        ``init.std`` and the router's jitter, which such a file has.
+
+        Raises:
+            ConfigError: Names every key whose value means something that this project does not compute.
+        """
+        keys = Keys(hf, self.defaults, f"Hugging Face config ({self.name})")
+        cfg = self._read(keys)
+        if keys.has("quantization_config"):  # of the file's tensors; what they stand for is for checkpoint/ to read
+            keys.nested("quantization_config", {}).only("quant_method", "fp8")
+        keys.finish()
+        return cfg
+
+    def max_seq_len(self, hf: Mapping[str, Any]) -> int | None:
+        """Tokens a sequence, as a ``config.json`` has it; None where it does not say."""
+        return hf.get(self.length_key)
+
+    def write_config(self, cfg: ModelConfig, max_seq_len: int, torch_dtype: str = "bfloat16") -> dict[str, Any]:
+        """A ``config.json`` for ``AutoModelForCausalLM``. It names no special tokens: those are the tokenizer's.
+
+        Args:
+            cfg: The model.
+            max_seq_len: Tokens a sequence. With YaRN the file says ``factor * original_max_seq_len`` instead, since
+                transformers takes the factor from the ratio of the two.
+            torch_dtype: Name of the dtype of the tensors beside it.
+
+        Raises:
+            ConfigError: The family does not have such a model.
+        """
+        if problems := self.fits(cfg):
+            raise ConfigError([Problem(*text.split(": ", 1)) for text in problems], f"model as {self.name}")
+        yarn = cfg.attention.yarn
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.name,
+            "torch_dtype": torch_dtype,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            self.length_key: round(yarn.factor * yarn.original_max_seq_len) if yarn else max_seq_len,
+        } | self._write(cfg)
+
+    def fits(self, cfg: ModelConfig) -> list[str]:
+        """Why a model cannot be one of this family; empty where it can. Decided by the round trip: what the family's
+        config cannot say, it does not come back with."""
+        if cfg.attention.kind != self.attention_kind:
+            return [f"model.attention.kind: {cfg.attention.kind}, and {self.name} has {self.attention_kind}"]
+        ours, theirs = _leaves(computed(cfg)), _leaves(computed(self.read_config(self._write(cfg))))
+        problems = [
+            f"model.{path}: {value}, and {self.name} has {theirs.get(path)}"
+            for path, value in ours.items()
+            if value != theirs.get(path)
+        ]
+        yarn = cfg.attention.yarn
+        if yarn is not None and not (yarn.factor * yarn.original_max_seq_len).is_integer():
+            problems.append(
+                f"model.attention.yarn.factor: {yarn.factor}, and transformers takes the ratio of two whole lengths; "
+                f"times original_max_seq_len {yarn.original_max_seq_len} it is none"
+            )
+        return problems
+
+    @abstractmethod
+    def pieces(self, cfg: ModelConfig) -> Iterator[Piece]:
+        """Blocks that cover every tensor of both sides, each exactly once; but for :meth:`copies`, and for a tied
+        ``lm_head.weight``, which is ``embed_tokens.weight``."""
+
+    def copies(self, cfg: ModelConfig) -> dict[str, str]:
+        """Tensors that a checkpoint there may hold, or leave out, since they repeat another: name -> the other's."""
+        return {}
+
+    def empty_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Tensors without elements that transformers has for what such a model lacks: name -> shape. A checkpoint there
+        may leave them out, of which transformers warns."""
+        return {}
+
+    @abstractmethod
+    def _read(self, keys: Keys) -> ModelConfig: ...
+
+    @abstractmethod
+    def _write(self, cfg: ModelConfig) -> dict[str, Any]:
+        """The keys that ``_read`` reads. Of a model that does not fit it writes as much as the family has."""
+
+
+def dense_layers(cfg: ModelConfig) -> list[int]:
+    """Indices of the blocks with a dense FFN, in order."""
+    return [i for i in range(cfg.n_layers) if i < cfg.n_dense_layers or i in cfg.dense_layers]
+
+
+def with_dense_layers(cfg: ModelConfig, dense: list[int]) -> ModelConfig:
+    """``cfg`` with these dense blocks, in the recipe's shortest form: the first n, and the others by index."""
+    first = next(n for n, index in enumerate([*dense, -1]) if n != index)
+    return replace(cfg, n_dense_layers=first, dense_layers=dense[first:])
+
+
+def computed(cfg: ModelConfig) -> ModelConfig:
+    """``cfg`` with every key at its default that does not change what the trained model computes, and one spelling of
+    every key that has two."""
+    default, dense, router = ModelConfig(), dense_layers(cfg), cfg.moe.router
+    always_biased = router.score_function == ScoreFunction.sigmoid  # with softmax there is a bias where it is updated
+    moe = replace(
+        cfg.moe,
+        router=replace(router, input_jitter=default.moe.router.input_jitter),
+        balance=BalanceConfig(bias_update_rate=0.0 if always_biased else cfg.moe.balance.bias_update_rate),
+        capacity_factor=default.moe.capacity_factor,
+        backend=default.moe.backend,
+    )
+    attention = cfg.attention
+    if isinstance(attention, GqaConfig):
+        attention = replace(attention, head_dim=attention.head_dim or cfg.d_model // attention.n_heads)
+    return replace(
+        with_dense_layers(cfg, dense),
+        ffn_hidden_size=cfg.ffn_hidden_size if dense else default.ffn_hidden_size,
+        moe=moe if len(dense) < cfg.n_layers or cfg.mtp.depth else MoEConfig(),
+        attention=attention,
+        init=InitConfig(),
+        document_masking=default.document_masking,
+        mtp=MtpConfig(depth=cfg.mtp.depth),
+    )
+
+
+def _leaves(cfg: ModelConfig) -> dict[str, object]:
+    found: dict[str, object] = {}
+
+    def walk(value: object, path: str) -> None:
+        if isinstance(value, dict):
+            for key, child in value.items():
+                walk(child, f"{path}.{key}" if path else key)
+        else:
+            found[path] = value
+
+    walk(asdict(cfg), "")
+    return found

@@ -1,0 +1,147 @@
+"""Llama: dense, and the frame that most other families fill in (their attention and FFN differ, not their outline)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from moefoundry.config import AttentionBias, AttentionConfig, GqaConfig, InitConfig, ModelConfig, NormConfig, QkNorm
+from moefoundry.conversion.families.family import Family, dense_layers
+from moefoundry.conversion.families.keys import Keys
+from moefoundry.conversion.families.pieces import Piece
+from moefoundry.conversion.families.rope_scaling import read_rope, write_yarn
+
+FFN = ("gate_proj", "up_proj", "down_proj")
+
+
+class Llama(Family):
+    name = "llama"
+    architecture = "LlamaForCausalLM"
+    defaults: ClassVar[dict[str, Any]] = {
+        "attention_bias": False,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    }
+    has_attention_bias: ClassVar[bool] = True  # whether there is a key for it, of all four projections
+
+    # ---------------------------------------------------------------------------------------------------------- config
+
+    def _read(self, keys: Keys) -> ModelConfig:
+        cfg = ModelConfig(
+            vocab_size=keys.size("vocab_size"),
+            d_model=keys.size("hidden_size"),
+            n_layers=keys.size("num_hidden_layers"),
+            norm=NormConfig(eps=keys.number("rms_norm_eps")),
+            tie_embeddings=keys.flag("tie_word_embeddings"),
+            init=InitConfig(std=keys.number("initializer_range")),
+            attention=self._read_attention(keys),
+        )
+        keys.only("hidden_act", "silu")
+        keys.only("partial_rotary_factor", 1.0)
+        keys.only("attention_dropout", 0.0)
+        return self._read_ffn(keys, cfg)
+
+    def _write(self, cfg: ModelConfig) -> dict[str, Any]:
+        return {
+            "vocab_size": cfg.vocab_size,
+            "hidden_size": cfg.d_model,
+            "num_hidden_layers": cfg.n_layers,
+            "rms_norm_eps": cfg.norm.eps,
+            "tie_word_embeddings": cfg.tie_embeddings,
+            "initializer_range": cfg.init.std,
+            "hidden_act": "silu",
+            **self._write_attention(cfg),
+            **self._write_ffn(cfg),
+        }
+
+    def _read_attention(self, keys: Keys) -> AttentionConfig:
+        return self._read_gqa(keys)
+
+    def _read_gqa(self, keys: Keys) -> GqaConfig:
+        n_heads, d_model = keys.size("num_attention_heads"), keys.size("hidden_size")
+        head_dim = keys.size("head_dim") if keys.has("head_dim") else None
+        if not self.has_attention_bias:
+            keys.only("attention_bias", False)
+        theta, yarn = read_rope(keys)
+        return GqaConfig(
+            n_heads=n_heads,
+            rope_theta=theta,
+            yarn=yarn,
+            n_kv_heads=keys.size("num_key_value_heads") if keys.has("num_key_value_heads") else n_heads,
+            head_dim=None if head_dim == d_model // n_heads else head_dim,
+            bias=AttentionBias.all if self.has_attention_bias and keys.flag("attention_bias") else AttentionBias.none,
+        )
+
+    def _write_attention(self, cfg: ModelConfig) -> dict[str, Any]:
+        assert isinstance(cfg.attention, GqaConfig)
+        keys = {
+            "num_attention_heads": cfg.attention.n_heads,
+            "num_key_value_heads": cfg.attention.n_kv_heads,
+            "head_dim": cfg.attention.head_dim or cfg.d_model // cfg.attention.n_heads,
+            "rope_theta": cfg.attention.rope_theta,
+            "rope_scaling": write_yarn(cfg.attention.yarn),
+        }
+        if self.has_attention_bias:
+            keys["attention_bias"] = cfg.attention.bias == AttentionBias.all
+        return keys
+
+    def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
+        keys.only("mlp_bias", False)
+        return replace(cfg, n_dense_layers=cfg.n_layers, ffn_hidden_size=keys.size("intermediate_size"))
+
+    def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
+        return {"intermediate_size": cfg.ffn_hidden_size}
+
+    # --------------------------------------------------------------------------------------------------------- tensors
+
+    def pieces(self, cfg: ModelConfig) -> Iterator[Piece]:
+        dense = dense_layers(cfg)
+        yield Piece("embed_tokens.weight", "model.embed_tokens.weight")
+        for index in range(cfg.n_layers):
+            yield from self._layer(cfg, f"layers.{index}", f"model.layers.{index}", index in dense)
+        yield Piece("norm.weight", "model.norm.weight")
+        if not cfg.tie_embeddings:
+            yield Piece("lm_head.weight", "lm_head.weight")
+
+    def copies(self, cfg: ModelConfig) -> dict[str, str]:
+        return {"lm_head.weight": "model.embed_tokens.weight"} if cfg.tie_embeddings else {}
+
+    def _layer(self, cfg: ModelConfig, ours: str, theirs: str, dense: bool) -> Iterator[Piece]:
+        yield Piece(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight")
+        for name, hf_name in self._attention_tensors(cfg):
+            yield Piece(f"{ours}.attention.{name}", f"{theirs}.self_attn.{hf_name}")
+        yield Piece(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight")
+        yield from ffn(f"{ours}.ffn", f"{theirs}.mlp") if dense else self._moe(cfg, f"{ours}.ffn", theirs)
+
+    def _attention_tensors(self, cfg: ModelConfig) -> Iterator[tuple[str, str]]:
+        assert isinstance(cfg.attention, GqaConfig)
+        bias = cfg.attention.bias
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            yield f"{projection}.weight", f"{projection}.weight"
+            if bias == AttentionBias.all or (bias == AttentionBias.qkv and projection != "o_proj"):
+                yield f"{projection}.bias", f"{projection}.bias"
+        if cfg.attention.qk_norm != QkNorm.none:
+            yield "q_norm.weight", "q_norm.weight"
+            yield "k_norm.weight", "k_norm.weight"
+
+    def _moe(self, cfg: ModelConfig, ours: str, theirs: str) -> Iterator[Piece]:
+        """The MoE layer ``ours`` of the block ``theirs``."""
+        return experts(cfg, ours, f"{theirs}.mlp")
+
+
+def ffn(ours: str, theirs: str) -> Iterator[Piece]:
+    """A dense FFN, or shared experts."""
+    for projection in FFN:
+        yield Piece(f"{ours}.{projection}.weight", f"{theirs}.{projection}.weight")
+
+
+def experts(cfg: ModelConfig, ours: str, theirs: str, names: tuple[str, str, str] = FFN) -> Iterator[Piece]:
+    """A gate and routed experts that are modules of their own there; ``names`` are those of gate, up and down."""
+    yield Piece(f"{ours}.router.gate.weight", f"{theirs}.gate.weight")
+    for expert in range(cfg.moe.num_experts):
+        for projection, name in zip(FFN, names, strict=True):
+            hf_name = f"{theirs}.experts.{expert}.{name}.weight"
+            yield Piece(f"{ours}.experts.{projection}", hf_name, expert=expert)

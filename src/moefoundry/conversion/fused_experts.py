@@ -1,0 +1,94 @@
+"""Experts that transformers 5 has fused into one tensor, as the tensors that its families publish.
+
+    experts.gate_up_proj  [E, 2F, D]   experts.{e}.gate_proj.weight [F, D] above experts.{e}.up_proj.weight [F, D]
+    experts.down_proj     [E, D, F]    experts.{e}.down_proj.weight [D, F]
+
+Its models have them so in memory, and may be saved so; Mixtral's are under ``mlp`` then, and not ``block_sparse_moe``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from moefoundry.checkpoint.writer import TensorSpec
+from moefoundry.config import UserError
+from moefoundry.conversion.families.pieces import Piece
+from moefoundry.conversion.safetensors_io import SafetensorsReader
+
+EXPERT = re.compile(r"(.+)\.experts\.\d+\.\w+\.weight")
+ROW_PART = {"gate_proj": ("gate_up_proj", 0, 2), "up_proj": ("gate_up_proj", 1, 2), "down_proj": ("down_proj", 0, 1)}
+
+
+class _Part(NamedTuple):
+    """Rows ``first`` to ``first + rows`` of one expert of a fused tensor."""
+
+    fused: str
+    expert: int
+    first: int
+    rows: int
+
+
+class SplitExperts:
+    """The tensors of a directory, with fused experts as one tensor for each.
+
+    Args:
+        tensors: What the files hold.
+        pieces: Of the model, whose names for experts are wanted.
+
+    Attributes:
+        specs: What is there.
+
+    Raises:
+        UserError: A fused tensor does not hold as many experts as the model has.
+    """
+
+    def __init__(self, tensors: SafetensorsReader, pieces: Iterable[Piece]) -> None:
+        self._tensors = tensors
+        self._parts: dict[str, _Part] = {}
+        self._renamed: dict[str, str] = {}
+        for piece in pieces:
+            if piece.expert is not None and (match := EXPERT.fullmatch(piece.hf_name)):
+                self._find(piece, piece.expert, match[1])
+        self._check_counts()
+        taken = {part.fused for part in self._parts.values()} | set(self._renamed.values())
+        self.specs = {name: spec for name, spec in tensors.specs.items() if name not in taken}
+        self.specs |= {name: tensors.specs[there] for name, there in self._renamed.items()}
+        for name, part in self._parts.items():
+            _, _, columns = tensors.specs[part.fused].shape
+            self.specs[name] = TensorSpec((part.rows, columns), tensors.specs[part.fused].dtype)
+
+    def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
+        """The tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
+        if name not in self._parts:
+            return self._tensors.read(self._renamed.get(name, name), *ranges)
+        fused, expert, first, rows = self._parts[name]
+        start, stop = ranges[0] if ranges else (0, rows)
+        return self._tensors.read(fused, (expert, expert + 1), (first + start, first + stop), *ranges[1:])[0]
+
+    def _find(self, piece: Piece, expert: int, module: str) -> None:
+        """Note where an expert's weight is, if a fused tensor has it."""
+        fused_name, part, parts = ROW_PART[piece.name.rpartition(".")[2]]
+        stored = self._tensors.specs
+        for there in (module, module.replace("block_sparse_moe", "mlp")):
+            spec = stored.get(f"{there}.experts.{fused_name}")
+            if spec is None or len(spec.shape) != 3:
+                continue
+            rows = spec.shape[1] // parts
+            self._parts[piece.hf_name] = _Part(f"{there}.experts.{fused_name}", expert, part * rows, rows)
+            if there != module and f"{there}.gate.weight" in stored:
+                self._renamed[f"{module}.gate.weight"] = f"{there}.gate.weight"
+
+    def _check_counts(self) -> None:
+        wanted: dict[str, set[int]] = {}
+        for part in self._parts.values():
+            wanted.setdefault(part.fused, set()).add(part.expert)
+        for fused, experts in wanted.items():
+            shape = self._tensors.specs[fused].shape
+            if shape[0] != len(experts):
+                raise UserError(f"{fused}: has shape {shape}, and the model has {len(experts)} experts a layer")
+            if fused.endswith("gate_up_proj") and shape[1] % 2:
+                raise UserError(f"{fused}: has shape {shape}, and holds two matrices of equally many rows")

@@ -1,0 +1,218 @@
+"""Directories of safetensors, as Hugging Face publishes them: read lazily, written tensor by tensor.
+
+    model.safetensors                        or, in shards,
+    model-00001-of-00002.safetensors ...     and model.safetensors.index.json: {"weight_map": {tensor: file}}
+
+Files are mapped, so reading a slice costs its pages. They are written in one pass: the header, which says where each
+tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as what they stand for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from moefoundry.checkpoint.blocks import TensorSpec, progress
+from moefoundry.config import UserError
+from moefoundry.config.errors import first_few
+from moefoundry.data.json_files import refuse_lfs_pointer
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SCALE_SUFFIX = "_scale_inv"
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class SafetensorsReader:
+    """The tensors of a directory, mapped into memory.
+
+    Block-scaled FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3): ``w`` is float8_e4m3fn [O, I] and ``w_scale_inv`` has
+    the factor of each block of 128 x 128, or smaller at the edges. ``w`` is then read as the product, and its scale is
+    not listed.
+
+    Args:
+        directory: Holds model.safetensors, or an index and the shards that it names.
+        fp8_block: Rows and columns of an FP8 block.
+        fp8_as: What FP8 tensors are read as; DeepSeek's own conversion makes them BF16.
+
+    Attributes:
+        specs: What is there.
+
+    Raises:
+        UserError: There are no safetensors, or they are incomplete, damaged, or outside the directory.
+    """
+
+    def __init__(
+        self, directory: Path, fp8_block: tuple[int, int] = (128, 128), fp8_as: torch.dtype = torch.bfloat16
+    ) -> None:
+        self._block = fp8_block
+        self._fp8_as = fp8_as
+        self._files: dict[str, Any] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        weight_map = _weight_map(directory)
+        missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
+        if missing:
+            raise UserError(f"{directory}: shards of the index are missing: {first_few(missing)}")
+        for file in sorted(set(weight_map.values())) or [SINGLE_FILE]:
+            self._open(directory / file)
+        absent = [name for name in weight_map if name not in self.specs]
+        if absent:
+            raise UserError(f"{directory}: tensors of the index are missing: {first_few(absent)}")
+        self._scales = self._take_scales(directory)
+
+    def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
+        """The tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
+        box = tuple(slice(*limits) for limits in ranges)
+        values: Tensor = self._files[name].get_slice(name)[box] if box else self._files[name].get_tensor(name)
+        if name not in self._scales:
+            return values
+        limits = [*ranges, *((0, size) for size in self.specs[name].shape[len(ranges) :])]
+        rows, columns = (torch.arange(*limit) // block for limit, block in zip(limits, self._block, strict=True))
+        scale = self._files[self._scales[name]].get_tensor(self._scales[name]).float()
+        return (values.float() * scale[rows][:, columns]).to(self._fp8_as)
+
+    def _open(self, path: Path) -> None:
+        try:
+            file: Any = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                view = file.get_slice(name)
+                if name in self.specs:
+                    raise UserError(f"{path}: {name} is in another shard, too")
+                if view.get_dtype() not in _DTYPES:
+                    raise UserError(f"{path}: {name} has the dtype {view.get_dtype()}, which is not supported")
+                self.specs[name] = TensorSpec(tuple(view.get_shape()), _DTYPES[view.get_dtype()])
+                self._files[name] = file
+        except (SafetensorError, OSError) as error:
+            refuse_lfs_pointer(path)
+            raise UserError(f"{path}: unreadable safetensors: {error}") from error
+
+    def _take_scales(self, directory: Path) -> dict[str, str]:
+        """FP8 tensor -> its scale, which leaves ``specs``."""
+        scales, problems = {}, []
+        for name, (shape, dtype) in list(self.specs.items()):
+            if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
+                continue
+            scale = self.specs.pop(name + SCALE_SUFFIX, None)
+            blocks = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=False))
+            if dtype != torch.float8_e4m3fn or len(shape) != 2 or scale is None or scale.shape != blocks:
+                has = "no" if scale is None else f"a {scale.shape}"
+                problems.append(f"{name} ({dtype} {shape}) has {has} {SCALE_SUFFIX}; {blocks} is needed")
+            scales[name] = name + SCALE_SUFFIX
+            self.specs[name] = TensorSpec(shape, self._fp8_as)
+        if problems:
+            raise UserError(f"{directory}: FP8 tensors that cannot be read:\n  " + first_few(problems, "\n  "))
+        return scales
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor -> file, as the index says; empty where one file holds all."""
+    index = directory / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            names = {PurePath(file) for file in weight_map.values()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            refuse_lfs_pointer(index)
+            raise UserError(f"{index}: unreadable index: {error!r}") from error
+        outside = sorted(str(name) for name in names if name.is_absolute() or ".." in name.parts)
+        if outside:
+            raise UserError(f"{index}: files outside the directory are refused: {first_few(outside)}")
+        return weight_map
+    if (directory / SINGLE_FILE).is_file():
+        return {}
+    if pickles := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)):
+        raise UserError(
+            f"{directory}: holds pickled weights ({pickles[0]}), which could run any code and are never read; "
+            "convert them to safetensors where you trust them"
+        )
+    raise UserError(f"{directory}: no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def write_safetensors(
+    directory: Path, specs: Mapping[str, TensorSpec], blocks: Callable[[str], Iterable[Tensor]], max_shard_bytes: int
+) -> None:
+    """Write tensors into an existing directory, in one file or in shards with an index.
+
+    Args:
+        directory: Where.
+        specs: Every tensor, in the order of the shards.
+        blocks: Name -> the tensor's values, cut into rows; asked for one by one.
+        max_shard_bytes: A shard is larger only if it holds a single tensor.
+    """
+    shards = _divide(specs, max_shard_bytes)
+    if len(shards) == 1:
+        write_file(directory / SINGLE_FILE, specs, blocks)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_file(directory / file, shard, blocks)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(spec.nbytes for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _divide(specs: Mapping[str, TensorSpec], max_bytes: int) -> list[dict[str, TensorSpec]]:
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if shards[-1] and filled + spec.nbytes > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += spec.nbytes
+    return shards
+
+
+def write_file(path: Path, specs: Mapping[str, TensorSpec], blocks: Callable[[str], Iterable[Tensor]]) -> None:
+    """Write one safetensors file.
+
+    Raises:
+        ValueError: The blocks of a tensor are not its values.
+    """
+    ordered = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)  # keeps every tensor aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        shape, dtype = specs[name]
+        begin, end = end, end + specs[name].nbytes
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file, progress(specs) as bar:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            written = 0
+            for content in _contents(name, specs[name].dtype, blocks(name)):
+                written += file.write(content)
+                bar.update(len(content))
+            if written != specs[name].nbytes:
+                raise ValueError(f"{name}: {written} bytes for {specs[name]}")
+
+
+def _contents(name: str, dtype: torch.dtype, blocks: Iterable[Tensor]) -> Iterator[memoryview]:
+    for values in blocks:
+        if values.dtype != dtype:
+            raise ValueError(f"{name}: a block of {values.dtype}, not {dtype}")
+        yield values.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,201 @@
+"""A family's pieces, applied: which tensors of either side there must be, and the blocks that make up the other's.
+
+Both directions yield one block at a time, cut into rows where it is large, so a conversion
+needs memory for a block and not for a model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from enum import StrEnum
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moefoundry.checkpoint.blocks import Block, TensorSpec, row_ranges
+from moefoundry.config import ModelConfig, UserError
+from moefoundry.config.errors import first_few
+from moefoundry.conversion.families.family import Family
+from moefoundry.conversion.families.pieces import Piece
+from moefoundry.model.transformer import meta_model
+
+NAMED = 4  # tensors of each kind of error
+
+
+class Dtype(StrEnum):
+    """What parameters are stored as; ``keep`` leaves them as they are. Buffers are always left as they are."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    keep = "keep"
+
+    @property
+    def torch(self) -> torch.dtype | None:
+        """The dtype; None for ``keep``."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(self.value)
+
+
+class Source(Protocol):
+    """Tensors that can be read by ranges of their leading dims."""
+
+    specs: dict[str, TensorSpec]
+
+    def read(self, name: str, *ranges: tuple[int, int]) -> Tensor: ...
+
+
+class TensorMap:
+    """Our tensors and a family's, for one model.
+
+    Attributes:
+        shapes: Of our tensors, by name in ``MoETransformer.state_dict()``.
+        their_shapes: Of the family's.
+        copies: Tensors of the family that repeat another: name -> the other's.
+        empty: Tensors of the family without elements: name -> shape.
+    """
+
+    def __init__(self, family: Family, cfg: ModelConfig) -> None:
+        model = meta_model(cfg)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._buffers = {name for name, _ in model.named_buffers()}
+        self.copies = family.copies(cfg)
+        self.empty = family.empty_tensors(cfg)
+        self._ours: dict[str, list[Piece]] = defaultdict(list)
+        self._theirs: dict[str, list[Piece]] = defaultdict(list)
+        for piece in family.pieces(cfg):
+            self._ours[piece.name].append(piece)
+            self._theirs[piece.hf_name].append(piece)
+        if cfg.tie_embeddings:
+            self._ours["lm_head.weight"] = [
+                replace(piece, name="lm_head.weight") for piece in self._ours["embed_tokens.weight"]
+            ]
+        for pieces in self._theirs.values():
+            pieces.sort(key=lambda piece: piece.rows or (0, 0))
+        self.their_shapes = {name: self._their_shape(pieces) for name, pieces in self._theirs.items()}
+
+    def _block_shape(self, piece: Piece) -> tuple[int, ...]:
+        """Of our block, without the expert's dim."""
+        return self.shapes[piece.name][piece.expert is not None :]
+
+    def _their_shape(self, pieces: list[Piece]) -> tuple[int, ...]:
+        shapes = [self._block_shape(piece)[:: -1 if piece.transposed else 1] for piece in pieces]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
+
+    # -------------------------------------------------------------------------------------------------- theirs to ours
+
+    def check_theirs(self, specs: Mapping[str, TensorSpec], where: object) -> None:
+        """Make sure that a family's checkpoint is whole.
+
+        Raises:
+            UserError: Names tensors that are missing, or have another shape, or belong to no such model.
+        """
+        copied = {name: self.their_shapes[original] for name, original in self.copies.items() if name in specs}
+        known = {
+            name: spec
+            for name, spec in specs.items()
+            if name not in self.empty and not name.endswith("rotary_emb.inv_freq")  # older transformers stored these
+        }
+        check_tensors(known, self.their_shapes | copied, where)
+
+    def check_copies(self, theirs: Source, where: object) -> None:
+        """Make sure that tensors which repeat others do.
+
+        Raises:
+            UserError: Names those that differ; the model would not be the same without them.
+        """
+        different = [
+            f"{name} differs from {original}"
+            for name, original in self.copies.items()
+            if name in theirs.specs and not _equal(theirs, name, original)
+        ]
+        if different:
+            raise UserError(f"{where}: tensors that must be copies are not:\n  " + first_few(different, "\n  "))
+
+    def our_specs(self, theirs: Mapping[str, TensorSpec], dtype: Dtype) -> dict[str, TensorSpec]:
+        """Our tensors, as :meth:`our_blocks` makes them."""
+        return {
+            name: TensorSpec(shape, self._dtype(name, (theirs[piece.hf_name] for piece in self._ours[name]), dtype))
+            for name, shape in self.shapes.items()
+        }
+
+    def our_blocks(self, theirs: Source, specs: Mapping[str, TensorSpec]) -> Iterator[Block]:
+        """The values of our tensors, tensor by tensor."""
+        for name, spec in specs.items():
+            for piece in self._ours[name]:
+                for row, values in self._pieces_from(theirs, piece, spec):
+                    offsets = (row, *(0 for _ in values.shape[1:])) if values.dim() else ()
+                    if piece.expert is not None:
+                        offsets, values = (piece.expert, *offsets), values.unsqueeze(0)
+                    yield Block(name, offsets, values.to(spec.dtype))
+
+    def _pieces_from(self, theirs: Source, piece: Piece, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
+        shape = self._block_shape(piece)
+        if piece.transposed or not shape:
+            yield 0, theirs.read(piece.hf_name, *([piece.rows] if piece.rows else [])).t().contiguous()
+            return
+        first = piece.rows[0] if piece.rows else 0
+        for start, stop in row_ranges(TensorSpec(shape, spec.dtype)):
+            yield start, theirs.read(piece.hf_name, (first + start, first + stop))
+
+    # -------------------------------------------------------------------------------------------------- ours to theirs
+
+    def their_specs(self, ours: Mapping[str, TensorSpec], dtype: Dtype) -> dict[str, TensorSpec]:
+        """The family's tensors, as :meth:`their_blocks` makes them: with copies, but for a tied head's, which
+        transformers makes itself."""
+        specs = {}
+        for name, shape in self.their_shapes.items():
+            sources = [piece.name for piece in self._theirs[name]]
+            specs[name] = TensorSpec(shape, self._dtype(sources[0], (ours[source] for source in sources), dtype))
+        copies = {name: specs[other] for name, other in self.copies.items() if name != "lm_head.weight"}
+        dtype_of_empty = next(iter(specs.values())).dtype
+        return specs | copies | {name: TensorSpec(shape, dtype_of_empty) for name, shape in self.empty.items()}
+
+    def their_blocks(self, name: str, ours: Source, spec: TensorSpec) -> Iterator[Tensor]:
+        """The values of one tensor of the family, cut into rows."""
+        for piece in self._theirs.get(self.copies.get(name, name), []):  # none of one without elements
+            shape = self._block_shape(piece)
+            expert = [] if piece.expert is None else [(piece.expert, piece.expert + 1)]
+            if piece.transposed or not shape:
+                yield ours.read(piece.name, *expert).view(shape).t().to(spec.dtype)
+                continue
+            for rows in row_ranges(TensorSpec(shape, spec.dtype)):
+                yield ours.read(piece.name, *expert, rows).view(-1, *shape[1:]).to(spec.dtype)
+
+    def _dtype(self, name: str, sources: Iterable[TensorSpec], dtype: Dtype) -> torch.dtype:
+        stored = reduce(torch.promote_types, (spec.dtype for spec in sources))
+        return stored if name in self._buffers else dtype.torch or stored
+
+
+def check_tensors(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """Make sure that the tensors that are there are the ones that must be.
+
+    Raises:
+        UserError: Names some of those that are missing, have another shape, or are not expected, and says how many more
+            there are of each kind.
+    """
+    kinds = {
+        "missing": [name for name in shapes if name not in specs],
+        "of another shape": [
+            f"{name}: has shape {specs[name].shape}, not {shape}"
+            for name, shape in shapes.items()
+            if name in specs and specs[name].shape != shape
+        ],
+        "not expected": [name for name in specs if name not in shapes],
+    }
+    lines = []
+    for kind, names in kinds.items():
+        lines += [name if ": " in name else f"{name}: {kind}" for name in names[:NAMED]]
+        lines += [f"... and {len(names) - NAMED} more {kind}"] if len(names) > NAMED else []
+    if lines:
+        raise UserError(f"{where} does not hold the tensors of its model:\n  " + "\n  ".join(lines))
+
+
+def _equal(source: Source, name: str, other: str) -> bool:
+    if source.specs[name] != source.specs[other]:
+        return False
+    return all(
+        torch.equal(source.read(name, rows), source.read(other, rows)) for rows in row_ranges(source.specs[name])
+    )

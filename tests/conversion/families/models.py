@@ -1,0 +1,213 @@
+"""Tiny models of each family, in several variants, and transformers' own with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
+
+from moefoundry.config import (
+    AttentionBias,
+    AttentionConfig,
+    GqaConfig,
+    InitConfig,
+    MlaConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    NormKind,
+    QkNorm,
+    RouterConfig,
+    ScoreFunction,
+    YarnConfig,
+)
+from moefoundry.conversion.families import FAMILIES, Piece
+from moefoundry.model.transformer import MoETransformer
+
+VOCAB, LENGTH = 61, 24
+YARN = YarnConfig(factor=4.0, original_max_seq_len=32)
+GQA = GqaConfig(n_heads=4, n_kv_heads=2)
+MLA = MlaConfig(
+    n_heads=4, q_lora_rank=12, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12, rope_theta=5e4
+)
+
+
+def model_config(attention: AttentionConfig, n_layers: int = 2, **changes: object) -> ModelConfig:
+    """No two sizes are equal, so that none can pass for another."""
+    sizes = {"vocab_size": VOCAB, "d_model": 32, "n_layers": n_layers, "init": InitConfig(std=0.2)}
+    return ModelConfig(attention=attention, **(sizes | changes))  # type: ignore[arg-type]
+
+
+def dense(attention: AttentionConfig, **changes: object) -> ModelConfig:
+    return model_config(attention, n_dense_layers=2, ffn_hidden_size=48, **changes)
+
+
+def sparse(attention: AttentionConfig, router: RouterConfig | None = None, **changes: object) -> ModelConfig:
+    return model_config(attention, **({"n_dense_layers": 0, "moe": experts(router)} | changes))
+
+
+def experts(router: RouterConfig | None = None, num_experts: int = 8, top_k: int = 3, shared: int = 0) -> MoEConfig:
+    router = router or RouterConfig()
+    return MoEConfig(
+        num_experts=num_experts, top_k=top_k, expert_hidden_size=20, num_shared_experts=shared, router=router
+    )
+
+
+def deepseek(
+    attention: MlaConfig = MLA,
+    shared: int = 1,
+    num_groups: int = 1,
+    top_k_groups: int = 1,
+    normalize: bool = True,
+    **changes: object,
+) -> ModelConfig:
+    router = RouterConfig(ScoreFunction.sigmoid, normalize, 2.5, num_groups, top_k_groups)
+    sizes = {"n_layers": 3, "n_dense_layers": 1, "ffn_hidden_size": 48, "moe": experts(router, shared=shared)}
+    return model_config(attention, **(sizes | changes))
+
+
+NOT_NORMALIZED = RouterConfig(normalize_topk=False)
+QWEN2 = replace(GQA, bias=AttentionBias.qkv)
+QWEN3 = replace(GQA, qk_norm=QkNorm.head, head_dim=12)
+OLMOE = replace(GQA, qk_norm=QkNorm.full)
+DBRX = {"norm": NormConfig(NormKind.layernorm, 1e-5)}
+DEEPSEEK_YARN = replace(YARN, mscale=1.0, mscale_all_dim=0.7, beta_fast=16.0)
+VARIANTS: dict[str, dict[str, ModelConfig]] = {
+    "llama": {
+        "plain": dense(replace(GQA, rope_theta=5e5)),
+        "tied": dense(GQA, tie_embeddings=True),
+        "biased": dense(replace(GQA, bias=AttentionBias.all)),
+        "head_dim": dense(replace(GQA, head_dim=12, n_kv_heads=1)),
+        "yarn": dense(replace(GQA, yarn=YARN)),
+    },
+    "qwen2": {
+        "plain": dense(QWEN2),
+        "window": dense(replace(QWEN2, sliding_window=5), tie_embeddings=True),
+        "yarn": dense(replace(QWEN2, yarn=YARN)),
+    },
+    "qwen3": {
+        "plain": dense(QWEN3),
+        "window": dense(replace(QWEN3, sliding_window=5, head_dim=None), tie_embeddings=True),
+        "biased": dense(replace(QWEN3, bias=AttentionBias.all)),
+        "yarn": dense(replace(QWEN3, yarn=YARN)),
+    },
+    "mixtral": {
+        "plain": sparse(GQA),
+        "window": sparse(replace(GQA, sliding_window=5), norm=NormConfig(eps=1e-5)),
+        "head_dim": sparse(replace(GQA, head_dim=12, n_kv_heads=4)),
+        "tied": sparse(GQA, tie_embeddings=True),
+        "yarn": sparse(replace(GQA, yarn=YARN)),
+    },
+    "olmoe": {
+        "plain": sparse(OLMOE, NOT_NORMALIZED),
+        "normalized": sparse(replace(OLMOE, n_kv_heads=4), tie_embeddings=True),
+        "clipped": sparse(replace(OLMOE, clip_qkv=0.7), NOT_NORMALIZED),
+        "biased": sparse(replace(OLMOE, bias=AttentionBias.all)),
+        "yarn": sparse(replace(OLMOE, yarn=YARN)),
+    },
+    "qwen3_moe": {
+        "plain": sparse(QWEN3),
+        "not_normalized": sparse(replace(QWEN3, head_dim=None), NOT_NORMALIZED, tie_embeddings=True),
+        "dense_between": sparse(QWEN3, n_layers=5, n_dense_layers=1, dense_layers=[2, 4], ffn_hidden_size=48),
+        "biased": sparse(replace(QWEN3, bias=AttentionBias.all)),
+        "window": sparse(replace(QWEN3, sliding_window=5)),
+        "yarn": sparse(replace(QWEN3, yarn=YARN)),
+    },
+    "deepseek_v3": {
+        "plain": deepseek(),
+        "moonlight": deepseek(replace(MLA, q_lora_rank=None), shared=2, norm=NormConfig(eps=1e-5)),
+        "groups": deepseek(num_groups=4, top_k_groups=2, shared=2),
+        "groups_not_normalized": deepseek(num_groups=2, top_k_groups=1, normalize=False),
+        "no_shared": deepseek(shared=0, tie_embeddings=True),
+        "all_sparse": deepseek(n_dense_layers=0),
+        "yarn": deepseek(replace(MLA, yarn=DEEPSEEK_YARN)),
+        "yarn_without_mscale": deepseek(replace(MLA, yarn=YARN)),
+    },
+    "dbrx": {
+        "plain": sparse(replace(GQA, clip_qkv=8.0), **DBRX),
+        "clipped": sparse(replace(GQA, clip_qkv=0.7, n_kv_heads=4, rope_theta=5e5), **DBRX),
+        "not_normalized": sparse(replace(GQA, clip_qkv=8.0, n_kv_heads=1), NOT_NORMALIZED, **DBRX),
+    },
+}
+CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
+
+
+def transformers_model(family: str, cfg: ModelConfig, attention: str = "eager") -> PreTrainedModel:
+    """Transformers' model of ``cfg``, with random weights: those of norms about 1, expert biases in [0, 0.5].
+
+    With positive biases no score is below 0, the value that transformers' DeepSeek gives to experts outside a token's
+    groups (here, as in DeepSeek's own code, it is minus infinity).
+    """
+    config = FAMILIES[family].write_config(cfg, max_seq_len=64, torch_dtype="float32")
+    whole_queries = config.get("q_lora_rank", 0) is None
+    if whole_queries:  # transformers 4.51 builds no such model; its attention with nothing before `q_b_proj` is that
+        config["q_lora_rank"] = 1
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention)
+    if whole_queries:
+        for layer in model.model.layers:
+            layer.self_attn.q_a_proj, layer.self_attn.q_a_layernorm = nn.Identity(), nn.Identity()
+            layer.self_attn.q_b_proj = nn.Linear(cfg.d_model, layer.self_attn.q_b_proj.out_features, bias=False)
+    randomize(model, seed=0)
+    return model.eval()
+
+
+def add_prediction_module(model: PreTrainedModel) -> None:
+    """One more layer with what DeepSeek's checkpoints hold for multi-token prediction, its copies left out."""
+    layers, width, eps = model.model.layers, model.config.hidden_size, model.config.rms_norm_eps
+    layer = DeepseekV3DecoderLayer(model.config, layer_idx=len(layers))
+    layer.enorm, layer.hnorm = DeepseekV3RMSNorm(width, eps), DeepseekV3RMSNorm(width, eps)
+    layer.eh_proj = nn.Linear(2 * width, width, bias=False)
+    layer.shared_head = nn.Module()
+    layer.shared_head.norm = DeepseekV3RMSNorm(width, eps)
+    randomize(layer, seed=len(layers))
+    layers.append(layer.eval())
+
+
+def randomize(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.uniform_(0.0, 0.5, generator=generator)
+            else:
+                tensor.normal_(1.0 if "norm" in name and tensor.dim() == 1 else 0.0, 0.2, generator=generator)
+
+
+def their_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and buffers of transformers' model, by the names of a checkpoint. Tensors without elements (of no
+    shared experts) are left out, and so is a tied head."""
+    tensors = model.state_dict(keep_vars=True)
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    query = "q_b_proj" if any("q_a_proj" in name for name in tensors) else "q_proj"
+    return {name.replace("q_b_proj", query): tensor for name, tensor in tensors.items() if tensor.numel()}
+
+
+def our_tensors(model: MoETransformer) -> dict[str, Tensor]:
+    tensors = model.state_dict(keep_vars=True)
+    if model.cfg.tie_embeddings:
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+def blocks(
+    pieces: Iterator[Piece], ours: dict[str, Tensor], theirs: dict[str, Tensor]
+) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """Each piece with its two blocks, in our orientation."""
+    for piece in pieces:
+        our = ours[piece.name] if piece.expert is None else ours[piece.name][piece.expert]
+        their = theirs[piece.hf_name] if piece.rows is None else theirs[piece.hf_name][slice(*piece.rows)]
+        yield piece, our, their.T if piece.transposed else their
+
+
+def our_model(family: str, cfg: ModelConfig, theirs: dict[str, Tensor]) -> MoETransformer:
+    """Our model with the weights of theirs."""
+    model = MoETransformer(cfg).eval()
+    with torch.no_grad():
+        for _, our, their in blocks(FAMILIES[family].pieces(cfg), our_tensors(model), theirs):
+            our.copy_(their)
+    return model
