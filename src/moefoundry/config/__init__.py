@@ -1,10 +1,11 @@
 """Recipes: typed schema, strict loader, errors that name the key. Imports neither torch nor Composer."""
 
 from moefoundry.config.advice import advice
+from moefoundry.config.annotate import annotated
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.dump import diff_recipes, dump_recipe, flatten, redacted
 from moefoundry.config.errors import ConfigError, DataError, Problem, UserError
-from moefoundry.config.loader import load_recipe
+from moefoundry.config.loader import load_layers, load_recipe, recipe_of
 from moefoundry.config.overrides import redact_argument, split_arguments
 from moefoundry.config.schema import (
     ActivationCheckpointing,
@@ -117,11 +118,14 @@ __all__ = [
     "WandbConfig",
     "YarnConfig",
     "advice",
+    "annotated",
     "check_recipe",
     "diff_recipes",
     "dump_recipe",
     "flatten",
+    "load_layers",
     "load_recipe",
+    "recipe_of",
     "redact_argument",
     "redacted",
     "split_arguments",
