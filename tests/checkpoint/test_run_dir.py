@@ -21,7 +21,6 @@ from moefoundry.checkpoint.manifest import (
 )
 from moefoundry.checkpoint.run_dir import (
     CONFIG_FILE,
-    FREE_KEYS,
     check_run_dir,
     claim_run_dir,
     newest_without,
@@ -153,12 +152,6 @@ def test_a_checkpoint_with_several_damaged_files_is_one_line(recipe: MakeRecipe)
     assert (
         line == "  ba4/a.distcp: unreadable: No such file or directory (and 2 more; see moefoundry checkpoint verify)"
     )
-
-
-def test_free_keys_exist(recipe: MakeRecipe) -> None:
-    keys = flatten(recipe())
-    for free in FREE_KEYS:
-        assert any(key.startswith(free) for key in keys), free
 
 
 def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:

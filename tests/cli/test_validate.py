@@ -182,6 +182,24 @@ def test_print_is_a_recipe_that_loads(capsys, tmp_path):
     assert load_recipe(path) == load_recipe(QUICKSTART, ["seed=3"])
 
 
+def test_show_is_that_recipe_with_where_each_value_comes_from(capsys, tmp_path):
+    base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
+    base.write_text(f"extends: {QUICKSTART}\nmodel: {{n_layers: 2}}\n", encoding="utf-8")
+    child.write_text("extends: base.yaml\nseed: 4\n", encoding="utf-8")
+    assert main(["validate", str(child), "--show", "max_seq_len=64"]) == 0
+    shown = capsys.readouterr().out
+    comments = dict(line.strip().split("  # ") for line in shown.splitlines() if "  # " in line)
+    found = {text.strip(): comment for text, comment in comments.items()}
+    assert found["seed: 4"] == str(child)
+    assert found["n_layers: 2"] == str(base)
+    assert found["d_model: 256"] == QUICKSTART
+    assert found["max_seq_len: 64"] in ("override", f"${{max_seq_len}} ({QUICKSTART})")
+    child.write_text(shown, encoding="utf-8")
+    assert load_recipe(child) == load_recipe(QUICKSTART, ["seed=4", "model.n_layers=2", "max_seq_len=64"])
+    assert main(["validate", str(child), "--show", "seed=x"]) == 2
+    assert capsys.readouterr().out == ""
+
+
 def test_world_size_and_overrides_in_any_order(capsys):
     assert main(["validate", "--world-size", "3", QUICKSTART, "global_train_batch_size=9"]) == 0
     assert main(["validate", QUICKSTART, "seed=1", "--world-size=3", "global_train_batch_size=8"]) == 2

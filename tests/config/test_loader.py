@@ -26,8 +26,8 @@ from moefoundry.config import (
     split_arguments,
 )
 from moefoundry.config.checks import RULES
+from moefoundry.config.field import DURATION, INTERVAL
 from moefoundry.config.paths import naming_problem
-from moefoundry.config.schema import DURATION, INTERVAL
 from moefoundry.config.spec import Spec, plain, specs, walk
 from moefoundry.config.yaml_reader import StrictDumper, parse_yaml
 
@@ -413,7 +413,7 @@ def test_a_path_may_begin_at_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = [path for path, spec in walk(Recipe) if spec.path]
     assert {path.rpartition(".")[2] for path in paths} == {
-        *("run_dir", "name", "local", "remote", "load_path", "log_dir", "tracking_uri"),
+        *("run_dir", "name", "local", "remote", "load_path", "save_remote", "log_dir", "tracking_uri"),
     }
     leaves = flatten(load_recipe(None, [f"{path}=~/a~ b/c" for path in paths]))
     assert {leaves[path] for path in paths} == {f"{tmp_path}/a~ b/c"}

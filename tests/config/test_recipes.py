@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from moefoundry import config
-from moefoundry.config import Recipe, diff_recipes, load_recipe, schema
+from moefoundry.config import Recipe, diff_recipes, load_recipe, schema, schema_model
 from moefoundry.config.reference import reference
 from moefoundry.config.spec import plain
 
@@ -23,8 +23,11 @@ def test_every_recipe_loads(path):
 
 
 def test_every_schema_class_is_exported():
-    classes = {name for name, value in vars(schema).items() if getattr(value, "__module__", "") == schema.__name__}
-    assert {name for name in classes if isinstance(getattr(schema, name), type)} <= set(config.__all__)
+    for module in (schema, schema_model):
+        classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+        own = {name for name, value in classes.items() if value.__module__ == module.__name__}
+        assert own
+        assert own <= set(config.__all__)
 
 
 def test_there_are_recipes():

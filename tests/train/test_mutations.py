@@ -16,6 +16,7 @@ from composer.loggers import Logger
 from hypothesis import HealthCheck, Phase, given, settings
 
 from moefoundry.config import ExpertBackend, Recipe, UserError, advice, dump_recipe, load_recipe
+from moefoundry.config.layers import Layers, leaves_of
 from moefoundry.config.loader import recipe_of
 from moefoundry.config.spec import plain
 from tests.config.mutations import Mutation, mutations
@@ -67,7 +68,9 @@ def mutate(tree: dict[str, Any], directory: Path, use: Callable[[Recipe, Path], 
     @given(mutation=mutations(tree))
     def one(mutation: Mutation) -> None:
         try:
-            recipe = recipe_of(mutation.tree, world_size=1)
+            layers = Layers("recipe")
+            layers.add(leaves_of(mutation.tree), "recipe")
+            recipe = recipe_of(layers, world_size=1)
             check_files(recipe, 1)
         except UserError as error:
             if not names_the_key(error, mutation.keys):

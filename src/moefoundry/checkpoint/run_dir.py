@@ -16,48 +16,13 @@ from moefoundry.checkpoint.remote import find_remote, is_downloaded
 from moefoundry.checkpoint.start import Start, check_start
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
 from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
-from moefoundry.config.spec import show_leaf
+from moefoundry.config.spec import is_free_on_resume, show_leaf
 from moefoundry.config.urls import is_url, resolved
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DOWNLOADS = "downloads"
 Damage = Callable[[Path, int, int], list[str]]
-FREE_KEYS = (
-    "run_name",
-    "run_dir",
-    "autoresume",
-    "load_",
-    "allow_batch_size_change",
-    "max_duration",
-    "mesh.",
-    "model.moe.backend",
-    "activation_checkpointing",
-    "device_train_microbatch_size",
-    "device_eval_batch_size",
-    "eval_interval",
-    "save_",
-    "dist_timeout",
-    "nonfinite",
-    "progress_bar",
-    "log_to_console",
-    "console_log_interval",
-    "callbacks.",
-    "loggers.",
-    "train_loader.num_workers",
-    "eval_loader.num_workers",
-    "train_loader.dataset.validate_hash",
-    "eval_loader.dataset.validate_hash",
-    "train_loader.dataset.local",
-    "train_loader.dataset.remote",
-    "train_loader.dataset.split",
-    "eval_loader.dataset.local",
-    "eval_loader.dataset.remote",
-    "eval_loader.dataset.split",
-    "tokenizer.name",
-)
-"""Keys, or prefixes of keys, that a resumed run may change. Of data and tokenizers these say where they lie; what they
-are is compared by content (:mod:`moefoundry.checkpoint.start`)."""
 
 
 def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | None]:
@@ -83,8 +48,8 @@ def check_run_dir(recipe: Recipe) -> Path:
 
     Raises:
         UserError: It, or its directory of checkpoints, cannot be written to; it belongs to a recipe that differs in
-            more than :data:`FREE_KEYS`, or it holds checkpoints that this run would not continue (``autoresume`` is
-            off).
+            more than a resumed run may change, or it holds checkpoints that this run would not continue
+            (``autoresume`` is off).
     """
     run_dir = Path(recipe.run_dir)
     make_directory(run_dir)
@@ -95,7 +60,7 @@ def check_run_dir(recipe: Recipe) -> Path:
     config = run_dir / CONFIG_FILE
     if config.exists():
         stored = load_recipe(config, check=False)
-        differences = [line for line in diff_recipes(stored, recipe) if not line.startswith(FREE_KEYS)]
+        differences = [line for line in diff_recipes(stored, recipe) if not is_free_on_resume(line.partition(":")[0])]
         batches = store_of(run_dir).batches()
         if differences:
             remedy = f"choose another run_{'name' if recipe.run_name in run_dir.parts else 'dir'}"
@@ -219,7 +184,7 @@ def _check_uploaded(recipe: Recipe, uploaded: Path) -> None:
     differing = [
         f"{key}: {show_leaf(saved[key])} -> {show_leaf(own[key])}"
         for key in own
-        if key in saved and saved[key] != own[key] and not key.startswith(FREE_KEYS)
+        if key in saved and saved[key] != own[key] and not is_free_on_resume(key)
     ]
     if differing:
         raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
 from moefoundry.config import Moments, Recipe, ScheduleTiming, UserError, flatten
 from moefoundry.config.build import changes_nothing
-from moefoundry.config.spec import show_leaf
+from moefoundry.config.spec import is_architecture, show_leaf
 from moefoundry.data.identity import read_shards, stream_digest
 
 MOMENTS = "precision.optimizer_moments"
@@ -27,17 +27,6 @@ TRAINING_DATA = "train_loader.dataset"
 HELD_OUT_DATA = "eval_loader.dataset"
 TOKENIZER = "tokenizer"
 COUNTERS = {"ba": "batch", "ep": "epoch", "tok": "token", "sp": "sample"}
-
-NOT_ARCHITECTURE = (
-    "model.init.",
-    "model.document_masking",
-    "model.moe.router.input_jitter",
-    "model.moe.balance.",
-    "model.moe.capacity_factor",
-    "model.moe.backend",
-    "model.mtp.loss_weight",
-)
-"""Keys of ``model`` that a run may change when it starts from another's checkpoint."""
 
 ORDER = ("train_loader.dataset.shuffle", "train_loader.drop_last")
 """Keys by which, beside the size of the global batch, a position within an epoch depends."""
@@ -117,7 +106,7 @@ def _other_architecture(saved: Mapping[str, Any], own: Mapping[str, Any]) -> lis
     in it: it was stored before there was such a key, or belongs to a mapping that is null."""
     lines = []
     for key in dict.fromkeys((*own, *saved)):
-        if key.startswith("model.") and not key.startswith(NOT_ARCHITECTURE):
+        if is_architecture(key):
             there, here = saved.get(key), own.get(key)
             if there != here and not (changes_nothing(there) and changes_nothing(here)):
                 lines.append(f"{key}: {show_leaf(there)} there, {show_leaf(here)} here")

@@ -36,21 +36,24 @@ def add_parser(subparsers: Any) -> None:
     )
     add_recipe(parser)
     parser.add_argument("--world-size", type=positive, metavar="N", help="also check mesh and batch against N ranks")
-    parser.add_argument("--print", action="store_true", dest="print_recipe", help="print the resolved recipe as YAML")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--show", action="store_true", help="print the resolved recipe, and where each value comes from")
+    shown.add_argument("--print", action="store_true", dest="print_recipe", help="print the resolved recipe as YAML")
 
 
 def run(args: argparse.Namespace) -> int:
-    from moefoundry.config import advice, dump_recipe, load_recipe, split_arguments
+    from moefoundry.config import advice, annotated, dump_recipe, load_layers, recipe_of, split_arguments
 
     path, overrides = split_arguments(args.arguments)
-    recipe = load_recipe(path, overrides, world_size=args.world_size)
+    layers = load_layers(path, overrides)
+    recipe = recipe_of(layers, args.world_size)
     _check_names(recipe)
     notes = [f"warning: {problem}" for problem in advice(recipe)]
     notes += [f"note: {problem}" for problem in check_files(recipe, args.world_size or 1)]
     if notes:
         print("\n".join(notes), file=sys.stderr)
-    if args.print_recipe:
-        print(dump_recipe(recipe), end="")
+    if args.show or args.print_recipe:
+        print(annotated(recipe, layers) if args.show else dump_recipe(recipe), end="")
         return 0
     model, moe, precision = recipe.model, recipe.model.moe, recipe.precision
     fp8 = f", fp8 {precision.fp8.recipe}" if precision.fp8.recipe else ""

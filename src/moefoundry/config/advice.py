@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.schema import Assignment, Recipe
+from moefoundry.config.schema import Recipe
+from moefoundry.config.schema_model import Assignment
 
 
 def advice(recipe: Recipe) -> list[Problem]:

@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from moefoundry.config.errors import Problem
+from moefoundry.config.layers import EXTENDS
 from moefoundry.config.paths import expanded, naming_problem
 from moefoundry.config.spec import INVALID, Spec, chosen_class, describe, every_key, join, options, plain, show, specs
 
@@ -131,6 +132,11 @@ class Builder:
         if name in everywhere and "." in name:
             self._fail(path, "a dotted key is for overrides; nest it in the file")
             return
+        if name == EXTENDS:
+            self._fail(path, "one recipe file extends another at its top, not below a key")
+            return
+        if not parent:
+            siblings = [*siblings, EXTENDS]
         leaves: dict[str, list[str]] = {}
         for known in everywhere:
             leaves.setdefault(known.rpartition(".")[2], []).append(known)

@@ -20,15 +20,18 @@ class Problem:
         message: What is wrong, including the bad value.
         allowed: What would be accepted, or an empty string.
         suggestion: The key or value that was probably meant, or an empty string.
+        file: The recipe file in which the key stands, where it may be one of several, or an empty string.
     """
 
     path: str
     message: str
     allowed: str = ""
     suggestion: str = ""
+    file: str = ""
 
     def __str__(self) -> str:
-        parts = [f"{self.path}: {self.message}"]
+        where = f" (in {self.file})" if self.file else ""
+        parts = [f"{self.path}{where}: {self.message}"]
         if self.allowed:
             parts.append(f"allowed: {self.allowed}")
         if self.suggestion:

@@ -9,18 +9,17 @@ Of any other key it is YAML, read as strictly as the recipe itself: ``model.moe.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
-from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import every_key, looks_secret, redact, show, specs
+from moefoundry.config.layers import EXTENDS, OVERRIDE, KeyPath, Layers, leaves_of
+from moefoundry.config.spec import every_key, looks_secret, redact
 from moefoundry.config.yaml_reader import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 _QUOTED = re.compile(r"""(?s)"(?:[^"\\]|\\.)*"|'(?:[^']|'')*'""")
-KeyPath = tuple[str, ...]
 _INDEX = re.compile(r"\[\d+\]|\.\d+$")
 
 
@@ -37,13 +36,8 @@ def redact_argument(argument: str) -> str:
     return path + equals + redact(value, path) if equals else redact(argument)
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
-    """Write the overrides into ``tree``, in order; return what is wrong with them.
-
-    Choosing another variant (``scheduler.name=constant_with_warmup``) drops those keys of the mapping that only the
-    other variants have, unless an override sets them: a recipe that writes every key out can still be switched.
-    """
-    problems = []
+def add_overrides(layers: Layers, overrides: Sequence[str]) -> None:
+    """Lay the overrides, in order, over what there is; what is wrong with them joins the problems."""
     leaves: dict[KeyPath, Any] = {}
     words = list(overrides)
     while words:
@@ -52,16 +46,10 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> list[Prob
             following = words.pop(0)  # `key value`: one mistake
         try:
             path, value = _parse(token, following)
-            leaves.update(_leaves(tuple(path.split(".")), value))
+            leaves.update(leaves_of(value, tuple(path.split("."))))
         except ConfigError as error:
-            problems += error.problems
-    for leaf, value in leaves.items():
-        problem = _assign(tree, leaf, value)
-        if problem:
-            problems.append(problem)
-    for leaf, value in leaves.items():
-        _drop_keys_of_other_variants(tree, leaf, value, leaves)
-    return problems
+            layers.problems += error.problems
+    layers.add(leaves, OVERRIDE)
 
 
 def _parse(token: str, following: str) -> tuple[str, Any]:
@@ -74,6 +62,9 @@ def _parse(token: str, following: str) -> tuple[str, Any]:
         raise ConfigError([Problem(token, message, suggestion=f"{bare}={shown}" if bare in every_key() else "")])
     if bare != path:
         raise ConfigError([Problem(path, "an override has no leading dashes", suggestion=f"{bare}={shown}")])
+    if path == EXTENDS:
+        message = "a recipe file extends another at its top; no override does"
+        raise ConfigError([Problem(path, message, allowed="the other file as the recipe, or a file that extends it")])
     if _INDEX.search(path):
         raise ConfigError([Problem(path, "a list is set as a whole", suggestion=_INDEX.sub("", path) + "=[...]")])
     if not _PATH.fullmatch(path):
@@ -90,42 +81,3 @@ def _value(path: str, text: str) -> Any:
     if _QUOTED.fullmatch(text):
         return parse_yaml(text, f"{path}=")
     return text
-
-
-def _leaves(path: KeyPath, value: Any) -> dict[KeyPath, Any]:
-    """A mapping as an override of each of its keys; an empty one stays a value."""
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    leaves: dict[KeyPath, Any] = {}
-    for name, child in value.items():
-        leaves.update(_leaves((*path, name), child))
-    return leaves
-
-
-def _assign(tree: Any, path: KeyPath, value: Any) -> Problem | None:
-    for depth, parent in enumerate(path[:-1], start=1):
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            where = ".".join(path[:depth])
-            return Problem(".".join(path), f"{where} is {show(tree)}, not a mapping", allowed=f"{where}=... as a whole")
-    if value != {} or not isinstance(tree.get(path[-1]), dict):
-        tree[path[-1]] = value
-    return None
-
-
-def _drop_keys_of_other_variants(tree: Any, path: KeyPath, value: Any, overridden: Collection[KeyPath]) -> None:
-    cls: Any = Recipe
-    spec = None
-    for parent in path[:-1]:
-        spec = specs(cls).get(parent)
-        if spec is None or not spec.is_mapping or not isinstance(tree.get(parent), dict):
-            return
-        tree, cls = tree[parent], spec.kind
-    if spec is None or spec.variants is None or path[-1] != spec.tag or value not in list(spec.variants):
-        return
-    others = {key for variant in spec.variants.values() for key in specs(variant)}
-    for key in others - specs(spec.variants[value]).keys():
-        if (*path[:-1], key) not in overridden:
-            tree.pop(key, None)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import Spec, describe, plain, show, specs
+from moefoundry.config.spec import Spec, describe, is_free_on_resume, plain, show, specs
 
 HEADER = """\
 # Recipe reference
@@ -25,6 +25,8 @@ Every key of a recipe, with its default (those of `configs/quickstart.yaml`). Th
 - `${key}` stands for another key's value, `${oc.env:NAME}` for an environment variable (not one named like a secret).
 - Unknown keys, wrong types and values out of range are errors, all listed at once with exit status 2;
   `moefoundry validate RECIPE key=value ...` does just that.
+- What a run that goes on with `autoresume` may change is marked in the column "on resume"; another value of any other
+  key is another run.
 - Plain words are strings: only `true` and `false` are booleans, and a number in quotes is a string.
 """
 
@@ -41,14 +43,19 @@ def _sections(default: Any, path: str, title: str) -> Iterator[str]:
     for name, spec in specs(type(default)).items():
         value = getattr(default, name)
         full = f"{path}{name}"
-        rows.append(f"| `{full}` | {_type(spec)} | {_default(spec, value)} | {_allowed(spec)} | {_cell(spec.doc)} |")
+        resume = "may change" if is_free_on_resume(full) else ""
+        cells = (f"`{full}`", _type(spec), _default(spec, value), _allowed(spec), resume, _cell(spec.doc))
+        rows.append(f"| {' | '.join(cells)} |")
         if spec.is_mapping:
             variants = spec.variants or {"": type(value) if value is not None else spec.kind}
             for tag, cls in variants.items():
                 heading = f"`{full}`" + (f" with `{spec.tag}: {tag}`" if tag else "")
                 nested.append((value if type(value) is cls else cls(), f"{full}.", heading))
     if rows:
-        yield "\n".join(["| key | type | default | allowed | meaning |", "|---|---|---|---|---|", *rows]) + "\n"
+        yield (
+            "\n".join(["| key | type | default | allowed | on resume | meaning |", "|---|---|---|---|---|---|", *rows])
+            + "\n"
+        )
     else:
         yield "No keys: write `{}`.\n"
     for child in nested:

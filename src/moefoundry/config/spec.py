@@ -11,7 +11,8 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from moefoundry.config.schema import PATTERN_HINTS, Recipe
+from moefoundry.config.field import PATTERN_HINTS
+from moefoundry.config.schema import Recipe
 
 
 class _Invalid:
@@ -30,7 +31,7 @@ class Spec:
         kind: ``int``, ``float``, ``bool``, ``str``, a ``StrEnum``, a dataclass, or ``list`` (then ``item`` is set).
         item: The type of a list's elements, else None.
         optional: Whether null is accepted.
-    The others are the arguments of :func:`moefoundry.config.schema.key`.
+    The others are the arguments of :func:`moefoundry.config.field.key`.
     """
 
     name: str
@@ -45,6 +46,11 @@ class Spec:
     variants: dict[str, type] | None
     tag: str
     path: bool
+    free_on_resume: bool
+    architecture: bool
+    renamed_from: tuple[str, ...]
+    instead_of: dict[str, str]
+    other_values: dict[str, str]
 
     @property
     def is_mapping(self) -> bool:
@@ -102,6 +108,22 @@ def every_key() -> dict[str, Spec]:
     return found
 
 
+def _lineage(path: str) -> Iterator[Spec]:
+    """What the schema knows of a dotted path: its key and those above it."""
+    known, names = every_key(), path.split(".")
+    return (known[above] for end in range(1, len(names) + 1) if (above := ".".join(names[:end])) in known)
+
+
+def is_free_on_resume(path: str) -> bool:
+    """Whether a run that goes on from its own checkpoint may change this key."""
+    return any(spec.free_on_resume for spec in _lineage(path))
+
+
+def is_architecture(path: str) -> bool:
+    """Whether a checkpoint fits only a model that has the same value of this key."""
+    return path.startswith("model.") and all(spec.architecture for spec in _lineage(path))
+
+
 def join(path: str, key: str | int) -> str:
     """The path of a mapping's key, or of a list's element."""
     if isinstance(key, int):
@@ -156,6 +178,18 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, StrEnum) else value
+
+
+def architecture_of(value: Any) -> Any:
+    """A schema object with every key below it that is no architecture at its default."""
+    changes = {}
+    for name, spec in specs(type(value)).items():
+        own = getattr(value, name)
+        if not spec.architecture:
+            changes[name] = getattr(type(value)(), name)
+        elif dataclasses.is_dataclass(own):
+            changes[name] = architecture_of(own)
+    return dataclasses.replace(value, **changes)
 
 
 def looks_secret(name: str) -> bool:

@@ -11,13 +11,12 @@ from moefoundry.config import (
     BalanceConfig,
     ConfigError,
     GqaConfig,
-    InitConfig,
     ModelConfig,
     MoEConfig,
-    MtpConfig,
     Problem,
     ScoreFunction,
 )
+from moefoundry.config.spec import architecture_of
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.pieces import Piece
 
@@ -135,17 +134,13 @@ def with_dense_layers(cfg: ModelConfig, dense: list[int]) -> ModelConfig:
 
 
 def computed(cfg: ModelConfig) -> ModelConfig:
-    """``cfg`` with every key at its default that does not change what the trained model computes, and one spelling of
-    every key that has two."""
-    default, dense, router = ModelConfig(), dense_layers(cfg), cfg.moe.router
-    always_biased = router.score_function == ScoreFunction.sigmoid  # with softmax there is a bias where it is updated
-    moe = replace(
-        cfg.moe,
-        router=replace(router, input_jitter=default.moe.router.input_jitter),
-        balance=BalanceConfig(bias_update_rate=0.0 if always_biased else cfg.moe.balance.bias_update_rate),
-        capacity_factor=default.moe.capacity_factor,
-        backend=default.moe.backend,
-    )
+    """The architecture of ``cfg``, and of the balance whether it makes an expert bias; with one spelling of every key
+    that has two, and what no layer reads at its default."""
+    default, dense = ModelConfig(), dense_layers(cfg)
+    always_biased = cfg.moe.router.score_function == ScoreFunction.sigmoid  # with softmax, where the bias is updated
+    bias = BalanceConfig(bias_update_rate=0.0 if always_biased else cfg.moe.balance.bias_update_rate)
+    cfg = architecture_of(cfg)
+    moe = replace(cfg.moe, balance=bias)
     attention = cfg.attention
     if isinstance(attention, GqaConfig):
         attention = replace(attention, head_dim=attention.head_dim or cfg.d_model // attention.n_heads)
@@ -154,9 +149,6 @@ def computed(cfg: ModelConfig) -> ModelConfig:
         ffn_hidden_size=cfg.ffn_hidden_size if dense else default.ffn_hidden_size,
         moe=moe if len(dense) < cfg.n_layers or cfg.mtp.depth else MoEConfig(),
         attention=attention,
-        init=InitConfig(),
-        document_masking=default.document_masking,
-        mtp=MtpConfig(depth=cfg.mtp.depth),
     )
 
 

@@ -1,0 +1,88 @@
+"""What a key of a recipe says of itself, beside its type: see :func:`key`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import field
+from typing import Any
+
+DURATION = r"\d{1,18}(ba|ep|tok|sp)|\d{1,18}(\.\d{1,18})?dur"  # no more digits than an int64 holds
+INTERVAL = r"[1-9]\d{0,17}(ba|ep|tok|sp)"
+BATCHES = r"[1-9]\d{0,17}ba"
+NAME = r"(?!\.{1,2}\Z)[\w.\-]+"
+SPLIT = r"[\w.\-/]*"
+TEXT = r"(?s).+"
+TAG = r"(?s).{1,64}"
+MAX_SEED = 2**32 - 1  # of NumPy's generators
+MAX_BATCH = 2**20  # the loader keeps a number for each sample of a batch, also of one that is larger than the data
+MAX_TIMEOUT = 366 * 86400  # a year; the libraries' own counters end far above
+PATTERN_HINTS = {
+    SPLIT: "letters, digits, '_', '-', '.' and '/'",
+    NAME: "letters, digits, '_', '-' and '.', but not '.' or '..'",
+    TEXT: "text, not empty",
+    TAG: "texts of 1 to 64 characters",
+    DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",
+    INTERVAL: "a duration: a positive integer and ba, ep, tok or sp",
+    BATCHES: "a positive integer and ba",
+}
+
+
+def key(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    pattern: str | None = None,
+    length: int | None = None,
+    available: tuple[Any, ...] | None = None,
+    variants: dict[str, type] | None = None,
+    tag: str = "kind",
+    path: bool = False,
+    free_on_resume: bool = False,
+    architecture: bool = True,
+    renamed_from: tuple[str, ...] = (),
+    instead_of: dict[str, str] | None = None,
+    other_values: dict[str, str] | None = None,
+) -> Any:
+    """A recipe field.
+
+    Args:
+        default: The value, or a callable that makes it (a dataclass, or a lambda for lists).
+        doc: One sentence for ``docs/recipe.md``.
+        ge, gt, le, lt: Numeric bounds.
+        pattern: A regular expression that a string must match in full.
+        length: How many elements a list must have.
+        available: The values that this release can run; others of the type are refused as "not available yet".
+        variants: For a mapping whose keys depend on one of them: the value of ``tag`` -> the dataclass.
+        tag: The key that selects among ``variants``.
+        path: Whether a string names a file or directory: ``~`` is expanded. It may be a URL where ``doc`` says so.
+        free_on_resume: Whether a run that goes on from its own checkpoint may change it. Holds for all keys below it.
+            Of data and tokenizers these keys say where they lie; what they are is compared by content.
+        architecture: False for a key of ``model`` that may differ between a checkpoint and the run that starts from it.
+            Holds for all keys below it.
+        renamed_from: What LLM Foundry, Composer, Hugging Face or torchtitan call the same thing.
+        instead_of: Names that they have for something near it -> how to say that here.
+        other_values: What they call a value -> the value here.
+    """
+    bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
+    metadata = {
+        "doc": doc,
+        "bounds": {name: value for name, value in bounds.items() if value is not None},
+        "pattern": pattern,
+        "length": length,
+        "available": available,
+        "variants": variants,
+        "tag": tag,
+        "path": path,
+        "free_on_resume": free_on_resume,
+        "architecture": architecture,
+        "renamed_from": renamed_from,
+        "instead_of": instead_of or {},
+        "other_values": other_values or {},
+    }
+    if isinstance(default, Callable):  # type: ignore[arg-type]
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)

@@ -1,0 +1,101 @@
+"""A recipe file and those that it extends: ``extends: other.yaml`` at its top, relative to the file, chains allowed."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from moefoundry.config.errors import ConfigError, Problem
+from moefoundry.config.layers import EXTENDS, Layers, leaves_of
+from moefoundry.config.paths import expanded, naming_problem
+from moefoundry.config.spec import every_key, show
+from moefoundry.config.urls import path_problem
+from moefoundry.config.yaml_reader import parse_yaml
+
+
+def read_layers(path: Path) -> Layers:
+    """What a recipe file says, over what the file that it extends says, and so on.
+
+    Raises:
+        ConfigError: A file of the chain is absent, cannot be read or is no recipe, or the chain comes back to one. The
+            chain is named.
+    """
+    chain, trees = [path], [read_tree(path)]
+    try:
+        while EXTENDS in trees[-1]:
+            base = _base(trees[-1].pop(EXTENDS), chain[-1])
+            comes_back = base.resolve() in [file.resolve() for file in chain]
+            chain.append(base)
+            if comes_back:
+                raise ConfigError([Problem(EXTENDS, f"{chain[-2]}: a recipe cannot extend itself")])
+            trees.append(read_tree(base))
+    except ConfigError as error:
+        steps = " extends ".join(map(str, chain))
+        raise ConfigError(error.problems, str(path), f"({steps})" if len(chain) > 1 else "") from None
+    layers = Layers(str(path), chained=len(chain) > 1)
+    for file, tree in reversed([*zip(chain, trees, strict=True)]):
+        layers.add(leaves_of(tree), str(file))
+    return layers
+
+
+def _base(value: Any, file: Path) -> Path:
+    """The file that ``file`` extends."""
+    allowed = "the path of another recipe file, relative to this one"
+    if not isinstance(value, str):
+        raise ConfigError([Problem(EXTENDS, f"{file}: got {show(value)}", allowed)])
+    where = f"{file}: {show(value)}"
+    if "${" in value:
+        raise ConfigError([Problem(EXTENDS, f"{where}: files are read before interpolations are resolved", allowed)])
+    if problem := path_problem(value) or naming_problem(expanded(value)):
+        raise ConfigError([Problem(EXTENDS, f"{where} {problem}".replace("'' ", ""), allowed)])
+    return _shortest(file.parent / expanded(value))
+
+
+def _shortest(path: Path) -> Path:
+    """``path`` without ``x/..``, where that is the same file (with symbolic links it may be another)."""
+    shorter = Path(*_folded(path.parts))
+    return shorter if shorter.resolve() == path.resolve() else path
+
+
+def _folded(parts: tuple[str, ...]) -> list[str]:
+    folded: list[str] = []
+    for part in parts:
+        if part == ".." and folded and folded[-1] not in ("..", "/"):
+            folded.pop()
+        else:
+            folded.append(part)
+    return folded
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """One recipe file as dicts, lists and scalars.
+
+    Raises:
+        ConfigError: It is absent, cannot be read, or is no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError([Problem(str(path), "no such recipe file", suggestion=_near(path))], str(path)) from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError([Problem(str(path), f"cannot be read: {reason}")], str(path)) from None
+    tree = parse_yaml(text, str(path))
+    if tree is None:
+        raise ConfigError([Problem(str(path), "is empty", allowed="a mapping of keys to values")], str(path))
+    if not isinstance(tree, dict):
+        problem = Problem(str(path), f"the top level is {show(tree)}", allowed="a mapping of keys to values")
+        raise ConfigError([problem], str(path))
+    return tree
+
+
+def _near(path: Path) -> str:
+    """What was probably meant by the name of a file that there is not."""
+    if str(path) in every_key():
+        return f"{path}=..."
+    nearby = [*path.parent.glob("*.y*ml"), *Path("configs").rglob("*.y*ml")]
+    by_name = {key: str(file) for file in nearby for key in (file.stem, str(file.with_suffix("")))}
+    wanted = str(path.with_suffix("")), path.stem  # what files of one kind have in common tells nothing
+    names = [near for name in wanted for near in difflib.get_close_matches(name, by_name, 1)]
+    return by_name[names[0]] if names else ""

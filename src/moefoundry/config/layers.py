@@ -1,0 +1,120 @@
+"""Mappings laid over each other, the file over what it extends and overrides over the file, and who said what.
+
+A mapping is merged into the one below, key by key; anything else, lists and null included, replaces what is there.
+Choosing another variant (``scheduler.name``) drops those keys below that only other variants have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from moefoundry.config.errors import Problem
+from moefoundry.config.schema import Recipe
+from moefoundry.config.spec import show, specs
+
+EXTENDS = "extends"
+OVERRIDE = "override"
+KeyPath = tuple[str, ...]
+
+
+class Layers:
+    """What recipe files and overrides say together.
+
+    Args:
+        name: What to call it in errors.
+        chained: Whether it is made of several files, so that a problem has to say in which it is.
+
+    Attributes:
+        tree: Dicts, lists and scalars, interpolations as they were written.
+        origins: Dotted key, or empty mapping -> the file that says it, or :data:`OVERRIDE`.
+        problems: What could not be laid over what was there.
+    """
+
+    def __init__(self, name: str, chained: bool = False) -> None:
+        self.name = name
+        self.chained = chained
+        self.tree: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.problems: list[Problem] = []
+
+    def add(self, leaves: Mapping[KeyPath, Any], origin: str) -> None:
+        """Lay keys, as :func:`leaves_of` has them, over what is there."""
+        for leaf, value in leaves.items():
+            if problem := _assign(self.tree, leaf, value, origin):
+                self.problems.append(problem)
+            elif not _at(self.tree, leaf) or value:  # an empty mapping over another changes nothing
+                self._forget(leaf)
+                self.origins[".".join(leaf)] = origin
+        for leaf, value in leaves.items():
+            for key in _keys_of_other_variants(self.tree, leaf, value, leaves):
+                _at(self.tree, key[:-1]).pop(key[-1], None)
+                self._forget(key)
+
+    def _forget(self, path: KeyPath) -> None:
+        """Drop who said what stood at ``path`` and below, and who said that there was nothing above."""
+        key = ".".join(path)
+        above = {".".join(path[:length]) for length in range(1, len(path))}
+        self.origins = {
+            old: origin
+            for old, origin in self.origins.items()
+            if old != key and not old.startswith(f"{key}.") and old not in above
+        }
+
+    def origin(self, path: str) -> str:
+        """Who said a dotted key, a mapping that holds it, or what it holds; an empty string for nobody."""
+        key = path.partition("[")[0]
+        names = key.split(".")
+        for above in (key, *(".".join(names[:length]) for length in range(len(names) - 1, 0, -1))):
+            if above in self.origins:
+                return self.origins[above]
+        below = [origin for old, origin in self.origins.items() if old.startswith(f"{key}.")]
+        return below[-1] if below else ""
+
+
+def leaves_of(value: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
+    """A mapping as its keys at every depth; an empty one stays a value."""
+    if not isinstance(value, dict) or (not value and path):
+        return {path: value}
+    leaves: dict[KeyPath, Any] = {}
+    for name, child in value.items():
+        leaves.update(leaves_of(child, (*path, name)))
+    return leaves
+
+
+def _at(tree: Any, path: KeyPath) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _assign(tree: Any, path: KeyPath, value: Any, origin: str) -> Problem | None:
+    for depth, parent in enumerate(path[:-1], start=1):
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            where = ".".join(path[:depth])
+            message = f"{where} is {show(tree)}, not a mapping"
+            if origin == OVERRIDE:
+                return Problem(".".join(path), message, allowed=f"{where}=... as a whole")
+            return Problem(".".join(path), message, allowed=f"another value of {where} as a whole", file=origin)
+    if value != {} or not isinstance(tree.get(path[-1]), dict):
+        tree[path[-1]] = value
+    return None
+
+
+def _keys_of_other_variants(tree: Any, path: KeyPath, value: Any, said: Collection[KeyPath]) -> list[KeyPath]:
+    """Where ``path`` chooses a variant, the keys beside it that the variant has not, but for those ``said`` with it."""
+    cls: Any = Recipe
+    spec = None
+    for parent in path[:-1]:
+        spec = specs(cls).get(parent)
+        if spec is None or not spec.is_mapping or not isinstance(tree.get(parent), dict):
+            return []
+        tree, cls = tree[parent], spec.kind
+    if spec is None or spec.variants is None or path[-1] != spec.tag or value not in list(spec.variants):
+        return []
+    others = {key for variant in spec.variants.values() for key in specs(variant)} - specs(spec.variants[value]).keys()
+    keys = [(*path[:-1], key) for key in sorted(others)]
+    return [key for key in keys if not any(leaf[: len(key)] == key for leaf in said)]

@@ -1,0 +1,199 @@
+"""The recipe's ``model``: what :mod:`moefoundry.config.schema` says of the recipe holds here, too.
+
+A key that joins ``model`` is off by default (null, false, 0, none), so that checkpoints without it can be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moefoundry.config.field import INTERVAL, key
+
+
+class NormKind(StrEnum):
+    rmsnorm = "rmsnorm"
+    layernorm = "layernorm"
+
+
+class ScoreFunction(StrEnum):
+    softmax = "softmax"
+    sigmoid = "sigmoid"
+
+
+class Assignment(StrEnum):
+    scores = "scores"
+    uniform = "uniform"
+
+
+class QkNorm(StrEnum):
+    none = "none"
+    head = "head"
+    full = "full"
+
+
+class AttentionBias(StrEnum):
+    none = "none"
+    qkv = "qkv"
+    all = "all"
+
+
+class AuxLossScope(StrEnum):
+    sequence = "sequence"
+    micro_batch = "micro_batch"
+    global_batch = "global_batch"
+
+
+class ExpertBackend(StrEnum):
+    auto = "auto"
+    triton = "triton"
+    grouped_mm = "grouped_mm"
+    loop = "loop"
+    megablocks = "megablocks"
+
+
+@dataclass
+class NormConfig:
+    kind: NormKind = key(NormKind.rmsnorm, "Normalization layer; neither kind has a bias.")
+    eps: float = key(1.0e-6, "Added to the mean square before the root.", gt=0)
+
+
+@dataclass
+class InitConfig:
+    std: float = key(0.06, "Standard deviation of every weight matrix; norms start at 1.", gt=0)
+
+
+@dataclass
+class YarnConfig:
+    """Context extension by YaRN (arXiv 2309.00071); null factors follow Hugging Face's ``rope_scaling``."""
+
+    factor: float = key(40.0, "How many times longer the context becomes.", ge=1)
+    original_max_seq_len: int = key(4096, "Context length before the extension, in tokens.", ge=1)
+    beta_fast: float = key(32.0, "Rotations over the original context from which frequencies stay as they are.", gt=0)
+    beta_slow: float = key(1.0, "Rotations up to which frequencies are divided by the factor.", gt=0)
+    mscale: float | None = key(None, "DeepSeek's factor in the magnitude of cosines and sines.", gt=0)
+    mscale_all_dim: float | None = key(None, "DeepSeek's factor in the softmax scale.", gt=0)
+
+
+@dataclass
+class AttentionConfig:
+    """What every attention kind has; the keys of a kind are in its subclass."""
+
+    kind: str = key("gqa", "Attention kind; it decides the other keys of this mapping.")
+    n_heads: int = key(8, "Query heads.", ge=1)
+    rope_theta: float = key(10000.0, "Base of the rotary position embedding.", gt=0)
+    yarn: YarnConfig | None = key(None, "Context extension; null leaves the frequencies as they are.")
+
+
+@dataclass
+class GqaConfig(AttentionConfig):
+    """Grouped-query attention (arXiv 2305.13245); ``n_kv_heads == n_heads`` is multi-head attention."""
+
+    n_kv_heads: int = key(4, "Key and value heads; divides n_heads.", ge=1)
+    head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2)
+    qk_norm: QkNorm = key(QkNorm.none, "RMSNorm of queries and keys: over each head, or over all heads together.")
+    bias: AttentionBias = key(AttentionBias.none, "Which projections have a bias.")
+    clip_qkv: float | None = key(None, "Clamps queries, keys and values to [-clip_qkv, clip_qkv].", gt=0)
+    sliding_window: int | None = key(None, "Tokens a position sees, itself included; null sees all before it.", ge=1)
+
+
+@dataclass
+class MlaConfig(AttentionConfig):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in the published weights' interleaved RoPE."""
+
+    kind: str = key("mla", "Attention kind; it decides the other keys of this mapping.")
+    q_lora_rank: int | None = key(None, "Width of the compressed queries; null does not compress them.", ge=1)
+    kv_lora_rank: int = key(512, "Width of the compressed keys and values.", ge=1)
+    qk_nope_head_dim: int = key(128, "Width of a query's and key's part without position.", ge=1)
+    qk_rope_head_dim: int = key(64, "Width of the part with position; the keys of all heads share it.", ge=2)
+    v_head_dim: int = key(128, "Width of a value.", ge=1)
+
+
+@dataclass
+class RouterConfig:
+    score_function: ScoreFunction = key(ScoreFunction.softmax, "Maps router logits to scores.")
+    normalize_topk: bool = key(True, "Divide the top-k weights by their sum.")
+    scale: float = key(1.0, "Multiplies the top-k weights after normalization.", gt=0)
+    num_groups: int = key(1, "Expert groups for group-limited routing.", ge=1)
+    top_k_groups: int = key(1, "Groups a token may reach.", ge=1)
+    input_jitter: float = key(
+        0.0,
+        "In training, the gate's input is multiplied by uniform noise in 1 +- this.",
+        ge=0,
+        lt=1,
+        architecture=False,
+    )
+    assignment: Assignment = key(
+        Assignment.scores, "Which experts a token gets: the best by score, or for benchmarks all of them in turn."
+    )
+
+
+@dataclass
+class BalanceConfig:
+    aux_loss_weight: float = key(0.01, "Weight of the load-balance loss.", ge=0)
+    aux_loss_scope: AuxLossScope = key(
+        AuxLossScope.sequence, "Tokens over which the load-balance loss takes its means."
+    )
+    z_loss_weight: float = key(0.001, "Weight of the router z-loss.", ge=0)
+    bias_update_rate: float = key(0.0, "Step of the auxiliary-loss-free expert bias; 0 leaves it alone.", ge=0)
+    bias_freeze_at: str | None = key(None, "When the expert bias stops changing.", pattern=INTERVAL)
+
+
+@dataclass
+class MoEConfig:
+    num_experts: int = key(16, "Routed experts of each MoE layer.", ge=1)
+    top_k: int = key(2, "Routed experts of each token.", ge=1)
+    expert_hidden_size: int = key(256, "Hidden width of one routed expert.", ge=1)
+    num_shared_experts: int = key(1, "Experts that see every token (one FFN of this many widths).", ge=0)
+    router: RouterConfig = key(RouterConfig, "Routing.")
+    balance: BalanceConfig = key(BalanceConfig, "Load balancing.", architecture=False)
+    capacity_factor: float | None = key(
+        None,
+        "An expert takes at most this times its even share of a micro-batch, best scores first; null is dropless.",
+        gt=0,
+        architecture=False,
+    )
+    backend: ExpertBackend = key(
+        ExpertBackend.auto,
+        "How experts multiply; auto takes the fastest for the device, dtype and size, loop is the plain oracle.",
+        available=(ExpertBackend.auto, ExpertBackend.triton, ExpertBackend.grouped_mm, ExpertBackend.loop),
+        free_on_resume=True,
+        architecture=False,
+    )
+
+    @property
+    def has_expert_bias(self) -> bool:
+        """Whether routers have a bias for the choice of experts."""
+        return self.router.score_function == ScoreFunction.sigmoid or self.balance.bias_update_rate > 0
+
+    @property
+    def group_votes(self) -> int:
+        """How many of a group's best experts its score is the sum of: as in DeepSeek's published code, two where there
+        is a bias (DeepSeek-V3), else one (DeepSeek-V2)."""
+        return 2 if self.has_expert_bias else 1
+
+
+@dataclass
+class MtpConfig:
+    depth: int = key(0, "Multi-token-prediction modules.", ge=0)
+    loss_weight: float = key(0.3, "Weight of the multi-token-prediction loss.", ge=0, architecture=False)
+
+
+@dataclass
+class ModelConfig:
+    name: str = key("moe_causal_lm", "The model family.", available=("moe_causal_lm",))
+    vocab_size: int = key(4096, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=2)
+    d_model: int = key(256, "Width of the residual stream.", ge=1)
+    n_layers: int = key(6, "Transformer blocks.", ge=1)
+    n_dense_layers: int = key(1, "How many of the first blocks use a dense FFN.", ge=0)
+    dense_layers: list[int] = key(list, "Further blocks (from 0) that use a dense FFN.", ge=0)
+    ffn_hidden_size: int = key(1024, "Hidden width of the dense FFN.", ge=1)
+    norm: NormConfig = key(NormConfig, "Normalization.")
+    tie_embeddings: bool = key(False, "Use the embedding as the output head.")
+    init: InitConfig = key(InitConfig, "Initial weights.", architecture=False)
+    attention: AttentionConfig = key(GqaConfig, "Attention.", variants={"gqa": GqaConfig, "mla": MlaConfig})
+    document_masking: bool = key(
+        False, "A token sees its own document alone, not all before it in the sequence.", architecture=False
+    )
+    moe: MoEConfig = key(MoEConfig, "Mixture of experts.")
+    mtp: MtpConfig = key(MtpConfig, "Multi-token prediction.")
