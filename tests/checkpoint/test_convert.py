@@ -402,7 +402,7 @@ def test_a_damaged_config_is_named(tmp_path: Path, content: str | None) -> None:
 
 
 def save_trained(recipe: Recipe) -> None:
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     train(recipe)
 
