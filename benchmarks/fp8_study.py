@@ -42,7 +42,7 @@ from moefoundry.config import Recipe, load_recipe
 from moefoundry.data.loader import build_loader
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.parallel import moe_layers
-from moefoundry.train import EXPECTED_WARNINGS, build_trainer
+from moefoundry.trainer import EXPECTED_WARNINGS, build_trainer
 
 RECIPE = ROOT.parent / "configs" / "examples" / "fp8-twin.yaml"
 BASELINE, OBSERVED = "bf16_emulated", "deepseek_v3"

@@ -69,7 +69,7 @@ def _measure(recipe: Recipe, mesh: MeshConfig, rounds: int) -> dict[str, list[fl
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import MoETransformer, meta_model
     from moefoundry.parallel import materialize, parallelize
-    from moefoundry.train import build_optimizer
+    from moefoundry.trainer import build_optimizer
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = (recipe.global_train_batch_size, recipe.max_seq_len)

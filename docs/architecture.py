@@ -29,7 +29,7 @@ BOXES: dict[str, tuple[float, float, float, float, str, str]] = {
         6.5,
         0.9,
         BLUE,
-        "train.py  Composer Trainer: optimizer, schedule, micro-batches, evaluation",
+        "trainer.py  Composer Trainer: optimizer, schedule, micro-batches, evaluation",
     ),
     "checkpoint": (10.7, 1.6, 2.5, 0.9, BLUE, "checkpoint/\nsharded, by name"),
     "callbacks": (10.7, 3.1, 2.5, 0.9, BLUE, "callbacks/\nmetrics, load, report"),

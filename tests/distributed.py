@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOAD = [
-    "moefoundry.train",
+    "moefoundry.trainer",
     "moefoundry.cli.train",
     "composer.algorithms",
     "matplotlib.figure",

@@ -121,7 +121,7 @@ def train(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
 
     from moefoundry.callbacks.gradient_norm import global_norm
     from moefoundry.parallel import sum_between_copies
-    from moefoundry.train import build_optimizer
+    from moefoundry.trainer import build_optimizer
 
     rank, ranks = (0, 1) if mesh_sizes is None else (dist.get_rank(), dist.get_world_size())
     model = build(mesh_sizes, num_experts, mode)
@@ -154,7 +154,7 @@ class Held(NamedTuple):
 
 
 def held_after_a_step(mesh_sizes: tuple[int, int, int, int | None], num_experts: int) -> Held:
-    from moefoundry.train import build_optimizer
+    from moefoundry.trainer import build_optimizer
 
     model = build(mesh_sizes, num_experts)
     optimizer = build_optimizer(model, OptimizerConfig())

@@ -39,7 +39,7 @@ SETTINGS = (
 def preload() -> None:
     """Import before the time counts; what cannot be imported is said when it is needed."""
     with contextlib.suppress(ImportError):
-        import moefoundry.train  # noqa: F401
+        import moefoundry.trainer  # noqa: F401
 
 
 def run(figures: Figures, options: Options) -> None:
@@ -50,9 +50,9 @@ def run(figures: Figures, options: Options) -> None:
 def measure(part: Part, options: Options) -> None:
     """Train twice and compare."""
     try:
-        import moefoundry.train  # noqa: F401
+        import moefoundry.trainer  # noqa: F401
     except ImportError as error:
-        raise NotRunError(f"moefoundry.train cannot be imported: {error}") from None
+        raise NotRunError(f"moefoundry.trainer cannot be imported: {error}") from None
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
         start = time.perf_counter()
@@ -96,7 +96,7 @@ def train(run_dir: Path, corpus: Path, save_at: int, end: int, options: Options)
     """Train to batch ``end``, from the newest checkpoint if there is one; the metrics by batch."""
     from moefoundry.callbacks.metrics_file import read_metrics
     from moefoundry.config import load_recipe
-    from moefoundry.train import train as train_recipe
+    from moefoundry.trainer import train as train_recipe
 
     overrides = [
         *SETTINGS,

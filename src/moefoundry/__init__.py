@@ -1,33 +1,49 @@
-"""Train Mixture-of-Experts language models from YAML recipes."""
+"""Train Mixture-of-Experts language models from YAML recipes. ``docs/python.md`` shows what is exported here.
+
+A name is imported when it is first used: torch and Composer take many seconds.
+"""
 
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from moefoundry.version import __version__
 
 if TYPE_CHECKING:
-    import torch
+    from moefoundry.config import Recipe, load_recipe
+    from moefoundry.data.options import PrepareOptions
+    from moefoundry.data.prepare import prepare
+    from moefoundry.pretrained import from_pretrained, load_checkpoint
+    from moefoundry.trainer import train
 
-    from moefoundry.model.transformer import MoETransformer
+__all__ = [
+    "PrepareOptions",
+    "Recipe",
+    "__version__",
+    "from_pretrained",
+    "load_checkpoint",
+    "load_recipe",
+    "prepare",
+    "train",
+]
 
-__version__ = "0.1.0"
+_MODULES = {
+    "PrepareOptions": "moefoundry.data.options",
+    "Recipe": "moefoundry.config",
+    "from_pretrained": "moefoundry.pretrained",
+    "load_checkpoint": "moefoundry.pretrained",
+    "load_recipe": "moefoundry.config",
+    "prepare": "moefoundry.data.prepare",
+    "train": "moefoundry.trainer",
+}
 
 
-def from_pretrained(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-) -> MoETransformer:
-    """The model of a Hugging Face directory, in evaluation mode: ``model(input_ids)`` gives logits [B, S, V].
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, getattr(importlib.import_module(_MODULES[name]), name))
 
-    Args:
-        path: Holds config.json and safetensors.
-        dtype: Of the parameters; None is fp32. Buffers keep theirs.
-        device: Where the model is.
 
-    Raises:
-        UserError: The config means a model that is not here; or a tensor is missing, too many or misshapen (all are
-            named); or the weights are pickled, or quantized other than in FP8 blocks.
-    """
-    convert = importlib.import_module("moefoundry.conversion.convert")  # torch takes seconds to import
-    model: MoETransformer = convert.from_pretrained(Path(path), dtype, device)
-    return model
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -72,7 +72,7 @@ def samples_of(recipe: Recipe) -> list[list[int]]:
     """What this rank reads in each batch: a hash of every sequence."""
     from composer.core import Callback
 
-    from moefoundry import train
+    from moefoundry import trainer as parts
 
     batches: list[list[int]] = []
 
@@ -80,9 +80,9 @@ def samples_of(recipe: Recipe) -> list[list[int]]:
         def after_dataloader(self, state, logger) -> None:  # type: ignore[no-untyped-def]
             batches.append([hash(tuple(row)) for row in state.batch["input_ids"].tolist()])
 
-    build_callbacks = train.build_callbacks
-    train.build_callbacks = lambda *args: [*build_callbacks(*args), Watch()]
-    train.train(recipe)
+    build_callbacks = parts.build_callbacks
+    parts.build_callbacks = lambda *args: [*build_callbacks(*args), Watch()]
+    parts.train(recipe)
     return batches
 
 
@@ -135,7 +135,7 @@ def draws_of(recipe: Recipe) -> list[float]:
     """What this rank's generator gives at the start of each batch."""
     from composer.core import Callback
 
-    from moefoundry import train
+    from moefoundry import trainer as parts
 
     draws: list[float] = []
 
@@ -143,9 +143,9 @@ def draws_of(recipe: Recipe) -> list[float]:
         def batch_start(self, state, logger) -> None:  # type: ignore[no-untyped-def]
             draws.append(torch.rand(()).item())
 
-    build_callbacks = train.build_callbacks
-    train.build_callbacks = lambda *args: [*build_callbacks(*args), Draw()]
-    train.train(recipe)
+    build_callbacks = parts.build_callbacks
+    parts.build_callbacks = lambda *args: [*build_callbacks(*args), Draw()]
+    parts.train(recipe)
     return draws
 
 

@@ -111,7 +111,7 @@ def test_places_are_read_by_one_rule_and_written_as_paths(
 
 def starts_that_fail(place: Path, overrides: list[str], lease: str) -> list[tuple[Outcome, dict[str, bytes]]]:
     """Command lines, each with what it left in its run directory."""
-    from moefoundry import train
+    from moefoundry import trainer as parts
     from moefoundry.config import UserError
 
     run_dir = place / "run"
@@ -124,10 +124,10 @@ def starts_that_fail(place: Path, overrides: list[str], lease: str) -> list[tupl
     def refuse(*args: object) -> None:
         raise UserError("cannot be built")
 
-    build, train.build_callbacks = train.build_callbacks, refuse
+    build, parts.build_callbacks = parts.build_callbacks, refuse
     results.append(attempt(f"save_remote={place}/uploads", f"load_path=file://{place}/none"))
     results.append(attempt())
-    train.build_callbacks = build
+    parts.build_callbacks = build
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "lease.json").write_text(lease)
     begin = time.monotonic()

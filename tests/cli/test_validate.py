@@ -315,7 +315,7 @@ def test_validate_imports_nothing_heavy():
         "from moefoundry.cli.main import main\n"
         f"assert main(['validate', {QUICKSTART!r}, 'precision.fp8.recipe=deepseek_v3']) == 0\n"
         "heavy = {'torch', 'composer', 'llmfoundry', 'streaming', 'transformers', 'tokenizers', 'numpy', 'pandas',\n"
-        "         'matplotlib', 'moefoundry.cli.prepare', 'moefoundry.model.transformer', 'moefoundry.train'}\n"
+        "         'matplotlib', 'moefoundry.cli.prepare', 'moefoundry.model.transformer', 'moefoundry.trainer'}\n"
         "print(sorted(heavy & sys.modules.keys()))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)

@@ -402,7 +402,7 @@ def test_a_damaged_config_is_named(tmp_path: Path, content: str | None) -> None:
 
 
 def save_trained(recipe: Recipe) -> None:
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     train(recipe)
 
@@ -492,7 +492,7 @@ def test_a_model_that_is_not_there_is_to_be_downloaded_first(tmp_path: Path) -> 
 
 
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, moefoundry; moefoundry.from_pretrained; sys.exit('torch' in sys.modules)"
+    code = "import sys, moefoundry; moefoundry.load_recipe; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -176,7 +176,7 @@ def train(
 
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.parallel import materialize, moe_layer_indices, parallelize
-    from moefoundry.train import build_optimizer
+    from moefoundry.trainer import build_optimizer
 
     rank, ranks = (0, 1) if mesh is None else (dist.get_rank(), dist.get_world_size())
     cfg = mtp_config(2)

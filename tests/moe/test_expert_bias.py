@@ -60,7 +60,7 @@ def train(mode: Mode) -> Outcome:
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import MoETransformer
     from moefoundry.parallel import materialize, moe_layers, parallelize
-    from moefoundry.train import build_optimizer
+    from moefoundry.trainer import build_optimizer
 
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if mode.mesh and dist.is_initialized() else (0, 1)
     cfg = tiny_config()

@@ -133,12 +133,12 @@ def test_fp8_narrows_the_two_legs_that_spread_rows():
 
 def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]:
     """As :func:`count_steps`, through Composer's own loop."""
-    from moefoundry import train
+    from moefoundry import trainer as parts
 
     meshes = []
-    setup = train.setup_meshes
-    train.setup_meshes = lambda *args: meshes.append(setup(*args)) or meshes[0]
-    trainer = train.build_trainer(recipe)
+    setup = parts.setup_meshes
+    parts.setup_meshes = lambda *args: meshes.append(setup(*args)) or meshes[0]
+    trainer = parts.build_trainer(recipe)
     with SentBytes(meshes[0], strict=False) as counted:
         trainer.fit()
     trainer.close()

@@ -41,7 +41,7 @@ def test_package_keeps_the_layer_order() -> None:
 
 
 def test_downward_imports_pass(skeleton: Path) -> None:
-    (skeleton / "src/moefoundry/train.py").write_text("import composer\nimport moefoundry.config\n")
+    (skeleton / "src/moefoundry/trainer.py").write_text("import composer\nimport moefoundry.config\n")
     result = lint_imports(skeleton)
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -60,7 +60,7 @@ def finished(run_dir: Path, out: str = "", err: str = "") -> Run:
 
 
 def _train(recipe: Recipe, before: Callable[[], None] | None) -> list[str]:
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     if before is not None:
         before()

@@ -127,7 +127,7 @@ def reads_of_the_index(recipe: Recipe) -> int:
     from unittest import mock
 
     from moefoundry.checkpoint import load
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     with mock.patch.object(load, "parse_metadata", wraps=load.parse_metadata) as parse:
         train(recipe)

@@ -27,15 +27,15 @@ WEIGHT = "model.layers.2.ffn.experts.up_proj"
 
 
 def add_callback(callback: Any, *, first: bool = False) -> None:
-    from moefoundry import train
+    from moefoundry import trainer as parts
 
-    build_callbacks = train.build_callbacks
+    build_callbacks = parts.build_callbacks
 
     def with_another(*args: Any) -> list[Any]:
         callbacks = build_callbacks(*args)
         return [callback, *callbacks] if first else [*callbacks, callback]
 
-    train.build_callbacks = with_another
+    parts.build_callbacks = with_another
 
 
 def in_the_third_batch_of_the_last_rank(state: Any) -> bool:
@@ -90,7 +90,7 @@ def watched(recipe: Recipe, fault: Callable[[], None]) -> dict[str, Any]:
     from composer.core import Callback
 
     from moefoundry.checkpoint.state import model_tensors, optimizer_tensors
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     class Watch(Callback):
         def batch_start(self, state: Any, logger: Any) -> None:
@@ -213,7 +213,7 @@ def late_in_the_third_batch() -> None:
 
 
 def error_of(recipe: Recipe) -> str:
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     late_in_the_third_batch()
     with pytest.raises(CollectiveError) as caught:

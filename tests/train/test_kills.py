@@ -62,7 +62,7 @@ def test_row1_row2_killed_at_batch_9(tiny_recipe: Tiny, tmp_path: Path) -> None:
 
 
 def train_and_name_yourself(recipe: Recipe, process_ids: Path) -> None:
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     rank = os.environ["RANK"]
     (process_ids / f"{rank}.writing").write_text(str(os.getpid()))

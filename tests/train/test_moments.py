@@ -50,7 +50,7 @@ def test_groups_and_their_options_are_those_of_wide_moments() -> None:
 
 
 def compare_groups() -> None:
-    from moefoundry.train import build_optimizer
+    from moefoundry.trainer import build_optimizer
 
     model = MoETransformer(tiny_config())
     cfg = OptimizerConfig(lr=0.3, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.2)

@@ -102,7 +102,8 @@ def compute(recipe: Recipe, directory: Path) -> None:
     import torch
     from composer.utils import get_device
 
-    from moefoundry import train as parts
+    from moefoundry import trainer as parts
+    from moefoundry.callbacks.learning_rate import build_schedule
     from moefoundry.callbacks.metrics_file import MetricsFile
     from moefoundry.cli.validate import exports_as
 
@@ -115,10 +116,10 @@ def compute(recipe: Recipe, directory: Path) -> None:
 
     model = parts.build_model(recipe, parts.setup_meshes(recipe, get_device("cpu")), get_device("cpu"))
     parts.materialize(model, "cpu", recipe.seed)
-    parts.build_callbacks(recipe, model, MetricsFile(directory), None)
+    parts.build_callbacks(recipe, model, MetricsFile(directory), {}, None)
     parts.build_console(recipe, model)
     optimizer = parts.build_optimizer(model, recipe.optimizer, recipe.precision.optimizer_moments, recipe.seed)
-    schedule = parts.build_scheduler(recipe.scheduler)
+    schedule = build_schedule(recipe.scheduler)
     for batch in (0, 3):
         now = Timestamp(epoch=0, batch=batch, sample=batch * 4, token=batch * 256)
         duration = Time.from_timestring(recipe.max_duration)
@@ -137,7 +138,7 @@ class StopAfterOneBatch(Callback):
 
 def train_one_batch(recipe: Recipe, directory: Path) -> None:
     """Train as the command does, in a run_dir of its own, to the report; trackers of other services are left out."""
-    from moefoundry import train as parts
+    from moefoundry import trainer as parts
     from tests.train.runs import finished
 
     if "://" in f"{recipe.load_path}{recipe.save_remote}{recipe.train_loader.dataset.remote}":

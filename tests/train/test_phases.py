@@ -39,7 +39,7 @@ def train_and_look(recipe: Recipe) -> tuple[list[str], list[int]]:
     """What was printed, and for each batch a number that tells its samples from others."""
     from composer.core import Callback
 
-    from moefoundry import train
+    from moefoundry import trainer as parts
 
     seen: list[int] = []
 
@@ -48,10 +48,10 @@ def train_and_look(recipe: Recipe) -> tuple[list[str], list[int]]:
             tokens = state.batch["input_ids"]
             seen.append(int((tokens * torch.arange(1, tokens.numel() + 1).view_as(tokens)).sum()))
 
-    build_callbacks = train.build_callbacks
-    train.build_callbacks = lambda *args: [*build_callbacks(*args), Look()]
+    build_callbacks = parts.build_callbacks
+    parts.build_callbacks = lambda *args: [*build_callbacks(*args), Look()]
     with captured_output() as texts:
-        train.train(recipe)
+        parts.train(recipe)
     return texts, seen
 
 

@@ -77,7 +77,7 @@ def break_every_part() -> None:
     import matplotlib.figure
 
     import moefoundry.callbacks.report as report
-    import moefoundry.train as training
+    import moefoundry.trainer as training
 
     def fail(*arguments: object, **options: object) -> None:
         raise IndexError("index -1 is out of\nbounds")
@@ -128,7 +128,7 @@ def train_on_a_terminal(recipe: Recipe) -> str:
     import sys
     import threading
 
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     controller, terminal = pty.openpty()
     tty.setraw(terminal)

@@ -38,7 +38,7 @@ def train_or_be_killed(recipe: Recipe, directory: Path) -> int:
     faulthandler.dump_traceback_later(60, exit=True, file=open(f"hung{os.environ['RANK']}", "w"))  # noqa: SIM115
     from streaming.base.shared import prefix
 
-    from moefoundry.train import train
+    from moefoundry.trainer import train
 
     resource_tracker.register = resource_tracker.unregister = lambda name, kind: None  # as in tests.distributed
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])

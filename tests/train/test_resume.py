@@ -95,7 +95,7 @@ def kill_in_batch_9() -> None:
     from composer.core import Callback, Event
     from composer.utils import dist
 
-    from moefoundry import train
+    from moefoundry import trainer as parts
 
     class Killer(Callback):
         def run_event(self, event: Event, state, logger) -> None:  # type: ignore[no-untyped-def]
@@ -103,8 +103,8 @@ def kill_in_batch_9() -> None:
             if event == Event.AFTER_FORWARD and state.timestamp.batch == 8 and last:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    build_callbacks = train.build_callbacks
-    train.build_callbacks = lambda *args: [*build_callbacks(*args), Killer()]
+    build_callbacks = parts.build_callbacks
+    parts.build_callbacks = lambda *args: [*build_callbacks(*args), Killer()]
 
 
 def test_a_killed_run_resumes_by_itself(tiny_recipe: Tiny, tmp_path: Path, whole: Run, world_size: int) -> None:
@@ -154,7 +154,7 @@ def draws_of(recipe: Recipe, restore: bool) -> list[tuple[float, float, float, f
     import torch
     from composer.core import Callback
 
-    from moefoundry import train
+    from moefoundry import trainer as parts
     from moefoundry.callbacks import checkpointing
 
     draws = []
@@ -163,11 +163,11 @@ def draws_of(recipe: Recipe, restore: bool) -> list[tuple[float, float, float, f
         def batch_start(self, state, logger) -> None:  # type: ignore[no-untyped-def]
             draws.append((torch.rand(()).item(), random.random(), np.random.rand(), np.random.randn()))
 
-    build_callbacks = train.build_callbacks
-    train.build_callbacks = lambda *args: [*build_callbacks(*args), Draw()]
+    build_callbacks = parts.build_callbacks
+    parts.build_callbacks = lambda *args: [*build_callbacks(*args), Draw()]
     if not restore:
         checkpointing.restore_rng = lambda tensors, rank: None
-    train.train(recipe)
+    parts.train(recipe)
     return draws
 
 

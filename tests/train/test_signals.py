@@ -25,7 +25,7 @@ def train_with_signals(arguments: list[str], signals: list[int], batch: int, sec
     from composer.core import Callback
     from composer.utils import dist
 
-    from moefoundry import train
+    from moefoundry import trainer as parts
     from moefoundry.callbacks import signals as module
     from moefoundry.cli.main import main
 
@@ -36,8 +36,8 @@ def train_with_signals(arguments: list[str], signals: list[int], batch: int, sec
                 for signum in signals:
                     os.kill(os.getpid(), signum)
 
-    build_callbacks = train.build_callbacks
-    train.build_callbacks = lambda *args: [*build_callbacks(*args), Sender()]
+    build_callbacks = parts.build_callbacks
+    parts.build_callbacks = lambda *args: [*build_callbacks(*args), Sender()]
     if second_is_a_request:
         module.REPEAT_SECONDS = -1.0
     with captured_output() as texts:
@@ -52,7 +52,7 @@ def train_in_a_signalled_group(arguments: list[str], signum: int) -> tuple[int, 
 
     from composer.core import Callback
 
-    from moefoundry import train
+    from moefoundry import trainer as parts
     from moefoundry.cli.main import main
     from tests.data.shards import fork_workers
 
@@ -64,8 +64,8 @@ def train_in_a_signalled_group(arguments: list[str], signum: int) -> tuple[int, 
             if state.timestamp.batch.value == 2:
                 subprocess.run(["kill", f"-{signum}", "--", f"-{os.getpgrp()}"], check=True, start_new_session=True)
 
-    build_callbacks = train.build_callbacks
-    train.build_callbacks = lambda *args: [*build_callbacks(*args), Scheduler()]
+    build_callbacks = parts.build_callbacks
+    parts.build_callbacks = lambda *args: [*build_callbacks(*args), Scheduler()]
     with captured_output() as texts:
         status = main(["train", *arguments])
     return status, texts[1]

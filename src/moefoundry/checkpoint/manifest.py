@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from moefoundry import __version__
 from moefoundry.config import UserError
+from moefoundry.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 COMMIT_FILE = "COMMITTED"

@@ -13,9 +13,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from moefoundry import __version__
 from moefoundry.cli.arguments import Parser
 from moefoundry.cli.exits import ended_by_sigterm, exit_status, refuse_other_text
+from moefoundry.version import __version__
 
 COMMANDS = ["checkpoint", "convert", "generate", "plan", "prepare", "train", "validate"]
 

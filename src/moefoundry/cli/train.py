@@ -54,7 +54,7 @@ def _train(recipe: Recipe, world_size: int, arguments: list[str]) -> int:
 
     from moefoundry.callbacks.signals import EXIT_STOPPED
     from moefoundry.config import redact_argument
-    from moefoundry.train import stopped_by, train
+    from moefoundry.trainer import stopped_by, train
 
     sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
     trainer = train(recipe, command=[*_launcher(world_size), "scripts/train.py", *map(redact_argument, arguments)])

@@ -185,9 +185,18 @@ def consolidate(
     return Summary(output, len(ours.specs), size)
 
 
-def from_pretrained(hf: Path, dtype: torch.dtype | None, device: torch.device | str) -> MoETransformer:
-    """What :func:`moefoundry.from_pretrained` does."""
-    dtype = dtype or torch.float32
+def load_hf(hf: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> MoETransformer:
+    """The model of a Hugging Face directory, in evaluation mode.
+
+    Args:
+        hf: Holds config.json and safetensors.
+        dtype: Of the parameters. Buffers keep theirs.
+        device: Where the model is.
+
+    Raises:
+        UserError: The config means a model that is not here; or a tensor is missing, too many or misshapen (all are
+            named); or the weights are pickled, or quantized other than in FP8 blocks.
+    """
     source = open_hf(hf, dtype)
     for note in source.notes:
         warnings.warn(note, stacklevel=3)

@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefoundry import __version__
 from moefoundry.config.errors import UserError
 from moefoundry.data.corpus import Corpus, CorpusScan, Document, add_to_digest, open_corpus
 from moefoundry.data.identity import corpus_digest, stream_digest
@@ -42,6 +41,7 @@ from moefoundry.data.splits import Division, Split, by_position, moved, unit_has
 from moefoundry.data.staging import clear_abandoned, staging
 from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSION, CorpusSummary, SplitSummary, read_corpus_summary
 from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from moefoundry.version import __version__
 
 OUTPUTS = {"tokenizer", "train", "val", CORPUS_FILE}
 HASHES = ["sha1", "xxh64"]  # of every shard, in its index; sorted, as MDSWriter demands
