@@ -102,8 +102,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _tokenizer_dir(checkpoint: Path) -> Path:
+    from moefoundry.checkpoint.document import read_state
     from moefoundry.checkpoint.hf_files import tokenizer_of
-    from moefoundry.checkpoint.io import read_state
     from moefoundry.config import UserError
 
     directory = tokenizer_of(checkpoint, read_state(checkpoint)["recipe"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
+from moefoundry.config.paths import expanded
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import every_key, looks_secret, redact, show, specs
 from moefoundry.config.yaml_reader import parse_yaml
@@ -26,8 +27,12 @@ _INDEX = re.compile(r"\[\d+\]|\.\d+$")
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """``[RECIPE] [key=value ...]`` -> (recipe or None, overrides). The recipe comes first and has no ``=``."""
-    if arguments and not arguments[0].startswith("-") and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
-        return arguments[0], list(arguments[1:])
+    if (
+        arguments
+        and not arguments[0].startswith("-")
+        and ("=" not in arguments[0] or Path(expanded(arguments[0])).is_file())
+    ):
+        return expanded(arguments[0]), list(arguments[1:])
     return None, list(arguments)
 
 
