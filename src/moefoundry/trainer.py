@@ -51,6 +51,7 @@ from moefoundry.config import (
     Moments,
     OptimizerConfig,
     Recipe,
+    UserError,
     advice,
     flatten,
 )
@@ -219,7 +220,10 @@ def try_services(recipe: Recipe) -> None:
         UserError: One cannot.
     """
     if recipe.save_remote is not None:
-        Remote(recipe.save_remote).try_writing()
+        try:
+            Remote(recipe.save_remote).try_writing()
+        except UserError as error:
+            raise UserError(f"save_remote: {error}") from error
     if recipe.load_path is not None and is_url(resolved(recipe.load_path)):
         Remote(recipe.load_path).try_reading()
     try_trackers(recipe.loggers)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moefoundry.checkpoint import async_save, io
 from moefoundry.checkpoint.async_save import Saver
+from moefoundry.checkpoint.document import STATE_KEYS
 from moefoundry.checkpoint.manifest import Origin, verify_directory
 from moefoundry.checkpoint.store import CheckpointStore, entries
 from moefoundry.checkpoint.writer import Piece, TensorSpec, local_pieces, make_plan, write_pieces
@@ -25,7 +26,7 @@ from tests.distributed import RankError, run_distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
-STATE = dict.fromkeys(io.STATE_KEYS, 3)
+STATE = dict.fromkeys(STATE_KEYS, 3)
 SPEC = TensorSpec((4, 6), torch.float32)
 
 

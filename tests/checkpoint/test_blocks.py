@@ -10,12 +10,13 @@ from torch import Tensor
 
 from moefoundry.checkpoint import blocks, io
 from moefoundry.checkpoint.blocks import Block, StoredTensors, TensorSpec, row_ranges, write_blocks
+from moefoundry.checkpoint.document import STATE_KEYS, WEIGHTS_ONLY, read_state
 from moefoundry.config import UserError
 from tests.distributed import run_distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
-STATE = {io.WEIGHTS_ONLY: True, "recipe": {}}
+STATE = {WEIGHTS_ONLY: True, "recipe": {}}
 
 
 def tensors() -> dict[str, Tensor]:
@@ -52,7 +53,7 @@ def test_any_reader_of_checkpoints_reads_them(tmp_path: Path, monkeypatch: pytes
     io.read_into(tmp_path, read)
     for name, tensor in tensors().items():
         assert torch.equal(read[name], tensor), name
-    assert io.read_state(tmp_path) == STATE
+    assert read_state(tmp_path) == STATE
 
 
 def test_narrow_tensors_are_read_into_wide_ones(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_any_part_can_be_read(tmp_path: Path, written_by: str) -> None:
     if written_by == "blocks":
         write_blocks(tmp_path, specs(), some_blocks(), STATE)
     else:
-        io.write(tmp_path, tensors(), dict.fromkeys(io.STATE_KEYS, 0))
+        io.write(tmp_path, tensors(), dict.fromkeys(STATE_KEYS, 0))
     stored, expected = StoredTensors(tmp_path), tensors()
     assert stored.specs == specs()
     for name, tensor in expected.items():
@@ -81,12 +82,12 @@ def test_any_part_can_be_read(tmp_path: Path, written_by: str) -> None:
 
 def test_a_transposed_tensor_is_read_as_it_was(tmp_path: Path) -> None:
     """DCP keeps the strides of what it saves."""
-    io.write(tmp_path, {"w": torch.arange(6.0).view(2, 3).t()}, dict.fromkeys(io.STATE_KEYS, 0))
+    io.write(tmp_path, {"w": torch.arange(6.0).view(2, 3).t()}, dict.fromkeys(STATE_KEYS, 0))
     assert StoredTensors(tmp_path).read("w", (1, 3)).tolist() == [[1, 4], [2, 5]]
 
 
 def test_names_without_their_prefix(tmp_path: Path) -> None:
-    io.write(tmp_path, {"model/w": torch.ones(2), "optimizer/w": torch.zeros(2)}, dict.fromkeys(io.STATE_KEYS, 0))
+    io.write(tmp_path, {"model/w": torch.ones(2), "optimizer/w": torch.zeros(2)}, dict.fromkeys(STATE_KEYS, 0))
     stored = StoredTensors(tmp_path, "model/")
     assert list(stored.specs) == ["w"]
     assert stored.read("w").tolist() == [1, 1]
@@ -103,7 +104,7 @@ def write_shards(directory: Path) -> None:
         "experts": distribute_tensor(values["experts"], mesh, [Shard(0), Shard(2)]),
         "half": distribute_tensor(values["half"], mesh, [Replicate(), Shard(0)]),
     }
-    io.write(directory, shards, dict.fromkeys(io.STATE_KEYS, 0))
+    io.write(directory, shards, dict.fromkeys(STATE_KEYS, 0))
 
 
 def test_parts_are_put_together_from_the_files_of_all_ranks(tmp_path: Path) -> None:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from moefoundry.checkpoint import io
 from moefoundry.checkpoint.blocks import StoredTensors
+from moefoundry.checkpoint.document import STATE_KEYS, read_state
 from moefoundry.checkpoint.manifest import Origin, verify_directory
 from moefoundry.config import UserError
 from tests.checkpoint.forge import recommit
 from tests.checkpoint.test_io import Malice
 
 FILES = ("__0_0.distcp", ".metadata", "state.json", "manifest.json", "COMMITTED")
-STATES = [dict.fromkeys(io.STATE_KEYS, batch) | {"recipe": {"seed": batch}} for batch in (0, 1)]
+STATES = [dict.fromkeys(STATE_KEYS, batch) | {"recipe": {"seed": batch}} for batch in (0, 1)]
 
 
 def tensors(save: int) -> dict[str, Tensor]:
@@ -104,7 +105,7 @@ def damage(checkpoint: Path, other: Path, proof: Path, data: st.DataObject) -> b
 
 
 def read_all(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    state = io.read_state(checkpoint)
+    state = read_state(checkpoint)
     read = {name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()}
     io.read_into(checkpoint, read)
     return state, read
@@ -112,7 +113,7 @@ def read_all(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def read_blocks(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     stored = StoredTensors(checkpoint)
-    return io.read_state(checkpoint), {name: stored.read(name) for name in stored.specs}
+    return read_state(checkpoint), {name: stored.read(name) for name in stored.specs}
 
 
 def read_nothing(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moefoundry.checkpoint import io
 from moefoundry.checkpoint.blocks import StoredTensors
+from moefoundry.checkpoint.document import STATE_KEYS, read_state
 from moefoundry.checkpoint.manifest import COMMIT_FILE, Origin, verify_directory, visible_damage
 from moefoundry.checkpoint.manifest import damage as everywhere
 from moefoundry.checkpoint.run_dir import newest_without
@@ -25,7 +26,7 @@ from tests.checkpoint.forge import recommit
 from tests.checkpoint.test_io import Malice
 from tests.train.runs import run_recipe
 
-STATE = dict.fromkeys(io.STATE_KEYS, 3) | {"recipe": {"seed": 1}}
+STATE = dict.fromkeys(STATE_KEYS, 3) | {"recipe": {"seed": 1}}
 DATA = "__0_0.distcp"
 
 
@@ -178,8 +179,8 @@ def test_row10_malice_is_refused_even_where_the_hashes_fit(store: CheckpointStor
     verify_directory(checkpoint)
     pattern = rf"^{re.escape(str(checkpoint))}/{re.escape(named)}: .*({refusal})"
     for read in (
-        lambda: (io.read_state(checkpoint), io.read_into(checkpoint, zeros())),
-        lambda: (io.read_state(checkpoint), StoredTensors(checkpoint).read("model/a")),
+        lambda: (read_state(checkpoint), io.read_into(checkpoint, zeros())),
+        lambda: (read_state(checkpoint), StoredTensors(checkpoint).read("model/a")),
     ):
         with pytest.raises(UserError, match=pattern) as raised:
             read()

@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from moefoundry.checkpoint import io
+from moefoundry.checkpoint.document import STATE_KEYS, read_state
 from moefoundry.checkpoint.format import METADATA_FILE
 from moefoundry.config import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
-STATE = dict.fromkeys(io.STATE_KEYS, 3)
+STATE = dict.fromkeys(STATE_KEYS, 3)
 
 
 def tensors() -> dict[str, Tensor]:
@@ -44,7 +45,7 @@ def test_round_trip_is_exact(checkpoint: Path) -> None:
     io.read_into(checkpoint, read)
     for name, tensor in tensors().items():
         assert torch.equal(read[name], tensor), name
-    assert io.read_state(checkpoint) == STATE
+    assert read_state(checkpoint) == STATE
     assert io.stored_shapes(checkpoint) == {name: tensor.shape for name, tensor in tensors().items()}
 
 
@@ -133,7 +134,7 @@ def test_damaged_metadata_is_named(checkpoint: Path) -> None:
 def test_state_that_lacks_something_is_named(checkpoint: Path) -> None:
     (checkpoint / io.STATE_FILE).write_text('{"timestamp": {}, "data": {}}')
     with pytest.raises(UserError, match=r"state\.json: incomplete checkpoint state: it lacks world_size, recipe"):
-        io.read_state(checkpoint)
+        read_state(checkpoint)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"batch": 3', b"\xff\xfe", None])
@@ -144,7 +145,7 @@ def test_damaged_state_is_named(checkpoint: Path, content: bytes | None) -> None
     else:
         file.write_bytes(content)
     with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: unreadable checkpoint state"):
-        io.read_state(checkpoint)
+        read_state(checkpoint)
 
 
 def test_a_missing_shard_is_named(checkpoint: Path) -> None:

@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moefoundry.checkpoint import io
+from moefoundry.checkpoint.document import STATE_KEYS
 from moefoundry.checkpoint.load import _Loader
 from moefoundry.checkpoint.reading import AHEAD, BlockReader, Read, Wanted
 from moefoundry.config import UserError
 from tests.checkpoint.meshes import MESHES, Mesh, differing, local, named, state_on
 from tests.distributed import run_distributed
 
-STATE = dict.fromkeys(io.STATE_KEYS, 0)
+STATE = dict.fromkeys(STATE_KEYS, 0)
 
 
 def save(directory: Path, tensors: dict[str, Tensor]) -> Path:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from moefoundry.checkpoint import io, manifest, writer
+from moefoundry.checkpoint.document import STATE_KEYS
 from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE, Manifest, Origin, digest, verify_directory
 from moefoundry.config import UserError
 
-STATE = dict.fromkeys(io.STATE_KEYS, 3)
+STATE = dict.fromkeys(STATE_KEYS, 3)
 FILE = "__0_0.distcp"
 
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from moefoundry.checkpoint import io, remote
+from moefoundry.checkpoint.document import STATE_KEYS
 from moefoundry.checkpoint.remote import Remote, find_remote, is_downloaded, local_file, upload_checkpoint
 from moefoundry.config import Recipe, UserError
 from moefoundry.data.patience import unless_silent
 from tests.distributed import run_distributed
 from tests.train.runs import run_recipe
 
-STATE = dict.fromkeys(io.STATE_KEYS, 0)
+STATE = dict.fromkeys(STATE_KEYS, 0)
 Tiny = Callable[..., Recipe]
 
 

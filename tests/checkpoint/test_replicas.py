@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moefoundry.checkpoint import io, reading
+from moefoundry.checkpoint.document import STATE_KEYS
 from moefoundry.mesh import MeshDegrees, build_meshes
 from tests.checkpoint.meshes import Mesh, local, named
 from tests.distributed import run_distributed
 
-STATE = dict.fromkeys(io.STATE_KEYS, 0)
+STATE = dict.fromkeys(STATE_KEYS, 0)
 ROWS, COLUMNS = 1024, 500
 DENSE, PLAIN = ("a", "b", "c"), ("step", "bias")
 MIB = 2**20

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from moefoundry.checkpoint.io import STATE_KEYS
+from moefoundry.checkpoint.document import STATE_KEYS
 from moefoundry.checkpoint.manifest import (
     COMMIT_FILE,
     MANIFEST_FILE,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moefoundry.checkpoint.io import WEIGHTS_ONLY
+from moefoundry.checkpoint.document import WEIGHTS_ONLY
 from moefoundry.checkpoint.manifest import Origin, commit, write_synced
 from moefoundry.checkpoint.run_dir import claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.start import Start, check_start, data_digests

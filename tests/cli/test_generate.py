@@ -69,14 +69,14 @@ def test_bad_input_is_one_line(run: Run, capsys, options: list[str], message: st
 
 
 def test_a_missing_tokenizer_is_named(run: Run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefoundry.checkpoint import io
+    from moefoundry.checkpoint import document as module
 
-    document = io.read_state(run.run_dir / "checkpoints" / "ba2")
+    document = module.read_state(run.run_dir / "checkpoints" / "ba2")
     for recipe, message in [
         (document["recipe"] | {"tokenizer.name": "/nowhere"}, "error: /nowhere/tokenizer.json: no such file"),
         ({}, "the checkpoint has no tokenizer, and its recipe names none (tokenizer.name)"),
     ]:
-        monkeypatch.setattr(io, "read_state", lambda _, recipe=recipe: document | {"recipe": recipe})
+        monkeypatch.setattr(module, "read_state", lambda _, recipe=recipe: document | {"recipe": recipe})
         assert main(["generate", "--checkpoint", str(run.run_dir), "--prompt", PROMPT]) == 2
         assert message in capsys.readouterr().err
 

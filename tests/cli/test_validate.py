@@ -118,6 +118,52 @@ def test_data_that_are_there_have_to_fit(change, problem, tiny_corpus, tiny_over
     assert problem.replace("{corpus}", str(tiny_corpus)) in capsys.readouterr().err
 
 
+def test_remote_data_in_a_directory_have_to_fit_too(tiny_corpus, tiny_overrides, tmp_path, capsys):
+    cache = [f"train_loader.dataset.local={tmp_path / 'cache'}", f"tokenizer.name={tiny_corpus}/tokenizer"]
+    remote = [f"{loader}.dataset.remote={tiny_corpus.as_uri()}" for loader in ("train_loader", "eval_loader")]
+    command = ["validate", *tiny_overrides(tmp_path), *cache, *remote]
+    assert main(command) == 0
+    for change, problem in [
+        ("max_seq_len=128", f"train_loader.dataset.max_seq_len: {tiny_corpus}: packed to max_seq_len 64, and the "),
+        ("model.vocab_size=300", f"model.vocab_size: {tiny_corpus}: its vocabulary of 384 exceeds the model's "),
+        ("global_train_batch_size=80", f"global_train_batch_size: {tiny_corpus}/train: 53 sample(s), fewer than one "),
+    ]:
+        capsys.readouterr()
+        assert main([*command, change]) == 2
+        assert problem in capsys.readouterr().err
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "corpus.json").write_text("{")
+    shutil.copytree(tiny_corpus / "train", tmp_path / "copy" / "train")
+    assert main([*command, f"train_loader.dataset.remote={tmp_path}/copy"]) == 2
+    assert f"train_loader.dataset.remote: {tmp_path}/copy/corpus.json: " in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_local_load_path_has_to_fit(tiny_corpus, tiny_recipe, tiny_overrides, tmp_path, capsys):
+    from moefoundry.checkpoint.start import known_digests
+    from tests.checkpoint.test_start import save
+
+    begun = tiny_recipe(tmp_path / "begun")
+    save(begun, data_digests=known_digests(begun))
+    command = ["validate", *tiny_overrides(tmp_path / "fork", f"load_path={tmp_path}/begun")]
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_corpus, copy)
+    index = copy / "train" / "index.json"
+    index.write_text(index.read_text().replace('"samples": 53', '"samples": 52'))
+    for change, problem in [
+        ("max_duration=4ba", f"load_path: {tmp_path}/begun/checkpoints/ba4 is at batch 4 of max_duration=4ba"),
+        ("global_train_batch_size=4", "global_train_batch_size: 4, and "),
+        ("model.n_layers=2", "model.n_layers: 3 there, 2 here"),
+        (f"train_loader.dataset.local={copy}", f"train_loader.dataset: {copy}/train is not what "),
+    ]:
+        assert main([*command, "max_duration=8ba", change]) == 2
+        assert problem in capsys.readouterr().err
+    assert main([*command, "max_duration=8ba"]) == 0
+    assert main([*command, "load_weights_only=true"]) == 0
+    save(tiny_recipe(tmp_path / "fork"))
+    assert main([*command, "autoresume=true", "load_path=gone"]) == 0, "its own checkpoint comes first"
+
+
 def test_damaged_data_and_prompts_of_no_tokens_are_found(tiny_corpus, tiny_overrides, tmp_path, capsys):
     from tokenizers import Tokenizer, models
 

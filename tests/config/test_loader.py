@@ -490,13 +490,15 @@ def test_a_key_below_a_value_is_refused(tmp_path):
     assert "${train_loader}" in problem.message
 
 
-def test_split_arguments(tmp_path):
+def test_split_arguments(tmp_path, monkeypatch):
     odd = write(tmp_path, "").rename(tmp_path / "a=b.yaml")
     assert split_arguments([]) == (None, [])
     assert split_arguments(["r.yaml", "a=1"]) == ("r.yaml", ["a=1"])
     assert split_arguments(["a=1", "b=2"]) == (None, ["a=1", "b=2"])
     assert split_arguments(["--a=1"]) == (None, ["--a=1"])
     assert split_arguments([str(odd)]) == (str(odd), [])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert split_arguments(["~/a=b.yaml", "a=~"]) == (str(odd), ["a=~"])
 
 
 # ------------------------------------------------------------------------------------------------------ interpolations

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import moefoundry
 from moefoundry.checkpoint import io
 from moefoundry.checkpoint.blocks import StoredTensors
+from moefoundry.checkpoint.document import STATE_KEYS, WEIGHTS_ONLY, read_state
 from moefoundry.cli.main import main
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten, load_recipe
 from moefoundry.conversion.convert import (
@@ -316,7 +317,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_exported(tmp_path: Path) -> Non
     stored = StoredTensors(tmp_path / "whole")
     tensors = {name: stored.read(name) for name in stored.specs if "norm" not in name}
     (tmp_path / "part").mkdir()
-    io.write(tmp_path / "part", tensors, io.read_state(tmp_path / "whole"))
+    io.write(tmp_path / "part", tensors, read_state(tmp_path / "whole"))
     for convert in (export_hf, consolidate):
         with pytest.raises(UserError, match=r"layers\.1\.ffn_norm\.weight: missing\n  \.\.\. and 1 more missing$"):
             convert(tmp_path / "part", tmp_path / "out")
@@ -419,7 +420,7 @@ def save_on_mesh(directory: Path, cfg: ModelConfig, degrees: tuple[int, int, int
     meshes = degrees and build_meshes(resolve_degrees(MeshConfig(*degrees), degrees[0] * degrees[1]), "cpu")
     parallelize(model, meshes, PrecisionConfig())
     materialize(model, "cpu", 0)
-    state = dict.fromkeys(io.STATE_KEYS, 0) | {"recipe": flatten(Recipe(model=cfg))}
+    state = dict.fromkeys(STATE_KEYS, 0) | {"recipe": flatten(Recipe(model=cfg))}
     del state["recipe"]["tokenizer.name"]
     io.write(directory, model_tensors(ComposerMoECausalLM(model)), state)
 
@@ -462,12 +463,12 @@ def test_the_state_of_a_weights_only_checkpoint_is_checked(tmp_path: Path) -> No
     recipe = flatten(Recipe(model=DEEPSEEK))
     del recipe["model.d_model"]
     recipe["model.moe.top_q"] = 3
-    rewrite({io.WEIGHTS_ONLY: True, "recipe": recipe})
+    rewrite({WEIGHTS_ONLY: True, "recipe": recipe})
     with pytest.raises(UserError, match=r"state\.json: 2 errors\n(.|\n)*model\.d_model: missing"):
         io.read_model_config(tmp_path / "ckpt")
-    rewrite({io.WEIGHTS_ONLY: True})
+    rewrite({WEIGHTS_ONLY: True})
     with pytest.raises(UserError, match="incomplete checkpoint state: it lacks recipe"):
-        io.read_state(tmp_path / "ckpt")
+        read_state(tmp_path / "ckpt")
 
 
 def test_from_pretrained(tmp_path: Path) -> None:
@@ -510,7 +511,7 @@ def test_a_run_starts_from_imported_weights(
     overrides = tiny_overrides(tmp_path / "run", "max_duration=2ba", "optimizer.lr=1e-9")
     on_mesh = ("mesh={replicate: 1, shard: 2, expert: 2}", "model.moe.balance.aux_loss_weight=0.02")
     run_distributed(save_trained, 2, starting_from(tmp_path / "imported", overrides, *on_mesh))
-    assert io.read_state(tmp_path / "run/checkpoints/ba2")["timestamp"]["batch"] == 2
+    assert read_state(tmp_path / "run/checkpoints/ba2")["timestamp"]["batch"] == 2
     export_hf(tmp_path / "run", tmp_path / "back")
     read, source = contents(tmp_path / "back"), contents(tmp_path / "hf")
     for name, tensor in source.items():

@@ -16,8 +16,8 @@ from composer.utils import create_interval_scheduler, dist
 from torch import Tensor
 
 from moefoundry.callbacks.ema import Ema
-from moefoundry.checkpoint import io
 from moefoundry.checkpoint.async_save import Saver
+from moefoundry.checkpoint.document import read_state
 from moefoundry.checkpoint.load import load, read_index
 from moefoundry.checkpoint.manifest import Origin, damage, recipe_digest
 from moefoundry.checkpoint.ranks import on_rank_zero
@@ -180,7 +180,7 @@ class Checkpointing(Callback):
         rank that the checkpoint knows gets its own generators; any further rank gets new ones, derived from the seed,
         the batch and the rank.
         """
-        document, index = on_rank_zero(lambda: io.read_state(start.checkpoint)), read_index(start.checkpoint)
+        document, index = on_rank_zero(lambda: read_state(start.checkpoint)), read_index(start.checkpoint)
         stored, buffers = index.shapes, {f"model/{name}" for name, _ in state.model.named_buffers()}
         model = model_tensors(state.model)
         tensors = {name: tensor for name, tensor in model.items() if name in stored or name not in buffers}

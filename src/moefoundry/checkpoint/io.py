@@ -7,7 +7,6 @@ entry is a tensor, nothing else is ever unpickled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moefoundry.checkpoint.document import read_state
 from moefoundry.checkpoint.format import read_metadata, tensor_entries
 from moefoundry.checkpoint.load import LoadReport, load, read_index
-from moefoundry.checkpoint.manifest import Manifest, Origin
+from moefoundry.checkpoint.manifest import Origin
 from moefoundry.checkpoint.ranks import from_every_rank, rank
 from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.checkpoint.writer import (
@@ -29,13 +29,8 @@ from moefoundry.checkpoint.writer import (
     write_index,
     write_pieces,
 )
-from moefoundry.config import ConfigError, ModelConfig, UserError
+from moefoundry.config import ConfigError, ModelConfig
 from moefoundry.config.build import Builder
-
-STATE_KEYS = ("timestamp", "data", "world_size", "recipe")
-WEIGHTS_ONLY = "weights_only"
-"""Marks the state of a checkpoint without optimizer and position: besides it, only ``recipe`` is there, with
-the keys of ``model``. A run that starts from it trains from its first batch on."""
 
 
 def write(
@@ -67,28 +62,6 @@ def write(
             }
             blocks = {data_file(number): blocks for number, (_, blocks) in enumerate(parts)}
             write_index(directory, places, blocks, state, origin or Origin(world_size=len(plan)))
-
-
-def read_state(directory: Path) -> dict[str, Any]:
-    """The JSON document of a checkpoint.
-
-    Raises:
-        UserError: It is missing, damaged, or not what was saved; or lacks one of :data:`STATE_KEYS` (with
-            :data:`WEIGHTS_ONLY`: the recipe).
-    """
-    path = directory / STATE_FILE
-    try:
-        content = path.read_bytes()
-        state = json.loads(content)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: unreadable checkpoint state: {error}") from error
-    if not isinstance(state, dict):
-        state = {}
-    missing = [key for key in (("recipe",) if state.get(WEIGHTS_ONLY) else STATE_KEYS) if key not in state]
-    if missing:
-        raise UserError(f"{path}: incomplete checkpoint state: it lacks {', '.join(missing)}")
-    Manifest.read(directory).verify(STATE_FILE, 0, content)
-    return state
 
 
 def read_model_config(directory: Path) -> ModelConfig:

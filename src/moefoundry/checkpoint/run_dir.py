@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moefoundry.checkpoint.io import read_state
+from moefoundry.checkpoint.document import read_state
 from moefoundry.checkpoint.lease import make_directory
 from moefoundry.checkpoint.manifest import visible_damage, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefoundry.checkpoint.io import WEIGHTS_ONLY, read_state
-from moefoundry.config import Moments, Recipe, ScheduleTiming, UserError, flatten
+from moefoundry.checkpoint.document import WEIGHTS_ONLY, read_state
+from moefoundry.config import LoaderConfig, Moments, Recipe, ScheduleTiming, UserError, flatten
 from moefoundry.config.build import changes_nothing
 from moefoundry.config.spec import is_architecture, show_leaf
-from moefoundry.data.identity import read_shards, stream_digest
+from moefoundry.data.fit import directory_of
+from moefoundry.data.identity import INDEX_FILE, read_shards, stream_digest
 
 MOMENTS = "precision.optimizer_moments"
 SHUFFLE_SEED = "train_loader.dataset.shuffle_seed"
@@ -56,14 +57,32 @@ def data_digests(recipe: Recipe) -> dict[str, str]:
     Raises:
         UserError: The index of a stream is absent or damaged.
     """
+    places = {key: Path(loader.dataset.local, loader.dataset.split) for key, loader in _streams(recipe).items()}
+    return {key: stream_digest(place) for key, place in places.items()} | _tokenizer_digest(recipe)
+
+
+def known_digests(recipe: Recipe) -> dict[str, str]:
+    """Those of :func:`data_digests` whose data are on this machine, before anything is downloaded.
+
+    Raises:
+        UserError: The index of a stream is damaged.
+    """
     digests = {}
-    for key, loader in ((TRAINING_DATA, recipe.train_loader), (HELD_OUT_DATA, recipe.eval_loader)):
-        if loader is not None:
-            digests[key] = stream_digest(Path(loader.dataset.local, loader.dataset.split))
+    for key, loader in _streams(recipe).items():
+        path = directory_of(loader.dataset)
+        if path is not None and Path(path, loader.dataset.split, INDEX_FILE).is_file():
+            digests[key] = stream_digest(Path(path, loader.dataset.split))
+    return digests | _tokenizer_digest(recipe)
+
+
+def _streams(recipe: Recipe) -> dict[str, LoaderConfig]:
+    loaders = {TRAINING_DATA: recipe.train_loader, HELD_OUT_DATA: recipe.eval_loader}
+    return {key: loader for key, loader in loaders.items() if loader is not None}
+
+
+def _tokenizer_digest(recipe: Recipe) -> dict[str, str]:
     file = Path(recipe.tokenizer.name, "tokenizer.json")
-    if file.is_file():
-        digests[TOKENIZER] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return digests
+    return {TOKENIZER: hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
 
 
 def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[str, str]) -> Start:

@@ -70,21 +70,29 @@ def run(args: argparse.Namespace) -> int:
 def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
     """Refuse data, and a local ``load_path``, that do not fit, as training does. Where none of it is on this machine,
     return what is not."""
+    from moefoundry.config.urls import is_url, resolved
     from moefoundry.data.fit import all_absent, check_data
 
     absent = all_absent(recipe)
     if not absent:
         check_data(recipe, world_size)
-    path = recipe.load_path
-    if path is None or "://" in path:
+    if recipe.load_path is None or is_url(path := resolved(recipe.load_path)) or _goes_on(recipe):
         return absent
     if absent and not Path(path).exists():
         return [*absent, Problem("load_path", f"{path}: no such directory")]
 
+    from moefoundry.checkpoint.start import check_start, known_digests
     from moefoundry.checkpoint.store import find_checkpoint
 
-    find_checkpoint(path)
+    check_start(find_checkpoint(path), False, recipe, known_digests(recipe))
     return absent
+
+
+def _goes_on(recipe: Recipe) -> bool:
+    """Whether the run has a checkpoint of its own, which comes before ``load_path``."""
+    from moefoundry.checkpoint.store import CheckpointStore
+
+    return recipe.autoresume and CheckpointStore(Path(recipe.run_dir, "checkpoints")).latest() is not None
 
 
 def exports_as(model: ModelConfig) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.layers import EXTENDS, OVERRIDE, KeyPath, Layers, leaves_of
+from moefoundry.config.paths import expanded
 from moefoundry.config.spec import every_key, looks_secret, redact
 from moefoundry.config.yaml_reader import parse_yaml
 
@@ -25,8 +26,12 @@ _INDEX = re.compile(r"\[\d+\]|\.\d+$")
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     """``[RECIPE] [key=value ...]`` -> (recipe or None, overrides). The recipe comes first and has no ``=``."""
-    if arguments and not arguments[0].startswith("-") and ("=" not in arguments[0] or Path(arguments[0]).is_file()):
-        return arguments[0], list(arguments[1:])
+    if (
+        arguments
+        and not arguments[0].startswith("-")
+        and ("=" not in arguments[0] or Path(expanded(arguments[0])).is_file())
+    ):
+        return expanded(arguments[0]), list(arguments[1:])
     return None, list(arguments)
 
 

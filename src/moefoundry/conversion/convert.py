@@ -23,6 +23,7 @@ import yaml
 
 from moefoundry.checkpoint import io
 from moefoundry.checkpoint.blocks import Block, StoredTensors, TensorSpec, write_blocks
+from moefoundry.checkpoint.document import WEIGHTS_ONLY, read_state
 from moefoundry.checkpoint.store import TOKENIZER, using
 from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, stored_names, tokenizer_of
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
@@ -134,7 +135,7 @@ def export_hf(
             missing, ``hf`` exists, or logits differ.
     """
     directory = named_checkpoint(checkpoint)
-    recipe, cfg = io.read_state(directory)["recipe"], io.read_model_config(directory)
+    recipe, cfg = read_state(directory)["recipe"], io.read_model_config(directory)
     family = _family(family_name, cfg)
     names = TensorMap(family, cfg)
     ours = open_checkpoint(directory, meta_model(cfg), weights)
@@ -228,7 +229,7 @@ def write_weights(
         recipe["max_seq_len"] = max_seq_len
     stored = {PREFIX + name: spec for name, spec in specs.items()}
     renamed = (replace(block, name=PREFIX + block.name) for block in blocks)
-    write_blocks(staging, stored, renamed, {io.WEIGHTS_ONLY: True, "recipe": recipe})
+    write_blocks(staging, stored, renamed, {WEIGHTS_ONLY: True, "recipe": recipe})
 
 
 def write_recipe(staging: Path, cfg: ModelConfig, load_path: Path) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from moefoundry.config.errors import ConfigError, Problem, UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig, Recipe
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.identity import INDEX_FILE, read_shards
-from moefoundry.data.summary import read_corpus_summary
+from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary
 
 
 def check_data(recipe: Recipe, world_size: int = 1) -> None:
@@ -35,10 +36,8 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
     for key, loader in _loaders(recipe).items():
         if loader.dataset.remote is None:
             found += loader_problems(loader, key, recipe.model.vocab_size, batches[key])
-        elif path := _path_of(loader.dataset):
-            index = Path(path, loader.dataset.split, INDEX_FILE)
-            if not index.is_file():
-                found.append(Problem(f"{key}.dataset.remote", f"{index}: no such file"))
+        elif path := directory_of(loader.dataset):
+            found += _remote_problems(loader, key, path, recipe.model.vocab_size, batches[key])
     found += report_problems(recipe)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))  # both loaders may have the same problem
@@ -46,7 +45,7 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
 
 def all_absent(recipe: Recipe) -> list[Problem]:
     """What the recipe reads, if none of it is on this machine; empty if anything is, or has to be."""
-    read = {path: key for key, loader in reversed(_loaders(recipe).items()) if (path := _path_of(loader.dataset))}
+    read = {path: key for key, loader in reversed(_loaders(recipe).items()) if (path := directory_of(loader.dataset))}
     tokenizer = Path(recipe.tokenizer.name)
     if tokenizer.exists() or any(Path(path).exists() for path in read):
         return []
@@ -67,8 +66,8 @@ def _loaders(recipe: Recipe) -> dict[str, LoaderConfig]:
     return {key: loader for key, loader in loaders.items() if loader is not None}
 
 
-def _path_of(dataset: DatasetConfig) -> str | None:
-    """The directory where the data themselves are, if it is one."""
+def directory_of(dataset: DatasetConfig) -> str | None:
+    """The directory where the data themselves are; None if a URL names them."""
     if dataset.remote is None:
         return dataset.local
     remote = resolved(dataset.remote)
@@ -84,6 +83,13 @@ def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_b
         model_vocab_size: Rows of the embedding.
         global_batch: Samples that the ranks take at a time.
     """
+    yield from _corpus_problems(cfg, key, model_vocab_size, global_batch)
+    if Path(cfg.dataset.local, cfg.dataset.split).is_dir():
+        yield from _shard_problems(cfg.dataset, f"{key}.dataset")
+
+
+def _corpus_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int) -> Iterator[Problem]:
+    """What ``corpus.json`` tells; arguments as of :func:`loader_problems`."""
     dataset, local = cfg.dataset, Path(cfg.dataset.local)
     where, place = f"{key}.dataset", local / dataset.split
     if not local.exists():
@@ -107,11 +113,32 @@ def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_b
         yield Problem(f"{where}.split", message)
     elif not (samples := summary.splits[dataset.split].samples):
         yield Problem(f"{where}.split", f"{place}: no samples")
-    else:
-        if cfg.drop_last and (message := too_few_samples(str(place), samples, global_batch)):
-            batch = "global_train_batch_size" if key == "train_loader" else "device_eval_batch_size"
-            yield Problem(batch, message)
-        yield from _shard_problems(dataset, where)
+    elif cfg.drop_last and (message := too_few_samples(str(place), samples, global_batch)):
+        batch = "global_train_batch_size" if key == "train_loader" else "device_eval_batch_size"
+        yield Problem(batch, message)
+
+
+def _remote_problems(cfg: LoaderConfig, key: str, path: str, vocab_size: int, global_batch: int) -> Iterator[Problem]:
+    """What stands in the way of a loader of remote data that lie in a directory. What its small files do not say, as
+    where shards alone were copied there, is found as the samples are read."""
+    index = Path(path, cfg.dataset.split, INDEX_FILE)
+    if not index.is_file():
+        yield Problem(f"{key}.dataset.remote", f"{index}: no such file")
+    elif Path(path, CORPUS_FILE).is_file():
+        there = replace(cfg, dataset=replace(cfg.dataset, local=path, remote=None))
+        for problem in _corpus_problems(there, key, vocab_size, global_batch):
+            at_remote = problem.path == f"{key}.dataset.local"
+            yield replace(problem, path=f"{key}.dataset.remote") if at_remote else problem
+
+
+def another_length(place: str, encodings: Collection[str], max_seq_len: int) -> str:
+    """Why samples, by the encoding of their tokens such as ``ndarray:uint16:64``, do not have the recipe's length;
+    empty if they have, or do not say."""
+    for encoding in encodings:
+        length = encoding.rpartition(":")[2]
+        if encoding.count(":") == 2 and length.isdecimal() and int(length) != max_seq_len:
+            return f"{place}: samples of {length} tokens, and the recipe's max_seq_len is {max_seq_len}"
+    return ""
 
 
 def too_few_samples(place: str, samples: int, global_batch: int) -> str:

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema import DatasetConfig, LoaderConfig
-from moefoundry.data.fit import loader_problems, too_few_samples
+from moefoundry.data.fit import another_length, loader_problems, too_few_samples
 from moefoundry.data.guard import CheckedStream, GuardedDataset
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer
@@ -61,8 +61,8 @@ class TokenDataset(GuardedDataset):
         eos_id: The token that ends a document; None does not tell documents apart.
 
     Raises:
-        UserError: The split is smaller than one global batch and ``drop_last`` is set; and as
-            :class:`GuardedDataset`.
+        UserError: The samples have another length; the split is smaller than one global batch and ``drop_last`` is
+            set; and as :class:`GuardedDataset`.
         DataError: From ``[]``: a sample does not have the recipe's length or has a token outside the vocabulary.
     """
 
@@ -85,6 +85,9 @@ class TokenDataset(GuardedDataset):
         self.max_seq_len = config.max_seq_len
         self.vocab_size = vocab_size
         self.eos_id = eos_id
+        encodings = {dict(zip(s.column_names, s.column_encodings, strict=True)).get(TOKENS, "") for s in self.shards}
+        if message := another_length(self.place, encodings, self.max_seq_len):
+            raise UserError(message)
         self.drop_last = drop_last
         self._repeats: NDArray[np.bool_] | None = None
         if drop_last:
