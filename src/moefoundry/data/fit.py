@@ -153,7 +153,7 @@ def report_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("tokenizer.name", str(error).removeprefix("tokenizer.name: "))
         return
     try:
-        tokens, reason = tokenizer.backend.encode(report.prompt, add_special_tokens=False).ids, ""
+        tokens, reason = tokenizer.encode(report.prompt, add_special_tokens=False).ids, ""
     except Exception as error:  # the library raises bare Exception
         tokens, reason = [], f" ({error})"
     if not tokens:
