@@ -36,8 +36,10 @@ def test_recipes_in_the_pages_are_valid(tmp_path: Path) -> None:
     recipes = blocks("yaml")
     assert recipes
     for _, text in recipes:
-        (tmp_path / "recipe.yaml").write_text(text)
-        load_recipe(tmp_path / "recipe.yaml")
+        name = re.match(r"# (\S+\.yaml)\n", text)  # of one that the next may extend
+        path = tmp_path / (name[1] if name else "recipe.yaml")
+        path.write_text(text)
+        load_recipe(path)
         assert yaml.safe_load(text)
 
 

@@ -7,7 +7,7 @@ import pytest
 from streaming import StreamingDataLoader
 from streaming.base.shared import SharedMemory
 
-from moefoundry.config.schema import LoaderConfig
+from moefoundry.config.schema_parts import LoaderConfig
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data.loader import build_loader
 from moefoundry.data.options import PrepareOptions

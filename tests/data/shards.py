@@ -9,7 +9,7 @@ from typing import Any
 
 from streaming import StreamingDataLoader
 
-from moefoundry.config.schema import DatasetConfig, LoaderConfig
+from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
 
 SEQ_LEN = 16
 VOCAB = 280

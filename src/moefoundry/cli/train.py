@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         with held(Path(recipe.run_dir)) if _rank() == 0 else nullcontext():  # before the imports, which take long
             return _train(recipe, world_size, args.arguments)
     except UserError as error:
-        if _is_to_say(error, path):
+        if _is_to_say(error):
             _tell_torchrun(error)
             raise
         time.sleep(1)  # launchers end every rank when one ends: let the one that speaks do so
@@ -66,12 +66,13 @@ def _rank(name: str = "RANK") -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def _is_to_say(error: UserError, path: str | None) -> bool:
-    """Whether this rank prints the error. All find the same in a recipe: rank 0 says it. What is amiss on a node, the
-    first rank of that node says; what is amiss in data, whoever has read them."""
+def _is_to_say(error: UserError) -> bool:
+    """Whether this rank prints the error. All find the same in a recipe: rank 0 says it. What is amiss on a node, as a
+    file that is not there, the first rank of that node says; what is amiss in data, whoever has read them."""
     from moefoundry.config import ConfigError, DataError
+    from moefoundry.config.errors import RecipeFileError
 
-    if isinstance(error, ConfigError) and (path is None or Path(path).is_file()):
+    if isinstance(error, ConfigError) and not isinstance(error, RecipeFileError):
         return _rank() == 0
     return _rank("LOCAL_RANK") == 0 or isinstance(error, DataError)
 

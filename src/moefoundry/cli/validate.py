@@ -24,6 +24,7 @@ Check a recipe and its overrides; list every problem at once (exit status 2). Na
 are looked up when all else is right, and so are local data: where they are not on this machine, a note says so, and how
 to make them. Otherwise the machine plays no part: a recipe for GPUs is checked on any other computer, and what the
 devices must be able to do is checked when training starts. Also says what the model can be exported as.
+--show prints every key of the recipe, and whether it comes from a file (which), an override or the defaults.
 """
 
 

@@ -7,7 +7,28 @@ from moefoundry.config.dump import diff_recipes, dump_recipe, flatten, redacted
 from moefoundry.config.errors import ConfigError, DataError, Problem, UserError
 from moefoundry.config.loader import load_layers, load_recipe, recipe_of
 from moefoundry.config.overrides import redact_argument, split_arguments
-from moefoundry.config.schema import (
+from moefoundry.config.schema import Recipe
+from moefoundry.config.schema_model import (
+    Assignment,
+    AttentionBias,
+    AttentionConfig,
+    AuxLossScope,
+    BalanceConfig,
+    ExpertBackend,
+    GqaConfig,
+    InitConfig,
+    MlaConfig,
+    ModelConfig,
+    MoEConfig,
+    MtpConfig,
+    NormConfig,
+    NormKind,
+    QkNorm,
+    RouterConfig,
+    ScoreFunction,
+    YarnConfig,
+)
+from moefoundry.config.schema_parts import (
     ActivationCheckpointing,
     AlgorithmsConfig,
     CallbacksConfig,
@@ -32,7 +53,6 @@ from moefoundry.config.schema import (
     NonFinite,
     OptimizerConfig,
     PrecisionConfig,
-    Recipe,
     ReportConfig,
     SchedulerConfig,
     ScheduleTiming,
@@ -40,26 +60,6 @@ from moefoundry.config.schema import (
     TensorBoardConfig,
     TokenizerConfig,
     WandbConfig,
-)
-from moefoundry.config.schema_model import (
-    Assignment,
-    AttentionBias,
-    AttentionConfig,
-    AuxLossScope,
-    BalanceConfig,
-    ExpertBackend,
-    GqaConfig,
-    InitConfig,
-    MlaConfig,
-    ModelConfig,
-    MoEConfig,
-    MtpConfig,
-    NormConfig,
-    NormKind,
-    QkNorm,
-    RouterConfig,
-    ScoreFunction,
-    YarnConfig,
 )
 
 __all__ = [

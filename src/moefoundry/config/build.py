@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Iterator
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.layers import EXTENDS
 from moefoundry.config.paths import expanded, naming_problem
-from moefoundry.config.spec import INVALID, Spec, chosen_class, describe, every_key, join, options, plain, show, specs
+from moefoundry.config.spec import (
+    INVALID,
+    Elsewhere,
+    Spec,
+    chosen_class,
+    describe,
+    elsewhere,
+    every_key,
+    join,
+    options,
+    plain,
+    show,
+    specs,
+)
 
 FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
@@ -44,7 +59,7 @@ class Builder:
                 self._fail(join(path, name), "missing", describe(spec))
         for name in values:
             if name not in known:
-                self._unknown(name, path, list(known), kind)
+                self._unknown(name, values[name], path, list(known), kind)
         return cls(**{name: value for name, value in built.items() if value is not INVALID})
 
     def _fail(self, path: str, message: str, allowed: str = "", suggestion: str = "") -> Any:
@@ -67,12 +82,12 @@ class Builder:
         if result is not INVALID and spec.available is not None and result not in spec.available:
             choices = [item if isinstance(item, str) else show(item) for item in map(plain, spec.available)]
             message = f"{show(value)} is not available yet"
-            self.problems.append(Problem(path, message, ", ".join(choices), _nearest(value, choices)))
+            self.problems.append(Problem(path, message, ", ".join(choices), _nearest(value, choices, spec)))
         return result
 
     def _mapping(self, spec: Spec, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
-            return self._fail(path, f"got {show(value)}", describe(spec))
+            return self._fail(path, f"got {show(value)}", describe(spec), _key_below(path, value))
         cls = chosen_class(spec, value)
         if cls is None:
             self.unsound.add(path)
@@ -80,7 +95,12 @@ class Builder:
             if tag is INVALID:
                 return INVALID
             tags = list(spec.variants or ())
-            return self._fail(join(path, spec.tag), f"got {show(tag)}", ", ".join(tags), _nearest(tag, tags))
+            return self._fail(
+                join(path, spec.tag),
+                f"got {show(tag)}",
+                ", ".join(tags),
+                _nearest(tag, tags, specs(spec.kind)[spec.tag]),
+            )
         return self.build(cls, value, path, f" of {spec.tag} {value[spec.tag]!r}" if spec.variants else "")
 
     def _list(self, spec: Spec, value: Any, path: str) -> Any:
@@ -101,10 +121,10 @@ class Builder:
         if issubclass(kind, StrEnum):
             if isinstance(value, str) and value in list(kind):
                 return kind(value)
-            return self._fail(path, f"got {show(value)}", allowed, _nearest(value, options(spec)))
+            return self._fail(path, f"got {show(value)}", allowed, _nearest(value, options(spec), spec))
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            return self._fail(path, f"got {show(value)} ({_type_name(value)})", allowed)
+            return self._fail(path, f"got {show(value)} ({_type_name(value)})", allowed, _nearest(value, [], spec))
         if isinstance(value, str) and (problem := _not_utf8(value)):
             return self._fail(path, problem, allowed)
         if kind is int and not -(2**63) <= value < 2**63:
@@ -126,33 +146,74 @@ class Builder:
             return self._fail(path, f"got {show(value)}", allowed)
         return value
 
-    def _unknown(self, name: str, parent: str, siblings: list[str], kind: str) -> None:
+    def _unknown(self, name: str, value: Any, parent: str, siblings: list[str], kind: str) -> None:
         path = join(parent, name)
-        everywhere = every_key()
-        if name in everywhere and "." in name:
+        if name in every_key() and "." in name:
             self._fail(path, "a dotted key is for overrides; nest it in the file")
             return
         if name == EXTENDS:
             self._fail(path, "one recipe file extends another at its top, not below a key")
             return
-        if not parent:
-            siblings = [*siblings, EXTENDS]
-        leaves: dict[str, list[str]] = {}
-        for known in everywhere:
-            leaves.setdefault(known.rpartition(".")[2], []).append(known)
+        below = list(_names_of_others(value, path))
+        if not below or name in elsewhere():
+            self._guess(name, parent, siblings if parent else [*siblings, EXTENDS], kind)
+        for child, mapping in below:
+            self._guess(child, mapping, [], "")
+
+    def _guess(self, name: str, parent: str, siblings: list[str], kind: str) -> None:
+        """Say what an unknown key was probably meant to be: of this name elsewhere, what others call so, or near it."""
+        path, message, leaves = join(parent, name), f"unknown key{kind}", _by_name()
+        if name not in leaves and (other := elsewhere().get(name)):
+            if other.advice:
+                self._fail(path, f"{message}; {other.advice}")
+                return
+            keys = [key for key in other.keys if key.split(".")[0] == path.split(".")[0]] or list(other.keys)
+            message = message if len(keys) == 1 else f"{message}; here it is {' or '.join(keys)}"
+            self._fail(path, message, suggestion=keys[0] if len(keys) == 1 else "")
+            self.unsound.update(keys)
+            return
         here = difflib.get_close_matches(name, siblings, 1, 0.7)
-        elsewhere = [known for known in leaves.get(name, []) if known != path]  # not a key of another variant
+        others = [known for known in leaves.get(name, []) if known != path]  # not a key of another variant
         if not here and name not in leaves and len(name) > 3:  # shorter names are near to too many
             near = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, 1, 0.75)]
-            elsewhere = near[0] if near and len(near[0]) == 1 else []
-        message, suggestion, allowed = f"unknown key{kind}", join(parent, here[0]) if here else "", ", ".join(siblings)
-        if len(elsewhere) == 1:
-            suggestion = elsewhere[0]
-        elif elsewhere and not here:
-            message, allowed = f"{message}; keys with this name are {', '.join(elsewhere)}", ""
+            others = near[0] if near and len(near[0]) == 1 else []
+        suggestion, allowed = join(parent, here[0]) if here else "", ", ".join(siblings)
+        if len(others) == 1:
+            suggestion = others[0]
+        elif others and not here:
+            message, allowed = f"{message}; keys with this name are {', '.join(others)}", ""
         self._fail(path, message, "" if suggestion else allowed, suggestion)
         if suggestion:
             self.unsound.add(suggestion)
+
+
+@cache
+def _by_name() -> dict[str, list[str]]:
+    """Last part of a key -> the keys that end in it."""
+    leaves: dict[str, list[str]] = {}
+    for known in every_key():
+        leaves.setdefault(known.rpartition(".")[2], []).append(known)
+    return leaves
+
+
+def _names_of_others(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(name, mapping that holds it) of each key in an unknown mapping that other projects alone have."""
+    for name, child in value.items() if isinstance(value, dict) else ():
+        if name in elsewhere() and name not in _by_name():
+            yield name, path
+        yield from _names_of_others(child, join(path, name))
+
+
+def _key_below(path: str, value: Any) -> str:
+    """The key of a mapping that a lone value was probably meant for, with what is called so here."""
+    name = path.rpartition(".")[2]
+    keys = [key for key in elsewhere().get(name, Elsewhere()).keys if key.startswith(f"{path}.")]
+    if not keys or not isinstance(value, str):
+        return ""
+    spec = every_key()[keys[0]]
+    choices = options(spec) if spec.available or spec.kind is not str else [value] if spec.path else []
+    own = _nearest(value, choices, spec)
+    return f"{keys[0]}={own}" if own else keys[0]
 
 
 def _not_utf8(text: str) -> str:
@@ -179,7 +240,10 @@ def changes_nothing(default: Any) -> bool:
     return default in (None, False, 0, "none", [])
 
 
-def _nearest(value: Any, choices: list[str]) -> str:
+def _nearest(value: Any, choices: list[str], spec: Spec) -> str:
+    """What this value is called here, or the choice that is nearest to it."""
+    if (name := value if isinstance(value, str) else show(value)) in spec.other_values:
+        return spec.other_values[name]
     if not isinstance(value, str):
         return ""
     starting = [choice for choice in choices if value and choice.startswith(value)]

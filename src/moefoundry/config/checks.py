@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
-from moefoundry.config.schema import Compute, Fp8Backend, Fp8Config, Fp8Recipe, Moments, Recipe
+from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_model import ExpertBackend, GqaConfig, MlaConfig
+from moefoundry.config.schema_parts import Compute, Fp8Backend, Fp8Config, Fp8Recipe, Moments
 from moefoundry.config.spec import show_leaf
 from moefoundry.config.urls import path_problem, url_problem
 

@@ -72,6 +72,10 @@ class ConfigError(UserError, ValueError):
         super().__init__("\n".join([*lines, f"  {advice}"] if advice else lines))
 
 
+class RecipeFileError(ConfigError):
+    """A recipe file that is not there or cannot be read, perhaps on one node alone: that node is to say so."""
+
+
 def first_few(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
     """As many as a person reads, and how many more there are."""
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from moefoundry.config.errors import ConfigError, Problem
+from moefoundry.config.errors import ConfigError, Problem, RecipeFileError
 from moefoundry.config.layers import EXTENDS, Layers, leaves_of
 from moefoundry.config.paths import expanded, naming_problem
 from moefoundry.config.spec import every_key, show
@@ -32,7 +32,7 @@ def read_layers(path: Path) -> Layers:
             trees.append(read_tree(base))
     except ConfigError as error:
         steps = " extends ".join(map(str, chain))
-        raise ConfigError(error.problems, str(path), f"({steps})" if len(chain) > 1 else "") from None
+        raise type(error)(error.problems, str(path), f"({steps})" if len(chain) > 1 else "") from None
     layers = Layers(str(path), chained=len(chain) > 1)
     for file, tree in reversed([*zip(chain, trees, strict=True)]):
         layers.add(leaves_of(tree), str(file))
@@ -72,15 +72,16 @@ def read_tree(path: Path) -> dict[str, Any]:
     """One recipe file as dicts, lists and scalars.
 
     Raises:
-        ConfigError: It is absent, cannot be read, or is no mapping.
+        RecipeFileError: It is absent or cannot be read.
+        ConfigError: It is not YAML, or no mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError([Problem(str(path), "no such recipe file", suggestion=_near(path))], str(path)) from None
+        raise RecipeFileError([Problem(str(path), "no such recipe file", suggestion=_near(path))], str(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError([Problem(str(path), f"cannot be read: {reason}")], str(path)) from None
+        raise RecipeFileError([Problem(str(path), f"cannot be read: {reason}")], str(path)) from None
     tree = parse_yaml(text, str(path))
     if tree is None:
         raise ConfigError([Problem(str(path), "is empty", allowed="a mapping of keys to values")], str(path))

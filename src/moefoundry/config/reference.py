@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import Spec, describe, is_free_on_resume, plain, show, specs
+from moefoundry.config.spec import Spec, describe, elsewhere, every_key, is_free_on_resume, plain, show, specs
 
 HEADER = """\
 # Recipe reference
@@ -16,6 +16,9 @@ HEADER = """\
 Every key of a recipe, with its default (those of `configs/quickstart.yaml`). This page is written from the schema by
 `python -m moefoundry.config.reference docs/recipe.md`; do not edit it by hand.
 
+- `extends: other.yaml` at the top of a file, relative to that file, takes every key that the file does not have from
+  the other, which may extend a third. Mappings are merged, a list is replaced, null turns off; interpolations
+  are resolved at the end. `moefoundry validate --show RECIPE` prints every value and where it comes from.
 - Overrides on the command line are dotted: `model.moe.top_k=4`, `optimizer.betas=[0.9,0.99]`, `loggers.wandb={}` (turns
   an optional mapping on with its defaults), `eval_loader=null` (turns it off). A list is set whole.
 - The value of an override is what stands after the first `=`. Of a key whose type is string or name it is that text as
@@ -30,10 +33,17 @@ Every key of a recipe, with its default (those of `configs/quickstart.yaml`). Th
 - Plain words are strings: only `true` and `false` are booleans, and a number in quotes is a string.
 """
 
+NAMES_ELSEWHERE = """\
+## Names elsewhere
+
+What LLM Foundry, Composer, Hugging Face and torchtitan call these keys. The loader refuses the names and says this.
+
+"""
+
 
 def reference() -> str:
     """The whole page as Markdown: one table for each mapping, a mapping with variants has one for each of them."""
-    return "\n".join([HEADER, *_sections(Recipe(), "", "Top level")])
+    return "\n".join([HEADER, *_sections(Recipe(), "", "Top level"), _names_elsewhere()])
 
 
 def _sections(default: Any, path: str, title: str) -> Iterator[str]:
@@ -60,6 +70,14 @@ def _sections(default: Any, path: str, title: str) -> Iterator[str]:
         yield "No keys: write `{}`.\n"
     for child in nested:
         yield from _sections(*child)
+
+
+def _names_elsewhere() -> str:
+    rows = []
+    for name, other in sorted(elsewhere().items(), key=lambda item: item[0].lower()):
+        if name not in every_key():
+            rows.append(f"| `{name}` | {' or '.join(f'`{key}`' for key in other.keys) or _cell(other.advice)} |")
+    return NAMES_ELSEWHERE + "\n".join(["| name | here |", "|---|---|", *rows]) + "\n"
 
 
 def _type(spec: Spec) -> str:

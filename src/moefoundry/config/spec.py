@@ -108,6 +108,32 @@ def every_key() -> dict[str, Spec]:
     return found
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """A name that LLM Foundry, Composer, Hugging Face or torchtitan have.
+
+    Attributes:
+        keys: Keys here that mean the same.
+        advice: Where none does, how to say it here.
+    """
+
+    keys: tuple[str, ...] = ()
+    advice: str = ""
+
+
+@cache
+def elsewhere() -> dict[str, Elsewhere]:
+    """What the schema says of other projects' names."""
+    found: dict[str, Elsewhere] = {}
+    for path, spec in walk(Recipe):
+        for name in spec.renamed_from:
+            keys = found.get(name, Elsewhere()).keys
+            found[name] = Elsewhere(keys if path in keys else (*keys, path))
+        for name, advice in spec.instead_of.items():
+            found[name] = Elsewhere(advice=advice)
+    return found
+
+
 def _lineage(path: str) -> Iterator[Spec]:
     """What the schema knows of a dotted path: its key and those above it."""
     known, names = every_key(), path.split(".")

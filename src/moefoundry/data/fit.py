@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from moefoundry.config.errors import ConfigError, Problem, UserError
-from moefoundry.config.schema import DatasetConfig, LoaderConfig, Recipe
+from moefoundry.config.schema import Recipe
+from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.identity import INDEX_FILE, read_shards
 from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary

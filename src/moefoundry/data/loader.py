@@ -39,7 +39,7 @@ from streaming.base.world import World
 from torch import Tensor
 
 from moefoundry.config.errors import DataError, UserError
-from moefoundry.config.schema import DatasetConfig, LoaderConfig
+from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
 from moefoundry.data.fit import another_length, loader_problems, too_few_samples
 from moefoundry.data.guard import CheckedStream, GuardedDataset
 from moefoundry.data.summary import read_corpus_summary
