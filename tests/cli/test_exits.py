@@ -41,11 +41,13 @@ def test_ctrl_c_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "status"),
     [(["validate", "--print"], 141), (["checkpoint", "--help"], 0)],  # argparse takes no notice
 )
-def test_a_reader_that_has_gone_is_no_error(arguments: list[str], status: int) -> None:
+def test_a_reader_that_has_gone_is_no_error(arguments: list[str], status: int, tiny_corpus: Path) -> None:
     """As of `moefoundry ... | head`."""
     script = "import sys; from moefoundry.cli.main import main; sys.exit(main(sys.argv[1:]))"
     read, write = os.pipe()
     os.close(read)
+    if arguments[0] == "validate":
+        arguments = [*arguments, f"train_loader.dataset.local={tiny_corpus}", "max_seq_len=64"]
     done = subprocess.run([sys.executable, "-c", script, *arguments], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (status, b"")

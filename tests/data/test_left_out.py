@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moefoundry.cli.prepare import describe
 from moefoundry.config.errors import UserError
@@ -157,3 +158,19 @@ def test_old_summaries_are_read(options: PrepareOptions) -> None:
 
 def test_names_are_printed_in_one_line() -> None:
     assert one_line("a\nb\t\udcff漢.txt") == "a\\nb\\t\\udcff漢.txt"
+
+
+def test_text_that_a_given_tokenizer_does_not_know_is_counted(options: PrepareOptions, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.mkdir()
+    vocabulary = {"<unk>": 0, "<end>": 1, "line": 2, "of": 3}
+    for unknown, eos, count in [("<unk>", "<end>", 2), ("<end>", "<end>", 0)]:
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer.save(str(given / "tokenizer.json"))
+        (given / "tokenizer_config.json").write_text(f'{{"eos_token": "{eos}"}}')
+        prepared = prepare(replace(options, tokenizer=given, overwrite=True))
+        shares = [split.unknown_tokens / (32 * split.samples) for split in prepared.corpus.splits.values()]
+        assert shares == pytest.approx([count / 4] * 2, abs=0.01), "of each line two words of four are known"
+        assert ("unknown to the tokenizer: the text of " in describe(prepared)) == bool(count)
+        assert read_corpus_summary(options.out) == prepared.corpus

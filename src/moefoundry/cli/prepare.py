@@ -164,6 +164,9 @@ def describe(prepared: PreparedSummary) -> str:
         lines.append(f"  left out{share}: {describe_left_out(corpus.left_out)}")
     elif corpus.skipped:
         lines.append(f"  left out: {corpus.skipped:,} blank or not UTF-8")
+    if unknown := sum(split.unknown_tokens for split in corpus.splits.values()):
+        tokens = corpus.max_seq_len * sum(split.samples for split in corpus.splits.values())
+        lines.append(f"  unknown to the tokenizer: the text of {unknown:,} tokens, {unknown / tokens:.2%} of all")
     if prepared.ignored:
         kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in prepared.ignored[:5])
         lines.append(f"  not part of it: {kinds}{', ...' if len(prepared.ignored) > 5 else ''} (--glob takes others)")

@@ -195,9 +195,11 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     """
     if name not in environment and default is not None:
         return default
-    text = environment.get(name, "")
+    if name not in environment:
+        raise UserError(f"{name} is not set, and other variables say that several processes were started")
+    text = environment[name]
     if not text.isdecimal():
-        raise UserError(f"{name} is {'not set' if name not in environment else repr(text)}, not a number of processes")
+        raise UserError(f"{name} is {text!r}, not a number of processes")
     return int(text)
 
 

@@ -330,6 +330,7 @@ def _write_split(documents: _Counted, options: PrepareOptions, directory: Path) 
         dropped_tokens=documents.tokens - samples * seq_len,
         unigram_entropy_nats=unigram_entropy(counts),
         sha256=stream_digest(directory),
+        unknown_tokens=0 if (unknown := documents.tokenizer.unknown_id) is None else int(counts[unknown]),
     )
 
 

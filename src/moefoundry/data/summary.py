@@ -31,6 +31,7 @@ class SplitSummary:
         unigram_entropy_nats: Entropy of the token frequencies of the samples, in nats a token: the loss of the best
             model that ignores context.
         sha256: What identifies the samples and their order; see :mod:`moefoundry.data.identity`.
+        unknown_tokens: Tokens of the samples that stand for text which the tokenizer does not know.
     """
 
     documents: int
@@ -40,6 +41,7 @@ class SplitSummary:
     dropped_tokens: int
     unigram_entropy_nats: float
     sha256: str
+    unknown_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,14 @@ class TextTokenizer:
         """Digest of tokenizer.json, which alone decides how text is cut."""
         return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
+    @property
+    def unknown_id(self) -> int | None:
+        """The token that stands for text which the tokenizer does not know; None if there is none of that use alone."""
+        model = json.loads(self.files["tokenizer.json"])["model"]
+        token = model.get("unk_token")
+        unknown: int | None = model.get("unk_id") if token is None else self.backend.token_to_id(token)
+        return None if unknown == self.eos_id else unknown
+
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
         """Token ids of each text, in parallel threads; no special token is added, and none is read out of the text."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
