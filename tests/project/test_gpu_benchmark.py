@@ -33,6 +33,7 @@ def run_in_turn(options: Options, steps: list[Step]) -> dict[str, dict]:
     return {step.name: json.loads((options.out / f"{step.name}.json").read_text()) for step in steps}
 
 
+@pytest.mark.slow
 def test_light_steps_run_on_a_cpu(options: Options) -> None:
     found = run_in_turn(options, [step for step in STEPS if step.light])
     for name, parts in found.items():
