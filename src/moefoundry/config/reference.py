@@ -85,6 +85,8 @@ def _type(spec: Spec) -> str:
     name = (
         f"list of {names[spec.item]}s" if spec.item else names.get(spec.kind, "mapping" if spec.is_mapping else "name")
     )
+    if spec.table is not None and not spec.is_mapping:
+        name = "name"
     return f"{name} or null" if spec.optional else name
 
 
