@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -77,18 +77,19 @@ class Table:
     def _load(self, points: list[EntryPoint]) -> Part:
         packages = [f"{point.dist.name} {point.dist.version}" if point.dist else point.module for point in points]
         if len(points) > 1:
-            raise PartError(f"there are several, of the packages {', '.join(packages)}; uninstall all but one")
+            raise PartError(f"there are several, of the packages {', '.join(sorted(packages))}; uninstall all but one")
+        what = f"{points[0].value} of package {packages[0]}"
         try:
             part = points[0].load()
         except Exception as error:  # whatever its modules do
             reason = " ".join(str(error).split())
-            message = f"{points[0].value} of package {packages[0]} cannot be imported: {type(error).__name__}: {reason}"
-            raise PartError(message) from error
+            raise PartError(f"{what} cannot be imported: {type(error).__name__}: {reason}") from error
         if not isinstance(part, Part):
-            raise PartError(f"{points[0].value} of package {packages[0]} is no moefoundry.registry.Part")
+            raise PartError(f"{what} is no moefoundry.registry.Part")
         if not (isinstance(part.config, type) and issubclass(part.config, self.base)):
-            base = f"{self.base.__module__}.{self.base.__name__}"
-            raise PartError(f"{points[0].value} of package {packages[0]}: its config is not derived from {base}")
+            raise PartError(f"{what}: its config is not derived from {self.base.__module__}.{self.base.__name__}")
+        if not (is_dataclass(part.config) and all("doc" in field.metadata for field in fields(part.config))):
+            raise PartError(f"{what}: its config is no dataclass whose fields are made by moefoundry.config.key")
         return part
 
 
