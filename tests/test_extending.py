@@ -22,6 +22,62 @@ EXAMPLE = Path(__file__).parents[1] / "docs/examples/steps_and_scores"
 USE = ["callbacks.steps_per_second.every=1", "model.moe.router={score_function: tempered_softmax, temperature: 0.5}"]
 
 
+OTHERS = """
+from dataclasses import dataclass
+from moefoundry.config import OptimizerConfig, SchedulerConfig, key
+from moefoundry.registry import Part
+
+@dataclass
+class SgdConfig(OptimizerConfig):
+    momentum: float = key(0.9, "Momentum.", ge=0)
+
+@dataclass
+class StepsConfig(SchedulerConfig):
+    share: float = key(0.5, "Of the peak.", gt=0)
+
+@dataclass
+class LinesConfig:
+    file: str = key("lines.txt", "Name of a file.")
+
+def sgd(cfg, model, recipe):
+    import torch
+    from moefoundry.optim import parameter_groups
+    return torch.optim.SGD(parameter_groups(model, 0.0), lr=cfg.lr, momentum=cfg.momentum)
+
+def lines(cfg, run_dir, entry):
+    from composer.loggers import LoggerDestination
+    class Lines(LoggerDestination):
+        def log_metrics(self, metrics, step=None):
+            with (run_dir / cfg.file).open("a") as file:
+                file.write(f"{step} {sorted(metrics)}\\n")
+    return Lines()
+
+def counting(cfg, recipe):
+    from composer.core import Algorithm, Event
+    class Counting(Algorithm):
+        def match(self, event, state):
+            return event == Event.BATCH_START
+        def apply(self, event, state, logger):
+            logger.log_metrics({"counting/batches": state.timestamp.batch.value + 1})
+    return Counting()
+
+optimizer, scheduler = Part(SgdConfig, sgd), Part(StepsConfig, lambda cfg: lambda state: cfg.share)
+logger, algorithm = Part(LinesConfig, lines), Part(LinesConfig, counting)
+"""
+OTHERS_POINTS = {
+    "moefoundry.optimizers": {"plain_sgd": "others:optimizer"},
+    "moefoundry.schedulers": {"half": "others:scheduler"},
+    "moefoundry.loggers": {"lines": "others:logger"},
+    "moefoundry.algorithms": {"counting": "others:algorithm"},
+}
+OTHERS_USE = [
+    "optimizer={name: plain_sgd, lr: 0.25}",
+    "scheduler.name=half",
+    "loggers.lines={}",
+    "algorithms.counting={}",
+]
+
+
 def install(site: Path, name: str, points: dict[str, dict[str, str]], files: dict[str, str]) -> None:
     """Lay a package down as pip does, as far as Python needs it."""
     info = site / f"{name.replace('-', '_')}-1.0.dist-info"
@@ -144,6 +200,17 @@ def test_a_package_that_cannot_be_used_is_named_in_one_line(
     monkeypatch.delitem(sys.modules, "broken", raising=False)
 
 
+def test_moments_of_another_optimizer_are_not_promised(site: Path) -> None:
+    install(site, "others", OTHERS_POINTS, {"others.py": OTHERS})
+    (problem,) = problems("optimizer.name=plain_sgd", "precision.optimizer_moments=bf16")
+    assert problem == (
+        "precision.optimizer_moments: bf16, but only adamw has such moments, and optimizer.name is plain_sgd; "
+        "allowed: fp32"
+    )
+    kept = load_recipe(None, ["optimizer.name=plain_sgd", "optimizer.momentum=0.5"]).optimizer
+    assert (type(kept).__name__, kept.name, kept.momentum) == ("SgdConfig", "plain_sgd", 0.5)  # type: ignore[attr-defined]
+
+
 def test_two_packages_with_one_name_are_both_named(site: Path) -> None:
     for name in ("first", "second"):
         install(site, name, {"moefoundry.callbacks": {"mine": f"{name}:part"}}, {})
@@ -233,11 +300,20 @@ def train_with_parts(site: Path, overrides: list[str]) -> tuple[list[dict[str, A
 
 def test_a_run_uses_the_examples_parts_and_composers(tiny_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
     install_example(tmp_path / "site")
-    composers = "{early_stopper: {monitor: LanguageCrossEntropy, dataloader_label: eval}, runtime_estimator: {}}"
+    install(tmp_path / "site", "others", OTHERS_POINTS, {"others.py": OTHERS})
+    composers = (
+        "{early_stopper: {monitor: LanguageCrossEntropy, dataloader_label: eval}, runtime_estimator: {skip_batches: 0}}"
+    )
     moe = "{num_experts: 4, top_k: 2, expert_hidden_size: 32}"
-    overrides = [*tiny_overrides(tmp_path / "run", f"callbacks={composers}"), f"model.moe={moe}", *USE]
+    overrides = [*tiny_overrides(tmp_path / "run", f"callbacks={composers}"), f"model.moe={moe}", *USE, *OTHERS_USE]
     metrics, kept, difference = run_distributed(train_with_parts, 1, tmp_path / "site", overrides)[0]
     assert [line["batch"] for line in metrics] == [1, 2, 3]
     assert all(line["throughput/steps_per_sec"] > 0 for line in metrics)
-    assert "temperature: 0.5" in kept
+    assert [line["counting/batches"] for line in metrics] == [1, 2, 3]
+    assert [line["lr"] for line in metrics] == [0.125] * 3
+    assert any("time/remaining_estimate" in line for line in metrics)
+    lines = (tmp_path / "run/lines.txt").read_text().splitlines()
+    assert [line.partition(" ")[0] for line in lines if "loss/train/lm" in line] == ["1", "2", "3"]
+    for text in ("temperature: 0.5", "name: plain_sgd", "momentum: 0.9", "share: 0.5"):
+        assert text in kept
     assert difference == 0
