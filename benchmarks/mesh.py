@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.harness import Comparison, in_turn
 from benchmarks.ranks import on_ranks
-from moefoundry.config import MeshConfig, OptimizerConfig, Recipe, load_recipe
+from moefoundry.config import AdamWConfig, MeshConfig, Recipe, load_recipe
 from moefoundry.planning.plan import Plan, make_plan
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "quickstart.yaml"
@@ -68,8 +68,8 @@ def _measure(recipe: Recipe, mesh: MeshConfig, rounds: int) -> dict[str, list[fl
     """Seconds of a step of all ranks, and of the same global batch on rank 0 while the others wait."""
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import MoETransformer, meta_model
+    from moefoundry.optim import build_adamw
     from moefoundry.parallel import materialize, parallelize
-    from moefoundry.trainer import build_optimizer
 
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = (recipe.global_train_batch_size, recipe.max_seq_len)
@@ -79,7 +79,7 @@ def _measure(recipe: Recipe, mesh: MeshConfig, rounds: int) -> dict[str, list[fl
         model = meta_model(recipe.model)
         parallelize(model, build_meshes(resolve_degrees(mesh, ranks), "cpu") if sharded else None, recipe.precision)
         materialize(model, "cpu", recipe.seed)
-        return model, build_optimizer(model, OptimizerConfig())
+        return model, build_adamw(model, AdamWConfig())
 
     def step(trained: tuple[MoETransformer, torch.optim.Optimizer], tokens: torch.Tensor) -> None:
         trained[0](tokens, tokens).total.backward()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moefoundry.config import (
     ActivationCheckpointing,
+    AdamWConfig,
     BalanceConfig,
     ExpertBackend,
     Fp8Config,
@@ -18,7 +19,6 @@ from moefoundry.config import (
     MeshConfig,
     ModelConfig,
     MoEConfig,
-    OptimizerConfig,
     PrecisionConfig,
 )
 from tests.distributed import run_distributed
@@ -120,12 +120,12 @@ def train(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
     import torch.distributed as dist
 
     from moefoundry.callbacks.gradient_norm import global_norm
+    from moefoundry.optim import build_adamw
     from moefoundry.parallel import sum_between_copies
-    from moefoundry.trainer import build_optimizer
 
     rank, ranks = (0, 1) if mesh_sizes is None else (dist.get_rank(), dist.get_world_size())
     model = build(mesh_sizes, num_experts, mode)
-    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2))
+    optimizer = build_adamw(model, AdamWConfig(lr=1e-2))
     generator = torch.Generator().manual_seed(0)
     losses, grad_norms = [], []
     for _ in range(STEPS):
@@ -154,10 +154,10 @@ class Held(NamedTuple):
 
 
 def held_after_a_step(mesh_sizes: tuple[int, int, int, int | None], num_experts: int) -> Held:
-    from moefoundry.trainer import build_optimizer
+    from moefoundry.optim import build_adamw
 
     model = build(mesh_sizes, num_experts)
-    optimizer = build_optimizer(model, OptimizerConfig())
+    optimizer = build_adamw(model, AdamWConfig())
     tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
     model(tokens, tokens).total.backward()
     optimizer.step()

@@ -22,7 +22,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
@@ -30,10 +30,43 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
 
+from moefoundry.config import AdamWConfig, Moments, Recipe
+from moefoundry.mesh import by_mesh
 from moefoundry.ops.stochastic_rounding import hash_bits, lower_half, round_stochastically, upper_half
 
 WIDE_ELEMENTS = 2**22
 """Of each moment that are fp32 at a time: 32 MiB for both, and three times as much in all if noise is made, too."""
+
+
+def adamw_of_recipe(cfg: AdamWConfig, model: nn.Module, recipe: Recipe) -> AdamW:
+    """``optimizer.name: adamw`` of a recipe."""
+    return build_adamw(model, cfg, recipe.precision.optimizer_moments, recipe.seed)
+
+
+def build_adamw(model: nn.Module, cfg: AdamWConfig, moments: Moments = Moments.fp32, seed: int = 0) -> AdamW:
+    """AdamW of a model.
+
+    Args:
+        model: Materialized.
+        cfg: The recipe's ``optimizer``.
+        moments: Their dtype, and how they are rounded to it.
+        seed: For stochastic rounding.
+    """
+    groups, betas = parameter_groups(model, cfg.weight_decay), (cfg.betas[0], cfg.betas[1])
+    if moments == Moments.fp32:
+        return AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    named = [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups]
+    return Bf16MomentsAdamW(named, cfg.lr, betas, cfg.eps, seed if moments == Moments.bf16_stochastic else None)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters of one mesh each; only weight matrices decay, not norms, biases and embeddings."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
+    plain = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    groups: list[dict[str, Any]] = [{"params": params, "weight_decay": weight_decay} for params in by_mesh(decayed)]
+    return groups + [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
 
 
 class Bf16MomentsAdamW(AdamW):

@@ -21,8 +21,6 @@ from composer.devices import Device
 from composer.loggers import LoggerDestination
 from composer.utils import collect_env, dist, get_device
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
-from torch import nn
-from torch.optim import AdamW
 
 from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.console import Console
@@ -35,7 +33,6 @@ from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
-from moefoundry.callbacks.speed import LRMonitor, MemoryMonitor, SpeedMonitor
 from moefoundry.callbacks.trackers import build_trackers, note_entries, start_trackers, try_trackers
 from moefoundry.checkpoint.lease import held
 from moefoundry.checkpoint.ranks import on_rank_zero
@@ -48,22 +45,20 @@ from moefoundry.config import (
     Compute,
     ConfigError,
     LoaderConfig,
-    Moments,
-    OptimizerConfig,
     Recipe,
     UserError,
     advice,
     flatten,
 )
+from moefoundry.config.making import make_part, make_parts
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
 from moefoundry.evaluation.generation import complete
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens
-from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, by_mesh, limit_waiting, resolve_degrees
+from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, limit_waiting, resolve_degrees
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.mixture import check_backend
-from moefoundry.optim import Bf16MomentsAdamW
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, needs_mesh, parallelize, sum_between_copies
 from moefoundry.planning.describe import parameter_counts
 from moefoundry.precision import describe_fp8
@@ -185,13 +180,14 @@ def assemble(recipe: Recipe) -> Trainer:
     metrics_file = MetricsFile(run_dir)
     trainer = MeshTrainer(
         model=ComposerMoECausalLM(model),
-        optimizers=build_optimizer(model, recipe.optimizer, recipe.precision.optimizer_moments, recipe.seed),
+        optimizers=make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe),
         train_dataloader=train_data,
         eval_dataloader=eval_data and Evaluator(label="eval", dataloader=eval_data),
         eval_interval=recipe.eval_interval if eval_data else 0,
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         callbacks=build_callbacks(recipe, model, metrics_file, digests, start),
+        algorithms=make_parts("algorithms", recipe.algorithms, recipe),
         loggers=[metrics_file, *build_console(recipe, model)],
         parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
         precision="fp32",  # the model's own: see precision.py
@@ -284,28 +280,6 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
     return DataSpec(loader, get_num_tokens_in_batch=count_tokens)
 
 
-def build_optimizer(model: nn.Module, cfg: OptimizerConfig, moments: Moments = Moments.fp32, seed: int = 0) -> AdamW:
-    """AdamW; only weight matrices decay, not norms, biases and embeddings.
-
-    Args:
-        model: Materialized.
-        cfg: The recipe's ``optimizer``.
-        moments: Their dtype, and how they are rounded to it.
-        seed: For stochastic rounding.
-    """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
-    plain = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
-    groups: list[dict[str, Any]] = [{"params": params, "weight_decay": cfg.weight_decay} for params in by_mesh(decayed)]
-    groups += [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
-    betas = cfg.betas[0], cfg.betas[1]
-    if moments == Moments.fp32:
-        return AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    named = [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups]
-    return Bf16MomentsAdamW(named, cfg.lr, betas, cfg.eps, seed if moments == Moments.bf16_stochastic else None)
-
-
 def build_callbacks(
     recipe: Recipe,
     model: MoETransformer,
@@ -314,7 +288,7 @@ def build_callbacks(
     start: Start | None,
 ) -> list[Callback]:
     """The run's callbacks, in the order they act."""
-    clipping, wanted = recipe.algorithms.gradient_clipping, recipe.callbacks
+    clipping = recipe.algorithms.gradient_clipping
     ema = Ema(recipe.ema) if recipe.ema else None
     degrees = degrees_of(recipe)
     checkpointing = Checkpointing(
@@ -339,9 +313,7 @@ def build_callbacks(
         model.step_counts and GlobalBatchBalance(model.step_counts),
         RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
         build_expert_bias(model),
-        wanted.speed_monitor and SpeedMonitor(wanted.speed_monitor.window_size),
-        wanted.lr_monitor and LRMonitor(),
-        wanted.memory_monitor and MemoryMonitor(),
+        *make_parts("callbacks", recipe.callbacks, recipe),
         StopOnSignal(),
         checkpointing,
         ema,  # begins with the parameters that Checkpointing has read

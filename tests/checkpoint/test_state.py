@@ -4,10 +4,12 @@ import random
 from datetime import timedelta
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from moefoundry.checkpoint.state import model_tensors, optimizer_tensors, restore_rng, rng_tensors, to_jsonable
+from moefoundry.config import UserError
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -60,3 +62,11 @@ def test_generators_come_back_exactly() -> None:
 def test_time_is_stored_in_seconds() -> None:
     state = {"batch": 3, "total_wct": timedelta(minutes=1, milliseconds=500)}
     assert to_jsonable(state) == {"batch": 3, "total_wct": 60.5}
+
+
+def test_an_optimizer_that_keeps_other_than_tensors_is_named() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.weight] = {"seen": 3}
+    with pytest.raises(UserError, match=r"^optimizer: SGD keeps seen as int, and checkpoints hold .* as tensors$"):
+        optimizer_tensors(model, optimizer)

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from moefoundry.config import (
     ActivationCheckpointing,
+    AdamWConfig,
     ExpertBackend,
     MeshConfig,
     ModelConfig,
     MtpConfig,
-    OptimizerConfig,
     PrecisionConfig,
     Recipe,
 )
@@ -175,8 +175,8 @@ def train(
     from torch.distributed.tensor import DTensor
 
     from moefoundry.mesh import build_meshes, resolve_degrees
+    from moefoundry.optim import build_adamw
     from moefoundry.parallel import materialize, moe_layer_indices, parallelize
-    from moefoundry.trainer import build_optimizer
 
     rank, ranks = (0, 1) if mesh is None else (dist.get_rank(), dist.get_world_size())
     cfg = mtp_config(2)
@@ -187,7 +187,7 @@ def train(
     parallelize(model, meshes, PrecisionConfig(), ActivationCheckpointing(checkpointing))
     materialize(model, "cpu", seed=0)
     assert moe_layer_indices(model) == [1, 2, 3, 4]
-    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-2))
+    optimizer = build_adamw(model, AdamWConfig(lr=1e-2))
     generator = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(3):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moefoundry.config import (
     ActivationCheckpointing,
+    AdamWConfig,
     BalanceConfig,
     MeshConfig,
     MoEConfig,
-    OptimizerConfig,
     PrecisionConfig,
     Recipe,
     RouterConfig,
@@ -59,8 +59,8 @@ def train(mode: Mode) -> Outcome:
     from moefoundry.callbacks.expert_bias import ExpertBias
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import MoETransformer
+    from moefoundry.optim import build_adamw
     from moefoundry.parallel import materialize, moe_layers, parallelize
-    from moefoundry.trainer import build_optimizer
 
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if mode.mesh and dist.is_initialized() else (0, 1)
     cfg = tiny_config()
@@ -85,7 +85,7 @@ def train(mode: Mode) -> Outcome:
     logged: list[float] = []
     logger = SimpleNamespace(log_metrics=lambda metrics: logged.extend(metrics.values()))
     callback = ExpertBias(routers, RATE, f"{FREEZE}ba")
-    optimizer = build_optimizer(model, OptimizerConfig(lr=1e-4))
+    optimizer = build_adamw(model, AdamWConfig(lr=1e-4))
     generator = torch.Generator().manual_seed(0)
     outcome = Outcome([], [], routers[0].expert_bias.dtype, logged)
     for step in range(STEPS):

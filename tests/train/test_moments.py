@@ -12,7 +12,7 @@ from torch.optim import AdamW
 
 from moefoundry.checkpoint.format import tensor_entries
 from moefoundry.checkpoint.load import read_index
-from moefoundry.config import Moments, OptimizerConfig, Recipe, UserError
+from moefoundry.config import AdamWConfig, Moments, Recipe, UserError
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.optim import Bf16MomentsAdamW
 from tests.distributed import run_distributed
@@ -50,11 +50,11 @@ def test_groups_and_their_options_are_those_of_wide_moments() -> None:
 
 
 def compare_groups() -> None:
-    from moefoundry.trainer import build_optimizer
+    from moefoundry.optim import build_adamw
 
     model = MoETransformer(tiny_config())
-    cfg = OptimizerConfig(lr=0.3, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.2)
-    wide, nearest, stochastic = (build_optimizer(model, cfg, moments, seed=5) for moments in Moments)
+    cfg = AdamWConfig(lr=0.3, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.2)
+    wide, nearest, stochastic = (build_adamw(model, cfg, moments, seed=5) for moments in Moments)
     assert type(wide) is AdamW
     for narrow, seed in ((nearest, None), (stochastic, 5)):
         assert isinstance(narrow, Bf16MomentsAdamW)

@@ -106,6 +106,7 @@ def compute(recipe: Recipe, directory: Path) -> None:
     from moefoundry.callbacks.learning_rate import build_schedule
     from moefoundry.callbacks.metrics_file import MetricsFile
     from moefoundry.cli.validate import exports_as
+    from moefoundry.optim import build_adamw
 
     if next(NUMBERS) % 10 == 0:  # to read YAML takes longer than all below
         file = directory / "written.yaml"
@@ -118,7 +119,7 @@ def compute(recipe: Recipe, directory: Path) -> None:
     parts.materialize(model, "cpu", recipe.seed)
     parts.build_callbacks(recipe, model, MetricsFile(directory), {}, None)
     parts.build_console(recipe, model)
-    optimizer = parts.build_optimizer(model, recipe.optimizer, recipe.precision.optimizer_moments, recipe.seed)
+    optimizer = build_adamw(model, recipe.optimizer, recipe.precision.optimizer_moments, recipe.seed)
     schedule = build_schedule(recipe.scheduler)
     for batch in (0, 3):
         now = Timestamp(epoch=0, batch=batch, sample=batch * 4, token=batch * 256)

@@ -9,6 +9,7 @@ the final rate. ``scheduler.timing: composer`` keeps Composer's and LLM Foundry'
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
@@ -23,12 +24,14 @@ from composer.optim import (
 from composer.utils import dist
 
 from moefoundry.config import (
+    ConstantWithWarmupConfig,
     CosineWithWarmupConfig,
     LinearDecayWithWarmupConfig,
     Recipe,
     SchedulerConfig,
     ScheduleTiming,
 )
+from moefoundry.config.making import make_part
 
 
 class LearningRate(Callback):
@@ -78,10 +81,26 @@ class LearningRate(Callback):
         )
 
 
-def build_schedule(cfg: SchedulerConfig) -> ComposerScheduler:
-    """Position -> share of the peak rate."""
-    if isinstance(cfg, CosineWithWarmupConfig):
-        return CosineAnnealingWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
-    if isinstance(cfg, LinearDecayWithWarmupConfig):
-        return LinearWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
+def build_schedule(cfg: SchedulerConfig) -> Callable[[State], float]:
+    """Position -> share of the peak rate.
+
+    Raises:
+        UserError: It cannot be built.
+    """
+    schedule: Callable[[State], float] = make_part("schedulers", cfg.name, "scheduler", cfg)
+    return schedule
+
+
+def cosine(cfg: CosineWithWarmupConfig) -> ComposerScheduler:
+    """Half a cosine from the peak to ``alpha_f`` of it."""
+    return CosineAnnealingWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
+
+
+def linear(cfg: LinearDecayWithWarmupConfig) -> ComposerScheduler:
+    """A line from the peak to ``alpha_f`` of it."""
+    return LinearWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
+
+
+def constant(cfg: ConstantWithWarmupConfig) -> ComposerScheduler:
+    """The peak."""
     return ConstantWithWarmupScheduler(t_warmup=cfg.t_warmup)

@@ -13,10 +13,11 @@
     memory/peak_host_gib, memory/peak_device_gib
     skipped_steps                           1 in the batches whose step was skipped (``nonfinite: skip``)
 
-A key is absent where it does not apply. A line is appended and flushed as its batch ends, so a killed run keeps it. An
-evaluation after the last batch completes that batch's line. Lines of batches that are trained again, or that another
-run has left here, move to ``metrics.superseded.jsonl`` when training begins, so that there is one line a batch. (Of
-files of earlier releases the later line of a batch counts: :func:`read_metrics`.)
+and every other number that a callback logs. A key is absent where it does not apply. A line is appended and flushed as
+its batch ends, so a killed run keeps it. An evaluation after the last batch completes that batch's line. Lines of
+batches that are trained again, or that another run has left here, move to ``metrics.superseded.jsonl`` when training
+begins, so that there is one line a batch. (Of files of earlier releases the later line of a batch counts:
+:func:`read_metrics`.)
 """
 
 from __future__ import annotations
@@ -29,21 +30,14 @@ from typing import Any
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
+from torch import Tensor
 
 FILE_NAME = "metrics.jsonl"
 SUPERSEDED = "metrics.superseded.jsonl"
-KEPT_PREFIXES = (
-    "loss/",
-    "grad_norm",
-    "lr",
-    "throughput/",
-    "moe/",
-    "metrics/",
-    "checkpoint/",
-    "resume/",
-    "memory/",
-    "skipped_steps",
-)
+LEFT_OUT_PREFIXES = ("time/", "trainer/")
+"""Of what Composer logs of its own accord: counters that the number of the batch says already."""
+
+ESTIMATE = "time/remaining_estimate"  # of Composer's runtime_estimator
 
 
 class MetricsFile(LoggerDestination):
@@ -65,7 +59,9 @@ class MetricsFile(LoggerDestination):
             set_aside(self.path, after)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self._pending.update({name: float(value) for name, value in metrics.items() if name.startswith(KEPT_PREFIXES)})
+        for name, value in metrics.items():
+            if (name == ESTIMATE or not name.startswith(LEFT_OUT_PREFIXES)) and _is_number(value):
+                self._pending[name] = float(value)
 
     def record(self, metrics: dict[str, list[float]]) -> None:
         """Take metrics that only this file can hold (Composer's other destinations want scalars)."""
@@ -93,6 +89,10 @@ class MetricsFile(LoggerDestination):
                 file.seek(self._begin)
                 file.write(json.dumps(line).encode() + b"\n")
                 file.truncate()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def set_aside(path: Path, after: int) -> None:

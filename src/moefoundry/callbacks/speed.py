@@ -11,6 +11,8 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from moefoundry.config import LRMonitorConfig, MemoryMonitorConfig, Recipe, SpeedMonitorConfig
+
 GIB = 2**30
 
 
@@ -64,3 +66,18 @@ class LRMonitor(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         logger.log_metrics({"lr": state.optimizers[0].param_groups[0]["lr"]})
+
+
+def speed_monitor(cfg: SpeedMonitorConfig, recipe: Recipe) -> SpeedMonitor:
+    """``callbacks.speed_monitor`` of a recipe."""
+    return SpeedMonitor(cfg.window_size)
+
+
+def memory_monitor(cfg: MemoryMonitorConfig, recipe: Recipe) -> MemoryMonitor:
+    """``callbacks.memory_monitor`` of a recipe."""
+    return MemoryMonitor()
+
+
+def lr_monitor(cfg: LRMonitorConfig, recipe: Recipe) -> LRMonitor:
+    """``callbacks.lr_monitor`` of a recipe."""
+    return LRMonitor()

@@ -25,7 +25,8 @@ from composer.loggers import Logger, LoggerDestination, MLFlowLogger, WandBLogge
 from composer.utils import dist
 
 from moefoundry.checkpoint.remote import one_line
-from moefoundry.config import LoggersConfig, TensorBoardConfig, UserError, redacted
+from moefoundry.config import LoggersConfig, MLflowConfig, TensorBoardConfig, UserError, WandbConfig, redacted
+from moefoundry.config.making import chosen_parts, make_part
 from moefoundry.config.urls import is_url, resolved
 
 PATIENCE = 10.0
@@ -42,12 +43,20 @@ class ByBatch(LoggerDestination):
         key: Of the recipe, for messages.
         entry: The variable of the environment that names an entry to go on with, and its value. Such an entry has its
             hyperparameters, and MLflow refuses those that a resume has changed.
+        identity: What the tracker calls the run, once it has begun; empty where that is the run's own name.
     """
 
-    def __init__(self, tracker: LoggerDestination, key: str, entry: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        tracker: LoggerDestination,
+        key: str,
+        entry: dict[str, str] | None = None,
+        identity: Callable[[], str] = str,
+    ) -> None:
         self.tracker = tracker
         self.key = key
         self.entry = entry or {}
+        self.identity = identity
         self._pending: dict[str, Any] = {}
 
     def start(self, state: State, logger: Logger) -> None:
@@ -136,20 +145,38 @@ def build_trackers(cfg: LoggersConfig, run_dir: Path, continues: bool) -> list[B
     """
     entries = _read_entries(run_dir) if continues else {}
     trackers: list[ByBatch] = []
-    if cfg.wandb:
-        values = redacted(asdict(cfg.wandb), "loggers.wandb")
-        place = {"dir": str(run_dir), "resume": "allow"} | ({"id": entries["wandb"]} if "wandb" in entries else {})
-        trackers.append(_made("loggers.wandb", lambda: WandBLogger(**values, init_kwargs=place)))
-    if cfg.tensorboard:
-        trackers.append(ByBatch(TensorBoard(cfg.tensorboard), "loggers.tensorboard"))
-    if cfg.mlflow:
-        experiment, name = cfg.mlflow.experiment_name, cfg.mlflow.run_name
-        uri = mlflow_uri(cfg.mlflow.tracking_uri, run_dir)
-        _be_brief_with_mlflow()
-        options = {"tracking_uri": uri, "log_system_metrics": False}  # these would have an axis of their own
-        entry = _mlflow_entry(uri, entries.get("mlflow"))
-        trackers.append(_made("loggers.mlflow", lambda: MLFlowLogger(experiment, name, **options), entry))
+    for name, part in chosen_parts("loggers", cfg):
+        key = f"loggers.{name}"
+        tracker = make_part("loggers", name, key, part, run_dir, entries.get(name))
+        trackers.append(tracker if isinstance(tracker, ByBatch) else ByBatch(tracker, key))
     return trackers
+
+
+def wandb(cfg: WandbConfig, run_dir: Path, entry: str | None) -> ByBatch:
+    """``loggers.wandb`` of a recipe."""
+
+    def identity() -> str:
+        import wandb
+
+        return wandb.run.id if wandb.run is not None else ""
+
+    place = {"dir": str(run_dir), "resume": "allow"} | ({"id": entry} if entry else {})
+    values = redacted(asdict(cfg), "loggers.wandb")
+    return ByBatch(WandBLogger(**values, init_kwargs=place), "loggers.wandb", identity=identity)
+
+
+def tensorboard(cfg: TensorBoardConfig, run_dir: Path, entry: str | None) -> ByBatch:
+    """``loggers.tensorboard`` of a recipe."""
+    return ByBatch(TensorBoard(cfg), "loggers.tensorboard")
+
+
+def mlflow(cfg: MLflowConfig, run_dir: Path, entry: str | None) -> ByBatch:
+    """``loggers.mlflow`` of a recipe."""
+    uri = mlflow_uri(cfg.tracking_uri, run_dir)
+    _be_brief_with_mlflow()
+    options = {"tracking_uri": uri, "log_system_metrics": False}  # these would have an axis of their own
+    logger = MLFlowLogger(cfg.experiment_name, cfg.run_name, **options)
+    return ByBatch(logger, "loggers.mlflow", _mlflow_entry(uri, entry), lambda: str(logger._run_id))
 
 
 def start_trackers(trackers: list[ByBatch], state: State, logger: Logger) -> None:
@@ -168,7 +195,7 @@ def start_trackers(trackers: list[ByBatch], state: State, logger: Logger) -> Non
 def note_entries(trackers: list[ByBatch], run_dir: Path) -> None:
     """Keep what trackers call the run, for the time that it resumes."""
     if dist.get_global_rank() == 0 and trackers:
-        entries = dict(_entry(tracker.tracker) for tracker in trackers)
+        entries = {tracker.key.removeprefix("loggers."): tracker.identity() for tracker in trackers}
         (run_dir / ENTRIES_FILE).write_text(json.dumps(entries) + "\n")
 
 
@@ -205,13 +232,6 @@ def _answers(key: str, url: str, remedy: str = "") -> None:
         raise UserError(f"{key}: {url} does not answer: {reason}; start it, or leave out {key}{remedy}") from error
 
 
-def _made(key: str, make: Callable[[], LoggerDestination], entry: dict[str, str] | None = None) -> ByBatch:
-    try:
-        return ByBatch(make(), key, entry)
-    except Exception as error:  # each client has its own
-        raise UserError(f"{key}: cannot be used: {one_line(error)}") from error
-
-
 def _be_brief_with_mlflow() -> None:
     """Its own defaults wait for minutes, and say nothing."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE:.0f}")
@@ -230,15 +250,6 @@ def _mlflow_entry(uri: str, run_id: str | None) -> dict[str, str]:
     except MlflowException:
         return {}
     return {"MLFLOW_RUN_ID": run_id} if active else {}
-
-
-def _entry(tracker: LoggerDestination) -> tuple[str, str]:
-    """The tracker's name, and its own name for the run; that of TensorBoard is the run's."""
-    if isinstance(tracker, WandBLogger):
-        import wandb
-
-        return "wandb", wandb.run.id if wandb.run is not None else ""
-    return ("mlflow", str(tracker._run_id)) if isinstance(tracker, MLFlowLogger) else ("tensorboard", "")
 
 
 def _read_entries(run_dir: Path) -> dict[str, str]:

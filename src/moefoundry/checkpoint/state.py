@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moefoundry.config import UserError
+
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of the model, sharing memory with it."""
@@ -30,10 +32,16 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """The optimizer's state, sharing memory with it; state of a fresh optimizer is allocated first.
 
-    Works for optimizers whose state is tensors alone, as AdamW's.
+    Raises:
+        UserError: The optimizer keeps something else than tensors.
     """
     if not optimizer.state:
         _allocate_state(optimizer)
+    for slots in optimizer.state.values():
+        for slot, value in slots.items():
+            if not isinstance(value, Tensor):
+                kind = f"{type(optimizer).__name__} keeps {slot} as {type(value).__name__}"
+                raise UserError(f"optimizer: {kind}, and checkpoints hold what an optimizer keeps as tensors")
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"optimizer/{names[parameter]}/{slot}": tensor

@@ -5,6 +5,7 @@ from moefoundry.config.annotate import annotated
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.dump import diff_recipes, dump_recipe, flatten, redacted
 from moefoundry.config.errors import ConfigError, DataError, Problem, UserError
+from moefoundry.config.field import REQUIRED, key
 from moefoundry.config.loader import load_layers, load_recipe, recipe_of
 from moefoundry.config.overrides import redact_argument, split_arguments
 from moefoundry.config.schema import Recipe
@@ -30,6 +31,7 @@ from moefoundry.config.schema_model import (
 )
 from moefoundry.config.schema_parts import (
     ActivationCheckpointing,
+    AdamWConfig,
     AlgorithmsConfig,
     CallbacksConfig,
     ClippingType,
@@ -63,7 +65,9 @@ from moefoundry.config.schema_parts import (
 )
 
 __all__ = [
+    "REQUIRED",
     "ActivationCheckpointing",
+    "AdamWConfig",
     "AlgorithmsConfig",
     "Assignment",
     "AttentionBias",
@@ -123,6 +127,7 @@ __all__ = [
     "diff_recipes",
     "dump_recipe",
     "flatten",
+    "key",
     "load_layers",
     "load_recipe",
     "recipe_of",

@@ -30,6 +30,7 @@ from moefoundry.config.spec import (
     show,
     specs,
 )
+from moefoundry.registry import PartError, Table
 
 FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
@@ -47,9 +48,12 @@ class Builder:
         self.problems: list[Problem] = []
         self.unsound: set[str] = set()
 
-    def build(self, cls: type, values: dict[str, Any], path: str = "", kind: str = "") -> Any:
-        """An object of ``cls`` from a mapping. Only a key whose default :func:`changes_nothing` may be missing: the
-        mapping may have been stored before there was such a key, and means what it meant then."""
+    def build(
+        self, cls: type, values: dict[str, Any], path: str = "", kind: str = "", table: Table | None = None
+    ) -> Any:
+        """An object of ``cls`` from a mapping, whose keys are also names of ``table``. Only a key whose default
+        :func:`changes_nothing` may be missing: the mapping may have been stored before there was such a key, and means
+        what it meant then."""
         built = {}
         known = specs(cls)
         for name, spec in known.items():
@@ -58,8 +62,9 @@ class Builder:
             elif not changes_nothing(plain(getattr(cls(), name))):
                 self._fail(join(path, name), "missing", describe(spec))
         for name in values:
-            if name not in known:
-                self._unknown(name, values[name], path, list(known), kind)
+            if name not in known and not (table is not None and self._unusable(table, name, path)):
+                names = [*known, *(table.names() if table is not None else [])]
+                self._unknown(name, values[name], path, names, kind)
         return cls(**{name: value for name, value in built.items() if value is not INVALID})
 
     def _fail(self, path: str, message: str, allowed: str = "", suggestion: str = "") -> Any:
@@ -88,20 +93,38 @@ class Builder:
     def _mapping(self, spec: Spec, value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             return self._fail(path, f"got {show(value)}", describe(spec), _key_below(path, value))
-        cls = chosen_class(spec, value)
-        if cls is None:
-            self.unsound.add(path)
-            tag = value.get(spec.tag)
-            if tag is INVALID:
-                return INVALID
-            tags = list(spec.variants or ())
-            return self._fail(
-                join(path, spec.tag),
-                f"got {show(tag)}",
-                ", ".join(tags),
-                _nearest(tag, tags, specs(spec.kind)[spec.tag]),
-            )
-        return self.build(cls, value, path, f" of {spec.tag} {value[spec.tag]!r}" if spec.variants else "")
+        if spec.table is not None and not spec.tag:
+            return self.build(chosen_class(spec, value), value, path, table=spec.table)
+        cls = self._class(spec, value, path)
+        if cls is not None:
+            return self.build(cls, value, path, f" of {spec.tag} {value[spec.tag]!r}" if spec.variants else "")
+        self.unsound.add(path)
+        if spec.variants is None:  # what all of them have can be checked
+            self.build(spec.kind, {**value, spec.tag: INVALID}, path)
+        return INVALID
+
+    def _class(self, spec: Spec, value: dict[str, Any], path: str) -> Any:
+        """:func:`chosen_class`; what is wrong with the tag is listed."""
+        tag = value.get(spec.tag)
+        try:
+            cls = chosen_class(spec, value)
+        except PartError as error:
+            self._fail(join(path, spec.tag), f"{tag}: {error}")
+            return None
+        if cls is None and tag is not INVALID:
+            tags = spec.table.names() if spec.table is not None else list(spec.variants or ())
+            near = _nearest(tag, tags, specs(spec.kind)[spec.tag])
+            self._fail(join(path, spec.tag), f"got {show(tag)}", ", ".join(tags), near)
+        return cls
+
+    def _unusable(self, table: Table, name: str, path: str) -> bool:
+        """Whether a key names an installed part that cannot be used, which is then listed."""
+        try:
+            table.find(name)
+        except PartError as error:
+            self._fail(join(path, name), str(error))
+            return True
+        return False
 
     def _list(self, spec: Spec, value: Any, path: str) -> Any:
         if not isinstance(value, list):
@@ -118,6 +141,8 @@ class Builder:
 
     def _scalar(self, spec: Spec, kind: Any, value: Any, path: str) -> Any:
         allowed = describe(spec, kind)
+        if kind is object:
+            return value
         if issubclass(kind, StrEnum):
             if isinstance(value, str) and value in list(kind):
                 return kind(value)

@@ -12,7 +12,7 @@ from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_model import ExpertBackend, GqaConfig, MlaConfig
-from moefoundry.config.schema_parts import Compute, Fp8Backend, Fp8Config, Fp8Recipe, Moments
+from moefoundry.config.schema_parts import AdamWConfig, Compute, Fp8Backend, Fp8Config, Fp8Recipe, Moments
 from moefoundry.config.spec import show_leaf
 from moefoundry.config.urls import path_problem, url_problem
 
@@ -314,10 +314,15 @@ def _weights_of_something(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("load_weights_only", "true, but load_path is null", allowed="false, or load_path=CHECKPOINT")
 
 
-@rule("precision.optimizer_moments", "optimizer.betas")
+@rule("precision.optimizer_moments", "optimizer")
 def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Without a gradient, a moment loses 1 - beta of itself a step; to be rounded down it may have to lose 2**-8."""
-    largest = 1 - 2**-8
+    largest, moments = 1 - 2**-8, recipe.precision.optimizer_moments
+    if not isinstance(recipe.optimizer, AdamWConfig):
+        if moments != Moments.fp32:
+            message = f"{moments}, but only adamw has such moments, and optimizer.name is {recipe.optimizer.name}"
+            yield Problem("precision.optimizer_moments", message, allowed="fp32")
+        return
     for index, beta in enumerate(recipe.optimizer.betas):
         if recipe.precision.optimizer_moments == Moments.bf16 and beta > largest:
             message = f"with {beta}, moments that precision.optimizer_moments=bf16 rounds to the nearest may never fall"

@@ -27,6 +27,10 @@ PATTERN_HINTS = {
 }
 
 
+REQUIRED: Any = ...
+"""The default of a key that has none: a mapping without it is refused."""
+
+
 def key(
     default: Any,
     doc: str,
@@ -46,11 +50,12 @@ def key(
     renamed_from: tuple[str, ...] = (),
     instead_of: dict[str, str] | None = None,
     other_values: dict[str, str] | None = None,
+    table: str | None = None,
 ) -> Any:
     """A recipe field.
 
     Args:
-        default: The value, or a callable that makes it (a dataclass, or a lambda for lists).
+        default: The value, or a callable that makes it (a dataclass, or a lambda for lists); :data:`REQUIRED` is none.
         doc: One sentence for ``docs/recipe.md``.
         ge, gt, le, lt: Numeric bounds.
         pattern: A regular expression that a string must match in full.
@@ -66,6 +71,9 @@ def key(
         renamed_from: What LLM Foundry, Composer, Hugging Face or torchtitan call the same thing.
         instead_of: Names that they have for something near it -> how to say that here.
         other_values: What they call a value -> the value here.
+        table: The table of parts (:mod:`moefoundry.config.parts`) from which a string is a name. A mapping with a
+            ``tag`` of that table has the keys of the part that it names; with ``tag=""`` each of its keys is the name
+            of a part, and a mapping of that part's keys.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -82,6 +90,7 @@ def key(
         "renamed_from": renamed_from,
         "instead_of": instead_of or {},
         "other_values": other_values or {},
+        "table": table,
     }
     if isinstance(default, Callable):  # type: ignore[arg-type]
         return field(default_factory=default, metadata=metadata)

@@ -11,7 +11,8 @@ from typing import Any
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import show, specs
+from moefoundry.config.spec import chosen_class, show, specs
+from moefoundry.registry import PartError
 
 EXTENDS = "extends"
 OVERRIDE = "override"
@@ -113,8 +114,14 @@ def _keys_of_other_variants(tree: Any, path: KeyPath, value: Any, said: Collecti
         if spec is None or not spec.is_mapping or not isinstance(tree.get(parent), dict):
             return []
         tree, cls = tree[parent], spec.kind
-    if spec is None or spec.variants is None or path[-1] != spec.tag or value not in list(spec.variants):
+    if spec is None or spec.variants is None or path[-1] != spec.tag:
         return []
-    others = {key for variant in spec.variants.values() for key in specs(variant)} - specs(spec.variants[value]).keys()
+    try:
+        chosen = chosen_class(spec, {spec.tag: value})
+    except PartError:  # which is said when the recipe is built
+        chosen = None
+    if chosen is None:
+        return []
+    others = {key for variant in spec.variants.values() for key in specs(variant)} - specs(chosen).keys()
     keys = [(*path[:-1], key) for key in sorted(others)]
     return [key for key in keys if not any(leaf[: len(key)] == key for leaf in said)]

@@ -15,13 +15,15 @@ from typing import Any
 from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
+from moefoundry.config.field import REQUIRED
 from moefoundry.config.files import read_layers
 from moefoundry.config.fitting import KEYS, fitting_overrides
 from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import OVERRIDE, Layers
 from moefoundry.config.overrides import add_overrides
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import chosen_class, plain, show, specs
+from moefoundry.config.spec import Spec, chosen_class, plain, show, specs
+from moefoundry.registry import PartError
 
 LLM_FOUNDRY_MODELS = (
     "mpt_causal_lm",
@@ -127,9 +129,19 @@ def _fill(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
     for name, spec in specs(type(default)).items():
         value = getattr(default, name)
         if name not in tree:
-            filled[name] = plain(value)
-        elif isinstance(tree[name], dict) and (cls := chosen_class(spec, tree[name], value)):
+            if value is not REQUIRED:
+                filled[name] = plain(value)
+        elif isinstance(tree[name], dict) and (cls := _usable_class(spec, tree[name], value)):
             filled[name] = _fill(value if type(value) is cls else cls(), tree[name])
         else:
             filled[name] = tree[name]
     return filled | {name: value for name, value in tree.items() if name not in filled}
+
+
+def _usable_class(spec: Spec, tree: dict[str, Any], default: Any) -> Any:
+    """:func:`chosen_class`; of a part that is none or cannot be used, which the builder lists, what all have."""
+    try:
+        cls = chosen_class(spec, tree, default)
+    except PartError:
+        cls = None
+    return spec.kind if cls is None and spec.is_mapping and spec.variants is None else cls

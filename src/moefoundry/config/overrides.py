@@ -16,7 +16,7 @@ from typing import Any
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.layers import EXTENDS, OVERRIDE, KeyPath, Layers, leaves_of
 from moefoundry.config.paths import expanded
-from moefoundry.config.spec import every_key, looks_secret, redact
+from moefoundry.config.spec import every_key, find_key, looks_secret, redact
 from moefoundry.config.yaml_reader import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
@@ -78,7 +78,7 @@ def _parse(token: str, following: str) -> tuple[str, Any]:
 
 
 def _value(path: str, text: str) -> Any:
-    spec = every_key().get(path)
+    spec = find_key(path)
     if spec is None or not spec.is_text:
         return parse_yaml(text, f"{path}=", comments=False, plain_text=spec is not None and spec.item is str)
     if text in ("", "null", "Null", "NULL") or (text == "~" and spec.optional):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moefoundry.config.parts import TABLES
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import Spec, describe, elsewhere, every_key, is_free_on_resume, plain, show, specs
 
@@ -68,6 +69,10 @@ def _sections(default: Any, path: str, title: str) -> Iterator[str]:
         )
     else:
         yield "No keys: write `{}`.\n"
+    if (table := TABLES.get(path.rstrip("."))) is not None:
+        others = ", ".join(f"`{name}`" for name in table.listed if name not in specs(type(default)))
+        named = f"also, by the arguments of Composer's classes: {others}; and " if others else "also "
+        yield f"Keys are {named}the names of parts that [installed packages](extending.md) add.\n"
     for child in nested:
         yield from _sections(*child)
 
@@ -85,6 +90,8 @@ def _type(spec: Spec) -> str:
     name = (
         f"list of {names[spec.item]}s" if spec.item else names.get(spec.kind, "mapping" if spec.is_mapping else "name")
     )
+    if spec.table is not None and not spec.is_mapping:
+        name = "name"
     return f"{name} or null" if spec.optional else name
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, key
 from moefoundry.config.schema_model import ModelConfig
 from moefoundry.config.schema_parts import (
-    SCHEDULERS,
     ActivationCheckpointing,
+    AdamWConfig,
     AlgorithmsConfig,
     CallbacksConfig,
     CosineWithWarmupConfig,
@@ -86,22 +86,24 @@ class Recipe:
     tokenizer: TokenizerConfig = key(TokenizerConfig, "Tokenizer.")
     train_loader: LoaderConfig = key(LoaderConfig, "Training data.")
     eval_loader: LoaderConfig | None = key(held_out_loader, "Held-out data; null does not evaluate.")
-    optimizer: OptimizerConfig = key(OptimizerConfig, "Optimizer.")
+    optimizer: OptimizerConfig = key(AdamWConfig, "Optimizer.", table="optimizers", tag="name")
     scheduler: SchedulerConfig = key(
         CosineWithWarmupConfig,
         "Learning-rate schedule.",
-        variants=SCHEDULERS,
+        table="schedulers",
         tag="name",
         renamed_from=("lr_scheduler",),
     )
-    algorithms: AlgorithmsConfig = key(AlgorithmsConfig, "Changes to the training loop.")
+    algorithms: AlgorithmsConfig = key(AlgorithmsConfig, "Changes to the training loop.", table="algorithms", tag="")
     nonfinite: NonFinite = key(
         NonFinite.stop,
         "A loss or gradient that is not finite stops the run before the update, or skips the step.",
         free_on_resume=True,
     )
-    callbacks: CallbacksConfig = key(CallbacksConfig, "Monitors.", free_on_resume=True)
-    loggers: LoggersConfig = key(LoggersConfig, "Where metrics go besides metrics.jsonl.", free_on_resume=True)
+    callbacks: CallbacksConfig = key(CallbacksConfig, "Monitors.", free_on_resume=True, table="callbacks", tag="")
+    loggers: LoggersConfig = key(
+        LoggersConfig, "Where metrics go besides metrics.jsonl.", free_on_resume=True, table="loggers", tag=""
+    )
     max_duration: str = key(
         "200ba",
         "Length of training.",

@@ -158,9 +158,10 @@ class MlaConfig(AttentionConfig):
 
 @dataclass
 class RouterConfig:
-    score_function: ScoreFunction = key(
-        ScoreFunction.softmax,
+    score_function: str = key(
+        ScoreFunction.softmax.value,
         "Maps router logits to scores.",
+        table="router_scores",
         renamed_from=("scoring_func", "score_func", "moe_router_score_function"),
     )
     normalize_topk: bool = key(
@@ -235,7 +236,7 @@ class MoEConfig:
     num_shared_experts: int = key(
         1, "Experts that see every token (one FFN of this many widths).", ge=0, renamed_from=("n_shared_experts",)
     )
-    router: RouterConfig = key(RouterConfig, "Routing.")
+    router: RouterConfig = key(RouterConfig, "Routing.", table="router_scores", tag="score_function")
     balance: BalanceConfig = key(BalanceConfig, "Load balancing.", architecture=False)
     capacity_factor: float | None = key(
         None,

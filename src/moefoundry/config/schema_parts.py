@@ -163,14 +163,20 @@ def held_out_loader() -> LoaderConfig:
 
 @dataclass
 class OptimizerConfig:
+    """What every optimizer has; the keys of an optimizer are in its subclass."""
+
     name: str = key(
         "adamw",
-        "Optimizer.",
-        available=("adamw",),
+        "Optimizer; it decides the other keys of this mapping.",
+        table="optimizers",
         renamed_from=("optimizer",),
         other_values={"decoupled_adamw": "adamw", "AdamW": "adamw", "adamw_torch": "adamw"},
     )
     lr: float = key(4.0e-3, "Peak learning rate.", gt=0, renamed_from=("learning_rate",))
+
+
+@dataclass
+class AdamWConfig(OptimizerConfig):
     betas: list[float] = key(
         lambda: [0.9, 0.95],
         "Decay of the first and second moment.",
@@ -200,6 +206,7 @@ class SchedulerConfig:
     name: str = key(
         "cosine_with_warmup",
         "Schedule; it decides the other keys of this mapping.",
+        table="schedulers",
         renamed_from=("scheduler", "lr_scheduler_type"),
         other_values={"linear": "linear_decay_with_warmup", "constant": "constant_with_warmup"},
     )
@@ -220,7 +227,7 @@ class SchedulerConfig:
 
 @dataclass
 class ConstantWithWarmupConfig(SchedulerConfig):
-    name: str = key("constant_with_warmup", "Schedule; it decides the other keys of this mapping.")
+    name: str = key("constant_with_warmup", "Schedule; it decides the other keys of this mapping.", table="schedulers")
 
 
 @dataclass
@@ -236,15 +243,10 @@ class CosineWithWarmupConfig(SchedulerConfig):
 
 @dataclass
 class LinearDecayWithWarmupConfig(SchedulerConfig):
-    name: str = key("linear_decay_with_warmup", "Schedule; it decides the other keys of this mapping.")
+    name: str = key(
+        "linear_decay_with_warmup", "Schedule; it decides the other keys of this mapping.", table="schedulers"
+    )
     alpha_f: float = key(0.0, "Final learning rate as a fraction of the peak.", ge=0, le=1)
-
-
-SCHEDULERS: dict[str, type] = {
-    "cosine_with_warmup": CosineWithWarmupConfig,
-    "linear_decay_with_warmup": LinearDecayWithWarmupConfig,
-    "constant_with_warmup": ConstantWithWarmupConfig,
-}
 
 
 class ClippingType(StrEnum):

@@ -11,8 +11,11 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from moefoundry.config.extended import with_parts
 from moefoundry.config.field import PATTERN_HINTS
+from moefoundry.config.parts import TABLES
 from moefoundry.config.schema import Recipe
+from moefoundry.registry import PartError, Table
 
 
 class _Invalid:
@@ -28,9 +31,11 @@ class Spec:
     """One key of one mapping.
 
     Attributes:
-        kind: ``int``, ``float``, ``bool``, ``str``, a ``StrEnum``, a dataclass, or ``list`` (then ``item`` is set).
+        kind: ``int``, ``float``, ``bool``, ``str``, a ``StrEnum``, a dataclass, ``list`` (then ``item`` is set), or
+            ``object``, which is any value.
         item: The type of a list's elements, else None.
         optional: Whether null is accepted.
+        variants: Also those that are listed in ``table``; None where all of them have the same keys.
     The others are the arguments of :func:`moefoundry.config.field.key`.
     """
 
@@ -51,6 +56,7 @@ class Spec:
     renamed_from: tuple[str, ...]
     instead_of: dict[str, str]
     other_values: dict[str, str]
+    table: Table | None
 
     @property
     def is_mapping(self) -> bool:
@@ -78,15 +84,24 @@ def _specs(cls: Any) -> dict[str, Spec]:
     for field in dataclasses.fields(cls):
         kind, optional = _split_optional(hints[field.name])
         item = get_args(kind)[0] if get_origin(kind) is list else None
-        result[field.name] = Spec(field.name, list if item else kind, item, optional, **field.metadata)
+        table = TABLES.get(field.metadata["table"] or "")
+        facts = {**field.metadata, "table": table}
+        if table is not None and facts["tag"] and dataclasses.is_dataclass(kind):
+            facts["variants"] = _listed_variants(table, kind)
+        result[field.name] = Spec(field.name, list if item else kind, item, optional, **facts)
     return result
+
+
+def _listed_variants(table: Table, kind: Any) -> dict[str, type] | None:
+    configs = {name: part.config for name in table.listed if (part := table.find(name)) is not None}
+    return None if set(configs.values()) == {kind} else configs
 
 
 def _split_optional(hint: Any) -> tuple[Any, bool]:
     if get_origin(hint) not in (Union, types.UnionType):
         return hint, False
-    (kind,) = (part for part in get_args(hint) if part is not type(None))
-    return kind, True
+    kinds = [part for part in get_args(hint) if part is not type(None)]
+    return kinds[0] if len(kinds) == 1 else object, len(kinds) < len(get_args(hint))
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Spec]]:
@@ -158,11 +173,36 @@ def join(path: str, key: str | int) -> str:
 
 
 def chosen_class(spec: Spec, mapping: dict[str, Any], default: Any = None) -> Any:
-    """The dataclass that types this mapping; None where the key is no mapping, or its tag is unknown."""
-    if not spec.is_mapping or spec.variants is None:
+    """The dataclass that types this mapping; None where the key is no mapping, or its tag is unknown.
+
+    Raises:
+        PartError: Its tag names an installed part that cannot be used.
+    """
+    if not spec.is_mapping or (spec.variants is None and spec.table is None):
         return spec.kind if spec.is_mapping else None
+    if spec.table is not None and not spec.tag:
+        return with_parts(spec.kind, spec.table.kind, mapping)
     tag = mapping.get(spec.tag, getattr(default, spec.tag, None))
-    return spec.variants.get(tag) if isinstance(tag, str) else None
+    if not isinstance(tag, str):
+        return spec.kind if spec.variants is None else None
+    if spec.table is None:
+        return (spec.variants or {}).get(tag)
+    part = spec.table.find(tag)
+    return part.config if part is not None else None
+
+
+def find_key(path: str) -> Spec | None:
+    """The key of this path, of the schema or of a part that the path names."""
+    parent, _, rest = path.partition(".")
+    name, _, leaf = rest.partition(".")
+    table = spec.table if (spec := specs(Recipe).get(parent)) is not None and not spec.tag else None
+    if path in every_key() or table is None or not leaf:
+        return every_key().get(path)
+    try:
+        part = table.find(name)
+    except PartError:  # which is said when the recipe is built
+        return None
+    return specs(part.config).get(leaf) if part is not None else None
 
 
 def options(spec: Spec) -> list[str]:
@@ -171,7 +211,13 @@ def options(spec: Spec) -> list[str]:
     return [str(member) for member in members if member is not None]
 
 
-_NOUNS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("a string", "strings")}
+_NOUNS = {
+    int: ("an integer", "integers"),
+    float: ("a number", "numbers"),
+    str: ("a string", "strings"),
+    bool: ("true or false", "true, false"),
+}
+_ANYTHING = ("a value", "values")
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -182,18 +228,20 @@ def describe(spec: Spec, kind: Any = None) -> str:
     if spec.is_mapping:
         text = "a mapping"
     elif kind is list:
-        items = PATTERN_HINTS[spec.pattern] if spec.pattern else f"{_NOUNS[spec.item][1]} {bounds}"
+        items = PATTERN_HINTS[spec.pattern] if spec.pattern else f"{_NOUNS.get(spec.item, _ANYTHING)[1]} {bounds}"
         text = f"a list of {spec.length or ''} {items}".replace("  ", " ").rstrip()
     elif kind is bool:
         text = "true, false"
     elif issubclass(kind, StrEnum):
         text = ", ".join(options(spec))
+    elif spec.table is not None:
+        text = ", ".join(spec.table.listed)
     elif spec.pattern:
         text = PATTERN_HINTS[spec.pattern]
     elif spec.path:
         text = "a path"
     else:
-        text = f"{_NOUNS[kind][0]} {bounds}".rstrip()
+        text = f"{_NOUNS.get(kind, _ANYTHING)[0]} {bounds}".rstrip()
     return f"{text}, or null" if spec.optional and kind is spec.kind else text
 
 

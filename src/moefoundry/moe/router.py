@@ -8,18 +8,36 @@ compute dtype (float64 stays float64): a rounded logit sends tokens elsewhere.
 from __future__ import annotations
 
 import math
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import Assignment, MoEConfig, RouterConfig, ScoreFunction
+from moefoundry.config import Assignment, MoEConfig, RouterConfig
+from moefoundry.config.making import make_part
 from moefoundry.ops.permute import count_by_expert
 from moefoundry.ops.wide_linear import wide_linear, widened
 
 TINY = 1e-20
 """Added to sums of scores, as in DeepSeek-V3's code: sigmoid scores may all underflow. Changes no other sum."""
+
+
+Score = Callable[[Tensor], Tensor]
+"""Router logits [T, E] -> scores [T, E], above 0, of the same dtype."""
+
+SCORE_KEY = "model.moe.router.score_function"
+
+
+def softmax(cfg: RouterConfig) -> Score:
+    """Scores that sum to 1 over the experts."""
+    return partial(torch.softmax, dim=-1)
+
+
+def sigmoid(cfg: RouterConfig) -> Score:
+    """Each expert's score by itself."""
+    return torch.sigmoid
 
 
 class Routing(NamedTuple):
@@ -42,6 +60,7 @@ class Router(nn.Module):
     """Linear gate, scores, top-k.
 
     Attributes:
+        score: Router logits -> scores.
         product: The gate's, [T, D] x [E, D] -> [T, E]; a precision policy may set one that keeps less for backward.
         expert_bias: fp32 [E], a buffer that only the choice of experts sees and no gradient changes; None where
             scores are softmax and ``bias_update_rate`` is 0.
@@ -55,6 +74,7 @@ class Router(nn.Module):
         self.product = wide_linear
         self.top_k = cfg.top_k
         self.cfg, self.group_votes = cfg.router, cfg.group_votes
+        self.score: Score = make_part("router_scores", cfg.router.score_function, SCORE_KEY, cfg.router)
         bias = torch.zeros(cfg.num_experts, dtype=torch.float32) if cfg.has_expert_bias else None
         self.register_buffer("expert_bias", bias)
 
@@ -64,8 +84,7 @@ class Router(nn.Module):
             jitter, tokens_TD = self.cfg.input_jitter, widened(tokens_TD)
             tokens_TD = tokens_TD * torch.empty_like(tokens_TD).uniform_(1 - jitter, 1 + jitter)
         logits_TE = self.product(tokens_TD, self.gate.weight)
-        softmax = self.cfg.score_function == ScoreFunction.softmax
-        scores_TE = logits_TE.softmax(dim=-1) if softmax else logits_TE.sigmoid()
+        scores_TE = self.score(logits_TE)
         expert_ids_TK = self._choose(scores_TE.detach())
         weights_TK = scores_TE.gather(1, expert_ids_TK)
         if self.cfg.normalize_topk:

@@ -1,0 +1,319 @@
+"""Parts of other packages and of Composer: strict like the schema's own, and used in a run."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moefoundry.config import ConfigError, dump_recipe, load_recipe
+from moefoundry.config.parts import COMPOSER_ALGORITHMS, COMPOSER_CALLBACKS, TABLES
+from tests.distributed import run_distributed
+
+EXAMPLE = Path(__file__).parents[1] / "docs/examples/steps_and_scores"
+USE = ["callbacks.steps_per_second.every=1", "model.moe.router={score_function: tempered_softmax, temperature: 0.5}"]
+
+
+OTHERS = """
+from dataclasses import dataclass
+from moefoundry.config import OptimizerConfig, SchedulerConfig, key
+from moefoundry.registry import Part
+
+@dataclass
+class SgdConfig(OptimizerConfig):
+    momentum: float = key(0.9, "Momentum.", ge=0)
+
+@dataclass
+class StepsConfig(SchedulerConfig):
+    share: float = key(0.5, "Of the peak.", gt=0)
+
+@dataclass
+class LinesConfig:
+    file: str = key("lines.txt", "Name of a file.")
+
+def sgd(cfg, model, recipe):
+    import torch
+    from moefoundry.optim import parameter_groups
+    return torch.optim.SGD(parameter_groups(model, 0.0), lr=cfg.lr, momentum=cfg.momentum)
+
+def lines(cfg, run_dir, entry):
+    from composer.loggers import LoggerDestination
+    class Lines(LoggerDestination):
+        def log_metrics(self, metrics, step=None):
+            with (run_dir / cfg.file).open("a") as file:
+                file.write(f"{step} {sorted(metrics)}\\n")
+    return Lines()
+
+def counting(cfg, recipe):
+    from composer.core import Algorithm, Event
+    class Counting(Algorithm):
+        def match(self, event, state):
+            return event == Event.BATCH_START
+        def apply(self, event, state, logger):
+            logger.log_metrics({"counting/batches": state.timestamp.batch.value + 1})
+    return Counting()
+
+optimizer, scheduler = Part(SgdConfig, sgd), Part(StepsConfig, lambda cfg: lambda state: cfg.share)
+logger, algorithm = Part(LinesConfig, lines), Part(LinesConfig, counting)
+"""
+OTHERS_POINTS = {
+    "moefoundry.optimizers": {"plain_sgd": "others:optimizer"},
+    "moefoundry.schedulers": {"half": "others:scheduler"},
+    "moefoundry.loggers": {"lines": "others:logger"},
+    "moefoundry.algorithms": {"counting": "others:algorithm"},
+}
+OTHERS_USE = [
+    "optimizer={name: plain_sgd, lr: 0.25}",
+    "scheduler.name=half",
+    "loggers.lines={}",
+    "algorithms.counting={}",
+]
+
+
+def install(site: Path, name: str, points: dict[str, dict[str, str]], files: dict[str, str]) -> None:
+    """Lay a package down as pip does, as far as Python needs it."""
+    info = site / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = [
+        f"[{group}]\n" + "".join(f"{key} = {value}\n" for key, value in of.items()) for group, of in points.items()
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+    for file, text in files.items():
+        (site / file).write_text(text)
+
+
+def install_example(site: Path) -> None:
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text())["project"]
+    install(site, project["name"], project["entry-points"], {})
+    for file in EXAMPLE.glob("*.py"):
+        shutil.copy(file, site)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where packages are installed to, for one test."""
+    directory = tmp_path / "site"
+    directory.mkdir()
+    monkeypatch.syspath_prepend(directory)
+    for table in TABLES.values():
+        monkeypatch.setattr(table, "_made", {})
+    return directory
+
+
+def problems(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(None, overrides)
+    return [str(problem) for problem in caught.value.problems]
+
+
+def test_the_example_is_small() -> None:
+    assert sum(len(file.read_text().splitlines()) for file in EXAMPLE.iterdir() if file.is_file()) < 60
+
+
+def test_the_page_names_all_that_is_listed() -> None:
+    page = (EXAMPLE.parents[1] / "extending.md").read_text()
+    assert all(f"`{name}`" in page for name in (*COMPOSER_CALLBACKS, *COMPOSER_ALGORITHMS))
+    assert all(f"`moefoundry.{kind}`" in page for kind in TABLES)
+
+
+def test_recipes_name_parts_of_installed_packages(site: Path, tmp_path: Path) -> None:
+    install_example(site)
+    recipe: Any = load_recipe(None, USE)
+    assert recipe.callbacks.steps_per_second.every == 1
+    assert (recipe.model.moe.router.temperature, recipe.model.moe.router.num_groups) == (0.5, 1)
+    assert "steps_and_scores_parts" not in sys.modules, "what needs torch is not imported to check a recipe"
+    assert recipe.callbacks.speed_monitor is not None, "the schema's own are as they were"
+    (tmp_path / "kept.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "kept.yaml") == recipe
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    assert load_recipe(None, ["callbacks.steps_per_second=null"]).callbacks.steps_per_second is None  # type: ignore[attr-defined]
+
+
+def test_errors_are_as_strict_as_the_schemas_own(site: Path) -> None:
+    install_example(site)
+    assert problems("callbacks.steps_per_secnd={}") == [
+        "callbacks.steps_per_secnd: unknown key; did you mean 'callbacks.steps_per_second'?"
+    ]
+    assert problems("callbacks.steps_per_second={evry: 2}") == [
+        "callbacks.steps_per_second.evry: unknown key; did you mean 'callbacks.steps_per_second.every'?"
+    ]
+    assert problems("callbacks.steps_per_second.every=0") == [
+        "callbacks.steps_per_second.every: got 0; allowed: an integer >= 1"
+    ]
+    assert problems("model.moe.router={score_function: tempered_sotmax, scale: -1}") == [
+        "model.moe.router.score_function: got 'tempered_sotmax'; allowed: softmax, sigmoid, tempered_softmax; "
+        "did you mean 'tempered_softmax'?",
+        "model.moe.router.scale: got -1.0; allowed: a number > 0",
+    ]
+    assert problems("model.moe.router={score_function: tempered_softmax, temperature: 0}") == [
+        "model.moe.router.temperature: got 0.0; allowed: a number > 0"
+    ]
+    (unknown,) = problems("model.moe.router.temperature=1")
+    assert unknown.startswith("model.moe.router.temperature: unknown key")
+
+
+PART = "from dataclasses import dataclass\nfrom moefoundry.registry import Part\n"
+NO_CONFIG = r"broken:part of package broken 1\.0: its config is (not derived from moefoundry\.config|no dataclass)"
+OTHER = "@dataclass\nclass Other:\n    x: int = 0\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import nowhere", r"broken:part of package broken 1\.0 cannot be imported: ModuleNotFoundError: .*nowhere'$"),
+        ("raise OSError('no\\nlicence')", r"package broken 1\.0 cannot be imported: OSError: no licence$"),
+        ("", r"broken:part of package broken 1\.0 cannot be imported: AttributeError: .*part'$"),
+        ("part = print", r"broken:part of package broken 1\.0 is no moefoundry\.registry\.Part$"),
+        (f"{PART}part = Part(int, print)", NO_CONFIG),
+        (f"{PART}{OTHER}part = Part(Other, print)", NO_CONFIG),
+    ],
+    ids=["missing module", "own error", "no such name", "no part", "no dataclass", "no keys"],
+)
+@pytest.mark.parametrize(
+    ("group", "override", "key"),
+    [
+        ("callbacks", "callbacks.mine={}", "callbacks.mine"),
+        ("loggers", "loggers.mine.x=1", "loggers.mine"),
+        ("schedulers", "scheduler.name=mine", "scheduler.name: mine"),
+        ("optimizers", "optimizer.name=mine", "optimizer.name: mine"),
+        ("router_scores", "model.moe.router.score_function=mine", "model.moe.router.score_function: mine"),
+    ],
+)
+def test_a_package_that_cannot_be_used_is_named_in_one_line(
+    site: Path, monkeypatch: pytest.MonkeyPatch, source: str, expected: str, group: str, override: str, key: str
+) -> None:
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    install(site, "broken", {f"moefoundry.{group}": {"mine": "broken:part"}}, {"broken.py": source})
+    (problem,) = problems(override)
+    assert problem.startswith(f"{key}: ")
+    assert "\n" not in problem
+    assert re.search(expected, problem), problem
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+
+
+def test_moments_of_another_optimizer_are_not_promised(site: Path) -> None:
+    install(site, "others", OTHERS_POINTS, {"others.py": OTHERS})
+    (problem,) = problems("optimizer.name=plain_sgd", "precision.optimizer_moments=bf16")
+    assert problem == (
+        "precision.optimizer_moments: bf16, but only adamw has such moments, and optimizer.name is plain_sgd; "
+        "allowed: fp32"
+    )
+    kept = load_recipe(None, ["optimizer.name=plain_sgd", "optimizer.momentum=0.5"]).optimizer
+    assert (type(kept).__name__, kept.name, kept.momentum) == ("SgdConfig", "plain_sgd", 0.5)  # type: ignore[attr-defined]
+
+
+def test_two_packages_with_one_name_are_both_named(site: Path) -> None:
+    for name in ("first", "second"):
+        install(site, name, {"moefoundry.callbacks": {"mine": f"{name}:part"}}, {})
+    assert problems("callbacks.mine={}") == [
+        "callbacks.mine: there are several, of the packages first 1.0, second 1.0; uninstall all but one"
+    ]
+
+
+def test_a_listed_name_is_never_looked_up(site: Path) -> None:
+    """Nothing that is installed can take its place, or slow it down."""
+    points = {"moefoundry.callbacks": {"speed_monitor": "bad:part", "report": "bad:part"}}
+    install(site, "bad", points, {"bad.py": "raise SystemExit(3)"})
+    begin = time.perf_counter()
+    assert load_recipe(None, ["callbacks.speed_monitor.window_size=3"]).callbacks.speed_monitor is not None
+    assert time.perf_counter() - begin < 1
+    assert "bad" not in sys.modules
+
+
+def composer_parts() -> list[list[str]]:
+    """What is wrong with uses of Composer's parts; and which names Composer has that are not listed."""
+    import composer.algorithms
+    import composer.callbacks
+    from composer.core import Algorithm, Callback
+
+    found = [
+        problems("callbacks.early_stopper={monitr: x, patience: 2ba}"),
+        problems("callbacks.runtime_estimator.skip_batches=few", "callbacks.runtime_estimatr={}"),
+        problems("algorithms={seq_length_warmup: {duration: two, max_seq_length: 8, minimum: 3}}"),
+    ]
+    recipe: Any = load_recipe(None, ["callbacks.early_stopper={monitor: '1', dataloader_label: eval}"])
+    assert recipe.callbacks.early_stopper.patience == 1
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    assert load_recipe(
+        None, ["callbacks.early_stopper.monitor=1", "callbacks.early_stopper.dataloader_label=eval"]
+    ) == (recipe), "the value of a text is the text as it stands"
+    for module, base, listed in (
+        (composer.callbacks, Callback, COMPOSER_CALLBACKS),
+        (composer.algorithms, Algorithm, COMPOSER_ALGORITHMS),
+    ):
+        classes = {name for name in module.__all__ if issubclass(getattr(module, name), base)}
+        assert set(listed.values()) <= classes
+        for name in listed:
+            assert TABLES["callbacks" if base is Callback else "algorithms"].find(name) is not None
+    return found
+
+
+def test_arguments_of_composers_parts_are_checked_by_their_signatures() -> None:
+    stopper, estimator, warmup = run_distributed(composer_parts, 1)[0]
+    assert stopper == [
+        "callbacks.early_stopper.monitor: missing; allowed: a string",
+        "callbacks.early_stopper.dataloader_label: missing; allowed: a string",
+        "callbacks.early_stopper.monitr: unknown key; did you mean 'callbacks.early_stopper.monitor'?",
+    ]
+    assert [problem.partition(":")[0] for problem in estimator] == [
+        "callbacks.runtime_estimator.skip_batches",
+        "callbacks.runtime_estimatr",
+    ]
+    assert [problem.partition(":")[0] for problem in warmup] == [
+        "algorithms.seq_length_warmup.duration",
+        "algorithms.seq_length_warmup.minimum",
+    ]
+
+
+def train_with_parts(site: Path, overrides: list[str]) -> tuple[list[dict[str, Any]], str, float]:
+    """Two batches and one more with the example's parts and some of Composer's, and what the model then computes."""
+    import torch
+
+    import moefoundry
+    from moefoundry.callbacks.metrics_file import read_metrics
+    from moefoundry.config import UserError
+
+    sys.path.insert(0, str(site))
+    run_dir = ""
+    for length in ("2ba", "3ba"):
+        recipe = load_recipe(None, [*overrides, f"max_duration={length}", "autoresume=true"])
+        run_dir = recipe.run_dir
+        moefoundry.train(recipe)
+    bad = load_recipe(None, [*overrides, "run_dir=bad", "callbacks.runtime_estimator.time_unit=weeks"])
+    with pytest.raises(UserError, match=r"^callbacks\.runtime_estimator: cannot be used: .*time_unit"):
+        moefoundry.train(bad)
+    model = moefoundry.from_pretrained(run_dir)
+    layer = next(module for module in model.modules() if hasattr(module, "gate") and hasattr(module, "score"))
+    logits = torch.tensor([[0.0, 1.0]])
+    difference = (layer.score(logits) - (logits / 0.5).softmax(-1)).abs().max().item()
+    return read_metrics(Path(run_dir)), Path(run_dir, "config.yaml").read_text(), difference
+
+
+def test_a_run_uses_the_examples_parts_and_composers(tiny_overrides: Callable[..., list[str]], tmp_path: Path) -> None:
+    install_example(tmp_path / "site")
+    install(tmp_path / "site", "others", OTHERS_POINTS, {"others.py": OTHERS})
+    composers = (
+        "{early_stopper: {monitor: LanguageCrossEntropy, dataloader_label: eval}, runtime_estimator: {skip_batches: 0}}"
+    )
+    moe = "{num_experts: 4, top_k: 2, expert_hidden_size: 32}"
+    overrides = [*tiny_overrides(tmp_path / "run", f"callbacks={composers}"), f"model.moe={moe}", *USE, *OTHERS_USE]
+    metrics, kept, difference = run_distributed(train_with_parts, 1, tmp_path / "site", overrides)[0]
+    assert [line["batch"] for line in metrics] == [1, 2, 3]
+    assert all(line["throughput/steps_per_sec"] > 0 for line in metrics)
+    assert [line["counting/batches"] for line in metrics] == [1, 2, 3]
+    assert [line["lr"] for line in metrics] == [0.125] * 3
+    assert any("time/remaining_estimate" in line for line in metrics)
+    lines = (tmp_path / "run/lines.txt").read_text().splitlines()
+    assert [line.partition(" ")[0] for line in lines if "loss/train/lm" in line] == ["1", "2", "3"]
+    for text in ("temperature: 0.5", "name: plain_sgd", "momentum: 0.9", "share: 0.5"):
+        assert text in kept
+    assert difference == 0
