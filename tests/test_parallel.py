@@ -33,7 +33,8 @@ def meshes_of(world_size: int) -> list[tuple[int, int, int, int | None]]:
 
 
 MESHES = [mesh for world_size in (1, 2, 4) for mesh in meshes_of(world_size)]
-LARGE_MESHES = meshes_of(8)
+SLOW_MESHES = [*meshes_of(8), (2, 2, 1, None), (4, 1, 1, None), (1, 4, 1, None), (1, 4, 2, None)]
+"""Those of 8 ranks, and of 4 those whose parts others have, too."""
 STEPS = 5
 SEQUENCES, LENGTH = 16, 16
 SEED = 5
@@ -204,7 +205,10 @@ class Sharded(NamedTuple):
 
 @pytest.fixture(
     scope="module",
-    params=[*MESHES, *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in LARGE_MESHES)],
+    params=[
+        *(mesh for mesh in MESHES if mesh not in SLOW_MESHES),
+        *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in SLOW_MESHES),
+    ],
     ids=lambda mesh: "replicate{}-shard{}-expert{}".format(*mesh) + ("-nodes" if mesh[3] else ""),
 )
 def sharded(request: pytest.FixtureRequest) -> Sharded:

@@ -182,13 +182,15 @@ def launches() -> dict[str, Callable[[], Any]]:
     }
 
 
-def compile_all(capability: int, configs: int) -> dict[str, Found]:
-    """Inspect every kernel; all configurations but the first have a number behind the name.
+def compile_all(capability: int, configs: int, beginning: str = "") -> dict[str, Found]:
+    """Inspect every kernel whose name begins so; all configurations but the first have a number behind the name.
 
     A process compiles for one capability: Triton keeps what it has compiled, whatever its driver says then.
     """
     found: dict[str, Found] = {}
     for name, launch in launches().items():
+        if not name.startswith(beginning):
+            continue
         with only_compiling(capability, configs) as compiled:
             launch()
         for number, (_, kernel) in enumerate(compiled):

@@ -25,18 +25,20 @@ SHARED_LIMIT = 227 * 1024
 MULTIPLIES = ("experts: up", "experts: down", "experts: tokens", "experts: gradients", "FP8")
 
 
-def compiled(capability: int, configs: int, cache: Path) -> dict[str, Any]:
+def compiled(capability: int, configs: int, beginning: str, cache: Path) -> dict[str, Any]:
     """Compile in a process of its own, which interprets nothing and takes nothing from an earlier cache."""
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as process:
-        return process.submit(compiling.compile_all, capability, configs).result()
+        return process.submit(compiling.compile_all, capability, configs, beginning).result()
 
 
 @pytest.mark.parametrize(
-    ("capability", "configs"), [(90, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, 2), (100, 2)))]
+    ("capability", "configs", "beginning"),
+    [(90, 1, "experts"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, 2, ""), (100, 2, "")))],
 )
-def test_machine_code(capability: int, configs: int, tmp_path: Path) -> None:
-    found = compiled(capability, configs, tmp_path)
+def test_machine_code(capability: int, configs: int, beginning: str, tmp_path: Path) -> None:
+    found = compiled(capability, configs, beginning, tmp_path)
+    assert found
     for name, kernel in found.items():
         assert kernel["stack"] == 0, f"{name} spills"
         assert kernel["shared"] <= SHARED_LIMIT, f"{name} cannot start"

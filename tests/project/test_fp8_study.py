@@ -10,6 +10,7 @@ from benchmarks.fp8_study import CASES, compared, half_interval, main, overlap
 from benchmarks.fp8_tensors import ACCUMULATORS, shortfall, sqnr
 
 
+@pytest.mark.slow
 def test_the_study_runs(
     tiny_overrides: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

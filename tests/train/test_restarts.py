@@ -50,6 +50,7 @@ def train_or_be_killed(recipe: Recipe, directory: Path) -> int:
     return attempt
 
 
+@pytest.mark.slow
 def test_row15_restarted_by_torchruns_agent(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """``torchrun --max-restarts 1`` without its start of interpreters: its agent, on forked ranks."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
