@@ -5,7 +5,7 @@ from moefoundry.config.spec import architecture_of, every_key, is_architecture, 
 
 FREE = (
     *("run_name", "run_dir", "autoresume", "load_path", "load_weights_only", "allow_batch_size_change", "max_duration"),
-    *("mesh.", "model.moe.backend", "activation_checkpointing", "device_train_microbatch_size"),
+    *("scheduler.timing", "mesh.", "model.moe.backend", "activation_checkpointing", "device_train_microbatch_size"),
     *("device_eval_batch_size", "eval_interval", "save_", "dist_timeout", "nonfinite", "progress_bar"),
     *("log_to_console", "console_log_interval", "callbacks.", "loggers."),
     *("train_loader.num_workers", "eval_loader.num_workers", "tokenizer.name"),

@@ -222,6 +222,7 @@ class SchedulerConfig:
     timing: ScheduleTiming = key(
         ScheduleTiming.batch_end,
         "Where in the schedule a batch is: at its own end, or two batches before, as in Composer and LLM Foundry.",
+        free_on_resume=True,
     )
 
 
