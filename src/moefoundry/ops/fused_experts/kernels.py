@@ -30,6 +30,14 @@ def place_tiles(
 
 
 @triton.jit
+def tile_of_program(group_of_tile, columns, N: tl.constexpr):
+    """Number the tile of rows, the tile across and the expert of this program; tiles across go first."""
+    tiles_across = tl.cdiv(columns, N)
+    tile = tl.program_id(0) // tiles_across
+    return tile, tl.program_id(0) % tiles_across, tl.load(group_of_tile + tile)
+
+
+@triton.jit
 def up_swiglu(
     tokens,
     token_of_row,
@@ -54,10 +62,7 @@ def up_swiglu(
 
     ``gate_up`` is [N, 2 F], gate first; ``hidden`` [N, F].
     """
-    tiles_across = tl.cdiv(columns, N)
-    tile = tl.program_id(0) // tiles_across
-    across = tl.program_id(0) % tiles_across
-    group = tl.load(group_of_tile + tile)
+    tile, across, group = tile_of_program(group_of_tile, columns, N)
     if group == num_groups:
         return
     row = tl.load(first_of_tile + tile) + tl.arange(0, M)
@@ -103,10 +108,7 @@ def down(
     K: tl.constexpr,
 ):
     """Multiply rows [N, F] by the transposed down [E, D, F]."""
-    tiles_across = tl.cdiv(columns, N)
-    tile = tl.program_id(0) // tiles_across
-    across = tl.program_id(0) % tiles_across
-    group = tl.load(group_of_tile + tile)
+    tile, across, group = tile_of_program(group_of_tile, columns, N)
     if group == num_groups:
         return
     first = tl.load(first_of_tile + tile)
@@ -134,10 +136,7 @@ def up_backward(
     K: tl.constexpr,
 ):
     """Multiply gradients [N, 2 F] by gate and up [E, F, D] and add: the gradient of each row's token, [N, D]."""
-    tiles_across = tl.cdiv(columns, N)
-    tile = tl.program_id(0) // tiles_across
-    across = tl.program_id(0) % tiles_across
-    group = tl.load(group_of_tile + tile)
+    tile, across, group = tile_of_program(group_of_tile, columns, N)
     if group == num_groups:
         return
     first = tl.load(first_of_tile + tile)
@@ -187,10 +186,7 @@ def down_backward_swiglu(
 
     Each tile across writes its part of the gradient of the row weights, [tiles across, N].
     """
-    tiles_across = tl.cdiv(columns, N)
-    tile = tl.program_id(0) // tiles_across
-    across = tl.program_id(0) % tiles_across
-    group = tl.load(group_of_tile + tile)
+    tile, across, group = tile_of_program(group_of_tile, columns, N)
     if group == num_groups:
         return
     row = tl.load(first_of_tile + tile) + tl.arange(0, M)
