@@ -301,7 +301,12 @@ AT_LEAST_1 = "an integer >= 1"
         ("device_eval_batch_size=2147483648", "device_eval_batch_size", "an integer >= 1 and <= 1048576"),
         ("optimizer.eps=1e-60", "optimizer.eps", "a number > 0"),
         ("optimizer.lr=1e39", "optimizer.lr", "a number > 0"),
-        ("model.moe.balance.z_loss_weight=1e-50", "model.moe.balance.z_loss_weight", "a number >= 0"),
+        ("model.moe.balance.z_loss_weight=1e-50", "model.moe.balance.z_loss_weight", "a number >= 0 and <= 1000000.0"),
+        (
+            "model.moe.balance.aux_loss_weight=1e30",
+            "model.moe.balance.aux_loss_weight",
+            "a number >= 0 and <= 1000000.0",
+        ),
         ("callbacks.speed_monitor.window_size=9223372036854775808", "callbacks.speed_monitor.window_size", AT_LEAST_1),
         ("max_duration=9999999999999999999ba", "max_duration", "a duration: a positive integer and ba, ep, tok or sp"),
         ("model=null", "model", "a mapping"),

@@ -15,6 +15,7 @@ TEXT = r"(?s).+"
 TAG = r"(?s).{1,64}"
 MAX_SEED = 2**32 - 1  # of NumPy's generators
 MAX_BATCH = 2**20  # the loader keeps a number for each sample of a batch, also of one that is larger than the data
+MAX_FACTOR = 1e6  # of a loss or of weights; far below what overflows in a gradient
 MAX_TIMEOUT = 366 * 86400  # a year; the libraries' own counters end far above
 PATTERN_HINTS = {
     SPLIT: "letters, digits, '_', '-', '.' and '/'",

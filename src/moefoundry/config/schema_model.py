@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moefoundry.config.field import INTERVAL, key
+from moefoundry.config.field import INTERVAL, MAX_FACTOR, key
 
 
 class NormKind(StrEnum):
@@ -79,6 +79,7 @@ class InitConfig:
         0.06,
         "Standard deviation of every weight matrix; norms start at 1.",
         gt=0,
+        le=100,
         renamed_from=("initializer_range", "init_std"),
     )
 
@@ -171,6 +172,7 @@ class RouterConfig:
         1.0,
         "Multiplies the top-k weights after normalization.",
         gt=0,
+        le=MAX_FACTOR,
         renamed_from=("routed_scaling_factor", "route_scale"),
     )
     num_groups: int = key(
@@ -196,13 +198,18 @@ class BalanceConfig:
         0.01,
         "Weight of the load-balance loss.",
         ge=0,
+        le=MAX_FACTOR,
         renamed_from=("router_aux_loss_coef", "aux_loss_alpha", "moe_loss_weight"),
     )
     aux_loss_scope: AuxLossScope = key(
         AuxLossScope.sequence, "Tokens over which the load-balance loss takes its means."
     )
     z_loss_weight: float = key(
-        0.001, "Weight of the router z-loss.", ge=0, renamed_from=("router_z_loss_coef", "moe_zloss_weight")
+        0.001,
+        "Weight of the router z-loss.",
+        ge=0,
+        le=MAX_FACTOR,
+        renamed_from=("router_z_loss_coef", "moe_zloss_weight"),
     )
     bias_update_rate: float = key(
         0.0,
@@ -271,7 +278,7 @@ class MtpConfig:
     depth: int = key(
         0, "Multi-token-prediction modules.", ge=0, renamed_from=("num_nextn_predict_layers", "num_mtp_modules")
     )
-    loss_weight: float = key(0.3, "Weight of the multi-token-prediction loss.", ge=0, architecture=False)
+    loss_weight: float = key(0.3, "Weight of the multi-token-prediction loss.", ge=0, le=MAX_FACTOR, architecture=False)
 
 
 @dataclass
