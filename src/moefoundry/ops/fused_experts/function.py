@@ -155,7 +155,6 @@ def multiply_up(
         experts,
         inner,
         columns,
-        GATHER=True,
         EVEN=inner % config.k == 0,
         **config.launch(),
     )
@@ -219,7 +218,6 @@ def multiply_down_backward(
         rows,
         inner,
         columns,
-        GATHER=True,
         EVEN=inner % config.k == 0,
         **config.launch(),
     )

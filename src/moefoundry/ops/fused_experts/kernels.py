@@ -52,7 +52,6 @@ def up_swiglu(
     num_groups,
     inner,
     columns,
-    GATHER: tl.constexpr,
     EVEN: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -67,11 +66,9 @@ def up_swiglu(
         return
     row = tl.load(first_of_tile + tile) + tl.arange(0, M)
     inside = row < tl.load(end_of_tile + tile)
-    source = row
-    if GATHER:
-        source = tl.load(token_of_row + row, mask=inside, other=0)
+    token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
     k = tl.arange(0, K)
-    place = tokens + tl.where(inside, source, 0).to(tl.int64)[:, None] * inner + k[None, :]
+    place = tokens + token[:, None] * inner + k[None, :]
     g = tl.zeros([M, N], tl.float32)
     u = tl.zeros([M, N], tl.float32)
     for start in range(0, inner, K):
@@ -176,7 +173,6 @@ def down_backward_swiglu(
     num_rows,
     inner,
     columns,
-    GATHER: tl.constexpr,
     EVEN: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -191,11 +187,9 @@ def down_backward_swiglu(
         return
     row = tl.load(first_of_tile + tile) + tl.arange(0, M)
     inside = row < tl.load(end_of_tile + tile)
-    source = row
-    if GATHER:
-        source = tl.load(token_of_row + row, mask=inside, other=0)
+    token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
     k = tl.arange(0, K)
-    place = grad + tl.where(inside, source, 0).to(tl.int64)[:, None] * inner + k[None, :]
+    place = grad + token[:, None] * inner + k[None, :]
     dh = tl.zeros([M, N], tl.float32)
     for start in range(0, inner, K):
         dy = tl.load(place) if EVEN else tl.load(place, mask=k[None, :] < inner - start, other=0.0)
