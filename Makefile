@@ -3,11 +3,13 @@
 #   PYTHON      interpreter that creates the environment (default python3.11, else a python3 that is 3.11 or newer)
 #   VENV        where the environment lives (default .venv)
 #   PROCESSES   ranks of the quickstart (default 2)
+#   WORKERS     processes that the tests are divided among (default 2; each test may start four ranks more)
 #   ARGS        appended to the command of quickstart, test, test-slow and bench
 
 PYTHON ?= python3.11
 VENV ?= .venv
 PROCESSES ?= 2
+WORKERS ?= 2
 ARGS ?=
 
 SHELL := /bin/sh
@@ -61,10 +63,10 @@ quickstart: setup ## train a small MoE on this machine's Python standard library
 	$(BIN)/composer -n $(PROCESSES) scripts/train.py configs/quickstart.yaml run_name=quickstart autoresume=true $(ARGS)
 
 test: setup lint ## lint, then every test that is not slow
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: setup ## the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup ## style, types, layer order, Dockerfile
 	$(BIN)/ruff check .

@@ -214,7 +214,7 @@ def _remove_shared_memory(segment: int) -> None:
     """What killed ranks have left; streaming's names begin with a number."""
     for number in range(segment, segment + 10):
         for path in Path("/dev/shm").glob(f"{number:06}_*"):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -70,7 +70,8 @@ def test_a_step_that_hangs_or_dies_keeps_its_figures(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = (
-        "(out / '{0}.json').write_text(json.dumps({{'a': {{'state': 'done', 'x': 1}}, 'b': {{'state': 'running'}}}}))\n"
+        "(out / 'new').write_text(json.dumps({{'a': {{'state': 'done', 'x': 1}}, 'b': {{'state': 'running'}}}}))\n"
+        "(out / 'new').rename(out / '{0}.json')\n"
     )
     bodies = {
         "hangs": write.format("hangs") + "time.sleep(60)",
