@@ -12,11 +12,12 @@ from moefoundry.checkpoint import blocks, io
 from moefoundry.checkpoint.blocks import Block, StoredTensors, TensorSpec, row_ranges, write_blocks
 from moefoundry.checkpoint.document import STATE_KEYS, WEIGHTS_ONLY, read_state
 from moefoundry.config import UserError
+from moefoundry.config.versions import FORMAT_VERSION
 from tests.distributed import run_distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
-STATE = {WEIGHTS_ONLY: True, "recipe": {}}
+STATE = {WEIGHTS_ONLY: True, "recipe": {"format_version": FORMAT_VERSION}}
 
 
 def tensors() -> dict[str, Tensor]:

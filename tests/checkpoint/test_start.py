@@ -186,7 +186,7 @@ def test_checkpoints_of_earlier_releases(recipe: MakeRecipe, tmp_path: Path, cap
     index = {"version": 2, "shards": [{"samples": 10}, {"samples": 5}]}
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "train" / "index.json").write_text(json.dumps(index))
-    new = ("scheduler.timing", "load_weights_only")
+    new = ("format_version", "scheduler.timing", "load_weights_only")
     stored = {key: value for key, value in flatten(recipe("a")).items() if key not in new}
     old = {"recipe": stored, "data_digests": None, "lr": None, "schedulers": [{"_last_lr": [0.001]}]}
     data = f"train_loader.dataset.local={tmp_path}/data"

@@ -4,6 +4,7 @@ from moefoundry.config import MlaConfig, ModelConfig, Recipe, flatten, load_reci
 from moefoundry.config.spec import architecture_of, every_key, is_architecture, is_free_on_resume, walk
 
 FREE = (
+    "format_version",
     *("run_name", "run_dir", "autoresume", "load_path", "load_weights_only", "allow_batch_size_change", "max_duration"),
     *("scheduler.timing", "mesh.", "model.moe.backend", "activation_checkpointing", "device_train_microbatch_size"),
     *("device_eval_batch_size", "eval_interval", "save_", "dist_timeout", "nonfinite", "progress_bar"),

@@ -9,6 +9,7 @@ from typing import Any
 from moefoundry.checkpoint.manifest import Manifest
 from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import UserError
+from moefoundry.config.versions import upgraded
 
 STATE_KEYS = ("timestamp", "data", "world_size", "recipe")
 WEIGHTS_ONLY = "weights_only"
@@ -17,7 +18,7 @@ the keys of ``model``. A run that starts from it trains from its first batch on.
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """The JSON document of a checkpoint.
+    """The JSON document of a checkpoint, its recipe as this release writes it.
 
     Raises:
         UserError: It is missing, damaged, or not what was saved; or lacks one of :data:`STATE_KEYS` (with
@@ -35,4 +36,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: incomplete checkpoint state: it lacks {', '.join(missing)}")
     Manifest.read(directory).verify(STATE_FILE, 0, content)
-    return state
+    try:
+        return state | {"recipe": upgraded(state["recipe"])} if isinstance(state["recipe"], dict) else state
+    except ValueError as error:
+        raise UserError(f"{path}: checkpoint of a later release: recipe of {error}") from error

@@ -18,6 +18,7 @@ from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
 from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 from moefoundry.config.spec import is_free_on_resume, show_leaf
 from moefoundry.config.urls import is_url, resolved
+from moefoundry.config.versions import without_effect
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -59,8 +60,12 @@ def check_run_dir(recipe: Recipe) -> Path:
             raise UserError(f"run_dir: {directory} is not a directory that can be written to")
     config = run_dir / CONFIG_FILE
     if config.exists():
-        stored = load_recipe(config, check=False)
-        differences = [line for line in diff_recipes(stored, recipe) if not is_free_on_resume(line.partition(":")[0])]
+        stored = load_recipe(config, stored=True)
+        unread = set(without_effect(flatten(stored))) & set(without_effect(flatten(recipe)))
+        changed = {line.partition(":")[0]: line for line in diff_recipes(stored, recipe)}
+        differences = [
+            line for key, line in changed.items() if not is_free_on_resume(key) and not key.startswith(tuple(unread))
+        ]
         batches = store_of(run_dir).batches()
         if differences:
             remedy = f"choose another run_{'name' if recipe.run_name in run_dir.parts else 'dir'}"

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.checkpoint.document import WEIGHTS_ONLY, read_state
-from moefoundry.config import LoaderConfig, Moments, Recipe, ScheduleTiming, UserError, flatten
-from moefoundry.config.build import changes_nothing
+from moefoundry.config import LoaderConfig, Moments, Recipe, UserError, flatten
 from moefoundry.config.spec import is_architecture, show_leaf
+from moefoundry.config.versions import without_effect
 from moefoundry.data.fit import directory_of
 from moefoundry.data.identity import INDEX_FILE, read_shards, stream_digest
 
 MOMENTS = "precision.optimizer_moments"
 SHUFFLE_SEED = "train_loader.dataset.shuffle_seed"
-TIMING = "scheduler.timing"
 TRAINING_DATA = "train_loader.dataset"
 HELD_OUT_DATA = "eval_loader.dataset"
 TOKENIZER = "tokenizer"
@@ -121,13 +120,14 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
 
 
 def _other_architecture(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """A line for each key of the architecture that differs between two flat recipes. What a recipe does not have is off
-    in it: it was stored before there was such a key, or belongs to a mapping that is null."""
+    """A line for each key of the architecture that differs between two flat recipes. A key that one of them lacks
+    belongs to a mapping that is null there."""
+    unread = set(without_effect(saved)) & set(without_effect(own))
     lines = []
     for key in dict.fromkeys((*own, *saved)):
-        if is_architecture(key):
+        if is_architecture(key) and not key.startswith(tuple(unread)):
             there, here = saved.get(key), own.get(key)
-            if there != here and not (changes_nothing(there) and changes_nothing(here)):
+            if there != here:
                 lines.append(f"{key}: {show_leaf(there)} there, {show_leaf(here)} here")
     return lines
 
@@ -198,8 +198,7 @@ def _place(recipe: Mapping[str, Any], key: str) -> str:
 
 
 def _schedule_changes(saved: Mapping[str, Any], here: Mapping[str, Any], last_rate: float | None) -> str:
-    """Which keys of the schedule differ. What was saved before there was ``scheduler.timing`` had Composer's."""
-    saved = {TIMING: ScheduleTiming.composer, **saved}
+    """Which keys of the schedule differ."""
     keys = [key for key in {**saved, **here} if key in ("max_duration", "optimizer.lr") or key.startswith("scheduler.")]
     lines = [
         f"{key} is {show_leaf(here.get(key))}, and was {show_leaf(saved.get(key))}"

@@ -51,15 +51,13 @@ class Builder:
     def build(
         self, cls: type, values: dict[str, Any], path: str = "", kind: str = "", table: Table | None = None
     ) -> Any:
-        """An object of ``cls`` from a mapping, whose keys are also names of ``table``. Only a key whose default
-        :func:`changes_nothing` may be missing: the mapping may have been stored before there was such a key, and means
-        what it meant then."""
+        """An object of ``cls`` from a mapping of all its keys, which are also names of ``table``."""
         built = {}
         known = specs(cls)
         for name, spec in known.items():
             if name in values:
                 built[name] = self._value(spec, values[name], join(path, name))
-            elif not changes_nothing(plain(getattr(cls(), name))):
+            else:
                 self._fail(join(path, name), "missing", describe(spec))
         for name in values:
             if name not in known and not (table is not None and self._unusable(table, name, path)):
@@ -255,14 +253,6 @@ def _as_float(value: int | float) -> float:
         return float(value)
     except OverflowError:
         return math.inf
-
-
-def changes_nothing(default: Any) -> bool:
-    """Whether this plain value says that something is off: null, false, 0, ``none``, an empty list or mapping, or a
-    mapping of nothing else."""
-    if isinstance(default, dict):
-        return all(map(changes_nothing, default.values()))
-    return default in (None, False, 0, "none", [])
 
 
 def _nearest(value: Any, choices: list[str], spec: Spec) -> str:

@@ -19,10 +19,11 @@ from moefoundry.config.field import REQUIRED
 from moefoundry.config.files import read_layers
 from moefoundry.config.fitting import KEYS, fitting_overrides
 from moefoundry.config.interpolation import Resolver
-from moefoundry.config.layers import OVERRIDE, Layers
+from moefoundry.config.layers import OVERRIDE, Layers, leaves_of
 from moefoundry.config.overrides import add_overrides
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import Spec, chosen_class, plain, show, specs
+from moefoundry.config.versions import FORMAT_VERSION, VERSION_KEY, upgraded
 from moefoundry.registry import PartError
 
 LLM_FOUNDRY_MODELS = (
@@ -41,7 +42,7 @@ LLM_FOUNDRY_MODELS = (
 
 
 def load_recipe(
-    path: str | Path | None = None, overrides: Sequence[str] = (), world_size: int | None = None, check: bool = True
+    path: str | Path | None = None, overrides: Sequence[str] = (), world_size: int | None = None, stored: bool = False
 ) -> Recipe:
     """Read, resolve and check a recipe.
 
@@ -49,21 +50,23 @@ def load_recipe(
         path: A YAML file; None is the built-in default, which equals ``configs/quickstart.yaml``.
         overrides: Dotted ``key=value`` strings; see :mod:`moefoundry.config.overrides`.
         world_size: Number of ranks, where it is known; the mesh and the batch size are then checked against it.
-        check: Check relations between keys. A stored recipe need not pass the checks of a later release.
+        stored: The file is a run's own copy: perhaps of an earlier format version, and not to be checked across keys.
 
     Raises:
         ConfigError: With every problem found.
     """
-    return recipe_of(load_layers(path, overrides), world_size, check)
+    return recipe_of(load_layers(path, overrides, stored), world_size, check=not stored)
 
 
-def load_layers(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Layers:
+def load_layers(path: str | Path | None = None, overrides: Sequence[str] = (), stored: bool = False) -> Layers:
     """What a recipe file, those that it extends, and overrides say together; the arguments are :func:`load_recipe`'s.
 
     Raises:
         ConfigError: The file, or one that it extends, cannot be used.
     """
     layers = read_layers(Path(path)) if path is not None else Layers("default recipe")
+    if stored or VERSION_KEY in layers.tree:
+        _upgrade(layers)
     add_overrides(layers, overrides)
     _refuse_llm_foundry(layers.tree, layers.name)
     return layers
@@ -87,6 +90,17 @@ def recipe_of(layers: Layers, world_size: int | None = None, check: bool = True)
             problems = [_located(problem, layers.origin(problem.path)) for problem in problems]
         raise ConfigError(problems, layers.name, _advice(recipe, problems, world_size))
     return recipe
+
+
+def _upgrade(layers: Layers) -> None:
+    """Give a recipe of an earlier format version what its absent keys meant."""
+    said = {".".join(leaf): value for leaf, value in leaves_of(layers.tree).items()}
+    try:
+        now = upgraded(said)
+    except ValueError:
+        return  # the schema's bounds say the same of the key
+    layers.add({tuple(key.split(".")): value for key, value in now.items() if key not in said}, layers.name)
+    layers.add({(VERSION_KEY,): FORMAT_VERSION}, layers.name)
 
 
 def _located(problem: Problem, origin: str) -> Problem:

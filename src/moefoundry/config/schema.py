@@ -30,12 +30,20 @@ from moefoundry.config.schema_parts import (
     TokenizerConfig,
     held_out_loader,
 )
+from moefoundry.config.versions import FORMAT_VERSION
 
 
 @dataclass
 class Recipe:
     """One training run."""
 
+    format_version: int = key(
+        FORMAT_VERSION,
+        "Version of these keys, in the recipes that runs and checkpoints keep; a file need not say it.",
+        ge=1,
+        le=FORMAT_VERSION,
+        free_on_resume=True,
+    )
     run_name: str = key("quickstart", "Name of the run.", pattern=NAME, free_on_resume=True)
     run_dir: str = key(
         "runs/${run_name}",

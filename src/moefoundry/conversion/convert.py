@@ -28,6 +28,7 @@ from moefoundry.checkpoint.store import TOKENIZER, using
 from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, stored_names, tokenizer_of
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
 from moefoundry.config.spec import plain
+from moefoundry.config.versions import VERSION_KEY
 from moefoundry.config.yaml_reader import StrictDumper
 from moefoundry.conversion.families import FAMILIES, Family, family_for
 from moefoundry.conversion.hf_directory import open_hf
@@ -224,7 +225,8 @@ def write_weights(
     staging: Path, cfg: ModelConfig, specs: Mapping[str, TensorSpec], blocks: Iterable[Block], max_seq_len: int | None
 ) -> None:
     """Write a weights-only checkpoint; names are those of ``MoETransformer``."""
-    recipe = {key: value for key, value in flatten(Recipe(model=cfg)).items() if key.startswith("model.")}
+    kept = ("model.", VERSION_KEY)
+    recipe = {key: value for key, value in flatten(Recipe(model=cfg)).items() if key.startswith(kept)}
     if max_seq_len is not None:
         recipe["max_seq_len"] = max_seq_len
     stored = {PREFIX + name: spec for name, spec in specs.items()}
