@@ -79,7 +79,7 @@ def _measure(recipe: Recipe, mesh: MeshConfig, rounds: int) -> dict[str, list[fl
         model = meta_model(recipe.model)
         parallelize(model, build_meshes(resolve_degrees(mesh, ranks), "cpu") if sharded else None, recipe.precision)
         materialize(model, "cpu", recipe.seed)
-        return model, build_adamw(model, AdamWConfig())
+        return model, build_adamw(model, AdamWConfig(lr=4e-3))
 
     def step(trained: tuple[MoETransformer, torch.optim.Optimizer], tokens: torch.Tensor) -> None:
         trained[0](tokens, tokens).total.backward()

@@ -12,22 +12,40 @@ from moefoundry.config import Recipe, load_recipe
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads than free cores wait for each other, busily
 
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+QUICK = (
+    "run_name=quickstart",
+    "max_seq_len=512",
+    "model={vocab_size: 4096, d_model: 256, n_layers: 6, n_dense_layers: 1, ffn_hidden_size: 1024, init: {std: 0.06}}",
+    "model.attention={n_heads: 8, n_kv_heads: 4}",
+    "model.moe={num_experts: 16, top_k: 2, expert_hidden_size: 256, num_shared_experts: 1}",
+    "train_loader.dataset.local=data/quickstart",
+    "optimizer.lr=4e-3",
+    "scheduler.t_warmup=0.3dur",
+    "max_duration=200ba",
+    "global_train_batch_size=4",
+)
+"""Every required key of a recipe, as overrides, with the quickstart's values."""
+
 TINY = (
     "run_name=tiny",
     "max_seq_len=64",
     "model.vocab_size=384",
     "model.d_model=32",
     "model.n_layers=3",
+    "model.n_dense_layers=1",
     "model.ffn_hidden_size=64",
     "model.init.std=0.02",
     "model.attention={n_heads: 4, n_kv_heads: 2}",
-    "model.moe={num_experts: 4, top_k: 2, expert_hidden_size: 32}",
+    "model.moe={num_experts: 4, top_k: 2, expert_hidden_size: 32, num_shared_experts: 1}",
     "optimizer.lr=1e-2",
     "scheduler.t_warmup=2ba",
     "callbacks.report=null",
     "max_duration=4ba",
     "eval_interval=1000ba",
     "global_train_batch_size=8",
+    "device_train_microbatch_size=2",
+    "device_eval_batch_size=4",
     "save_interval=1000ba",
 )
 
@@ -70,7 +88,7 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_overrides(tiny_corpus: Path) -> Callable[..., list[str]]:
-    """``tiny_overrides(run_dir, "key=value", ...)``: the overrides that make the default recipe tiny."""
+    """``tiny_overrides(run_dir, "key=value", ...)``: a tiny recipe as overrides."""
 
     def overrides(run_dir: Path, *changes: str) -> list[str]:
         return [*TINY, f"train_loader.dataset.local={tiny_corpus}", f"run_dir={run_dir}", *changes]

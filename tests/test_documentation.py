@@ -9,6 +9,7 @@ import yaml
 
 from moefoundry.cli.main import COMMANDS, main
 from moefoundry.config import load_recipe, split_arguments
+from tests.conftest import QUICKSTART
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -59,7 +60,7 @@ def test_overrides_in_the_pages_are_valid() -> None:
         else:
             continue
         _, overrides = split_arguments(arguments)
-        load_recipe(None, overrides)
+        load_recipe(QUICKSTART, overrides)
         checked += 1
     assert checked >= 3, "the pages show how to launch"
 

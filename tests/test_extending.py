@@ -16,6 +16,7 @@ import pytest
 
 from moefoundry.config import ConfigError, dump_recipe, load_recipe
 from moefoundry.config.parts import COMPOSER_ALGORITHMS, COMPOSER_CALLBACKS, TABLES
+from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
 
 EXAMPLE = Path(__file__).parents[1] / "docs/examples/steps_and_scores"
@@ -111,7 +112,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def problems(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_recipe(None, overrides)
+        load_recipe(QUICKSTART, overrides)
     return [str(problem) for problem in caught.value.problems]
 
 
@@ -127,7 +128,7 @@ def test_the_page_names_all_that_is_listed() -> None:
 
 def test_recipes_name_parts_of_installed_packages(site: Path, tmp_path: Path) -> None:
     install_example(site)
-    recipe: Any = load_recipe(None, USE)
+    recipe: Any = load_recipe(QUICKSTART, USE)
     assert recipe.callbacks.steps_per_second.every == 1
     assert (recipe.model.moe.router.temperature, recipe.model.moe.router.num_groups) == (0.5, 1)
     assert "steps_and_scores_parts" not in sys.modules, "what needs torch is not imported to check a recipe"
@@ -135,7 +136,7 @@ def test_recipes_name_parts_of_installed_packages(site: Path, tmp_path: Path) ->
     (tmp_path / "kept.yaml").write_text(dump_recipe(recipe))
     assert load_recipe(tmp_path / "kept.yaml") == recipe
     assert pickle.loads(pickle.dumps(recipe)) == recipe
-    assert load_recipe(None, ["callbacks.steps_per_second=null"]).callbacks.steps_per_second is None  # type: ignore[attr-defined]
+    assert load_recipe(QUICKSTART, ["callbacks.steps_per_second=null"]).callbacks.steps_per_second is None  # type: ignore[attr-defined]
 
 
 def test_errors_are_as_strict_as_the_schemas_own(site: Path) -> None:
@@ -207,7 +208,7 @@ def test_moments_of_another_optimizer_are_not_promised(site: Path) -> None:
         "precision.optimizer_moments: bf16, but only adamw has such moments, and optimizer.name is plain_sgd; "
         "allowed: fp32"
     )
-    kept = load_recipe(None, ["optimizer.name=plain_sgd", "optimizer.momentum=0.5"]).optimizer
+    kept = load_recipe(QUICKSTART, ["optimizer.name=plain_sgd", "optimizer.momentum=0.5"]).optimizer
     assert (type(kept).__name__, kept.name, kept.momentum) == ("SgdConfig", "plain_sgd", 0.5)  # type: ignore[attr-defined]
 
 
@@ -224,7 +225,7 @@ def test_a_listed_name_is_never_looked_up(site: Path) -> None:
     points = {"moefoundry.callbacks": {"speed_monitor": "bad:part", "report": "bad:part"}}
     install(site, "bad", points, {"bad.py": "raise SystemExit(3)"})
     begin = time.perf_counter()
-    assert load_recipe(None, ["callbacks.speed_monitor.window_size=3"]).callbacks.speed_monitor is not None
+    assert load_recipe(QUICKSTART, ["callbacks.speed_monitor.window_size=3"]).callbacks.speed_monitor is not None
     assert time.perf_counter() - begin < 1
     assert "bad" not in sys.modules
 
@@ -240,7 +241,7 @@ def composer_parts() -> list[list[str]]:
         problems("callbacks.runtime_estimator.skip_batches=few", "callbacks.runtime_estimatr={}"),
         problems("algorithms={seq_length_warmup: {duration: two, max_seq_length: 8, minimum: 3}}"),
     ]
-    recipe: Any = load_recipe(None, ["callbacks.early_stopper={monitor: '1', dataloader_label: eval}"])
+    recipe: Any = load_recipe(QUICKSTART, ["callbacks.early_stopper={monitor: '1', dataloader_label: eval}"])
     assert recipe.callbacks.early_stopper.patience == 1
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     assert load_recipe(
@@ -285,10 +286,10 @@ def train_with_parts(site: Path, overrides: list[str]) -> tuple[list[dict[str, A
     sys.path.insert(0, str(site))
     run_dir = ""
     for length in ("2ba", "3ba"):
-        recipe = load_recipe(None, [*overrides, f"max_duration={length}", "autoresume=true"])
+        recipe = load_recipe(QUICKSTART, [*overrides, f"max_duration={length}", "autoresume=true"])
         run_dir = recipe.run_dir
         moefoundry.train(recipe)
-    bad = load_recipe(None, [*overrides, "run_dir=bad", "callbacks.runtime_estimator.time_unit=weeks"])
+    bad = load_recipe(QUICKSTART, [*overrides, "run_dir=bad", "callbacks.runtime_estimator.time_unit=weeks"])
     with pytest.raises(UserError, match=r"^callbacks\.runtime_estimator: cannot be used: .*time_unit"):
         moefoundry.train(bad)
     model = moefoundry.from_pretrained(run_dir)

@@ -75,6 +75,7 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
         vocab_size=67,
         d_model=32,
         n_layers=2,
+        n_dense_layers=1,
         ffn_hidden_size=48,
         init=InitConfig(std=0.1),
         attention=GqaConfig(n_heads=4, n_kv_heads=2),
@@ -82,6 +83,7 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
             num_experts=num_experts,
             top_k=2,
             expert_hidden_size=16,
+            num_shared_experts=1,
             balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
             backend=ExpertBackend.loop if dtype == torch.float64 else ExpertBackend.grouped_mm,
         ),
@@ -158,7 +160,7 @@ def held_after_a_step(mesh_sizes: tuple[int, int, int, int | None], num_experts:
     from moefoundry.optim import build_adamw
 
     model = build(mesh_sizes, num_experts)
-    optimizer = build_adamw(model, AdamWConfig())
+    optimizer = build_adamw(model, AdamWConfig(lr=4e-3))
     tokens = torch.zeros(2, LENGTH, dtype=torch.int64)
     model(tokens, tokens).total.backward()
     optimizer.step()

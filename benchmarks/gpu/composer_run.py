@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.figures import Figures, NotRunError, Part
+from benchmarks.gpu.gpu_tests import QUICKSTART
 from benchmarks.gpu.steps import Options
 
 BATCHES = 30
@@ -111,7 +112,7 @@ def train(run_dir: Path, corpus: Path, save_at: int, end: int, options: Options)
         "precision.compute=bf16",
         "autoresume=true",
     ]
-    train_recipe(load_recipe(None, overrides))
+    train_recipe(load_recipe(QUICKSTART, overrides))
     return {line["batch"]: line for line in read_metrics(run_dir)}
 
 

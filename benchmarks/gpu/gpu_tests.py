@@ -13,6 +13,7 @@ from benchmarks.gpu.figures import Figures, NotRunError, Part
 from benchmarks.gpu.steps import Options
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 WORKERS = 8
 OF_COMPOSER = ("tests/callbacks",)
 """Folders whose tests import Composer."""

@@ -17,6 +17,7 @@ from torch.optim import AdamW
 
 from benchmarks.gpu import machine
 from benchmarks.gpu.figures import Figures, Part
+from benchmarks.gpu.gpu_tests import QUICKSTART
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import host_syncs, largest_kernels, peak_bytes, timed
 from moefoundry.config import ModelConfig, Recipe, load_recipe
@@ -31,7 +32,7 @@ class Model(NamedTuple):
     """What is trained.
 
     Attributes:
-        overrides: Of the default recipe.
+        overrides: Changes to the quickstart's recipe.
         layers, sequences: Blocks, and sequences of a step.
     """
 
@@ -134,8 +135,10 @@ def measure(part: Part, model: Model, changes: list[str], options: Options) -> N
 
 
 def recipe_of(model: Model, changes: list[str]) -> Recipe:
-    """The default recipe with the model's changes and BF16."""
-    return load_recipe(None, [*model.overrides, f"model.n_layers={model.layers}", "precision.compute=bf16", *changes])
+    """The quickstart's recipe with the model's changes and BF16."""
+    return load_recipe(
+        QUICKSTART, [*model.overrides, f"model.n_layers={model.layers}", "precision.compute=bf16", *changes]
+    )
 
 
 def build(recipe: Recipe, options: Options) -> MoETransformer:

@@ -124,8 +124,9 @@ def report(recipe: Recipe, model: MoETransformer, command: Sequence[str]) -> Non
     Every rank calls it."""
     cfg, completion = recipe.callbacks.report, None
     assert cfg is not None, "the caller has asked for it"
-    with unless_it_fails("completion"):
-        completion = complete(model, Path(recipe.tokenizer.name), cfg.prompt, cfg.max_new_tokens)
+    if cfg.prompt is not None:
+        with unless_it_fails("completion"):
+            completion = complete(model, Path(recipe.tokenizer.name), cfg.prompt, cfg.max_new_tokens)
     if dist.get_global_rank() == 0:
         write_report(recipe, completion, command)
 

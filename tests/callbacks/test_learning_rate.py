@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from moefoundry.config import load_recipe
+from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
 
 WARMUP_4_OF_20 = ["max_duration=20ba", "optimizer.lr=1.0", "max_seq_len=8", "global_train_batch_size=4"]
@@ -16,7 +17,7 @@ def rates(overrides: list[str], batches: int, batches_per_epoch: int = 5) -> lis
 
     from moefoundry.callbacks.learning_rate import LearningRate
 
-    recipe = load_recipe(None, [*WARMUP_4_OF_20, *overrides])
+    recipe = load_recipe(QUICKSTART, [*WARMUP_4_OF_20, *overrides])
     result = []
     for batch in range(batches):
         groups = [{"lr": 9.0}, {"lr": 9.0}]
@@ -94,7 +95,7 @@ def check_composers() -> None:
     Trainer(
         model=model,
         optimizers=torch.optim.SGD(model.parameters(), lr=1.0),
-        schedulers=build_schedule(load_recipe(None, [*WARMUP_4_OF_20, *changes]).scheduler),
+        schedulers=build_schedule(load_recipe(QUICKSTART, [*WARMUP_4_OF_20, *changes]).scheduler),
         train_dataloader=DataLoader(TensorDataset(torch.ones(20, 1)), batch_size=4),
         max_duration="20ba",
         callbacks=[Record()],

@@ -30,13 +30,14 @@ from moefoundry.checkpoint.run_dir import (
 from moefoundry.checkpoint.start import Start, check_start
 from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
+from tests.conftest import QUICKSTART
 
 MakeRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> MakeRecipe:
-    return lambda *changes: load_recipe(None, [f"run_dir={tmp_path / 'a' / 'run'}", *changes])
+    return lambda *changes: load_recipe(QUICKSTART, [f"run_dir={tmp_path / 'a' / 'run'}", *changes])
 
 
 def begin(recipe: Recipe) -> Path:
@@ -87,12 +88,12 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(recipe: MakeRecipe)
 )
 def test_another_recipe_is_told_where_to_go(tmp_path: Path, place: str, saved: bool, remedy: str) -> None:
     keys = [f"run_dir={tmp_path}/{place}", "run_name=named"]
-    recipe = load_recipe(None, keys)
+    recipe = load_recipe(QUICKSTART, keys)
     begin(recipe)
     if saved:
         save_checkpoint(recipe)
     with pytest.raises(UserError, match=remedy):
-        check_run_dir(load_recipe(None, [*keys, "seed=3"]))
+        check_run_dir(load_recipe(QUICKSTART, [*keys, "seed=3"]))
 
 
 def test_checkpoints_are_continued_or_left_alone(recipe: MakeRecipe) -> None:
@@ -157,7 +158,7 @@ def test_a_checkpoint_with_several_damaged_files_is_one_line(recipe: MakeRecipe)
 def test_a_path_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=rf"run_dir: cannot create {tmp_path}/file/run: Not a directory"):
-        check_run_dir(load_recipe(None, [f"run_dir={tmp_path}/file/run"]))
+        check_run_dir(load_recipe(QUICKSTART, [f"run_dir={tmp_path}/file/run"]))
 
 
 def test_a_directory_that_cannot_be_written_is_named(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

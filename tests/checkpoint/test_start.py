@@ -14,6 +14,7 @@ from moefoundry.checkpoint.run_dir import claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.start import Start, check_start, data_digests
 from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
+from tests.conftest import QUICKSTART
 
 MakeRecipe = Callable[..., Recipe]
 DIGESTS = {"train_loader.dataset": "a" * 64, "eval_loader.dataset": "b" * 64, "tokenizer": "c" * 64}
@@ -22,7 +23,7 @@ TIMESTAMP = {"epoch": 0, "batch": 4, "sample": 16, "token": 8192}
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> MakeRecipe:
-    return lambda name, *changes: load_recipe(None, [f"run_dir={tmp_path / name}", f"run_name={name}", *changes])
+    return lambda name, *changes: load_recipe(QUICKSTART, [f"run_dir={tmp_path / name}", f"run_name={name}", *changes])
 
 
 def save(made: Recipe, **changes: Any) -> Path:
@@ -126,7 +127,7 @@ def test_places_are_free(recipe: MakeRecipe, tmp_path: Path) -> None:
         "autoresume=true",
     ]
     assert begun(recipe("copy", *places)) == Start(tmp_path / "copy" / "checkpoints" / "ba4")
-    same = load_recipe(None, [f"run_dir={tmp_path}/copy/../a", "run_name=a", *places])
+    same = load_recipe(QUICKSTART, [f"run_dir={tmp_path}/copy/../a", "run_name=a", *places])
     start = begun(same)
     assert start is not None
     assert start.checkpoint.resolve() == checkpoint

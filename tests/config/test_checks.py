@@ -3,12 +3,13 @@
 import pytest
 
 from moefoundry.config import ConfigError, check_recipe, load_recipe
+from tests.conftest import QUICK, QUICKSTART
 
 
 def broken(*overrides: str, world_size: int | None = None) -> dict[str, str]:
     """Path -> message of every broken relation (what is not available yet set aside, so that tests outlive it)."""
     try:
-        load_recipe(None, overrides, world_size)
+        load_recipe(QUICKSTART, overrides, world_size)
     except ConfigError as error:
         return {p.path: str(p) for p in error.problems if "not available yet" not in p.message}
     return {}
@@ -43,7 +44,7 @@ def test_row22_batch_not_divisible_by_the_ranks():
 
 
 def test_row22_check_recipe_alone():
-    recipe = load_recipe()
+    recipe = load_recipe(None, QUICK)
     assert check_recipe(recipe) == []
     recipe.mesh.expert = 4
     recipe.model.moe.num_experts = 6
@@ -78,8 +79,12 @@ def test_row22_check_recipe_alone():
         (["model.attention.head_dim=33"], None, ["model.attention.head_dim"]),
         (["model.attention={kind: mla, n_heads: 7}"], None, []),
         (["model.attention={kind: mla, qk_rope_head_dim: 33}"], None, ["model.attention.qk_rope_head_dim"]),
-        (["model.attention.yarn={beta_fast: 2, beta_slow: 1}"], None, []),
-        (["model.attention.yarn={beta_fast: 2, beta_slow: 2}"], None, ["model.attention.yarn.beta_fast"]),
+        (["model.attention.yarn={factor: 4, original_max_seq_len: 64, beta_fast: 2, beta_slow: 1}"], None, []),
+        (
+            ["model.attention.yarn={factor: 4, original_max_seq_len: 64, beta_fast: 2, beta_slow: 2}"],
+            None,
+            ["model.attention.yarn.beta_fast"],
+        ),
         # routing by groups
         (["model.moe.router={num_groups: 3}"], None, ["model.moe.router.num_groups"]),
         (["model.moe.router={num_groups: 4, top_k_groups: 5}"], None, ["model.moe.router.top_k_groups"]),

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moefoundry.config import (
     ConfigError,
@@ -16,14 +17,14 @@ from moefoundry.config import (
     load_recipe,
     recipe_of,
 )
-
-ROOT = Path(__file__).parents[2]
+from tests.conftest import QUICK, QUICKSTART
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Writes recipes below the working directory: name -> text."""
+    """Writes recipes below the working directory: name -> text. ``quick.yaml`` has all that is required."""
     monkeypatch.chdir(tmp_path)
+    Path("quick.yaml").write_text(yaml.safe_dump(load_layers(None, QUICK).tree), encoding="utf-8")
 
     def write(**texts: str) -> None:
         for name, text in texts.items():
@@ -42,7 +43,8 @@ def error_of(path: str, *overrides: str) -> str:
 
 def test_a_chain_of_files_in_other_directories(files):
     files(
-        base="run_name: base\nseed: 1\nmodel: {moe: {num_experts: 8, top_k: 3}}\noptimizer: {betas: [0.8, 0.9]}\n",
+        base="extends: quick.yaml\nrun_name: base\nseed: 1\n"
+        "model: {moe: {num_experts: 8, top_k: 3}}\noptimizer: {betas: [0.8, 0.9]}\n",
         deep__middle="extends: ../base.yaml\nseed: 2\nmodel: {moe: {top_k: 1}}\n",
         deep__deeper__child="extends: ../middle.yaml\nrun_name: child\noptimizer: {betas: [0.7, 0.8]}\n",
     )
@@ -53,22 +55,25 @@ def test_a_chain_of_files_in_other_directories(files):
 
 
 def test_what_is_kept_is_resolved(files):
-    files(base="seed: 5\n", child="extends: base.yaml\n")
+    files(base="extends: quick.yaml\nseed: 5\n", child="extends: base.yaml\n")
     kept = dump_recipe(load_recipe("child.yaml"))
     assert "extends" not in kept
     files(again=kept)
-    assert load_recipe("again.yaml") == load_recipe("child.yaml") == load_recipe(None, ["seed=5"])
+    assert load_recipe("again.yaml") == load_recipe("child.yaml") == load_recipe("quick.yaml", ["seed=5"])
 
 
 def test_interpolations_are_resolved_after_merging(files):
-    files(base="seed: ${max_seq_len}\neval_loader: ${train_loader}\n", child="extends: base.yaml\nmax_seq_len: 64\n")
+    files(
+        base="extends: quick.yaml\nseed: ${max_seq_len}\neval_loader: ${train_loader}\n",
+        child="extends: base.yaml\nmax_seq_len: 64\n",
+    )
     recipe = load_recipe("child.yaml", ["train_loader.num_workers=3"])
     assert (recipe.seed, recipe.eval_loader) == (64, recipe.train_loader)
 
 
 def test_null_turns_off_and_a_mapping_over_null_has_its_defaults(files):
     files(
-        base="eval_loader: {num_workers: 2}\nloggers: {wandb: {project: p}}\nema: {decay: 0.5}\n",
+        base="extends: quick.yaml\neval_loader: {num_workers: 2}\nloggers: {wandb: {project: p}}\nema: {decay: 0.5}\n",
         off="extends: base.yaml\neval_loader: null\nema: null\nloggers: {wandb: {}}\n",
         on="extends: off.yaml\neval_loader: {drop_last: true}\nema: {}\n",
     )
@@ -80,23 +85,25 @@ def test_null_turns_off_and_a_mapping_over_null_has_its_defaults(files):
 
 def test_another_variant_drops_the_keys_that_it_has_not(files):
     files(
-        base="scheduler: {t_warmup: 5ba, alpha_f: 0.3}\nmodel: {attention: {n_kv_heads: 2, n_heads: 4}}\n",
+        base="extends: quick.yaml\nscheduler: {t_warmup: 5ba, alpha_f: 0.3}\n"
+        "model: {attention: {n_kv_heads: 2, n_heads: 4}}\n",
         child="extends: base.yaml\nscheduler: {name: constant_with_warmup}\nmodel: {attention: {kind: mla}}\n",
         grandchild="extends: child.yaml\nscheduler: {name: cosine_with_warmup}\n",
         wrong="extends: base.yaml\nscheduler: {name: constant_with_warmup, alpha_f: {x: 1}}\n",
-        strange="scheduler: {name: constant_with_warmup, alpha_f: {x: 1}}\n",
+        strange="extends: quick.yaml\nscheduler: {name: constant_with_warmup, alpha_f: {x: 1}}\n",
     )
     recipe = load_recipe("child.yaml")
     assert recipe.scheduler == ConstantWithWarmupConfig(t_warmup="5ba")
     assert recipe.model.attention == MlaConfig(n_heads=4)
     assert load_recipe("grandchild.yaml").scheduler == CosineWithWarmupConfig(t_warmup="5ba")
     assert "scheduler.alpha_f.x (in wrong.yaml): scheduler.alpha_f is 0.3, not a mapping" in error_of("wrong.yaml")
-    assert "scheduler.alpha_f: unknown key of name 'constant_with_warmup'" in error_of("strange.yaml")
+    assert "scheduler.alpha_f (in strange.yaml): unknown key of name 'constant_with_warmup'" in error_of("strange.yaml")
 
 
 def test_errors_say_in_which_file_a_key_stands(files):
     files(
-        base="seed: x\nmodel: {moe: {topk: 2, num_experts: 4}}\nloggers: {wandb: {tags: [a, 1]}}\n",
+        base="extends: quick.yaml\nseed: x\n"
+        "model: {moe: {topk: 2, num_experts: 4}}\nloggers: {wandb: {tags: [a, 1]}}\n",
         child="extends: base.yaml\nmodel: {d_model: wide}\nmesh: {sharrd: 1}\nmodel.moe.top_k: 3\n",
     )
     message = error_of("child.yaml", "optimizer.lr=-1", "loggers.wandb.api_key=hf_abcdefghijklmnopqrstuvwx")
@@ -112,13 +119,17 @@ def test_errors_say_in_which_file_a_key_stands(files):
         "  model.moe.top_k (in child.yaml): a dotted key is for overrides; nest it in the file",
     ]
     assert "model.moe.top_k (in base.yaml): 9 experts" in (
-        files(base="model: {moe: {top_k: 9}}\n", child="extends: base.yaml\nmodel: {moe: {num_experts: 8}}\n")
+        files(
+            base="extends: quick.yaml\nmodel: {moe: {top_k: 9}}\n",
+            child="extends: base.yaml\nmodel: {moe: {num_experts: 8}}\n",
+        )
         or error_of("child.yaml")
     )
 
 
 def test_a_mapping_is_not_merged_into_an_interpolation(files):
-    files(base="eval_loader: ${train_loader}\n", child="extends: base.yaml\neval_loader: {num_workers: 1}\n")
+    base = "extends: quick.yaml\neval_loader: ${train_loader}\n"
+    files(base=base, child="extends: base.yaml\neval_loader: {num_workers: 1}\n")
     assert error_of("child.yaml").splitlines()[1] == (
         "  eval_loader.num_workers (in child.yaml): eval_loader is '${train_loader}', not a mapping; "
         "allowed: another value of eval_loader as a whole"
@@ -148,8 +159,11 @@ def test_a_mapping_is_not_merged_into_an_interpolation(files):
         ({"a": "extends: ''"}, r"extends: a\.yaml: is empty; allowed: the path"),
         ({"a": "extends: s3://b/c.yaml"}, r"extends: a\.yaml: 's3://b/c\.yaml' must be a path, not a URL"),
         ({"a": "extends: ${run_name}.yaml"}, r"files are read before interpolations are resolved"),
-        ({"a": "extnds: b.yaml"}, r"extnds: unknown key; did you mean 'extends'\?"),
-        ({"a": "model: {extends: b.yaml}"}, r"model\.extends: one recipe file extends another at its top"),
+        ({"a": "extends: quick.yaml\nextnds: b.yaml"}, r"extnds \(in a\.yaml\): unknown key; did you mean 'extends'\?"),
+        (
+            {"a": "extends: quick.yaml\nmodel: {extends: b.yaml}"},
+            r"model\.extends \(in a\.yaml\): one recipe file extends another at its top",
+        ),
     ],
 )
 def test_what_cannot_be_extended(files, texts, problem):
@@ -165,7 +179,11 @@ def test_an_override_extends_nothing(files):
 
 
 def test_a_file_of_another_release_through_links_and_the_home_directory(files, tmp_path, monkeypatch):
-    files(there__base="extends: more.yaml\nseed: 4\n", there__more="max_seq_len: 32\n", a="extends: link/base.yaml\n")
+    files(
+        there__base="extends: more.yaml\nseed: 4\n",
+        there__more="extends: ../quick.yaml\nmax_seq_len: 32\n",
+        a="extends: link/base.yaml\n",
+    )
     (tmp_path / "link").symlink_to("there")
     assert load_recipe("a.yaml").seed == 4
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -174,8 +192,8 @@ def test_a_file_of_another_release_through_links_and_the_home_directory(files, t
 
 
 def test_the_quickstart_can_be_extended(files):
-    files(mine=f"extends: {ROOT}/configs/quickstart.yaml\nmodel: {{n_layers: 2}}\n")
-    assert load_recipe("mine.yaml") == load_recipe(None, ["model.n_layers=2"])
+    files(mine=f"extends: {QUICKSTART}\nmodel: {{n_layers: 2}}\n")
+    assert load_recipe("mine.yaml") == load_recipe(QUICKSTART, ["model.n_layers=2"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- show
@@ -195,7 +213,8 @@ def origins_of(text: str) -> dict[str, tuple[str, str]]:
 
 def test_show_says_where_each_value_comes_from(files):
     files(
-        base="run_name: base\nmodel: {moe: {top_k: 3}}\nloggers: {wandb: {tags: [x, '${run_name}']}}\nema: {}\n",
+        base="extends: quick.yaml\nrun_name: base\nmodel: {moe: {top_k: 3}}\nema: {}\n"
+        "loggers: {wandb: {tags: [x, '${run_name}']}}\n",
         child="extends: base.yaml\nrun_name: child\neval_loader: ${train_loader}\nmodel: {moe: {num_experts: 8}}\n",
     )
     layers = load_layers("child.yaml", ["seed=3", "train_loader.num_workers=${seed}"])
@@ -207,7 +226,7 @@ def test_show_says_where_each_value_comes_from(files):
     assert origins["seed"] == ("3", "override")
     assert origins["model.moe.top_k"] == ("3", "base.yaml")
     assert origins["model.moe.num_experts"] == ("8", "child.yaml")
-    assert origins["model.n_layers"] == ("6", "default")
+    assert origins["model.n_layers"] == ("6", "quick.yaml")
     assert origins["ema.decay"] == ("0.999", "default")
     assert origins["train_loader.num_workers"] == ("3", "${seed} (override)")
     assert origins["eval_loader.dataset.split"] == ("train", "${train_loader} (child.yaml)")
@@ -218,7 +237,10 @@ def test_show_says_where_each_value_comes_from(files):
 
 def test_show_hides_secrets_and_keeps_every_value_on_its_line(files):
     token = "hf_" + "a" * 30
-    files(a=f"callbacks: {{report: {{prompt: \"é: #\\n'{token}\"}}}}\nload_path: '{token}/${{run_name}}'\n")
+    files(
+        a="extends: quick.yaml\n"
+        f"callbacks: {{report: {{prompt: \"é: #\\n'{token}\"}}}}\nload_path: '{token}/${{run_name}}'\n"
+    )
     (Path("a.yaml")).rename(f"{token} \n#.yaml")
     layers = load_layers(f"{token} \n#.yaml", ["loggers.wandb={group: '" + "0a" * 20 + "'}"])
     shown = annotated(recipe_of(layers), layers)

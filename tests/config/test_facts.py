@@ -1,7 +1,10 @@
 """What stands beside a key: whether a resumed run may change it, whether it is architecture."""
 
+from functools import cache
+
 from moefoundry.config import MlaConfig, ModelConfig, Recipe, flatten, load_recipe
 from moefoundry.config.spec import architecture_of, every_key, is_architecture, is_free_on_resume, walk
+from tests.conftest import QUICKSTART
 
 FREE = (
     "format_version",
@@ -22,7 +25,7 @@ RECIPES = (
     [],
     [
         "model.attention.kind=mla",
-        "model.attention.yarn={}",
+        "model.attention.yarn={factor: 4, original_max_seq_len: 64}",
         "loggers={wandb: {}, mlflow: {}, tensorboard: {}}",
         "ema={}",
     ],
@@ -30,9 +33,10 @@ RECIPES = (
 )
 
 
-def leaves() -> set[str]:
+@cache
+def leaves() -> frozenset[str]:
     keys = {path for path, spec in every_key().items() if not spec.is_mapping}
-    return keys.union(*(flatten(load_recipe(None, changes)) for changes in RECIPES))
+    return frozenset(keys.union(*(flatten(load_recipe(QUICKSTART, changes)) for changes in RECIPES)))
 
 
 def test_what_a_resumed_run_may_change():

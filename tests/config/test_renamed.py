@@ -1,17 +1,22 @@
 """Names that users of LLM Foundry, Composer, Hugging Face and torchtitan type lead to the key that is meant."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from moefoundry.config import ConfigError, load_recipe
 from moefoundry.config.spec import elsewhere, every_key
+from tests.conftest import QUICK, QUICKSTART
 
 
 def problems_of(*overrides: str, path: Path | None = None) -> dict[str, str]:
     with pytest.raises(ConfigError) as caught:
-        load_recipe(path, overrides)
-    return {problem.path: str(problem).removeprefix(f"{problem.path}: ") for problem in caught.value.problems}
+        load_recipe(path, overrides if path else [*QUICK, *overrides])
+    return {
+        problem.path: str(replace(problem, file="")).removeprefix(f"{problem.path}: ")
+        for problem in caught.value.problems
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,6 +101,7 @@ def test_values_from_elsewhere(override, suggestion):
 def test_a_recipe_of_another_project_is_answered_key_by_key(tmp_path):
     path = tmp_path / "theirs.yaml"
     path.write_text(
+        f"extends: {QUICKSTART}\n"
         "model: {ffn_config: {moe_num_experts: 8, moe_top_k: 2, other: 3}, attn_config: {rope_theta: 1}}\n"
         "training: {optimizer: {learning_rate: 1}, x: 1}\nunheard: {of: 1}\n"
     )

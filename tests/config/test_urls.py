@@ -10,6 +10,7 @@ from moefoundry.config import ConfigError, UserError, load_recipe
 from moefoundry.config.fitting import fitting_overrides
 from moefoundry.config.spec import redact
 from moefoundry.config.urls import is_url, path_problem, resolved, url_problem
+from tests.conftest import QUICK
 
 
 @pytest.mark.parametrize(
@@ -75,13 +76,13 @@ def test_what_is_a_path_alone() -> None:
 )
 def test_recipes_follow_the_rule(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        load_recipe(None, [override])
+        load_recipe(None, [*QUICK, override])
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("remote", ["file:///data", "/data", "azure-dl://c/d", "https://host/data", "memory://data"])
 def test_data_come_from_every_store_and_path(remote: str) -> None:
-    assert load_recipe(None, [f"train_loader.dataset.remote={remote}", f"load_path=file://{Path.cwd()}"])
+    assert load_recipe(None, [*QUICK, f"train_loader.dataset.remote={remote}", f"load_path=file://{Path.cwd()}"])
 
 
 @pytest.mark.parametrize(
@@ -137,10 +138,10 @@ def test_log_records_warnings_and_tracebacks_have_no_secrets(capfd: pytest.Captu
     ],
 )
 def test_degrees_that_fit_another_number_of_ranks(overrides: list[str], world_size: int, expected: list[str]) -> None:
-    found = fitting_overrides(load_recipe(None, overrides), world_size)
+    found = fitting_overrides(load_recipe(None, [*QUICK, *overrides]), world_size)
     with pytest.raises(ConfigError, match=f"a world size of {world_size} fits with: {' '.join(found)}"):
-        load_recipe(None, overrides, world_size)
-    fitted = load_recipe(None, [*overrides, *found], world_size)
+        load_recipe(None, [*QUICK, *overrides], world_size)
+    fitted = load_recipe(None, [*QUICK, *overrides, *found], world_size)
     mesh = fitted.mesh
     shard = world_size // mesh.replicate if mesh.shard == -1 else mesh.shard
     assert [str(n) for n in (mesh.replicate, shard, mesh.expert, fitted.global_train_batch_size)] == expected
@@ -148,5 +149,5 @@ def test_degrees_that_fit_another_number_of_ranks(overrides: list[str], world_si
 
 def test_other_errors_are_not_followed_by_degrees() -> None:
     with pytest.raises(ConfigError) as error:
-        load_recipe(None, ["mesh.shard=16", "model.d_model=7"], 8)
+        load_recipe(None, [*QUICK, "mesh.shard=16", "model.d_model=7"], 8)
     assert "fits with" not in str(error.value)

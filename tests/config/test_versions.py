@@ -10,6 +10,7 @@ from moefoundry.config import ConfigError, Recipe, dump_recipe, flatten, load_re
 from moefoundry.config.build import Builder
 from moefoundry.config.spec import every_key, is_free_on_resume, plain
 from moefoundry.config.versions import ADDED, FORMAT_VERSION, upgraded, without_effect
+from tests.conftest import QUICK
 
 FIRST = json.loads(Path(__file__).with_name("first_recipe.json").read_text(encoding="utf-8"))
 """The recipe of a checkpoint that the first release wrote."""
@@ -25,7 +26,7 @@ def problems_of(recipe: dict[str, Any]) -> list[str]:
             node = node.setdefault(parent, {})
         node[leaf] = value
     builder = Builder()
-    builder.build(type(load_recipe().model), tree["model"], "model")
+    builder.build(type(load_recipe(None, QUICK).model), tree["model"], "model")
     return [problem.path for problem in builder.problems]
 
 
@@ -58,7 +59,9 @@ def test_yarn_is_not_turned_off_where_it_is_on() -> None:
 
 def test_a_stored_recipe_and_a_file_of_the_present(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    path.write_text(dump_recipe(load_recipe()).replace("format_version: 2\n", "").replace("  timing: batch_end\n", ""))
+    path.write_text(
+        dump_recipe(load_recipe(None, QUICK)).replace("format_version: 2\n", "").replace("  timing: batch_end\n", "")
+    )
     assert load_recipe(path, stored=True).scheduler.timing == "composer"
     assert load_recipe(path).scheduler.timing == "batch_end"
     path.write_text("format_version: 1\n" + path.read_text())
@@ -69,7 +72,7 @@ def test_a_stored_recipe_and_a_file_of_the_present(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "x", None])
 def test_other_versions_are_refused(version: Any) -> None:
     with pytest.raises(ConfigError, match="format_version"):
-        load_recipe(None, [f"format_version={json.dumps(version)}"])
+        load_recipe(None, [*QUICK, f"format_version={json.dumps(version)}"])
     with pytest.raises(ValueError, match=f"this release reads 1 to {FORMAT_VERSION}"):
         upgraded({"format_version": version})
 
@@ -83,4 +86,4 @@ def test_keys_that_no_layer_reads() -> None:
 
 
 def test_a_recipe_says_its_version() -> None:
-    assert plain(Recipe())["format_version"] == flatten(load_recipe())["format_version"] == FORMAT_VERSION
+    assert plain(Recipe())["format_version"] == flatten(load_recipe(None, QUICK))["format_version"] == FORMAT_VERSION

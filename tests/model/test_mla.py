@@ -93,6 +93,6 @@ def test_model_equals_deepseek_v3(attention: MlaConfig) -> None:
 
 def test_softmax_scale_by_hand() -> None:
     """DeepSeek-V3's own numbers: 192 wide, factor 40, mscale_all_dim 1: 192 ** -0.5 * (0.1 ln 40 + 1) ** 2."""
-    published = MlaConfig(yarn=YarnConfig(factor=40.0, mscale=1.0, mscale_all_dim=1.0))
+    published = MlaConfig(yarn=YarnConfig(factor=40.0, original_max_seq_len=4096, mscale=1.0, mscale_all_dim=1.0))
     assert softmax_scale(published) == pytest.approx(0.1352337788, rel=1e-9)
     assert softmax_scale(MlaConfig()) == pytest.approx(0.0721687836, rel=1e-9)

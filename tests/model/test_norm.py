@@ -62,7 +62,10 @@ def test_the_recipes_norm_is_the_blocks_and_the_last_one() -> None:
 
 @pytest.mark.parametrize(
     ("attention", "norms"),
-    [(GqaConfig(qk_norm=QkNorm.full, bias=AttentionBias.all), 2), (MlaConfig(q_lora_rank=8, kv_lora_rank=8), 2)],
+    [
+        (GqaConfig(n_heads=8, n_kv_heads=4, qk_norm=QkNorm.full, bias=AttentionBias.all), 2),
+        (MlaConfig(q_lora_rank=8, kv_lora_rank=8), 2),
+    ],
     ids=["gqa", "mla"],
 )
 def test_initial_norms_are_one_and_biases_zero(attention: AttentionConfig, norms: int) -> None:

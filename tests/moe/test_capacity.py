@@ -21,6 +21,7 @@ def layer(capacity_factor: float | None, backend: str = "loop", dtype: torch.dty
         num_experts=E,
         top_k=K,
         expert_hidden_size=F,
+        num_shared_experts=1,
         router=RouterConfig(score_function=ScoreFunction.sigmoid, scale=1.5),
         capacity_factor=capacity_factor,
         backend=ExpertBackend(backend),

@@ -247,7 +247,7 @@ def test_fused_cpu_function_changes_nothing_but_rounding(monkeypatch: pytest.Mon
     from moefoundry.config import MoEConfig
 
     torch.manual_seed(0)
-    module = MoELayer(32, MoEConfig(num_experts=8, top_k=3, expert_hidden_size=16))
+    module = MoELayer(32, MoEConfig(num_experts=8, top_k=3, expert_hidden_size=16, num_shared_experts=1))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x = torch.randn(2, 16, 32)
@@ -274,10 +274,12 @@ def test_on_a_gpu_it_computes_what_it_computes_on_a_cpu(dtype: torch.dtype, tole
     from moefoundry.config import MoEConfig
 
     torch.manual_seed(0)
-    on_cpu = MoELayer(64, MoEConfig(num_experts=8, top_k=2, expert_hidden_size=32))
+    on_cpu = MoELayer(64, MoEConfig(num_experts=8, top_k=2, expert_hidden_size=32, num_shared_experts=1))
     for parameter in on_cpu.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    on_gpu = MoELayer(64, MoEConfig(num_experts=8, top_k=2, expert_hidden_size=32)).cuda().to(dtype)
+    on_gpu = (
+        MoELayer(64, MoEConfig(num_experts=8, top_k=2, expert_hidden_size=32, num_shared_experts=1)).cuda().to(dtype)
+    )
     on_gpu.load_state_dict(on_cpu.state_dict())
     on_cpu.load_state_dict({name: weight.float().cpu() for name, weight in on_gpu.state_dict().items()})
     x = torch.randn(2, 128, 64).to(dtype)

@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moefoundry.config import GqaConfig, ModelConfig
+from moefoundry.config import GqaConfig, ModelConfig, load_recipe
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.moe.layer import MoELayer
 from moefoundry.planning.describe import ParameterCounts, count_parameters
+from tests.conftest import QUICKSTART
 from tests.model.tiny import tiny_config
 
 VARIANTS = {
@@ -58,7 +59,8 @@ def test_total_is_the_sum_over_a_real_model(variant: dict) -> None:
 
 
 def test_the_default_recipe_matches_the_closed_form() -> None:
-    assert count_parameters(ModelConfig()) == closed_form(ModelConfig())
+    cfg = load_recipe(QUICKSTART).model
+    assert count_parameters(cfg) == closed_form(cfg)
 
 
 def test_active_is_less_than_total_unless_every_expert_is_chosen() -> None:

@@ -27,6 +27,7 @@ from moefoundry.planning.activations import block_activations
 from moefoundry.planning.plan import make_plan, micro_batches
 from moefoundry.planning.table import plan_table
 from moefoundry.planning.world import fake_world, groups_by_axis, most_remote_peers
+from tests.conftest import QUICKSTART
 from tests.model.tiny import batch, meta_model
 
 ODD = [
@@ -124,7 +125,7 @@ def test_shards_are_those_of_the_closed_form(variant, mesh):
     replicate, shard, expert = mesh
     world = replicate * shard
     degrees = [f"mesh.replicate={replicate}", f"mesh.shard={shard}", f"mesh.expert={expert}"]
-    recipe = load_recipe(None, [*ODD, *VARIANTS[variant], *degrees, f"global_train_batch_size={world}"], world)
+    recipe = load_recipe(QUICKSTART, [*ODD, *VARIANTS[variant], *degrees, f"global_train_batch_size={world}"], world)
     memory = make_plan(recipe, world).memory
     stored, owned = shards(recipe.model, shard, expert)
     assert memory.parameters == memory.gradients == 4 * stored
@@ -133,7 +134,7 @@ def test_shards_are_those_of_the_closed_form(variant, mesh):
 
 
 def test_one_rank_holds_the_whole_model():
-    recipe = load_recipe(None, [*ODD, GQA], 1)
+    recipe = load_recipe(QUICKSTART, [*ODD, GQA], 1)
     plan = make_plan(recipe, 1)
     assert plan.parameters.total == sum(rows * row for rows, row, _ in weights(recipe.model))
     assert plan.memory.parameters == 4 * plan.parameters.total
@@ -142,7 +143,7 @@ def test_one_rank_holds_the_whole_model():
 
 @pytest.mark.parametrize("moments", [Moments.bf16, Moments.bf16_stochastic])
 def test_narrow_moments_halve_the_optimizer(moments):
-    recipe = load_recipe(None, [*ODD, GQA, "mesh.shard=4"], 4)
+    recipe = load_recipe(QUICKSTART, [*ODD, GQA, "mesh.shard=4"], 4)
     wide = make_plan(recipe, 4).memory
     recipe.precision.optimizer_moments = moments
     narrow = make_plan(recipe, 4).memory
@@ -150,7 +151,7 @@ def test_narrow_moments_halve_the_optimizer(moments):
 
 
 def test_the_moving_average_is_in_the_memory_of_the_host():
-    recipe = load_recipe(None, [*ODD, GQA, "mesh.shard=4"], 4)
+    recipe = load_recipe(QUICKSTART, [*ODD, GQA, "mesh.shard=4"], 4)
     without = make_plan(recipe, 4)
     recipe.ema = EmaConfig()
     averaged = make_plan(recipe, 4)
@@ -163,13 +164,15 @@ def test_the_moving_average_is_in_the_memory_of_the_host():
 
 @pytest.mark.parametrize(("sequences", "micro", "expected"), [(4, 2, [2, 2]), (5, 2, [2, 2, 1]), (1, 8, [1])])
 def test_micro_batches(sequences, micro, expected):
-    recipe = load_recipe(None, [f"global_train_batch_size={3 * sequences}", f"device_train_microbatch_size={micro}"], 3)
+    recipe = load_recipe(
+        QUICKSTART, [f"global_train_batch_size={3 * sequences}", f"device_train_microbatch_size={micro}"], 3
+    )
     assert micro_batches(recipe, 3) == expected
 
 
 def test_the_mesh_must_fit_the_world():
     with pytest.raises(ConfigError, match=r"mesh.replicate"):
-        make_plan(load_recipe(None, ["mesh.replicate=2", "mesh.shard=2"]), 6)
+        make_plan(load_recipe(QUICKSTART, ["mesh.replicate=2", "mesh.shard=2"]), 6)
 
 
 def test_a_plan_is_not_made_inside_a_process_group():
@@ -267,13 +270,13 @@ def test_saved_activations_of_a_block(sparse, mode, dtype, more):
     def saved(layers: int) -> int:
         dense = 0 if sparse else layers
         sizes = [f"model.n_layers={layers}", f"model.n_dense_layers={dense}", f"activation_checkpointing={mode}", *more]
-        model, ids = real_model(load_recipe(None, [*SIZES, *sizes]), dtype), batch(2, 128)
+        model, ids = real_model(load_recipe(QUICKSTART, [*SIZES, *sizes]), dtype), batch(2, 128)
         with Alive(model) as alive:
             losses = model(ids, ids)
             gc.collect()
             return alive.now() - losses.lm.nbytes
 
-    cfg, c, fp8 = load_recipe(None, [*SIZES, *more]).model, dtype.itemsize, FP8 in more
+    cfg, c, fp8 = load_recipe(QUICKSTART, [*SIZES, *more]).model, dtype.itemsize, FP8 in more
     formula = block_activations(cfg, sparse, ActivationCheckpointing(mode), c, exchanged=False, fp8=fp8).saved
     if mode == "none" and dtype == torch.float32:  # on a CPU norms are several operations, which keep another copy
         formula += 2 * 4 * cfg.d_model
@@ -285,7 +288,7 @@ def test_saved_activations_of_a_block(sparse, mode, dtype, more):
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_the_peak_of_a_step_is_near_the_estimate(mode):
-    recipe = load_recipe(None, [*SIZES, "model.n_layers=4", f"activation_checkpointing={mode}"], 1)
+    recipe = load_recipe(QUICKSTART, [*SIZES, "model.n_layers=4", f"activation_checkpointing={mode}"], 1)
     model, ids = real_model(recipe), batch(2, 128)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

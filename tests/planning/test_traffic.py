@@ -7,6 +7,7 @@ import torch
 
 from moefoundry.config import Recipe, load_recipe
 from moefoundry.planning.plan import make_plan, micro_batches
+from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
 from tests.model.tiny import meta_model
 from tests.planning.counting import SentBytes
@@ -34,7 +35,7 @@ def recipe_of(mesh: tuple[int, int, int], *overrides: str, sequences: int = 1) -
     replicate, shard, expert = mesh
     degrees = [f"mesh.replicate={replicate}", f"mesh.shard={shard}", f"mesh.expert={expert}"]
     batch = f"global_train_batch_size={sequences * replicate * shard}"
-    return load_recipe(None, [*TINY, *degrees, batch, *overrides], replicate * shard)
+    return load_recipe(QUICKSTART, [*TINY, *degrees, batch, *overrides], replicate * shard)
 
 
 def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[str, str], tuple[int, int]]]:

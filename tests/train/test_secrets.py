@@ -11,6 +11,7 @@ import pytest
 
 from moefoundry.config import ConfigError, dump_recipe, flatten, load_recipe
 from moefoundry.config.spec import REDACTED, redact
+from tests.conftest import QUICKSTART
 from tests.distributed import captured_output, run_distributed
 
 Overrides = Callable[..., list[str]]
@@ -62,13 +63,13 @@ def test_row24_nothing_that_a_run_writes_has_a_secret(tiny_overrides: Overrides,
 @pytest.mark.parametrize("name", [name for name in SECRETS if name not in ("environment", "password", "wandb")])
 def test_row24_tokens_are_redacted_in_any_key(name: str) -> None:
     secret = SECRETS[name]
-    recipe = load_recipe(None, [f"loggers.wandb.group=before {secret} after"])
+    recipe = load_recipe(QUICKSTART, [f"loggers.wandb.group=before {secret} after"])
     assert flatten(recipe)["loggers.wandb.group"] == f"before {REDACTED} after"
     assert secret not in dump_recipe(recipe)
     assert recipe.loggers.wandb is not None
     assert recipe.loggers.wandb.group == f"before {secret} after", "the run itself gets what was asked for"
     with pytest.raises(ConfigError) as error:
-        load_recipe(None, [f"seed={secret}", secret])
+        load_recipe(QUICKSTART, [f"seed={secret}", secret])
     assert secret not in str(error.value)
 
 

@@ -19,9 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """``[RECIPE] key=value ...``, as ``arguments``."""
-    parser.add_argument(
-        "arguments", nargs="*", metavar="[RECIPE] key=value", help="a YAML file (default: quickstart), then overrides"
-    )
+    parser.add_argument("arguments", nargs="*", metavar="[RECIPE] key=value", help="a YAML file, then overrides")
 
 
 def positive(text: str) -> int:

@@ -25,6 +25,7 @@ from moefoundry.config.spec import (
     elsewhere,
     every_key,
     join,
+    missing,
     options,
     plain,
     show,
@@ -42,11 +43,13 @@ class Builder:
         problems: What was wrong.
         unsound: Paths whose values are not the author's, so that nothing more can be said about them. (A value that is
             "not available yet" is sound.)
+        missing: Paths of required keys that are not there.
     """
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
         self.unsound: set[str] = set()
+        self.missing: set[str] = set()
 
     def build(
         self, cls: type, values: dict[str, Any], path: str = "", kind: str = "", table: Table | None = None
@@ -58,7 +61,8 @@ class Builder:
             if name in values:
                 built[name] = self._value(spec, values[name], join(path, name))
             else:
-                self._fail(join(path, name), "missing", describe(spec))
+                self._fail(join(path, name), missing(spec), describe(spec))
+                self.missing.add(join(path, name))
         for name in values:
             if name not in known and not (table is not None and self._unusable(table, name, path)):
                 names = [*known, *(table.names() if table is not None else [])]

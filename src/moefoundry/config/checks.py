@@ -13,7 +13,7 @@ from moefoundry.config.field import MAX_SEED
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_model import ExpertBackend, GqaConfig, MlaConfig
 from moefoundry.config.schema_parts import AdamWConfig, Compute, Fp8Backend, Fp8Config, Fp8Recipe, Moments
-from moefoundry.config.spec import show_leaf
+from moefoundry.config.spec import describe, every_key, missing, show_leaf
 from moefoundry.config.urls import path_problem, url_problem
 
 HELD_OUT_LOSS = "metrics/eval/LanguageCrossEntropy"
@@ -112,6 +112,13 @@ def _dense_layers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if beyond := [index for index in model.dense_layers if index >= model.n_layers]:
         message = f"no block {', '.join(map(str, beyond))}, for model.n_layers is {model.n_layers}"
         yield Problem("model.dense_layers", message, allowed=f"0 to {model.n_layers - 1}")
+
+
+@rule("model.ffn_hidden_size", "model.n_dense_layers", "model.dense_layers")
+def _dense_width(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    model, spec = recipe.model, every_key()["model.ffn_hidden_size"]
+    if model.ffn_hidden_size is None and (model.n_dense_layers or model.dense_layers):
+        yield Problem("model.ffn_hidden_size", missing(spec), allowed=describe(spec).removesuffix(", or null"))
 
 
 @rule("model.d_model", "model.attention")

@@ -36,6 +36,7 @@ def key(
     default: Any,
     doc: str,
     *,
+    customary: str = "",
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -58,6 +59,7 @@ def key(
     Args:
         default: The value, or a callable that makes it (a dataclass, or a lambda for lists); :data:`REQUIRED` is none.
         doc: One sentence for ``docs/recipe.md``.
+        customary: Of a required key, which values are usual, for the error where it is missing.
         ge, gt, le, lt: Numeric bounds.
         pattern: A regular expression that a string must match in full.
         length: How many elements a list must have.
@@ -79,6 +81,8 @@ def key(
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
         "doc": doc,
+        "required": default is REQUIRED,
+        "customary": customary,
         "bounds": {name: value for name, value in bounds.items() if value is not None},
         "pattern": pattern,
         "length": length,

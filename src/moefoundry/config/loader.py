@@ -7,6 +7,7 @@ dataclasses; then check across keys, those whose values are sound.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from moefoundry.config.spec import Spec, chosen_class, plain, show, specs
 from moefoundry.config.versions import FORMAT_VERSION, VERSION_KEY, upgraded
 from moefoundry.registry import PartError
 
+OVERRIDES = "overrides"
+"""Name of a recipe without a file."""
+NO_RECIPE = "moefoundry init writes a recipe to start from; configs/quickstart.yaml is a small one"
 LLM_FOUNDRY_MODELS = (
     "mpt_causal_lm",
     "hf_causal_lm",
@@ -47,7 +51,7 @@ def load_recipe(
     """Read, resolve and check a recipe.
 
     Args:
-        path: A YAML file; None is the built-in default, which equals ``configs/quickstart.yaml``.
+        path: A YAML file; None where the overrides are the whole recipe.
         overrides: Dotted ``key=value`` strings; see :mod:`moefoundry.config.overrides`.
         world_size: Number of ranks, where it is known; the mesh and the batch size are then checked against it.
         stored: The file is a run's own copy: perhaps of an earlier format version, and not to be checked across keys.
@@ -64,7 +68,9 @@ def load_layers(path: str | Path | None = None, overrides: Sequence[str] = (), s
     Raises:
         ConfigError: The file, or one that it extends, cannot be used.
     """
-    layers = read_layers(Path(path)) if path is not None else Layers("default recipe")
+    if path is None and not overrides:
+        raise ConfigError([Problem("recipe", "none is given", allowed="a YAML file")], "moefoundry", NO_RECIPE)
+    layers = read_layers(Path(path)) if path is not None else Layers(OVERRIDES)
     if stored or VERSION_KEY in layers.tree:
         _upgrade(layers)
     add_overrides(layers, overrides)
@@ -81,6 +87,9 @@ def recipe_of(layers: Layers, world_size: int | None = None, check: bool = True)
     resolver, builder = Resolver(), Builder()
     recipe = builder.build(Recipe, resolver.resolve(with_defaults(layers.tree)))
     found = resolver.problems | {problem.path: problem for problem in builder.problems}
+    elsewhere = tuple(f"{problem.suggestion}." for problem in found.values() if problem.suggestion)
+    said = {path for path in builder.missing if f"{path}.".startswith(elsewhere)}  # under another name
+    found = {path: problem for path, problem in found.items() if path not in said}
     # One bad value is one problem, not one more for each key that refers to it.
     derived = {path for path in found if not found.keys().isdisjoint(_sources(path, resolver.references))}
     own = [problem for path, problem in found.items() if path not in derived] or list(found.values())
@@ -88,7 +97,8 @@ def recipe_of(layers: Layers, world_size: int | None = None, check: bool = True)
     if problems := [*layers.problems, *own, *related]:
         if layers.chained:
             problems = [_located(problem, layers.origin(problem.path)) for problem in problems]
-        raise ConfigError(problems, layers.name, _advice(recipe, problems, world_size))
+        advice = NO_RECIPE if builder.missing and layers.name == OVERRIDES else _advice(recipe, problems, world_size)
+        raise ConfigError(problems, layers.name, advice)
     return recipe
 
 
@@ -144,7 +154,7 @@ def _fill(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
         value = getattr(default, name)
         if name not in tree:
             if value is not REQUIRED:
-                filled[name] = plain(value)
+                filled[name] = _fill(value, {}) if dataclasses.is_dataclass(value) else plain(value)
         elif isinstance(tree[name], dict) and (cls := _usable_class(spec, tree[name], value)):
             filled[name] = _fill(value if type(value) is cls else cls(), tree[name])
         else:

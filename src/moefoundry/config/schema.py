@@ -1,7 +1,9 @@
-"""The recipe, typed at every depth. Its defaults *are* ``configs/quickstart.yaml`` (a test keeps them equal).
+"""The recipe, typed at every depth.
 
+What depends on the model, the data and the machine is required; the rest has a default that is safe at any size.
 One dataclass for each mapping of the YAML; a parent never repeats a child's fields. ``key`` adds to a field what the
-type cannot say: its documentation, its range, which of its values this release can run (``available``), whether a
+type cannot say: its documentation, its range, what is
+customary, which of its values this release can run (``available``), whether a
 resumed run may change it, what it is called elsewhere. The error messages, ``docs/recipe.md`` and the checks all come
 from here, and from ``schema_model`` and ``schema_parts``. Units: sizes in tokens or elements, durations as Composer
 time strings (``200ba``, ``1ep``, ``1000000tok``, ``512sp``).
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, key
+from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, REQUIRED, key
 from moefoundry.config.schema_model import ModelConfig
 from moefoundry.config.schema_parts import (
     ActivationCheckpointing,
@@ -44,7 +46,13 @@ class Recipe:
         le=FORMAT_VERSION,
         free_on_resume=True,
     )
-    run_name: str = key("quickstart", "Name of the run.", pattern=NAME, free_on_resume=True)
+    run_name: str = key(
+        REQUIRED,
+        "Name of the run.",
+        customary="model and purpose, such as olmoe-1b-7b",
+        pattern=NAME,
+        free_on_resume=True,
+    )
     run_dir: str = key(
         "runs/${run_name}",
         "Everything a run writes goes here.",
@@ -59,8 +67,9 @@ class Recipe:
     )
     seed: int = key(17, "Seed of weights, shuffling and sampling.", ge=0, le=MAX_SEED, renamed_from=("global_seed",))
     max_seq_len: int = key(
-        512,
+        REQUIRED,
         "Tokens a sequence.",
+        customary="4096 or 8192, as the data were prepared",
         ge=2,
         renamed_from=("max_position_embeddings", "model_max_length", "seq_len", "sequence_length", "max_length"),
     )
@@ -113,8 +122,9 @@ class Recipe:
         LoggersConfig, "Where metrics go besides metrics.jsonl.", free_on_resume=True, table="loggers", tag=""
     )
     max_duration: str = key(
-        "200ba",
+        REQUIRED,
         "Length of training.",
+        customary="at least 20 tokens for each active parameter, such as 100000000000tok",
         pattern=INTERVAL,
         free_on_resume=True,
         instead_of={
@@ -127,7 +137,7 @@ class Recipe:
         },
     )
     eval_interval: str = key(
-        "100ba",
+        "1000ba",
         "Time between evaluations.",
         pattern=INTERVAL,
         free_on_resume=True,
@@ -137,14 +147,15 @@ class Recipe:
         },
     )
     global_train_batch_size: int = key(
-        4,
+        REQUIRED,
         "Sequences of one optimizer step, over all ranks.",
+        customary="1 to 16 million tokens: 256 to 4096 sequences of 4096",
         ge=1,
         le=MAX_BATCH,
         renamed_from=("global_batch_size", "train_batch_size"),
     )
     device_train_microbatch_size: int = key(
-        2,
+        1,
         "Sequences of one forward pass of one rank.",
         ge=1,
         le=MAX_BATCH,
@@ -157,7 +168,7 @@ class Recipe:
         other_values={"auto": "1"},
     )
     device_eval_batch_size: int = key(
-        4,
+        1,
         "Sequences of one evaluation batch of one rank.",
         ge=1,
         le=MAX_BATCH,
@@ -165,7 +176,7 @@ class Recipe:
         renamed_from=("per_device_eval_batch_size",),
     )
     save_interval: str = key(
-        "100ba",
+        "1000ba",
         "Time between checkpoints.",
         pattern=INTERVAL,
         free_on_resume=True,

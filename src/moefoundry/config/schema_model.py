@@ -1,6 +1,6 @@
 """The recipe's ``model``: what :mod:`moefoundry.config.schema` says of the recipe holds here, too.
 
-A key that joins ``model`` is off by default (null, false, 0, none), so that checkpoints without it can be read.
+A key that joins ``model`` also goes into :mod:`moefoundry.config.versions`, so that older checkpoints can be read.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moefoundry.config.field import INTERVAL, MAX_FACTOR, key
+from moefoundry.config.field import INTERVAL, MAX_FACTOR, REQUIRED, key
 
 
 class NormKind(StrEnum):
@@ -76,7 +76,7 @@ class NormConfig:
 @dataclass
 class InitConfig:
     std: float = key(
-        0.06,
+        0.02,
         "Standard deviation of every weight matrix; norms start at 1.",
         gt=0,
         le=100,
@@ -88,10 +88,11 @@ class InitConfig:
 class YarnConfig:
     """Context extension by YaRN (arXiv 2309.00071); null factors follow Hugging Face's ``rope_scaling``."""
 
-    factor: float = key(40.0, "How many times longer the context becomes.", ge=1)
+    factor: float = key(REQUIRED, "How many times longer the context becomes.", customary="4 to 40", ge=1)
     original_max_seq_len: int = key(
-        4096,
+        REQUIRED,
         "Context length before the extension, in tokens.",
+        customary="the max_seq_len that the weights were trained with",
         ge=1,
         renamed_from=("original_max_position_embeddings", "original_seq_len"),
     )
@@ -111,7 +112,9 @@ class AttentionConfig:
         renamed_from=("attn_type",),
         other_values={"grouped_query_attention": "gqa", "multihead_attention": "gqa"},
     )
-    n_heads: int = key(8, "Query heads.", ge=1, renamed_from=("num_attention_heads", "n_head"))
+    n_heads: int = key(
+        REQUIRED, "Query heads.", customary="d_model / 128", ge=1, renamed_from=("num_attention_heads", "n_head")
+    )
     rope_theta: float = key(
         10000.0, "Base of the rotary position embedding.", gt=0, renamed_from=("rope_base", "rotary_emb_base")
     )
@@ -125,7 +128,11 @@ class GqaConfig(AttentionConfig):
     """Grouped-query attention (arXiv 2305.13245); ``n_kv_heads == n_heads`` is multi-head attention."""
 
     n_kv_heads: int = key(
-        4, "Key and value heads; divides n_heads.", ge=1, renamed_from=("num_key_value_heads", "kv_n_heads")
+        REQUIRED,
+        "Key and value heads; divides n_heads.",
+        customary="4 or 8, or as many as n_heads",
+        ge=1,
+        renamed_from=("num_key_value_heads", "kv_n_heads"),
     )
     head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2)
     qk_norm: QkNorm = key(
@@ -223,25 +230,28 @@ class BalanceConfig:
 @dataclass
 class MoEConfig:
     num_experts: int = key(
-        16,
+        REQUIRED,
         "Routed experts of each MoE layer.",
+        customary="64 to 256 narrow ones, or 8 or 16 wide ones",
         ge=1,
         renamed_from=("n_routed_experts", "num_local_experts", "moe_num_experts"),
     )
     top_k: int = key(
-        2,
+        REQUIRED,
         "Routed experts of each token.",
+        customary="8 of 64 to 256 experts, 2 of 8",
         ge=1,
         renamed_from=("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k"),
     )
     expert_hidden_size: int = key(
-        256,
+        REQUIRED,
         "Hidden width of one routed expert.",
+        customary="d_model / 4 to d_model / 2 for narrow experts, 3.5 * d_model for wide ones",
         ge=1,
         renamed_from=("moe_intermediate_size", "intermediate_size", "moe_inter_dim"),
     )
     num_shared_experts: int = key(
-        1, "Experts that see every token (one FFN of this many widths).", ge=0, renamed_from=("n_shared_experts",)
+        0, "Experts that see every token (one FFN of this many widths).", ge=0, renamed_from=("n_shared_experts",)
     )
     router: RouterConfig = key(RouterConfig, "Routing.", table="router_scores", tag="score_function")
     balance: BalanceConfig = key(BalanceConfig, "Load balancing.", architecture=False)
@@ -285,19 +295,36 @@ class MtpConfig:
 class ModelConfig:
     name: str = key("moe_causal_lm", "The model family.", available=("moe_causal_lm",))
     vocab_size: int = key(
-        4096, "Rows of the embedding; at least the tokenizer's vocabulary.", ge=2, renamed_from=("padded_vocab_size",)
+        REQUIRED,
+        "Rows of the embedding; at least the tokenizer's vocabulary.",
+        customary="the tokenizer's vocabulary, rounded up to a multiple of 128",
+        ge=2,
+        renamed_from=("padded_vocab_size",),
     )
-    d_model: int = key(256, "Width of the residual stream.", ge=1, renamed_from=("hidden_size", "n_embd", "dim"))
-    n_layers: int = key(6, "Transformer blocks.", ge=1, renamed_from=("num_hidden_layers", "num_layers", "n_layer"))
+    d_model: int = key(
+        REQUIRED,
+        "Width of the residual stream.",
+        customary="2048 for 7 to 30B parameters, 4096 for 50B, 7168 for 670B",
+        ge=1,
+        renamed_from=("hidden_size", "n_embd", "dim"),
+    )
+    n_layers: int = key(
+        REQUIRED,
+        "Transformer blocks.",
+        customary="16 for 7B parameters, 32 to 48 for 30 to 50B, 61 for 670B",
+        ge=1,
+        renamed_from=("num_hidden_layers", "num_layers", "n_layer"),
+    )
     n_dense_layers: int = key(
-        1, "How many of the first blocks use a dense FFN.", ge=0, renamed_from=("first_k_dense_replace",)
+        0, "How many of the first blocks use a dense FFN.", ge=0, renamed_from=("first_k_dense_replace",)
     )
     dense_layers: list[int] = key(
         list, "Further blocks (from 0) that use a dense FFN.", ge=0, renamed_from=("mlp_only_layers",)
     )
-    ffn_hidden_size: int = key(
-        1024,
-        "Hidden width of the dense FFN.",
+    ffn_hidden_size: int | None = key(
+        None,
+        "Hidden width of the dense FFN; null where no block has one.",
+        customary="expert_hidden_size * (top_k + num_shared_experts), the work of an MoE block",
         ge=1,
         renamed_from=("intermediate_size", "inter_dim"),
         instead_of={"expansion_ratio": "the width itself, model.ffn_hidden_size, is given"},
@@ -318,3 +345,9 @@ class ModelConfig:
     )
     moe: MoEConfig = key(MoEConfig, "Mixture of experts.", renamed_from=("ffn_config", "moe_args"))
     mtp: MtpConfig = key(MtpConfig, "Multi-token prediction.")
+
+    @property
+    def dense_width(self) -> int:
+        """Hidden width of the dense FFN, of a model that has one."""
+        assert self.ffn_hidden_size is not None, "checked with the recipe"
+        return self.ffn_hidden_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moefoundry.config.field import DURATION, MAX_SEED, SPLIT, TAG, TEXT, key
+from moefoundry.config.field import DURATION, MAX_SEED, REQUIRED, SPLIT, TAG, TEXT, key
 
 # ------------------------------------------------------------------------------------------------- mesh and precision
 
@@ -110,8 +110,9 @@ class TokenizerConfig:
 @dataclass
 class DatasetConfig:
     local: str = key(
-        "data/quickstart",
+        REQUIRED,
         "Directory written by `moefoundry prepare`.",
+        customary="data/NAME",
         path=True,
         free_on_resume=True,
         renamed_from=("data_local", "dataset_path"),
@@ -172,7 +173,13 @@ class OptimizerConfig:
         renamed_from=("optimizer",),
         other_values={"decoupled_adamw": "adamw", "AdamW": "adamw", "adamw_torch": "adamw"},
     )
-    lr: float = key(4.0e-3, "Peak learning rate.", gt=0, renamed_from=("learning_rate",))
+    lr: float = key(
+        REQUIRED,
+        "Peak learning rate.",
+        customary="4e-4 for 1B active parameters, 2e-4 for 30B; a tenth of that to go on with trained weights",
+        gt=0,
+        renamed_from=("learning_rate",),
+    )
 
 
 @dataclass
@@ -211,8 +218,9 @@ class SchedulerConfig:
         other_values={"linear": "linear_decay_with_warmup", "constant": "constant_with_warmup"},
     )
     t_warmup: str = key(
-        "0.3dur",
+        REQUIRED,
         "Linear warm-up.",
+        customary="2000ba, or 0.01dur of a short run",
         pattern=DURATION,
         instead_of={
             "warmup_steps": "a duration has a unit: scheduler.t_warmup=100ba",
@@ -289,9 +297,9 @@ class MemoryMonitorConfig:
 
 @dataclass
 class ReportConfig:
-    prompt: str = key(
-        "def is_valid(self, value):\n    if",
-        "Text that the trained model continues at the end of the run.",
+    prompt: str | None = key(
+        None,
+        "Text that the trained model continues at the end of the run; null for none.",
         pattern=TEXT,
     )
     max_new_tokens: int = key(48, "Tokens of the continuation.", ge=0)

@@ -44,6 +44,8 @@ class Spec:
     item: Any
     optional: bool
     doc: str
+    required: bool
+    customary: str
     bounds: dict[str, float]
     pattern: str | None
     length: int | None
@@ -243,6 +245,13 @@ def describe(spec: Spec, kind: Any = None) -> str:
     else:
         text = f"{_NOUNS.get(kind, _ANYTHING)[0]} {bounds}".rstrip()
     return f"{text}, or null" if spec.optional and kind is spec.kind else text
+
+
+def missing(spec: Spec) -> str:
+    """The message for a required key that is not there: what it is, and which values are usual."""
+    what = spec.doc.partition(";")[0].rstrip(".")
+    text = f"missing: {what[:1].lower()}{what[1:]}" if what else "missing"
+    return f"{text}; customary: {spec.customary}" if spec.customary else text
 
 
 def plain(value: Any) -> Any:

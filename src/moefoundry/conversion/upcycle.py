@@ -60,7 +60,7 @@ class Upcycling:
             UserError: Names every option that does not fit it.
         """
         layers = frozenset(range(dense.n_layers)) if self.layers is None else self.layers
-        hidden, slices = dense.ffn_hidden_size, self.granularity
+        hidden, slices = dense.dense_width, self.granularity
         rules = [
             (dense_layers(dense) != list(range(dense.n_layers)), "the model has experts already"),
             (slices < 1 or hidden % max(1, slices) != 0, f"--granularity {slices} does not divide the FFN's {hidden}"),

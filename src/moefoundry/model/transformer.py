@@ -67,7 +67,7 @@ class Block(nn.Module):
         self.attention = build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
         self.ffn: FeedForward | MoELayer = (
-            FeedForward(cfg.d_model, cfg.ffn_hidden_size)
+            FeedForward(cfg.d_model, cfg.dense_width)
             if layer_index < cfg.n_dense_layers or layer_index in cfg.dense_layers
             else MoELayer(cfg.d_model, cfg.moe)
         )

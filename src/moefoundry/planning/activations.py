@@ -79,7 +79,7 @@ def block_activations(
     """
     attention = _attention(cfg, c, fp8)
     width = cfg.d_model
-    ffn = _moe(cfg, c, exchanged, fp8) if sparse else _dense(width, cfg.ffn_hidden_size, c, fp8)
+    ffn = _moe(cfg, c, exchanged, fp8) if sparse else _dense(width, cfg.dense_width, c, fp8)
     everything = attention.all + ffn.all + 2 * c * width
     gradients = max(attention.gradients, ffn.gradients)
     if mode == ActivationCheckpointing.none:

@@ -14,8 +14,10 @@ from moefoundry.config import (
     MtpConfig,
     RouterConfig,
     UserError,
+    load_recipe,
 )
 from moefoundry.conversion.families import FAMILIES, family_for, family_of
+from tests.conftest import QUICKSTART
 from tests.conversion.families.models import (
     CASES,
     DBRX,
@@ -225,5 +227,5 @@ def test_a_family_is_found_for_every_model(family: str, variant: str) -> None:
 
 def test_a_model_of_no_family_is_refused_with_all_reasons() -> None:
     with pytest.raises(UserError, match="no Hugging Face family computes what this model does") as error:
-        family_for(ModelConfig())
+        family_for(load_recipe(QUICKSTART).model)
     assert all(f"\n  {name}: model." in str(error.value) for name in FAMILIES)

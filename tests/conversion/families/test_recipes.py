@@ -12,6 +12,7 @@ from moefoundry.config import MlaConfig, ModelConfig, Recipe, load_recipe
 from moefoundry.conversion.families import family_of
 from moefoundry.conversion.families.family import computed, dense_layers
 from moefoundry.planning.describe import count_parameters
+from tests.conftest import QUICKSTART
 from tests.conversion.families.published import PUBLISHED
 from tests.train.runs import run_recipe
 
@@ -69,7 +70,7 @@ def test_the_tiny_twin_has_the_same_features(name: str) -> None:
     recipe, twin = recipe_of(name), load_recipe(PRETRAIN / "tiny" / f"{name}.yaml")
     assert features(twin.model) == features(recipe.model)
     assert count_parameters(twin.model).total < 1e6
-    quickstart = load_recipe()
+    quickstart = load_recipe(QUICKSTART)
     assert (twin.model.vocab_size, twin.max_seq_len) == (quickstart.model.vocab_size, quickstart.max_seq_len)
     assert twin.train_loader.dataset.local == quickstart.train_loader.dataset.local
     assert Path(twin.run_dir).parts == ("runs", "tiny", name)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from moefoundry.config import AttentionConfig, MlaConfig, ModelConfig, MoEConfig, MtpConfig, RouterConfig, ScoreFunction
+from moefoundry.conversion.families.family import ffn_width
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts, ffn
 from moefoundry.conversion.families.pieces import Piece
@@ -92,7 +93,7 @@ class DeepseekV3(Llama):
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
         moe = cfg.moe
         return {
-            "intermediate_size": cfg.ffn_hidden_size,
+            "intermediate_size": ffn_width(cfg),
             "first_k_dense_replace": cfg.n_dense_layers,
             "moe_layer_freq": 1,
             "moe_intermediate_size": moe.expert_hidden_size,

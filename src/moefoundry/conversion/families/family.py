@@ -122,6 +122,11 @@ class Family(ABC):
         """The keys that ``_read`` reads. Of a model that does not fit it writes as much as the family has."""
 
 
+def ffn_width(cfg: ModelConfig) -> int:
+    """Hidden width of the dense FFN; where no block has one, that at which it would cost what an MoE block does."""
+    return cfg.ffn_hidden_size or cfg.moe.expert_hidden_size * (cfg.moe.top_k + cfg.moe.num_shared_experts)
+
+
 def dense_layers(cfg: ModelConfig) -> list[int]:
     """Indices of the blocks with a dense FFN, in order."""
     return [i for i in range(cfg.n_layers) if i < cfg.n_dense_layers or i in cfg.dense_layers]

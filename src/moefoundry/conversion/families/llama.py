@@ -6,8 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from moefoundry.config import AttentionBias, AttentionConfig, GqaConfig, InitConfig, ModelConfig, NormConfig, QkNorm
-from moefoundry.conversion.families.family import Family, dense_layers
+from moefoundry.config import (
+    AttentionBias,
+    AttentionConfig,
+    GqaConfig,
+    InitConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    QkNorm,
+)
+from moefoundry.conversion.families.family import Family, dense_layers, ffn_width
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.pieces import Piece
 from moefoundry.conversion.families.rope_scaling import read_rope, write_yarn
@@ -90,10 +99,12 @@ class Llama(Family):
 
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         keys.only("mlp_bias", False)
-        return replace(cfg, n_dense_layers=cfg.n_layers, ffn_hidden_size=keys.size("intermediate_size"))
+        width = keys.size("intermediate_size")
+        one_expert = MoEConfig(num_experts=1, top_k=1, expert_hidden_size=width)  # in none of the blocks
+        return replace(cfg, n_dense_layers=cfg.n_layers, ffn_hidden_size=width, moe=one_expert)
 
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
-        return {"intermediate_size": cfg.ffn_hidden_size}
+        return {"intermediate_size": ffn_width(cfg)}
 
     # --------------------------------------------------------------------------------------------------------- tensors
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from moefoundry.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
-from moefoundry.conversion.families.family import dense_layers, with_dense_layers
+from moefoundry.conversion.families.family import dense_layers, ffn_width, with_dense_layers
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.qwen2 import Qwen2
 from moefoundry.conversion.families.qwen3 import Qwen3
@@ -43,7 +43,7 @@ class Qwen3Moe(Qwen3):
 
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
         return {
-            "intermediate_size": cfg.ffn_hidden_size,
+            "intermediate_size": ffn_width(cfg),
             "moe_intermediate_size": cfg.moe.expert_hidden_size,
             "num_experts": cfg.moe.num_experts,
             "num_experts_per_tok": cfg.moe.top_k,
