@@ -14,7 +14,7 @@ TINY = {
     "n_layers": 2,
     "ffn_hidden_size": 64,
     "attention": {"kind": "gqa", "n_heads": 4, "n_kv_heads": 2, "rope_theta": 10000.0},
-    "moe": {"num_experts": 4, "expert_hidden_size": 32},
+    "moe": {"num_experts": 4, "top_k": 2, "expert_hidden_size": 32},
 }
 
 
@@ -47,13 +47,13 @@ def test_tokens_that_are_predicted_leave_out_the_first_and_the_ignored() -> None
 
 def test_a_bad_model_key_is_named() -> None:
     with pytest.raises(ConfigError, match=r"model\.moe\.top_kk.*top_k"):
-        FoundryMoECausalLM(**TINY | {"moe": {"top_kk": 2}})
+        FoundryMoECausalLM(**TINY | {"moe": {"num_experts": 4, "expert_hidden_size": 32, "top_kk": 2}})
 
 
 @pytest.mark.parametrize(("key", "value"), [("bias_update_rate", 0.001), ("aux_loss_scope", "global_batch")])
 def test_what_only_our_trainer_does_is_refused(key: str, value: object) -> None:
     with pytest.raises(ConfigError, match=rf"model\.moe\.balance\.{key}.*needs moefoundry's own trainer"):
-        FoundryMoECausalLM(**TINY | {"moe": {"num_experts": 4, "balance": {key: value}}})
+        FoundryMoECausalLM(**TINY | {"moe": TINY["moe"] | {"balance": {key: value}}})
 
 
 @pytest.mark.slow

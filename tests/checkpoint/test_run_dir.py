@@ -119,7 +119,7 @@ def test_keys_that_a_recipe_of_the_first_version_does_not_have_mean_what_they_me
 
 
 def test_keys_that_are_only_in_the_stored_recipe_count_too(recipe: MakeRecipe) -> None:
-    newest = save_checkpoint(recipe("model.attention.yarn={factor: 8}"))
+    newest = save_checkpoint(recipe("model.attention.yarn={factor: 8, original_max_seq_len: 64}"))
     with pytest.raises(UserError, match=r"\n  model\.attention\.yarn\.factor: 8\.0 there, null here\n"):
         check_start(newest, True, recipe(), {})
 

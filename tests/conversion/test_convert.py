@@ -30,6 +30,7 @@ from moefoundry.conversion.convert import (
 )
 from moefoundry.conversion.families import FAMILIES
 from moefoundry.conversion.parity import verify_logits
+from moefoundry.conversion.starting_recipe import Size, peak_rate, with_balance
 from moefoundry.conversion.tensor_map import Dtype
 from moefoundry.data.tokenizer_files import special_token_ids
 from moefoundry.model.transformer import MoETransformer
@@ -186,7 +187,11 @@ def test_the_recipe_of_an_import_is_for_every_directory(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     import_hf(Path("hf"), Path("./models/../imported"))
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert load_recipe(Path("../imported/recipe.yaml"), ["run_name=a"]).load_path == str(tmp_path / "imported")
+    recipe = load_recipe(Path("../imported/recipe.yaml"))
+    assert recipe.load_path == str(tmp_path / "imported")
+    assert recipe.model == with_balance(FAMILIES["mixtral"], MIXTRAL, {})
+    assert (recipe.run_name, recipe.max_duration, recipe.precision.compute) == ("imported", "1ep", "bf16")
+    assert recipe.optimizer.lr == pytest.approx(peak_rate(Size.of(MIXTRAL).active) / 10, rel=0.1)
 
 
 def test_the_tokenizer_travels_along(tmp_path: Path) -> None:
@@ -420,8 +425,8 @@ def save_on_mesh(directory: Path, cfg: ModelConfig, degrees: tuple[int, int, int
     meshes = degrees and build_meshes(resolve_degrees(MeshConfig(*degrees), degrees[0] * degrees[1]), "cpu")
     parallelize(model, meshes, PrecisionConfig())
     materialize(model, "cpu", 0)
-    state = dict.fromkeys(STATE_KEYS, 0) | {"recipe": flatten(Recipe(model=cfg))}
-    del state["recipe"]["tokenizer.name"]
+    recipe = {key: value for key, value in flatten(Recipe(model=cfg)).items() if key.startswith("model.")}
+    state = dict.fromkeys(STATE_KEYS, 0) | {"recipe": recipe}
     io.write(directory, model_tensors(ComposerMoECausalLM(model)), state)
 
 
@@ -460,7 +465,7 @@ def test_the_state_of_a_weights_only_checkpoint_is_checked(tmp_path: Path) -> No
         state.write_text(json.dumps(document))
         recommit(tmp_path / "ckpt")
 
-    recipe = flatten(Recipe(model=DEEPSEEK))
+    recipe = {key: value for key, value in flatten(Recipe(model=DEEPSEEK)).items() if key.startswith("model.")}
     del recipe["model.d_model"]
     recipe["model.moe.top_q"] = 3
     rewrite({WEIGHTS_ONLY: True, "recipe": recipe})
@@ -499,7 +504,8 @@ def test_importing_the_package_is_light() -> None:
 
 def starting_from(checkpoint: Path, overrides: list[str], *changes: str) -> Recipe:
     """The recipe beside an imported checkpoint, on the tiny corpus."""
-    return load_recipe(checkpoint / "recipe.yaml", [o for o in overrides if not o.startswith("model.")] + list(changes))
+    kept = [override for override in overrides if not override.startswith("model.")]
+    return load_recipe(checkpoint / "recipe.yaml", [*kept, "precision.compute=fp32", *changes])
 
 
 def test_a_run_starts_from_imported_weights(

@@ -29,7 +29,7 @@ LENGTH = 12
 
 def model_config(**attention: object) -> ModelConfig:
     cfg = tiny_config(n_layers=1)
-    cfg.attention = GqaConfig(n_heads=4, **attention)
+    cfg.attention = GqaConfig(n_heads=4, **{"n_kv_heads": 4} | attention)
     return cfg
 
 

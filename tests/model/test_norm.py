@@ -64,7 +64,7 @@ def test_the_recipes_norm_is_the_blocks_and_the_last_one() -> None:
     ("attention", "norms"),
     [
         (GqaConfig(n_heads=8, n_kv_heads=4, qk_norm=QkNorm.full, bias=AttentionBias.all), 2),
-        (MlaConfig(q_lora_rank=8, kv_lora_rank=8), 2),
+        (MlaConfig(n_heads=8, q_lora_rank=8, kv_lora_rank=8), 2),
     ],
     ids=["gqa", "mla"],
 )

@@ -17,7 +17,7 @@ from moefoundry.cli.arguments import Parser
 from moefoundry.cli.exits import ended_by_sigterm, exit_status, refuse_other_text
 from moefoundry.version import __version__
 
-COMMANDS = ["checkpoint", "convert", "generate", "plan", "prepare", "train", "validate"]
+COMMANDS = ["checkpoint", "convert", "generate", "init", "plan", "prepare", "train", "validate"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

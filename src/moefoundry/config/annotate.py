@@ -46,7 +46,7 @@ def _lines(values: dict[str, Any], written: Any, path: str, layers: Layers, whol
             yield f"{indent}{name}:", ""
             yield from _lines(value, raw, key, layers, whole or (comment if isinstance(raw, str) else ""))
         else:
-            yield f"{indent}{name}: {_scalar(value)}", comment
+            yield f"{indent}{name}: {scalar(value)}", comment
 
 
 def _comment(raw: Any, origin: str, key: str) -> str:
@@ -56,7 +56,7 @@ def _comment(raw: Any, origin: str, key: str) -> str:
     return " ".join(part if part.isprintable() else repr(part) for part in parts)
 
 
-def _scalar(value: Any) -> str:
+def scalar(value: Any) -> str:
     """A value, or a list of them, on one line."""
     style = '"' if isinstance(value, str) and not value.isprintable() else None
     text = yaml.dump(

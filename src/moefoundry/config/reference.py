@@ -14,9 +14,11 @@ from moefoundry.config.spec import Spec, describe, elsewhere, every_key, is_free
 HEADER = """\
 # Recipe reference
 
-Every key of a recipe, with its default (those of `configs/quickstart.yaml`). This page is written from the schema by
+Every key of a recipe. This page is written from the schema by
 `python -m moefoundry.config.reference docs/recipe.md`; do not edit it by hand.
 
+- **Required** keys have no default: they depend on the model, the data and the machine. The page says what is customary,
+  and so does the error where one is missing. `moefoundry init` writes a recipe that has all of them.
 - `extends: other.yaml` at the top of a file, relative to that file, takes every key that the file does not have from
   the other, which may extend a third. Mappings are merged, a list is replaced, null turns off; interpolations
   are resolved at the end. `moefoundry validate --show RECIPE` prints every value and where it comes from.
@@ -37,7 +39,8 @@ Every key of a recipe, with its default (those of `configs/quickstart.yaml`). Th
 NAMES_ELSEWHERE = """\
 ## Names elsewhere
 
-What LLM Foundry, Composer, Hugging Face and torchtitan call these keys. The loader refuses the names and says this.
+What LLM Foundry, Composer, Hugging Face, torchtitan and Megatron call these keys. The loader refuses the names and says
+this.
 
 """
 
@@ -55,7 +58,8 @@ def _sections(default: Any, path: str, title: str) -> Iterator[str]:
         value = getattr(default, name)
         full = f"{path}{name}"
         resume = "may change" if is_free_on_resume(full) else ""
-        cells = (f"`{full}`", _type(spec), _default(spec, value), _allowed(spec), resume, _cell(spec.doc))
+        meaning = f"{spec.doc} Customary: {spec.customary}." if spec.customary else spec.doc
+        cells = (f"`{full}`", _type(spec), _default(spec, value), _allowed(spec), resume, _cell(meaning))
         rows.append(f"| {' | '.join(cells)} |")
         if spec.is_mapping:
             variants = spec.variants or {"": type(value) if value is not None else spec.kind}
@@ -96,6 +100,8 @@ def _type(spec: Spec) -> str:
 
 
 def _default(spec: Spec, value: Any) -> str:
+    if spec.required:
+        return "**required**"
     if spec.is_mapping and value is not None:
         return "see below"
     value = plain(value)

@@ -61,7 +61,10 @@ class Recipe:
         renamed_from=("output_dir", "dump_folder"),
         instead_of={
             "save_folder": "a run writes to run_dir, checkpoints to run_dir/checkpoints; save_remote uploads them",
-            "save_overwrite": "nothing is ever overwritten: choose another run_name, or go on with autoresume=true",
+            **dict.fromkeys(
+                ("save_overwrite", "overwrite_output_dir"),
+                "nothing is ever overwritten: choose another run_name, or go on with autoresume=true",
+            ),
             "save_filename": "checkpoints are run_dir/checkpoints/ba100, ba200, ...",
         },
     )
@@ -71,7 +74,14 @@ class Recipe:
         "Tokens a sequence.",
         customary="4096 or 8192, as the data were prepared",
         ge=2,
-        renamed_from=("max_position_embeddings", "model_max_length", "seq_len", "sequence_length", "max_length"),
+        renamed_from=(
+            "max_position_embeddings",
+            "model_max_length",
+            "seq_len",
+            "seq_length",
+            "sequence_length",
+            "max_length",
+        ),
     )
     model: ModelConfig = key(ModelConfig, "The model.")
     mesh: MeshConfig = key(
@@ -80,10 +90,15 @@ class Recipe:
         free_on_resume=True,
         renamed_from=("parallelism_config", "parallelism", "device_mesh"),
         instead_of={
-            "fsdp_config": "parameters are sharded over mesh.shard ranks; activation_checkpointing is a key of its own",
-            "tensor_parallel_degree": "there is no tensor parallelism; mesh has replicate, shard and expert",
-            "pipeline_parallel_degree": "there is no pipeline parallelism; mesh has replicate, shard and expert",
-            "context_parallel_degree": "there is no context parallelism; mesh has replicate, shard and expert",
+            **dict.fromkeys(
+                ("fsdp_config", "fsdp", "deepspeed", "use_distributed_optimizer"),
+                "parameters are sharded over mesh.shard ranks; activation_checkpointing is a key of its own",
+            ),
+            **{
+                f"{kind}_{name}": f"there is no {kind} parallelism; mesh has replicate, shard and expert"
+                for kind in ("tensor", "pipeline", "context")
+                for name in ("parallel_degree", "model_parallel_size" if kind != "context" else "parallel_size")
+            },
         },
     )
     precision: PrecisionConfig = key(PrecisionConfig, "Precision.")
@@ -91,7 +106,12 @@ class Recipe:
         ActivationCheckpointing.none,
         "What the backward pass recomputes.",
         free_on_resume=True,
-        renamed_from=("gradient_checkpointing", "activation_checkpoint"),
+        renamed_from=(
+            "gradient_checkpointing",
+            "activation_checkpoint",
+            "recompute_granularity",
+            "recompute_activations",
+        ),
         other_values={"true": "full", "false": "none"},
     )
     compile: bool = key(
@@ -119,7 +139,12 @@ class Recipe:
     )
     callbacks: CallbacksConfig = key(CallbacksConfig, "Monitors.", free_on_resume=True, table="callbacks", tag="")
     loggers: LoggersConfig = key(
-        LoggersConfig, "Where metrics go besides metrics.jsonl.", free_on_resume=True, table="loggers", tag=""
+        LoggersConfig,
+        "Where metrics go besides metrics.jsonl.",
+        free_on_resume=True,
+        table="loggers",
+        tag="",
+        instead_of={"report_to": "a mapping of loggers turns one on: loggers.wandb={}"},
     )
     max_duration: str = key(
         REQUIRED,
@@ -129,6 +154,7 @@ class Recipe:
         free_on_resume=True,
         instead_of={
             "steps": "a duration has a unit: max_duration=1000ba",
+            "train_iters": "a duration has a unit: max_duration=1000ba",
             "max_steps": "a duration has a unit: max_duration=1000ba",
             "train_steps": "a duration has a unit: max_duration=1000ba",
             "num_train_epochs": "a duration has a unit: max_duration=2ep",
@@ -144,6 +170,8 @@ class Recipe:
         instead_of={
             "eval_first": "nothing is evaluated before the first batch; eval_interval says when",
             "eval_steps": "a duration has a unit: eval_interval=100ba",
+            "eval_strategy": "eval_interval says when; eval_loader=null never does",
+            "evaluation_strategy": "eval_interval says when; eval_loader=null never does",
         },
     )
     global_train_batch_size: int = key(
@@ -164,6 +192,7 @@ class Recipe:
         instead_of={
             "gradient_accumulation_steps": "it follows from device_train_microbatch_size and the batch of a rank",
             "grad_accum": "it follows from device_train_microbatch_size and the batch of a rank",
+            "device_train_grad_accum": "it follows from device_train_microbatch_size and the batch of a rank",
         },
         other_values={"auto": "1"},
     )
@@ -180,7 +209,10 @@ class Recipe:
         "Time between checkpoints.",
         pattern=INTERVAL,
         free_on_resume=True,
-        instead_of={"save_steps": "a duration has a unit: save_interval=100ba"},
+        instead_of={
+            "save_steps": "a duration has a unit: save_interval=100ba",
+            "save_strategy": "save_interval says when",
+        },
     )
     save_async: bool = key(
         True,
@@ -199,7 +231,10 @@ class Recipe:
         None, "Of each such span, the first checkpoint is kept for good.", pattern=BATCHES, free_on_resume=True
     )
     save_keep_best: str | None = key(
-        None, "A loss of metrics.jsonl; the checkpoint where it was lowest is kept.", free_on_resume=True
+        None,
+        "A loss of metrics.jsonl; the checkpoint where it was lowest is kept.",
+        free_on_resume=True,
+        instead_of={"load_best_model_at_end": "save_keep_best keeps the best checkpoint"},
     )
     save_remote: str | None = key(
         None,
@@ -243,8 +278,8 @@ class Recipe:
         "Time between printed metrics.",
         pattern=INTERVAL,
         free_on_resume=True,
-        renamed_from=("log_freq", "logging_steps"),
+        renamed_from=("log_freq", "log_interval", "logging_steps"),
     )
     icl_tasks: list[str] | None = key(
-        None, "In-context tasks to evaluate.", available=(None,), renamed_from=("eval_tasks",)
+        None, "In-context tasks to evaluate.", available=(None,), renamed_from=("eval_tasks", "eval_gauntlet")
     )

@@ -57,7 +57,7 @@ class NormConfig:
     kind: NormKind = key(
         NormKind.rmsnorm,
         "Normalization layer; neither kind has a bias.",
-        renamed_from=("norm_type",),
+        renamed_from=("norm_type", "normalization"),
         other_values={
             "low_precision_rmsnorm": "rmsnorm",
             "rms_norm": "rmsnorm",
@@ -69,7 +69,7 @@ class NormConfig:
         1.0e-6,
         "Added to the mean square before the root.",
         gt=0,
-        renamed_from=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps"),
+        renamed_from=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon"),
     )
 
 
@@ -80,7 +80,7 @@ class InitConfig:
         "Standard deviation of every weight matrix; norms start at 1.",
         gt=0,
         le=100,
-        renamed_from=("initializer_range", "init_std"),
+        renamed_from=("initializer_range", "init_std", "init_method_std"),
     )
 
 
@@ -116,7 +116,10 @@ class AttentionConfig:
         REQUIRED, "Query heads.", customary="d_model / 128", ge=1, renamed_from=("num_attention_heads", "n_head")
     )
     rope_theta: float = key(
-        10000.0, "Base of the rotary position embedding.", gt=0, renamed_from=("rope_base", "rotary_emb_base")
+        10000.0,
+        "Base of the rotary position embedding.",
+        gt=0,
+        renamed_from=("rope_base", "rotary_emb_base", "rotary_base"),
     )
     yarn: YarnConfig | None = key(
         None, "Context extension; null leaves the frequencies as they are.", renamed_from=("rope_scaling",)
@@ -132,9 +135,9 @@ class GqaConfig(AttentionConfig):
         "Key and value heads; divides n_heads.",
         customary="4 or 8, or as many as n_heads",
         ge=1,
-        renamed_from=("num_key_value_heads", "kv_n_heads"),
+        renamed_from=("num_key_value_heads", "kv_n_heads", "num_query_groups"),
     )
-    head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2)
+    head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2, renamed_from=("kv_channels",))
     qk_norm: QkNorm = key(
         QkNorm.none,
         "RMSNorm of queries and keys: over each head, or over all heads together.",
@@ -180,19 +183,24 @@ class RouterConfig:
         "Multiplies the top-k weights after normalization.",
         gt=0,
         le=MAX_FACTOR,
-        renamed_from=("routed_scaling_factor", "route_scale"),
+        renamed_from=("routed_scaling_factor", "route_scale", "moe_router_topk_scaling_factor"),
     )
     num_groups: int = key(
-        1, "Expert groups for group-limited routing.", ge=1, renamed_from=("n_group", "num_expert_groups")
+        1,
+        "Expert groups for group-limited routing.",
+        ge=1,
+        renamed_from=("n_group", "num_expert_groups", "moe_router_num_groups"),
     )
-    top_k_groups: int = key(1, "Groups a token may reach.", ge=1, renamed_from=("topk_group", "num_limited_groups"))
+    top_k_groups: int = key(
+        1, "Groups a token may reach.", ge=1, renamed_from=("topk_group", "num_limited_groups", "moe_router_group_topk")
+    )
     input_jitter: float = key(
         0.0,
         "In training, the gate's input is multiplied by uniform noise in 1 +- this.",
         ge=0,
         lt=1,
         architecture=False,
-        renamed_from=("router_jitter_noise", "moe_jitter_eps"),
+        renamed_from=("router_jitter_noise", "moe_jitter_eps", "moe_input_jitter_eps"),
     )
     assignment: Assignment = key(
         Assignment.scores, "Which experts a token gets: the best by score, or for benchmarks all of them in turn."
@@ -206,23 +214,25 @@ class BalanceConfig:
         "Weight of the load-balance loss.",
         ge=0,
         le=MAX_FACTOR,
-        renamed_from=("router_aux_loss_coef", "aux_loss_alpha", "moe_loss_weight"),
+        renamed_from=("router_aux_loss_coef", "aux_loss_alpha", "moe_loss_weight", "moe_aux_loss_coeff"),
     )
     aux_loss_scope: AuxLossScope = key(
-        AuxLossScope.sequence, "Tokens over which the load-balance loss takes its means."
+        AuxLossScope.sequence,
+        "Tokens over which the load-balance loss takes its means.",
+        instead_of={"seq_aux": "model.moe.balance.aux_loss_scope=sequence says so"},
     )
     z_loss_weight: float = key(
         0.001,
         "Weight of the router z-loss.",
         ge=0,
         le=MAX_FACTOR,
-        renamed_from=("router_z_loss_coef", "moe_zloss_weight"),
+        renamed_from=("router_z_loss_coef", "moe_zloss_weight", "moe_z_loss_coeff"),
     )
     bias_update_rate: float = key(
         0.0,
         "Step of the auxiliary-loss-free expert bias; 0 leaves it alone.",
         ge=0,
-        renamed_from=("load_balance_coeff", "bias_update_speed"),
+        renamed_from=("load_balance_coeff", "bias_update_speed", "moe_router_bias_update_rate"),
     )
     bias_freeze_at: str | None = key(None, "When the expert bias stops changing.", pattern=INTERVAL)
 
@@ -241,17 +251,30 @@ class MoEConfig:
         "Routed experts of each token.",
         customary="8 of 64 to 256 experts, 2 of 8",
         ge=1,
-        renamed_from=("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_top_k"),
+        renamed_from=(
+            "num_experts_per_tok",
+            "num_experts_per_token",
+            "experts_per_token",
+            "moe_top_k",
+            "moe_router_topk",
+        ),
     )
     expert_hidden_size: int = key(
         REQUIRED,
         "Hidden width of one routed expert.",
         customary="d_model / 4 to d_model / 2 for narrow experts, 3.5 * d_model for wide ones",
         ge=1,
-        renamed_from=("moe_intermediate_size", "intermediate_size", "moe_inter_dim"),
+        renamed_from=("moe_intermediate_size", "intermediate_size", "moe_inter_dim", "moe_ffn_hidden_size"),
     )
     num_shared_experts: int = key(
-        0, "Experts that see every token (one FFN of this many widths).", ge=0, renamed_from=("n_shared_experts",)
+        0,
+        "Experts that see every token (one FFN of this many widths).",
+        ge=0,
+        renamed_from=("n_shared_experts",),
+        instead_of=dict.fromkeys(
+            ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
+            "shared experts are as wide as routed ones; model.moe.num_shared_experts counts them",
+        ),
     )
     router: RouterConfig = key(RouterConfig, "Routing.", table="router_scores", tag="score_function")
     balance: BalanceConfig = key(BalanceConfig, "Load balancing.", architecture=False)
@@ -260,7 +283,7 @@ class MoEConfig:
         "An expert takes at most this times its even share of a micro-batch, best scores first; null is dropless.",
         gt=0,
         architecture=False,
-        renamed_from=("moe_capacity_factor", "expert_capacity_factor"),
+        renamed_from=("moe_capacity_factor", "expert_capacity_factor", "moe_expert_capacity_factor"),
     )
     backend: ExpertBackend = key(
         ExpertBackend.auto,
@@ -319,7 +342,14 @@ class ModelConfig:
         0, "How many of the first blocks use a dense FFN.", ge=0, renamed_from=("first_k_dense_replace",)
     )
     dense_layers: list[int] = key(
-        list, "Further blocks (from 0) that use a dense FFN.", ge=0, renamed_from=("mlp_only_layers",)
+        list,
+        "Further blocks (from 0) that use a dense FFN.",
+        ge=0,
+        renamed_from=("mlp_only_layers",),
+        instead_of=dict.fromkeys(
+            ("decoder_sparse_step", "moe_layer_freq"),
+            "model.n_dense_layers and model.dense_layers say which blocks are dense",
+        ),
     )
     ffn_hidden_size: int | None = key(
         None,
@@ -327,11 +357,24 @@ class ModelConfig:
         customary="expert_hidden_size * (top_k + num_shared_experts), the work of an MoE block",
         ge=1,
         renamed_from=("intermediate_size", "inter_dim"),
-        instead_of={"expansion_ratio": "the width itself, model.ffn_hidden_size, is given"},
+        instead_of={
+            "expansion_ratio": "the width itself, model.ffn_hidden_size, is given",
+            "hidden_act": "every FFN is a SwiGLU",
+        },
     )
-    norm: NormConfig = key(NormConfig, "Normalization.", renamed_from=("norm_config",))
+    norm: NormConfig = key(
+        NormConfig,
+        "Normalization.",
+        renamed_from=("norm_config",),
+        instead_of=dict.fromkeys(
+            ("attention_dropout", "attn_pdrop", "resid_pdrop", "emb_pdrop"), "there is no dropout"
+        ),
+    )
     tie_embeddings: bool = key(
-        False, "Use the embedding as the output head.", renamed_from=("tie_word_embeddings", "enable_weight_tying")
+        False,
+        "Use the embedding as the output head.",
+        renamed_from=("tie_word_embeddings", "enable_weight_tying"),
+        instead_of={"untie_embeddings_and_output_weights": "model.tie_embeddings says the opposite"},
     )
     init: InitConfig = key(InitConfig, "Initial weights.", architecture=False, renamed_from=("init_config",))
     attention: AttentionConfig = key(

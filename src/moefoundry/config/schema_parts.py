@@ -28,7 +28,7 @@ class MeshConfig:
         1,
         "Ranks that share the experts; divides shard.",
         ge=1,
-        renamed_from=("expert_parallel_degree", "moe_world_size"),
+        renamed_from=("expert_parallel_degree", "moe_world_size", "expert_model_parallel_size"),
     )
     ranks_per_node: int | None = key(
         None, "Ranks of a node, which tokens for experts enter once; null asks the launcher.", ge=1
@@ -78,7 +78,12 @@ class PrecisionConfig:
         other_values={"amp_bf16": "bf16", "bfloat16": "bf16", "float32": "fp32"},
     )
     optimizer_moments: Moments = key(Moments.fp32, "AdamW's moments; BF16 rounds to the nearest, or stochastically.")
-    fp8: Fp8Config = key(Fp8Config, "FP8.")
+    fp8: Fp8Config = key(
+        Fp8Config,
+        "FP8.",
+        renamed_from=("float8",),
+        instead_of={"bf16": "precision.compute=bf16 says so", "fp16": "there is no fp16: precision.compute=bf16"},
+    )
 
 
 class ActivationCheckpointing(StrEnum):
@@ -103,7 +108,7 @@ class TokenizerConfig:
         "A Hugging Face tokenizer directory.",
         path=True,
         free_on_resume=True,
-        renamed_from=("tokenizer", "tokenizer_name", "tokenizer_path", "hf_assets_path"),
+        renamed_from=("tokenizer", "tokenizer_name", "tokenizer_path", "tokenizer_model", "hf_assets_path"),
     )
 
 
@@ -115,7 +120,7 @@ class DatasetConfig:
         customary="data/NAME",
         path=True,
         free_on_resume=True,
-        renamed_from=("data_local", "dataset_path"),
+        renamed_from=("data_local", "dataset_path", "data_path"),
     )
     remote: str | None = key(
         None,
@@ -145,7 +150,10 @@ class LoaderConfig:
     dataset: DatasetConfig = key(
         DatasetConfig,
         "What is read.",
-        instead_of={"eval_subset_num_batches": "all of eval_loader is evaluated; fewer samples are another split"},
+        instead_of=dict.fromkeys(
+            ("eval_subset_num_batches", "eval_iters"),
+            "all of eval_loader is evaluated; fewer samples are another split",
+        ),
     )
     drop_last: bool = key(True, "Drop the last incomplete batch.")
     num_workers: int = key(
@@ -197,7 +205,7 @@ class AdamWConfig(OptimizerConfig):
             "beta2": "both are given as optimizer.betas=[0.9, 0.95]",
         },
     )
-    eps: float = key(1.0e-8, "Added to the root of the second moment.", gt=0, renamed_from=("adam_epsilon",))
+    eps: float = key(1.0e-8, "Added to the root of the second moment.", gt=0, renamed_from=("adam_epsilon", "adam_eps"))
     weight_decay: float = key(0.1, "Decoupled decay of weight matrices (not norms, biases, embeddings).", ge=0)
 
 
@@ -214,7 +222,7 @@ class SchedulerConfig:
         "cosine_with_warmup",
         "Schedule; it decides the other keys of this mapping.",
         table="schedulers",
-        renamed_from=("scheduler", "lr_scheduler_type"),
+        renamed_from=("scheduler", "lr_scheduler_type", "lr_decay_style"),
         other_values={"linear": "linear_decay_with_warmup", "constant": "constant_with_warmup"},
     )
     t_warmup: str = key(
@@ -223,8 +231,8 @@ class SchedulerConfig:
         customary="2000ba, or 0.01dur of a short run",
         pattern=DURATION,
         instead_of={
-            "warmup_steps": "a duration has a unit: scheduler.t_warmup=100ba",
-            "warmup_ratio": "a part of the run is scheduler.t_warmup=0.05dur",
+            **dict.fromkeys(("warmup_steps", "lr_warmup_iters"), "a duration has a unit: scheduler.t_warmup=100ba"),
+            **dict.fromkeys(("warmup_ratio", "lr_warmup_fraction"), "a part of the run is scheduler.t_warmup=0.05dur"),
         },
     )
     timing: ScheduleTiming = key(
@@ -247,6 +255,7 @@ class CosineWithWarmupConfig(SchedulerConfig):
         ge=0,
         le=1,
         renamed_from=("min_lr_factor", "min_lr_ratio"),
+        instead_of={"min_lr": "a fraction of the peak is given: scheduler.alpha_f=0.1"},
     )
 
 
@@ -266,7 +275,7 @@ class ClippingType(StrEnum):
 class GradientClippingConfig:
     clipping_type: ClippingType = key(ClippingType.norm, "How gradients are clipped.")
     clipping_threshold: float = key(
-        1.0, "Largest global gradient norm.", gt=0, renamed_from=("max_norm", "max_grad_norm", "grad_clip")
+        1.0, "Largest global gradient norm.", gt=0, renamed_from=("max_norm", "max_grad_norm", "grad_clip", "clip_grad")
     )
 
 
@@ -315,7 +324,7 @@ class CallbacksConfig:
 
 @dataclass
 class WandbConfig:
-    project: str | None = key(None, "Project.", pattern=TEXT)
+    project: str | None = key(None, "Project.", pattern=TEXT, renamed_from=("wandb_project",))
     entity: str | None = key(None, "User or team.", pattern=TEXT)
     group: str | None = key(None, "Group of runs.", pattern=TEXT)
     name: str | None = key("${run_name}", "Run name.", pattern=TEXT)
@@ -324,7 +333,7 @@ class WandbConfig:
 
 @dataclass
 class TensorBoardConfig:
-    log_dir: str = key("${run_dir}/tensorboard", "Where event files go.", path=True)
+    log_dir: str = key("${run_dir}/tensorboard", "Where event files go.", path=True, renamed_from=("tensorboard_dir",))
     flush_interval: int = key(100, "Values between two flushes.", ge=1)
 
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 
 from moefoundry.checkpoint import io
 from moefoundry.checkpoint.blocks import Block, StoredTensors, TensorSpec, write_blocks
@@ -27,14 +26,13 @@ from moefoundry.checkpoint.document import WEIGHTS_ONLY, read_state
 from moefoundry.checkpoint.store import TOKENIZER, using
 from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, stored_names, tokenizer_of
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
-from moefoundry.config.spec import plain
 from moefoundry.config.versions import VERSION_KEY
-from moefoundry.config.yaml_reader import StrictDumper
 from moefoundry.conversion.families import FAMILIES, Family, family_for
-from moefoundry.conversion.hf_directory import open_hf
+from moefoundry.conversion.hf_directory import HfDirectory, open_hf
 from moefoundry.conversion.parity import verify_logits
 from moefoundry.conversion.safetensors_io import write_file, write_safetensors
 from moefoundry.conversion.staging import GIB, staged
+from moefoundry.conversion.starting_recipe import starting_recipe, with_balance
 from moefoundry.conversion.tensor_map import Dtype, TensorMap, check_tensors
 from moefoundry.data.json_files import write_json
 from moefoundry.data.tokenizer_files import (
@@ -101,7 +99,8 @@ def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: floa
     with staged(output, nbytes_of(specs)) as staging:
         staging.mkdir()
         write_weights(staging, source.cfg, specs, blocks, source.max_seq_len)
-        write_recipe(staging, source.cfg, load_path=output)
+        balanced = with_balance(source.family, source.cfg, source.config)
+        write_recipe(staging, balanced, source, output)
         import_tokenizer(hf, staging / TOKENIZER)
         difference = None
         if tolerance is not None:
@@ -234,10 +233,11 @@ def write_weights(
     write_blocks(staging, stored, renamed, {WEIGHTS_ONLY: True, "recipe": recipe})
 
 
-def write_recipe(staging: Path, cfg: ModelConfig, load_path: Path) -> None:
-    """Write the recipe that trains these weights; what it leaves out is as in any recipe."""
-    recipe = {"model": plain(cfg), "load_path": os.path.abspath(load_path)}  # runs start in other directories, too
-    (staging / RECIPE).write_text(yaml.dump(recipe, Dumper=StrictDumper, sort_keys=False, width=120))
+def write_recipe(staging: Path, cfg: ModelConfig, source: HfDirectory, output: Path) -> None:
+    """Write the recipe that goes on training the weights of ``output``."""
+    title = f"Goes on with {source.path.resolve().name} ({source.family.name})"
+    weights = os.path.abspath(output)  # runs start in other directories, too
+    (staging / RECIPE).write_text(starting_recipe(cfg, output.name, title, source.max_seq_len, weights))
 
 
 def _family(name: str | None, cfg: ModelConfig) -> Family:

@@ -60,7 +60,7 @@ class Upcycling:
             UserError: Names every option that does not fit it.
         """
         layers = frozenset(range(dense.n_layers)) if self.layers is None else self.layers
-        hidden, slices = dense.dense_width, self.granularity
+        hidden, slices = dense.ffn_hidden_size or 0, self.granularity
         rules = [
             (dense_layers(dense) != list(range(dense.n_layers)), "the model has experts already"),
             (slices < 1 or hidden % max(1, slices) != 0, f"--granularity {slices} does not divide the FFN's {hidden}"),
@@ -113,7 +113,7 @@ def upcycle(hf: Path, output: Path, options: Upcycling, dtype: Dtype = Dtype.kee
         staging.mkdir()
         blocks = _blocks(source, options, dense, specs)
         write_weights(staging, cfg, specs, blocks, source.max_seq_len)
-        write_recipe(staging, cfg, load_path=output)
+        write_recipe(staging, cfg, source, output)
         import_tokenizer(hf, staging / TOKENIZER)
     return Summary(output, len(specs), nbytes_of(specs), tokenizer)
 

@@ -43,7 +43,8 @@ def model_config(attention: AttentionConfig, n_layers: int = 2, **changes: objec
 
 
 def dense(attention: AttentionConfig, **changes: object) -> ModelConfig:
-    return model_config(attention, n_dense_layers=2, ffn_hidden_size=48, **changes)
+    moe = MoEConfig(num_experts=1, top_k=1, expert_hidden_size=48)
+    return model_config(attention, n_dense_layers=2, ffn_hidden_size=48, moe=moe, **changes)
 
 
 def sparse(attention: AttentionConfig, router: RouterConfig | None = None, **changes: object) -> ModelConfig:

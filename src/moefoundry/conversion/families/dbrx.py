@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from moefoundry.config import GqaConfig, InitConfig, ModelConfig, MoEConfig, NormConfig, NormKind, RouterConfig
+from moefoundry.config import (
+    AuxLossScope,
+    BalanceConfig,
+    GqaConfig,
+    InitConfig,
+    ModelConfig,
+    MoEConfig,
+    NormConfig,
+    NormKind,
+    RouterConfig,
+)
 from moefoundry.conversion.families.family import Family
 from moefoundry.conversion.families.keys import GENERIC, Keys
 from moefoundry.conversion.families.pieces import Piece
@@ -21,6 +31,19 @@ class Dbrx(Family):
     architecture = "DbrxForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {"initializer_range": 0.02}
     length_key = "max_seq_len"
+    published: ClassVar[tuple[str, dict[str, Any]]] = (
+        "DBRX",
+        {
+            "vocab_size": 100352,
+            "d_model": 6144,
+            "n_layers": 40,
+            "n_heads": 48,
+            "max_seq_len": 32768,
+            "router_aux_loss_coef": 0.05,
+            "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 8, "rope_theta": 500000.0},
+            "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4, "moe_jitter_eps": 0.01},
+        },
+    )
 
     def fits(self, cfg: ModelConfig) -> list[str]:
         problems = super().fits(cfg)
@@ -29,6 +52,11 @@ class Dbrx(Family):
                 "model.attention.clip_qkv: null, and transformers runs no dbrx without it; 1e30 clips nothing"
             )
         return problems
+
+    def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
+        """A mean over layers there."""
+        weight = hf.get("router_aux_loss_coef", 0.05) / cfg.n_layers
+        return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0)
 
     def _read(self, keys: Keys) -> ModelConfig:
         attention = keys.nested("attn_config", ATTENTION_DEFAULTS, GENERIC)

@@ -6,12 +6,22 @@ RoPE is interleaved there as here, so no weight is permuted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from moefoundry.config import AttentionConfig, MlaConfig, ModelConfig, MoEConfig, MtpConfig, RouterConfig, ScoreFunction
-from moefoundry.conversion.families.family import ffn_width
+from moefoundry.config import (
+    AttentionConfig,
+    AuxLossScope,
+    BalanceConfig,
+    MlaConfig,
+    ModelConfig,
+    MoEConfig,
+    MtpConfig,
+    RouterConfig,
+    ScoreFunction,
+)
+from moefoundry.conversion.families.family import ffn_width, with_dense_layers
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts, ffn
 from moefoundry.conversion.families.pieces import Piece
@@ -29,6 +39,39 @@ class DeepseekV3(Llama):
         "num_nextn_predict_layers": 0,
         "q_lora_rank": 1536,
     }
+    published: ClassVar[tuple[str, dict[str, Any]]] = (
+        "DeepSeek-V3",
+        {
+            "vocab_size": 129280,
+            "hidden_size": 7168,
+            "num_hidden_layers": 61,
+            "num_attention_heads": 128,
+            "first_k_dense_replace": 3,
+            "intermediate_size": 18432,
+            "moe_intermediate_size": 2048,
+            "max_position_embeddings": 4096,
+            "n_routed_experts": 256,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+            "n_group": 8,
+            "topk_group": 4,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "num_nextn_predict_layers": 1,
+            "q_lora_rank": 1536,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "initializer_range": 0.006,
+            "aux_loss_alpha": 0.0001,
+        },
+    )
+
+    def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
+        """An expert bias, and a small loss of each sequence beside it."""
+        weight = hf.get("aux_loss_alpha", 0.0001)
+        return BalanceConfig(weight, AuxLossScope.sequence, z_loss_weight=0.0, bias_update_rate=0.001)
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         theta, yarn = read_rope(keys)
@@ -82,13 +125,10 @@ class DeepseekV3(Llama):
                 top_k_groups=keys.size("topk_group"),
             ),
         )
-        return replace(
-            cfg,
-            n_dense_layers=min(keys.count("first_k_dense_replace"), cfg.n_layers),
-            ffn_hidden_size=keys.size("intermediate_size"),
-            moe=moe,
-            mtp=MtpConfig(depth=keys.count("num_nextn_predict_layers")),
-        )
+        first = min(keys.count("first_k_dense_replace"), cfg.n_layers)
+        mtp = MtpConfig(depth=keys.count("num_nextn_predict_layers"))
+        cfg = replace(cfg, ffn_hidden_size=keys.size("intermediate_size"), moe=moe, mtp=mtp)
+        return with_dense_layers(cfg, list(range(first)))
 
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
         moe = cfg.moe

@@ -30,6 +30,7 @@ class Family(ABC):
         attention_kind: Its ``model.attention.kind``.
         defaults: What transformers takes for an option that a config leaves out. Sizes have no default here.
         length_key: Where it has the tokens of a sequence.
+        published: A model of the family, its name and what of its ``config.json`` says the architecture.
     """
 
     name: ClassVar[str]
@@ -37,6 +38,7 @@ class Family(ABC):
     attention_kind: ClassVar[str] = "gqa"
     defaults: ClassVar[dict[str, Any]]
     length_key: ClassVar[str] = "max_position_embeddings"
+    published: ClassVar[tuple[str, dict[str, Any]]]
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """The model that a ``config.json`` declares. What only training reads keeps the recipe's defaults, but for
@@ -55,6 +57,16 @@ class Family(ABC):
     def max_seq_len(self, hf: Mapping[str, Any]) -> int | None:
         """Tokens a sequence, as a ``config.json`` has it; None where it does not say."""
         return hf.get(self.length_key)
+
+    def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
+        """How the family's models were trained to balance their experts, in this project's terms: losses are sums over
+        layers and means over a token's choices here.
+
+        Args:
+            cfg: The model.
+            hf: Its ``config.json``, for the weight of the loss.
+        """
+        return BalanceConfig()
 
     def write_config(self, cfg: ModelConfig, max_seq_len: int, torch_dtype: str = "bfloat16") -> dict[str, Any]:
         """A ``config.json`` for ``AutoModelForCausalLM``. It names no special tokens: those are the tokenizer's.
@@ -133,15 +145,17 @@ def dense_layers(cfg: ModelConfig) -> list[int]:
 
 
 def with_dense_layers(cfg: ModelConfig, dense: list[int]) -> ModelConfig:
-    """``cfg`` with these dense blocks, in the recipe's shortest form: the first n, and the others by index."""
+    """``cfg`` with these dense blocks, in the recipe's shortest form: the first n, and the others by index. Without
+    any, their width is null."""
     first = next(n for n, index in enumerate([*dense, -1]) if n != index)
-    return replace(cfg, n_dense_layers=first, dense_layers=dense[first:])
+    width = cfg.ffn_hidden_size if dense else None
+    return replace(cfg, n_dense_layers=first, dense_layers=dense[first:], ffn_hidden_size=width)
 
 
 def computed(cfg: ModelConfig) -> ModelConfig:
     """The architecture of ``cfg``, and of the balance whether it makes an expert bias; with one spelling of every key
     that has two, and what no layer reads at its default."""
-    default, dense = ModelConfig(), dense_layers(cfg)
+    dense = dense_layers(cfg)
     always_biased = cfg.moe.router.score_function == ScoreFunction.sigmoid  # with softmax, where the bias is updated
     bias = BalanceConfig(bias_update_rate=0.0 if always_biased else cfg.moe.balance.bias_update_rate)
     cfg = architecture_of(cfg)
@@ -151,7 +165,6 @@ def computed(cfg: ModelConfig) -> ModelConfig:
         attention = replace(attention, head_dim=attention.head_dim or cfg.d_model // attention.n_heads)
     return replace(
         with_dense_layers(cfg, dense),
-        ffn_hidden_size=cfg.ffn_hidden_size if dense else default.ffn_hidden_size,
         moe=moe if len(dense) < cfg.n_layers or cfg.mtp.depth else MoEConfig(),
         attention=attention,
     )

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from moefoundry.config import AttentionConfig, GqaConfig, ModelConfig, MoEConfig, RouterConfig
+from moefoundry.config import (
+    AttentionConfig,
+    AuxLossScope,
+    BalanceConfig,
+    GqaConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+)
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts
 from moefoundry.conversion.families.pieces import Piece
@@ -23,6 +31,26 @@ class Mixtral(Llama):
         "router_jitter_noise": 0.0,
     }
     has_attention_bias = False
+    published: ClassVar[tuple[str, dict[str, Any]]] = (
+        "Mixtral-8x7B",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.02,
+        },
+    )
+
+    def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
+        """A mean over layers and a sum over choices there."""
+        weight = hf.get("router_aux_loss_coef", 0.001) * cfg.moe.top_k / cfg.n_layers
+        return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0)
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         window = keys.size("sliding_window") if keys.has("sliding_window") else None

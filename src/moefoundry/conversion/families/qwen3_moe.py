@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from moefoundry.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+from moefoundry.config import AttentionConfig, AuxLossScope, BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from moefoundry.conversion.families.family import dense_layers, ffn_width, with_dense_layers
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.qwen2 import Qwen2
@@ -20,6 +21,29 @@ class Qwen3Moe(Qwen3):
         "decoder_sparse_step": 1,
         "norm_topk_prob": False,
     }
+    published: ClassVar[tuple[str, dict[str, Any]]] = (
+        "Qwen3-30B-A3B",
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "max_position_embeddings": 32768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.001,
+        },
+    )
+
+    def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
+        """Over the global batch (arXiv 2501.11873)."""
+        return BalanceConfig(hf.get("router_aux_loss_coef", 0.001), AuxLossScope.global_batch, z_loss_weight=0.0)
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         if keys.has("rope_parameters") and keys.flag("use_sliding_window"):
