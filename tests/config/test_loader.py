@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from moefoundry.config import (
     ConfigError,
@@ -28,6 +29,7 @@ from moefoundry.config import (
 )
 from moefoundry.config.checks import RULES
 from moefoundry.config.field import DURATION, INTERVAL
+from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import Layers, leaves_of
 from moefoundry.config.paths import naming_problem
 from moefoundry.config.spec import Spec, every_key, plain, specs, walk
@@ -566,6 +568,19 @@ def test_bad_interpolations_are_named_where_they_stand(overrides, paths, words):
     found = problems_of(*overrides)
     assert list(found) == paths or sorted(found) == sorted(paths)
     assert all(words in found[path].message for path in paths)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"a": "${b}", "b": "${c.d}", "c": {"d": 1}, "e": ["${a}", {"f": "x-${g}-${g}"}], "g": "${h}/y", "h": "z"},
+        {"a": "${b}", "b": None, "c": "${d}", "d": True, "e": "${f}", "f": 1.5e-6, "g": "${h}", "h": ""},
+        {"a": "${b}", "b": {"c": "${d}"}, "d": [1, "${e}"], "e": "x"},
+        {"a": "${b}-${c}", "b": 1.0, "c": None, "d": {"e": "${.f}", "f": "${oc.decode:'3'}"}},
+    ],
+)
+def test_interpolations_mean_what_they_mean_to_omegaconf(tree):
+    assert Resolver().resolve(tree) == OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
 
 
 def test_mappings_that_refer_to_each_other_end_in_problems():

@@ -505,7 +505,9 @@ def test_importing_the_package_is_light() -> None:
 def starting_from(checkpoint: Path, overrides: list[str], *changes: str) -> Recipe:
     """The recipe beside an imported checkpoint, on the tiny corpus."""
     kept = [override for override in overrides if not override.startswith("model.")]
-    return load_recipe(checkpoint / "recipe.yaml", [*kept, "precision.compute=fp32", *changes])
+    return load_recipe(
+        checkpoint / "recipe.yaml", [*kept, "precision.compute=fp32", "train_loader.num_workers=0", *changes]
+    )
 
 
 def test_a_run_starts_from_imported_weights(

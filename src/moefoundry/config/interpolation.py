@@ -8,6 +8,7 @@ keeps its resolved recipe on disk.
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -17,6 +18,7 @@ from moefoundry.config.errors import Problem
 from moefoundry.config.spec import INVALID, join, looks_secret, show
 
 _RESOLVERS = ("oc.env", "oc.decode")
+_KEY = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")
 
 
 class Resolver:
@@ -34,8 +36,14 @@ class Resolver:
     def resolve(self, tree: dict[str, Any]) -> dict[str, Any]:
         """A copy of ``tree`` (dicts, lists, scalars) without interpolations."""
         screened = self._screen(tree, "")
-        if not self.references:  # as in a resolved recipe that is read back: OmegaConf would take most of the time
+        if not self.references:
             return screened
+        if not self.problems:
+            try:
+                result: dict[str, Any] = _directly(screened, screened, ())
+                return result
+            except LookupError:
+                pass  # OmegaConf resolves it, or words the problem
         return self._resolve(OmegaConf.create(screened), "", ())
 
     def _screen(self, value: Any, path: str) -> Any:
@@ -80,7 +88,43 @@ class Resolver:
         return self._resolve(value, path, ancestors)
 
 
+def _directly(value: Any, tree: dict[str, Any], above: tuple[str, ...]) -> Any:
+    """Resolve the interpolations of ``value``, if they are such as nearly all are: each a ``${key}`` of ``tree`` that
+    holds a text, or alone any scalar. OmegaConf gives the same, and would take most of the time of loading a recipe.
+
+    Raises:
+        LookupError: One is something else.
+    """
+    if isinstance(value, dict):
+        return {name: _directly(child, tree, above) for name, child in value.items()}
+    if isinstance(value, list):
+        return [_directly(child, tree, above) for child in value]
+    if not isinstance(value, str) or ("${" not in value and value != "???"):
+        return value
+    if value in above or value == "???" or "\\" in value or "${" in _KEY.sub("", value):
+        raise LookupError
+    targets = {name: _directly(_scalar_at(tree, name), tree, (*above, value)) for name in _KEY.findall(value)}
+    if _KEY.fullmatch(value):
+        return targets[value[2:-1]]
+    if not all(isinstance(target, str) for target in targets.values()):
+        raise LookupError
+    return _KEY.sub(lambda match: targets[match[1]], value)
+
+
+def _scalar_at(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        if not isinstance(tree, dict) or name not in tree:
+            raise LookupError
+        tree = tree[name]
+    if isinstance(tree, (dict, list)):
+        raise LookupError
+    return tree
+
+
+@cache
 def _refused(value: str) -> str:
+    if _KEY.fullmatch(value):
+        return ""
     try:
         OmegaConf.create([value])
     except OmegaConfBaseException as error:

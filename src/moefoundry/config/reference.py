@@ -17,8 +17,8 @@ HEADER = """\
 Every key of a recipe. This page is written from the schema by
 `python -m moefoundry.config.reference docs/recipe.md`; do not edit it by hand.
 
-- **Required** keys have no default: they depend on the model, the data and the machine. The page says what is customary,
-  and so does the error where one is missing. `moefoundry init` writes a recipe that has all of them.
+- **Required** keys have no default: they depend on the model, the data and the machine. The page says what is
+  customary, and so does the error where one is missing. `moefoundry init` writes a recipe that has all of them.
 - `extends: other.yaml` at the top of a file, relative to that file, takes every key that the file does not have from
   the other, which may extend a third. Mappings are merged, a list is replaced, null turns off; interpolations
   are resolved at the end. `moefoundry validate --show RECIPE` prints every value and where it comes from.

@@ -154,10 +154,12 @@ def starting_recipe(
         cfg = replace(cfg, attention=replace(cfg.attention, yarn=None))  # extensions come after pre-training
     chosen = (_pretraining if load_path is None else _continued)(size, length)
     checkpointing = "selective" if size.total > 2e9 else "none"
+    odd = {"model.moe.backend": ("loop", "the faster ones want widths that 8 divides")}
     keys = {
         "run_name": (name, "a run writes to runs/RUN_NAME"),
         "max_seq_len": (length, f"tokens a sequence, as the data are prepared{_longest(max_seq_len, length)}"),
         **{path: (value, _meaning(path)) for path, value in _stated(cfg, "model")},
+        **(odd if (cfg.d_model | cfg.moe.expert_hidden_size) % 8 else {}),
         "precision.compute": ("bf16", "matrix products; master weights stay fp32. On a CPU: fp32"),
         "activation_checkpointing": (checkpointing, "what the backward pass recomputes: none, selective, full"),
         "train_loader.dataset.local": (f"data/{name}", "written by `moefoundry prepare`"),

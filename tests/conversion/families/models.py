@@ -124,7 +124,7 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
         "groups": deepseek(num_groups=4, top_k_groups=2, shared=2),
         "groups_not_normalized": deepseek(num_groups=2, top_k_groups=1, normalize=False),
         "no_shared": deepseek(shared=0, tie_embeddings=True),
-        "all_sparse": deepseek(n_dense_layers=0),
+        "all_sparse": deepseek(n_dense_layers=0, ffn_hidden_size=None),
         "yarn": deepseek(replace(MLA, yarn=DEEPSEEK_YARN)),
         "yarn_without_mscale": deepseek(replace(MLA, yarn=YARN)),
     },
