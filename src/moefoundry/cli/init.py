@@ -18,6 +18,7 @@ UNITS = {"": 1, "M": 10**6, "B": 10**9}
 
 
 def add_parser(subparsers: Any) -> None:
+    """Declare the command."""
     parser = subparsers.add_parser(
         "init", help="write a recipe to start from", description=DESCRIPTION, allow_abbrev=False
     )
@@ -33,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Write the recipe; an existing file is never replaced."""
     from moefoundry.config import UserError
 
     text = _recipe(args)

@@ -9,31 +9,43 @@ from moefoundry.config.field import REQUIRED, key
 from moefoundry.config.loader import load_layers, load_recipe, recipe_of
 from moefoundry.config.overrides import redact_argument, split_arguments
 from moefoundry.config.schema import Recipe
-from moefoundry.config.schema_model import (
-    Assignment,
+from moefoundry.config.schema_attention import (
     AttentionBias,
     AttentionConfig,
+    GqaConfig,
+    MlaConfig,
+    QkNorm,
+    YarnConfig,
+)
+from moefoundry.config.schema_model import (
+    Assignment,
     AuxLossScope,
     BalanceConfig,
     ExpertBackend,
-    GqaConfig,
     InitConfig,
-    MlaConfig,
     ModelConfig,
     MoEConfig,
     MtpConfig,
     NormConfig,
     NormKind,
-    QkNorm,
     RouterConfig,
     ScoreFunction,
-    YarnConfig,
+)
+from moefoundry.config.schema_monitors import (
+    CallbacksConfig,
+    LoggersConfig,
+    LRMonitorConfig,
+    MemoryMonitorConfig,
+    MLflowConfig,
+    ReportConfig,
+    SpeedMonitorConfig,
+    TensorBoardConfig,
+    WandbConfig,
 )
 from moefoundry.config.schema_parts import (
     ActivationCheckpointing,
     AdamWConfig,
     AlgorithmsConfig,
-    CallbacksConfig,
     ClippingType,
     Compute,
     ConstantWithWarmupConfig,
@@ -46,22 +58,14 @@ from moefoundry.config.schema_parts import (
     GradientClippingConfig,
     LinearDecayWithWarmupConfig,
     LoaderConfig,
-    LoggersConfig,
-    LRMonitorConfig,
-    MemoryMonitorConfig,
     MeshConfig,
-    MLflowConfig,
     Moments,
     NonFinite,
     OptimizerConfig,
     PrecisionConfig,
-    ReportConfig,
     SchedulerConfig,
     ScheduleTiming,
-    SpeedMonitorConfig,
-    TensorBoardConfig,
     TokenizerConfig,
-    WandbConfig,
 )
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What a recipe may say, and seldom means: warnings, where :mod:`moefoundry.config.checks` has errors."""
+"""Warnings about valid recipes that are seldom meant; :mod:`moefoundry.config.checks` has the errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moefoundry.config.schema_model import Assignment
 
 
 def advice(recipe: Recipe) -> list[Problem]:
-    """Each with its cure as the suggestion. A recipe with any trains as it says."""
+    """List warnings, each with its cure as the suggestion. Training goes on in spite of them."""
     moe = recipe.model.moe
     router = moe.router
     gate_chooses = moe.num_experts > 1 and router.assignment == Assignment.scores

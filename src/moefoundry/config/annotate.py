@@ -19,12 +19,14 @@ COLUMN = 56  # of the comments, where a line is not longer
 
 
 def annotated(recipe: Recipe, layers: Layers) -> str:
-    """YAML of every key, resolved, each with a comment: the file that says it, ``override``, or ``default``, and before
-    it the interpolation that it was written as, if it was. Reads back as :func:`dump_recipe`'s; secrets are redacted.
+    """Write YAML of every key, resolved, each with a comment.
+
+    The comment is the file that says the key, ``override``, or ``default``, and before it the interpolation, if there
+    was one. The text reads back like :func:`dump_recipe`'s; secrets are redacted.
 
     Args:
-        recipe: What the layers resolve to.
-        layers: What was read.
+        recipe: The recipe that the layers resolve to.
+        layers: The files and overrides that were read.
     """
     lines = _lines(redacted(plain(recipe), ""), with_defaults(layers.tree), "", layers, "")
     return "".join(f"{text:<{COLUMN}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
@@ -34,7 +36,10 @@ def _lines(values: dict[str, Any], written: Any, path: str, layers: Layers, whol
     """(line, comment) of each key of a mapping.
 
     Args:
+        values: The resolved mapping.
         written: The mapping before interpolations were resolved.
+        path: The mapping's dotted key.
+        layers: All that was read.
         whole: The comment of all keys below an interpolation that stands for a mapping.
     """
     indent = "  " * path.count(".") + ("  " if path else "")

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
 from moefoundry.config.schema import Recipe
-from moefoundry.config.schema_model import ExpertBackend, GqaConfig, MlaConfig
+from moefoundry.config.schema_attention import GqaConfig, MlaConfig
+from moefoundry.config.schema_model import ExpertBackend
 from moefoundry.config.schema_parts import AdamWConfig, Compute, Fp8Backend, Fp8Config, Fp8Recipe, Moments
 from moefoundry.config.spec import describe, every_key, missing, show_leaf
 from moefoundry.config.urls import path_problem, url_problem

@@ -12,8 +12,11 @@ from moefoundry.config.yaml_reader import StrictDumper
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """YAML of every key, resolved, in the schema's order. ``load_recipe`` reads it back to an equal recipe, but for
-    secrets, which are redacted here and below: all of this is kept and shown."""
+    """Write YAML of every key, resolved, in the schema's order.
+
+    ``load_recipe`` reads it back to an equal recipe, but for secrets: they are redacted here and below, since all of
+    this is kept and shown.
+    """
     return yaml.dump(redacted(plain(recipe), ""), Dumper=StrictDumper, sort_keys=False, width=120)
 
 

@@ -15,7 +15,7 @@ from moefoundry.config.yaml_reader import parse_yaml
 
 
 def read_layers(path: Path) -> Layers:
-    """What a recipe file says, over what the file that it extends says, and so on.
+    """Read a recipe file, over the file that it extends, and so on.
 
     Raises:
         ConfigError: A file of the chain is absent, cannot be read or is no recipe, or the chain comes back to one. The
@@ -92,7 +92,7 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def _near(path: Path) -> str:
-    """What was probably meant by the name of a file that there is not."""
+    """Guess the file that was meant by the name of one that is not there."""
     if str(path) in every_key():
         return f"{path}=..."
     nearby = [*path.parent.glob("*.y*ml"), *Path("configs").rglob("*.y*ml")]

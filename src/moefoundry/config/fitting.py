@@ -1,4 +1,4 @@
-"""Which degrees a recipe for one number of ranks could have on another."""
+"""Degrees that a recipe for one number of ranks could have on another."""
 
 from __future__ import annotations
 

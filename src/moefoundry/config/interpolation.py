@@ -89,8 +89,10 @@ class Resolver:
 
 
 def _directly(value: Any, tree: dict[str, Any], above: tuple[str, ...]) -> Any:
-    """Resolve the interpolations of ``value``, if they are such as nearly all are: each a ``${key}`` of ``tree`` that
-    holds a text, or alone any scalar. OmegaConf gives the same, and would take most of the time of loading a recipe.
+    """Resolve the interpolations of ``value`` without OmegaConf, which would take most of the time of loading a recipe.
+
+    Each must be a ``${key}`` of ``tree`` that holds a text, or be the whole value and name any scalar: nearly all are.
+    OmegaConf gives the same.
 
     Raises:
         LookupError: One is something else.

@@ -20,7 +20,7 @@ KeyPath = tuple[str, ...]
 
 
 class Layers:
-    """What recipe files and overrides say together.
+    """Recipe files and overrides laid over each other.
 
     Args:
         name: What to call it in errors.
@@ -63,7 +63,7 @@ class Layers:
         }
 
     def origin(self, path: str) -> str:
-        """Who said a dotted key, a mapping that holds it, or what it holds; an empty string for nobody."""
+        """The file that says a dotted key, a mapping above it, or a key below it; an empty string if none does."""
         key = path.partition("[")[0]
         names = key.split(".")
         for above in (key, *(".".join(names[:length]) for length in range(len(names) - 1, 0, -1))):
@@ -106,7 +106,7 @@ def _assign(tree: Any, path: KeyPath, value: Any, origin: str) -> Problem | None
 
 
 def _keys_of_other_variants(tree: Any, path: KeyPath, value: Any, said: Collection[KeyPath]) -> list[KeyPath]:
-    """Where ``path`` chooses a variant, the keys beside it that the variant has not, but for those ``said`` with it."""
+    """Keys beside ``path``, which chooses a variant, that the variant does not have; without those ``said`` with it."""
     cls: Any = Recipe
     spec = None
     for parent in path[:-1]:

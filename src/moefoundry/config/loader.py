@@ -63,7 +63,7 @@ def load_recipe(
 
 
 def load_layers(path: str | Path | None = None, overrides: Sequence[str] = (), stored: bool = False) -> Layers:
-    """What a recipe file, those that it extends, and overrides say together; the arguments are :func:`load_recipe`'s.
+    """Read a recipe file, those that it extends, and overrides; the arguments are :func:`load_recipe`'s.
 
     Raises:
         ConfigError: The file, or one that it extends, cannot be used.
@@ -118,7 +118,7 @@ def _located(problem: Problem, origin: str) -> Problem:
 
 
 def _advice(recipe: Recipe, problems: list[Problem], world_size: int | None) -> str:
-    """What would make a recipe that is right but for its number of ranks fit that number."""
+    """Name overrides that make a recipe fit the number of ranks, where nothing else is wrong with it."""
     if world_size is None or not {problem.path for problem in problems} <= {*KEYS}:
         return ""
     overrides = fitting_overrides(recipe, world_size)

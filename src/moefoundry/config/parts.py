@@ -5,19 +5,21 @@ from __future__ import annotations
 from functools import partial
 
 from moefoundry.config.schema_model import RouterConfig
+from moefoundry.config.schema_monitors import (
+    LRMonitorConfig,
+    MemoryMonitorConfig,
+    MLflowConfig,
+    SpeedMonitorConfig,
+    TensorBoardConfig,
+    WandbConfig,
+)
 from moefoundry.config.schema_parts import (
     AdamWConfig,
     ConstantWithWarmupConfig,
     CosineWithWarmupConfig,
     LinearDecayWithWarmupConfig,
-    LRMonitorConfig,
-    MemoryMonitorConfig,
-    MLflowConfig,
     OptimizerConfig,
     SchedulerConfig,
-    SpeedMonitorConfig,
-    TensorBoardConfig,
-    WandbConfig,
 )
 from moefoundry.config.signatures import part_of_class
 from moefoundry.registry import Part, Table

@@ -1,12 +1,11 @@
 """The recipe, typed at every depth.
 
-What depends on the model, the data and the machine is required; the rest has a default that is safe at any size.
-One dataclass for each mapping of the YAML; a parent never repeats a child's fields. ``key`` adds to a field what the
-type cannot say: its documentation, its range, what is
-customary, which of its values this release can run (``available``), whether a
-resumed run may change it, what it is called elsewhere. The error messages, ``docs/recipe.md`` and the checks all come
-from here, and from ``schema_model`` and ``schema_parts``. Units: sizes in tokens or elements, durations as Composer
-time strings (``200ba``, ``1ep``, ``1000000tok``, ``512sp``).
+Keys that depend on the model, the data or the machine are required; the others have a default that is safe at any
+size. There is one dataclass for each mapping of the YAML; a parent never repeats a child's fields. ``key`` adds to a
+field all that its type does not say: documentation, range, customary values, values that this release can run
+(``available``), changes allowed to a resumed run, names elsewhere. The error messages, ``docs/recipe.md`` and the checks
+come from here and from the other ``schema_*`` files. Units: sizes in tokens or elements, durations as Composer time
+strings (``200ba``, ``1ep``, ``1000000tok``, ``512sp``).
 """
 
 from __future__ import annotations
@@ -15,15 +14,17 @@ from dataclasses import dataclass
 
 from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, REQUIRED, key
 from moefoundry.config.schema_model import ModelConfig
+from moefoundry.config.schema_monitors import (
+    CallbacksConfig,
+    LoggersConfig,
+)
 from moefoundry.config.schema_parts import (
     ActivationCheckpointing,
     AdamWConfig,
     AlgorithmsConfig,
-    CallbacksConfig,
     CosineWithWarmupConfig,
     EmaConfig,
     LoaderConfig,
-    LoggersConfig,
     MeshConfig,
     NonFinite,
     OptimizerConfig,

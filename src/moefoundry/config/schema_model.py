@@ -1,4 +1,4 @@
-"""The recipe's ``model``: what :mod:`moefoundry.config.schema` says of the recipe holds here, too.
+"""The recipe's ``model``, by the rules of :mod:`moefoundry.config.schema`.
 
 A key that joins ``model`` also goes into :mod:`moefoundry.config.versions`, so that older checkpoints can be read.
 """
@@ -9,42 +9,41 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moefoundry.config.field import INTERVAL, MAX_FACTOR, REQUIRED, key
+from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, MlaConfig
 
 
 class NormKind(StrEnum):
+    """Kinds of normalization."""
+
     rmsnorm = "rmsnorm"
     layernorm = "layernorm"
 
 
 class ScoreFunction(StrEnum):
+    """The package's own router scores."""
+
     softmax = "softmax"
     sigmoid = "sigmoid"
 
 
 class Assignment(StrEnum):
+    """Ways to choose the experts of a token."""
+
     scores = "scores"
     uniform = "uniform"
 
 
-class QkNorm(StrEnum):
-    none = "none"
-    head = "head"
-    full = "full"
-
-
-class AttentionBias(StrEnum):
-    none = "none"
-    qkv = "qkv"
-    all = "all"
-
-
 class AuxLossScope(StrEnum):
+    """Tokens over which the load-balance loss takes its means."""
+
     sequence = "sequence"
     micro_batch = "micro_batch"
     global_batch = "global_batch"
 
 
 class ExpertBackend(StrEnum):
+    """Implementations of the experts."""
+
     auto = "auto"
     triton = "triton"
     grouped_mm = "grouped_mm"
@@ -54,6 +53,8 @@ class ExpertBackend(StrEnum):
 
 @dataclass
 class NormConfig:
+    """Normalization layers."""
+
     kind: NormKind = key(
         NormKind.rmsnorm,
         "Normalization layer; neither kind has a bias.",
@@ -75,6 +76,8 @@ class NormConfig:
 
 @dataclass
 class InitConfig:
+    """Initial weights."""
+
     std: float = key(
         0.02,
         "Standard deviation of every weight matrix; norms start at 1.",
@@ -85,90 +88,9 @@ class InitConfig:
 
 
 @dataclass
-class YarnConfig:
-    """Context extension by YaRN (arXiv 2309.00071); null factors follow Hugging Face's ``rope_scaling``."""
-
-    factor: float = key(REQUIRED, "How many times longer the context becomes.", customary="4 to 40", ge=1)
-    original_max_seq_len: int = key(
-        REQUIRED,
-        "Context length before the extension, in tokens.",
-        customary="the max_seq_len that the weights were trained with",
-        ge=1,
-        renamed_from=("original_max_position_embeddings", "original_seq_len"),
-    )
-    beta_fast: float = key(32.0, "Rotations over the original context from which frequencies stay as they are.", gt=0)
-    beta_slow: float = key(1.0, "Rotations up to which frequencies are divided by the factor.", gt=0)
-    mscale: float | None = key(None, "DeepSeek's factor in the magnitude of cosines and sines.", gt=0)
-    mscale_all_dim: float | None = key(None, "DeepSeek's factor in the softmax scale.", gt=0)
-
-
-@dataclass
-class AttentionConfig:
-    """What every attention kind has; the keys of a kind are in its subclass."""
-
-    kind: str = key(
-        "gqa",
-        "Attention kind; it decides the other keys of this mapping.",
-        renamed_from=("attn_type",),
-        other_values={"grouped_query_attention": "gqa", "multihead_attention": "gqa"},
-    )
-    n_heads: int = key(
-        REQUIRED, "Query heads.", customary="d_model / 128", ge=1, renamed_from=("num_attention_heads", "n_head")
-    )
-    rope_theta: float = key(
-        10000.0,
-        "Base of the rotary position embedding.",
-        gt=0,
-        renamed_from=("rope_base", "rotary_emb_base", "rotary_base"),
-    )
-    yarn: YarnConfig | None = key(
-        None, "Context extension; null leaves the frequencies as they are.", renamed_from=("rope_scaling",)
-    )
-
-
-@dataclass
-class GqaConfig(AttentionConfig):
-    """Grouped-query attention (arXiv 2305.13245); ``n_kv_heads == n_heads`` is multi-head attention."""
-
-    n_kv_heads: int = key(
-        REQUIRED,
-        "Key and value heads; divides n_heads.",
-        customary="4 or 8, or as many as n_heads",
-        ge=1,
-        renamed_from=("num_key_value_heads", "kv_n_heads", "num_query_groups"),
-    )
-    head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2, renamed_from=("kv_channels",))
-    qk_norm: QkNorm = key(
-        QkNorm.none,
-        "RMSNorm of queries and keys: over each head, or over all heads together.",
-        renamed_from=("use_qk_norm", "qk_ln"),
-    )
-    bias: AttentionBias = key(
-        AttentionBias.none, "Which projections have a bias.", renamed_from=("attention_bias", "qkv_bias")
-    )
-    clip_qkv: float | None = key(None, "Clamps queries, keys and values to [-clip_qkv, clip_qkv].", gt=0)
-    sliding_window: int | None = key(
-        None,
-        "Tokens a position sees, itself included; null sees all before it.",
-        ge=1,
-        renamed_from=("sliding_window_size",),
-    )
-
-
-@dataclass
-class MlaConfig(AttentionConfig):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in the published weights' interleaved RoPE."""
-
-    kind: str = key("mla", "Attention kind; it decides the other keys of this mapping.")
-    q_lora_rank: int | None = key(None, "Width of the compressed queries; null does not compress them.", ge=1)
-    kv_lora_rank: int = key(512, "Width of the compressed keys and values.", ge=1)
-    qk_nope_head_dim: int = key(128, "Width of a query's and key's part without position.", ge=1)
-    qk_rope_head_dim: int = key(64, "Width of the part with position; the keys of all heads share it.", ge=2)
-    v_head_dim: int = key(128, "Width of a value.", ge=1)
-
-
-@dataclass
 class RouterConfig:
+    """Choice of experts and their weights."""
+
     score_function: str = key(
         ScoreFunction.softmax.value,
         "Maps router logits to scores.",
@@ -209,6 +131,8 @@ class RouterConfig:
 
 @dataclass
 class BalanceConfig:
+    """Load balancing of experts."""
+
     aux_loss_weight: float = key(
         0.01,
         "Weight of the load-balance loss.",
@@ -239,6 +163,8 @@ class BalanceConfig:
 
 @dataclass
 class MoEConfig:
+    """Mixture of experts."""
+
     num_experts: int = key(
         REQUIRED,
         "Routed experts of each MoE layer.",
@@ -296,18 +222,22 @@ class MoEConfig:
 
     @property
     def has_expert_bias(self) -> bool:
-        """Whether routers have a bias for the choice of experts."""
+        """True where routers have a bias for the choice of experts."""
         return self.router.score_function == ScoreFunction.sigmoid or self.balance.bias_update_rate > 0
 
     @property
     def group_votes(self) -> int:
-        """How many of a group's best experts its score is the sum of: as in DeepSeek's published code, two where there
-        is a bias (DeepSeek-V3), else one (DeepSeek-V2)."""
+        """Number of a group's best experts whose scores make its own.
+
+        As in DeepSeek's published code: two where there is a bias (DeepSeek-V3), else one (DeepSeek-V2).
+        """
         return 2 if self.has_expert_bias else 1
 
 
 @dataclass
 class MtpConfig:
+    """Multi-token prediction."""
+
     depth: int = key(
         0, "Multi-token-prediction modules.", ge=0, renamed_from=("num_nextn_predict_layers", "num_mtp_modules")
     )
@@ -316,6 +246,8 @@ class MtpConfig:
 
 @dataclass
 class ModelConfig:
+    """The model."""
+
     name: str = key("moe_causal_lm", "The model family.", available=("moe_causal_lm",))
     vocab_size: int = key(
         REQUIRED,

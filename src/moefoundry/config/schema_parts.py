@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moefoundry.config.field import DURATION, MAX_SEED, REQUIRED, SPLIT, TAG, TEXT, key
+from moefoundry.config.field import DURATION, MAX_SEED, REQUIRED, SPLIT, key
 
 # ------------------------------------------------------------------------------------------------- mesh and precision
 
 
 @dataclass
 class MeshConfig:
+    """Degrees of the device mesh."""
+
     replicate: int = key(
         1,
         "Copies of the sharded model; -1 is what world size and shard leave.",
@@ -36,30 +38,40 @@ class MeshConfig:
 
 
 class Compute(StrEnum):
+    """Operands of the matrix products."""
+
     fp32 = "fp32"
     bf16 = "bf16"
     bf16_emulated = "bf16_emulated"
 
 
 class Moments(StrEnum):
+    """Formats of AdamW's moments."""
+
     fp32 = "fp32"
     bf16 = "bf16"
     bf16_stochastic = "bf16_stochastic"
 
 
 class Fp8Recipe(StrEnum):
+    """FP8 training recipes."""
+
     tensorwise = "tensorwise"
     rowwise = "rowwise"
     deepseek_v3 = "deepseek_v3"
 
 
 class Fp8Backend(StrEnum):
+    """Implementations of the FP8 products."""
+
     reference = "reference"
     triton = "triton"
 
 
 @dataclass
 class Fp8Config:
+    """FP8 training."""
+
     recipe: Fp8Recipe | None = key(None, "FP8 training recipe; null trains without FP8.")
     exclude: list[str] = key(
         lambda: ["lm_head", "*.router.gate"],
@@ -71,6 +83,8 @@ class Fp8Config:
 
 @dataclass
 class PrecisionConfig:
+    """Precision."""
+
     compute: Compute = key(
         Compute.fp32,
         "Operands of the matrix products; master weights are always fp32.",
@@ -87,6 +101,8 @@ class PrecisionConfig:
 
 
 class ActivationCheckpointing(StrEnum):
+    """Activations that the backward pass recomputes."""
+
     none = "none"
     selective = "selective"
     full = "full"
@@ -94,6 +110,8 @@ class ActivationCheckpointing(StrEnum):
 
 @dataclass
 class EmaConfig:
+    """Moving average of the parameters."""
+
     decay: float = key(0.999, "Decay of the parameters' moving average.", gt=0, lt=1)
     evaluate: bool = key(False, "Evaluate the average in place of the trained parameters.")
 
@@ -103,6 +121,8 @@ class EmaConfig:
 
 @dataclass
 class TokenizerConfig:
+    """Tokenizer."""
+
     name: str = key(
         "${train_loader.dataset.local}/tokenizer",
         "A Hugging Face tokenizer directory.",
@@ -114,6 +134,8 @@ class TokenizerConfig:
 
 @dataclass
 class DatasetConfig:
+    """Packed samples of one split."""
+
     local: str = key(
         REQUIRED,
         "Directory written by `moefoundry prepare`.",
@@ -146,6 +168,8 @@ def _eval_dataset() -> DatasetConfig:
 
 @dataclass
 class LoaderConfig:
+    """Reading of one split."""
+
     name: str = key("text", "Loader kind.", available=("text",))
     dataset: DatasetConfig = key(
         DatasetConfig,
@@ -167,12 +191,13 @@ class LoaderConfig:
 
 
 def held_out_loader() -> LoaderConfig:
+    """Loader of the held-out split of the training data."""
     return LoaderConfig(dataset=_eval_dataset(), drop_last=False)
 
 
 @dataclass
 class OptimizerConfig:
-    """What every optimizer has; the keys of an optimizer are in its subclass."""
+    """Keys of every optimizer; those of one are in its subclass."""
 
     name: str = key(
         "adamw",
@@ -192,6 +217,8 @@ class OptimizerConfig:
 
 @dataclass
 class AdamWConfig(OptimizerConfig):
+    """AdamW (arXiv 1711.05101)."""
+
     betas: list[float] = key(
         lambda: [0.9, 0.95],
         "Decay of the first and second moment.",
@@ -210,13 +237,15 @@ class AdamWConfig(OptimizerConfig):
 
 
 class ScheduleTiming(StrEnum):
+    """Positions of a batch in the schedule."""
+
     batch_end = "batch_end"
     composer = "composer"
 
 
 @dataclass
 class SchedulerConfig:
-    """What every schedule has; the keys of a schedule are in its subclass."""
+    """Keys of every schedule; those of one are in its subclass."""
 
     name: str = key(
         "cosine_with_warmup",
@@ -244,11 +273,15 @@ class SchedulerConfig:
 
 @dataclass
 class ConstantWithWarmupConfig(SchedulerConfig):
+    """Constant rate after the warm-up."""
+
     name: str = key("constant_with_warmup", "Schedule; it decides the other keys of this mapping.", table="schedulers")
 
 
 @dataclass
 class CosineWithWarmupConfig(SchedulerConfig):
+    """Cosine after the warm-up."""
+
     alpha_f: float = key(
         0.1,
         "Final learning rate as a fraction of the peak.",
@@ -261,6 +294,8 @@ class CosineWithWarmupConfig(SchedulerConfig):
 
 @dataclass
 class LinearDecayWithWarmupConfig(SchedulerConfig):
+    """Linear decay after the warm-up."""
+
     name: str = key(
         "linear_decay_with_warmup", "Schedule; it decides the other keys of this mapping.", table="schedulers"
     )
@@ -268,11 +303,15 @@ class LinearDecayWithWarmupConfig(SchedulerConfig):
 
 
 class ClippingType(StrEnum):
+    """Ways to clip gradients."""
+
     norm = "norm"
 
 
 @dataclass
 class GradientClippingConfig:
+    """Gradient clipping."""
+
     clipping_type: ClippingType = key(ClippingType.norm, "How gradients are clipped.")
     clipping_threshold: float = key(
         1.0, "Largest global gradient norm.", gt=0, renamed_from=("max_norm", "max_grad_norm", "grad_clip", "clip_grad")
@@ -280,74 +319,14 @@ class GradientClippingConfig:
 
 
 class NonFinite(StrEnum):
+    """Answers to a loss or gradient that is not finite."""
+
     stop = "stop"
     skip = "skip"
 
 
 @dataclass
 class AlgorithmsConfig:
+    """Changes to the training loop."""
+
     gradient_clipping: GradientClippingConfig | None = key(GradientClippingConfig, "null does not clip.")
-
-
-@dataclass
-class SpeedMonitorConfig:
-    window_size: int = key(10, "Batches over which the throughput is averaged.", ge=1)
-
-
-@dataclass
-class LRMonitorConfig:
-    pass
-
-
-@dataclass
-class MemoryMonitorConfig:
-    pass
-
-
-@dataclass
-class ReportConfig:
-    prompt: str | None = key(
-        None,
-        "Text that the trained model continues at the end of the run; null for none.",
-        pattern=TEXT,
-    )
-    max_new_tokens: int = key(48, "Tokens of the continuation.", ge=0)
-
-
-@dataclass
-class CallbacksConfig:
-    speed_monitor: SpeedMonitorConfig | None = key(SpeedMonitorConfig, "Tokens per second.")
-    lr_monitor: LRMonitorConfig | None = key(LRMonitorConfig, "Learning rate.")
-    memory_monitor: MemoryMonitorConfig | None = key(MemoryMonitorConfig, "Peak memory of device and host.")
-    report: ReportConfig | None = key(ReportConfig, "Plots, a completion and the resume command at the end.")
-
-
-@dataclass
-class WandbConfig:
-    project: str | None = key(None, "Project.", pattern=TEXT, renamed_from=("wandb_project",))
-    entity: str | None = key(None, "User or team.", pattern=TEXT)
-    group: str | None = key(None, "Group of runs.", pattern=TEXT)
-    name: str | None = key("${run_name}", "Run name.", pattern=TEXT)
-    tags: list[str] = key(list, "Tags.", pattern=TAG)
-
-
-@dataclass
-class TensorBoardConfig:
-    log_dir: str = key("${run_dir}/tensorboard", "Where event files go.", path=True, renamed_from=("tensorboard_dir",))
-    flush_interval: int = key(100, "Values between two flushes.", ge=1)
-
-
-@dataclass
-class MLflowConfig:
-    experiment_name: str = key("moefoundry", "Experiment.", pattern=TEXT)
-    run_name: str | None = key("${run_name}", "Run name.", pattern=TEXT)
-    tracking_uri: str | None = key(None, "Server or store, a URL or a path; null is ${run_dir}/mlruns.", path=True)
-
-
-@dataclass
-class LoggersConfig:
-    wandb: WandbConfig | None = key(
-        None, "Weights & Biases (offline with WANDB_MODE=offline).", renamed_from=("enable_wandb",)
-    )
-    tensorboard: TensorBoardConfig | None = key(None, "TensorBoard.", renamed_from=("enable_tensorboard",))
-    mlflow: MLflowConfig | None = key(None, "MLflow.")

@@ -1,4 +1,4 @@
-"""Where things lie: a path of this machine, or a URL. One rule for data, checkpoints, uploads and every command.
+"""Places: a path of this machine, or a URL. One rule for data, checkpoints, uploads and every command.
 
 What has ``://`` is a URL. ``file:///a/b`` is the path ``/a/b`` (``%20`` is a blank there, as in every URL), wherever a
 URL may stand; ``~`` at the beginning of a path is the home directory. ``s3://``, ``gs://``, ``oci://`` and
@@ -20,7 +20,7 @@ _COLLAPSED = re.compile(r"([a-z][a-z0-9+.\-]+):/(?!/)")  # one letter would be a
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is named by a URL."""
+    """True for a place that is named by a URL."""
     return "://" in place
 
 

@@ -78,7 +78,7 @@ def _attention(cfg: ModelConfig) -> int:
     return 2 * width * head * (attention.n_heads + attention.n_kv_heads)
 
 
-# ---------------------------------------------------------------------------------------------------- what is chosen
+# ------------------------------------------------------------------------------------------------------- the rules
 
 
 def peak_rate(active: int) -> float:
@@ -87,8 +87,10 @@ def peak_rate(active: int) -> float:
 
 
 def batch_sequences(active: int, max_seq_len: int) -> int:
-    """Sequences of a global batch in pre-training: 4M tokens at 1.3B active parameters, growing with their square
-    root; the nearest power of 2, at least 8."""
+    """Sequences of a global batch in pre-training: the nearest power of 2, at least 8.
+
+    The batch has 4M tokens at 1.3B active parameters, and grows with their square root.
+    """
     return int(max(8, 2 ** round(math.log2(4.2e6 * (active / 1.3e9) ** 0.5 / max_seq_len))))
 
 
@@ -141,9 +143,9 @@ def starting_recipe(
     """A commented recipe as YAML.
 
     Args:
-        cfg: The model, its balance as it is to be trained.
-        name: What to call the run; other characters than a run's name may have become dashes.
-        title: What the recipe is for, in a few words.
+        cfg: The model, with the balance that it is to be trained with.
+        name: Name of the run; characters that such a name cannot have become dashes.
+        title: Purpose of the recipe, in a few words, for its first line.
         max_seq_len: Tokens a sequence that the model takes, if it is known; longer ones than are customary in training
             are not used.
         load_path: Weights to go on from; None trains new ones.
@@ -185,7 +187,8 @@ def commented(keys: Comments) -> str:
         keys: Dotted key -> (value, comment).
     """
     order = {path: number for number, path in enumerate(every_key())}
-    lines, open_mappings = [], ()
+    lines: list[str] = []
+    open_mappings: tuple[str, ...] = ()
     for path in sorted(keys, key=lambda path: order[path]):
         *parents, leaf = path.split(".")
         shared = sum(1 for _ in _while_equal(parents, open_mappings))
@@ -231,7 +234,7 @@ def _short(count: int) -> str:
     return str(count)
 
 
-# ------------------------------------------------------------------------------------------------------- from what
+# ------------------------------------------------------------------------------------------------------ the sources
 
 
 def recipe_of_family(family: Family) -> str:

@@ -59,8 +59,9 @@ class Family(ABC):
         return hf.get(self.length_key)
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
-        """How the family's models were trained to balance their experts, in this project's terms: losses are sums over
-        layers and means over a token's choices here.
+        """Load balancing that the family's models were trained with, in this project's terms.
+
+        Losses here are sums over layers and means over a token's choices.
 
         Args:
             cfg: The model.

@@ -1,0 +1,107 @@
+"""The recipe's ``model.attention``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from moefoundry.config.field import REQUIRED, key
+
+
+class QkNorm(StrEnum):
+    """Extents of the RMSNorm of queries and keys."""
+
+    none = "none"
+    head = "head"
+    full = "full"
+
+
+class AttentionBias(StrEnum):
+    """Projections with a bias."""
+
+    none = "none"
+    qkv = "qkv"
+    all = "all"
+
+
+@dataclass
+class YarnConfig:
+    """Context extension by YaRN (arXiv 2309.00071); null factors follow Hugging Face's ``rope_scaling``."""
+
+    factor: float = key(REQUIRED, "How many times longer the context becomes.", customary="4 to 40", ge=1)
+    original_max_seq_len: int = key(
+        REQUIRED,
+        "Context length before the extension, in tokens.",
+        customary="the max_seq_len that the weights were trained with",
+        ge=1,
+        renamed_from=("original_max_position_embeddings", "original_seq_len"),
+    )
+    beta_fast: float = key(32.0, "Rotations over the original context from which frequencies stay as they are.", gt=0)
+    beta_slow: float = key(1.0, "Rotations up to which frequencies are divided by the factor.", gt=0)
+    mscale: float | None = key(None, "DeepSeek's factor in the magnitude of cosines and sines.", gt=0)
+    mscale_all_dim: float | None = key(None, "DeepSeek's factor in the softmax scale.", gt=0)
+
+
+@dataclass
+class AttentionConfig:
+    """Keys of every attention kind; those of one kind are in its subclass."""
+
+    kind: str = key(
+        "gqa",
+        "Attention kind; it decides the other keys of this mapping.",
+        renamed_from=("attn_type",),
+        other_values={"grouped_query_attention": "gqa", "multihead_attention": "gqa"},
+    )
+    n_heads: int = key(
+        REQUIRED, "Query heads.", customary="d_model / 128", ge=1, renamed_from=("num_attention_heads", "n_head")
+    )
+    rope_theta: float = key(
+        10000.0,
+        "Base of the rotary position embedding.",
+        gt=0,
+        renamed_from=("rope_base", "rotary_emb_base", "rotary_base"),
+    )
+    yarn: YarnConfig | None = key(
+        None, "Context extension; null leaves the frequencies as they are.", renamed_from=("rope_scaling",)
+    )
+
+
+@dataclass
+class GqaConfig(AttentionConfig):
+    """Grouped-query attention (arXiv 2305.13245); ``n_kv_heads == n_heads`` is multi-head attention."""
+
+    n_kv_heads: int = key(
+        REQUIRED,
+        "Key and value heads; divides n_heads.",
+        customary="4 or 8, or as many as n_heads",
+        ge=1,
+        renamed_from=("num_key_value_heads", "kv_n_heads", "num_query_groups"),
+    )
+    head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2, renamed_from=("kv_channels",))
+    qk_norm: QkNorm = key(
+        QkNorm.none,
+        "RMSNorm of queries and keys: over each head, or over all heads together.",
+        renamed_from=("use_qk_norm", "qk_ln"),
+    )
+    bias: AttentionBias = key(
+        AttentionBias.none, "Which projections have a bias.", renamed_from=("attention_bias", "qkv_bias")
+    )
+    clip_qkv: float | None = key(None, "Clamps queries, keys and values to [-clip_qkv, clip_qkv].", gt=0)
+    sliding_window: int | None = key(
+        None,
+        "Tokens a position sees, itself included; null sees all before it.",
+        ge=1,
+        renamed_from=("sliding_window_size",),
+    )
+
+
+@dataclass
+class MlaConfig(AttentionConfig):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in the published weights' interleaved RoPE."""
+
+    kind: str = key("mla", "Attention kind; it decides the other keys of this mapping.")
+    q_lora_rank: int | None = key(None, "Width of the compressed queries; null does not compress them.", ge=1)
+    kv_lora_rank: int = key(512, "Width of the compressed keys and values.", ge=1)
+    qk_nope_head_dim: int = key(128, "Width of a query's and key's part without position.", ge=1)
+    qk_rope_head_dim: int = key(64, "Width of the part with position; the keys of all heads share it.", ge=2)
+    v_head_dim: int = key(128, "Width of a value.", ge=1)
