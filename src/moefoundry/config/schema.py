@@ -3,9 +3,9 @@
 Keys that depend on the model, the data or the machine are required; the others have a default that is safe at any
 size. There is one dataclass for each mapping of the YAML; a parent never repeats a child's fields. ``key`` adds to a
 field all that its type does not say: documentation, range, customary values, values that this release can run
-(``available``), changes allowed to a resumed run, names elsewhere. The error messages, ``docs/recipe.md`` and the checks
-come from here and from the other ``schema_*`` files. Units: sizes in tokens or elements, durations as Composer time
-strings (``200ba``, ``1ep``, ``1000000tok``, ``512sp``).
+(``available``), changes allowed to a resumed run, names elsewhere. The error messages, ``docs/recipe.md`` and the
+checks come from here and from the other ``schema_*`` files. Units: sizes in tokens or elements, durations as Composer
+time strings (``200ba``, ``1ep``, ``1000000tok``, ``512sp``).
 """
 
 from __future__ import annotations
