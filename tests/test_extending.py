@@ -245,7 +245,7 @@ def composer_parts() -> list[list[str]]:
     assert recipe.callbacks.early_stopper.patience == 1
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     assert load_recipe(
-        None, ["callbacks.early_stopper.monitor=1", "callbacks.early_stopper.dataloader_label=eval"]
+        QUICKSTART, ["callbacks.early_stopper.monitor=1", "callbacks.early_stopper.dataloader_label=eval"]
     ) == (recipe), "the value of a text is the text as it stands"
     for module, base, listed in (
         (composer.callbacks, Callback, COMPOSER_CALLBACKS),

@@ -230,3 +230,19 @@ def test_digests_are_of_content(tiny_recipe: MakeRecipe, tiny_corpus: Path, tmp_
     (copy / "tokenizer" / "tokenizer.json").write_text("{}")
     changed = data_digests(tiny_recipe(tmp_path / "run", f"train_loader.dataset.local={copy}"))
     assert [key for key in here if changed[key] != here[key]] == ["tokenizer"]
+
+
+def test_a_checkpoint_of_a_later_release_is_refused(recipe: MakeRecipe) -> None:
+    later = save(recipe("a"), recipe=flatten(recipe("a")) | {"format_version": 99})
+    message = (
+        f"{later}/state.json: checkpoint of a later release: recipe of format_version 99; this release reads 1 to 2"
+    )
+    assert refusal(recipe("b", f"load_path={later}")) == message
+
+
+def test_a_width_that_no_block_has_makes_no_other_architecture(recipe: MakeRecipe) -> None:
+    """Recipes of the first version say one in any case."""
+    sparse = ("model.n_dense_layers=0", "model.ffn_hidden_size=null")
+    stored = flatten(recipe("a", *sparse)) | {"model.ffn_hidden_size": 1024}
+    path = save(recipe("a", *sparse), recipe=stored)
+    assert begun(recipe("b", *sparse, f"load_path={path}")) == Start(path, own=False)

@@ -18,6 +18,7 @@ import pytest
 from moefoundry.cli.exits import ended_by_sigterm, exit_status
 from moefoundry.cli.main import COMMANDS, main
 from tests.cli.test_train import Outcome, command_line, files
+from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
 
 Overrides = Callable[..., list[str]]
@@ -47,7 +48,7 @@ def test_a_reader_that_has_gone_is_no_error(arguments: list[str], status: int, t
     read, write = os.pipe()
     os.close(read)
     if arguments[0] == "validate":
-        arguments = [*arguments, f"train_loader.dataset.local={tiny_corpus}", "max_seq_len=64"]
+        arguments = [*arguments, str(QUICKSTART), f"train_loader.dataset.local={tiny_corpus}", "max_seq_len=64"]
     done = subprocess.run([sys.executable, "-c", script, *arguments], stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (status, b"")

@@ -11,7 +11,8 @@ import pytest
 from moefoundry.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["mesh.shard=4", "mesh.expert=2", "mesh.replicate=2", "global_train_batch_size=16"]
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SMALL = [QUICKSTART, "mesh.shard=4", "mesh.expert=2", "mesh.replicate=2", "global_train_batch_size=16"]
 
 
 def test_table(capsys):
@@ -47,9 +48,8 @@ def test_json_has_bytes_and_adds_up(capsys):
 
 
 def test_what_does_not_fit_is_said(capsys):
-    assert (
-        main(["plan", "--world-size", "1", "global_train_batch_size=4", "--memory-gb", "1", "model.d_model=4096"]) == 0
-    )
+    arguments = [QUICKSTART, "global_train_batch_size=4", "--memory-gb", "1", "model.d_model=4096"]
+    assert main(["plan", "--world-size", "1", *arguments]) == 0
     out = capsys.readouterr().out
     assert "does not fit 1 GB" in out
     assert out.endswith("one rank: nothing is sent\n")
@@ -57,7 +57,8 @@ def test_what_does_not_fit_is_said(capsys):
 
 @pytest.mark.parametrize(("memory", "fits"), [("1", False), ("80", True)])
 def test_what_does_not_fit_is_a_field_and_on_request_a_status(memory: str, fits: bool, capsys) -> None:
-    arguments = ["plan", "--world-size", "1", "--json", "--memory-gb", memory, "model.d_model=1024", "max_seq_len=4096"]
+    arguments = ["plan", QUICKSTART, "--world-size", "1", "--json", "--memory-gb", memory]
+    arguments += ["model.d_model=1024", "max_seq_len=4096"]
     assert main([*arguments, "--exit-code"]) == (0 if fits else 1)
     assert json.loads(capsys.readouterr().out)["memory"]["fits"] == fits
 
@@ -90,7 +91,8 @@ def test_the_page_shows_what_the_command_prints(capsys):
     ],
 )
 def test_bad_recipes_exit_2_and_name_the_key(arguments, key, capsys):
-    assert main(["plan", *arguments]) == 2
+    recipe = [] if arguments[0].endswith(".yaml") else [QUICKSTART]
+    assert main(["plan", *recipe, *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert f"\n  {key}: " in captured.err

@@ -9,6 +9,7 @@ import pytest
 
 from moefoundry.cli.main import COMMANDS, main
 from moefoundry.config import load_recipe
+from tests.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -29,7 +30,9 @@ def test_ok_is_a_line_and_what_the_model_can_be_exported_as_another(capsys):
 
 
 def test_ok_names_the_precision_whatever_this_machine_can_run(capsys):
-    assert main(["validate", "precision.fp8={recipe: deepseek_v3, backend: triton, exclude: [layers.0]}"]) == 0
+    assert (
+        main(["validate", QUICKSTART, "precision.fp8={recipe: deepseek_v3, backend: triton, exclude: [layers.0]}"]) == 0
+    )
     assert capsys.readouterr().out.splitlines()[0].endswith(" of 4 x 512 tokens, fp32, fp8 deepseek_v3")
 
 
@@ -56,13 +59,13 @@ MOE = ("model.n_dense_layers=0", "model.moe.num_shared_experts=0")
     ],
 )
 def test_what_the_model_can_be_exported_as(overrides, export, capsys):
-    assert main(["validate", *overrides]) == 0
+    assert main(["validate", QUICKSTART, *overrides]) == 0
     assert capsys.readouterr().out.splitlines()[1] == f"export: {export}"
 
 
 def test_data_that_are_not_there_are_a_note_with_the_command_that_makes_them(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["validate", "train_loader.dataset.local=my data", "load_path=nowhere"]) == 0
+    assert main(["validate", QUICKSTART, "train_loader.dataset.local=my data", "load_path=nowhere"]) == 0
     data, start = capsys.readouterr().err.splitlines()
     assert data.startswith(
         "note: train_loader.dataset.local: my data: no such directory (the recipe's dataset.local); "
@@ -70,13 +73,13 @@ def test_data_that_are_not_there_are_a_note_with_the_command_that_makes_them(cap
     assert "moefoundry prepare stdlib 'my data' --max-seq-len 512 --vocab-size 4096" in data
     assert start == "note: load_path: nowhere: no such directory"
     remote = [f"{loader}.dataset.remote=s3://bucket/data" for loader in ("train_loader", "eval_loader")]
-    assert main(["validate", remote[0]]) == 0
+    assert main(["validate", QUICKSTART, remote[0]]) == 0
     assert capsys.readouterr().err.startswith("note: eval_loader.dataset.local: data/quickstart: no such directory")
-    assert main(["validate", *remote, "tokenizer.name=here"]) == 0
+    assert main(["validate", QUICKSTART, *remote, "tokenizer.name=here"]) == 0
     assert capsys.readouterr().err == "note: tokenizer.name: here: no such directory\n"
-    assert main(["validate", "train_loader.dataset.remote=a", remote[1], "callbacks.report=null"]) == 0
+    assert main(["validate", QUICKSTART, "train_loader.dataset.remote=a", remote[1], "callbacks.report=null"]) == 0
     assert capsys.readouterr().err == "note: train_loader.dataset.remote: a: no such directory\n"
-    assert main(["validate", *remote, "callbacks.report=null"]) == 0
+    assert main(["validate", QUICKSTART, *remote, "callbacks.report=null"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -191,7 +194,7 @@ def test_damaged_data_and_prompts_of_no_tokens_are_found(tiny_corpus, tiny_overr
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 def test_a_gate_that_cannot_learn_is_a_warning_with_the_cure(score_function, capsys):
-    recipe = ["validate", "model.moe.top_k=1", f"model.moe.router.score_function={score_function}"]
+    recipe = ["validate", QUICKSTART, "model.moe.top_k=1", f"model.moe.router.score_function={score_function}"]
     assert main(recipe) == 0
     warning = capsys.readouterr().err.splitlines()[0]
     assert warning.startswith(
@@ -204,9 +207,19 @@ def test_a_gate_that_cannot_learn_is_a_warning_with_the_cure(score_function, cap
 
 
 def test_names_of_modules_are_checked_against_the_model(capsys):
-    assert main(["validate", "precision.fp8={recipe: rowwise, exclude: [layers.5, '*.experts']}"]) == 0
+    assert main(["validate", QUICKSTART, "precision.fp8={recipe: rowwise, exclude: [layers.5, '*.experts']}"]) == 0
     capsys.readouterr()
-    assert main(["validate", "--print", "precision.fp8={recipe: rowwise, exclude: [layers.6, lm_head, layer.1]}"]) == 2
+    assert (
+        main(
+            [
+                "validate",
+                QUICKSTART,
+                "--print",
+                "precision.fp8={recipe: rowwise, exclude: [layers.6, lm_head, layer.1]}",
+            ]
+        )
+        == 2
+    )
     assert capsys.readouterr() == (
         "",
         "error: recipe: 2 errors\n"
@@ -215,10 +228,11 @@ def test_names_of_modules_are_checked_against_the_model(capsys):
     )
 
 
-def test_recipe_is_optional(capsys):
-    assert main(["validate"]) == 0
-    assert main(["validate", "run_name=other"]) == 0
+def test_overrides_alone_are_a_recipe_if_nothing_is_missing(capsys):
+    assert main(["validate", *QUICK, "run_name=other"]) == 0
     assert "OK other" in capsys.readouterr().out
+    assert main(["validate", *QUICK[1:]]) == 2
+    assert "  run_name: missing: name of the run; customary: " in capsys.readouterr().err
 
 
 def test_print_is_a_recipe_that_loads(capsys, tmp_path):
@@ -318,9 +332,7 @@ def test_a_key_in_place_of_a_recipe(capsys):
 
 def test_an_option_that_is_unknown_is_not_taken_for_a_recipe(capsys):
     assert main(["validate", "--seed", "3"]) == 2
-    assert capsys.readouterr().err.endswith(
-        "  --seed: no such option; overrides are key=value; did you mean 'seed=3'?\n"
-    )
+    assert "  --seed: no such option; overrides are key=value; did you mean 'seed=3'?\n" in capsys.readouterr().err
 
 
 def test_a_recipe_that_resembles_no_other_gets_no_suggestion(capsys):

@@ -20,7 +20,7 @@ from moefoundry.checkpoint import io
 from moefoundry.checkpoint.blocks import StoredTensors
 from moefoundry.checkpoint.document import STATE_KEYS, WEIGHTS_ONLY, read_state
 from moefoundry.cli.main import main
-from moefoundry.config import ModelConfig, Recipe, UserError, flatten, load_recipe
+from moefoundry.config import ExpertBackend, ModelConfig, Recipe, UserError, flatten, load_recipe
 from moefoundry.conversion.convert import (
     PREFIX,
     consolidate,
@@ -189,7 +189,8 @@ def test_the_recipe_of_an_import_is_for_every_directory(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe = load_recipe(Path("../imported/recipe.yaml"))
     assert recipe.load_path == str(tmp_path / "imported")
-    assert recipe.model == with_balance(FAMILIES["mixtral"], MIXTRAL, {})
+    odd = replace(MIXTRAL, moe=replace(MIXTRAL.moe, backend=ExpertBackend.loop))
+    assert recipe.model == with_balance(FAMILIES["mixtral"], odd, {})
     assert (recipe.run_name, recipe.max_duration, recipe.precision.compute) == ("imported", "1ep", "bf16")
     assert recipe.optimizer.lr == pytest.approx(peak_rate(Size.of(MIXTRAL).active) / 10, rel=0.1)
 

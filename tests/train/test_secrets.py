@@ -84,7 +84,7 @@ def test_row24_a_run_with_a_redacted_recipe_is_its_own(tmp_path: Path) -> None:
     from moefoundry.checkpoint.run_dir import check_run_dir, claim_run_dir
 
     overrides = [f"run_dir={tmp_path}", f"train_loader.dataset.remote=https://me:{SECRETS['password']}@host/path"]
-    recipe = load_recipe(None, overrides)
+    recipe = load_recipe(QUICKSTART, overrides)
     claim_run_dir(recipe)
     assert SECRETS["password"] not in (tmp_path / "config.yaml").read_text()
     assert check_run_dir(recipe) == tmp_path

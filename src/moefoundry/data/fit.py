@@ -169,7 +169,7 @@ def missing_hash(index: Path, shard: str, hashes: Collection[str], algorithm: st
 def report_problems(recipe: Recipe) -> Iterator[Problem]:
     """What stands in the way of the report at the end of the run: its tokenizer, or a prompt of no tokens."""
     report = recipe.callbacks.report
-    if report is None or report.prompt is None:
+    if report is None:
         return
 
     from moefoundry.data.tokenizer import check_vocabulary
@@ -178,6 +178,8 @@ def report_problems(recipe: Recipe) -> Iterator[Problem]:
         tokenizer = check_vocabulary(Path(recipe.tokenizer.name), recipe.model.vocab_size)
     except UserError as error:
         yield Problem("tokenizer.name", str(error).removeprefix("tokenizer.name: "))
+        return
+    if report.prompt is None:
         return
     try:
         tokens, reason = tokenizer.encode(report.prompt, add_special_tokens=False).ids, ""

@@ -31,19 +31,6 @@ class Dbrx(Family):
     architecture = "DbrxForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {"initializer_range": 0.02}
     length_key = "max_seq_len"
-    published: ClassVar[tuple[str, dict[str, Any]]] = (
-        "DBRX",
-        {
-            "vocab_size": 100352,
-            "d_model": 6144,
-            "n_layers": 40,
-            "n_heads": 48,
-            "max_seq_len": 32768,
-            "router_aux_loss_coef": 0.05,
-            "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 8, "rope_theta": 500000.0},
-            "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4, "moe_jitter_eps": 0.01},
-        },
-    )
 
     def fits(self, cfg: ModelConfig) -> list[str]:
         problems = super().fits(cfg)

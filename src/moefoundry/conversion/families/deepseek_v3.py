@@ -39,34 +39,6 @@ class DeepseekV3(Llama):
         "num_nextn_predict_layers": 0,
         "q_lora_rank": 1536,
     }
-    published: ClassVar[tuple[str, dict[str, Any]]] = (
-        "DeepSeek-V3",
-        {
-            "vocab_size": 129280,
-            "hidden_size": 7168,
-            "num_hidden_layers": 61,
-            "num_attention_heads": 128,
-            "first_k_dense_replace": 3,
-            "intermediate_size": 18432,
-            "moe_intermediate_size": 2048,
-            "max_position_embeddings": 4096,
-            "n_routed_experts": 256,
-            "num_experts_per_tok": 8,
-            "n_shared_experts": 1,
-            "n_group": 8,
-            "topk_group": 4,
-            "norm_topk_prob": True,
-            "routed_scaling_factor": 2.5,
-            "num_nextn_predict_layers": 1,
-            "q_lora_rank": 1536,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
-            "initializer_range": 0.006,
-            "aux_loss_alpha": 0.0001,
-        },
-    )
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """An expert bias, and a small loss of each sequence beside it."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from moefoundry.config import (
@@ -30,7 +32,6 @@ class Family(ABC):
         attention_kind: Its ``model.attention.kind``.
         defaults: What transformers takes for an option that a config leaves out. Sizes have no default here.
         length_key: Where it has the tokens of a sequence.
-        published: A model of the family, its name and what of its ``config.json`` says the architecture.
     """
 
     name: ClassVar[str]
@@ -38,7 +39,12 @@ class Family(ABC):
     attention_kind: ClassVar[str] = "gqa"
     defaults: ClassVar[dict[str, Any]]
     length_key: ClassVar[str] = "max_position_embeddings"
-    published: ClassVar[tuple[str, dict[str, Any]]]
+
+    @property
+    def published(self) -> tuple[str, dict[str, Any]]:
+        """Name of a model of the family, and the part of its ``config.json`` that says the architecture."""
+        name, hf = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))[self.name]
+        return name, hf
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """The model that a ``config.json`` declares. What only training reads keeps the recipe's defaults, but for

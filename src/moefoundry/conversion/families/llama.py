@@ -35,18 +35,6 @@ class Llama(Family):
         "tie_word_embeddings": False,
     }
     has_attention_bias: ClassVar[bool] = True  # whether there is a key for it, of all four projections
-    published: ClassVar[tuple[str, dict[str, Any]]] = (
-        "Llama-2-7B",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "intermediate_size": 11008,
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": 1e-05,
-        },
-    )
 
     # ---------------------------------------------------------------------------------------------------------- config
 

@@ -31,21 +31,6 @@ class Mixtral(Llama):
         "router_jitter_noise": 0.0,
     }
     has_attention_bias = False
-    published: ClassVar[tuple[str, dict[str, Any]]] = (
-        "Mixtral-8x7B",
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "intermediate_size": 14336,
-            "max_position_embeddings": 32768,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 2,
-            "router_aux_loss_coef": 0.02,
-        },
-    )
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """A mean over layers and a sum over choices there."""

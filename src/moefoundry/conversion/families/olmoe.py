@@ -24,21 +24,6 @@ class Olmoe(Llama):
     name = "olmoe"
     architecture = "OlmoeForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {**Llama.defaults, "norm_topk_prob": False, "rms_norm_eps": 1e-5}
-    published: ClassVar[tuple[str, dict[str, Any]]] = (
-        "OLMoE-1B-7B",
-        {
-            "vocab_size": 50304,
-            "hidden_size": 2048,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "intermediate_size": 1024,
-            "max_position_embeddings": 4096,
-            "num_experts": 64,
-            "num_experts_per_tok": 8,
-            "router_aux_loss_coef": 0.01,
-        },
-    )
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Means over layers there; the z-loss, of which the config says nothing, has the paper's weight."""

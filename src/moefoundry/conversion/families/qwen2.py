@@ -20,20 +20,6 @@ class Qwen2(Llama):
         "max_window_layers": 28,
     }
     has_attention_bias = False
-    published: ClassVar[tuple[str, dict[str, Any]]] = (
-        "Qwen2.5-7B",
-        {
-            "vocab_size": 152064,
-            "hidden_size": 3584,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "intermediate_size": 18944,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-06,
-            "rope_theta": 1000000.0,
-        },
-    )
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         return replace(self._read_gqa(keys), bias=AttentionBias.qkv, sliding_window=read_window(keys))

@@ -21,25 +21,6 @@ class Qwen3Moe(Qwen3):
         "decoder_sparse_step": 1,
         "norm_topk_prob": False,
     }
-    published: ClassVar[tuple[str, dict[str, Any]]] = (
-        "Qwen3-30B-A3B",
-        {
-            "vocab_size": 151936,
-            "hidden_size": 2048,
-            "num_hidden_layers": 48,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "intermediate_size": 6144,
-            "moe_intermediate_size": 768,
-            "max_position_embeddings": 32768,
-            "num_experts": 128,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "rope_theta": 1000000.0,
-            "router_aux_loss_coef": 0.001,
-        },
-    )
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Over the global batch (arXiv 2501.11873)."""
