@@ -27,8 +27,8 @@ from moefoundry.config import (
 )
 from moefoundry.config.checks import RULES
 from moefoundry.config.field import DURATION, INTERVAL
-from moefoundry.config.paths import naming_problem
 from moefoundry.config.spec import Spec, plain, specs, walk
+from moefoundry.config.urls import naming_problem
 from moefoundry.config.yaml_reader import StrictDumper, parse_yaml
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.layers import EXTENDS
-from moefoundry.config.paths import expanded, naming_problem
 from moefoundry.config.spec import (
     INVALID,
     Elsewhere,
@@ -30,6 +29,7 @@ from moefoundry.config.spec import (
     show,
     specs,
 )
+from moefoundry.config.urls import expanded, naming_problem
 from moefoundry.registry import PartError, Table
 
 FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127

@@ -8,9 +8,8 @@ from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem, RecipeFileError
 from moefoundry.config.layers import EXTENDS, Layers, leaves_of
-from moefoundry.config.paths import expanded, naming_problem
 from moefoundry.config.spec import every_key, show
-from moefoundry.config.urls import path_problem
+from moefoundry.config.urls import expanded, naming_problem, path_problem
 from moefoundry.config.yaml_reader import parse_yaml
 
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moefoundry.config.advice import KEYS_OF_RANKS, fitting_overrides
 from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.field import REQUIRED
 from moefoundry.config.files import read_layers
-from moefoundry.config.fitting import KEYS, fitting_overrides
 from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import OVERRIDE, Layers
 from moefoundry.config.overrides import add_overrides
@@ -95,7 +95,7 @@ def _located(problem: Problem, origin: str) -> Problem:
 
 def _advice(recipe: Recipe, problems: list[Problem], world_size: int | None) -> str:
     """What would make a recipe that is right but for its number of ranks fit that number."""
-    if world_size is None or not {problem.path for problem in problems} <= {*KEYS}:
+    if world_size is None or not {problem.path for problem in problems} <= {*KEYS_OF_RANKS}:
         return ""
     overrides = fitting_overrides(recipe, world_size)
     return f"a world size of {world_size} fits with: {' '.join(overrides)}" if overrides else ""
