@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from moefoundry.config.yaml_reader import parse_yaml
 
 
 def read_layers(path: Path) -> Layers:
-    """What a recipe file says, over what the file that it extends says, and so on.
+    """Read a recipe file and lay it over the file that it extends, and so on.
 
     Raises:
         ConfigError: A file of the chain is absent, cannot be read or is no recipe, or the chain comes back to one. The
@@ -39,7 +40,7 @@ def read_layers(path: Path) -> Layers:
 
 
 def _base(value: Any, file: Path) -> Path:
-    """The file that ``file`` extends."""
+    """Find the file that ``file`` extends."""
     allowed = "the path of another recipe file, relative to this one"
     if not isinstance(value, str):
         raise ConfigError([Problem(EXTENDS, f"{file}: got {show(value)}", allowed)])
@@ -52,23 +53,13 @@ def _base(value: Any, file: Path) -> Path:
 
 
 def _shortest(path: Path) -> Path:
-    """``path`` without ``x/..``, where that is the same file (with symbolic links it may be another)."""
-    shorter = Path(*_folded(path.parts))
+    """Take ``x/..`` out of a path, where that is the same file (with symbolic links it may be another)."""
+    shorter = Path(os.path.normpath(path))
     return shorter if shorter.resolve() == path.resolve() else path
 
 
-def _folded(parts: tuple[str, ...]) -> list[str]:
-    folded: list[str] = []
-    for part in parts:
-        if part == ".." and folded and folded[-1] not in ("..", "/"):
-            folded.pop()
-        else:
-            folded.append(part)
-    return folded
-
-
 def read_tree(path: Path) -> dict[str, Any]:
-    """One recipe file as dicts, lists and scalars.
+    """Read one recipe file as dicts, lists and scalars.
 
     Raises:
         RecipeFileError: It is absent or cannot be read.
@@ -91,11 +82,11 @@ def read_tree(path: Path) -> dict[str, Any]:
 
 
 def _near(path: Path) -> str:
-    """What was probably meant by the name of a file that there is not."""
+    """Find the file, or the override, that was probably meant by the name of a file that does not exist."""
     if str(path) in every_key():
         return f"{path}=..."
     nearby = [*path.parent.glob("*.y*ml"), *Path("configs").rglob("*.y*ml")]
     by_name = {key: str(file) for file in nearby for key in (file.stem, str(file.with_suffix("")))}
-    wanted = str(path.with_suffix("")), path.stem  # what files of one kind have in common tells nothing
+    wanted = str(path.with_suffix("")), path.stem  # suffixes make any two names alike
     names = [near for name in wanted for near in difflib.get_close_matches(name, by_name, 1)]
     return by_name[names[0]] if names else ""
