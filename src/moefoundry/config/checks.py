@@ -127,8 +127,6 @@ def _dense_layers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 @rule("model.d_model", "model.attention")
 def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     width, attention = recipe.model.d_model, recipe.model.attention
-    if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
-        yield Problem("model.attention.qk_rope_head_dim", f"{attention.qk_rope_head_dim} is odd", allowed=EVEN)
     if not isinstance(attention, GqaConfig):
         return
     path, heads = "model.attention.n_heads", attention.n_heads
@@ -146,8 +144,10 @@ def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 
 @rule("model.attention")
-def _yarn(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    yarn = recipe.model.attention.yarn
+def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    attention, yarn = recipe.model.attention, recipe.model.attention.yarn
+    if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
+        yield Problem("model.attention.qk_rope_head_dim", f"{attention.qk_rope_head_dim} is odd", allowed=EVEN)
     if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
         message = f"{yarn.beta_fast} rotations are not more than model.attention.yarn.beta_slow, {yarn.beta_slow}"
         yield Problem("model.attention.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")

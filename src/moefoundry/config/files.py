@@ -43,12 +43,13 @@ def _base(value: Any, file: Path) -> Path:
     """Find the file that ``file`` extends."""
     allowed = "the path of another recipe file, relative to this one"
     if not isinstance(value, str):
-        raise ConfigError([Problem(EXTENDS, f"{file}: got {show(value)}", allowed)])
-    where = f"{file}: {show(value)}"
-    if "${" in value:
-        raise ConfigError([Problem(EXTENDS, f"{where}: files are read before interpolations are resolved", allowed)])
-    if problem := path_problem(value) or naming_problem(expanded(value)):
-        raise ConfigError([Problem(EXTENDS, f"{where} {problem}".replace("'' ", ""), allowed)])
+        problem = f"got {show(value)}"
+    elif "${" in value:
+        problem = f"{show(value)}: files are read before interpolations are resolved"
+    elif problem := path_problem(value) or naming_problem(expanded(value)):
+        problem = f"{show(value)} {problem}".removeprefix("'' ")
+    if problem:
+        raise ConfigError([Problem(EXTENDS, f"{file}: {problem}", allowed)])
     return _shortest(file.parent / expanded(value))
 
 
@@ -73,12 +74,10 @@ def read_tree(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise RecipeFileError([Problem(str(path), f"cannot be read: {reason}")], str(path)) from None
     tree = parse_yaml(text, str(path))
-    if tree is None:
-        raise ConfigError([Problem(str(path), "is empty", allowed="a mapping of keys to values")], str(path))
-    if not isinstance(tree, dict):
-        problem = Problem(str(path), f"the top level is {show(tree)}", allowed="a mapping of keys to values")
-        raise ConfigError([problem], str(path))
-    return tree
+    if isinstance(tree, dict):
+        return tree
+    message = "is empty" if tree is None else f"the top level is {show(tree)}"
+    raise ConfigError([Problem(str(path), message, allowed="a mapping of keys to values")], str(path))
 
 
 def _near(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""``${...}`` in a recipe, resolved by OmegaConf, with every failure named by the key where it stands.
+"""``${...}`` in a recipe, resolved by OmegaConf; each failure names the key where it stands.
 
 Allowed: ``${key}``, ``${.sibling}``, and the resolvers ``${oc.env:NAME}`` (for paths that differ between machines; it
 gives a string) and ``${oc.decode:...}`` (turns one into a number). A variable named like a secret is refused: a run
@@ -23,7 +23,7 @@ class Resolver:
     """Resolves one tree.
 
     Attributes:
-        problems: Path -> what is wrong with the interpolation there; its value becomes ``INVALID``.
+        problems: Path -> the fault of the interpolation there, whose value becomes ``INVALID``.
         references: Path -> the keys that its value refers to.
     """
 
@@ -32,7 +32,7 @@ class Resolver:
         self.references: dict[str, list[str]] = {}
 
     def resolve(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """A copy of ``tree`` (dicts, lists, scalars) without interpolations."""
+        """Copy ``tree`` (dicts, lists, scalars) and resolve its interpolations."""
         screened = self._screen(tree, "")
         if not self.references:  # as in a resolved recipe that is read back: OmegaConf would take most of the time
             return screened
@@ -81,6 +81,7 @@ class Resolver:
 
 
 def _refused(value: str) -> str:
+    """Say why an interpolation is not allowed; return "" if it is."""
     try:
         OmegaConf.create([value])
     except OmegaConfBaseException as error:

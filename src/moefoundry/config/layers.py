@@ -13,7 +13,6 @@ from typing import Any
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.spec import chosen_class, every_key, show, specs
-from moefoundry.registry import PartError
 
 EXTENDS = "extends"
 OVERRIDE = "override"
@@ -113,11 +112,7 @@ def _keys_of_other_variants(path: KeyPath, value: Any, said: Collection[KeyPath]
     spec = every_key().get(".".join(path[:-1]))
     if spec is None or spec.variants is None or path[-1] != spec.tag:
         return []
-    try:
-        chosen = chosen_class(spec, {spec.tag: value})
-    except PartError:  # the builder says so
-        chosen = None
-    if chosen is None:
+    if (chosen := chosen_class(spec, {spec.tag: value})) is None:
         return []
     others = {key for variant in spec.variants.values() for key in specs(variant)} - specs(chosen).keys()
     keys = [(*path[:-1], key) for key in sorted(others)]

@@ -24,7 +24,6 @@ from moefoundry.config.layers import OVERRIDE, Layers
 from moefoundry.config.overrides import add_overrides
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import Spec, chosen_class, plain, show, specs
-from moefoundry.registry import PartError
 
 LLM_FOUNDRY_MODELS = re.compile(
     r"(mpt|hf|fc|openai|fmapi)_causal_lm|(openai|fmapi)_chat|hf_t5|hf_prefix_lm|finetune_embedding_model|contrastive_lm"
@@ -131,8 +130,5 @@ def _fill(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
 
 def _usable_class(spec: Spec, tree: dict[str, Any], default: Any) -> Any:
     """Find the class as :func:`chosen_class` does; for a part that the builder will refuse, what all parts have."""
-    try:
-        cls = chosen_class(spec, tree, default)
-    except PartError:
-        cls = None
+    cls = chosen_class(spec, tree, default)
     return spec.kind if cls is None and spec.is_mapping and spec.variants is None else cls

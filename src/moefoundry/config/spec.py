@@ -168,15 +168,12 @@ def join(path: str, key: str | int) -> str:
 
 
 def chosen_class(spec: Spec, mapping: dict[str, Any], default: Any = None) -> Any:
-    """Find the dataclass that types a mapping; None where the key is no mapping, or its tag is unknown.
+    """Find the dataclass that types a mapping; None if the key is no mapping, or its tag is unknown or cannot be used.
 
     Args:
         spec: The key at which the mapping stands.
         mapping: Its keys and values.
         default: An object whose tag counts where the mapping has none.
-
-    Raises:
-        PartError: The tag names an installed part that cannot be used.
     """
     if not spec.is_mapping or (spec.variants is None and spec.table is None):
         return spec.kind if spec.is_mapping else None
@@ -187,8 +184,16 @@ def chosen_class(spec: Spec, mapping: dict[str, Any], default: Any = None) -> An
         return spec.kind if spec.variants is None else None
     if spec.table is None:
         return (spec.variants or {}).get(tag)
-    part = spec.table.find(tag)
+    part = _usable(spec.table, tag)
     return part.config if part is not None else None
+
+
+def _usable(table: Table, name: Any) -> Part | None:
+    """Find a part; None if there is none, or if it cannot be used, which is said when the recipe is built."""
+    try:
+        return table.find(name) if isinstance(name, str) else None
+    except PartError:
+        return None
 
 
 def with_parts(cls: type, table: Table, names: Iterable[Any]) -> type:
@@ -200,14 +205,7 @@ def with_parts(cls: type, table: Table, names: Iterable[Any]) -> type:
         names: The keys that stand in a recipe. Those that are no part, or of a part that cannot be used, are left out.
     """
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
-    parts = []
-    for name in names:
-        if isinstance(name, str) and name not in known:
-            try:
-                part = table.find(name)
-            except PartError:
-                continue
-            parts += [(name, part)] if part is not None else []
+    parts = [(name, part) for name in names if name not in known and (part := _usable(table, name)) is not None]
     return _extended(cls, table.kind, tuple(parts)) if parts else cls
 
 
@@ -235,10 +233,7 @@ def find_key(path: str) -> Spec | None:
     table = spec.table if (spec := specs(Recipe).get(parent)) is not None and not spec.tag else None
     if path in every_key() or table is None or not leaf:
         return every_key().get(path)
-    try:
-        part = table.find(name)
-    except PartError:  # which is said when the recipe is built
-        return None
+    part = _usable(table, name)
     return specs(part.config).get(leaf) if part is not None else None
 
 
