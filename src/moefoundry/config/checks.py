@@ -238,7 +238,7 @@ def _batch(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
 
 
 def _shard_degree(recipe: Recipe, world_size: int | None) -> int | None:
-    """Find ``mesh.shard``, inferred where it is -1 and can be; None where it cannot."""
+    """``mesh.shard``, inferred where it is -1 and can be."""
     replicate, shard = recipe.mesh.replicate, recipe.mesh.shard
     if shard > 0:
         return shard

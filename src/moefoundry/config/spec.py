@@ -72,9 +72,13 @@ class Spec:
         return re.compile(self.pattern) if self.pattern else None
 
 
-@cache
-def specs(cls: Any) -> dict[str, Spec]:
+def specs(cls: type) -> dict[str, Spec]:
     """Read the keys of a schema dataclass, in order."""
+    return _specs(cls)
+
+
+@cache
+def _specs(cls: Any) -> dict[str, Spec]:
     hints = get_type_hints(cls)
     result = {}
     for field in dataclasses.fields(cls):
@@ -204,7 +208,7 @@ def with_parts(cls: type, table: Table, names: Iterable[Any]) -> type:
         table: The table of its keys.
         names: The keys that stand in a recipe. Those that are no part, or of a part that cannot be used, are left out.
     """
-    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]  # a dataclass
+    known = specs(cls)
     parts = [(name, part) for name in names if name not in known and (part := _usable(table, name)) is not None]
     return _extended(cls, table.kind, tuple(parts)) if parts else cls
 
