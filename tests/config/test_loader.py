@@ -31,8 +31,8 @@ from moefoundry.config.checks import RULES
 from moefoundry.config.field import DURATION, INTERVAL
 from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import Layers, leaves_of
-from moefoundry.config.paths import naming_problem
 from moefoundry.config.spec import Spec, every_key, plain, specs, walk
+from moefoundry.config.urls import naming_problem
 from moefoundry.config.yaml_reader import StrictDumper, parse_yaml
 from tests.conftest import QUICK, QUICKSTART
 

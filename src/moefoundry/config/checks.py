@@ -1,4 +1,4 @@
-"""What must hold *between* the keys of a recipe. Each rule names its keys and is a plain function of the recipe."""
+"""Rules *between* the keys of a recipe. Each rule names its keys and is a plain function of the recipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from moefoundry.config.field import MAX_SEED
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
 from moefoundry.config.schema_model import ExpertBackend
-from moefoundry.config.schema_parts import AdamWConfig, Compute, Fp8Backend, Fp8Config, Fp8Recipe, Moments
+from moefoundry.config.schema_parts import (
+    AdamWConfig,
+    Compute,
+    DatasetConfig,
+    Fp8Backend,
+    Fp8Config,
+    Fp8Recipe,
+    Moments,
+)
 from moefoundry.config.spec import describe, every_key, missing, show_leaf
 from moefoundry.config.urls import path_problem, url_problem
 
@@ -34,6 +42,8 @@ RULES: list[Rule] = []
 
 
 def rule(*keys: str) -> Callable[[Check], Check]:
+    """Add the decorated check to :data:`RULES`."""
+
     def register(check: Check) -> Check:
         RULES.append(Rule(keys, check))
         return check
@@ -42,7 +52,7 @@ def rule(*keys: str) -> Callable[[Check], Check]:
 
 
 def check_recipe(recipe: Recipe, world_size: int | None = None, skip: Collection[str] = ()) -> list[Problem]:
-    """Every broken relation between keys.
+    """List every broken relation between keys.
 
     Args:
         recipe: A recipe whose values each fit the schema.
@@ -57,7 +67,7 @@ def check_recipe(recipe: Recipe, world_size: int | None = None, skip: Collection
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Whether two paths are equal, or one lies below the other."""
+    """Tell whether two paths are equal, or one lies below the other."""
     shorter, longer = sorted((a, b), key=len)
     return longer == shorter or longer.startswith((f"{shorter}.", f"{shorter}["))
 
@@ -142,16 +152,10 @@ def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 
 @rule("model.attention")
-def _latent_heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    attention = recipe.model.attention
+def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    attention, yarn = recipe.model.attention, recipe.model.attention.yarn
     if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
-        message = f"{attention.qk_rope_head_dim} is odd"
-        yield Problem("model.attention.qk_rope_head_dim", message, allowed=EVEN)
-
-
-@rule("model.attention")
-def _yarn(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    yarn = recipe.model.attention.yarn
+        yield Problem("model.attention.qk_rope_head_dim", f"{attention.qk_rope_head_dim} is odd", allowed=EVEN)
     if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
         message = f"{yarn.beta_fast} rotations are not more than model.attention.yarn.beta_slow, {yarn.beta_slow}"
         yield Problem("model.attention.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")
@@ -163,11 +167,8 @@ def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if recipe.model.moe.backend == ExpertBackend.loop:
         return
     multiple = 8 if recipe.precision.compute == Compute.bf16 else 4
-    sizes = {
-        "model.d_model": recipe.model.d_model,
-        "model.moe.expert_hidden_size": recipe.model.moe.expert_hidden_size,
-    }
-    for path, size in sizes.items():
+    hidden = recipe.model.moe.expert_hidden_size
+    for path, size in (("model.d_model", recipe.model.d_model), ("model.moe.expert_hidden_size", hidden)):
         if size % multiple:
             message = f"the grouped_mm backend needs rows of whole 16 bytes, but {size} is not divisible by {multiple}"
             allowed = f"multiples of {multiple} with precision.compute={recipe.precision.compute}"
@@ -176,7 +177,7 @@ def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("precision.fp8")
 def _fp8_is_on(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    """What says how FP8 is done does nothing where nothing says that it is."""
+    """Refuse keys on how FP8 is done where it is off."""
     fp8, default = recipe.precision.fp8, Fp8Config()
     for name in ("exclude", "backend"):
         given, usual = getattr(fp8, name), getattr(default, name)
@@ -259,10 +260,9 @@ def _shard_degree(recipe: Recipe, world_size: int | None) -> int | None:
 
 @rule("load_path", "save_remote", "train_loader", "eval_loader")
 def _places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    """What may be behind a URL, by the rule that readers follow."""
+    """Check what may be a URL by the rule that readers follow."""
     places = {"load_path": recipe.load_path, "save_remote": recipe.save_remote}
-    loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
-    remotes = {f"{name}.dataset.remote": loader.dataset.remote for name, loader in loaders.items() if loader}
+    remotes = {f"{path}.remote": dataset.remote for path, dataset in _datasets(recipe)}
     for path, place in {**places, **remotes}.items():
         if place is not None and (problem := url_problem(place, for_data=path in remotes)):
             yield Problem(path, f"{show_leaf(place)}: {problem}")
@@ -270,25 +270,30 @@ def _places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("run_dir", "tokenizer", "train_loader", "eval_loader", "loggers.tensorboard")
 def _local_places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    """What is read and written as files of this machine."""
+    """Check what is read and written as files of this machine."""
     paths = {"run_dir": recipe.run_dir, "tokenizer.name": recipe.tokenizer.name}
-    loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
-    paths |= {f"{name}.dataset.local": loader.dataset.local for name, loader in loaders.items() if loader}
+    paths |= {f"{path}.local": dataset.local for path, dataset in _datasets(recipe)}
     if recipe.loggers.tensorboard is not None:
         paths["loggers.tensorboard.log_dir"] = recipe.loggers.tensorboard.log_dir
-    uses = {"run_dir": "; checkpoints are uploaded with save_remote"}
     for path, value in paths.items():
         if problem := path_problem(value):
-            yield Problem(path, f"{show_leaf(value)}: {problem}{uses.get(path, '')}")
+            cure = "; checkpoints are uploaded with save_remote" if path == "run_dir" else ""
+            yield Problem(path, f"{show_leaf(value)}: {problem}{cure}")
 
 
 @rule("max_seq_len", "train_loader.dataset.max_seq_len", "eval_loader.dataset.max_seq_len")
 def _sequence_length(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
-    for name, loader in loaders.items():
-        if loader is not None and loader.dataset.max_seq_len != recipe.max_seq_len:
-            message = f"{loader.dataset.max_seq_len} is not the recipe's max_seq_len"
-            yield Problem(f"{name}.dataset.max_seq_len", message, allowed=str(recipe.max_seq_len))
+    for path, dataset in _datasets(recipe):
+        if dataset.max_seq_len != recipe.max_seq_len:
+            message = f"{dataset.max_seq_len} is not the recipe's max_seq_len"
+            yield Problem(f"{path}.max_seq_len", message, allowed=str(recipe.max_seq_len))
+
+
+def _datasets(recipe: Recipe) -> Iterator[tuple[str, DatasetConfig]]:
+    """Yield each loader's dataset, with its path."""
+    yield "train_loader.dataset", recipe.train_loader.dataset
+    if recipe.eval_loader is not None:
+        yield "eval_loader.dataset", recipe.eval_loader.dataset
 
 
 @rule("ema", "eval_loader")
@@ -299,7 +304,7 @@ def _evaluated_average(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("save_keep_best", "eval_loader", "model.mtp.depth")
 def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    """Only what a run measures, and what is better when it is lower."""
+    """Accept only metrics that the run measures and that are better when they are lower."""
     names = ["total", "lm", "balance", "z"] + (["mtp"] if recipe.model.mtp.depth else [])
     measured = [HELD_OUT_LOSS] * (recipe.eval_loader is not None) + [f"loss/train/{name}" for name in names]
     wanted = recipe.save_keep_best
@@ -326,13 +331,12 @@ def _weights_of_something(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Without a gradient, a moment loses 1 - beta of itself a step; to be rounded down it may have to lose 2**-8."""
     largest, moments = 1 - 2**-8, recipe.precision.optimizer_moments
-    if not isinstance(recipe.optimizer, AdamWConfig):
-        if moments != Moments.fp32:
-            message = f"{moments}, but only adamw has such moments, and optimizer.name is {recipe.optimizer.name}"
-            yield Problem("precision.optimizer_moments", message, allowed="fp32")
-        return
-    for index, beta in enumerate(recipe.optimizer.betas):
-        if recipe.precision.optimizer_moments == Moments.bf16 and beta > largest:
+    if moments != Moments.fp32 and not isinstance(recipe.optimizer, AdamWConfig):
+        message = f"{moments}, but only adamw has such moments, and optimizer.name is {recipe.optimizer.name}"
+        yield Problem("precision.optimizer_moments", message, allowed="fp32")
+    betas = recipe.optimizer.betas if isinstance(recipe.optimizer, AdamWConfig) else ()
+    for index, beta in enumerate(betas):
+        if moments == Moments.bf16 and beta > largest:
             message = f"with {beta}, moments that precision.optimizer_moments=bf16 rounds to the nearest may never fall"
             suggestion = "precision.optimizer_moments=bf16_stochastic"
             yield Problem(f"optimizer.betas[{index}]", message, allowed=f"at most {largest}", suggestion=suggestion)
@@ -369,7 +373,7 @@ def _seeds_of_ranks(recipe: Recipe, world_size: int | None) -> Iterator[Problem]
 
 
 def divisors(number: int) -> str:
-    """What divides ``number``, for a message."""
+    """List the divisors of ``number``, for a message."""
     if number > 10_000:
         return f"a divisor of {number}"
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,32 +1,52 @@
-"""A recipe as text: YAML that reads back equal, dotted leaves, and the difference of two recipes."""
+"""A recipe as text: YAML that reads back equal, YAML with the origin of each value, and the difference of two recipes.
+
+All of this is kept and shown, so secrets are redacted in it.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
+from moefoundry.config.layers import Layers, leaves_of
+from moefoundry.config.loader import with_defaults
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import join, plain, redact, show_leaf
 from moefoundry.config.yaml_reader import StrictDumper
 
+COLUMN = 56  # of comments, where a line is not longer
+
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Write YAML of every key, resolved, in the schema's order.
+    """Write every key as YAML, resolved, in the schema's order.
 
-    ``load_recipe`` reads it back to an equal recipe, but for secrets: they are redacted here and below, since all of
-    this is kept and shown.
+    :func:`moefoundry.config.load_recipe` reads it back to an equal recipe, but for secrets.
     """
-    return yaml.dump(redacted(plain(recipe), ""), Dumper=StrictDumper, sort_keys=False, width=120)
+    return yaml.dump(redacted(plain(recipe)), Dumper=StrictDumper, sort_keys=False, width=120)
 
 
 def flatten(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value; lists and empty mappings are leaves, enum members are strings."""
-    return dict(_leaves(redacted(plain(recipe), ""), ""))
+    """Map each dotted key to its value; lists and empty mappings are leaves, enum members are strings."""
+    return {".".join(path): value for path, value in leaves_of(redacted(plain(recipe))).items()}
 
 
-def redacted(value: Any, path: str) -> Any:
-    """The plain ``value`` of the key ``path`` with every string as :func:`redact` leaves it."""
+def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
+    """Write a line ``key: old -> new`` for each leaf that differs, with ``(absent)`` where a recipe has none."""
+    before, after, absent = flatten(old), flatten(new), object()
+    lines = []
+    for path in before | after:
+        values = [leaves.get(path, absent) for leaves in (before, after)]
+        if values[0] != values[1]:
+            was, becomes = ("(absent)" if value is absent else show_leaf(value) for value in values)
+            lines.append(f"{path}: {was} -> {becomes}")
+    return lines
+
+
+def redacted(value: Any, path: str = "") -> Any:
+    """Apply :func:`redact` to every string in the plain ``value`` of the key ``path``."""
     if isinstance(value, dict):
         return {name: redacted(child, join(path, name)) for name, child in value.items()}
     if isinstance(value, list):
@@ -34,18 +54,49 @@ def redacted(value: Any, path: str) -> Any:
     return redact(value, path) if isinstance(value, str) else value
 
 
-def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        return [leaf for name, child in value.items() for leaf in _leaves(child, join(path, name))]
-    return [(path, value)]
+def annotated(recipe: Recipe, layers: Layers) -> str:
+    """Write every key as YAML, resolved, with a comment on where its value comes from: ``validate --show``.
+
+    The comment is the file, ``override`` or ``default``; before it stands the interpolation, if the value was written
+    as one. The text reads back as that of :func:`dump_recipe` does.
+
+    Args:
+        recipe: The recipe that the layers resolve to.
+        layers: Its files and overrides.
+    """
+    lines = _lines(redacted(plain(recipe)), with_defaults(layers.tree), "", layers, "")
+    return "".join(f"{text:<{COLUMN}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
 
 
-def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
-    """One ``key: old -> new`` line for each leaf that differs; ``(absent)`` where a recipe has none."""
-    before, after = flatten(old), flatten(new)
-    lines = []
-    for path in before | after:
-        if path not in before or path not in after or before[path] != after[path]:
-            was, becomes = (show_leaf(leaves[path]) if path in leaves else "(absent)" for leaves in (before, after))
-            lines.append(f"{path}: {was} -> {becomes}")
-    return lines
+def _lines(values: dict[str, Any], written: Any, path: str, layers: Layers, whole: str) -> Iterator[tuple[str, str]]:
+    """Yield the line and the comment of each key of the mapping at ``path``.
+
+    ``written`` is the mapping before interpolations were resolved. ``whole`` is the comment of all keys below an
+    interpolation that stands for a mapping.
+    """
+    indent = "  " * path.count(".") + ("  " if path else "")
+    for name, value in values.items():
+        key = join(path, name)
+        raw = written[name] if isinstance(written, dict) else None
+        comment = whole or _comment(raw, layers.origins.get(key, "default"), key)
+        if isinstance(value, dict) and value:
+            yield f"{indent}{name}:", ""
+            yield from _lines(value, raw, key, layers, whole or (comment if isinstance(raw, str) else ""))
+        else:
+            yield f"{indent}{name}: {scalar(value)}", comment
+
+
+def _comment(raw: Any, origin: str, key: str) -> str:
+    items = raw if isinstance(raw, list) else [raw]
+    references = [item for item in items if isinstance(item, str) and "${" in item]
+    parts = [redact(" ".join(references), key), f"({redact(origin)})"] if references else [redact(origin)]
+    return " ".join(part if part.isprintable() else repr(part) for part in parts)
+
+
+def scalar(value: Any) -> str:
+    """Write a value, or a list of them, on one line."""
+    style = '"' if isinstance(value, str) and not value.isprintable() else None
+    text = yaml.dump(
+        [value], Dumper=StrictDumper, default_flow_style=True, default_style=style, width=math.inf, allow_unicode=True
+    )
+    return text.strip().removeprefix("[").removesuffix("]")

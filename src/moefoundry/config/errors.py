@@ -1,4 +1,4 @@
-"""What a bad recipe looks like to its author: every problem at once, each with its key path."""
+"""Errors of recipes and data. A bad recipe gets every problem at once, each with its key path."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Problem:
 
     Attributes:
         path: Full dotted key path, e.g. ``model.moe.top_k`` (or the file, where the file itself is at fault).
-        message: What is wrong, including the bad value.
-        allowed: What would be accepted, or an empty string.
-        suggestion: The key or value that was probably meant, or an empty string.
-        file: The recipe file in which the key stands, where it may be one of several, or an empty string.
+        message: The fault, with the bad value.
+        allowed: Values that would be accepted, in words.
+        suggestion: The key or value that was probably meant.
+        file: The recipe file in which the key stands, where it may be one of several.
     """
 
     path: str
@@ -40,10 +40,10 @@ class Problem:
 
 
 class UserError(Exception):
-    """Something the user can put right; the message is one clear line that names the culprit.
+    """An error that the user can put right; the message is one clear line that names the culprit.
 
-    The command line prints it to standard error without a traceback and exits with status 2. What looks like a secret
-    is hidden, wherever the message comes from.
+    The command line prints it to standard error without a traceback and exits with status 2. Whatever looks like a
+    secret is hidden in it.
     """
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class UserError(Exception):
 
 
 class DataError(UserError):
-    """Data that turn out to be unusable while they are read, perhaps by one rank alone: that rank is to say so."""
+    """Data that prove unusable while they are read, perhaps on one rank alone: that rank has to say so."""
 
 
 class ConfigError(UserError, ValueError):
@@ -60,7 +60,7 @@ class ConfigError(UserError, ValueError):
     Args:
         problems: At least one.
         source: The recipe's name.
-        advice: What follows the problems in the message.
+        advice: A last line after the problems.
     """
 
     def __init__(self, problems: list[Problem], source: str = "recipe", advice: str = "") -> None:
@@ -73,10 +73,10 @@ class ConfigError(UserError, ValueError):
 
 
 class RecipeFileError(ConfigError):
-    """A recipe file that is not there or cannot be read, perhaps on one node alone: that node is to say so."""
+    """A recipe file that is absent or cannot be read, perhaps on one node alone: that node has to say so."""
 
 
 def first_few(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
-    """As many as a person reads, and how many more there are."""
+    """Join as many items as a person reads, and say how many more there are."""
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *more])

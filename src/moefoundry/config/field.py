@@ -1,4 +1,4 @@
-"""What a key of a recipe says of itself, beside its type: see :func:`key`."""
+"""Facts that a key of a recipe carries beside its type: see :func:`key`."""
 
 from __future__ import annotations
 
@@ -59,8 +59,11 @@ def key(
     Args:
         default: The value, or a callable that makes it (a dataclass, or a lambda for lists); :data:`REQUIRED` is none.
         doc: One sentence for ``docs/recipe.md``.
-        customary: Of a required key, which values are usual, for the error where it is missing.
-        ge, gt, le, lt: Numeric bounds.
+        customary: Usual values of a required key, for the error where it is missing.
+        ge: Lower bound.
+        gt: Lower bound, itself excluded.
+        le: Upper bound.
+        lt: Upper bound, itself excluded.
         pattern: A regular expression that a string must match in full.
         length: How many elements a list must have.
         available: The values that this release can run; others of the type are refused as "not available yet".

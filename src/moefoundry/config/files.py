@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem, RecipeFileError
 from moefoundry.config.layers import EXTENDS, Layers, leaves_of
-from moefoundry.config.paths import expanded, naming_problem
 from moefoundry.config.spec import every_key, show
-from moefoundry.config.urls import path_problem
+from moefoundry.config.urls import expanded, naming_problem, path_problem
 from moefoundry.config.yaml_reader import parse_yaml
 
 
 def read_layers(path: Path) -> Layers:
-    """Read a recipe file, over the file that it extends, and so on.
+    """Read a recipe file and lay it over the file that it extends, and so on.
 
     Raises:
         ConfigError: A file of the chain is absent, cannot be read or is no recipe, or the chain comes back to one. The
@@ -40,36 +40,27 @@ def read_layers(path: Path) -> Layers:
 
 
 def _base(value: Any, file: Path) -> Path:
-    """The file that ``file`` extends."""
+    """Find the file that ``file`` extends."""
     allowed = "the path of another recipe file, relative to this one"
     if not isinstance(value, str):
-        raise ConfigError([Problem(EXTENDS, f"{file}: got {show(value)}", allowed)])
-    where = f"{file}: {show(value)}"
-    if "${" in value:
-        raise ConfigError([Problem(EXTENDS, f"{where}: files are read before interpolations are resolved", allowed)])
-    if problem := path_problem(value) or naming_problem(expanded(value)):
-        raise ConfigError([Problem(EXTENDS, f"{where} {problem}".replace("'' ", ""), allowed)])
+        problem = f"got {show(value)}"
+    elif "${" in value:
+        problem = f"{show(value)}: files are read before interpolations are resolved"
+    elif problem := path_problem(value) or naming_problem(expanded(value)):
+        problem = f"{show(value)} {problem}".removeprefix("'' ")
+    if problem:
+        raise ConfigError([Problem(EXTENDS, f"{file}: {problem}", allowed)])
     return _shortest(file.parent / expanded(value))
 
 
 def _shortest(path: Path) -> Path:
-    """``path`` without ``x/..``, where that is the same file (with symbolic links it may be another)."""
-    shorter = Path(*_folded(path.parts))
+    """Take ``x/..`` out of a path, where that is the same file (with symbolic links it may be another)."""
+    shorter = Path(os.path.normpath(path))
     return shorter if shorter.resolve() == path.resolve() else path
 
 
-def _folded(parts: tuple[str, ...]) -> list[str]:
-    folded: list[str] = []
-    for part in parts:
-        if part == ".." and folded and folded[-1] not in ("..", "/"):
-            folded.pop()
-        else:
-            folded.append(part)
-    return folded
-
-
 def read_tree(path: Path) -> dict[str, Any]:
-    """One recipe file as dicts, lists and scalars.
+    """Read one recipe file as dicts, lists and scalars.
 
     Raises:
         RecipeFileError: It is absent or cannot be read.
@@ -83,20 +74,18 @@ def read_tree(path: Path) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise RecipeFileError([Problem(str(path), f"cannot be read: {reason}")], str(path)) from None
     tree = parse_yaml(text, str(path))
-    if tree is None:
-        raise ConfigError([Problem(str(path), "is empty", allowed="a mapping of keys to values")], str(path))
-    if not isinstance(tree, dict):
-        problem = Problem(str(path), f"the top level is {show(tree)}", allowed="a mapping of keys to values")
-        raise ConfigError([problem], str(path))
-    return tree
+    if isinstance(tree, dict):
+        return tree
+    message = "is empty" if tree is None else f"the top level is {show(tree)}"
+    raise ConfigError([Problem(str(path), message, allowed="a mapping of keys to values")], str(path))
 
 
 def _near(path: Path) -> str:
-    """Guess the file that was meant by the name of one that is not there."""
+    """Find the file, or the override, that was probably meant by the name of a file that does not exist."""
     if str(path) in every_key():
         return f"{path}=..."
     nearby = [*path.parent.glob("*.y*ml"), *Path("configs").rglob("*.y*ml")]
     by_name = {key: str(file) for file in nearby for key in (file.stem, str(file.with_suffix("")))}
-    wanted = str(path.with_suffix("")), path.stem  # what files of one kind have in common tells nothing
+    wanted = str(path.with_suffix("")), path.stem  # suffixes make any two names alike
     names = [near for name in wanted for near in difflib.get_close_matches(name, by_name, 1)]
     return by_name[names[0]] if names else ""

@@ -1,4 +1,4 @@
-"""``${...}`` in a recipe, resolved by OmegaConf, with every failure named by the key where it stands.
+"""``${...}`` in a recipe, resolved by OmegaConf; each failure names the key where it stands.
 
 Allowed: ``${key}``, ``${.sibling}``, and the resolvers ``${oc.env:NAME}`` (for paths that differ between machines; it
 gives a string) and ``${oc.decode:...}`` (turns one into a number). A variable named like a secret is refused: a run
@@ -25,7 +25,7 @@ class Resolver:
     """Resolves one tree.
 
     Attributes:
-        problems: Path -> what is wrong with the interpolation there; its value becomes ``INVALID``.
+        problems: Path -> the fault of the interpolation there, whose value becomes ``INVALID``.
         references: Path -> the keys that its value refers to.
     """
 
@@ -34,7 +34,7 @@ class Resolver:
         self.references: dict[str, list[str]] = {}
 
     def resolve(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """A copy of ``tree`` (dicts, lists, scalars) without interpolations."""
+        """Copy ``tree`` (dicts, lists, scalars) and resolve its interpolations."""
         screened = self._screen(tree, "")
         if not self.references:
             return screened
@@ -125,6 +125,7 @@ def _scalar_at(tree: Any, key: str) -> Any:
 
 @cache
 def _refused(value: str) -> str:
+    """Say why an interpolation is not allowed; return "" if it is."""
     if _KEY.fullmatch(value):
         return ""
     try:

@@ -1,4 +1,6 @@
-"""Mappings laid over each other, the file over what it extends and overrides over the file, and who said what.
+"""Recipe files and overrides laid over each other, with the origin of each key.
+
+A file lies over the one that it extends, and overrides over the file.
 
 A mapping is merged into the one below, key by key; anything else, lists and null included, replaces what is there.
 Choosing another variant (``scheduler.name``) drops those keys below that only other variants have.
@@ -10,9 +12,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import chosen_class, show, specs
-from moefoundry.registry import PartError
+from moefoundry.config.spec import chosen_class, every_key, show, specs
 
 EXTENDS = "extends"
 OVERRIDE = "override"
@@ -20,16 +20,16 @@ KeyPath = tuple[str, ...]
 
 
 class Layers:
-    """Recipe files and overrides laid over each other.
+    """Recipe files and overrides, merged.
 
     Args:
-        name: What to call it in errors.
-        chained: Whether it is made of several files, so that a problem has to say in which it is.
+        name: The recipe's name in errors.
+        chained: There are several files, so that a problem has to say in which it is.
 
     Attributes:
         tree: Dicts, lists and scalars, interpolations as they were written.
         origins: Dotted key, or empty mapping -> the file that says it, or :data:`OVERRIDE`.
-        problems: What could not be laid over what was there.
+        problems: Keys that could not be merged.
     """
 
     def __init__(self, name: str, chained: bool = False) -> None:
@@ -40,7 +40,7 @@ class Layers:
         self.problems: list[Problem] = []
 
     def add(self, leaves: Mapping[KeyPath, Any], origin: str) -> None:
-        """Lay keys, as :func:`leaves_of` has them, over what is there."""
+        """Merge keys, as :func:`leaves_of` has them, into the tree."""
         for leaf, value in leaves.items():
             if problem := _assign(self.tree, leaf, value, origin):
                 self.problems.append(problem)
@@ -48,12 +48,13 @@ class Layers:
                 self._forget(leaf)
                 self.origins[".".join(leaf)] = origin
         for leaf, value in leaves.items():
-            for key in _keys_of_other_variants(self.tree, leaf, value, leaves):
-                _at(self.tree, key[:-1]).pop(key[-1], None)
-                self._forget(key)
+            for key in _keys_of_other_variants(leaf, value, leaves):
+                if isinstance(mapping := _at(self.tree, key[:-1]), dict):
+                    mapping.pop(key[-1], None)
+                    self._forget(key)
 
     def _forget(self, path: KeyPath) -> None:
-        """Drop who said what stood at ``path`` and below, and who said that there was nothing above."""
+        """Drop the origin of ``path``, of the keys below, and of empty mappings above."""
         key = ".".join(path)
         above = {".".join(path[:length]) for length in range(1, len(path))}
         self.origins = {
@@ -63,7 +64,7 @@ class Layers:
         }
 
     def origin(self, path: str) -> str:
-        """The file that says a dotted key, a mapping above it, or a key below it; an empty string if none does."""
+        """Find the origin of a dotted key, or else of a mapping that holds it, or of a key below; "" for none."""
         key = path.partition("[")[0]
         names = key.split(".")
         for above in (key, *(".".join(names[:length]) for length in range(len(names) - 1, 0, -1))):
@@ -74,7 +75,7 @@ class Layers:
 
 
 def leaves_of(value: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
-    """A mapping as its keys at every depth; an empty one stays a value."""
+    """Flatten a mapping to its keys at every depth; an empty one stays a value."""
     if not isinstance(value, dict) or (not value and path):
         return {path: value}
     leaves: dict[KeyPath, Any] = {}
@@ -84,8 +85,9 @@ def leaves_of(value: Any, path: KeyPath = ()) -> dict[KeyPath, Any]:
 
 
 def _at(tree: Any, path: KeyPath) -> Any:
+    """Find the value at ``path``; None where there is none."""
     for name in path:
-        tree = tree[name]
+        tree = tree.get(name) if isinstance(tree, dict) else None
     return tree
 
 
@@ -105,22 +107,12 @@ def _assign(tree: Any, path: KeyPath, value: Any, origin: str) -> Problem | None
     return None
 
 
-def _keys_of_other_variants(tree: Any, path: KeyPath, value: Any, said: Collection[KeyPath]) -> list[KeyPath]:
-    """Keys beside ``path``, which chooses a variant, that the variant does not have; without those ``said`` with it."""
-    cls: Any = Recipe
-    spec = None
-    for parent in path[:-1]:
-        spec = specs(cls).get(parent)
-        if spec is None or not spec.is_mapping or not isinstance(tree.get(parent), dict):
-            return []
-        tree, cls = tree[parent], spec.kind
+def _keys_of_other_variants(path: KeyPath, value: Any, said: Collection[KeyPath]) -> list[KeyPath]:
+    """Find the keys beside ``path``, the choice of a variant, that only others have; those ``said`` with it stay."""
+    spec = every_key().get(".".join(path[:-1]))
     if spec is None or spec.variants is None or path[-1] != spec.tag:
         return []
-    try:
-        chosen = chosen_class(spec, {spec.tag: value})
-    except PartError:  # which is said when the recipe is built
-        chosen = None
-    if chosen is None:
+    if (chosen := chosen_class(spec, {spec.tag: value})) is None:
         return []
     others = {key for variant in spec.variants.values() for key in specs(variant)} - specs(chosen).keys()
     keys = [(*path[:-1], key) for key in sorted(others)]

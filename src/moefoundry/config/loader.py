@@ -8,40 +8,30 @@ dataclasses; then check across keys, those whose values are sound.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moefoundry.config.advice import KEYS_OF_RANKS, fitting_overrides
 from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.field import REQUIRED
 from moefoundry.config.files import read_layers
-from moefoundry.config.fitting import KEYS, fitting_overrides
 from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import OVERRIDE, Layers, leaves_of
 from moefoundry.config.overrides import add_overrides
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import Spec, chosen_class, plain, show, specs
 from moefoundry.config.versions import FORMAT_VERSION, VERSION_KEY, upgraded
-from moefoundry.registry import PartError
 
 OVERRIDES = "overrides"
 """Name of a recipe without a file."""
 NO_RECIPE = "moefoundry init writes a recipe to start from; configs/quickstart.yaml is a small one"
-LLM_FOUNDRY_MODELS = (
-    "mpt_causal_lm",
-    "hf_causal_lm",
-    "hf_t5",
-    "hf_prefix_lm",
-    "fc_causal_lm",
-    "finetune_embedding_model",
-    "contrastive_lm",
-    "openai_causal_lm",
-    "openai_chat",
-    "fmapi_causal_lm",
-    "fmapi_chat",
+LLM_FOUNDRY_MODELS = re.compile(
+    r"(mpt|hf|fc|openai|fmapi)_causal_lm|(openai|fmapi)_chat|hf_t5|hf_prefix_lm|finetune_embedding_model|contrastive_lm"
 )
 
 
@@ -118,15 +108,15 @@ def _located(problem: Problem, origin: str) -> Problem:
 
 
 def _advice(recipe: Recipe, problems: list[Problem], world_size: int | None) -> str:
-    """Name overrides that make a recipe fit the number of ranks, where nothing else is wrong with it."""
-    if world_size is None or not {problem.path for problem in problems} <= {*KEYS}:
+    """Say how a recipe that is right but for its number of ranks would fit that number."""
+    if world_size is None or not {problem.path for problem in problems} <= {*KEYS_OF_RANKS}:
         return ""
     overrides = fitting_overrides(recipe, world_size)
     return f"a world size of {world_size} fits with: {' '.join(overrides)}" if overrides else ""
 
 
 def _sources(path: str, references: dict[str, list[str]]) -> set[str]:
-    """The paths that the value at ``path`` comes from: those it refers to, or that a mapping above it refers to."""
+    """Find the paths that the value at ``path`` comes from: it, or a mapping above it, refers to them."""
     sources = set()
     for referrer, targets in references.items():
         if path == referrer or path.startswith(f"{referrer}."):
@@ -137,18 +127,18 @@ def _sources(path: str, references: dict[str, list[str]]) -> set[str]:
 def _refuse_llm_foundry(tree: dict[str, Any], source: str) -> None:
     model = tree.get("model")
     name = model.get("name") if isinstance(model, dict) else None
-    if name in LLM_FOUNDRY_MODELS:
+    if isinstance(name, str) and LLM_FOUNDRY_MODELS.fullmatch(name):
         message = f"{show(name)} is a model of LLM Foundry, whose recipes are another schema, not available yet"
         raise ConfigError([Problem("model.name", message, allowed="moe_causal_lm")], source)
 
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
-    """``tree`` with every key of the schema; interpolations stay as they are written."""
+    """Add every missing key of the schema to ``tree``; interpolations stay as they are written."""
     return _fill(Recipe(), tree)
 
 
 def _fill(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
-    """``tree`` with the missing keys of ``default`` (a schema object) added at every depth; unknown keys stay."""
+    """Add the missing keys of ``default`` (a schema object) to ``tree`` at every depth; unknown keys stay."""
     filled = {}
     for name, spec in specs(type(default)).items():
         value = getattr(default, name)
@@ -163,9 +153,6 @@ def _fill(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _usable_class(spec: Spec, tree: dict[str, Any], default: Any) -> Any:
-    """:func:`chosen_class`; of a part that is none or cannot be used, which the builder lists, what all have."""
-    try:
-        cls = chosen_class(spec, tree, default)
-    except PartError:
-        cls = None
+    """Find the class as :func:`chosen_class` does; for a part that the builder will refuse, what all parts have."""
+    cls = chosen_class(spec, tree, default)
     return spec.kind if cls is None and spec.is_mapping and spec.variants is None else cls

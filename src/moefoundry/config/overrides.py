@@ -15,8 +15,8 @@ from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.layers import EXTENDS, OVERRIDE, KeyPath, Layers, leaves_of
-from moefoundry.config.paths import expanded
 from moefoundry.config.spec import every_key, find_key, looks_secret, redact
+from moefoundry.config.urls import expanded
 from moefoundry.config.yaml_reader import parse_yaml
 
 _PATH = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
@@ -25,24 +25,21 @@ _INDEX = re.compile(r"\[\d+\]|\.\d+$")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """``[RECIPE] [key=value ...]`` -> (recipe or None, overrides). The recipe comes first and has no ``=``."""
-    if (
-        arguments
-        and not arguments[0].startswith("-")
-        and ("=" not in arguments[0] or Path(expanded(arguments[0])).is_file())
-    ):
-        return expanded(arguments[0]), list(arguments[1:])
-    return None, list(arguments)
+    """Split ``[RECIPE] [key=value ...]`` into the recipe, or None, and overrides. A recipe with a ``=`` must exist."""
+    first = expanded(arguments[0]) if arguments else "-"
+    if first.startswith("-") or ("=" in first and not Path(first).is_file()):
+        return None, list(arguments)
+    return first, list(arguments[1:])
 
 
 def redact_argument(argument: str) -> str:
-    """An argument of the command line as it may be shown and kept."""
+    """Hide secrets in an argument of the command line, which is shown and kept."""
     path, equals, value = argument.partition("=")
     return path + equals + redact(value, path) if equals else redact(argument)
 
 
 def add_overrides(layers: Layers, overrides: Sequence[str]) -> None:
-    """Lay the overrides, in order, over what there is; what is wrong with them joins the problems."""
+    """Merge overrides, in order, into the layers; their problems join those of the layers."""
     leaves: dict[KeyPath, Any] = {}
     words = list(overrides)
     while words:
@@ -58,7 +55,7 @@ def add_overrides(layers: Layers, overrides: Sequence[str]) -> None:
 
 
 def _parse(token: str, following: str) -> tuple[str, Any]:
-    """The key and the value of an override; ``following`` is what seems to be the value where it has none."""
+    """Split an override into key and value; ``following`` is the probable value where it has none, for the error."""
     path, equals, text = token.partition("=")
     bare = path.lstrip("-")
     shown = "..." if looks_secret(bare) else text or following
@@ -78,6 +75,7 @@ def _parse(token: str, following: str) -> tuple[str, Any]:
 
 
 def _value(path: str, text: str) -> Any:
+    """Read the value of a key."""
     spec = find_key(path)
     if spec is None or not spec.is_text:
         return parse_yaml(text, f"{path}=", comments=False, plain_text=spec is not None and spec.item is str)

@@ -46,14 +46,13 @@ this.
 
 
 def reference() -> str:
-    """The whole page as Markdown: one table for each mapping, a mapping with variants has one for each of them."""
+    """Write the page as Markdown, with a table for each mapping; a mapping with variants has one for each of them."""
     return "\n".join([HEADER, *_sections(Recipe(), "", "Top level"), _names_elsewhere()])
 
 
 def _sections(default: Any, path: str, title: str) -> Iterator[str]:
     yield f"## {title}\n"
-    nested = []
-    rows = []
+    nested, rows = [], ["| key | type | default | allowed | on resume | meaning |", "|---|---|---|---|---|---|"]
     for name, spec in specs(type(default)).items():
         value = getattr(default, name)
         full = f"{path}{name}"
@@ -66,13 +65,7 @@ def _sections(default: Any, path: str, title: str) -> Iterator[str]:
             for tag, cls in variants.items():
                 heading = f"`{full}`" + (f" with `{spec.tag}: {tag}`" if tag else "")
                 nested.append((value if type(value) is cls else cls(), f"{full}.", heading))
-    if rows:
-        yield (
-            "\n".join(["| key | type | default | allowed | on resume | meaning |", "|---|---|---|---|---|---|", *rows])
-            + "\n"
-        )
-    else:
-        yield "No keys: write `{}`.\n"
+    yield "\n".join([*rows, ""]) if len(rows) > 2 else "No keys: write `{}`.\n"
     if (table := TABLES.get(path.rstrip("."))) is not None:
         others = ", ".join(f"`{name}`" for name in table.listed if name not in specs(type(default)))
         named = f"also, by the arguments of Composer's classes: {others}; and " if others else "also "
@@ -91,11 +84,12 @@ def _names_elsewhere() -> str:
 
 def _type(spec: Spec) -> str:
     names = {int: "integer", float: "number", str: "string", bool: "boolean"}
-    name = (
-        f"list of {names[spec.item]}s" if spec.item else names.get(spec.kind, "mapping" if spec.is_mapping else "name")
-    )
-    if spec.table is not None and not spec.is_mapping:
+    if spec.is_mapping:
+        name = "mapping"
+    elif spec.table is not None:
         name = "name"
+    else:
+        name = f"list of {names[spec.item]}s" if spec.item else names.get(spec.kind, "name")
     return f"{name} or null" if spec.optional else name
 
 

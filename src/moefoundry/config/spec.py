@@ -1,4 +1,4 @@
-"""What the schema says about each key, in one place for the loader, the reference page and the tests."""
+"""Facts about each key, read from the schema in one place for the loader, the reference page and the tests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
-from moefoundry.config.extended import with_parts
-from moefoundry.config.field import PATTERN_HINTS
+from moefoundry.config.field import PATTERN_HINTS, key
 from moefoundry.config.parts import TABLES
 from moefoundry.config.schema import Recipe
-from moefoundry.registry import PartError, Table
+from moefoundry.registry import Part, PartError, Table
 
 
 class _Invalid:
@@ -34,8 +33,9 @@ class Spec:
         kind: ``int``, ``float``, ``bool``, ``str``, a ``StrEnum``, a dataclass, ``list`` (then ``item`` is set), or
             ``object``, which is any value.
         item: The type of a list's elements, else None.
-        optional: Whether null is accepted.
-        variants: Also those that are listed in ``table``; None where all of them have the same keys.
+        optional: Null is accepted.
+        variants: Those of the field and those listed in ``table``; None where all of them have the same keys.
+
     The others are the arguments of :func:`moefoundry.config.field.key`.
     """
 
@@ -66,7 +66,7 @@ class Spec:
 
     @property
     def is_text(self) -> bool:
-        """Whether its value is a text, whatever stands there: also a name of an enum."""
+        """Tell whether its value is text, which includes the names of an enum."""
         return self.kind is str or (isinstance(self.kind, type) and issubclass(self.kind, StrEnum))
 
     @property
@@ -75,7 +75,7 @@ class Spec:
 
 
 def specs(cls: type) -> dict[str, Spec]:
-    """The keys of a schema dataclass, in order."""
+    """Read the keys of a schema dataclass, in order."""
     return _specs(cls)
 
 
@@ -86,10 +86,9 @@ def _specs(cls: Any) -> dict[str, Spec]:
     for field in dataclasses.fields(cls):
         kind, optional = _split_optional(hints[field.name])
         item = get_args(kind)[0] if get_origin(kind) is list else None
-        table = TABLES.get(field.metadata["table"] or "")
-        facts = {**field.metadata, "table": table}
-        if table is not None and facts["tag"] and dataclasses.is_dataclass(kind):
-            facts["variants"] = _listed_variants(table, kind)
+        facts = {**field.metadata, "table": TABLES.get(field.metadata["table"] or "")}
+        if facts["table"] is not None and facts["tag"] and dataclasses.is_dataclass(kind):
+            facts["variants"] = _listed_variants(facts["table"], kind)
         result[field.name] = Spec(field.name, list if item else kind, item, optional, **facts)
     return result
 
@@ -107,7 +106,7 @@ def _split_optional(hint: Any) -> tuple[Any, bool]:
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Spec]]:
-    """Every (path, key) below ``cls``, mappings before their keys; a key that variants share comes once for each."""
+    """Yield every (path, key) below ``cls``, mappings before their keys; a key that variants share comes for each."""
     for name, spec in specs(cls).items():
         path = f"{prefix}{name}"
         yield path, spec
@@ -118,7 +117,7 @@ def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Spec]]:
 
 @cache
 def every_key() -> dict[str, Spec]:
-    """All keys of a recipe by their paths, of whichever variant (of several, the first), in the order of the schema."""
+    """Map the path of every key to its facts, in the schema's order; where variants share a key, the first one's."""
     found: dict[str, Spec] = {}
     for path, spec in walk(Recipe):
         found.setdefault(path, spec)
@@ -140,7 +139,7 @@ class Elsewhere:
 
 @cache
 def elsewhere() -> dict[str, Elsewhere]:
-    """What the schema says of other projects' names."""
+    """Collect other projects' names from the schema."""
     found: dict[str, Elsewhere] = {}
     for path, spec in walk(Recipe):
         for name in spec.renamed_from:
@@ -152,63 +151,100 @@ def elsewhere() -> dict[str, Elsewhere]:
 
 
 def _lineage(path: str) -> Iterator[Spec]:
-    """What the schema knows of a dotted path: its key and those above it."""
+    """Yield the key of a dotted path and those above it, as far as the schema has them."""
     known, names = every_key(), path.split(".")
     return (known[above] for end in range(1, len(names) + 1) if (above := ".".join(names[:end])) in known)
 
 
 def is_free_on_resume(path: str) -> bool:
-    """Whether a run that goes on from its own checkpoint may change this key."""
+    """Tell whether a run that goes on from its own checkpoint may change this key."""
     return any(spec.free_on_resume for spec in _lineage(path))
 
 
 def is_architecture(path: str) -> bool:
-    """Whether a checkpoint fits only a model that has the same value of this key."""
+    """Tell whether a checkpoint fits only a model that has the same value of this key."""
     return path.startswith("model.") and all(spec.architecture for spec in _lineage(path))
 
 
 def join(path: str, key: str | int) -> str:
-    """The path of a mapping's key, or of a list's element."""
+    """Write the path of a mapping's key, or of a list's element."""
     if isinstance(key, int):
         return f"{path}[{key}]"
     return f"{path}.{key}" if path else key
 
 
 def chosen_class(spec: Spec, mapping: dict[str, Any], default: Any = None) -> Any:
-    """The dataclass that types this mapping; None where the key is no mapping, or its tag is unknown.
+    """Find the dataclass that types a mapping; None if the key is no mapping, or its tag is unknown or cannot be used.
 
-    Raises:
-        PartError: Its tag names an installed part that cannot be used.
+    Args:
+        spec: The key at which the mapping stands.
+        mapping: Its keys and values.
+        default: An object whose tag counts where the mapping has none.
     """
     if not spec.is_mapping or (spec.variants is None and spec.table is None):
         return spec.kind if spec.is_mapping else None
     if spec.table is not None and not spec.tag:
-        return with_parts(spec.kind, spec.table.kind, mapping)
+        return with_parts(spec.kind, spec.table, mapping)
     tag = mapping.get(spec.tag, getattr(default, spec.tag, None))
     if not isinstance(tag, str):
         return spec.kind if spec.variants is None else None
     if spec.table is None:
         return (spec.variants or {}).get(tag)
-    part = spec.table.find(tag)
+    part = _usable(spec.table, tag)
     return part.config if part is not None else None
 
 
+def _usable(table: Table, name: Any) -> Part | None:
+    """Find a part; None if there is none, or if it cannot be used, which is said when the recipe is built."""
+    try:
+        return table.find(name) if isinstance(name, str) else None
+    except PartError:
+        return None
+
+
+def with_parts(cls: type, table: Table, names: Iterable[Any]) -> type:
+    """Add to a mapping's dataclass, such as that of ``callbacks``, a key for each name of a part.
+
+    Args:
+        cls: The dataclass in the schema.
+        table: The table of its keys.
+        names: The keys that stand in a recipe. Those that are no part, or of a part that cannot be used, are left out.
+    """
+    known = specs(cls)
+    parts = [(name, part) for name in names if name not in known and (part := _usable(table, name)) is not None]
+    return _extended(cls, table.kind, tuple(parts)) if parts else cls
+
+
+@cache
+def _extended(cls: type, kind: str, parts: tuple[tuple[str, Part], ...]) -> type:
+    """Make one class for the same parts in the same order, so that equal recipes are equal."""
+    names = [name for name, _ in parts]
+    added = [
+        (name, Optional[part.config], key(None, (part.config.__doc__ or "").strip()))  # noqa: UP045 # a type as a value
+        for name, part in parts
+    ]
+    namespace = {"added": names, "__reduce__": lambda self: (_restored, (cls, kind, names, vars(self)))}
+    return dataclasses.make_dataclass(cls.__name__, added, bases=(cls,), namespace=namespace)
+
+
+def _restored(cls: type, kind: str, names: list[str], values: dict[str, Any]) -> Any:
+    """Restore an object of an extended class that was pickled."""
+    return with_parts(cls, TABLES[kind], names)(**values)
+
+
 def find_key(path: str) -> Spec | None:
-    """The key of this path, of the schema or of a part that the path names."""
+    """Find the key of this path, of the schema or of a part that the path names."""
     parent, _, rest = path.partition(".")
     name, _, leaf = rest.partition(".")
     table = spec.table if (spec := specs(Recipe).get(parent)) is not None and not spec.tag else None
     if path in every_key() or table is None or not leaf:
         return every_key().get(path)
-    try:
-        part = table.find(name)
-    except PartError:  # which is said when the recipe is built
-        return None
+    part = _usable(table, name)
     return specs(part.config).get(leaf) if part is not None else None
 
 
 def options(spec: Spec) -> list[str]:
-    """The members of an enum that can be used in this release."""
+    """List the members of an enum that can be used in this release."""
     members: Iterable[Any] = spec.available or spec.kind
     return [str(member) for member in members if member is not None]
 
@@ -217,33 +253,29 @@ _NOUNS = {
     int: ("an integer", "integers"),
     float: ("a number", "numbers"),
     str: ("a string", "strings"),
-    bool: ("true or false", "true, false"),
+    bool: ("true, false", "true, false"),
 }
-_ANYTHING = ("a value", "values")
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
 def describe(spec: Spec, kind: Any = None) -> str:
-    """What a key accepts, in words; ``kind`` describes one element of a list instead."""
+    """Say in words what a key accepts; ``kind`` describes one element of a list instead."""
     kind = kind or spec.kind
+    noun, nouns = _NOUNS.get(spec.item or kind, ("a value", "values"))
     bounds = " and ".join(f"{_SIGNS[name]} {show(bound)}" for name, bound in spec.bounds.items())
     if spec.is_mapping:
         text = "a mapping"
     elif kind is list:
-        items = PATTERN_HINTS[spec.pattern] if spec.pattern else f"{_NOUNS.get(spec.item, _ANYTHING)[1]} {bounds}"
+        items = PATTERN_HINTS[spec.pattern] if spec.pattern else f"{nouns} {bounds}"
         text = f"a list of {spec.length or ''} {items}".replace("  ", " ").rstrip()
-    elif kind is bool:
-        text = "true, false"
     elif issubclass(kind, StrEnum):
         text = ", ".join(options(spec))
     elif spec.table is not None:
         text = ", ".join(spec.table.listed)
     elif spec.pattern:
         text = PATTERN_HINTS[spec.pattern]
-    elif spec.path:
-        text = "a path"
     else:
-        text = f"{_NOUNS.get(kind, _ANYTHING)[0]} {bounds}".rstrip()
+        text = "a path" if spec.path else f"{noun} {bounds}".rstrip()
     return f"{text}, or null" if spec.optional and kind is spec.kind else text
 
 
@@ -255,7 +287,7 @@ def missing(spec: Spec) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A schema object as dicts, lists and scalars; enum members become their names in YAML."""
+    """Turn a schema object into dicts, lists and scalars; enum members become their names in YAML."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, list):
@@ -264,7 +296,7 @@ def plain(value: Any) -> Any:
 
 
 def architecture_of(value: Any) -> Any:
-    """A schema object with every key below it that is no architecture at its default."""
+    """Put the default in place of every key below a schema object that is no architecture."""
     changes = {}
     for name, spec in specs(type(value)).items():
         own = getattr(value, name)
@@ -276,7 +308,7 @@ def architecture_of(value: Any) -> Any:
 
 
 def looks_secret(name: str) -> bool:
-    """Whether a key or an environment variable is named like a secret, whose value must never be shown or kept."""
+    """Tell whether a key or an environment variable is named like a secret, whose value must never be shown or kept."""
     return re.search(r"key|token(?!izer)|secret|passw|credential", name, re.IGNORECASE) is not None
 
 
@@ -300,10 +332,10 @@ REDACTED = "(secret)"
 
 
 def redact(text: str, path: str = "") -> str:
-    """``text`` without what looks like a token of a well-known service, wherever in a recipe it was pasted.
+    """Hide what looks like a token of a well-known service, wherever in a recipe it was pasted.
 
     Args:
-        text: What is about to be shown or kept.
+        text: Text that is about to be shown or kept.
         path: Its key, where it is the value of one.
     """
     text = _TOKEN.sub(REDACTED, text)
@@ -311,7 +343,7 @@ def redact(text: str, path: str = "") -> str:
 
 
 def show(value: Any) -> str:
-    """A value as its author would recognize it in YAML, cut to a line."""
+    """Write a value as its author would recognize it in YAML, cut to a line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -323,7 +355,7 @@ def show(value: Any) -> str:
 
 
 def show_leaf(value: Any) -> str:
-    """:func:`show`, with a list's elements; an empty mapping is ``{}``."""
+    """Write a value as :func:`show` does, but with a list's elements, and ``{}`` for an empty mapping."""
     if isinstance(value, list):
         return "[" + ", ".join(show(item) for item in value) + "]"
     return "{}" if value == {} else show(value)

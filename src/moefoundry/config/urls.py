@@ -1,7 +1,7 @@
-"""Places: a path of this machine, or a URL. One rule for data, checkpoints, uploads and every command.
+"""Paths of this machine and URLs: one rule for data, checkpoints, uploads and every command.
 
-What has ``://`` is a URL. ``file:///a/b`` is the path ``/a/b`` (``%20`` is a blank there, as in every URL), wherever a
-URL may stand; ``~`` at the beginning of a path is the home directory. ``s3://``, ``gs://``, ``oci://`` and
+A place with ``://`` is a URL. ``file:///a/b`` is the path ``/a/b`` wherever a URL may stand (``%20`` is a blank there,
+as in every URL); ``~`` at the beginning of a path is the home directory. ``s3://``, ``gs://``, ``oci://`` and
 ``azure://`` have clients of their own, with the environment variables of these; all other URLs are fsspec's.
 """
 
@@ -15,23 +15,30 @@ from urllib.parse import unquote
 OBJECT_STORES = ("s3", "gs", "oci", "azure")
 DATA_ALONE = ("azure-dl", "alipan", "dbfs-uc")
 """Schemes that only mosaicml-streaming knows."""
+LONGEST_NAME = 255  # bytes of one name, and below:
+LONGEST_PATH = 3_500  # of a path, under which a run writes others; the usual file systems end at 4,096
 
 _COLLAPSED = re.compile(r"([a-z][a-z0-9+.\-]+):/(?!/)")  # one letter would be a drive
 
 
 def is_url(place: str) -> bool:
-    """True for a place that is named by a URL."""
+    """Tell whether a place is named by a URL."""
     return "://" in place
 
 
+def expanded(path: str) -> str:
+    """Put the home directory for ``~`` and ``~user``. URLs, and names of users that there are not, stay."""
+    return os.path.expanduser(path)
+
+
 def resolved(place: str) -> str:
-    """A ``file://`` URL as the path that it names, a path with its ``~`` expanded; other URLs as they are.
+    """Turn a ``file://`` URL into the path that it names and expand a path's ``~``; leave other URLs as they are.
 
     Raises:
         ValueError: A ``file://`` URL names a host.
     """
     if not is_url(place):
-        return os.path.expanduser(place)
+        return expanded(place)
     scheme, _, rest = place.partition("://")
     if scheme != "file":
         return place
@@ -41,12 +48,29 @@ def resolved(place: str) -> str:
     return unquote(f"/{path}")
 
 
+def naming_problem(path: str) -> str:
+    """Say why no file can have this (expanded) path; return "" where one can. Nothing is looked for on disk."""
+    if not path:
+        return "is empty"
+    if "\0" in path:
+        return "holds a NUL character"
+    if path.startswith("~"):
+        return f"{path.partition('/')[0]} is no user of this machine"
+    if is_url(path):
+        return ""
+    if len(path.encode()) > LONGEST_PATH:
+        return f"is longer than {LONGEST_PATH} bytes"
+    if any(len(name.encode()) > LONGEST_NAME for name in path.split("/")):
+        return f"has a name of more than {LONGEST_NAME} bytes in it"
+    return ""
+
+
 def url_problem(place: str, for_data: bool = False) -> str:
-    """Why nothing can be at ``place``, a path or a URL; an empty string if something can.
+    """Say why nothing can be at ``place``, a path or a URL; return "" if something can.
 
     Args:
-        place: As the user wrote it.
-        for_data: Whether it is to be read by mosaicml-streaming, which knows a few stores more.
+        place: Path or URL as the user wrote it.
+        for_data: Whether mosaicml-streaming reads it, which knows a few stores more.
     """
     if not place.strip():
         return "is empty"
@@ -54,7 +78,7 @@ def url_problem(place: str, for_data: bool = False) -> str:
         match = _COLLAPSED.match(place)
         return f"a URL has two slashes: {match[1]}://{place[match.end() :]}" if match else ""
     scheme, _, rest = place.partition("://")
-    known = _schemes() | (set(DATA_ALONE) if for_data else set())
+    known = {*OBJECT_STORES, *_fsspec_schemes(), *(DATA_ALONE if for_data else ())}
     if scheme not in known:
         near = "".join(difflib.get_close_matches(scheme, sorted(known), 1, 0.5))
         return f"no store has URLs that begin with {scheme}://" + (f"; did you mean {near}://?" if near else "")
@@ -67,17 +91,17 @@ def url_problem(place: str, for_data: bool = False) -> str:
 
 
 def path_problem(place: str) -> str:
-    """Why ``place`` is not a path of this machine; an empty string if it is one."""
-    if is_url(place):
-        try:
-            path = resolved(place)
-        except ValueError as error:
-            return str(error)
-        return f"a path is written without file://: {path}" if path != place else "must be a path, not a URL"
-    return url_problem(place)
+    """Say why ``place`` is not a path of this machine; return "" if it is one."""
+    if not is_url(place):
+        return url_problem(place)
+    try:
+        path = resolved(place)
+    except ValueError as error:
+        return str(error)
+    return f"a path is written without file://: {path}" if path != place else "must be a path, not a URL"
 
 
-def _schemes() -> set[str]:
+def _fsspec_schemes() -> list[str]:
     import fsspec  # type: ignore[import-untyped]
 
-    return {*OBJECT_STORES, *fsspec.available_protocols()}
+    return fsspec.available_protocols()

@@ -41,7 +41,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 class TextLoader(yaml.SafeLoader):
-    """The safe loader to which every plain scalar but null is a text."""
+    """The safe loader, which takes every plain scalar but null for text."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
 
@@ -65,9 +65,9 @@ def parse_yaml(text: str, source: str, *, comments: bool = True, plain_text: boo
 
     Args:
         text: The document.
-        source: What to call it in errors: a file name, or the override it came from.
-        comments: Whether one may follow the value.
-        plain_text: Whether plain scalars, such as ``1`` or ``true`` but not null, are texts.
+        source: Its name in errors: a file, or the override it came from.
+        comments: A comment may follow the value.
+        plain_text: Plain scalars, such as ``1`` or ``true`` but not null, are text.
 
     Raises:
         ConfigError: Not YAML, more than one document, a tag, a key given twice, a key that is not a string, or
@@ -80,12 +80,10 @@ def parse_yaml(text: str, source: str, *, comments: bool = True, plain_text: boo
         problems = [Problem(f"{source}:{line}", *words) for line, *words in sorted(_faults(node))] if node else []
         if rest:
             problems.append(Problem(source, f"YAML takes {show(rest)} for a comment", allowed="quotes around it"))
-        if node is None and not problems:
-            return None
         if node and not problems and _expanded_size(node, {}) > MAX_NODES:
             problems = [Problem(source, "aliases expand too far", allowed=f"at most {MAX_NODES} nodes")]
         if not problems:
-            return _unshare(loader.construct_document(node))
+            return _copied(loader.construct_document(node)) if node else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark else source
@@ -99,7 +97,7 @@ def parse_yaml(text: str, source: str, *, comments: bool = True, plain_text: boo
 
 
 def _faults(node: yaml.Node) -> Iterator[tuple[int, str, str]]:
-    """(line, message, allowed) of tags, repeated keys and keys that are no strings; an aliased node is visited once."""
+    """Yield (line, message, allowed) of tags, repeated keys and keys that are no strings; aliased nodes come once."""
     visited: set[int] = set()
     stack = [(node, "")]
     while stack:
@@ -127,7 +125,7 @@ def _faults(node: yaml.Node) -> Iterator[tuple[int, str, str]]:
 
 
 def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Nodes after every alias is written out; linear in the document. An alias inside itself ends in RecursionError."""
+    """Count nodes after every alias is written out, in linear time. An alias inside itself ends in RecursionError."""
     if id(node) not in sizes:
         children = node.value if isinstance(node, yaml.SequenceNode) else []
         if isinstance(node, yaml.MappingNode):
@@ -136,7 +134,8 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, int]) -> int:
     return sizes[id(node)]
 
 
-def _unshare(value: Any) -> Any:
+def _copied(value: Any) -> Any:
+    """Copy every mapping and list, so that those of an alias are not shared."""
     if isinstance(value, dict):
-        return {name: _unshare(child) for name, child in value.items()}
-    return [_unshare(child) for child in value] if isinstance(value, list) else value
+        return {name: _copied(child) for name, child in value.items()}
+    return [_copied(child) for child in value] if isinstance(value, list) else value

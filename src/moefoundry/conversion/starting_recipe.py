@@ -24,7 +24,7 @@ from moefoundry.config import (
     UserError,
     YarnConfig,
 )
-from moefoundry.config.annotate import scalar
+from moefoundry.config.dump import scalar
 from moefoundry.config.spec import every_key, join, plain, specs
 from moefoundry.conversion.families import Family
 from moefoundry.conversion.families.family import dense_layers
