@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.ranks import on_ranks
-from moefoundry.checkpoint.async_save import Saver
 from moefoundry.checkpoint.manifest import Origin, digest, verify_directory
+from moefoundry.checkpoint.save import Saver
 from moefoundry.checkpoint.store import CheckpointStore
 
 TENSOR_BYTES = 16 * 10**6

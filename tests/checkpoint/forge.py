@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from moefoundry.checkpoint.manifest import (
-    BLOCK_BYTES,
     COMMIT_FILE,
     MANIFEST_FILE,
-    HashedBlock,
+    RANGE_BYTES,
+    HashRange,
     Manifest,
     commit,
     digest,
@@ -20,7 +20,7 @@ def recommit(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name not in (MANIFEST_FILE, COMMIT_FILE):
             content = path.read_bytes()
-            starts = range(0, len(content), BLOCK_BYTES)
-            parts = [content[start : start + BLOCK_BYTES] for start in starts]
-            files[path.name] = [HashedBlock(s, len(p), digest(p)) for s, p in zip(starts, parts, strict=True)]
+            starts = range(0, len(content), RANGE_BYTES)
+            parts = [content[start : start + RANGE_BYTES] for start in starts]
+            files[path.name] = [HashRange(s, len(p), digest(p)) for s, p in zip(starts, parts, strict=True)]
     commit(directory, origin, files)

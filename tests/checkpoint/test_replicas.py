@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moefoundry.checkpoint import io, reading
-from moefoundry.checkpoint.document import STATE_KEYS
+from moefoundry.checkpoint import reading
+from moefoundry.checkpoint.load import read_into
+from moefoundry.checkpoint.manifest import STATE_KEYS
+from moefoundry.checkpoint.save import write
 from moefoundry.mesh import MeshDegrees, build_meshes
 from tests.checkpoint.meshes import Mesh, local, named
 from tests.distributed import run_distributed
@@ -39,7 +41,7 @@ def load_counted(root: Path, source: Mesh, mesh: Mesh) -> dict[str, Any]:
     if dist.get_rank() == 0:
         directory.mkdir(exist_ok=True)
     dist.barrier()
-    io.write(directory, tensors_on(source), STATE)
+    write(directory, tensors_on(source), STATE)
     tensors, expected = tensors_on(mesh), tensors_on(mesh)
     for tensor in tensors.values():
         local(tensor).zero_()
@@ -61,7 +63,7 @@ def load_counted(root: Path, source: Mesh, mesh: Mesh) -> dict[str, Any]:
         return broadcast(tensor, *args, **kwargs)
 
     reading.local_file, dist.batch_isend_irecv, dist.broadcast = spy_file, spy_batch, spy_broadcast
-    report = io.read_into(directory, tensors)
+    report = read_into(directory, tensors)
     assert all(torch.equal(local(tensor), local(expected[name])) for name, tensor in tensors.items())
     return {**asdict(report), "opened": opened, "sent": sent}
 

@@ -21,7 +21,7 @@ class GradientNorm(Callback):
         max_norm: Largest L2 norm over all parameters of the model; None does not clip.
 
     Attributes:
-        norm: Of the step's gradients before clipping, a scalar.
+        norm: Norm of the step's gradients before clipping, a float64 scalar.
     """
 
     norm: Tensor
@@ -40,17 +40,17 @@ class GradientNorm(Callback):
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """L2 norm of all gradients together, a float64 scalar, the same on every rank and mesh.
+    """Compute the L2 norm of all gradients together, a float64 scalar, the same on every rank and mesh.
 
-    An fp32 norm of a large matrix is off by 1e-5 and more, by less where shards are smaller: so only its rows have
-    theirs in fp32, and these are summed in float64.
+    An fp32 norm of a large matrix is off by 1e-5 and more, by less where shards are smaller. So only norms of rows are
+    computed in fp32, and their squares are summed in float64.
     """
     squares = [_square_sum(same_mesh) for same_mesh in by_mesh(gradients)]
     return torch.stack(squares).sum().sqrt()
 
 
 def _square_sum(gradients: list[Tensor]) -> Tensor:
-    """Sum of squares of gradients of one mesh: this rank's shards, then over every axis that shards them."""
+    """Sum the squares of gradients of one mesh: in this rank's shards, then over every axis that shards them."""
     shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
     norms_of_rows = torch.cat([torch.linalg.vector_norm(shard, dim=-1).flatten() for shard in shards])
     square = norms_of_rows.double().square().sum()

@@ -1,7 +1,7 @@
-"""What must not go on in silence: numbers that are not finite, and ranks that do not answer.
+"""Checks of a run's health: numbers that are not finite, and ranks that do not answer.
 
-The gradient norm of every step is the same on all ranks and is not finite if any gradient is not, so looking at it,
-and at each rank's own loss, costs one all-reduce of a scalar. Only when something is wrong are tensors looked at.
+The gradient norm of every step is the same on all ranks and is not finite if any gradient is not. So a check of it and
+of each rank's own loss costs one all-reduce of a scalar. Tensors are looked at only when something is wrong.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 from moefoundry.callbacks.gradient_norm import GradientNorm
 from moefoundry.config import NonFinite, UserError
 
-MAX_NAMES = 8  # of one rank's tensors in a message
+MAX_NAMES = 8  # tensors of one rank that a message names
 MAX_SKIPPED_IN_A_ROW = 100
-"""Steps. Skipped ones leave the weights as they are: so many batches that all fail are no accident of the data."""
+"""Skipped steps leave the weights as they are: so many batches that all fail are no accident of the data."""
 
 
 class NonFiniteError(UserError):
@@ -38,10 +38,10 @@ class CollectiveError(RuntimeError):
 class FiniteCheck(Callback):
     """Stops before the update, or skips it, on all ranks, when the loss or a gradient of any rank is not finite.
 
-    It must come right after ``gradient_norm``. Where all is finite, nothing is changed.
+    Where all is finite, nothing is changed.
 
     Args:
-        gradient_norm: Has the norm of the step.
+        gradient_norm: Measures the norm of the step, before this callback.
         action: ``skip`` leaves weights and optimizer alone in that step and logs ``skipped_steps`` = 1; the schedule,
             the position in the data and the clock go on.
 
@@ -81,12 +81,12 @@ class FiniteCheck(Callback):
 
 
 def step_was_skipped(model: nn.Module) -> bool:
-    """Whether the optimizer had nothing to do in the step that just ended."""
+    """Check whether the optimizer had nothing to do in the step that just ended."""
     return all(parameter.grad is None for parameter in model.parameters())
 
 
 def _describe(losses: dict[str, Tensor], model: nn.Module) -> str:
-    """What is not finite, by rank: its own loss, and its shards of gradients, from the loss backwards."""
+    """Name everything that is not finite, by rank: its own losses, and its shards of gradients from the loss backwards."""
     bad_losses = [name for name, loss in losses.items() if not loss.isfinite().all()]
     gradients = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.grad)]
     parts = []
@@ -109,7 +109,7 @@ def named_collectives(timeout_seconds: float) -> Iterator[None]:
     """Say which collective failed; what the backend raises says no more than that a peer was late, or is gone.
 
     Args:
-        timeout_seconds: After which a collective gives up; for the message.
+        timeout_seconds: Seconds after which a collective gives up; for the message.
 
     Raises:
         CollectiveError: From the backend's error. NCCL's watchdog ends the process itself and names the collective.
@@ -126,7 +126,7 @@ def named_collectives(timeout_seconds: float) -> Iterator[None]:
 
 
 def _last_collective() -> str:
-    """The collective that this rank began last, of torch's flight recorder, which is on by default."""
+    """Describe the collective that this rank began last, from torch's flight recorder, which is on by default."""
     trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
     if not trace.get("entries"):
         return "a collective"

@@ -17,10 +17,10 @@ GIB = 2**30
 
 
 class SpeedMonitor(Callback):
-    """Logs ``throughput/tokens_per_sec`` and, a rank, ``throughput/device/tokens_per_sec``.
+    """Logs ``throughput/tokens_per_sec`` of all ranks and ``throughput/device/tokens_per_sec`` of one.
 
-    Averaged over the last ``window_size`` batches, from the second batch on (the first one warms up). Evaluation and
-    checkpoints are not in it: time counts from the start of a batch to its end.
+    Both are averaged over the last ``window_size`` batches, from the second batch on: the first one warms up. Time
+    counts from the start of a batch to its end, so without evaluation and checkpoints.
     """
 
     def __init__(self, window_size: int) -> None:
@@ -46,8 +46,11 @@ class SpeedMonitor(Callback):
 
 
 class MemoryMonitor(Callback):
-    """Logs ``memory/peak_host_gib`` (resident, summed over ranks) and on a GPU ``memory/peak_device_gib`` (of the rank
-    that has most), at the end of every batch."""
+    """Logs peaks of memory at the end of every batch.
+
+    ``memory/peak_host_gib`` is resident memory, summed over ranks; ``memory/peak_device_gib``, on a GPU, is that of the
+    rank that has most.
+    """
 
     def batch_end(self, state: State, logger: Logger) -> None:
         peak_host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)

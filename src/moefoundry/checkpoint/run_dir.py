@@ -1,4 +1,4 @@
-"""A run directory belongs to one recipe: nothing of another run is ever written over."""
+"""Open and claim a run directory, which belongs to one recipe: nothing of another run is ever written over."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from moefoundry.checkpoint.document import read_state
 from moefoundry.checkpoint.lease import make_directory
-from moefoundry.checkpoint.manifest import visible_damage, write_synced
+from moefoundry.checkpoint.manifest import read_state, visible_damage, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_downloaded
 from moefoundry.checkpoint.start import Start, check_start
@@ -31,8 +30,8 @@ def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | 
     The directory is claimed later (:func:`claim_run_dir`), when all else has succeeded.
 
     Args:
-        recipe: The run's.
-        digests: Of its data; see :func:`moefoundry.checkpoint.start.data_digests`.
+        recipe: Recipe of the run.
+        digests: Digests of its data: :func:`moefoundry.checkpoint.start.data_digests`.
 
     Raises:
         UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_start_from` and
@@ -95,14 +94,14 @@ def claim_run_dir(recipe: Recipe) -> None:
 
 
 def newest_without(damage: Damage, store: CheckpointStore) -> Path | None:
-    """The newest checkpoint of a run that has no damage; every rank calls it and looks at a share of the files.
+    """Find the newest checkpoint of a run without damage; every rank calls it and looks at a share of the files.
 
-    Newer ones get a quarantine name, so that training can save those batches again, and a warning.
+    Newer ones get a warning and a quarantine name, so that training can save those batches again.
 
     Args:
         damage: :func:`manifest.visible_damage` before a checkpoint is loaded, which finds the rest; when that has
             failed, :func:`manifest.damage`.
-        store: The run's.
+        store: Checkpoints of the run.
 
     Raises:
         UserError: There are checkpoints, but all are damaged; they stay where they are.
@@ -141,8 +140,10 @@ def _quarantine(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> Non
 
 
 def checkpoint_to_start_from(recipe: Recipe, newest: Path | None) -> tuple[Path, bool] | None:
-    """A checkpoint, and whether the run itself has saved it: the ``newest`` of the run if it has one, else that of
-    ``save_remote`` (with ``autoresume``), else ``load_path``; None to begin anew.
+    """Choose the run's ``newest`` checkpoint, else that of ``save_remote`` (with ``autoresume``), else ``load_path``.
+
+    Returns:
+        The checkpoint, and whether the run itself has saved it; None to begin anew.
 
     Raises:
         UserError: There is none where ``load_path`` says.
@@ -163,7 +164,7 @@ def checkpoint_to_start_from(recipe: Recipe, newest: Path | None) -> tuple[Path,
 
 
 def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> Start | None:
-    """What the run starts from, checked; a refused download is removed."""
+    """Choose and check the checkpoint to start from; a refused download is removed."""
     found = checkpoint_to_start_from(recipe, newest)
     if found is None:
         return None
@@ -179,7 +180,7 @@ def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> S
 
 
 def _check_uploaded(recipe: Recipe, uploaded: Path) -> None:
-    """What is in the store must be the run's own: a copied recipe may name the store of the run it was copied from."""
+    """Check that a checkpoint in the store is the run's own: a copied recipe may name the store of another run."""
     saved, own = read_state(uploaded)["recipe"], flatten(recipe)
     differing = [
         f"{key}: {show_leaf(saved[key])} -> {show_leaf(own[key])}"
@@ -194,5 +195,5 @@ def _check_uploaded(recipe: Recipe, uploaded: Path) -> None:
 
 
 def store_of(run_dir: Path) -> CheckpointStore:
-    """Where the checkpoints of a run are."""
+    """Give the checkpoints of a run."""
     return CheckpointStore(run_dir / CHECKPOINTS)

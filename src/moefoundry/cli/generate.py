@@ -102,7 +102,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _tokenizer_dir(checkpoint: Path) -> Path:
-    from moefoundry.checkpoint.document import read_state
+    from moefoundry.checkpoint.manifest import read_state
     from moefoundry.checkpoint.weights import tokenizer_of
     from moefoundry.config import UserError
 
