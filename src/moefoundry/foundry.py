@@ -59,15 +59,13 @@ class ComposerMoECausalLM(ComposerModel):
         return self.model(batch["input_ids"], batch["labels"], sequence_id=batch.get("sequence_id"))
 
     def loss(self, outputs: CausalLMLosses, batch: Batch) -> dict[str, Tensor]:
-        share = self._share(outputs.num_targets, len(batch["input_ids"]))
+        share: Tensor | float = 1.0  # of the global batch's targets, in units of what as many samples of it have
+        if self.targets_per_sample is not None:
+            share = outputs.num_targets / (len(batch["input_ids"]) * self.targets_per_sample)
         losses = {"lm": outputs.lm * share, "balance": outputs.balance, "z": outputs.z}
         if self.model.cfg.mtp.depth:
             losses["mtp"] = outputs.mtp * share
         return {"total": sum(losses.values(), start=outputs.lm.new_zeros(())), **losses}
-
-    def _share(self, num_targets: Tensor, num_samples: int) -> Tensor | float:
-        """Divide the targets of a micro-batch by those of as many samples of the global batch; 1 without padding."""
-        return 1.0 if self.targets_per_sample is None else num_targets / (num_samples * self.targets_per_sample)
 
     def eval_forward(self, batch: Batch, outputs: CausalLMLosses | None = None) -> CausalLMLosses:
         return self(batch) if outputs is None else outputs

@@ -1,4 +1,4 @@
-"""Make the manifest of a checkpoint fit what its files have become, as no damaged disk can, but an attacker."""
+"""Verify a whole checkpoint, or make its manifest fit changed files, as no damaged disk can, but an attacker."""
 
 from pathlib import Path
 
@@ -9,8 +9,17 @@ from moefoundry.checkpoint.manifest import (
     HashRange,
     Manifest,
     commit,
+    damage,
     digest,
 )
+from moefoundry.config import UserError
+
+
+def verify_directory(directory: Path) -> Manifest:
+    """Read every byte and raise what is wrong; the manifest."""
+    if problems := damage(directory):
+        raise UserError("\n".join(problems))
+    return Manifest.read(directory)
 
 
 def recommit(directory: Path) -> None:

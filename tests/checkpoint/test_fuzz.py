@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moefoundry.checkpoint.load import read_into
-from moefoundry.checkpoint.manifest import STATE_KEYS, Origin, read_state, verify_directory
+from moefoundry.checkpoint.manifest import STATE_KEYS, Origin, read_state
 from moefoundry.checkpoint.out_of_core import StoredTensors
 from moefoundry.checkpoint.save import write
 from moefoundry.config import UserError
-from tests.checkpoint.forge import recommit
+from tests.checkpoint.forge import recommit, verify_directory
 from tests.checkpoint.test_format import Malice
 
 FILES = ("__0_0.distcp", ".metadata", "state.json", "manifest.json", "COMMITTED")

@@ -17,10 +17,10 @@ from moefoundry.checkpoint.manifest import (
     Manifest,
     Origin,
     digest,
-    verify_directory,
 )
 from moefoundry.checkpoint.save import write
 from moefoundry.config import UserError
+from tests.checkpoint.forge import verify_directory
 
 STATE = dict.fromkeys(STATE_KEYS, 3)
 FILE = "__0_0.distcp"
@@ -72,9 +72,11 @@ def test_a_tensor_begins_with_a_hash_range(checkpoint: Path) -> None:
 
 def test_any_bytes_can_be_verified_by_the_hash_ranges_around_them(checkpoint: Path) -> None:
     read, content = Manifest.read(checkpoint), (checkpoint / FILE).read_bytes()
-    offset, length = read.covering(FILE, 1500, 1000)
-    assert (offset, length) == (1000, 2000)
-    assert read.covering(FILE, 2000, 1000) == (2000, 1000)
+    ranges = read.covering(FILE, 1500, 1000)
+    offset, length = ranges[0].offset, ranges[-1].end - ranges[0].offset
+    assert (offset, length, len(ranges)) == (1000, 2000, 2)
+    assert [hashed.offset for hashed in read.covering(FILE, 2000, 1000)] == [2000]
+    assert read.covering(FILE, 2000, 0) == []
     read.verify(FILE, offset, content[offset : offset + length])
     wrong = bytearray(content[offset : offset + length])
     wrong[1200] ^= 1

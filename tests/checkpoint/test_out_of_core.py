@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from moefoundry.checkpoint import out_of_core
+from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.load import read_into
 from moefoundry.checkpoint.manifest import STATE_FILE, STATE_KEYS, WEIGHTS_ONLY, read_state
-from moefoundry.checkpoint.out_of_core import ShardValues, StoredTensors, TensorSpec, row_ranges, write_shards
+from moefoundry.checkpoint.out_of_core import ShardValues, StoredTensors, row_ranges, write_shards
 from moefoundry.checkpoint.save import write
 from moefoundry.config import UserError
 from tests.distributed import run_distributed

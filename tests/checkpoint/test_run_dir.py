@@ -17,14 +17,13 @@ from moefoundry.checkpoint.manifest import (
     HashRange,
     Origin,
     commit,
-    visible_damage,
     write_synced,
 )
 from moefoundry.checkpoint.run_dir import (
     CONFIG_FILE,
     check_run_dir,
     claim_run_dir,
-    newest_without,
+    newest_intact,
     open_run,
     store_of,
 )
@@ -147,7 +146,7 @@ def test_a_checkpoint_with_several_damaged_files_is_one_line(recipe: MakeRecipe)
     commit(directory, Origin(4), {name: [HashRange(0, 1, "00")] for name in ("a.distcp", "b.distcp", STATE_FILE)})
     store.publish(4)
     with pytest.raises(UserError) as raised:
-        newest_without(visible_damage, store)
+        newest_intact(store, sizes_only=True)
     (line,) = str(raised.value).splitlines()[1:-1]
     assert (
         line == "  ba4/a.distcp: unreadable: No such file or directory (and 2 more; see moefoundry checkpoint verify)"

@@ -18,11 +18,12 @@ from torch import Tensor
 from moefoundry.checkpoint import save as module
 from moefoundry.checkpoint.format import Box, TensorSpec
 from moefoundry.checkpoint.load import read_into
-from moefoundry.checkpoint.manifest import STATE_KEYS, Origin, verify_directory
+from moefoundry.checkpoint.manifest import STATE_KEYS, Origin
 from moefoundry.checkpoint.save import Saver, local_shards, plan_save
 from moefoundry.checkpoint.store import CheckpointStore, entries
 from moefoundry.checkpoint.writer import Shard, write_file
 from moefoundry.config import UserError
+from tests.checkpoint.forge import verify_directory
 from tests.distributed import RankError, run_distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moefoundry.checkpoint.manifest import verify_directory
 from moefoundry.config import Recipe
+from tests.checkpoint.forge import verify_directory
 from tests.distributed import captured_output, run_distributed
 from tests.train.runs import finished, run_recipe
 

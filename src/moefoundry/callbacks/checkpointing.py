@@ -10,9 +10,8 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
-from moefoundry.checkpoint.manifest import damage
 from moefoundry.checkpoint.remote import is_downloaded
-from moefoundry.checkpoint.run_dir import newest_without
+from moefoundry.checkpoint.run_dir import newest_intact
 from moefoundry.checkpoint.save import Saver
 from moefoundry.checkpoint.start import Start
 from moefoundry.checkpoint.state import RunState
@@ -59,10 +58,10 @@ class Checkpointing(Callback):
             return
         except UserError:  # on every rank
             checkpoint, store = self.start.checkpoint, self.saver.store
-            intact = newest_without(damage, store) if checkpoint.parent == store.root else checkpoint
+            intact = newest_intact(store, sizes_only=False) if checkpoint.parent == store.root else checkpoint
             if intact == checkpoint:
                 raise
-        assert intact is not None, "with none left, newest_without raises"
+        assert intact is not None, "with none left, newest_intact raises"
         self.start = replace(self.start, checkpoint=intact)
         self._resume_seconds = self.run.load(state, intact, self.start.weights_only)
 
@@ -73,22 +72,23 @@ class Checkpointing(Callback):
         self.run.restore_generators()
 
     def after_dataloader(self, state: State, logger: Logger) -> None:
-        """Put the generators back, and log what a resume took.
+        """Put the generators back and log what a resume took, when the first batch has been read.
 
         Making the loader's iterator draws from the generators. A run that was never interrupted drew before the save,
         so mid-epoch they are put back only now.
         """
+        if self.start is None or not self._resume_seconds:
+            return
         self.run.restore_generators()
-        if self.start is not None and self._resume_seconds:
-            parts = {**self._resume_seconds, "data_position": time.perf_counter() - self._waiting_since}
-            checkpoint, batch = self.start.checkpoint, state.timestamp.batch.value
-            resumed = f"resumed from {checkpoint} (batch {batch})"
-            begun = f"begun with the weights of {checkpoint}" if self.start.weights_only else resumed
-            logger.log_traces({"start": begun})
-            logger.log_metrics({f"resume/{part}_seconds": seconds for part, seconds in parts.items()})
-            self._resume_seconds = {}
-            if dist.get_global_rank() == 0 and is_downloaded(checkpoint):
-                shutil.rmtree(checkpoint)  # every rank has read it: loading ends with a collective
+        parts = {**self._resume_seconds, "data_position": time.perf_counter() - self._waiting_since}
+        checkpoint, batch = self.start.checkpoint, state.timestamp.batch.value
+        resumed = f"resumed from {checkpoint} (batch {batch})"
+        begun = f"begun with the weights of {checkpoint}" if self.start.weights_only else resumed
+        logger.log_traces({"start": begun})
+        logger.log_metrics({f"resume/{part}_seconds": seconds for part, seconds in parts.items()})
+        self._resume_seconds = {}
+        if dist.get_global_rank() == 0 and is_downloaded(checkpoint):
+            shutil.rmtree(checkpoint)  # every rank has read it: loading ends with a collective
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.saver.finish()

@@ -86,7 +86,7 @@ def step_was_skipped(model: nn.Module) -> bool:
 
 
 def _describe(losses: dict[str, Tensor], model: nn.Module) -> str:
-    """Name everything that is not finite, by rank: its own losses, and its shards of gradients from the loss backwards."""
+    """Name everything that is not finite, by rank: its losses, and its shards of gradients from the loss back."""
     bad_losses = [name for name, loss in losses.items() if not loss.isfinite().all()]
     gradients = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.grad)]
     parts = []

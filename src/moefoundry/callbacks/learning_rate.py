@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
-from composer.core import Callback, State, Timestamp
+from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.optim import (
     ComposerScheduler,
@@ -62,23 +62,21 @@ class LearningRate(Callback):
         self._changes = ""
 
     def rate(self, state: State) -> float:
-        """Compute the rate of the batch that follows ``state.timestamp``."""
-        position = SimpleNamespace(
-            timestamp=self._position(state.timestamp),
-            max_duration=state.max_duration,
-            dataloader_len=state.dataloader_len,
-        )
-        return self.peak * self.schedule(cast(State, position))
+        """Compute the rate of the batch that follows ``state.timestamp``.
 
-    def _position(self, now: Timestamp) -> Timestamp:
-        """Find the next batch's place in the schedule. A last, smaller batch of an epoch counts as a whole one."""
+        A last, smaller batch of an epoch counts as a whole one.
+        """
+        now = state.timestamp
         if self.timing == ScheduleTiming.batch_end:
-            return now.to_next_batch(self.samples, self.tokens)
-        return now.copy(
-            batch=max(0, now.batch.value - 1),
-            sample=max(0, now.sample.value - self.samples),
-            token=max(0, now.token.value - self.tokens),
-        )
+            position = now.to_next_batch(self.samples, self.tokens)
+        else:
+            position = now.copy(
+                batch=max(0, now.batch.value - 1),
+                sample=max(0, now.sample.value - self.samples),
+                token=max(0, now.token.value - self.tokens),
+            )
+        seen = SimpleNamespace(timestamp=position, max_duration=state.max_duration, dataloader_len=state.dataloader_len)
+        return self.peak * self.schedule(cast(State, seen))
 
 
 def build_schedule(cfg: SchedulerConfig) -> Callable[[State], float]:

@@ -61,7 +61,8 @@ class MetricsFile(LoggerDestination):
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         for name, value in metrics.items():
-            if (name == ESTIMATE or not name.startswith(LEFT_OUT_PREFIXES)) and _is_number(value):
+            number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+            if number and (name == ESTIMATE or not name.startswith(LEFT_OUT_PREFIXES)):
                 self._pending[name] = float(value)
 
     def record(self, metrics: dict[str, list[float]]) -> None:
@@ -90,10 +91,6 @@ class MetricsFile(LoggerDestination):
                 file.seek(self._begin)
                 file.write(json.dumps(line).encode() + b"\n")
                 file.truncate()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def set_aside(path: Path, after: int) -> None:

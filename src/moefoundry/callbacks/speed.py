@@ -1,4 +1,4 @@
-"""Throughput and memory of all ranks."""
+"""The recipe's own callbacks: throughput and memory of all ranks, and the learning rate."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class SpeedMonitor(Callback):
     counts from the start of a batch to its end, so without evaluation and checkpoints.
     """
 
-    def __init__(self, window_size: int) -> None:
-        self._seconds: deque[float] = deque(maxlen=window_size)
-        self._tokens: deque[int] = deque(maxlen=window_size)
+    def __init__(self, cfg: SpeedMonitorConfig, recipe: Recipe) -> None:
+        self._seconds: deque[float] = deque(maxlen=cfg.window_size)
+        self._tokens: deque[int] = deque(maxlen=cfg.window_size)
         self._start = 0.0
         self._warm = False
 
@@ -52,6 +52,9 @@ class MemoryMonitor(Callback):
     rank that has most.
     """
 
+    def __init__(self, cfg: MemoryMonitorConfig, recipe: Recipe) -> None:
+        pass
+
     def batch_end(self, state: State, logger: Logger) -> None:
         peak_host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
         peak_host = state.device.tensor_to_device(peak_host)
@@ -67,20 +70,8 @@ class MemoryMonitor(Callback):
 class LRMonitor(Callback):
     """Logs ``lr``, the learning rate that the batch was trained with."""
 
+    def __init__(self, cfg: LRMonitorConfig, recipe: Recipe) -> None:
+        pass
+
     def batch_start(self, state: State, logger: Logger) -> None:
         logger.log_metrics({"lr": state.optimizers[0].param_groups[0]["lr"]})
-
-
-def speed_monitor(cfg: SpeedMonitorConfig, recipe: Recipe) -> SpeedMonitor:
-    """``callbacks.speed_monitor`` of a recipe."""
-    return SpeedMonitor(cfg.window_size)
-
-
-def memory_monitor(cfg: MemoryMonitorConfig, recipe: Recipe) -> MemoryMonitor:
-    """``callbacks.memory_monitor`` of a recipe."""
-    return MemoryMonitor()
-
-
-def lr_monitor(cfg: LRMonitorConfig, recipe: Recipe) -> LRMonitor:
-    """``callbacks.lr_monitor`` of a recipe."""
-    return LRMonitor()

@@ -86,7 +86,7 @@ def plan_load(stored: Mapping[str, StoredTensor], wanted: Mapping[str, Mapping[i
     return LoadPlan(tensors, _choose_readers(read for tensor in tensors for read in tensor.reads))
 
 
-def first_copy(shape: Sequence[int], ranks: Tensor, placements: Sequence[Placement]) -> dict[int, Box]:
+def first_copy(shape: tuple[int, ...], ranks: Tensor, placements: Sequence[Placement]) -> dict[int, Box]:
     """Map each rank that comes first along every axis on which a tensor is copied to its box.
 
     Args:

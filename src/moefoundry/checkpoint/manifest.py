@@ -20,11 +20,11 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,30 +132,28 @@ class Manifest:
         Raises:
             UserError: The checkpoint has no such file.
         """
-        ranges = self._ranges(file)
-        return ranges[-1].end if ranges else 0
+        if file not in self.files:
+            raise UserError(f"{self.directory / file}: not a file of this checkpoint, says its {MANIFEST_FILE}")
+        return self.files[file][-1].end if self.files[file] else 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(self.size(file) for file in self.files)
 
-    def covering(self, file: str, offset: int, length: int) -> tuple[int, int]:
-        """Find the whole hash ranges that have to be read to verify ``length`` bytes from ``offset`` on.
-
-        Returns:
-            Their offset and length.
+    def covering(self, file: str, offset: int, length: int) -> Sequence[HashRange]:
+        """List the hash ranges that have to be read to verify ``length`` bytes from ``offset`` on.
 
         Raises:
             UserError: The file does not hold these bytes.
         """
-        ranges = self._ranges(file)
         if offset < 0 or length < 0 or offset + length > self.size(file):
             raise UserError(f"{self.directory / file}: has {self.size(file)} bytes, not {length} from {offset} on")
         if not length:
-            return offset, 0
-        first, last = self._range_at(file, offset), self._range_at(file, offset + length - 1)
-        return ranges[first].offset, ranges[last].end - ranges[first].offset
+            return []
+        ranges = self.files[file]
+        first = bisect_right(ranges, offset, key=attrgetter("offset")) - 1
+        return ranges[first : bisect_left(ranges, offset + length, key=attrgetter("offset"))]
 
     def verify(self, file: str, offset: int, data: memoryview | bytes, tensor: str | None = None) -> None:
         """Check bytes that were read: one hash range, or several that follow each other.
@@ -171,15 +169,12 @@ class Manifest:
         """
         view = memoryview(data).cast("B")
         place = f"{self.directory / file}: offset {offset}" + (f", tensor {tensor}" if tensor else "")
-        if self.covering(file, offset, len(view)) != (offset, len(view)):
+        ranges = self.covering(file, offset, len(view))
+        if ranges and (ranges[0].offset, ranges[-1].end) != (offset, offset + len(view)):
             raise UserError(f"{place}: {len(view)} bytes are no whole hash ranges")
-        for hashed in self._ranges(file)[self._range_at(file, offset) :] if len(view) else ():
-            if hashed.offset >= offset + len(view):
-                break
-            if digest(view[hashed.offset - offset : hashed.end - offset]) != hashed.digest:
-                raise UserError(
-                    f"{place}: damaged: the {hashed.length} bytes from {hashed.offset} on differ from what was saved"
-                )
+        for start, length, expected in ranges:
+            if digest(view[start - offset :][:length]) != expected:
+                raise UserError(f"{place}: damaged: the {length} bytes from {start} on differ from what was saved")
 
     def check(self, file: str, offset: int, length: int, tensor: str | None = None) -> None:
         """Read the hash ranges of these bytes, one at a time, and :meth:`verify` them.
@@ -188,12 +183,10 @@ class Manifest:
             UserError: As :meth:`covering` and :meth:`verify`.
             OSError: The file cannot be read.
         """
-        first, covered = self.covering(file, offset, length)
+        ranges = self.covering(file, offset, length)
         with (self.directory / file).open("rb", buffering=0) as stream:
-            stream.seek(first)
-            for hashed in self._ranges(file)[self._range_at(file, first) :]:
-                if hashed.offset >= first + covered:
-                    break
+            for hashed in ranges:
+                stream.seek(hashed.offset)
                 data = stream.read(hashed.length)
                 if len(data) < hashed.length:
                     raise UserError(f"{self.directory / file}: damaged: ends at {hashed.offset + len(data)}")
@@ -219,19 +212,6 @@ class Manifest:
         except OSError as error:
             return [f"{path}: unreadable: {error.strerror}"]
         return [] if size == self.size(file) else [f"{path}: damaged: has {size} bytes, not {self.size(file)}"]
-
-    @cached_property
-    def _starts(self) -> dict[str, list[int]]:
-        return {file: [hashed.offset for hashed in ranges] for file, ranges in self.files.items()}
-
-    def _range_at(self, file: str, position: int) -> int:
-        """Find the number of the hash range that holds a byte."""
-        return bisect_right(self._starts[file], position) - 1
-
-    def _ranges(self, file: str) -> Sequence[HashRange]:
-        if file not in self.files:
-            raise UserError(f"{self.directory / file}: not a file of this checkpoint, says its {MANIFEST_FILE}")
-        return self.files[file]
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -262,17 +242,7 @@ def commit(directory: Path, origin: Origin, files: Mapping[str, Sequence[HashRan
     Raises:
         OSError: The disk is full, or fails.
     """
-    document = {
-        "format": FORMAT,
-        "batch": origin.batch,
-        "saved_at": origin.saved_at,
-        "mesh": dict(origin.mesh),
-        "world_size": origin.world_size,
-        "recipe": origin.recipe,
-        "metrics": dict(origin.metrics),
-        "versions": dict(origin.versions),
-        "files": files,
-    }
+    document = {"format": FORMAT, **asdict(origin), "files": files}
     content = json.dumps(document, separators=(",", ":")).encode()
     write_synced(directory / MANIFEST_FILE, content)
     sync_directory(directory)
@@ -283,47 +253,35 @@ def commit(directory: Path, origin: Origin, files: Mapping[str, Sequence[HashRan
 def is_committed(directory: Path) -> bool:
     """Check that the marker is there and belongs to the manifest."""
     try:
-        return (directory / COMMIT_FILE).read_bytes().strip() == digest(
-            (directory / MANIFEST_FILE).read_bytes()
-        ).encode()
+        committed = (directory / COMMIT_FILE).read_bytes().strip()
+        return committed == digest((directory / MANIFEST_FILE).read_bytes()).encode()
     except OSError:
         return False
 
 
-def verify_directory(directory: Path) -> Manifest:
-    """Read a whole checkpoint and compare it with its manifest.
+def damage(directory: Path, rank: int = 0, ranks: int = 1, sizes_only: bool = False) -> list[str]:
+    """Check a rank's share of the files of a checkpoint.
 
-    Raises:
-        UserError: It is not committed, or files are missing or differ; all are named.
-    """
-    if problems := damage(directory):
-        raise UserError("\n".join(problems))
-    return Manifest.read(directory)
-
-
-def damage(directory: Path, rank: int = 0, ranks: int = 1) -> list[str]:
-    """Read a rank's share of the files of a checkpoint.
+    Args:
+        directory: Directory of the checkpoint.
+        rank: Number of the share.
+        ranks: Number of shares.
+        sizes_only: True to look only at the sizes of files of tensors, which are nearly all; False to read them.
 
     Returns:
-        A line for each that is not as it was written, or one if the checkpoint is not committed.
+        A line for each file that is not as it was written, or one if the checkpoint is not committed.
     """
     try:
         manifest = Manifest.read(directory)
     except UserError as error:
         return [str(error)]
+
+    def problems(file: str) -> list[str]:
+        read = not (sizes_only and file.endswith(DATA_SUFFIX))
+        return manifest.problems(file) if read else manifest.visible_problems(file)
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # reads overlap
-        return [line for lines in pool.map(manifest.problems, list(manifest.files)[rank::ranks]) for line in lines]
-
-
-def visible_damage(directory: Path, rank: int = 0, ranks: int = 1) -> list[str]:
-    """Check as :func:`damage`, but only the size of files of tensors, which are nearly all."""
-    try:
-        manifest = Manifest.read(directory)
-    except UserError as error:
-        return [str(error)]
-    mine = list(manifest.files)[rank::ranks]
-    checks = {file: manifest.visible_problems if file.endswith(DATA_SUFFIX) else manifest.problems for file in mine}
-    return [line for file, check in checks.items() for line in check(file)]
+        return [line for lines in pool.map(problems, list(manifest.files)[rank::ranks]) for line in lines]
 
 
 def digest(data: memoryview | bytes) -> str:

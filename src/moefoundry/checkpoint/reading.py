@@ -6,7 +6,6 @@ Where layout and dtype allow it, values are read straight into the tensor that t
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,7 +23,7 @@ from torch import Tensor
 from xxhash import xxh3_64
 
 from moefoundry.checkpoint.format import FileRange, RangeReader, layout_in, values_in, values_offset
-from moefoundry.checkpoint.manifest import Manifest
+from moefoundry.checkpoint.manifest import HashRange, Manifest
 from moefoundry.checkpoint.remote import local_file
 from moefoundry.config import UserError
 
@@ -106,45 +105,45 @@ class ShardReader:
 
     def _read(self, shard: Wanted) -> Read:
         name, place, shape, dtype, into = shard
-        offset, length = self._manifest.covering(place.file, place.offset, place.length)
+        ranges = self._manifest.covering(place.file, place.offset, place.length)
         with self._opening:  # else each thread would download it
             stream = self._open(place.file)
         part = RangeReader(stream.fileno(), place.offset, place.length)
         layout = layout_in(part, shape, dtype)
-        before = place.offset - offset
+        before, length = place.offset - ranges[0].offset, ranges[-1].end - ranges[0].offset
         if into is not None and _same_memory(into, layout):
             before += values_offset(layout)
             memory = self._memory(length - into.nbytes)
             inside = memoryview(into.reshape(-1).view(torch.uint8).numpy().data)
-            self._fill(stream, offset, [memory[:before], inside, memory[before : length - into.nbytes]], name)
+            self._fill(stream, ranges, [memory[:before], inside, memory[before : length - into.nbytes]], name)
             values = into
         else:
             memory = self._memory(length)
-            self._fill(stream, offset, [memory[:length]], name)
+            self._fill(stream, ranges, [memory[:length]], name)
             values = values_in(memory, before, layout)
         return Read(values, memory, length + part.bytes_read)
 
-    def _fill(self, stream: FileIO, offset: int, memories: Sequence[memoryview], name: str) -> None:
-        """Read bytes that follow each other, and check them."""
-        path, end = Path(str(stream.name)), offset + sum(len(memory) for memory in memories)
-        hashes = self._manifest.files[path.name]
-        number, hashed = bisect_left(hashes, offset, key=lambda hashed: hashed.offset), xxh3_64()
+    def _fill(self, stream: FileIO, ranges: Sequence[HashRange], memories: Sequence[memoryview], name: str) -> None:
+        """Read hash ranges that follow each other into memories of the same length together, and check them."""
+        path, offset, left = Path(str(stream.name)), ranges[0].offset, deque(ranges)
+        hashed = xxh3_64()
         for memory in memories:
             position = 0
             while position < len(memory):
-                start, length, digest = hashes[number]
+                start, length, digest = left[0]
                 step = min(STEP_BYTES, len(memory) - position, start + length - offset)
                 count = os.preadv(stream.fileno(), [memory[position : position + step]], offset)
                 if not count:
                     place = f"{path}: offset {offset}, tensor {name}"
-                    raise UserError(f"{place}: the file ends there, not at {end} or later")
+                    raise UserError(f"{place}: the file ends there, not at {ranges[-1].end} or later")
                 hashed.update(memory[position : position + count])
                 position, offset = position + count, offset + count
                 if offset == start + length:
                     if hashed.hexdigest() != digest:
                         problem = f"damaged: the {length} bytes from {start} on differ from what was saved"
                         raise UserError(f"{path}: offset {start}, tensor {name}: {problem}")
-                    number, hashed = number + 1, xxh3_64()
+                    left.popleft()
+                    hashed = xxh3_64()
 
     def _memory(self, length: int) -> memoryview:
         """Get at least ``length`` bytes, which no other shard has."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from moefoundry.checkpoint.lease import make_directory
-from moefoundry.checkpoint.manifest import read_state, visible_damage, write_synced
+from moefoundry.checkpoint.manifest import damage, read_state, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_downloaded
 from moefoundry.checkpoint.start import Start, check_start
@@ -21,7 +21,6 @@ from moefoundry.config.urls import is_url, resolved
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DOWNLOADS = "downloads"
-Damage = Callable[[Path, int, int], list[str]]
 
 
 def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | None]:
@@ -34,11 +33,11 @@ def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | 
         digests: Digests of its data: :func:`moefoundry.checkpoint.start.data_digests`.
 
     Raises:
-        UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_start_from` and
+        UserError: As :func:`check_run_dir`, :func:`newest_intact`, :func:`checkpoint_to_start_from` and
             :func:`check_start`.
     """
     run_dir = on_rank_zero(lambda: check_run_dir(recipe))
-    newest = newest_without(visible_damage, store_of(run_dir)) if recipe.autoresume else None
+    newest = newest_intact(store_of(run_dir), sizes_only=True) if recipe.autoresume else None
     return run_dir, on_rank_zero(lambda: _start(recipe, newest, digests))
 
 
@@ -93,15 +92,14 @@ def claim_run_dir(recipe: Recipe) -> None:
         raise UserError(f"run_dir: cannot write {path}: {error.strerror}") from error
 
 
-def newest_without(damage: Damage, store: CheckpointStore) -> Path | None:
+def newest_intact(store: CheckpointStore, sizes_only: bool) -> Path | None:
     """Find the newest checkpoint of a run without damage; every rank calls it and looks at a share of the files.
 
     Newer ones get a warning and a quarantine name, so that training can save those batches again.
 
     Args:
-        damage: :func:`manifest.visible_damage` before a checkpoint is loaded, which finds the rest; when that has
-            failed, :func:`manifest.damage`.
         store: Checkpoints of the run.
+        sizes_only: True before a checkpoint is loaded, which finds further damage; False when that has failed.
 
     Raises:
         UserError: There are checkpoints, but all are damaged; they stay where they are.
@@ -109,7 +107,7 @@ def newest_without(damage: Damage, store: CheckpointStore) -> Path | None:
     damaged: dict[int, list[str]] = {}
     ranks = len(from_every_rank(rank()))
     for batch in reversed(on_rank_zero(store.claimed)):
-        found = from_every_rank(damage(store.path(batch), rank(), ranks))
+        found = from_every_rank(damage(store.path(batch), rank(), ranks, sizes_only))
         problems = list(dict.fromkeys(line for lines in found for line in lines))
         if not problems:
             on_rank_zero(lambda: _quarantine(store, damaged))

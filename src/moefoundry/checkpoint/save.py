@@ -142,7 +142,7 @@ class Saver:
         if any(from_every_rank(list(held) != self._held)):
             self._held, self._plan, self._buffers = list(held), plan_save(from_every_rank(list(held))), {}
         values = self._staged({shard: held[shard] for shard in self._plan[rank()]})
-        self._under_way = _BackgroundSave(self.store, batch, self._plan, values, state, origin, self._published)
+        self._under_way = _BackgroundSave(self.store, self._published, batch, self._plan, values, state, origin)
 
     def save(self, batch: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], origin: Origin) -> None:
         """Save and return when the checkpoint is published; nothing is copied, and no thread has a part in it.
@@ -203,13 +203,13 @@ class Saver:
         if rank() == 0:
             self.store.discard(batch)
 
-    def _staged(self, shards: Mapping[Shard, Tensor]) -> Mapping[Shard, Tensor]:
+    def _staged(self, shards: Mapping[Shard, Tensor]) -> list[Tensor]:
         """Copy into CPU memory, pinned where values come from a GPU; the next call overwrites it."""
         for shard, values in shards.items():
             if shard not in self._buffers:
                 self._buffers[shard] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         _copy({self._buffers[shard]: values for shard, values in shards.items()})
-        return {shard: self._buffers[shard] for shard in shards}
+        return [self._buffers[shard] for shard in shards]
 
 
 def _copy(sources: Mapping[Tensor, Tensor]) -> None:
@@ -249,20 +249,19 @@ class _BackgroundSave:
     def __init__(
         self,
         store: CheckpointStore,
+        published: Callable[[Path], None],
         batch: int,
         plan: SavePlan,
-        values: Mapping[Shard, Tensor],
+        values: Sequence[Tensor],
         state: Mapping[str, Any],
         origin: Origin,
-        published: Callable[[Path], None],
     ) -> None:
         self.batch = batch
         self.written = threading.Event()
         self.abandoned = threading.Event()
         self._error: Exception | None = None
-        self._store, self._staging = store, store.staging_path(batch)
+        self._store, self._published, self._staging = store, published, store.staging_path(batch)
         self._plan, self._values, self._state, self._origin = plan, values, state, origin
-        self._published = published
         self._rank = rank()
         self.thread = threading.Thread(target=self._run, name=f"save of ba{batch}", daemon=True)
         self.thread.start()
@@ -287,8 +286,8 @@ class _BackgroundSave:
     def _save(self) -> bool:
         """Do this rank's part. Returns whether it has given the checkpoint its final name."""
         path, note = self._staging / data_file(self._rank), self._note(self._rank)
-        written = write_file(path, [self._values[shard] for shard in self._plan[self._rank]])
-        self._values = {}
+        written = write_file(path, self._values)
+        self._values = []
         note.with_suffix(".tmp").write_text(json.dumps(written))
         note.with_suffix(".tmp").rename(note)
         self.written.set()

@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -66,6 +65,9 @@ class RunState:
     metrics: Callable[[], Mapping[str, float]] = dict
     _generators: dict[str, Tensor] = field(default_factory=dict)  # to be put back when the first batch is read
 
+    def __post_init__(self) -> None:
+        self._world_size = self.mesh["replicate"] * self.mesh["shard"]
+
     def tensors(self, state: State) -> dict[str, Tensor]:
         """Collect the tensors of a checkpoint, sharing memory with the run where that is possible."""
         return {
@@ -84,13 +86,13 @@ class RunState:
             "lr": state.optimizers[0].param_groups[0]["lr"],
             "data": {**data, "epoch": state.timestamp.epoch.value},
             "data_digests": dict(self.data_digests),
-            "world_size": _ranks(),
+            "world_size": self._world_size,
             "recipe": self.recipe,
         }
 
     def origin(self, batch: int) -> Origin:
         """Say where the checkpoint of this batch comes from."""
-        return Origin(batch, self.mesh, _ranks(), recipe_digest(self.recipe), self.metrics())
+        return Origin(batch, self.mesh, self._world_size, recipe_digest(self.recipe), self.metrics())
 
     def load(self, state: State, checkpoint: Path, weights_only: bool) -> dict[str, float]:
         """Put a saved state back, or its weights and averages alone; every rank calls it.
@@ -136,10 +138,6 @@ class RunState:
         if self._generators:
             restore_rng(self._generators, rank())
             self._generators = {}
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _restore_position(state: State, document: Mapping[str, Any]) -> None:

@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
 def _continue(args: argparse.Namespace, path: Path) -> int:
     import warnings
 
-    from moefoundry.checkpoint.io import read_model_config
-    from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint
+    from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, read_model_config
     from moefoundry.config import UserError
     from moefoundry.evaluation.generation import generate
     from moefoundry.evaluation.prompts import PromptTokenizer

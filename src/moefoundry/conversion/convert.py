@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 import yaml
 
+from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.manifest import WEIGHTS_ONLY, read_state
-from moefoundry.checkpoint.out_of_core import ShardValues, StoredTensors, TensorSpec, write_shards
+from moefoundry.checkpoint.out_of_core import ShardValues, StoredTensors, write_shards
 from moefoundry.checkpoint.store import TOKENIZER, using
 from moefoundry.checkpoint.weights import (
     Weights,

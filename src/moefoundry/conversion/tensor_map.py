@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint.out_of_core import ShardValues, TensorSpec, row_ranges
+from moefoundry.checkpoint.format import TensorSpec
+from moefoundry.checkpoint.out_of_core import ShardValues, row_ranges
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.config.errors import first_few
 from moefoundry.conversion.families.family import Family

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint.out_of_core import ShardValues, TensorSpec
+from moefoundry.checkpoint.format import TensorSpec
+from moefoundry.checkpoint.out_of_core import ShardValues
 from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.config import ModelConfig, MoEConfig, RouterConfig, UserError
 from moefoundry.conversion.convert import Summary, nbytes_of, say, write_recipe, write_weights
