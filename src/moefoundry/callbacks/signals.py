@@ -60,7 +60,7 @@ class StopOnSignal(Callback):
                 signal.signal(signum, handler)
 
     def post_close(self) -> None:
-        """All is saved. A launcher ends the others when a first rank ends; let each end with its own status."""
+        """Ignore further signals, with which a launcher would change the status of ranks that have saved everything."""
         if self.stopped_by is not None:
             for signum in STOP_SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)

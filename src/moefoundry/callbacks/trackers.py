@@ -174,7 +174,8 @@ def tensorboard(cfg: TensorBoardConfig, run_dir: Path, entry: str | None) -> ByB
 def mlflow(cfg: MLflowConfig, run_dir: Path, entry: str | None) -> ByBatch:
     """Build ``loggers.mlflow`` of a recipe."""
     uri = mlflow_uri(cfg.tracking_uri, run_dir)
-    _be_brief_with_mlflow()
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE:.0f}")  # it would wait for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     options = {"tracking_uri": uri, "log_system_metrics": False}  # these would have an axis of their own
     logger = MLFlowLogger(cfg.experiment_name, cfg.run_name, **options)
     return ByBatch(logger, "loggers.mlflow", _mlflow_entry(uri, entry), lambda: mlflow_run_id(logger))
@@ -231,12 +232,6 @@ def _answers(key: str, url: str, remedy: str = "") -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(f"{key}: {url} does not answer: {reason}; start it, or leave out {key}{remedy}") from error
-
-
-def _be_brief_with_mlflow() -> None:
-    """Shorten MLflow's waits: by its defaults it waits for minutes, and says nothing."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE:.0f}")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
 
 
 def _mlflow_entry(uri: str, run_id: str | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ Terms:
     hash range   bytes of a file, at most 16 MiB, that have a hash of their own (:class:`~.manifest.HashRange`)
     copy         all shards of a tensor, once; the ``replicate`` axis has several
     index        the tensors of a checkpoint, and the file range of each shard
-    plan         who writes which shards (:data:`~.writer.SavePlan`), or reads them for whom (``load_plan.py``)
+    plan         the shards that each rank writes (:data:`~.writer.SavePlan`) or reads (:class:`~.load_plan.LoadPlan`)
     to commit    to make complete files a checkpoint: index, state, manifest, marker
     to publish   to give a committed directory its final name, ``ba{batch}``
 

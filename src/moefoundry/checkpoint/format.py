@@ -91,7 +91,7 @@ class Box(NamedTuple):
         return self.sizes.numel()
 
     def overlap(self, other: Box) -> Box:
-        """Indices of both; empty boxes have a ``last`` that is not above ``first``."""
+        """Intersect two boxes; where they have no index in common, the result :attr:`is_empty`."""
         pairs = zip(self.first, other.first, strict=True), zip(self.last, other.last, strict=True)
         return Box(tuple(max(pair) for pair in pairs[0]), tuple(min(pair) for pair in pairs[1]))
 

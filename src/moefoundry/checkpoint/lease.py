@@ -59,7 +59,7 @@ class Holder:
 
     @property
     def identity(self) -> tuple[str, str, int, int | None]:
-        """Tells the process from all others."""
+        """Name of the process, which no other has."""
         return self.host, self.kernel, self.pid, self.started
 
 

@@ -1,4 +1,4 @@
-"""Write and read a checkpoint a few rows at a time: no tensor is ever whole in memory, whatever the model's size.
+"""Write and read a checkpoint a few rows at a time: no tensor is ever whole in memory.
 
 Conversion reads single experts out of stacked tensors and writes them one by one. So here one process writes shards as
 they are made, and files are mapped: only the pages that a read needs are loaded. The format is that of any other

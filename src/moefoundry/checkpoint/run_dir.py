@@ -33,8 +33,8 @@ def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | 
         digests: Digests of its data: :func:`moefoundry.checkpoint.start.data_digests`.
 
     Raises:
-        UserError: As :func:`check_run_dir`, :func:`newest_intact`, :func:`checkpoint_to_start_from` and
-            :func:`check_start`.
+        UserError: As :func:`check_run_dir`, :func:`newest_intact` and :func:`check_start`; or there is no checkpoint
+            where ``load_path`` says.
     """
     run_dir = on_rank_zero(lambda: check_run_dir(recipe))
     newest = newest_intact(store_of(run_dir), sizes_only=True) if recipe.autoresume else None
@@ -137,36 +137,21 @@ def _quarantine(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> Non
         print("\n  ".join(lines), file=sys.stderr, flush=True)
 
 
-def checkpoint_to_start_from(recipe: Recipe, newest: Path | None) -> tuple[Path, bool] | None:
-    """Choose the run's ``newest`` checkpoint, else that of ``save_remote`` (with ``autoresume``), else ``load_path``.
-
-    Returns:
-        The checkpoint, and whether the run itself has saved it; None to begin anew.
-
-    Raises:
-        UserError: There is none where ``load_path`` says.
-    """
-    if newest is not None:
-        return newest, True
-    cache = Path(recipe.run_dir) / DOWNLOADS
-    if recipe.autoresume and recipe.save_remote and (uploaded := find_remote(recipe.save_remote, cache)):
-        return uploaded, True
-    if recipe.load_path is None:
-        return None
-    if not is_url(path := resolved(recipe.load_path)):
-        return find_checkpoint(path), False
-    downloaded = find_remote(recipe.load_path, cache)
-    if downloaded is None:
-        raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
-    return downloaded, False
-
-
 def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> Start | None:
-    """Choose and check the checkpoint to start from; a refused download is removed."""
-    found = checkpoint_to_start_from(recipe, newest)
-    if found is None:
+    """Choose and check the checkpoint to start from; a refused download is removed.
+
+    The run's ``newest``, else that of ``save_remote`` (with ``autoresume``), else ``load_path``; None to begin anew.
+    """
+    checkpoint, own, cache = newest, True, Path(recipe.run_dir) / DOWNLOADS
+    if checkpoint is None and recipe.autoresume and recipe.save_remote:
+        checkpoint = find_remote(recipe.save_remote, cache)
+    if checkpoint is None and recipe.load_path is not None:
+        own, path = False, resolved(recipe.load_path)
+        checkpoint = find_remote(recipe.load_path, cache) if is_url(path) else find_checkpoint(path)
+        if checkpoint is None:
+            raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
+    if checkpoint is None:
         return None
-    checkpoint, own = found
     try:
         if own and newest is None:
             _check_uploaded(recipe, checkpoint)
