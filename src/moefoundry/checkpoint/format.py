@@ -90,16 +90,6 @@ class Box(NamedTuple):
         """Number of values."""
         return self.sizes.numel()
 
-    def overlap(self, other: Box) -> Box:
-        """Intersect two boxes; where they have no index in common, the result :attr:`is_empty`."""
-        pairs = zip(self.first, other.first, strict=True), zip(self.last, other.last, strict=True)
-        return Box(tuple(max(pair) for pair in pairs[0]), tuple(min(pair) for pair in pairs[1]))
-
-    @property
-    def is_empty(self) -> bool:
-        """True if a dim has no index."""
-        return any(a >= b for a, b in zip(self.first, self.last, strict=True))
-
     def of(self, values: Tensor, outer: Box) -> Tensor:
         """View this box of ``values``, the values of the box ``outer``."""
         return values[tuple(slice(a - o, b - o) for a, b, o in zip(self.first, self.last, outer.first, strict=True))]

@@ -29,6 +29,7 @@ from moefoundry.checkpoint.format import (
     stored_tensors,
     values_in,
 )
+from moefoundry.checkpoint.load_plan import plan_load
 from moefoundry.checkpoint.manifest import Manifest, Origin, recipe_digest
 from moefoundry.checkpoint.remote import local_file
 from moefoundry.checkpoint.writer import HashedFile, Shard, WrittenFile, commit_files, data_file
@@ -135,16 +136,15 @@ class StoredTensors:
         """
         limits = [*ranges, *((0, size) for size in self.specs[name].shape[len(ranges) :])]
         wanted = Box(tuple(start for start, _ in limits), tuple(stop for _, stop in limits))
-        parts: list[tuple[Box, Tensor]] = []
-        for box, place in self._tensors[name].shards.items():
-            common = box.overlap(wanted)
-            if not common.is_empty:
-                parts.append((common, common.of(self._shard(name, box, place), box)))
+        try:
+            plan = plan_load({name: self._tensors[name]}, {name: {0: wanted}})
+        except ValueError as error:
+            raise UserError(f"{self._directory}: unreadable checkpoint: {error}") from error
         values = torch.empty(wanted.sizes, dtype=self.specs[name].dtype)
-        for box, there in parts:
-            box.of(values, wanted).copy_(there)
-        if sum(box.numel for box, _ in parts) != values.numel():
-            raise UserError(f"{self._directory}: unreadable checkpoint: a part of {name} is in no file")
+        for read in plan.tensors[0].reads:
+            stored = self._shard(name, read.box, read.place)
+            for need in read.needs:
+                need.box.of(values, wanted).copy_(need.box.of(stored, read.box))
         return values
 
     def rows(self, name: str) -> Iterator[Tensor]:
