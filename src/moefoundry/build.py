@@ -212,7 +212,7 @@ def build_checkpointing(
         mesh={"replicate": degrees.replicate, "shard": degrees.shard, "expert": degrees.expert},
         data_digests=digests,
         averages=ema,
-        metrics=partial(metrics_file.values, () if best is None else (best,)),
+        metrics=dict if best is None else partial(metrics_file.values, (best,)),
     )
     saver = Saver(store, partial(retain_and_upload, store, retention, recipe.save_remote))
     return Checkpointing(run, saver, recipe.save_interval, recipe.save_async, start)

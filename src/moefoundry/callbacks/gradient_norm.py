@@ -45,18 +45,14 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     An fp32 norm of a large matrix is off by 1e-5 and more, by less where shards are smaller. So only norms of rows are
     computed in fp32, and their squares are summed in float64.
     """
-    squares = [_square_sum(same_mesh) for same_mesh in by_mesh(gradients)]
+    squares = []
+    for same_mesh in by_mesh(gradients):
+        shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in same_mesh]
+        norms_of_rows = torch.cat([torch.linalg.vector_norm(shard, dim=-1).flatten() for shard in shards])
+        square = norms_of_rows.double().square().sum()
+        if isinstance(first := same_mesh[0], DTensor):
+            for axis, placement in enumerate(first.placements):
+                if not placement.is_replicate():  # each of these axes shards the gradients
+                    dist.all_reduce(square, group=first.device_mesh.get_group(axis))
+        squares.append(square)
     return torch.stack(squares).sum().sqrt()
-
-
-def _square_sum(gradients: list[Tensor]) -> Tensor:
-    """Sum the squares of gradients of one mesh: in this rank's shards, then over every axis that shards them."""
-    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    norms_of_rows = torch.cat([torch.linalg.vector_norm(shard, dim=-1).flatten() for shard in shards])
-    square = norms_of_rows.double().square().sum()
-    first = gradients[0]
-    if isinstance(first, DTensor):
-        for axis, placement in enumerate(first.placements):
-            if not placement.is_replicate():
-                dist.all_reduce(square, group=first.device_mesh.get_group(axis))
-    return square

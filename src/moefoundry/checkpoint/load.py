@@ -81,11 +81,6 @@ class Index:
     tensors: Mapping[str, StoredTensor]
     report: LoadReport
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Full shape of every tensor by name."""
-        return {name: tensor.spec.shape for name, tensor in self.tensors.items()}
-
 
 def read_index(directory: Path) -> Index:
     """Read the index of a checkpoint on rank 0, for all; every rank calls it.
@@ -149,7 +144,7 @@ def _read_index(directory: Path, report: LoadReport) -> tuple[Manifest, Mapping[
 
 
 def _check_shapes(index: Index, tensors: Mapping[str, Tensor], owned: Sequence[Shapes]) -> None:
-    stored = index.shapes
+    stored = {name: tensor.spec.shape for name, tensor in index.tensors.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for shapes in owned:
         wanted |= shapes

@@ -55,20 +55,20 @@ def together(what: str = "") -> Iterator[None]:
     Raises:
         UserError: In place of the error.
     """
-    cause: BaseException | None = None
+    cause: Exception | None = None
+    message: str | None = None
     try:
-        with saying(what):
-            yield
+        yield
     except Exception as error:
-        cause = error
-    first = next((each for each in from_every_rank(cause and describe(cause)) if each is not None), None)
+        cause, message = error, f"{what}: {describe(error)}" if what else describe(error)
+    first = next((each for each in from_every_rank(message) if each is not None), None)
     if first is not None:
         raise UserError(first) from cause
 
 
 @contextmanager
 def saying(what: str) -> Iterator[None]:
-    """Begin the message of any error of the block with ``what``, unless that is empty.
+    """Begin the message of any error of the block with ``what``.
 
     Raises:
         UserError: In place of the error.
@@ -76,8 +76,6 @@ def saying(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not what:
-            raise
         raise UserError(f"{what}: {describe(error)}") from error
 
 

@@ -67,6 +67,7 @@ class RunState:
 
     def __post_init__(self) -> None:
         self._world_size = self.mesh["replicate"] * self.mesh["shard"]
+        self._digest = recipe_digest(self.recipe)
 
     def tensors(self, state: State) -> dict[str, Tensor]:
         """Collect the tensors of a checkpoint, sharing memory with the run where that is possible."""
@@ -92,7 +93,7 @@ class RunState:
 
     def origin(self, batch: int) -> Origin:
         """Say where the checkpoint of this batch comes from."""
-        return Origin(batch, self.mesh, self._world_size, recipe_digest(self.recipe), self.metrics())
+        return Origin(batch, self.mesh, self._world_size, self._digest, self.metrics())
 
     def load(self, state: State, checkpoint: Path, weights_only: bool) -> dict[str, float]:
         """Put a saved state back, or its weights and averages alone; every rank calls it.
