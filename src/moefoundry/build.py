@@ -164,15 +164,7 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
 def build_callbacks(
     recipe: Recipe, model: MoETransformer, metrics_file: MetricsFile, digests: Mapping[str, str], start: Start | None
 ) -> list[Callback]:
-    """Build the run's callbacks, in the order of :class:`Phase`.
-
-    Args:
-        recipe: Recipe of the run.
-        model: The model, sharded.
-        metrics_file: File that takes the metrics.
-        digests: Digests of the run's data.
-        start: Checkpoint that the run begins with.
-    """
+    """Build the run's callbacks, in the order of :class:`Phase`; ``digests`` are those of the run's data."""
     clipping = recipe.algorithms.gradient_clipping
     gradient_norm = GradientNorm(clipping.clipping_threshold if clipping else None)
     ema = Ema(recipe.ema) if recipe.ema else None

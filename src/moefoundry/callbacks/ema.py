@@ -117,9 +117,6 @@ class Ema(Callback):
 
     The averages begin as the initial or loaded parameters, or as the averages of the checkpoint that the run begins
     with. With ``evaluate``, they take the place of the parameters during evaluation.
-
-    Args:
-        cfg: ``ema`` of the recipe.
     """
 
     def __init__(self, cfg: EmaConfig) -> None:

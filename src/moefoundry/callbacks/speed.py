@@ -11,7 +11,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from moefoundry.config import LRMonitorConfig, MemoryMonitorConfig, Recipe, SpeedMonitorConfig
+from moefoundry.config import Recipe, SpeedMonitorConfig
 
 GIB = 2**30
 
@@ -52,9 +52,6 @@ class MemoryMonitor(Callback):
     rank that has most.
     """
 
-    def __init__(self, cfg: MemoryMonitorConfig, recipe: Recipe) -> None:
-        pass
-
     def batch_end(self, state: State, logger: Logger) -> None:
         peak_host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
         peak_host = state.device.tensor_to_device(peak_host)
@@ -69,9 +66,6 @@ class MemoryMonitor(Callback):
 
 class LRMonitor(Callback):
     """Logs ``lr``, the learning rate that the batch was trained with."""
-
-    def __init__(self, cfg: LRMonitorConfig, recipe: Recipe) -> None:
-        pass
 
     def batch_start(self, state: State, logger: Logger) -> None:
         logger.log_metrics({"lr": state.optimizers[0].param_groups[0]["lr"]})

@@ -96,11 +96,7 @@ class ByBatch(LoggerDestination):
 
 
 class TensorBoard(LoggerDestination):
-    """Event files of rank 0 in ``log_dir/run_name``: one entry, whatever is logged, and however often a run resumes.
-
-    Args:
-        cfg: The recipe's ``loggers.tensorboard``.
-    """
+    """Event files of rank 0 in ``log_dir/run_name``: one entry, whatever is logged, and however often a run resumes."""
 
     def __init__(self, cfg: TensorBoardConfig) -> None:
         self.cfg = cfg

@@ -225,12 +225,7 @@ def values_offset(layout: Tensor) -> int:
 
 
 class RangeReader(io.RawIOBase):
-    """A range of bytes of an open file, as a file.
-
-    Args:
-        descriptor: The open file; its own position is neither used nor moved.
-        offset: First byte of the range.
-        length: Bytes of the range.
+    """A range of bytes of an open file, as a file; the position of the open file is neither used nor moved.
 
     Attributes:
         bytes_read: Bytes read so far.

@@ -12,11 +12,10 @@ Both go on at once: threads read a few shards ahead (``reading.py``), and :data:
 way to the other copies. Where layout and dtype allow it, bytes go from the file into the memory of the parameter, and
 from there into that of the same parameter on other ranks.
 
-A file is read by one rank, though each rank could read what it needs, for three reasons. Hash ranges would be read with
-their surroundings, more than once. Columns of a shard (an expert cut along its rows) are scattered over all of it. And
-object stores hand out whole files. The price: a checkpoint of fewer files than there are ranks leaves the other ranks
-waiting. Beside the tensors themselves a rank holds one stored shard in memory, and the boxes of it that are being sent;
-where they cannot be read and received in place, also the shards ahead and the tensors on their way.
+A file is read by one rank, for three reasons: hash ranges are read whole, columns of a shard are scattered over all of
+it, and object stores hand out whole files. Beside the tensors a rank holds one stored shard in memory, and the boxes of
+it that are being sent; where they cannot be read and received in place, also the shards ahead and the tensors on their
+way.
 
 Replica-aware loading: PyTorch blog, "Training MoEs at Scale with PyTorch" (2024).
 """

@@ -85,8 +85,7 @@ class ShardReader:
     def ahead(self, shards: Iterable[Wanted]) -> Iterator[Future[Read]]:
         """Read shards in order. The first :data:`AHEAD` begin at once, and one more with each that is taken.
 
-        A result raises ``UserError`` where the bytes are not those that were saved, or not there, and whatever else a
-        damaged file leads to.
+        A result raises ``UserError`` for bytes that are missing or not as saved; damaged files may raise other errors.
         """
         readings = (self._pool.submit(self._read, shard) for shard in shards)
         begun = deque(islice(readings, AHEAD))

@@ -26,11 +26,8 @@ DOWNLOADS = "downloads"
 def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | None]:
     """Find what the run starts from, if anything; every rank calls it.
 
-    The directory is claimed later (:func:`claim_run_dir`), when all else has succeeded.
-
-    Args:
-        recipe: Recipe of the run.
-        digests: Digests of its data: :func:`moefoundry.checkpoint.start.data_digests`.
+    The directory is claimed later (:func:`claim_run_dir`), when all else has succeeded. ``digests`` are those of the
+    run's data (:func:`moefoundry.checkpoint.start.data_digests`).
 
     Raises:
         UserError: As :func:`check_run_dir`, :func:`newest_intact` and :func:`check_start`; or there is no checkpoint
@@ -95,11 +92,8 @@ def claim_run_dir(recipe: Recipe) -> None:
 def newest_intact(store: CheckpointStore, sizes_only: bool) -> Path | None:
     """Find the newest checkpoint of a run without damage; every rank calls it and looks at a share of the files.
 
-    Newer ones get a warning and a quarantine name, so that training can save those batches again.
-
-    Args:
-        store: Checkpoints of the run.
-        sizes_only: True before a checkpoint is loaded, which finds further damage; False when that has failed.
+    Newer ones get a warning and a quarantine name, so that training can save those batches again. ``sizes_only`` is
+    enough before a checkpoint is loaded, which finds further damage; when that has failed, files are read.
 
     Raises:
         UserError: There are checkpoints, but all are damaged; they stay where they are.

@@ -126,13 +126,7 @@ class Saver:
         self._under_way: _BackgroundSave | None = None
 
     def start(self, batch: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], origin: Origin) -> None:
-        """Begin a save and return once the tensors may change again.
-
-        Args:
-            batch: Number of the batch.
-            tensors: This rank's tensors, as in :func:`write`.
-            state: JSON document, as there.
-            origin: Origin of the checkpoint.
+        """Begin a save (see :func:`write`) and return once the tensors may change again.
 
         Raises:
             UserError: The batch has a checkpoint already, or the save before this one failed.

@@ -87,13 +87,9 @@ def _tokenizer_digest(recipe: Recipe) -> dict[str, str]:
 
 
 def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[str, str]) -> Start:
-    """Decide how a run begins with ``checkpoint``, with a note of everything that does not go on as it was saved.
+    """Decide how a run begins with a checkpoint, with a note of everything that does not go on as it was saved.
 
-    Args:
-        checkpoint: Directory of the checkpoint.
-        own: True if the run saved it itself.
-        recipe: Recipe of the run.
-        digests: :func:`data_digests` of the run.
+    ``own`` is true if the run saved the checkpoint itself; ``digests`` are the run's :func:`data_digests`.
 
     Raises:
         UserError: The checkpoint is unreadable, or of another architecture; or the run would go on with other data, in
