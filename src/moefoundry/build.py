@@ -21,8 +21,7 @@ from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.console import Console
 from moefoundry.callbacks.ema import Ema
 from moefoundry.callbacks.expert_bias import ExpertBias
-from moefoundry.callbacks.gradient_norm import GradientNorm
-from moefoundry.callbacks.health import FiniteCheck
+from moefoundry.callbacks.health import FiniteCheck, GradientNorm
 from moefoundry.callbacks.learning_rate import LearningRate
 from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor

@@ -15,7 +15,7 @@ from tests.distributed import run_distributed
 
 
 def norms() -> None:
-    from moefoundry.callbacks.gradient_norm import GradientNorm, global_norm
+    from moefoundry.callbacks.health import GradientNorm, global_norm
 
     assert global_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]) == 5.0
 
@@ -36,7 +36,7 @@ def test_gradient_norm_and_clipping() -> None:
 
 
 def norm_of_pieces() -> None:
-    from moefoundry.callbacks.gradient_norm import global_norm
+    from moefoundry.callbacks.health import global_norm
 
     draw = torch.Generator().manual_seed(0)
     whole = torch.randn(4096, 256, generator=draw) * torch.randn(4096, 1, generator=draw).mul(2).exp()

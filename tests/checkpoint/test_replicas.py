@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moefoundry.checkpoint import reading
 from moefoundry.checkpoint.load import read_into
 from moefoundry.checkpoint.manifest import STATE_KEYS
+from moefoundry.checkpoint.reading import ShardReader
 from moefoundry.checkpoint.save import write
 from moefoundry.mesh import MeshDegrees, build_meshes
 from tests.checkpoint.meshes import Mesh, local, named
@@ -48,11 +48,11 @@ def load_counted(root: Path, source: Mesh, mesh: Mesh) -> dict[str, Any]:
 
     opened: list[str] = []
     sent: list[int] = []
-    local_file, batch, broadcast = reading.local_file, dist.batch_isend_irecv, dist.broadcast
+    open_file, batch, broadcast = ShardReader._open_file, dist.batch_isend_irecv, dist.broadcast
 
-    def spy_file(directory: Path, name: str) -> Path:
+    def spy_file(self: ShardReader, name: str) -> Any:
         opened.append(name)
-        return local_file(directory, name)
+        return open_file(self, name)
 
     def spy_batch(ops: list[dist.P2POp]) -> Any:
         sent.extend(op.tensor.nbytes for op in ops)
@@ -62,7 +62,7 @@ def load_counted(root: Path, source: Mesh, mesh: Mesh) -> dict[str, Any]:
         sent.append(tensor.nbytes)
         return broadcast(tensor, *args, **kwargs)
 
-    reading.local_file, dist.batch_isend_irecv, dist.broadcast = spy_file, spy_batch, spy_broadcast
+    ShardReader._open_file, dist.batch_isend_irecv, dist.broadcast = spy_file, spy_batch, spy_broadcast
     report = read_into(directory, tensors)
     assert all(torch.equal(local(tensor), local(expected[name])) for name, tensor in tensors.items())
     return {**asdict(report), "opened": opened, "sent": sent}

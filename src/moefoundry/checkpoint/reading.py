@@ -151,7 +151,10 @@ class ShardReader:
         return memoryview(bytearray(length))
 
     def _open_file(self, name: str) -> FileIO:
-        return self._files.enter_context(local_file(self._manifest.directory, name).open("rb", buffering=0))
+        path = self._manifest.directory / name
+        if not path.exists():
+            path = local_file(self._manifest.directory, name)
+        return self._files.enter_context(path.open("rb", buffering=0))
 
 
 def _same_memory(values: Tensor, layout: Tensor) -> bool:
