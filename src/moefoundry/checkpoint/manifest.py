@@ -192,26 +192,23 @@ class Manifest:
                     raise UserError(f"{self.directory / file}: damaged: ends at {hashed.offset + len(data)}")
                 self.verify(file, hashed.offset, data, tensor)
 
-    def problems(self, file: str) -> list[str]:
-        """Read one file from end to end. Returns at most one line, which says why it is not as it was written."""
-        if problems := self.visible_problems(file):
-            return problems
+    def problems(self, file: str, sizes_only: bool = False) -> list[str]:
+        """Check one file, by its size alone or by reading it from end to end.
+
+        Returns:
+            At most one line, which says why the file is not as it was written.
+        """
+        path = self.directory / file
         try:
-            self.check(file, 0, self.size(file))
+            if (size := path.stat().st_size) != self.size(file):
+                return [f"{path}: damaged: has {size} bytes, not {self.size(file)}"]
+            if not sizes_only:
+                self.check(file, 0, size)
         except OSError as error:
-            return [f"{self.directory / file}: unreadable: {error.strerror}"]
+            return [f"{path}: unreadable: {error.strerror}"]
         except UserError as error:
             return [str(error)]
         return []
-
-    def visible_problems(self, file: str) -> list[str]:
-        """Check, without reading it, that a file is there with its size. Returns the same."""
-        path = self.directory / file
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            return [f"{path}: unreadable: {error.strerror}"]
-        return [] if size == self.size(file) else [f"{path}: damaged: has {size} bytes, not {self.size(file)}"]
 
 
 def read_state(directory: Path) -> dict[str, Any]:
@@ -277,8 +274,7 @@ def damage(directory: Path, rank: int = 0, ranks: int = 1, sizes_only: bool = Fa
         return [str(error)]
 
     def problems(file: str) -> list[str]:
-        read = not (sizes_only and file.endswith(DATA_SUFFIX))
-        return manifest.problems(file) if read else manifest.visible_problems(file)
+        return manifest.problems(file, sizes_only and file.endswith(DATA_SUFFIX))
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # reads overlap
         return [line for lines in pool.map(problems, list(manifest.files)[rank::ranks]) for line in lines]

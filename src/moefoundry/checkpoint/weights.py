@@ -42,7 +42,7 @@ def stored_names(directory: Path, model: MoETransformer, weights: Weights) -> di
     Raises:
         UserError: The average is wanted, and it holds none.
     """
-    if weights == Weights.ema and not holds_ema(directory):
+    if weights == Weights.ema and not any(name.startswith("ema/") for name in stored_shapes(directory)):
         raise UserError(f"{directory}: the checkpoint holds no moving average; the recipe's key ema keeps one")
     buffers = {name for name, _ in model.named_buffers()}
     return {name: f"{Weights.trained if name in buffers else weights}/model.{name}" for name in model.state_dict()}
@@ -71,11 +71,6 @@ def read_model_config(directory: Path) -> ModelConfig:
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Read name and full shape of every tensor of a checkpoint."""
     return {name: tensor.spec.shape for name, tensor in stored_tensors(read_metadata(directory)).items()}
-
-
-def holds_ema(directory: Path) -> bool:
-    """Check whether a checkpoint holds the moving average of the parameters."""
-    return any(name.startswith("ema/") for name in stored_shapes(directory))
 
 
 def named_checkpoint(path: Path) -> Path:
