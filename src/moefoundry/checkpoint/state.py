@@ -39,11 +39,9 @@ if TYPE_CHECKING:
 class Averages(Protocol):
     """Averages of the parameters: :class:`moefoundry.callbacks.ema.Ema`."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Map ``ema/{parameter}`` to its average, sharing memory."""
+    def tensors(self) -> dict[str, Tensor]: ...
 
-    def restart(self) -> None:
-        """Begin anew with the parameters as they are."""
+    def restart(self) -> None: ...
 
 
 @dataclass
