@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.ranks import on_ranks
-from moefoundry.checkpoint.async_save import Saver
-from moefoundry.checkpoint.manifest import Origin, digest, verify_directory
+from moefoundry.checkpoint.manifest import Origin, damage, digest
+from moefoundry.checkpoint.save import Saver
 from moefoundry.checkpoint.store import CheckpointStore
 
 TENSOR_BYTES = 16 * 10**6
@@ -76,7 +76,7 @@ def measure(nbytes: int, saves: int, directory: Path) -> dict[str, Any]:
                 shutil.rmtree(saver.store.path(number - 1), ignore_errors=True)
     median = {kind: statistics.median(seconds[1:]) for kind, seconds in stall.items()}
     start = time.perf_counter()
-    verify_directory(savers["synchronous"].store.path(saves))
+    assert not damage(savers["synchronous"].store.path(saves))
     verify_seconds = time.perf_counter() - start
     return {
         "synchronous_seconds": round(median["synchronous"], 3),

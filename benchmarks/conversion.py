@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint.blocks import TensorSpec, row_ranges
+from moefoundry.checkpoint.format import TensorSpec
+from moefoundry.checkpoint.out_of_core import row_ranges
 from moefoundry.cli import main as cli
 from moefoundry.config import GqaConfig, ModelConfig, MoEConfig
 from moefoundry.conversion.families import FAMILIES

@@ -24,7 +24,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from benchmarks.harness import in_turn
 from benchmarks.ranks import on_ranks
-from moefoundry.checkpoint import io
+from moefoundry.checkpoint.load import read_into
+from moefoundry.checkpoint.manifest import STATE_KEYS
+from moefoundry.checkpoint.save import write
 from moefoundry.mesh import MeshDegrees, build_meshes
 
 COLUMNS = 2048
@@ -55,10 +57,10 @@ def plain_read(files: list[tuple[Path, memoryview]]) -> None:
 def measure(root: Path, nbytes: int, mesh: tuple[int, int, int], rounds: int) -> dict[str, float]:
     """Load and read in turn on every rank; what rank 0 saw."""
     tensors = state(nbytes, mesh)
-    io.write(root, tensors, dict.fromkeys(io.STATE_KEYS, 0))
+    write(root, tensors, dict.fromkeys(STATE_KEYS, 0))
     mine = [path for path in sorted(root.glob("*.distcp")) if int(path.name.split("_")[2]) % mesh[1] == dist.get_rank()]
     files = [(path, memoryview(bytearray(path.read_bytes()))) for path in mine]
-    contenders = {"load": partial(io.read_into, root, tensors), "read": partial(plain_read, files)}
+    contenders = {"load": partial(read_into, root, tensors), "read": partial(plain_read, files)}
     seconds = in_turn(contenders, rounds, warmup=1)
     ratios = [load / read for load, read in zip(seconds["load"], seconds["read"], strict=True)]
     return {

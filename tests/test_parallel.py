@@ -122,7 +122,7 @@ def train(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
     """AdamW steps on fixed batches, of which this rank takes its share."""
     import torch.distributed as dist
 
-    from moefoundry.callbacks.gradient_norm import global_norm
+    from moefoundry.callbacks.health import global_norm
     from moefoundry.optim import build_adamw
     from moefoundry.parallel import sum_between_copies
 

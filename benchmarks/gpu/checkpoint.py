@@ -18,8 +18,8 @@ from torch import Tensor
 from benchmarks.gpu.figures import Figures, Part
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import timed
-from moefoundry.checkpoint.async_save import Saver
 from moefoundry.checkpoint.manifest import Origin
+from moefoundry.checkpoint.save import Saver
 from moefoundry.checkpoint.store import CheckpointStore
 
 STATE = {"recipe": {}, "weights_only": True}

@@ -14,13 +14,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from moefoundry.config import AuxLossScope, ConfigError, Problem, load_recipe
-from moefoundry.model.targets import shifted_targets
+from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer, meta_model
-from moefoundry.ops.cross_entropy import IGNORE_INDEX
 from moefoundry.parallel import materialize
 
 Batch = Mapping[str, Tensor]
-"""``input_ids`` and ``labels``, int64 [B, S], and with ``model.document_masking`` a ``sequence_id`` for each token."""
+"""``input_ids`` and ``labels``, int64 [B, S], with ``model.document_masking`` also ``sequence_id``, int64 [B, S]; in
+training and evaluation ``num_targets``, int64 [B] (:func:`with_target_counts`)."""
 
 
 class LanguageCrossEntropy(Metric):
@@ -45,9 +45,9 @@ class ComposerMoECausalLM(ComposerModel):
     """Adapts :class:`MoETransformer`: its losses by name, so that Composer logs ``loss/train/lm`` and the others.
 
     Attributes:
-        targets_per_sample: Mean over the samples of the global batch, of all ranks (see :class:`CountTargets`).
-            Composer weights micro-batches by samples and ranks equally; with it, targets count equally wherever they
-            are. None leaves losses means over their micro-batch.
+        targets_per_sample: Mean number of targets of a sample of the global batch (see :class:`CountTargets`).
+            Composer weights micro-batches by samples, and ranks equally; with it, every target counts equally. With
+            None, losses are means over their micro-batch.
     """
 
     def __init__(self, model: MoETransformer) -> None:
@@ -59,15 +59,13 @@ class ComposerMoECausalLM(ComposerModel):
         return self.model(batch["input_ids"], batch["labels"], sequence_id=batch.get("sequence_id"))
 
     def loss(self, outputs: CausalLMLosses, batch: Batch) -> dict[str, Tensor]:
-        share = self._share(outputs.num_targets, len(batch["input_ids"]))
+        share: Tensor | float = 1.0  # of the global batch's targets, in units of what as many samples of it have
+        if self.targets_per_sample is not None:
+            share = outputs.num_targets / (len(batch["input_ids"]) * self.targets_per_sample)
         losses = {"lm": outputs.lm * share, "balance": outputs.balance, "z": outputs.z}
         if self.model.cfg.mtp.depth:
             losses["mtp"] = outputs.mtp * share
         return {"total": sum(losses.values(), start=outputs.lm.new_zeros(())), **losses}
-
-    def _share(self, num_targets: Tensor, num_samples: int) -> Tensor | float:
-        """Targets of a micro-batch, in units of what as many samples of the global batch have; 1 without padding."""
-        return 1.0 if self.targets_per_sample is None else num_targets / (num_samples * self.targets_per_sample)
 
     def eval_forward(self, batch: Batch, outputs: CausalLMLosses | None = None) -> CausalLMLosses:
         return self(batch) if outputs is None else outputs
@@ -83,9 +81,8 @@ class CountTargets(Callback):
     """Tells the model, before each step, how many targets the global batch has."""
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        batch = state.batch
-        targets_BS = shifted_targets(batch["labels"], batch.get("sequence_id"))
-        counts = torch.stack([(targets_BS != IGNORE_INDEX).sum(), targets_BS.new_tensor(len(targets_BS))])
+        num_targets_B = state.batch["num_targets"]
+        counts = torch.stack([num_targets_B.sum(), num_targets_B.new_tensor(len(num_targets_B))])
         dist.all_reduce(counts)
         state.model.targets_per_sample = counts[0] / counts[1]
 
@@ -101,9 +98,9 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
     """``model.name: moe_causal_lm`` in a recipe of LLM Foundry's own, which finds it by its entry point.
 
     Args:
-        tokenizer: What LLM Foundry hands to every model; not used.
-        seed: Of the initial weights.
-        model: The keys of this project's ``model`` mapping.
+        tokenizer: Not used; LLM Foundry hands it to every model.
+        seed: Seed of the initial weights.
+        model: Keys of this project's ``model`` mapping.
 
     Raises:
         ConfigError: They are not valid, or ask for what this project's own training loop does after each step.
@@ -122,6 +119,11 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
 
 
 def count_tokens(batch: Batch) -> dict[str, int]:
-    """Tokens of a batch as Composer's ``DataSpec`` wants them: all, and those that are predicted."""
-    targets = shifted_targets(batch["labels"], batch.get("sequence_id"))
-    return {"total": batch["input_ids"].numel(), "loss_generating": int((targets != IGNORE_INDEX).sum())}
+    """Count the tokens of a batch as Composer's ``DataSpec`` wants them: all, and those that are predicted."""
+    return {"total": batch["input_ids"].numel(), "loss_generating": int(batch["num_targets"].sum())}
+
+
+def with_target_counts(batch: Batch) -> dict[str, Tensor]:
+    """Add ``num_targets``, the number of targets of each sample: counted once, for all that go by it."""
+    targets_BS = shifted_targets(batch["labels"], batch.get("sequence_id"))
+    return {**batch, "num_targets": count_targets(targets_BS)}

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from moefoundry.checkpoint.document import read_state
 from moefoundry.checkpoint.fetch import checkpoint_at, directory_at
+from moefoundry.checkpoint.manifest import read_state
 from moefoundry.checkpoint.remote import Remote
 from moefoundry.checkpoint.store import find_checkpoint
 from moefoundry.checkpoint.weights import Weights, load_model, tokenizer_of

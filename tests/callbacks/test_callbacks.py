@@ -15,7 +15,7 @@ from tests.distributed import run_distributed
 
 
 def norms() -> None:
-    from moefoundry.callbacks.gradient_norm import GradientNorm, global_norm
+    from moefoundry.callbacks.health import GradientNorm, global_norm
 
     assert global_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]) == 5.0
 
@@ -36,7 +36,7 @@ def test_gradient_norm_and_clipping() -> None:
 
 
 def norm_of_pieces() -> None:
-    from moefoundry.callbacks.gradient_norm import global_norm
+    from moefoundry.callbacks.health import global_norm
 
     draw = torch.Generator().manual_seed(0)
     whole = torch.randn(4096, 256, generator=draw) * torch.randn(4096, 1, generator=draw).mul(2).exp()
@@ -202,13 +202,13 @@ def test_a_loss_is_better_or_worse_by_what_it_differs() -> None:
 
 
 def mean_over_targets() -> list[float]:
-    from moefoundry.foundry import LanguageCrossEntropy, count_tokens
+    from moefoundry.foundry import LanguageCrossEntropy, count_tokens, with_target_counts
 
     metric = LanguageCrossEntropy()
     metric.update(torch.tensor(2.0), torch.tensor(3))
     metric.update(torch.tensor(4.0), torch.tensor(1))
     batch = {"input_ids": torch.zeros(2, 4), "labels": torch.tensor([[5, 1, -100, 2], [-100, -100, -100, 3]])}
-    assert count_tokens(batch) == {"total": 8, "loss_generating": 3}
+    assert count_tokens(with_target_counts(batch)) == {"total": 8, "loss_generating": 3}
     return metric.compute().item()
 
 

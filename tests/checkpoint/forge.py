@@ -1,16 +1,25 @@
-"""Make the manifest of a checkpoint fit what its files have become, as no damaged disk can, but an attacker."""
+"""Verify a whole checkpoint, or make its manifest fit changed files, as no damaged disk can, but an attacker."""
 
 from pathlib import Path
 
 from moefoundry.checkpoint.manifest import (
-    BLOCK_BYTES,
     COMMIT_FILE,
     MANIFEST_FILE,
-    HashedBlock,
+    RANGE_BYTES,
+    HashRange,
     Manifest,
     commit,
+    damage,
     digest,
 )
+from moefoundry.config import UserError
+
+
+def verify_directory(directory: Path) -> Manifest:
+    """Read every byte and raise what is wrong; the manifest."""
+    if problems := damage(directory):
+        raise UserError("\n".join(problems))
+    return Manifest.read(directory)
 
 
 def recommit(directory: Path) -> None:
@@ -20,7 +29,7 @@ def recommit(directory: Path) -> None:
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name not in (MANIFEST_FILE, COMMIT_FILE):
             content = path.read_bytes()
-            starts = range(0, len(content), BLOCK_BYTES)
-            parts = [content[start : start + BLOCK_BYTES] for start in starts]
-            files[path.name] = [HashedBlock(s, len(p), digest(p)) for s, p in zip(starts, parts, strict=True)]
+            starts = range(0, len(content), RANGE_BYTES)
+            parts = [content[start : start + RANGE_BYTES] for start in starts]
+            files[path.name] = [HashRange(s, len(p), digest(p)) for s, p in zip(starts, parts, strict=True)]
     commit(directory, origin, files)

@@ -72,7 +72,8 @@ def samples_of(recipe: Recipe) -> list[list[int]]:
     """What this rank reads in each batch: a hash of every sequence."""
     from composer.core import Callback
 
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
+    from moefoundry.trainer import train
 
     batches: list[list[int]] = []
 
@@ -82,7 +83,7 @@ def samples_of(recipe: Recipe) -> list[list[int]]:
 
     build_callbacks = parts.build_callbacks
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), Watch()]
-    parts.train(recipe)
+    train(recipe)
     return batches
 
 
@@ -135,7 +136,8 @@ def draws_of(recipe: Recipe) -> list[float]:
     """What this rank's generator gives at the start of each batch."""
     from composer.core import Callback
 
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
+    from moefoundry.trainer import train
 
     draws: list[float] = []
 
@@ -145,7 +147,7 @@ def draws_of(recipe: Recipe) -> list[float]:
 
     build_callbacks = parts.build_callbacks
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), Draw()]
-    parts.train(recipe)
+    train(recipe)
     return draws
 
 

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moefoundry.checkpoint import io
-from moefoundry.checkpoint.blocks import StoredTensors
-from moefoundry.checkpoint.document import STATE_KEYS, read_state
-from moefoundry.checkpoint.manifest import Origin, verify_directory
+from moefoundry.checkpoint.load import read_into
+from moefoundry.checkpoint.manifest import STATE_KEYS, Origin, read_state
+from moefoundry.checkpoint.out_of_core import StoredTensors
+from moefoundry.checkpoint.save import write
 from moefoundry.config import UserError
-from tests.checkpoint.forge import recommit
-from tests.checkpoint.test_io import Malice
+from tests.checkpoint.forge import recommit, verify_directory
+from tests.checkpoint.test_format import Malice
 
 FILES = ("__0_0.distcp", ".metadata", "state.json", "manifest.json", "COMMITTED")
 STATES = [dict.fromkeys(STATE_KEYS, batch) | {"recipe": {"seed": batch}} for batch in (0, 1)]
@@ -40,7 +40,7 @@ def saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("saves")
     for save in (0, 1):
         (root / f"ba{save}").mkdir()
-        io.write(root / f"ba{save}", tensors(save), STATES[save], Origin(save))
+        write(root / f"ba{save}", tensors(save), STATES[save], Origin(save))
     return root
 
 
@@ -107,7 +107,7 @@ def damage(checkpoint: Path, other: Path, proof: Path, data: st.DataObject) -> b
 def read_all(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = read_state(checkpoint)
     read = {name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()}
-    io.read_into(checkpoint, read)
+    read_into(checkpoint, read)
     return state, read
 
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint import io
-from moefoundry.checkpoint.blocks import StoredTensors
-from moefoundry.checkpoint.document import STATE_KEYS, read_state
-from moefoundry.checkpoint.manifest import COMMIT_FILE, Origin, verify_directory, visible_damage
+from moefoundry.checkpoint.load import read_into
+from moefoundry.checkpoint.manifest import COMMIT_FILE, STATE_KEYS, Origin, read_state
 from moefoundry.checkpoint.manifest import damage as everywhere
-from moefoundry.checkpoint.run_dir import newest_without
+from moefoundry.checkpoint.out_of_core import StoredTensors
+from moefoundry.checkpoint.run_dir import newest_intact
+from moefoundry.checkpoint.save import write
 from moefoundry.checkpoint.store import CheckpointStore, entries
 from moefoundry.cli.main import main
 from moefoundry.config import Recipe, UserError
-from tests.checkpoint.forge import recommit
-from tests.checkpoint.test_io import Malice
+from tests.checkpoint.forge import recommit, verify_directory
+from tests.checkpoint.test_format import Malice
 from tests.train.runs import run_recipe
 
 STATE = dict.fromkeys(STATE_KEYS, 3) | {"recipe": {"seed": 1}}
@@ -44,7 +44,7 @@ def store(tmp_path: Path) -> CheckpointStore:
     """Checkpoints of batches 2, 4 and 6."""
     store = CheckpointStore(tmp_path / "checkpoints")
     for batch in (2, 4, 6):
-        io.write(store.begin(batch), tensors(batch), STATE, Origin(batch, {"replicate": 1, "shard": 1, "expert": 1}))
+        write(store.begin(batch), tensors(batch), STATE, Origin(batch, {"replicate": 1, "shard": 1, "expert": 1}))
         store.publish(batch)
     return store
 
@@ -71,7 +71,7 @@ def mix_two_saves(checkpoint: Path) -> str:
 def mix_index(checkpoint: Path) -> str:
     other = checkpoint.parent / "other"
     other.mkdir()
-    io.write(other, {"model/a": torch.zeros(60, 50), "model/b": torch.zeros(9), "c": torch.zeros(2)}, STATE)
+    write(other, {"model/a": torch.zeros(60, 50), "model/b": torch.zeros(9), "c": torch.zeros(2)}, STATE)
     shutil.copyfile(other / ".metadata", checkpoint / ".metadata")
     return ".metadata"
 
@@ -104,7 +104,7 @@ def test_rows_8_and_9_damage_is_named_by_every_reader(store: CheckpointStore, da
     with pytest.raises(UserError, match=pattern):
         verify_directory(checkpoint)
     with pytest.raises(UserError, match=pattern):
-        io.read_into(checkpoint, zeros())
+        read_into(checkpoint, zeros())
     with pytest.raises(UserError, match=pattern):
         StoredTensors(checkpoint).read("model/a")
 
@@ -116,12 +116,12 @@ def test_rows_8_and_9_the_newest_intact_one_is_found(
     file = damage(store.path(6))
     damage(store.path(4)) if damage is not mix_index else None
     good = 4 if damage is mix_index else 2
-    assert newest_without(everywhere, store) == store.path(good)
+    assert newest_intact(store, sizes_only=False) == store.path(good)
     warning = capsys.readouterr().err
     assert f"warning: {store.path(6)} is damaged and now called ba6.quarantine-0:\n" in warning
     assert f"{store.path(6)}/{file}: " in warning
     assert [batch for batch in store.claimed() if batch > good] == []
-    assert newest_without(everywhere, store) == store.path(good)
+    assert newest_intact(store, sizes_only=False) == store.path(good)
     assert capsys.readouterr().err == "", "said once"
 
 
@@ -129,15 +129,15 @@ def test_where_all_are_damaged_nothing_starts_anew(store: CheckpointStore) -> No
     for batch in store.batches():
         flip_a_bit(store.path(batch))
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged:(\n  ba\d/__0_0.distcp: .*){3}\n  bring"):
-        newest_without(everywhere, store)
+        newest_intact(store, sizes_only=False)
     assert store.claimed() == [2, 4, 6]
 
 
 @pytest.mark.parametrize("damage", [*ROW_9, lose_the_marker])
 def test_row9_sizes_and_the_marker_need_no_reading(store: CheckpointStore, damage: Callable[[Path], str]) -> None:
     file = damage(store.path(6))
-    assert [line.split(": ")[0] for line in visible_damage(store.path(6))] == [f"{store.path(6)}/{file}"]
-    assert visible_damage(store.path(4)) == []
+    assert [line.split(": ")[0] for line in everywhere(store.path(6), sizes_only=True)] == [f"{store.path(6)}/{file}"]
+    assert everywhere(store.path(4), sizes_only=True) == []
 
 
 @pytest.mark.parametrize(("world_size", "damage"), [(1, truncate_a_file), (2, flip_a_bit)])
@@ -179,7 +179,7 @@ def test_row10_malice_is_refused_even_where_the_hashes_fit(store: CheckpointStor
     verify_directory(checkpoint)
     pattern = rf"^{re.escape(str(checkpoint))}/{re.escape(named)}: .*({refusal})"
     for read in (
-        lambda: (read_state(checkpoint), io.read_into(checkpoint, zeros())),
+        lambda: (read_state(checkpoint), read_into(checkpoint, zeros())),
         lambda: (read_state(checkpoint), StoredTensors(checkpoint).read("model/a")),
     ):
         with pytest.raises(UserError, match=pattern) as raised:
@@ -200,7 +200,7 @@ def test_row10_places_outside_the_files_are_refused(store: CheckpointStore, forg
         vars(place).update(forged)
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
     recommit(checkpoint)
-    for read in (lambda: io.read_into(checkpoint, zeros()), lambda: StoredTensors(checkpoint).read("model/a")):
+    for read in (lambda: read_into(checkpoint, zeros()), lambda: StoredTensors(checkpoint).read("model/a")):
         with pytest.raises(UserError, match=re.escape(str(checkpoint))):
             read()
 

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefoundry.checkpoint import io
-from moefoundry.checkpoint.document import STATE_KEYS
-from moefoundry.checkpoint.load import _Loader
-from moefoundry.checkpoint.reading import AHEAD, BlockReader, Read, Wanted
+from moefoundry.checkpoint.format import read_metadata
+from moefoundry.checkpoint.load import _Loader, read_into
+from moefoundry.checkpoint.manifest import STATE_KEYS
+from moefoundry.checkpoint.ranks import rank
+from moefoundry.checkpoint.reading import AHEAD, Read, ShardReader, Wanted
+from moefoundry.checkpoint.save import write
 from moefoundry.config import UserError
 from tests.checkpoint.meshes import MESHES, Mesh, differing, local, named, state_on
 from tests.distributed import run_distributed
@@ -23,11 +25,11 @@ STATE = dict.fromkeys(STATE_KEYS, 0)
 
 def save(directory: Path, tensors: dict[str, Tensor]) -> Path:
     """From the ranks that hold ``tensors``."""
-    if io.rank() == 0:
+    if rank() == 0:
         directory.mkdir()
     if dist.is_initialized():
         dist.barrier()
-    io.write(directory, tensors, STATE)
+    write(directory, tensors, STATE)
     return directory
 
 
@@ -40,7 +42,7 @@ def wrongly_loaded(directory: Path, tensors: dict[str, Tensor], expected: dict[s
     for tensor in tensors.values():
         local(tensor).fill_(7)
     assert len(differing(tensors, expected)) > 40, "nothing is right before"
-    io.read_into(directory, tensors)
+    read_into(directory, tensors)
     return differing(tensors, expected)
 
 
@@ -93,56 +95,56 @@ def tensors() -> dict[str, Tensor]:
 
 
 def test_values_are_converted_to_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
-    io.write(tmp_path, tensors(), STATE)
+    write(tmp_path, tensors(), STATE)
     read = {"model/second": torch.zeros(50, 40, dtype=torch.float64)}
-    io.read_into(tmp_path, read)
+    read_into(tmp_path, read)
     assert torch.equal(read["model/second"], tensors()["model/second"].double())
 
 
 def test_tensors_that_are_not_contiguous_are_filled(tmp_path: Path) -> None:
-    io.write(tmp_path, tensors(), STATE)
+    write(tmp_path, tensors(), STATE)
     read = {"model/second": torch.zeros(40, 50, dtype=torch.bfloat16).t(), "model/first": torch.zeros(6000)[::2]}
-    io.read_into(tmp_path, read)
+    read_into(tmp_path, read)
     assert all(torch.equal(read[name], tensor) for name, tensor in tensors().items())
 
 
-def test_blocks_are_read_ahead_but_not_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_read_ahead_but_not_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first is delivered, the next are read; one more begins with each that is delivered."""
     wanted = {f"model/{number}": torch.full((5,), float(number)) for number in range(8)}
-    io.write(tmp_path, wanted, STATE)
+    write(tmp_path, wanted, STATE)
     begun: list[str] = []
     counts: list[int] = []
     ahead = threading.Event()
-    read, deliver = BlockReader._read, _Loader._deliver
+    read, deliver = ShardReader._read, _Loader._deliver
 
-    def spy_read(self: BlockReader, block: Wanted) -> Read:
-        begun.append(block.name)
+    def spy_read(self: ShardReader, shard: Wanted) -> Read:
+        begun.append(shard.name)
         if len(begun) == AHEAD:
             ahead.set()
-        return read(self, block)
+        return read(self, shard)
 
     def spy_deliver(self: _Loader, *args: Any) -> None:
         assert ahead.wait(30)
         counts.append(len(begun))
         deliver(self, *args)
 
-    monkeypatch.setattr(BlockReader, "_read", spy_read)
+    monkeypatch.setattr(ShardReader, "_read", spy_read)
     monkeypatch.setattr(_Loader, "_deliver", spy_deliver)
     filled = {name: torch.zeros(5) for name in wanted}
-    io.read_into(tmp_path, filled)
+    read_into(tmp_path, filled)
     assert all(torch.equal(filled[name], tensor) for name, tensor in wanted.items())
     assert all(count <= number + AHEAD for number, count in enumerate(counts)), counts
     assert len(counts) == len(begun) == 8
 
 
 def test_an_empty_tensor_is_no_problem(tmp_path: Path) -> None:
-    io.write(tmp_path, {**tensors(), "model/none": torch.zeros(0, 3)}, STATE)
-    io.read_into(tmp_path, {"model/none": torch.zeros(0, 3)})
+    write(tmp_path, {**tensors(), "model/none": torch.zeros(0, 3)}, STATE)
+    read_into(tmp_path, {"model/none": torch.zeros(0, 3)})
 
 
 def damage(directory: Path, tensor: str, how: str) -> Path:
     """Damage the file that holds ``tensor``."""
-    metadata = io.read_metadata(directory)
+    metadata = read_metadata(directory)
     place = next(place for index, place in metadata.storage_data.items() if index.fqn == tensor)
     file: Path = directory / place.relative_path
     content = bytearray(file.read_bytes())
@@ -161,20 +163,20 @@ def damage(directory: Path, tensor: str, how: str) -> Path:
 
 @pytest.mark.parametrize("how", ["one bit", "a zeroed page", "truncated", "deleted"])
 def test_row8_row9_a_damaged_file_is_named_with_the_tensor(tmp_path: Path, how: str) -> None:
-    io.write(tmp_path, tensors(), STATE)
+    write(tmp_path, tensors(), STATE)
     file = damage(tmp_path, "model/first", how)
     with pytest.raises(UserError, match=rf"{file}: .*model/first"):
-        io.read_into(tmp_path, {name: torch.zeros_like(tensor) for name, tensor in tensors().items()})
+        read_into(tmp_path, {name: torch.zeros_like(tensor) for name, tensor in tensors().items()})
 
 
 def test_row8_files_of_two_saves_are_told_apart(tmp_path: Path) -> None:
     for name, values in (("a", tensors()), ("b", {name: -tensor for name, tensor in tensors().items()})):
         (tmp_path / name).mkdir()
-        io.write(tmp_path / name, values, STATE)
+        write(tmp_path / name, values, STATE)
     for file in (tmp_path / "a").glob("*.distcp"):
         shutil.copy(tmp_path / "b" / file.name, file)
     with pytest.raises(UserError, match=r"a/.*\.distcp: .*differ from what was saved"):
-        io.read_into(tmp_path / "a", tensors())
+        read_into(tmp_path / "a", tensors())
 
 
 def refusal(directory: Path, absent: str | None) -> str:
@@ -183,7 +185,7 @@ def refusal(directory: Path, absent: str | None) -> str:
     if absent is not None:
         wanted[absent] = torch.zeros(3)
     with pytest.raises(UserError) as raised:
-        io.read_into(directory, wanted)
+        read_into(directory, wanted)
     return str(raised.value)
 
 
@@ -208,13 +210,13 @@ def own_of_each(directory: Path) -> Tensor:
     """Each rank asks for what no other wants."""
     rank = dist.get_rank()
     own = {f"own/{rank}": torch.zeros(3)}
-    io.read_into(directory, {"all": torch.zeros(2)}, own)
+    read_into(directory, {"all": torch.zeros(2)}, own)
     return own[f"own/{rank}"]
 
 
 def test_a_rank_may_have_tensors_of_its_own(tmp_path: Path) -> None:
     own = {f"own/{rank}": torch.full((3,), float(rank)) for rank in range(4)}
-    io.write(tmp_path, {"all": torch.ones(2), **own}, STATE)
+    write(tmp_path, {"all": torch.ones(2), **own}, STATE)
     assert [values.tolist() for values in run_distributed(own_of_each, 3, tmp_path)] == [
         [rank] * 3 for rank in range(3)
     ]

@@ -8,10 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint import io, manifest, writer
-from moefoundry.checkpoint.document import STATE_KEYS
-from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE, Manifest, Origin, digest, verify_directory
+from moefoundry.checkpoint import manifest, writer
+from moefoundry.checkpoint.format import read_metadata
+from moefoundry.checkpoint.manifest import (
+    COMMIT_FILE,
+    MANIFEST_FILE,
+    STATE_KEYS,
+    Manifest,
+    Origin,
+    digest,
+)
+from moefoundry.checkpoint.save import write
 from moefoundry.config import UserError
+from tests.checkpoint.forge import verify_directory
 
 STATE = dict.fromkeys(STATE_KEYS, 3)
 FILE = "__0_0.distcp"
@@ -24,11 +33,11 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Its blocks are of at most 1000 bytes."""
+    """Its hash ranges are of at most 1000 bytes."""
     for module in (manifest, writer):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
+        monkeypatch.setattr(module, "RANGE_BYTES", 1000)
     monkeypatch.setattr(writer, "_STEP_BYTES", 300)
-    io.write(tmp_path, tensors(), STATE, Origin(12, {"shard": 1}, 1, "abc", {"loss": 2.5}))
+    write(tmp_path, tensors(), STATE, Origin(12, {"shard": 1}, 1, "abc", {"loss": 2.5}))
     return tmp_path
 
 
@@ -45,25 +54,29 @@ def test_what_it_says(checkpoint: Path) -> None:
     assert read.origin.metrics == {"loss": 2.5}
     assert read.origin.versions["torch"] == torch.__version__
     assert sorted(read.files) == [".metadata", FILE, "state.json"]
-    for name, blocks in read.files.items():
+    for name, ranges in read.files.items():
         content = (checkpoint / name).read_bytes()
-        assert [digest(content[block.offset : block.end]) for block in blocks] == [block.digest for block in blocks]
-        assert read.size(name) == len(content) == sum(block.length for block in blocks)
+        assert [digest(content[hashed.offset : hashed.end]) for hashed in ranges] == [
+            hashed.digest for hashed in ranges
+        ]
+        assert read.size(name) == len(content) == sum(hashed.length for hashed in ranges)
     assert read.nbytes == sum(read.size(name) for name in read.files)
     assert len(read.files[FILE]) > 12, "60 x 50 values are 12,000 bytes"
 
 
-def test_a_tensor_begins_with_a_block(checkpoint: Path) -> None:
-    places = io.read_metadata(checkpoint).storage_data.values()
-    starts = {block.offset for block in Manifest.read(checkpoint).files[FILE]}
+def test_a_tensor_begins_with_a_hash_range(checkpoint: Path) -> None:
+    places = read_metadata(checkpoint).storage_data.values()
+    starts = {hashed.offset for hashed in Manifest.read(checkpoint).files[FILE]}
     assert {place.offset for place in places} <= starts
 
 
-def test_any_bytes_can_be_verified_by_the_blocks_around_them(checkpoint: Path) -> None:
+def test_any_bytes_can_be_verified_by_the_hash_ranges_around_them(checkpoint: Path) -> None:
     read, content = Manifest.read(checkpoint), (checkpoint / FILE).read_bytes()
-    offset, length = read.covering(FILE, 1500, 1000)
-    assert (offset, length) == (1000, 2000)
-    assert read.covering(FILE, 2000, 1000) == (2000, 1000)
+    ranges = read.covering(FILE, 1500, 1000)
+    offset, length = ranges[0].offset, ranges[-1].end - ranges[0].offset
+    assert (offset, length, len(ranges)) == (1000, 2000, 2)
+    assert [hashed.offset for hashed in read.covering(FILE, 2000, 1000)] == [2000]
+    assert read.covering(FILE, 2000, 0) == []
     read.verify(FILE, offset, content[offset : offset + length])
     wrong = bytearray(content[offset : offset + length])
     wrong[1200] ^= 1
@@ -71,7 +84,7 @@ def test_any_bytes_can_be_verified_by_the_blocks_around_them(checkpoint: Path) -
         UserError, match=rf"{FILE}: offset 1000, tensor w: damaged: the 1000 bytes from 2000 on differ from what was"
     ):
         read.verify(FILE, offset, memoryview(wrong), "w")
-    with pytest.raises(UserError, match=rf"{FILE}: offset 1500: 1000 bytes are no whole blocks"):
+    with pytest.raises(UserError, match=rf"{FILE}: offset 1500: 1000 bytes are no whole hash ranges"):
         read.verify(FILE, 1500, content[1500:2500])
     with pytest.raises(UserError, match=rf"{FILE}: has {len(content)} bytes, not 9 from {len(content) - 5} on"):
         read.covering(FILE, len(content) - 5, 9)
@@ -118,10 +131,10 @@ def test_without_its_marker_or_manifest_it_is_no_checkpoint(checkpoint: Path, na
         ({"format": 2}, r"format 2; this release reads 1"),
         ({"files": {"../state.json": []}}, r"'\.\./state\.json' is no name of a file here"),
         ({"files": {"..": []}}, r"'\.\.' is no name of a file here"),
-        ({"files": {"a": [[5, 10, "x"]]}}, r"a: a block of 10 bytes at 5, where 0 is next"),
-        ({"files": {"a": [[0, 10**15, "x"]]}}, r"a: a block of 1000000000000000 bytes at 0"),
-        ({"files": {"a": [[0, -1, "x"]]}}, r"a: a block of -1 bytes"),
-        ({"files": {"a": [[0, "1", "x"]]}}, r"a: \[0, '1', 'x'\] is no block"),
+        ({"files": {"a": [[5, 10, "x"]]}}, r"a: a hash range of 10 bytes at 5, where 0 is next"),
+        ({"files": {"a": [[0, 10**15, "x"]]}}, r"a: a hash range of 1000000000000000 bytes at 0"),
+        ({"files": {"a": [[0, -1, "x"]]}}, r"a: a hash range of -1 bytes"),
+        ({"files": {"a": [[0, "1", "x"]]}}, r"a: \[0, '1', 'x'\] is no hash range"),
         ({"files": []}, "attribute 'items'"),
         ({"mesh": None}, "attribute 'items'"),
     ],

@@ -13,9 +13,11 @@ import oci
 import pytest
 import torch
 
-from moefoundry.checkpoint import io, remote
-from moefoundry.checkpoint.document import STATE_KEYS
+from moefoundry.checkpoint import remote
+from moefoundry.checkpoint.load import read_into
+from moefoundry.checkpoint.manifest import STATE_KEYS
 from moefoundry.checkpoint.remote import Remote, find_remote, is_downloaded, local_file, upload_checkpoint
+from moefoundry.checkpoint.save import write
 from moefoundry.config import Recipe, UserError
 from moefoundry.data.patience import unless_silent
 from tests.distributed import run_distributed
@@ -56,13 +58,13 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def saved(root: Path, batch: int) -> Path:
     directory = root / f"ba{batch}"
     directory.mkdir(parents=True)
-    io.write(directory, {"model/weight": torch.full((300,), float(batch))}, STATE)
+    write(directory, {"model/weight": torch.full((300,), float(batch))}, STATE)
     return directory
 
 
 def read(directory: Path) -> float:
     tensors = {"model/weight": torch.zeros(300)}
-    io.read_into(directory, tensors)
+    read_into(directory, tensors)
     return tensors["model/weight"].unique().item()
 
 
@@ -413,7 +415,7 @@ def through_s3(environment: dict[str, str], root: Path, url: str) -> list[str]:
     expected = {name: local(tensor).clone() for name, tensor in tensors.items()}
     for tensor in tensors.values():
         local(tensor).zero_()
-    io.read_into(found, tensors)
+    read_into(found, tensors)
     assert all(torch.equal(local(tensor), expected[name]) for name, tensor in tensors.items())
     return mine
 

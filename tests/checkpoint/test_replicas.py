@@ -10,8 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from moefoundry.checkpoint import io, reading
-from moefoundry.checkpoint.document import STATE_KEYS
+from moefoundry.checkpoint.load import read_into
+from moefoundry.checkpoint.manifest import STATE_KEYS
+from moefoundry.checkpoint.reading import ShardReader
+from moefoundry.checkpoint.save import write
 from moefoundry.mesh import MeshDegrees, build_meshes
 from tests.checkpoint.meshes import Mesh, local, named
 from tests.distributed import run_distributed
@@ -39,18 +41,18 @@ def load_counted(root: Path, source: Mesh, mesh: Mesh) -> dict[str, Any]:
     if dist.get_rank() == 0:
         directory.mkdir(exist_ok=True)
     dist.barrier()
-    io.write(directory, tensors_on(source), STATE)
+    write(directory, tensors_on(source), STATE)
     tensors, expected = tensors_on(mesh), tensors_on(mesh)
     for tensor in tensors.values():
         local(tensor).zero_()
 
     opened: list[str] = []
     sent: list[int] = []
-    local_file, batch, broadcast = reading.local_file, dist.batch_isend_irecv, dist.broadcast
+    open_file, batch, broadcast = ShardReader._open_file, dist.batch_isend_irecv, dist.broadcast
 
-    def spy_file(directory: Path, name: str) -> Path:
+    def spy_file(self: ShardReader, name: str) -> Any:
         opened.append(name)
-        return local_file(directory, name)
+        return open_file(self, name)
 
     def spy_batch(ops: list[dist.P2POp]) -> Any:
         sent.extend(op.tensor.nbytes for op in ops)
@@ -60,8 +62,8 @@ def load_counted(root: Path, source: Mesh, mesh: Mesh) -> dict[str, Any]:
         sent.append(tensor.nbytes)
         return broadcast(tensor, *args, **kwargs)
 
-    reading.local_file, dist.batch_isend_irecv, dist.broadcast = spy_file, spy_batch, spy_broadcast
-    report = io.read_into(directory, tensors)
+    ShardReader._open_file, dist.batch_isend_irecv, dist.broadcast = spy_file, spy_batch, spy_broadcast
+    report = read_into(directory, tensors)
     assert all(torch.equal(local(tensor), local(expected[name])) for name, tensor in tensors.items())
     return {**asdict(report), "opened": opened, "sent": sent}
 

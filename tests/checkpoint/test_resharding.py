@@ -15,10 +15,11 @@ def whole_tensors(recipe: Recipe, build_or_train: str) -> dict[str, Tensor]:
     """Of model and optimizer, when ``recipe`` has been built, or trained too."""
     from torch.distributed.tensor import DTensor
 
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
     from moefoundry.checkpoint.state import model_tensors, optimizer_tensors
+    from moefoundry.trainer import train
 
-    trainer = parts.train(recipe) if build_or_train == "train" else parts.build_trainer(recipe)
+    trainer = train(recipe) if build_or_train == "train" else parts.build_trainer(recipe)
     state = trainer.state
     tensors = {**model_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0])}
     return {

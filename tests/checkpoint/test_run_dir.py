@@ -9,26 +9,25 @@ from typing import Any
 
 import pytest
 
-from moefoundry.checkpoint.document import STATE_KEYS
 from moefoundry.checkpoint.manifest import (
     COMMIT_FILE,
     MANIFEST_FILE,
-    HashedBlock,
+    STATE_FILE,
+    STATE_KEYS,
+    HashRange,
     Origin,
     commit,
-    visible_damage,
     write_synced,
 )
 from moefoundry.checkpoint.run_dir import (
     CONFIG_FILE,
     check_run_dir,
     claim_run_dir,
-    newest_without,
+    newest_intact,
     open_run,
     store_of,
 )
 from moefoundry.checkpoint.start import Start, check_start
-from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
 from tests.conftest import QUICKSTART
 
@@ -145,10 +144,10 @@ def test_where_every_checkpoint_is_damaged_each_is_named_once_with_what_to_do(re
 def test_a_checkpoint_with_several_damaged_files_is_one_line(recipe: MakeRecipe) -> None:
     store = store_of(begin(recipe()))
     directory = store.begin(4)
-    commit(directory, Origin(4), {name: [HashedBlock(0, 1, "00")] for name in ("a.distcp", "b.distcp", STATE_FILE)})
+    commit(directory, Origin(4), {name: [HashRange(0, 1, "00")] for name in ("a.distcp", "b.distcp", STATE_FILE)})
     store.publish(4)
     with pytest.raises(UserError) as raised:
-        newest_without(visible_damage, store)
+        newest_intact(store, sizes_only=True)
     (line,) = str(raised.value).splitlines()[1:-1]
     assert (
         line == "  ba4/a.distcp: unreadable: No such file or directory (and 2 more; see moefoundry checkpoint verify)"

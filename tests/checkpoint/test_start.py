@@ -8,11 +8,9 @@ from typing import Any
 
 import pytest
 
-from moefoundry.checkpoint.document import WEIGHTS_ONLY
-from moefoundry.checkpoint.manifest import Origin, commit, write_synced
+from moefoundry.checkpoint.manifest import STATE_FILE, WEIGHTS_ONLY, Origin, commit, write_synced
 from moefoundry.checkpoint.run_dir import claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.start import Start, check_start, data_digests
-from moefoundry.checkpoint.store import STATE_FILE
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
 from tests.conftest import QUICKSTART
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from moefoundry.checkpoint.manifest import COMMIT_FILE, Origin, commit
-from moefoundry.checkpoint.store import STATE_FILE, CheckpointStore, entries, find_checkpoint
+from moefoundry.checkpoint.manifest import COMMIT_FILE, STATE_FILE, Origin, commit
+from moefoundry.checkpoint.store import CheckpointStore, entries, find_checkpoint
 from moefoundry.config import UserError
 
 

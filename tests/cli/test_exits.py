@@ -114,7 +114,7 @@ def test_places_are_read_by_one_rule_and_written_as_paths(
 
 def starts_that_fail(place: Path, overrides: list[str], lease: str) -> list[tuple[Outcome, dict[str, bytes]]]:
     """Command lines, each with what it left in its run directory."""
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
     from moefoundry.config import UserError
 
     run_dir = place / "run"

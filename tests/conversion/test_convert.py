@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import moefoundry
-from moefoundry.checkpoint import io
-from moefoundry.checkpoint.blocks import StoredTensors
-from moefoundry.checkpoint.document import STATE_KEYS, WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.manifest import STATE_KEYS, WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.out_of_core import StoredTensors
+from moefoundry.checkpoint.save import write
+from moefoundry.checkpoint.weights import read_model_config
 from moefoundry.cli.main import main
 from moefoundry.config import ExpertBackend, ModelConfig, Recipe, UserError, flatten, load_recipe
 from moefoundry.conversion.convert import (
@@ -99,7 +100,7 @@ def test_shards_are_read_and_written(tmp_path: Path) -> None:
 
 
 def test_large_tensors_go_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefoundry.checkpoint.blocks.BLOCK_BYTES", 2000)
+    monkeypatch.setattr("moefoundry.checkpoint.out_of_core.SHARD_BYTES", 2000)
     for family in ("mixtral", "dbrx"):
         hf = write_hf(tmp_path / family, family, family_config(family))
         import_hf(hf, tmp_path / f"{family}-checkpoint")
@@ -323,7 +324,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_not_exported(tmp_path: Path) -> Non
     stored = StoredTensors(tmp_path / "whole")
     tensors = {name: stored.read(name) for name in stored.specs if "norm" not in name}
     (tmp_path / "part").mkdir()
-    io.write(tmp_path / "part", tensors, read_state(tmp_path / "whole"))
+    write(tmp_path / "part", tensors, read_state(tmp_path / "whole"))
     for convert in (export_hf, consolidate):
         with pytest.raises(UserError, match=r"layers\.1\.ffn_norm\.weight: missing\n  \.\.\. and 1 more missing$"):
             convert(tmp_path / "part", tmp_path / "out")
@@ -427,8 +428,7 @@ def save_on_mesh(directory: Path, cfg: ModelConfig, degrees: tuple[int, int, int
     parallelize(model, meshes, PrecisionConfig())
     materialize(model, "cpu", 0)
     recipe = {key: value for key, value in flatten(Recipe(model=cfg)).items() if key.startswith("model.")}
-    state = dict.fromkeys(STATE_KEYS, 0) | {"recipe": recipe}
-    io.write(directory, model_tensors(ComposerMoECausalLM(model)), state)
+    write(directory, model_tensors(ComposerMoECausalLM(model)), dict.fromkeys(STATE_KEYS, 0) | {"recipe": recipe})
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
@@ -459,7 +459,7 @@ def test_consolidated_weights_are_the_models(tmp_path: Path) -> None:
 
 def test_the_state_of_a_weights_only_checkpoint_is_checked(tmp_path: Path) -> None:
     import_hf(write_hf(tmp_path / "hf", "deepseek_v3", DEEPSEEK), tmp_path / "ckpt")
-    assert io.read_model_config(tmp_path / "ckpt") == DEEPSEEK
+    assert read_model_config(tmp_path / "ckpt") == DEEPSEEK
     state = tmp_path / "ckpt" / "state.json"
 
     def rewrite(document: dict[str, object]) -> None:
@@ -471,7 +471,7 @@ def test_the_state_of_a_weights_only_checkpoint_is_checked(tmp_path: Path) -> No
     recipe["model.moe.top_q"] = 3
     rewrite({WEIGHTS_ONLY: True, "recipe": recipe})
     with pytest.raises(UserError, match=r"state\.json: 2 errors\n(.|\n)*model\.d_model: missing"):
-        io.read_model_config(tmp_path / "ckpt")
+        read_model_config(tmp_path / "ckpt")
     rewrite({WEIGHTS_ONLY: True})
     with pytest.raises(UserError, match="incomplete checkpoint state: it lacks recipe"):
         read_state(tmp_path / "ckpt")

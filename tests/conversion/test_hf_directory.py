@@ -48,7 +48,7 @@ def test_fused_experts_are_split_exactly_and_verified(tmp_path: Path, family: st
 
 
 def test_fused_experts_are_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moefoundry.checkpoint.blocks.BLOCK_BYTES", 500)
+    monkeypatch.setattr("moefoundry.checkpoint.out_of_core.SHARD_BYTES", 500)
     import_hf(write_version_5(tmp_path / "hf", "olmoe", family_config("olmoe")), tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "back", "olmoe")
     assert_same_tensors(tmp_path / "back", write_hf(tmp_path / "older", "olmoe", family_config("olmoe")))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from moefoundry.checkpoint.blocks import TensorSpec
+from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.config import UserError
 from moefoundry.conversion.safetensors_io import (
     DTYPE_NAMES,

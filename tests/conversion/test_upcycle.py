@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint.blocks import StoredTensors
+from moefoundry.checkpoint.out_of_core import StoredTensors
 from moefoundry.cli.main import main
 from moefoundry.config import UserError
 from moefoundry.conversion.convert import PREFIX, export_hf, load_model

@@ -180,10 +180,10 @@ RECIPE = (
 
 
 def saved_biases(checkpoint: Path) -> dict[str, Tensor]:
-    from moefoundry.checkpoint import io
+    from moefoundry.checkpoint.load import read_into
 
     biases = {f"model/model.layers.{i}.ffn.router.expert_bias": torch.full((4,), torch.nan) for i in (1, 2)}
-    io.read_into(checkpoint, biases)
+    read_into(checkpoint, biases)
     return biases
 
 

@@ -134,7 +134,7 @@ def test_fp8_narrows_the_two_legs_that_spread_rows():
 
 def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]:
     """As :func:`count_steps`, through Composer's own loop."""
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
 
     meshes = []
     setup = parts.setup_meshes

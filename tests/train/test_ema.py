@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moefoundry.checkpoint.blocks import StoredTensors
+from moefoundry.checkpoint.out_of_core import StoredTensors
 from moefoundry.cli.main import main
 from moefoundry.config import Recipe, load_recipe
 from moefoundry.conversion.convert import PREFIX, Weights, load_model

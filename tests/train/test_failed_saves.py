@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moefoundry.checkpoint.manifest import verify_directory
 from moefoundry.config import Recipe
+from tests.checkpoint.forge import verify_directory
 from tests.distributed import captured_output, run_distributed
 from tests.train.runs import finished, run_recipe
 
@@ -20,17 +20,17 @@ STEPS = ("max_duration=6ba", "save_interval=2ba", "eval_loader=null")
 def train_on_a_full_disk(arguments: list[str], file: str | None) -> tuple[int, str]:
     """The command line's status and standard error of a rank. The disk is full when ``file`` is written; without one,
     the store of uploads is gone after the start."""
-    from moefoundry.checkpoint import async_save, io, remote
+    from moefoundry.checkpoint import remote, save
     from moefoundry.cli.main import main
 
-    write_pieces = async_save.write_pieces
+    write_file = save.write_file
 
     def write(path: Path, *values: object) -> object:
         if str(path).endswith(file or "nothing"):
             path.symlink_to("/dev/full")
-        return write_pieces(path, *values)  # type: ignore[arg-type]
+        return write_file(path, *values)  # type: ignore[arg-type]
 
-    async_save.write_pieces = io.write_pieces = write  # type: ignore[assignment]
+    save.write_file = write  # type: ignore[assignment]
 
     def upload(store: object, path: Path, name: str) -> None:
         if name != remote.PROBE:

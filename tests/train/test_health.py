@@ -27,7 +27,7 @@ WEIGHT = "model.layers.2.ffn.experts.up_proj"
 
 
 def add_callback(callback: Any, *, first: bool = False) -> None:
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
 
     build_callbacks = parts.build_callbacks
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from moefoundry.checkpoint.format import tensor_entries
 from moefoundry.checkpoint.load import read_index
 from moefoundry.config import AdamWConfig, Moments, Recipe, UserError
 from moefoundry.model.transformer import MoETransformer
@@ -74,8 +73,8 @@ def test_learns_as_with_wide_moments(narrow: Run, wide: Run) -> None:
 
 def test_checkpoints_hold_bf16(narrow: Run) -> None:
     """And master weights in fp32."""
-    entries = tensor_entries(read_index(narrow.run_dir / "checkpoints/ba3").metadata)
-    dtypes = {name: entry.properties.dtype for name, entry in entries.items()}
+    entries = read_index(narrow.run_dir / "checkpoints/ba3").tensors
+    dtypes = {name: entry.spec.dtype for name, entry in entries.items()}
     weights = {name.removeprefix("model/") for name in dtypes if name.startswith("model/")}
     for slot in ("exp_avg", "exp_avg_sq"):
         assert {dtypes[f"optimizer/{name}/{slot}"] for name in weights} == {torch.bfloat16}

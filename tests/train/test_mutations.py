@@ -103,7 +103,7 @@ def compute(recipe: Recipe, directory: Path) -> None:
     import torch
     from composer.utils import get_device
 
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
     from moefoundry.callbacks.learning_rate import build_schedule
     from moefoundry.callbacks.metrics_file import MetricsFile
     from moefoundry.cli.validate import exports_as
@@ -140,7 +140,8 @@ class StopAfterOneBatch(Callback):
 
 def train_one_batch(recipe: Recipe, directory: Path) -> None:
     """Train as the command does, in a run_dir of its own, to the report; trackers of other services are left out."""
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
+    from moefoundry.trainer import train
     from tests.train.runs import finished
 
     if "://" in f"{recipe.load_path}{recipe.save_remote}{recipe.train_loader.dataset.remote}":
@@ -150,7 +151,7 @@ def train_one_batch(recipe: Recipe, directory: Path) -> None:
     build_callbacks = parts.build_callbacks
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), StopAfterOneBatch()]
     try:
-        parts.train(recipe)
+        train(recipe)
     finally:
         parts.build_callbacks = build_callbacks
     assert len(finished(Path(recipe.run_dir)).metrics) == 1

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint.blocks import StoredTensors
+from moefoundry.checkpoint.out_of_core import StoredTensors
 from moefoundry.config import Recipe, UserError
 from moefoundry.data.prepare import PrepareOptions, prepare
 from tests.checkpoint.forge import recommit
@@ -39,7 +39,8 @@ def train_and_look(recipe: Recipe) -> tuple[list[str], list[int]]:
     """What was printed, and for each batch a number that tells its samples from others."""
     from composer.core import Callback
 
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
+    from moefoundry.trainer import train
 
     seen: list[int] = []
 
@@ -51,7 +52,7 @@ def train_and_look(recipe: Recipe) -> tuple[list[str], list[int]]:
     build_callbacks = parts.build_callbacks
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), Look()]
     with captured_output() as texts:
-        parts.train(recipe)
+        train(recipe)
     return texts, seen
 
 

@@ -95,7 +95,7 @@ def kill_in_batch_9() -> None:
     from composer.core import Callback, Event
     from composer.utils import dist
 
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
 
     class Killer(Callback):
         def run_event(self, event: Event, state, logger) -> None:  # type: ignore[no-untyped-def]
@@ -124,9 +124,9 @@ def test_a_killed_run_resumes_by_itself(tiny_recipe: Tiny, tmp_path: Path, whole
 
 
 def without_optimizer_state() -> None:
-    from moefoundry.callbacks import checkpointing
+    from moefoundry.checkpoint import state as module
 
-    checkpointing.optimizer_tensors = lambda model, optimizer: {}  # type: ignore[assignment]
+    module.optimizer_tensors = lambda model, optimizer: {}  # type: ignore[assignment]
 
 
 def without_data_position() -> None:
@@ -154,8 +154,9 @@ def draws_of(recipe: Recipe, restore: bool) -> list[tuple[float, float, float, f
     import torch
     from composer.core import Callback
 
-    from moefoundry import trainer as parts
-    from moefoundry.callbacks import checkpointing
+    from moefoundry import build as parts
+    from moefoundry.checkpoint import state as module
+    from moefoundry.trainer import train
 
     draws = []
 
@@ -166,8 +167,8 @@ def draws_of(recipe: Recipe, restore: bool) -> list[tuple[float, float, float, f
     build_callbacks = parts.build_callbacks
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), Draw()]
     if not restore:
-        checkpointing.restore_rng = lambda tensors, rank: None
-    parts.train(recipe)
+        module.restore_rng = lambda tensors, rank: None
+    train(recipe)
     return draws
 
 

@@ -25,7 +25,7 @@ def train_with_signals(arguments: list[str], signals: list[int], batch: int, sec
     from composer.core import Callback
     from composer.utils import dist
 
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
     from moefoundry.callbacks import signals as module
     from moefoundry.cli.main import main
 
@@ -52,7 +52,7 @@ def train_in_a_signalled_group(arguments: list[str], signum: int) -> tuple[int, 
 
     from composer.core import Callback
 
-    from moefoundry import trainer as parts
+    from moefoundry import build as parts
     from moefoundry.cli.main import main
     from tests.data.shards import fork_workers
 

@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one line an interval, and a progress bar on a terminal."""
+"""Output for people while a run trains: one line an interval, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Console(LoggerDestination):
         interval: Time between two lines (``10ba``, ``1ep``), besides those of the first batch and of the last; None
             prints only evaluations.
         progress_bar: Show a bar, if ``stream`` is a terminal.
-        stream: Where to print; standard error if None.
+        stream: Stream to print to; standard error if None.
     """
 
     def __init__(self, title: str, interval: str | None, progress_bar: bool, stream: TextIO | None = None) -> None:
@@ -82,7 +82,7 @@ class Console(LoggerDestination):
 
 
 def format_start_line(start: str, parts: dict[str, float]) -> str:
-    """``resumed from runs/mine/checkpoints/ba6 (batch 6) in 2.1 s: store 1.2 s, exchange 0.3 s ...``."""
+    """Format ``resumed from runs/mine/checkpoints/ba6 (batch 6) in 2.1 s: store 1.2 s, exchange 0.3 s ...``."""
     texts = [
         f"{name.removeprefix('resume/').removesuffix('_seconds').replace('_', ' ')} {seconds:.1f} s"
         for name, seconds in parts.items()
@@ -91,7 +91,7 @@ def format_start_line(start: str, parts: dict[str, float]) -> str:
 
 
 def format_train_line(state: State, metrics: dict[str, Any]) -> str:
-    """``batch 10/200  loss 6.1234  balance 0.0512 ...``, with what is known at the end of a batch."""
+    """Format ``batch 10/200  loss 6.1234  balance 0.0512 ...``, with the metrics known at the end of a batch."""
     duration = state.max_duration
     assert duration is not None
     parts = [f"batch {state.timestamp.batch.value}"]

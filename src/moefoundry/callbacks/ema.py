@@ -1,10 +1,11 @@
-"""Exponential moving average of the parameters, in CPU memory, beside the training (DeepSeek-V3, arXiv 2412.19437,
-section 3.2.3).
+"""Exponential moving average of the parameters, in CPU memory, beside the training.
 
-After each optimizer step a thread moves ``average = decay * average + (1 - decay) * parameter``, for this rank's shards
-alone, while the next forward and backward passes run; ranks exchange nothing. On a CPU the thread reads the parameters
-themselves, which nobody changes before the next optimizer step. From a GPU a stream of its own copies them into
-page-locked memory first, and of the training only the GPU's next optimizer step waits for that copy.
+After each optimizer step a thread computes ``average = decay * average + (1 - decay) * parameter``, for this rank's
+shards alone, while the next forward and backward passes run; ranks exchange nothing. On a CPU the thread reads the
+parameters themselves, which do not change before the next optimizer step. From a GPU a stream of its own copies them
+into page-locked memory first, and only the GPU's next optimizer step waits for that copy.
+
+Source: DeepSeek-V3, arXiv 2412.19437, section 3.2.3.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from moefoundry.checkpoint.load import Index
 from moefoundry.config import EmaConfig
 
 
@@ -30,7 +30,7 @@ class ParameterAverage:
         decay: Weight of the average in each update, between 0 and 1.
 
     Attributes:
-        values: On the CPU, one of the same shape for each tensor; to be looked at after :meth:`wait`.
+        values: Averages on the CPU, fp32, one of the same shape for each tensor; to be read after :meth:`wait`.
     """
 
     def __init__(self, tensors: list[Tensor], decay: float) -> None:
@@ -58,7 +58,7 @@ class ParameterAverage:
         """Wait until the update under way has ended.
 
         Raises:
-            Exception: What ended it early.
+            Exception: The update ended with it.
         """
         update, self._update = self._update, None
         if update is not None:
@@ -95,7 +95,7 @@ class _Staging:
 
     Attributes:
         copies: The tensors as they were when :meth:`copy` was called, once ``copied`` is reached.
-        copied: On the stream that copies.
+        copied: Event on the stream that copies.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -113,27 +113,19 @@ class _Staging:
 
 
 class Ema(Callback):
-    """Averages the parameters, from their initial or loaded values on, or from the averages of the checkpoint that the
-    run begins with. Buffers are not averaged.
+    """Averages the parameters; buffers are not averaged.
 
-    With ``evaluate``, the averages take the place of the parameters during evaluation.
-
-    Args:
-        cfg: The recipe's ``ema``.
+    The averages begin as the initial or loaded parameters, or as the averages of the checkpoint that the run begins
+    with. With ``evaluate``, they take the place of the parameters during evaluation.
     """
 
     def __init__(self, cfg: EmaConfig) -> None:
         self.cfg = cfg
-        self._goes_on = False
 
     def init(self, state: State, logger: Logger) -> None:
         self._names: dict[str, nn.Parameter] = dict(state.model.named_parameters(remove_duplicate=False))
         self._parameters = list(dict.fromkeys(self._names.values()))  # tied ones once
         self._average = ParameterAverage(self._shards(), self.cfg.decay)
-
-    def after_load(self, state: State, logger: Logger) -> None:
-        if not self._goes_on:
-            self._average.restart(self._shards())
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         self._average.release()
@@ -153,20 +145,18 @@ class Ema(Callback):
         self._average.close()
 
     def tensors(self) -> dict[str, Tensor]:
-        """``ema/{parameter}`` -> its average, on the CPU, sharded like it, sharing memory until the next batch ends."""
+        """Map ``ema/{parameter}`` to its average, on the CPU, sharded like it, to be read until the next batch ends."""
         self._average.wait()
         averages = dict(zip(self._parameters, self._average.values, strict=True))
         return {f"ema/{name}": _sharded_like(parameter, averages[parameter]) for name, parameter in self._names.items()}
 
-    def continued(self, index: Index) -> dict[str, Tensor]:
-        """What to load from the checkpoint that the run begins with, before this callback's own ``after_load``; empty
-        if it holds no averages."""
-        self._goes_on = any(name.startswith("ema/") for name in index.shapes)
-        return self.tensors() if self._goes_on else {}
+    def restart(self) -> None:
+        """Begin anew with the parameters as they are."""
+        self._average.restart(self._shards())
 
     @torch.no_grad()
     def _shards(self) -> list[Tensor]:
-        """This rank's part of every parameter, sharing memory with it."""
+        """List this rank's shard of every parameter, sharing memory with it."""
         return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in self._parameters]
 
     def _exchange(self, model: nn.Module) -> None:
@@ -177,5 +167,5 @@ class Ema(Callback):
 
 
 def _sharded_like(parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    """``shard`` as this rank's part; on the CPU, where ``DTensor.from_local`` would move it to the mesh's device."""
+    """Make ``shard`` a DTensor on the CPU; ``DTensor.from_local`` would move it to the mesh's device."""
     return DTensor(shard, parameter._spec, requires_grad=False) if isinstance(parameter, DTensor) else shard

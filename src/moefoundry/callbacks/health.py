@@ -1,14 +1,14 @@
-"""What must not go on in silence: numbers that are not finite, and ranks that do not answer.
+"""Health of a run: the gradient norm, numbers that are not finite, and ranks that do not answer.
 
-The gradient norm of every step is the same on all ranks and is not finite if any gradient is not, so looking at it,
-and at each rank's own loss, costs one all-reduce of a scalar. Only when something is wrong are tensors looked at.
+The gradient norm of every step is the same on all ranks and is not finite if any gradient is not. So a check of it and
+of each rank's own loss costs one all-reduce of a scalar. Tensors are looked at only when something is wrong.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -19,12 +19,12 @@ from composer.utils import dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moefoundry.callbacks.gradient_norm import GradientNorm
 from moefoundry.config import NonFinite, UserError
+from moefoundry.mesh import by_mesh
 
-MAX_NAMES = 8  # of one rank's tensors in a message
+MAX_NAMES = 8  # tensors of one rank that a message names
 MAX_SKIPPED_IN_A_ROW = 100
-"""Steps. Skipped ones leave the weights as they are: so many batches that all fail are no accident of the data."""
+"""Skipped steps leave the weights as they are: so many batches that all fail are no accident of the data."""
 
 
 class NonFiniteError(UserError):
@@ -35,13 +35,38 @@ class CollectiveError(RuntimeError):
     """A collective failed on this rank: another rank is late, or gone."""
 
 
+class GradientNorm(Callback):
+    """Logs ``grad_norm`` (before clipping) and scales gradients down to ``max_norm``.
+
+    Args:
+        max_norm: Largest L2 norm over all parameters of the model; None does not clip.
+
+    Attributes:
+        norm: Norm of the step's gradients before clipping, a float64 scalar.
+    """
+
+    norm: Tensor
+
+    def __init__(self, max_norm: float | None) -> None:
+        self.max_norm = max_norm
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
+        norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        self.norm = norm
+        if self.max_norm is not None and norm.isfinite():  # clipping would spread what is not
+            for same_mesh in by_mesh(parameters):
+                torch.nn.utils.clip_grads_with_norm_(same_mesh, self.max_norm, norm.to(same_mesh[0].dtype))
+        logger.log_metrics({"grad_norm": norm.item()})
+
+
 class FiniteCheck(Callback):
     """Stops before the update, or skips it, on all ranks, when the loss or a gradient of any rank is not finite.
 
-    It must come right after ``gradient_norm``. Where all is finite, nothing is changed.
+    Where all is finite, nothing is changed.
 
     Args:
-        gradient_norm: Has the norm of the step.
+        gradient_norm: Measures the norm of the step, before this callback.
         action: ``skip`` leaves weights and optimizer alone in that step and logs ``skipped_steps`` = 1; the schedule,
             the position in the data and the clock go on.
 
@@ -80,13 +105,32 @@ class FiniteCheck(Callback):
             print(f"{message}. The step is skipped", file=sys.stderr, flush=True)
 
 
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Compute the L2 norm of all gradients together, a float64 scalar, the same on every rank and mesh.
+
+    An fp32 norm of a large matrix is off by 1e-5 and more, by less where shards are smaller. So only norms of rows are
+    computed in fp32, and their squares are summed in float64.
+    """
+    squares = []
+    for same_mesh in by_mesh(gradients):
+        shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in same_mesh]
+        norms_of_rows = torch.cat([torch.linalg.vector_norm(shard, dim=-1).flatten() for shard in shards])
+        square = norms_of_rows.double().square().sum()
+        if isinstance(first := same_mesh[0], DTensor):
+            for axis, placement in enumerate(first.placements):
+                if not placement.is_replicate():  # each of these axes shards the gradients
+                    torch.distributed.all_reduce(square, group=first.device_mesh.get_group(axis))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
 def step_was_skipped(model: nn.Module) -> bool:
-    """Whether the optimizer had nothing to do in the step that just ended."""
+    """Check whether the optimizer had nothing to do in the step that just ended."""
     return all(parameter.grad is None for parameter in model.parameters())
 
 
 def _describe(losses: dict[str, Tensor], model: nn.Module) -> str:
-    """What is not finite, by rank: its own loss, and its shards of gradients, from the loss backwards."""
+    """Name everything that is not finite, by rank: its losses, and its shards of gradients from the loss back."""
     bad_losses = [name for name, loss in losses.items() if not loss.isfinite().all()]
     gradients = [name for name, parameter in model.named_parameters() if not _is_finite(parameter.grad)]
     parts = []
@@ -109,7 +153,7 @@ def named_collectives(timeout_seconds: float) -> Iterator[None]:
     """Say which collective failed; what the backend raises says no more than that a peer was late, or is gone.
 
     Args:
-        timeout_seconds: After which a collective gives up; for the message.
+        timeout_seconds: Seconds after which a collective gives up; for the message.
 
     Raises:
         CollectiveError: From the backend's error. NCCL's watchdog ends the process itself and names the collective.
@@ -126,7 +170,7 @@ def named_collectives(timeout_seconds: float) -> Iterator[None]:
 
 
 def _last_collective() -> str:
-    """The collective that this rank began last, of torch's flight recorder, which is on by default."""
+    """Describe the collective that this rank began last, from torch's flight recorder, which is on by default."""
     trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
     if not trace.get("entries"):
         return "a collective"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
 
-from composer.core import Callback, State, Timestamp
+from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.optim import (
     ComposerScheduler,
@@ -38,9 +38,9 @@ class LearningRate(Callback):
     """Sets the rate before each batch.
 
     Args:
-        recipe: Its ``optimizer.lr``, ``scheduler`` and sizes of a batch.
-        changes: What makes this schedule differ from that of the checkpoint which the run continues, for a line that
-            says so with the first rate; empty if nothing does.
+        recipe: Recipe of the run.
+        changes: Differences from the schedule of the checkpoint that the run continues, for a line with the first rate;
+            empty if there are none.
     """
 
     def __init__(self, recipe: Recipe, changes: str = "") -> None:
@@ -62,27 +62,25 @@ class LearningRate(Callback):
         self._changes = ""
 
     def rate(self, state: State) -> float:
-        """That of the batch which follows ``state.timestamp``."""
-        position = SimpleNamespace(
-            timestamp=self._position(state.timestamp),
-            max_duration=state.max_duration,
-            dataloader_len=state.dataloader_len,
-        )
-        return self.peak * self.schedule(cast(State, position))
+        """Compute the rate of the batch that follows ``state.timestamp``.
 
-    def _position(self, now: Timestamp) -> Timestamp:
-        """Where in the schedule the next batch is. A last, smaller batch of an epoch counts as a whole one."""
+        A last, smaller batch of an epoch counts as a whole one.
+        """
+        now = state.timestamp
         if self.timing == ScheduleTiming.batch_end:
-            return now.to_next_batch(self.samples, self.tokens)
-        return now.copy(
-            batch=max(0, now.batch.value - 1),
-            sample=max(0, now.sample.value - self.samples),
-            token=max(0, now.token.value - self.tokens),
-        )
+            position = now.to_next_batch(self.samples, self.tokens)
+        else:
+            position = now.copy(
+                batch=max(0, now.batch.value - 1),
+                sample=max(0, now.sample.value - self.samples),
+                token=max(0, now.token.value - self.tokens),
+            )
+        seen = SimpleNamespace(timestamp=position, max_duration=state.max_duration, dataloader_len=state.dataloader_len)
+        return self.peak * self.schedule(cast(State, seen))
 
 
 def build_schedule(cfg: SchedulerConfig) -> Callable[[State], float]:
-    """Position -> share of the peak rate.
+    """Build the function from the position to the share of the peak rate.
 
     Raises:
         UserError: It cannot be built.
@@ -92,15 +90,15 @@ def build_schedule(cfg: SchedulerConfig) -> Callable[[State], float]:
 
 
 def cosine(cfg: CosineWithWarmupConfig) -> ComposerScheduler:
-    """Half a cosine from the peak to ``alpha_f`` of it."""
+    """Build half a cosine from the peak to ``alpha_f`` of it."""
     return CosineAnnealingWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
 
 
 def linear(cfg: LinearDecayWithWarmupConfig) -> ComposerScheduler:
-    """A line from the peak to ``alpha_f`` of it."""
+    """Build a line from the peak to ``alpha_f`` of it."""
     return LinearWithWarmupScheduler(t_warmup=cfg.t_warmup, alpha_f=cfg.alpha_f)
 
 
 def constant(cfg: ConstantWithWarmupConfig) -> ComposerScheduler:
-    """The peak."""
+    """Build a rate that stays at the peak."""
     return ConstantWithWarmupScheduler(t_warmup=cfg.t_warmup)

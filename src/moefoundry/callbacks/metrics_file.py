@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from torch import Tensor
 FILE_NAME = "metrics.jsonl"
 SUPERSEDED = "metrics.superseded.jsonl"
 LEFT_OUT_PREFIXES = ("time/", "trainer/")
-"""Of what Composer logs of its own accord: counters that the number of the batch says already."""
+"""Counters that Composer logs of its own accord, and that follow from the number of the batch."""
 
 ESTIMATE = "time/remaining_estimate"  # of Composer's runtime_estimator
 
@@ -44,7 +45,7 @@ class MetricsFile(LoggerDestination):
     """Writes ``metrics.jsonl`` from rank 0.
 
     Args:
-        run_dir: Where the file goes; it must exist.
+        run_dir: Directory of the file; it must exist.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -54,31 +55,32 @@ class MetricsFile(LoggerDestination):
         self._begin = 0  # of the last line, in bytes
 
     def begin(self, after: int) -> None:
-        """Put aside the lines of batches beyond ``after``: they are trained again, or another run's."""
+        """Set aside the lines of batches beyond ``after``: they are trained again, or are another run's."""
         if dist.get_global_rank() == 0 and self.path.exists():
             set_aside(self.path, after)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         for name, value in metrics.items():
-            if (name == ESTIMATE or not name.startswith(LEFT_OUT_PREFIXES)) and _is_number(value):
+            number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+            if number and (name == ESTIMATE or not name.startswith(LEFT_OUT_PREFIXES)):
                 self._pending[name] = float(value)
 
     def record(self, metrics: dict[str, list[float]]) -> None:
         """Take metrics that only this file can hold (Composer's other destinations want scalars)."""
         self._pending.update(metrics)
 
-    def value(self, name: str) -> float | None:
-        """What has been measured since the last line."""
-        return self._pending.get(name)
+    def values(self, names: Sequence[str]) -> dict[str, float]:
+        """Give those of these metrics that have been measured since the last line."""
+        return {name: self._pending[name] for name in names if name in self._pending}
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """The last event of a batch: after evaluation, and after the checkpoint callback (loggers run last)."""
+        """Write the line of a batch, at its last event: after evaluation and after the save, as loggers run last."""
         if dist.get_global_rank() == 0 and self.path.exists():
             self._begin = self.path.stat().st_size
         self._write({"batch": state.timestamp.batch.value, **self._pending})
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """An evaluation at the end of training comes after the last batch's line: complete that line."""
+        """Complete the last batch's line: an evaluation at the end of training comes after it."""
         if self._written.get("batch") == state.timestamp.batch.value:
             self._write({**self._written, **self._pending})
 
@@ -89,10 +91,6 @@ class MetricsFile(LoggerDestination):
                 file.seek(self._begin)
                 file.write(json.dumps(line).encode() + b"\n")
                 file.truncate()
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def set_aside(path: Path, after: int) -> None:
@@ -110,7 +108,7 @@ def set_aside(path: Path, after: int) -> None:
 
 
 def _batch(line: bytes) -> float:
-    """Its batch; infinity if it is not a line of metrics."""
+    """Read the batch of a line; infinity if it is not a line of metrics."""
     try:
         return float(json.loads(line)["batch"])
     except (ValueError, TypeError, KeyError):
@@ -118,7 +116,7 @@ def _batch(line: bytes) -> float:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of ``metrics.jsonl`` in batch order, the last line of each batch; a torn last line is left out."""
+    """Read ``metrics.jsonl`` in batch order, the last line of each batch; a torn last line is left out."""
     lines: dict[int, dict[str, Any]] = {}
     for text in (run_dir / FILE_NAME).read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""What a finished run shows: two plots, a completion, where the checkpoint is and how to go on."""
+"""The report of a finished run: two plots, a completion, the last checkpoint, and the command that goes on."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ EVAL_KEY = "metrics/eval/LanguageCrossEntropy"
 
 @contextmanager
 def unless_it_fails(part: str) -> Iterator[None]:
-    """Go on behind this block when a part of the report fails, with a line that says why: the run itself has ended
-    well, and is saved."""
+    """Go on behind this block when a part of the report fails, with a line that says why.
+
+    The run itself has ended well, and is saved.
+    """
     try:
         yield
     except Exception as error:
@@ -34,13 +36,14 @@ def unless_it_fails(part: str) -> Iterator[None]:
 
 
 def write_report(recipe: Recipe, completion: str | None, command: Sequence[str]) -> None:
-    """Write the plots into ``run_dir`` and print the rest; one rank calls it, when everything else is written. A part
-    that fails is left out, with a line on standard error.
+    """Write the plots into ``run_dir`` and print the rest; one rank calls it, when everything else is written.
+
+    A part that fails is left out, with a line on standard error.
 
     Args:
-        recipe: The run's recipe.
-        completion: A prompt and what the trained model made of it; None leaves it out.
-        command: The command that started the run, to be repeated for the next.
+        recipe: Recipe of the run.
+        completion: A prompt and its completion by the trained model; None leaves it out.
+        command: Command that started the run.
     """
     run_dir = Path(recipe.run_dir)
     metrics: list[dict[str, Any]] = []
@@ -75,12 +78,12 @@ def write_report(recipe: Recipe, completion: str | None, command: Sequence[str])
 
 
 def compared(loss: float, entropy: float) -> str:
-    """``0.2500 better`` or ``0.2500 worse`` than the best model that ignores context."""
+    """Compare a loss with that of the best model that ignores context: ``0.2500 better`` or ``0.2500 worse``."""
     return f"{abs(loss - entropy):.4f} {'better' if loss <= entropy else 'worse'}"
 
 
 def next_command(command: Sequence[str], max_duration: str) -> str:
-    """The same command, to train twice as long, from where the run stopped."""
+    """Change a command so that it trains twice as long, from where the run stopped."""
     number = "".join(filter(str.isdigit, max_duration))
     longer = str(2 * int(number)) + max_duration.removeprefix(number)
     kept = [word for word in command if not word.startswith(("autoresume=", "max_duration="))]
@@ -88,7 +91,7 @@ def next_command(command: Sequence[str], max_duration: str) -> str:
 
 
 def unigram_entropy(recipe: Recipe) -> float | None:
-    """Entropy of the held-out split's token frequencies, nats a token, as ``moefoundry prepare`` recorded it."""
+    """Read the entropy of the held-out split's token frequencies, nats a token, as ``moefoundry prepare`` wrote it."""
     loader = recipe.eval_loader
     if loader is None or not (Path(loader.dataset.local) / CORPUS_FILE).exists():
         return None
@@ -97,7 +100,7 @@ def unigram_entropy(recipe: Recipe) -> float | None:
 
 
 def plot_loss(metrics: list[dict[str, Any]], entropy: float | None, path: Path) -> bool:
-    """Training and held-out loss over batches; whether there was any to plot."""
+    """Plot training and held-out loss over batches. Returns whether there was any."""
     training = [(line["batch"], line["loss/train/lm"]) for line in metrics if "loss/train/lm" in line]
     if not training:
         return False
@@ -120,8 +123,11 @@ def plot_loss(metrics: list[dict[str, Any]], entropy: float | None, path: Path) 
 
 
 def plot_load(metrics: list[dict[str, Any]], path: Path) -> bool:
-    """Load of each expert of each layer over the last batches, as a multiple of the uniform load; whether there were
-    layers with experts."""
+    """Plot the load of each expert of each layer over the last batches, as a multiple of the uniform load.
+
+    Returns:
+        Whether there were layers with experts.
+    """
     recent = metrics[-LOAD_WINDOW:]
     names = [name for name in recent[-1] if name.startswith("moe/load/")] if recent else []
     if not names:

@@ -1,4 +1,4 @@
-"""What the routers did in a step, over all micro-batches and all ranks."""
+"""Routing of a step, over all micro-batches and all ranks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from moefoundry.moe.balance import StepCounts, max_violation
 
 
 class RoutingMonitor(Callback):
-    """Logs ``moe/max_violation``, ``moe/router_entropy`` (means over MoE layers) and ``moe/dropped_fraction`` (of all
-    layers' slots), and records ``moe/load/layer{i}``: the share of slots routed to each of E experts, summing to 1.
+    """Logs how evenly tokens are routed.
+
+    - ``moe/max_violation`` and ``moe/router_entropy``: means over MoE layers.
+    - ``moe/dropped_fraction``: share of all layers' slots.
+    - ``moe/load/layer{i}``: share of slots routed to each of E experts; shares sum to 1.
 
     Args:
-        record: Takes metrics that are no scalars (see :class:`~moefoundry.callbacks.metrics_file.MetricsFile`).
+        record: Takes lists (see :class:`~moefoundry.callbacks.metrics_file.MetricsFile`).
         layers: Index in the model of each layer with experts.
     """
 

@@ -29,7 +29,7 @@ that comes later than this after the first is a second request."""
 class StopOnSignal(Callback):
     """Ends training after the batch in which any rank got a signal; the end of training saves, as it always does.
 
-    It must come before the callback that saves. A second signal ends the rank at once, with the signal's own status.
+    A second signal ends the rank at once, with the signal's own status.
 
     Attributes:
         stopped_by: The signal that ended training on all ranks; None where training goes on, or had just reached its
@@ -60,7 +60,7 @@ class StopOnSignal(Callback):
                 signal.signal(signum, handler)
 
     def post_close(self) -> None:
-        """All is saved. A launcher ends the others when a first rank ends; let each end with its own status."""
+        """Ignore further signals, with which a launcher would change the status of ranks that have saved everything."""
         if self.stopped_by is not None:
             for signum in STOP_SIGNALS:
                 signal.signal(signum, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Throughput and memory of all ranks."""
+"""The recipe's own callbacks: throughput and memory of all ranks, and the learning rate."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from moefoundry.config import LRMonitorConfig, MemoryMonitorConfig, Recipe, SpeedMonitorConfig
+from moefoundry.config import Recipe, SpeedMonitorConfig
 
 GIB = 2**30
 
 
 class SpeedMonitor(Callback):
-    """Logs ``throughput/tokens_per_sec`` and, a rank, ``throughput/device/tokens_per_sec``.
+    """Logs ``throughput/tokens_per_sec`` of all ranks and ``throughput/device/tokens_per_sec`` of one.
 
-    Averaged over the last ``window_size`` batches, from the second batch on (the first one warms up). Evaluation and
-    checkpoints are not in it: time counts from the start of a batch to its end.
+    Both are averaged over the last ``window_size`` batches, from the second batch on: the first one warms up. Time
+    counts from the start of a batch to its end, so without evaluation and checkpoints.
     """
 
-    def __init__(self, window_size: int) -> None:
-        self._seconds: deque[float] = deque(maxlen=window_size)
-        self._tokens: deque[int] = deque(maxlen=window_size)
+    def __init__(self, cfg: SpeedMonitorConfig, recipe: Recipe) -> None:
+        self._seconds: deque[float] = deque(maxlen=cfg.window_size)
+        self._tokens: deque[int] = deque(maxlen=cfg.window_size)
         self._start = 0.0
         self._warm = False
 
@@ -46,8 +46,11 @@ class SpeedMonitor(Callback):
 
 
 class MemoryMonitor(Callback):
-    """Logs ``memory/peak_host_gib`` (resident, summed over ranks) and on a GPU ``memory/peak_device_gib`` (of the rank
-    that has most), at the end of every batch."""
+    """Logs peaks of memory at the end of every batch.
+
+    ``memory/peak_host_gib`` is resident memory, summed over ranks; ``memory/peak_device_gib``, on a GPU, is that of the
+    rank that has most.
+    """
 
     def batch_end(self, state: State, logger: Logger) -> None:
         peak_host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
@@ -66,18 +69,3 @@ class LRMonitor(Callback):
 
     def batch_start(self, state: State, logger: Logger) -> None:
         logger.log_metrics({"lr": state.optimizers[0].param_groups[0]["lr"]})
-
-
-def speed_monitor(cfg: SpeedMonitorConfig, recipe: Recipe) -> SpeedMonitor:
-    """``callbacks.speed_monitor`` of a recipe."""
-    return SpeedMonitor(cfg.window_size)
-
-
-def memory_monitor(cfg: MemoryMonitorConfig, recipe: Recipe) -> MemoryMonitor:
-    """``callbacks.memory_monitor`` of a recipe."""
-    return MemoryMonitor()
-
-
-def lr_monitor(cfg: LRMonitorConfig, recipe: Recipe) -> LRMonitor:
-    """``callbacks.lr_monitor`` of a recipe."""
-    return LRMonitor()

@@ -25,6 +25,7 @@ from composer.loggers import Logger, LoggerDestination, MLFlowLogger, WandBLogge
 from composer.utils import dist
 
 from moefoundry.checkpoint.remote import one_line
+from moefoundry.composer_patches import mlflow_run_id
 from moefoundry.config import LoggersConfig, MLflowConfig, TensorBoardConfig, UserError, WandbConfig, redacted
 from moefoundry.config.making import chosen_parts, make_part
 from moefoundry.config.urls import is_url, resolved
@@ -32,18 +33,18 @@ from moefoundry.config.urls import is_url, resolved
 PATIENCE = 10.0
 ENTRIES_FILE = "trackers.json"
 ENDS = (Event.BATCH_CHECKPOINT, Event.EVAL_END, Event.FIT_END)
-"""When all that belongs to a batch has been measured, but for an evaluation that follows the last one."""
+"""Events at which every metric of a batch is known, but for an evaluation that follows the last batch."""
 
 
 class ByBatch(LoggerDestination):
-    """Hands a tracker what was measured in a batch at once, as of the batch's number.
+    """Hands the metrics of a batch to a tracker at once, under the batch's number.
 
     Args:
-        tracker: What is logged to.
-        key: Of the recipe, for messages.
-        entry: The variable of the environment that names an entry to go on with, and its value. Such an entry has its
+        tracker: Logger of the tracker.
+        key: Key of the recipe, for messages.
+        entry: Environment variable that names an entry to go on with, and its value. Such an entry has its
             hyperparameters, and MLflow refuses those that a resume has changed.
-        identity: What the tracker calls the run, once it has begun; empty where that is the run's own name.
+        identity: Gives the tracker's name of the run, once it has begun; empty where that is the run's own name.
     """
 
     def __init__(
@@ -95,11 +96,7 @@ class ByBatch(LoggerDestination):
 
 
 class TensorBoard(LoggerDestination):
-    """Event files of rank 0 in ``log_dir/run_name``: one entry, whatever is logged, and however often a run resumes.
-
-    Args:
-        cfg: The recipe's ``loggers.tensorboard``.
-    """
+    """Event files of rank 0 in ``log_dir/run_name``: one entry, whatever is logged, and however often a run resumes."""
 
     def __init__(self, cfg: TensorBoardConfig) -> None:
         self.cfg = cfg
@@ -119,7 +116,7 @@ class TensorBoard(LoggerDestination):
                 self._writer.add_scalar(name, value, step)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Of this entry: torch's ``add_hparams`` would make another."""
+        """Add hyperparameters to this entry; torch's ``add_hparams`` would make another."""
         if self._writer is not None:
             from torch.utils.tensorboard.summary import hparams
 
@@ -133,12 +130,12 @@ class TensorBoard(LoggerDestination):
 
 
 def build_trackers(cfg: LoggersConfig, run_dir: Path, continues: bool) -> list[ByBatch]:
-    """The recipe's trackers; every rank calls it.
+    """Build the recipe's trackers; every rank calls it.
 
     Args:
-        cfg: The recipe's ``loggers``.
-        run_dir: Where they keep their files, and where it is noted which entries are the run's.
-        continues: Whether the run goes on with what is in ``run_dir``, and so with its entries.
+        cfg: ``loggers`` of the recipe.
+        run_dir: Directory of their files, and of the note of the run's entries.
+        continues: True if the run goes on with ``run_dir``, and so with its entries.
 
     Raises:
         UserError: A tracker refuses, or is not installed.
@@ -153,7 +150,7 @@ def build_trackers(cfg: LoggersConfig, run_dir: Path, continues: bool) -> list[B
 
 
 def wandb(cfg: WandbConfig, run_dir: Path, entry: str | None) -> ByBatch:
-    """``loggers.wandb`` of a recipe."""
+    """Build ``loggers.wandb`` of a recipe."""
 
     def identity() -> str:
         import wandb
@@ -166,17 +163,18 @@ def wandb(cfg: WandbConfig, run_dir: Path, entry: str | None) -> ByBatch:
 
 
 def tensorboard(cfg: TensorBoardConfig, run_dir: Path, entry: str | None) -> ByBatch:
-    """``loggers.tensorboard`` of a recipe."""
+    """Build ``loggers.tensorboard`` of a recipe."""
     return ByBatch(TensorBoard(cfg), "loggers.tensorboard")
 
 
 def mlflow(cfg: MLflowConfig, run_dir: Path, entry: str | None) -> ByBatch:
-    """``loggers.mlflow`` of a recipe."""
+    """Build ``loggers.mlflow`` of a recipe."""
     uri = mlflow_uri(cfg.tracking_uri, run_dir)
-    _be_brief_with_mlflow()
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE:.0f}")  # it would wait for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     options = {"tracking_uri": uri, "log_system_metrics": False}  # these would have an axis of their own
     logger = MLFlowLogger(cfg.experiment_name, cfg.run_name, **options)
-    return ByBatch(logger, "loggers.mlflow", _mlflow_entry(uri, entry), lambda: str(logger._run_id))
+    return ByBatch(logger, "loggers.mlflow", _mlflow_entry(uri, entry), lambda: mlflow_run_id(logger))
 
 
 def start_trackers(trackers: list[ByBatch], state: State, logger: Logger) -> None:
@@ -193,7 +191,7 @@ def start_trackers(trackers: list[ByBatch], state: State, logger: Logger) -> Non
 
 
 def note_entries(trackers: list[ByBatch], run_dir: Path) -> None:
-    """Keep what trackers call the run, for the time that it resumes."""
+    """Write down the trackers' names of the run, for a resume."""
     if dist.get_global_rank() == 0 and trackers:
         entries = {tracker.key.removeprefix("loggers."): tracker.identity() for tracker in trackers}
         (run_dir / ENTRIES_FILE).write_text(json.dumps(entries) + "\n")
@@ -214,7 +212,7 @@ def try_trackers(cfg: LoggersConfig) -> None:
 
 
 def mlflow_uri(uri: str | None, run_dir: Path) -> str:
-    """Where MLflow keeps runs, as it wants it: a path as a URL, whatever letters it has."""
+    """Give MLflow's place of runs as it wants it: a path becomes a URL, whatever letters it has."""
     place = str(run_dir / "mlruns") if uri is None else resolved(uri)
     return place if is_url(place) or place == "databricks" else Path(place).resolve().as_uri()
 
@@ -232,14 +230,8 @@ def _answers(key: str, url: str, remedy: str = "") -> None:
         raise UserError(f"{key}: {url} does not answer: {reason}; start it, or leave out {key}{remedy}") from error
 
 
-def _be_brief_with_mlflow() -> None:
-    """Its own defaults wait for minutes, and say nothing."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", f"{PATIENCE:.0f}")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-
-
 def _mlflow_entry(uri: str, run_id: str | None) -> dict[str, str]:
-    """How MLflow is told to go on with a run, if it still has it and the user names no other; for rank 0."""
+    """Name the run for MLflow to go on with, if it still has it and the user names no other; on rank 0."""
     if run_id is None or "MLFLOW_RUN_ID" in os.environ or dist.get_global_rank() != 0:
         return {}
     from mlflow import MlflowClient

@@ -1,5 +1,8 @@
-"""What a command is to read, wherever it lies: a path is taken as it is, what a URL names is fetched for as long as it
-is needed, into the directory of temporary files (``TMPDIR``)."""
+"""Inputs of commands, wherever they are.
+
+A path is taken as it is. The files behind a URL are fetched for as long as they are needed, into the directory of
+temporary files (``TMPDIR``).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,9 @@ from moefoundry.config.urls import is_url, resolved, url_problem
 
 @contextmanager
 def checkpoint_at(place: str) -> Iterator[Path]:
-    """The checkpoint at a place, or the run that holds it, as a directory. Of one behind a URL the data files are
-    downloaded when they are read.
+    """Give the directory of the checkpoint at a place, or of the run that holds it.
+
+    The data files of one behind a URL are downloaded when they are read.
 
     Raises:
         UserError: The place is none, nothing is there, or the store fails.
@@ -34,7 +38,7 @@ def checkpoint_at(place: str) -> Iterator[Path]:
 
 @contextmanager
 def checkpoints_at(place: str) -> Iterator[Path]:
-    """The directory that holds a run's checkpoints, with what says which there are; or a checkpoint alone.
+    """Give the directory of a run's checkpoints, with at least their manifests and markers; or a checkpoint alone.
 
     Raises:
         UserError: The place is none, or the store fails.
@@ -47,7 +51,7 @@ def checkpoints_at(place: str) -> Iterator[Path]:
 
 @contextmanager
 def directory_at(place: str) -> Iterator[Path]:
-    """A directory with all its files.
+    """Give a directory with all its files.
 
     Raises:
         UserError: The place is none, nothing is there, or the store fails.
@@ -67,7 +71,7 @@ def directory_at(place: str) -> Iterator[Path]:
 
 @contextmanager
 def _scratch(place: str) -> Iterator[tuple[Path, Path | None]]:
-    """The path that a place names, and a temporary directory instead of it where it is behind a URL."""
+    """Give the path that a place names, and a temporary directory instead of it where it is behind a URL."""
     if problem := url_problem(place):
         raise UserError(f"{place}: {problem}")
     if not is_url(path := resolved(place)):
@@ -78,7 +82,7 @@ def _scratch(place: str) -> Iterator[tuple[Path, Path | None]]:
 
 
 def _manifests(url: str, scratch: Path) -> Path:
-    """Marker and manifest of every checkpoint below a URL, in a directory of its name; or of the one that it is."""
+    """Fetch marker and manifest of every checkpoint at or below a URL, into directories of their names."""
     remote = Remote(url)
     names = [name for name in remote.names() if _is_plain(name)]
     alone = COMMIT_FILE in names or MANIFEST_FILE in names
@@ -94,7 +98,7 @@ def _manifests(url: str, scratch: Path) -> Path:
 
 
 def fetched_damage(directory: Path) -> list[str]:
-    """As :func:`manifest.damage`; the files of a checkpoint behind a URL are downloaded one by one, and removed."""
+    """Call :func:`manifest.damage`; files of a checkpoint behind a URL are downloaded one by one, and removed."""
     if not is_downloaded(directory):
         return damage(directory)
     try:
@@ -113,5 +117,5 @@ def fetched_damage(directory: Path) -> list[str]:
 
 
 def _is_plain(name: str) -> bool:
-    """Whether an object's name stays below the directory that it is downloaded to."""
+    """Check that an object's name stays below the directory that it is downloaded to."""
     return not name.startswith("/") and ".." not in name.split("/")

@@ -1,7 +1,7 @@
-"""What the files of a checkpoint are: torch's distributed checkpoint (DCP), read without trusting it.
+"""The file format of torch's distributed checkpoint (DCP): its terms as types, and how to read it without trusting it.
 
-``.metadata`` is a pickle that says which tensors there are and where the blocks of each lie; a block is what
-``torch.save`` makes of one tensor. DCP's own reader unpickles ``.metadata`` without restriction; here only the few
+``.metadata`` is a pickle that says which tensors there are and where the shards of each lie; the bytes of a shard are
+what ``torch.save`` makes of one tensor. DCP's own reader unpickles ``.metadata`` without restriction; here only the few
 classes that belong there are accepted, and since every entry is a tensor, nothing else is ever unpickled.
 """
 
@@ -12,9 +12,9 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,64 @@ _METADATA_CLASSES = {
 }
 
 
+class TensorSpec(NamedTuple):
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class Box(NamedTuple):
+    """Indices of a tensor, in each dim from ``first`` on and below ``last``."""
+
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+
+    @classmethod
+    def at(cls, offsets: Sequence[int], sizes: Sequence[int]) -> Box:
+        """Make the box of these sizes whose first index is ``offsets``."""
+        return cls(tuple(offsets), tuple(a + size for a, size in zip(offsets, sizes, strict=True)))
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """Make the box of all indices of a tensor."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def sizes(self) -> torch.Size:
+        """Number of indices in each dim."""
+        return torch.Size([b - a for a, b in zip(self.first, self.last, strict=True)])
+
+    @property
+    def numel(self) -> int:
+        """Number of values."""
+        return self.sizes.numel()
+
+    def of(self, values: Tensor, outer: Box) -> Tensor:
+        """View this box of ``values``, the values of the box ``outer``."""
+        return values[tuple(slice(a - o, b - o) for a, b, o in zip(self.first, self.last, outer.first, strict=True))]
+
+
+class FileRange(NamedTuple):
+    """Bytes of a file of a checkpoint: ``length`` from ``offset`` on."""
+
+    file: str
+    offset: int
+    length: int
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint: its shards do not overlap, and the range of each holds what ``torch.save`` wrote."""
+
+    spec: TensorSpec
+    shards: Mapping[Box, FileRange]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
@@ -61,7 +119,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """Which tensors a checkpoint holds, and where.
+    """Read which tensors a checkpoint holds, and where.
 
     Raises:
         UserError: The file is missing or damaged, or names anything but tensors.
@@ -75,7 +133,7 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def parse_metadata(path: Path, content: bytes) -> Metadata:
-    """The metadata that ``content``, read from ``path``, is.
+    """Unpickle the metadata ``content``, which was read from ``path``.
 
     Raises:
         UserError: As :func:`read_metadata`.
@@ -95,7 +153,7 @@ def parse_metadata(path: Path, content: bytes) -> Metadata:
 
 
 def _check_entry(name: str, entry: TensorStorageMetadata, places: Mapping[MetadataIndex, _StorageInfo]) -> None:
-    """Blocks lie inside their tensor and make it up, and have the bytes for it: what a reader allocates is there."""
+    """Check that shards lie inside their tensor, make it up and have the bytes for it, before memory is allocated."""
     if not isinstance(entry.size, torch.Size) or not isinstance(entry.properties.dtype, torch.dtype):
         raise ValueError(f"{name}: no shape or no dtype")
     found = 0
@@ -103,7 +161,7 @@ def _check_entry(name: str, entry: TensorStorageMetadata, places: Mapping[Metada
         box = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
         place = places.get(MetadataIndex(name, chunk.offsets))
         if place is None or any(offset < 0 or size < 0 or offset + size > whole for offset, size, whole in box):
-            raise ValueError(f"{name}: a block is in no file, or outside its tensor")
+            raise ValueError(f"{name}: a shard is in no file, or outside its tensor")
         numbers = (place.offset, place.length)
         if not isinstance(place.relative_path, str) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError(f"{name}: {place.relative_path!r}, {numbers} is no place")
@@ -112,23 +170,31 @@ def _check_entry(name: str, entry: TensorStorageMetadata, places: Mapping[Metada
             raise ValueError(f"{name}: {place.length} bytes for {count} values")
         found += count
     if found != math.prod(entry.size):
-        raise ValueError(f"a part of {name} is in no file: blocks of {found} values for shape {tuple(entry.size)}")
+        raise ValueError(f"a part of {name} is in no file: shards of {found} values for shape {tuple(entry.size)}")
 
 
-def tensor_entries(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
-    """Its tensors by name."""
-    return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+def stored_tensors(metadata: Metadata) -> dict[str, StoredTensor]:
+    """List the tensors of a checkpoint by name, from metadata that :func:`parse_metadata` has checked."""
+    entries = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+    tensors = {}
+    for name, entry in entries.items():
+        shards = {}
+        for chunk in entry.chunks:
+            place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+            shards[Box.at(chunk.offsets, chunk.sizes)] = FileRange(place.relative_path, place.offset, place.length)
+        tensors[name] = StoredTensor(TensorSpec(tuple(entry.size), entry.properties.dtype), shards)
+    return tensors
 
 
-def layout_in(part: FilePart, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The tensor that ``torch.save`` has written there, on meta: its strides, and where its values are.
+def layout_in(place: RangeReader, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Read the tensor that ``torch.save`` has written there, on meta: its strides, and where its values are.
 
     Raises:
         ValueError: It is another tensor than ``shape`` and ``dtype`` say, or none at all.
         OSError: The file cannot be read.
     """
     try:
-        layout = torch.load(cast(IO[bytes], part), map_location="meta", weights_only=True)
+        layout = torch.load(cast(IO[bytes], place), map_location="meta", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # whose text advises to load it without restriction
@@ -143,7 +209,7 @@ def layout_in(part: FilePart, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def values_in(memory: Buffer, offset: int, layout: Tensor) -> Tensor:
-    """The tensor that ``torch.save`` has written at ``offset``, sharing ``memory``."""
+    """View the tensor that ``torch.save`` has written at ``offset`` of ``memory``."""
     storage = layout.untyped_storage()
     count = storage.nbytes() // layout.dtype.itemsize
     if not count:
@@ -154,20 +220,15 @@ def values_in(memory: Buffer, offset: int, layout: Tensor) -> Tensor:
 
 
 def values_offset(layout: Tensor) -> int:
-    """Bytes from the start of what ``torch.save`` has written to the first value."""
+    """Count the bytes from the start of what ``torch.save`` has written to the first value."""
     return int(layout.untyped_storage()._checkpoint_offset or 0)
 
 
-class FilePart(io.RawIOBase):
-    """A part of an open file, as a file.
-
-    Args:
-        descriptor: Of the file; its own position is neither used nor moved.
-        offset: Where the part begins.
-        length: Of the part in bytes.
+class RangeReader(io.RawIOBase):
+    """A range of bytes of an open file, as a file; the position of the open file is neither used nor moved.
 
     Attributes:
-        bytes_read: So far.
+        bytes_read: Bytes read so far.
     """
 
     def __init__(self, descriptor: int, offset: int, length: int) -> None:

@@ -36,15 +36,15 @@ SILENCE = 60.0
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease.
+    """Holder of a lease.
 
     Attributes:
-        token: Of this lease alone.
-        host: Name, for people.
-        kernel: Identifies the running kernel and the process namespace; empty where neither can be known.
-        pid: Process; it means something in its ``kernel`` only.
-        started: When the process started, in the kernel's ticks; None where that cannot be known.
-        since: When the lease was taken, for people.
+        token: Name of this lease alone.
+        host: Name of the host, for people.
+        kernel: Names the running kernel and the process namespace; empty where neither can be known.
+        pid: Number of the process, in its ``kernel``.
+        started: Start of the process, in the kernel's ticks; None where that cannot be known.
+        since: Time at which the lease was taken, for people.
     """
 
     token: str
@@ -59,7 +59,7 @@ class Holder:
 
     @property
     def identity(self) -> tuple[str, str, int, int | None]:
-        """Of the process."""
+        """Name of the process, which no other has."""
         return self.host, self.kernel, self.pid, self.started
 
 
@@ -94,7 +94,7 @@ def held(run_dir: Path) -> Iterator[None]:
 
 
 def make_directory(run_dir: Path) -> list[Path]:
-    """Create ``run_dir``; what was missing, innermost first.
+    """Create ``run_dir``. Returns the directories that were missing, innermost first.
 
     Raises:
         UserError: It cannot be created, or is something else.
@@ -110,7 +110,7 @@ def make_directory(run_dir: Path) -> list[Path]:
 
 
 def _take(lease: Path) -> Holder | None:
-    """Take the lease. Returns what it says, or None if this process has it already."""
+    """Take the lease. Returns it, or None if this process has it already."""
     own = _this_process()
     while not _create(lease, own):
         holder = _read(lease)
@@ -169,7 +169,7 @@ def _replace(lease: Path, stale: Holder | None, own: Holder) -> bool:
 
 
 def _read(path: Path) -> Holder | None:
-    """What a lease says; None where it says nothing: it is not there, or was never finished."""
+    """Read a lease; None where it is not there, or was never finished."""
     try:
         holder = Holder(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
@@ -178,7 +178,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _signs_of_life(path: Path, holder: Holder | None) -> str:
-    """What shows that the holder lives, for a message; an empty string where nothing does."""
+    """Say what shows that the holder lives, for a message; an empty string where nothing does."""
     if holder is not None and holder.kernel and holder.kernel == _kernel():
         alive = holder.started is not None and holder.started == _started(holder.pid)
         return "the process is alive" if alive else ""
@@ -189,7 +189,7 @@ def _signs_of_life(path: Path, holder: Holder | None) -> str:
 
 
 def _age(path: Path) -> float | None:
-    """Seconds since the last heartbeat, by the file system's clock; None where there is no file."""
+    """Measure the seconds since the last heartbeat, by the file system's clock; None where there is no file."""
     try:
         with path.open() as file:  # opening asks the server; a bare stat may be answered from a cache
             beat = os.fstat(file.fileno()).st_mtime
@@ -235,7 +235,7 @@ def _kernel() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, in ticks since its kernel did; None where it has ended or nothing is known."""
+    """Read the start of a process, in ticks since its kernel's; None where it has ended or nothing is known."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):

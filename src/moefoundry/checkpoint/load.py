@@ -1,24 +1,21 @@
 """Fill the tensors of every rank from a checkpoint of any mesh and world size; each byte leaves the store once.
 
-A checkpoint is blocks: boxes of tensors, as the ranks held them that wrote it. Ranks that load have boxes of their own.
-Every rank works out the same plan from the metadata, which rank 0 reads for all:
+Every rank makes the same plan (``load_plan.py``) from the index, which rank 0 reads for all:
 
 1. **Read.** Of copies of a tensor (the ``replicate`` axis, or plain tensors, which all ranks have) only the first is
-   loaded from the store, and every file is read by one rank: the one among the first copies that needs most of it. It
-   reads a block, checks its hashes, and sends the parts that others need to them. On the mesh of the checkpoint these
-   are its own shards, and nothing is sent.
+   loaded from the store, and every file is read by one rank: of the first copies' ranks, the one that needs most of it.
+   It reads a shard, checks its hashes, and sends other ranks the boxes that they need. On the mesh that wrote the
+   checkpoint these are its own shards, and nothing is sent.
 2. **Exchange.** Each rank of the first copy broadcasts its shard to its peers along ``replicate``, tensor by tensor.
 
-Both go on at once: threads read a few blocks ahead (``reading.py``), and :data:`COPIES_UNDER_WAY` tensors are on their
+Both go on at once: threads read a few shards ahead (``reading.py``), and :data:`COPIES_UNDER_WAY` tensors are on their
 way to the other copies. Where layout and dtype allow it, bytes go from the file into the memory of the parameter, and
 from there into that of the same parameter on other ranks.
 
-A file is read by one rank, though ranks could cut out of it what each needs, for three reasons: hashes cover whole
-blocks, so parts would be read with their surroundings, more than once; columns of a block (an expert cut along its
-rows) are scattered over all of it; and object stores hand out whole files. The price is that a checkpoint of fewer
-files than there are ranks leaves the other ranks waiting. Beside the tensors themselves a rank holds one block in
-memory, which is one rank's shard of one tensor, and its parts that are under way; where they cannot be read and
-received in place, also the blocks ahead and the tensors under way.
+A file is read by one rank, for three reasons: hash ranges are read whole, columns of a shard are scattered over all of
+it, and object stores hand out whole files. Beside the tensors a rank holds one stored shard in memory, and the boxes of
+it that are being sent; where they cannot be read and received in place, also the shards ahead and the tensors on their
+way.
 
 Replica-aware loading: PyTorch blog, "Training MoEs at Scale with PyTorch" (2024).
 """
@@ -26,45 +23,39 @@ Replica-aware loading: PyTorch blog, "Training MoEs at Scale with PyTorch" (2024
 from __future__ import annotations
 
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from itertools import product
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement
 
-from moefoundry.checkpoint.format import METADATA_FILE, parse_metadata, tensor_entries
+from moefoundry.checkpoint.format import METADATA_FILE, Box, StoredTensor, parse_metadata, stored_tensors
+from moefoundry.checkpoint.load_plan import LoadPlan, Need, ShardRead, TensorLoad, first_copy, plan_load
 from moefoundry.checkpoint.manifest import MANIFEST_FILE, Manifest
-from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
-from moefoundry.checkpoint.reading import BlockReader, Read, Wanted
+from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank, together
+from moefoundry.checkpoint.reading import Read, ShardReader, Wanted
 from moefoundry.config import UserError
 from moefoundry.config.errors import first_few
 
 COPIES_UNDER_WAY = 2
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass
 class LoadReport:
-    """What a load cost this rank.
+    """Cost of a load to this rank.
 
     Attributes:
-        tensor_bytes: Read from the store that are values of tensors.
-        bytes_read: Read from the store altogether: tensors, what ``torch.save`` puts around them, and metadata.
-        store_seconds: Waiting for what is read and checked, downloads included.
-        exchange_seconds: Sending, receiving and waiting for other ranks.
+        tensor_bytes: Bytes read from the store that are values of tensors.
+        bytes_read: Bytes read from the store: tensors, what ``torch.save`` puts around them, and metadata.
+        store_seconds: Time spent waiting for what is read and checked, downloads included.
+        exchange_seconds: Time spent sending, receiving and waiting for other ranks.
     """
 
     tensor_bytes: int = 0
@@ -75,93 +66,37 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint holds and where, the same on every rank.
+    """Content of a checkpoint, the same on every rank.
 
     Attributes:
         directory: The checkpoint.
         manifest: Hashes of its files.
-        metadata: DCP's.
-        report: What reading it cost this rank.
+        tensors: Tensors by name, and where their shards are.
+        report: Cost of reading the index to this rank.
     """
 
     directory: Path
     manifest: Manifest
-    metadata: Metadata
+    tensors: Mapping[str, StoredTensor]
     report: LoadReport
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name and full shape of every tensor."""
-        return {name: tuple(entry.size) for name, entry in tensor_entries(self.metadata).items()}
-
-
-class Box(NamedTuple):
-    """A part of a tensor: indices from ``first`` on and below ``last``, in each dim."""
-
-    first: tuple[int, ...]
-    last: tuple[int, ...]
-
-    @classmethod
-    def at(cls, offsets: Sequence[int], sizes: Sequence[int]) -> Box:
-        return cls(tuple(offsets), tuple(a + size for a, size in zip(offsets, sizes, strict=True)))
-
-    @property
-    def sizes(self) -> torch.Size:
-        return torch.Size([b - a for a, b in zip(self.first, self.last, strict=True)])
-
-    @property
-    def numel(self) -> int:
-        return self.sizes.numel()
-
-    def of(self, values: Tensor, outer: Box) -> Tensor:
-        """This part as a view of ``values``, which are those of ``outer``."""
-        return values[tuple(slice(a - o, b - o) for a, b, o in zip(self.first, self.last, outer.first, strict=True))]
-
-
-class Part(NamedTuple):
-    """What one rank needs of a block."""
-
-    rank: int
-    box: Box
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of a tensor as it is stored, and who needs what of it."""
-
-    box: Box
-    place: _StorageInfo
-    parts: list[Part]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A tensor to fill.
-
-    Attributes:
-        name: In the checkpoint.
-        values: What this rank has of it; None where it has nothing to do with it.
-        boxes: What each rank of the first copy needs.
-        copies: Groups of ranks along which the first copy is handed on; their first rank has it.
-    """
-
-    name: str
-    values: Tensor | None
-    boxes: Mapping[int, Box]
-    copies: Sequence[dist.ProcessGroup]
 
 
 def read_index(directory: Path) -> Index:
-    """Rank 0 reads it for all; every rank calls it.
+    """Read the index of a checkpoint on rank 0, for all; every rank calls it.
 
     Raises:
         UserError: The checkpoint is not committed, or its metadata are damaged or name anything but tensors.
     """
     report = LoadReport()
     start = time.perf_counter()
-    manifest, metadata = on_rank_zero(lambda: _read_index(directory, report))
+    manifest, tensors = on_rank_zero(lambda: _read_index(directory, report))
     report.exchange_seconds = time.perf_counter() - start - report.store_seconds
-    return Index(directory, manifest, metadata, report)
+    return Index(directory, manifest, tensors, report)
+
+
+def read_into(directory: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor] | None = None) -> LoadReport:
+    """Call :func:`load` with the index of ``directory``."""
+    return load(read_index(directory), tensors, own)
 
 
 def load(index: Index, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor] | None = None) -> LoadReport:
@@ -173,22 +108,26 @@ def load(index: Index, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor] 
         own: Tensors that this rank alone asks for.
 
     Returns:
-        What it cost this rank, with the reading of ``index``.
+        Cost to this rank, with the reading of ``index``.
 
     Raises:
         UserError: A tensor is missing from the checkpoint, or has another shape there (nothing has been read then); or
             a file is missing or damaged, named with the tensor (some tensors have been overwritten then). Raised on
             every rank.
     """
-    report = replace(index.report)
-    owned = from_every_rank({name: tuple(tensor.shape) for name, tensor in (own or {}).items()})
+    own, report = own or {}, replace(index.report)
+    owned: list[Shapes] = from_every_rank({name: tuple(tensor.shape) for name, tensor in own.items()})
     _check_shapes(index, tensors, owned)
-    with BlockReader(index.manifest) as reader, torch.no_grad():
-        _Loader(index, report, reader).run(_targets(tensors, own or {}, owned))
+    try:
+        plan = plan_load(index.tensors, _wanted_boxes(tensors, owned))
+    except ValueError as error:
+        raise UserError(f"{index.directory}: unreadable checkpoint: {error}") from error
+    with ShardReader(index.manifest) as reader, torch.no_grad():
+        _Loader(index.directory, plan, tensors, own, reader, report).run()
     return report
 
 
-def _read_index(directory: Path, report: LoadReport) -> tuple[Manifest, Metadata]:
+def _read_index(directory: Path, report: LoadReport) -> tuple[Manifest, Mapping[str, StoredTensor]]:
     start = time.perf_counter()
     manifest = Manifest.read(directory)
     path = directory / METADATA_FILE
@@ -200,14 +139,14 @@ def _read_index(directory: Path, report: LoadReport) -> tuple[Manifest, Metadata
     manifest.verify(METADATA_FILE, 0, content)
     report.bytes_read += len(content) + (directory / MANIFEST_FILE).stat().st_size
     report.store_seconds += time.perf_counter() - start
-    return manifest, metadata
+    return manifest, stored_tensors(metadata)
 
 
-def _check_shapes(index: Index, tensors: Mapping[str, Tensor], owned: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
-    stored = index.shapes
+def _check_shapes(index: Index, tensors: Mapping[str, Tensor], owned: Sequence[Shapes]) -> None:
+    stored = {name: tensor.spec.shape for name, tensor in index.tensors.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    for names in owned:
-        wanted |= names
+    for shapes in owned:
+        wanted |= shapes
     problems = [
         f"{name}: " + (f"has shape {stored[name]} there, {shape} here" if name in stored else "missing")
         for name, shape in wanted.items()
@@ -217,159 +156,121 @@ def _check_shapes(index: Index, tensors: Mapping[str, Tensor], owned: Sequence[M
         raise UserError(f"{index.directory} does not fit this model: {first_few(problems, '; ')}")
 
 
-def _targets(
-    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], owned: Sequence[Mapping[str, tuple[int, ...]]]
-) -> Iterator[Target]:
-    world = [dist.group.WORLD] if dist.is_initialized() and dist.group.WORLD is not None else []
-    boxes_of = cache(_first_copy)  # layers are alike
-    for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor):
-            mesh, placements = tensor.device_mesh, tensor.placements
-            boxes = boxes_of(tensor.shape, mesh, placements)
-            copied = [dim for dim, placement in enumerate(placements) if placement.is_replicate()]
-            groups = [mesh.get_group(dim) for dim in copied if mesh.size(dim) > 1]
-            yield Target(name, tensor.to_local(), boxes, groups)
-        else:
-            yield Target(name, tensor.detach(), {0: _whole(tensor.shape)}, world)
+def _wanted_boxes(tensors: Mapping[str, Tensor], owned: Sequence[Shapes]) -> dict[str, Mapping[int, Box]]:
+    """Map each tensor to the boxes that are read of it: the first copy's, or those of the ranks that own it."""
+    boxes_of = cache(lambda shape, mesh, placements: first_copy(shape, mesh.mesh, placements))  # layers are alike
+    wanted: dict[str, Mapping[int, Box]] = {
+        name: boxes_of(tensor.shape, tensor.device_mesh, tensor.placements)
+        if isinstance(tensor, DTensor)
+        else {0: Box.whole(tensor.shape)}
+        for name, tensor in tensors.items()
+    }
     for owner, shapes in enumerate(owned):
         for name, shape in shapes.items():
-            yield Target(name, own.get(name), {owner: _whole(shape)}, [])
-
-
-def _whole(shape: Sequence[int]) -> Box:
-    return Box.at([0] * len(shape), shape)
-
-
-def _first_copy(shape: torch.Size, mesh: DeviceMesh, placements: Sequence[Placement]) -> dict[int, Box]:
-    """Rank -> its box, of the ranks that come first along every axis on which the tensor is copied."""
-    ranges = [
-        range(1 if placement.is_replicate() else size) for size, placement in zip(mesh.shape, placements, strict=True)
-    ]
-    boxes, ranks = {}, mesh.mesh
-    for coordinate in product(*ranges):
-        sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh.shape, list(coordinate), placements)
-        boxes[int(ranks[coordinate])] = Box.at(offsets, sizes)
-    return boxes
-
-
-@lru_cache(maxsize=256)
-def _overlaps(blocks: tuple[Box, ...], boxes: tuple[tuple[int, Box], ...]) -> list[list[Part]]:
-    """For each block, what each rank needs of it. Layers have the same shapes, so that most answers are known."""
-    ranks = [rank for rank, _ in boxes]
-    there, here = np.array(blocks, np.int64), np.array([box for _, box in boxes], np.int64)
-    first = np.maximum(there[:, None, 0], here[None, :, 0])
-    last = np.minimum(there[:, None, 1], here[None, :, 1])
-    parts: list[list[Part]] = [[] for _ in blocks]
-    for block, box in np.argwhere((first < last).all(-1)).tolist():
-        parts[block].append(Part(ranks[box], Box(tuple(first[block, box].tolist()), tuple(last[block, box].tolist()))))
-    return parts
+            wanted[name] = {**wanted.get(name, {}), owner: Box.whole(shape)}
+    return wanted
 
 
 class _Loader:
     """One load on one rank."""
 
-    def __init__(self, index: Index, report: LoadReport, reader: BlockReader) -> None:
-        self._directory = index.directory
-        self._metadata = index.metadata
-        self._report = report
+    def __init__(
+        self,
+        directory: Path,
+        plan: LoadPlan,
+        tensors: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
+        reader: ShardReader,
+        report: LoadReport,
+    ) -> None:
+        self._directory = directory
+        self._plan = plan
+        self._tensors = tensors
+        self._values = {
+            name: tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+            for name, tensor in {**tensors, **own}.items()
+        }
         self._reader = reader
+        self._report = report
         self._rank = rank()
         self._failure: UserError | None = None
         self._under_way: deque[tuple[dist.Work, Tensor, Tensor]] = deque()
 
-    def run(self, targets: Iterator[Target]) -> None:
-        plan = [(target, self._blocks(target)) for target in targets]
-        readers = _choose_readers([block for _, blocks in plan for block in blocks])
-
-        def reads(block: Block) -> bool:
-            return readers[block.place.relative_path] == self._rank
-
-        own = (self._wanted(target, block) for target, blocks in plan for block in blocks if reads(block))
+    def run(self) -> None:
+        """Read, send, receive and copy, tensor by tensor."""
+        readers = self._plan.readers
+        own = (
+            self._request(tensor, read)
+            for tensor in self._plan.tensors
+            for read in tensor.reads
+            if readers[read.place.file] == self._rank
+        )
         readings = self._reader.ahead(own)
-        for target, blocks in plan:
-            for block in blocks:
-                if reads(block):
-                    self._deliver(target, block, readings)
-                elif mine := [part for part in block.parts if part.rank == self._rank]:
-                    self._receive(target, mine[0], readers[block.place.relative_path])
-            self._copy(target)
-        self._land(0)
-        failures = [failure for failure in from_every_rank(self._failure) if failure is not None]
-        if failures:
-            raise failures[0]
+        for tensor in self._plan.tensors:
+            for read in tensor.reads:
+                reader = readers[read.place.file]
+                if reader == self._rank:
+                    self._deliver(tensor, read, readings)
+                elif mine := [need for need in read.needs if need.rank == self._rank]:
+                    self._receive(tensor, mine[0], reader)
+            self._copy(tensor.name)
+        self._finish_copies(0)
+        with together():
+            if self._failure is not None:
+                raise self._failure
 
-    def _blocks(self, target: Target) -> list[Block]:
-        """The blocks of a tensor that anyone needs.
+    def _request(self, tensor: TensorLoad, read: ShardRead) -> Wanted:
+        mine = Need(self._rank, read.box)
+        into = self._target(tensor, mine) if mine in read.needs else None
+        return Wanted(tensor.name, read.place, read.box.sizes, tensor.dtype, into)
 
-        Raises:
-            UserError: They do not make up what is needed.
-        """
-        chunks: list[ChunkStorageMetadata] = tensor_entries(self._metadata)[target.name].chunks
-        boxes = [Box.at(chunk.offsets, chunk.sizes) for chunk in chunks]
-        places: dict[MetadataIndex, _StorageInfo] = self._metadata.storage_data
-        parts = _overlaps(tuple(boxes), tuple(target.boxes.items())) if boxes else []
-        blocks = [
-            Block(box, places[index], needed)
-            for box, needed in zip(boxes, parts, strict=True)
-            if needed and (index := MetadataIndex(target.name, torch.Size(box.first))) in places
-        ]
-        found = sum(part.box.numel for block in blocks for part in block.parts)
-        if found != sum(box.numel for box in target.boxes.values()):
-            raise UserError(f"{self._directory}: unreadable checkpoint: a part of {target.name} is in no file")
-        return blocks
-
-    def _wanted(self, target: Target, block: Block) -> Wanted:
-        mine = Part(self._rank, block.box)
-        into = self._part(target, mine) if mine in block.parts else None
-        return Wanted(target.name, block.place, block.box.sizes, self._dtype(target), into)
-
-    def _deliver(self, target: Target, block: Block, readings: Iterator[Future[Read]]) -> None:
-        """Take from the next block read what this rank needs, and send the others theirs."""
-        read = self._read(target, block, readings)
+    def _deliver(self, tensor: TensorLoad, read: ShardRead, readings: Iterator[Future[Read]]) -> None:
+        """Take from the next shard read what this rank needs, and send the others theirs."""
+        done = self._read(tensor, read, readings)
         start = time.perf_counter()
         sent: list[dist.P2POp] = []
-        for part in block.parts:
-            there = part.box.of(read.values, block.box)
-            if part.rank != self._rank:
-                sent.append(dist.P2POp(dist.isend, _on_wire(there), part.rank))
-            elif (here := self._part(target, part)).data_ptr() != there.data_ptr():
+        for need in read.needs:
+            there = need.box.of(done.values, read.box)
+            if need.rank != self._rank:
+                sent.append(dist.P2POp(dist.isend, _on_wire(there), need.rank))
+            elif (here := self._target(tensor, need)).data_ptr() != there.data_ptr():
                 here.copy_(there)
         if sent:
             for work in dist.batch_isend_irecv(sent):
                 work.wait()
-        self._reader.release(read)
+        self._reader.release(done)
         self._report.exchange_seconds += time.perf_counter() - start
 
-    def _receive(self, target: Target, part: Part, reader: int) -> None:
-        """What this rank needs of a block that another reads."""
+    def _receive(self, tensor: TensorLoad, need: Need, reader: int) -> None:
+        """Receive what this rank needs of a shard that another reads."""
         start = time.perf_counter()
-        here, dtype = self._part(target, part), self._dtype(target)
-        fits = here.dtype == dtype and here.is_contiguous()
-        wire = _on_wire(here if fits else torch.empty(here.shape, dtype=dtype, device=here.device))
+        here = self._target(tensor, need)
+        fits = here.dtype == tensor.dtype and here.is_contiguous()
+        wire = _on_wire(here if fits else torch.empty(here.shape, dtype=tensor.dtype, device=here.device))
         for work in dist.batch_isend_irecv([dist.P2POp(dist.irecv, wire, reader)]):
             work.wait()
-        _off_wire(wire, here, dtype)
+        _off_wire(wire, here, tensor.dtype)
         self._report.exchange_seconds += time.perf_counter() - start
 
-    def _part(self, target: Target, part: Part) -> Tensor:
-        """A part that this rank needs, as a view of what is to be filled."""
-        assert target.values is not None, "what has a box on this rank has values"
-        return part.box.of(target.values, target.boxes[self._rank])
+    def _target(self, tensor: TensorLoad, need: Need) -> Tensor:
+        """View the box that this rank needs, in the tensor that is to be filled."""
+        return need.box.of(self._values[tensor.name], tensor.boxes[self._rank])
 
-    def _copy(self, target: Target) -> None:
-        """Begin to hand the first copy of a tensor on to the others."""
-        if target.values is None or not target.values.numel():
+    def _copy(self, name: str) -> None:
+        """Begin to hand the first copy of a tensor on to the others, along one axis after the other."""
+        if name not in self._tensors or not (values := self._values[name]).numel():
             return
-        for group in target.copies:
-            if len(target.copies) > 1:
-                self._land(0)  # what goes along the next axis is what this one has brought
-            wire = _on_wire(target.values)
+        groups = _groups_of_copies(self._tensors[name])
+        for group in groups:
+            if len(groups) > 1:
+                self._finish_copies(0)  # what goes along the next axis is what this one has brought
+            wire = _on_wire(values)
             work = dist.broadcast(wire, group=group, group_src=0, async_op=True)
             assert work is not None, "this rank is in the group"
-            self._under_way.append((work, target.values, wire))
-            self._land(COPIES_UNDER_WAY)
+            self._under_way.append((work, values, wire))
+            self._finish_copies(COPIES_UNDER_WAY)
 
-    def _land(self, limit: int) -> None:
+    def _finish_copies(self, limit: int) -> None:
         """Wait for the oldest broadcasts, until at most ``limit`` are under way."""
         start = time.perf_counter()
         while len(self._under_way) > limit:
@@ -378,48 +279,35 @@ class _Loader:
             _off_wire(wire, values, values.dtype)
         self._report.exchange_seconds += time.perf_counter() - start
 
-    def _dtype(self, target: Target) -> torch.dtype:
-        """As it is stored."""
-        return tensor_entries(self._metadata)[target.name].properties.dtype
-
-    def _read(self, target: Target, block: Block, readings: Iterator[Future[Read]]) -> Read:
-        """The next block. After a failure nothing more is read; what others wait for is zeros, and all learn of it at
-        the end."""
+    def _read(self, tensor: TensorLoad, read: ShardRead, readings: Iterator[Future[Read]]) -> Read:
+        """Take the next shard. After a failure nothing more is read: others get zeros, and learn of it at the end."""
         start = time.perf_counter()
         try:
             if self._failure is None:
-                read = next(readings).result()
-                self._report.bytes_read += read.nbytes
-                self._report.tensor_bytes += block.box.numel * read.values.dtype.itemsize
-                return read
+                done = next(readings).result()
+                self._report.bytes_read += done.nbytes
+                self._report.tensor_bytes += read.box.numel * done.values.dtype.itemsize
+                return done
         except UserError as error:
             self._failure = error
         except Exception as error:  # damaged files raise nearly anything
-            path = self._directory / block.place.relative_path
-            self._failure = UserError(f"{path}: unreadable checkpoint: tensor {target.name}: {error}")
+            path = self._directory / read.place.file
+            self._failure = UserError(f"{path}: unreadable checkpoint: tensor {tensor.name}: {error}")
         finally:
             self._report.store_seconds += time.perf_counter() - start
-        return Read(torch.zeros((), dtype=self._dtype(target)).expand(block.box.sizes), memoryview(b""), 0)
+        return Read(torch.zeros((), dtype=tensor.dtype).expand(read.box.sizes), memoryview(b""), 0)
 
 
-def _choose_readers(blocks: Sequence[Block]) -> dict[str, int]:
-    """File -> the rank that reads it: who needs most of it; of several, who has least to read."""
-    needs: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-    for block in blocks:
-        for part in block.parts:
-            needs[block.place.relative_path][part.rank] += part.box.numel
-    readers: dict[str, int] = {}
-    load: dict[int, int] = defaultdict(int)
-    for file, ranks in sorted(needs.items()):
-        most = max(ranks.values())
-        reader = min((rank for rank, need in ranks.items() if need == most), key=lambda rank: (load[rank], rank))
-        load[reader] += sum(ranks.values())
-        readers[file] = reader
-    return readers
+def _groups_of_copies(tensor: Tensor) -> list[dist.ProcessGroup]:
+    """List the groups of ranks along which the first copy is handed on; the first rank of each has it."""
+    if isinstance(tensor, DTensor):
+        mesh, placements = tensor.device_mesh, enumerate(tensor.placements)
+        return [mesh.get_group(dim) for dim, p in placements if p.is_replicate() and mesh.size(dim) > 1]
+    return [dist.group.WORLD] if dist.is_initialized() and dist.group.WORLD is not None else []
 
 
 def _on_wire(values: Tensor) -> Tensor:
-    """The bytes of ``values``, 1-D, where the process group can send them; shared with it if they can be."""
+    """Give the bytes of ``values``, uint8 [N], where the process group can send them; shared with it if possible."""
     wire = values.contiguous().reshape(-1).view(torch.uint8)
     if "nccl" not in dist.get_backend():
         return wire.cpu()
@@ -427,6 +315,6 @@ def _on_wire(values: Tensor) -> Tensor:
 
 
 def _off_wire(wire: Tensor, values: Tensor, dtype: torch.dtype) -> None:
-    """Put what has come, bytes of ``dtype``, into ``values``, unless it came straight into them."""
+    """Put the bytes that came, of ``dtype``, into ``values``, unless they came straight into it."""
     if wire.data_ptr() != values.data_ptr():
         values.copy_(wire.view(dtype).view(values.shape))

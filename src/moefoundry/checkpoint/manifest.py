@@ -1,8 +1,9 @@
-"""What makes a directory a checkpoint: ``manifest.json`` lists its bytes, ``COMMITTED`` says that they are all there.
+"""The manifest of a checkpoint: ``manifest.json`` lists its bytes, ``COMMITTED`` says that they are all there.
 
-The manifest lists every file as blocks of at most :data:`BLOCK_BYTES` with a hash each, so that a reader checks just
-the bytes it reads, on any mesh and with bounded memory. A tensor's first byte is a block's first byte. ``COMMITTED`` is
-written last and holds the hash of the manifest: without it, or with another hash in it, a directory is no checkpoint.
+The manifest lists every file as hash ranges: at most :data:`RANGE_BYTES` bytes with a hash each. So a reader checks the
+bytes that it reads and no others, on any mesh and with bounded memory. The first byte of a shard is the first byte of a
+hash range. ``COMMITTED`` is written last and holds the hash of the manifest: without it, or with another hash in it, a
+directory is no checkpoint.
 
     {"format": 1, "batch": 100, "saved_at": "2031-01-31T12:00:00+00:00",
      "mesh": {"replicate": 1, "shard": 4, "expert": 2}, "world_size": 4, "recipe": "9c0f6ce44e2f6e5c",
@@ -10,8 +11,8 @@ written last and holds the hash of the manifest: without it, or with another has
      "files": {"__0_0.distcp": [[0, 16777216, "0f4bd8ee11a6a2ef"], [16777216, 808, "8b2d4b7ad2ca0b2c"]], ...}}
 
 Hashes are XXH3's (64 bits, https://xxhash.com): they find what disks, networks and interrupted copies do to a file, at
-the speed of memory. They are no signature: who can write the files can write the manifest. What a reader does for
-nobody, such as running what a file contains, is up to ``format.py``.
+the speed of memory. They are no signature: who can write the files can write the manifest. ``format.py`` sees to
+it that nothing in a file is ever run.
 """
 
 from __future__ import annotations
@@ -19,34 +20,35 @@ from __future__ import annotations
 import datetime
 import json
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import xxhash
 
 from moefoundry.config import UserError
+from moefoundry.config.versions import upgraded
 from moefoundry.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 COMMIT_FILE = "COMMITTED"
+STATE_FILE = "state.json"
 DATA_SUFFIX = ".distcp"
 FORMAT = 1
-BLOCK_BYTES = 16 * 2**20
+RANGE_BYTES = 16 * 2**20
+
+STATE_KEYS = ("timestamp", "data", "world_size", "recipe")
+WEIGHTS_ONLY = "weights_only"
+"""Marks the state of a checkpoint without optimizer and position: besides it, only ``recipe`` is there, with
+the keys of ``model``. A run that starts from it trains from its first batch on."""
 
 
-class HashedBlock(NamedTuple):
-    """Bytes of a file that are checked together.
-
-    Attributes:
-        offset: Of the first byte.
-        length: In bytes.
-        digest: XXH3's 64 bits in hex.
-    """
+class HashRange(NamedTuple):
+    """Bytes of a file with a hash of their own: ``length`` bytes from ``offset`` on; XXH3's 64 bits in hex."""
 
     offset: int
     length: int
@@ -65,16 +67,16 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a checkpoint comes from.
+    """Origin of a checkpoint.
 
     Attributes:
         batch: Batches trained before it was saved; 0 where nothing was trained, as in an imported one.
         mesh: Degrees of the mesh axes by name; empty outside training.
         world_size: Ranks that wrote it.
         recipe: :func:`recipe_digest` of the recipe.
-        metrics: What was measured in this batch, by name; only those that decide what is kept.
-        saved_at: UTC, in ISO 8601.
-        versions: Of the packages that wrote it.
+        metrics: Metrics of this batch that decide which checkpoints are kept, by name.
+        saved_at: Time of the save, UTC, in ISO 8601.
+        versions: Versions of the packages that wrote it.
     """
 
     batch: int = 0
@@ -91,18 +93,18 @@ class Manifest:
     """The manifest of the checkpoint in ``directory``.
 
     Attributes:
-        directory: The checkpoint.
-        origin: Where it comes from.
-        files: Name -> blocks, ascending and without gaps, from the first byte of the file to its last.
+        directory: Directory of the checkpoint.
+        origin: Origin of the checkpoint.
+        files: Name -> hash ranges, ascending and without gaps, from the first byte of the file to its last.
     """
 
     directory: Path
     origin: Origin
-    files: Mapping[str, Sequence[HashedBlock]]
+    files: Mapping[str, Sequence[HashRange]]
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """The manifest of a committed checkpoint; its files are not looked at.
+        """Read the manifest of a committed checkpoint; its files are not looked at.
 
         Raises:
             UserError: ``manifest.json`` or ``COMMITTED`` is missing, damaged, or does not belong to the other.
@@ -126,127 +128,122 @@ class Manifest:
             raise UserError(f"{path}: unreadable checkpoint manifest: {error}") from error
 
     def size(self, file: str) -> int:
-        """Bytes that a file must have.
+        """Give the size that a file must have, in bytes.
 
         Raises:
             UserError: The checkpoint has no such file.
         """
-        blocks = self._blocks(file)
-        return blocks[-1].end if blocks else 0
+        if file not in self.files:
+            raise UserError(f"{self.directory / file}: not a file of this checkpoint, says its {MANIFEST_FILE}")
+        return self.files[file][-1].end if self.files[file] else 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
         return sum(self.size(file) for file in self.files)
 
-    def covering(self, file: str, offset: int, length: int) -> tuple[int, int]:
-        """Offset and length of the whole blocks to read so that ``length`` bytes from ``offset`` on can be verified.
+    def covering(self, file: str, offset: int, length: int) -> Sequence[HashRange]:
+        """List the hash ranges that have to be read to verify ``length`` bytes from ``offset`` on.
 
         Raises:
             UserError: The file does not hold these bytes.
         """
-        blocks = self._blocks(file)
         if offset < 0 or length < 0 or offset + length > self.size(file):
             raise UserError(f"{self.directory / file}: has {self.size(file)} bytes, not {length} from {offset} on")
         if not length:
-            return offset, 0
-        first, last = self._block_at(file, offset), self._block_at(file, offset + length - 1)
-        return blocks[first].offset, blocks[last].end - blocks[first].offset
+            return []
+        ranges = self.files[file]
+        first = bisect_right(ranges, offset, key=attrgetter("offset")) - 1
+        return ranges[first : bisect_left(ranges, offset + length, key=attrgetter("offset"))]
 
     def verify(self, file: str, offset: int, data: memoryview | bytes, tensor: str | None = None) -> None:
-        """Check bytes that were read: one block or several that follow each other.
+        """Check bytes that were read: one hash range, or several that follow each other.
 
         Args:
             file: Name of the file.
-            offset: Where the first byte was read.
+            offset: Offset of the first byte.
             data: The bytes.
-            tensor: What they belong to, for the message.
+            tensor: Name of their tensor, for the message.
 
         Raises:
-            UserError: They are not what was written, or are not whole blocks; names file, offset and tensor.
+            UserError: They are not what was written, or are not whole hash ranges; names file, offset and tensor.
         """
         view = memoryview(data).cast("B")
         place = f"{self.directory / file}: offset {offset}" + (f", tensor {tensor}" if tensor else "")
-        if self.covering(file, offset, len(view)) != (offset, len(view)):
-            raise UserError(f"{place}: {len(view)} bytes are no whole blocks")
-        for block in self._blocks(file)[self._block_at(file, offset) :] if len(view) else ():
-            if block.offset >= offset + len(view):
-                break
-            if digest(view[block.offset - offset : block.end - offset]) != block.digest:
-                raise UserError(
-                    f"{place}: damaged: the {block.length} bytes from {block.offset} on differ from what was saved"
-                )
+        ranges = self.covering(file, offset, len(view))
+        if ranges and (ranges[0].offset, ranges[-1].end) != (offset, offset + len(view)):
+            raise UserError(f"{place}: {len(view)} bytes are no whole hash ranges")
+        for start, length, expected in ranges:
+            if digest(view[start - offset :][:length]) != expected:
+                raise UserError(f"{place}: damaged: the {length} bytes from {start} on differ from what was saved")
 
     def check(self, file: str, offset: int, length: int, tensor: str | None = None) -> None:
-        """Read the blocks of these bytes, one at a time, and :meth:`verify` them.
+        """Read the hash ranges of these bytes, one at a time, and :meth:`verify` them.
 
         Raises:
             UserError: As :meth:`covering` and :meth:`verify`.
             OSError: The file cannot be read.
         """
-        first, covered = self.covering(file, offset, length)
+        ranges = self.covering(file, offset, length)
         with (self.directory / file).open("rb", buffering=0) as stream:
-            stream.seek(first)
-            for block in self._blocks(file)[self._block_at(file, first) :]:
-                if block.offset >= first + covered:
-                    break
-                data = stream.read(block.length)
-                if len(data) < block.length:
-                    raise UserError(f"{self.directory / file}: damaged: ends at {block.offset + len(data)}")
-                self.verify(file, block.offset, data, tensor)
+            for hashed in ranges:
+                stream.seek(hashed.offset)
+                data = stream.read(hashed.length)
+                if len(data) < hashed.length:
+                    raise UserError(f"{self.directory / file}: damaged: ends at {hashed.offset + len(data)}")
+                self.verify(file, hashed.offset, data, tensor)
 
-    def problems(self, file: str) -> list[str]:
-        """Read one file from end to end; why it is not what was written, in at most one line."""
-        if problems := self.visible_problems(file):
-            return problems
+    def problems(self, file: str, sizes_only: bool = False) -> list[str]:
+        """Check one file, by its size alone or by reading it from end to end.
+
+        Returns:
+            At most one line, which says why the file is not as it was written.
+        """
+        path = self.directory / file
         try:
-            self.check(file, 0, self.size(file))
+            if (size := path.stat().st_size) != self.size(file):
+                return [f"{path}: damaged: has {size} bytes, not {self.size(file)}"]
+            if not sizes_only:
+                self.check(file, 0, size)
         except OSError as error:
-            return [f"{self.directory / file}: unreadable: {error.strerror}"]
+            return [f"{path}: unreadable: {error.strerror}"]
         except UserError as error:
             return [str(error)]
         return []
 
-    def visible_problems(self, file: str) -> list[str]:
-        """The same, without reading it: that it is there, with its size."""
-        path = self.directory / file
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            return [f"{path}: unreadable: {error.strerror}"]
-        return [] if size == self.size(file) else [f"{path}: damaged: has {size} bytes, not {self.size(file)}"]
 
-    @cached_property
-    def _starts(self) -> dict[str, list[int]]:
-        return {file: [block.offset for block in blocks] for file, blocks in self.files.items()}
+def read_state(directory: Path) -> dict[str, Any]:
+    """Read the JSON document of a checkpoint, its recipe as this release writes it.
 
-    def _block_at(self, file: str, position: int) -> int:
-        """Number of the block that holds a byte."""
-        return bisect_right(self._starts[file], position) - 1
+    Raises:
+        UserError: It is missing, damaged, or not what was saved; or lacks one of :data:`STATE_KEYS` (with
+            :data:`WEIGHTS_ONLY`: the recipe).
+    """
+    path = directory / STATE_FILE
+    try:
+        content = path.read_bytes()
+        state = json.loads(content)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: unreadable checkpoint state: {error}") from error
+    if not isinstance(state, dict):
+        state = {}
+    missing = [key for key in (("recipe",) if state.get(WEIGHTS_ONLY) else STATE_KEYS) if key not in state]
+    if missing:
+        raise UserError(f"{path}: incomplete checkpoint state: it lacks {', '.join(missing)}")
+    Manifest.read(directory).verify(STATE_FILE, 0, content)
+    try:
+        return state | {"recipe": upgraded(state["recipe"])} if isinstance(state["recipe"], dict) else state
+    except ValueError as error:
+        raise UserError(f"{path}: checkpoint of a later release: recipe of {error}") from error
 
-    def _blocks(self, file: str) -> Sequence[HashedBlock]:
-        if file not in self.files:
-            raise UserError(f"{self.directory / file}: not a file of this checkpoint, says its {MANIFEST_FILE}")
-        return self.files[file]
 
-
-def commit(directory: Path, origin: Origin, files: Mapping[str, Sequence[HashedBlock]]) -> None:
+def commit(directory: Path, origin: Origin, files: Mapping[str, Sequence[HashRange]]) -> None:
     """Make a directory with complete, synced files a checkpoint: manifest, then marker, each on disk before the next.
 
     Raises:
         OSError: The disk is full, or fails.
     """
-    document = {
-        "format": FORMAT,
-        "batch": origin.batch,
-        "saved_at": origin.saved_at,
-        "mesh": dict(origin.mesh),
-        "world_size": origin.world_size,
-        "recipe": origin.recipe,
-        "metrics": dict(origin.metrics),
-        "versions": dict(origin.versions),
-        "files": files,
-    }
+    document = {"format": FORMAT, **asdict(origin), "files": files}
     content = json.dumps(document, separators=(",", ":")).encode()
     write_synced(directory / MANIFEST_FILE, content)
     sync_directory(directory)
@@ -255,69 +252,59 @@ def commit(directory: Path, origin: Origin, files: Mapping[str, Sequence[HashedB
 
 
 def is_committed(directory: Path) -> bool:
-    """Whether the marker is there and belongs to the manifest."""
+    """Check that the marker is there and belongs to the manifest."""
     try:
-        return (directory / COMMIT_FILE).read_bytes().strip() == digest(
-            (directory / MANIFEST_FILE).read_bytes()
-        ).encode()
+        committed = (directory / COMMIT_FILE).read_bytes().strip()
+        return committed == digest((directory / MANIFEST_FILE).read_bytes()).encode()
     except OSError:
         return False
 
 
-def verify_directory(directory: Path) -> Manifest:
-    """Read a whole checkpoint and compare it with its manifest.
+def damage(directory: Path, rank: int = 0, ranks: int = 1, sizes_only: bool = False) -> list[str]:
+    """Check a rank's share of the files of a checkpoint.
 
-    Raises:
-        UserError: It is not committed, or files are missing or differ; all are named.
+    Args:
+        directory: Directory of the checkpoint.
+        rank: Number of the share.
+        ranks: Number of shares.
+        sizes_only: True to look only at the sizes of files of tensors, which are nearly all; False to read them.
+
+    Returns:
+        A line for each file that is not as it was written, or one if the checkpoint is not committed.
     """
-    if problems := damage(directory):
-        raise UserError("\n".join(problems))
-    return Manifest.read(directory)
-
-
-def damage(directory: Path, rank: int = 0, ranks: int = 1) -> list[str]:
-    """Read a rank's share of the files of a checkpoint; a line for each that is not what was written, or one if the
-    checkpoint is not committed."""
     try:
         manifest = Manifest.read(directory)
     except UserError as error:
         return [str(error)]
+
+    def problems(file: str) -> list[str]:
+        return manifest.problems(file, sizes_only and file.endswith(DATA_SUFFIX))
+
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # reads overlap
-        return [line for lines in pool.map(manifest.problems, list(manifest.files)[rank::ranks]) for line in lines]
-
-
-def visible_damage(directory: Path, rank: int = 0, ranks: int = 1) -> list[str]:
-    """As :func:`damage`, but of files of tensors, which are nearly all, only the sizes are looked at."""
-    try:
-        manifest = Manifest.read(directory)
-    except UserError as error:
-        return [str(error)]
-    mine = list(manifest.files)[rank::ranks]
-    checks = {file: manifest.visible_problems if file.endswith(DATA_SUFFIX) else manifest.problems for file in mine}
-    return [line for file, check in checks.items() for line in check(file)]
+        return [line for lines in pool.map(problems, list(manifest.files)[rank::ranks]) for line in lines]
 
 
 def digest(data: memoryview | bytes) -> str:
-    """XXH3's 64 bits of ``data`` in hex."""
+    """Hash ``data``: XXH3's 64 bits in hex."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
 def recipe_digest(recipe: Mapping[str, Any]) -> str:
-    """The same for the same flat recipe."""
+    """Hash a flat recipe."""
     return digest(json.dumps(recipe, sort_keys=True, default=str).encode())
 
 
-def write_synced(path: Path, content: bytes) -> HashedBlock:
-    """Write a small file through to the disk; the one block that it is."""
+def write_synced(path: Path, content: bytes) -> HashRange:
+    """Write a small file through to the disk, as one hash range."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    return HashedBlock(0, len(content), digest(content))
+    return HashRange(0, len(content), digest(content))
 
 
 def sync_directory(directory: Path) -> None:
-    """Names of a directory reach the disk only with this, on most file systems."""
+    """Write the names in a directory through to the disk, as most file systems do not by themselves."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -328,19 +315,21 @@ def sync_directory(directory: Path) -> None:
 def _parse(directory: Path, document: Any) -> Manifest:
     if document["format"] != FORMAT:
         raise ValueError(f"format {document['format']!r}; this release reads {FORMAT}")
-    files: dict[str, Sequence[HashedBlock]] = {}
+    files: dict[str, Sequence[HashRange]] = {}
     for name, listed in document["files"].items():
         if name in (".", "..", "") or Path(name).name != name:
             raise ValueError(f"{name!r} is no name of a file here")
-        blocks = [HashedBlock(*block) for block in listed]
+        ranges = [HashRange(*each) for each in listed]
         position = 0
-        for block in blocks:
-            if type(block.offset) is not int or type(block.length) is not int or not isinstance(block.digest, str):
-                raise ValueError(f"{name}: {list(block)!r} is no block")
-            if block.offset != position or not 0 < block.length <= BLOCK_BYTES:
-                raise ValueError(f"{name}: a block of {block.length} bytes at {block.offset}, where {position} is next")
-            position = block.end
-        files[name] = blocks
+        for hashed in ranges:
+            if type(hashed.offset) is not int or type(hashed.length) is not int or not isinstance(hashed.digest, str):
+                raise ValueError(f"{name}: {list(hashed)!r} is no hash range")
+            if hashed.offset != position or not 0 < hashed.length <= RANGE_BYTES:
+                raise ValueError(
+                    f"{name}: a hash range of {hashed.length} bytes at {hashed.offset}, where {position} is next"
+                )
+            position = hashed.end
+        files[name] = ranges
     origin = Origin(
         batch=int(document["batch"]),
         mesh={str(axis): int(degree) for axis, degree in document["mesh"].items()},

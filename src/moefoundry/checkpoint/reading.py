@@ -1,13 +1,11 @@
-"""Reads the blocks of a checkpoint's files ahead of their use, on threads, and checks every byte on the way.
+"""Read shards from the files of a checkpoint ahead of their use, on threads, and check every byte on the way.
 
-A block is what ``torch.save`` has made of a box of a tensor. Where layout and dtype allow it, it is read straight into
-the tensor that it is for.
+Where layout and dtype allow it, values are read straight into the tensor that they are for.
 """
 
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +20,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from xxhash import xxh3_64
 
-from moefoundry.checkpoint.format import FilePart, layout_in, values_in, values_offset
-from moefoundry.checkpoint.manifest import Manifest
+from moefoundry.checkpoint.format import FileRange, RangeReader, layout_in, values_in, values_offset
+from moefoundry.checkpoint.manifest import HashRange, Manifest
 from moefoundry.checkpoint.remote import local_file
 from moefoundry.config import UserError
 
@@ -36,29 +33,30 @@ AHEAD = 2
 
 
 class Wanted(NamedTuple):
-    """A block to read.
+    """A shard to read.
 
     Attributes:
-        name: Of the tensor.
-        place: In which file, and where.
-        shape, dtype: What it must have.
-        into: Where the values are to go in the end, if they go there as they are.
+        name: Name of the tensor.
+        place: Range of its bytes.
+        shape: Shape that it must have.
+        dtype: Dtype that it must have.
+        into: Tensor that the values are to go into in the end, if they go there as they are.
     """
 
     name: str
-    place: _StorageInfo
+    place: FileRange
     shape: torch.Size
     dtype: torch.dtype
     into: Tensor | None
 
 
 class Read(NamedTuple):
-    """What has been read.
+    """A shard that has been read.
 
     Attributes:
-        values: Checked; in ``memory`` or, where that is possible, in place.
-        memory: To be given back (:meth:`BlockReader.release`) when the values are no longer needed.
-        nbytes: Read from the file.
+        values: Checked values; in ``memory`` or, where that is possible, in place.
+        memory: Memory to be given back (:meth:`ShardReader.release`) when the values are no longer needed.
+        nbytes: Bytes read from the file.
     """
 
     values: Tensor
@@ -66,8 +64,8 @@ class Read(NamedTuple):
     nbytes: int
 
 
-class BlockReader:
-    """Reads blocks of the checkpoint that ``manifest`` belongs to; a context manager, which closes its files."""
+class ShardReader:
+    """Reads shards of the checkpoint that ``manifest`` belongs to; a context manager, which closes its files."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -77,21 +75,19 @@ class BlockReader:
         self._files = ExitStack()
         self._pool = self._files.enter_context(ThreadPoolExecutor(THREADS, thread_name_prefix="load"))
 
-    def __enter__(self) -> BlockReader:
+    def __enter__(self) -> ShardReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
         self._files.close()
 
-    def ahead(self, blocks: Iterable[Wanted]) -> Iterator[Future[Read]]:
-        """The reading of each block, in order. The first :data:`AHEAD` begin at once, and one more with each that is
-        taken.
+    def ahead(self, shards: Iterable[Wanted]) -> Iterator[Future[Read]]:
+        """Read shards in order. The first :data:`AHEAD` begin at once, and one more with each that is taken.
 
-        What a result raises: ``UserError`` where the bytes are not those that were saved, or not there; whatever else a
-        damaged file leads to.
+        A result raises ``UserError`` for bytes that are missing or not as saved; damaged files may raise other errors.
         """
-        readings = (self._pool.submit(self._read, block) for block in blocks)
+        readings = (self._pool.submit(self._read, shard) for shard in shards)
         begun = deque(islice(readings, AHEAD))
 
         def taken() -> Iterator[Future[Read]]:
@@ -103,62 +99,65 @@ class BlockReader:
         return taken()
 
     def release(self, read: Read) -> None:
-        """Let further blocks have its memory."""
+        """Let further shards have its memory."""
         self._spare.append(read.memory)
 
-    def _read(self, block: Wanted) -> Read:
-        name, place, shape, dtype, into = block
-        offset, length = self._manifest.covering(place.relative_path, place.offset, place.length)
+    def _read(self, shard: Wanted) -> Read:
+        name, place, shape, dtype, into = shard
+        ranges = self._manifest.covering(place.file, place.offset, place.length)
         with self._opening:  # else each thread would download it
-            stream = self._open(place.relative_path)
-        part = FilePart(stream.fileno(), place.offset, place.length)
+            stream = self._open(place.file)
+        part = RangeReader(stream.fileno(), place.offset, place.length)
         layout = layout_in(part, shape, dtype)
-        before = place.offset - offset
+        before, length = place.offset - ranges[0].offset, ranges[-1].end - ranges[0].offset
         if into is not None and _same_memory(into, layout):
             before += values_offset(layout)
             memory = self._memory(length - into.nbytes)
             inside = memoryview(into.reshape(-1).view(torch.uint8).numpy().data)
-            self._fill(stream, offset, [memory[:before], inside, memory[before : length - into.nbytes]], name)
+            self._fill(stream, ranges, [memory[:before], inside, memory[before : length - into.nbytes]], name)
             values = into
         else:
             memory = self._memory(length)
-            self._fill(stream, offset, [memory[:length]], name)
+            self._fill(stream, ranges, [memory[:length]], name)
             values = values_in(memory, before, layout)
         return Read(values, memory, length + part.bytes_read)
 
-    def _fill(self, stream: FileIO, offset: int, memories: Sequence[memoryview], name: str) -> None:
-        """Read bytes that follow each other, and check them."""
-        path, end = Path(str(stream.name)), offset + sum(len(memory) for memory in memories)
-        hashes = self._manifest.files[path.name]
-        number, hashed = bisect_left(hashes, offset, key=lambda block: block.offset), xxh3_64()
+    def _fill(self, stream: FileIO, ranges: Sequence[HashRange], memories: Sequence[memoryview], name: str) -> None:
+        """Read hash ranges that follow each other into memories of the same length together, and check them."""
+        path, offset, left = Path(str(stream.name)), ranges[0].offset, deque(ranges)
+        hashed = xxh3_64()
         for memory in memories:
             position = 0
             while position < len(memory):
-                start, length, digest = hashes[number]
+                start, length, digest = left[0]
                 step = min(STEP_BYTES, len(memory) - position, start + length - offset)
                 count = os.preadv(stream.fileno(), [memory[position : position + step]], offset)
                 if not count:
                     place = f"{path}: offset {offset}, tensor {name}"
-                    raise UserError(f"{place}: the file ends there, not at {end} or later")
+                    raise UserError(f"{place}: the file ends there, not at {ranges[-1].end} or later")
                 hashed.update(memory[position : position + count])
                 position, offset = position + count, offset + count
                 if offset == start + length:
                     if hashed.hexdigest() != digest:
                         problem = f"damaged: the {length} bytes from {start} on differ from what was saved"
                         raise UserError(f"{path}: offset {start}, tensor {name}: {problem}")
-                    number, hashed = number + 1, xxh3_64()
+                    left.popleft()
+                    hashed = xxh3_64()
 
     def _memory(self, length: int) -> memoryview:
-        """At least ``length`` bytes, which no other block has."""
+        """Get at least ``length`` bytes, which no other shard has."""
         if self._spare and len(spare := self._spare.popleft()) >= length:
             return spare
         return memoryview(bytearray(length))
 
     def _open_file(self, name: str) -> FileIO:
-        return self._files.enter_context(local_file(self._manifest.directory, name).open("rb", buffering=0))
+        path = self._manifest.directory / name
+        if not path.exists():
+            path = local_file(self._manifest.directory, name)
+        return self._files.enter_context(path.open("rb", buffering=0))
 
 
 def _same_memory(values: Tensor, layout: Tensor) -> bool:
-    """Whether the bytes of a stored tensor, put there as they are, make its values."""
+    """Check whether the bytes of a stored tensor, put into ``values`` as they are, make its values."""
     same = values.dtype == layout.dtype and values.is_cpu and values.is_contiguous() and layout.is_contiguous()
     return same and layout.untyped_storage().nbytes() == values.nbytes

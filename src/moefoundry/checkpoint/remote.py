@@ -45,7 +45,7 @@ FIRST_WAIT = 1.0
 LONGEST_WAIT = 30.0
 LONGEST_SILENCE = 90.0  # all attempts together stay below the default dist_timeout, in which other ranks wait
 FIRST_SILENCE = 10.0
-"""Seconds that a store may take for its first answer, when a run starts."""
+"""Seconds that a store may take to answer for the first time, when a run starts."""
 
 ORIGIN_FILE = "origin.json"
 PROBE = ".written-by-moefoundry"
@@ -150,7 +150,7 @@ class Remote:
         self._try(name, "download", attempt)
 
     def names(self, prefix: str = "") -> list[str]:
-        """Objects whose names begin with ``prefix``."""
+        """List the objects whose names begin with ``prefix``."""
         return self._try(
             prefix, "list", lambda: unless_silent(lambda: self._store.names(prefix), lambda: 0, LONGEST_SILENCE)
         )
@@ -160,8 +160,10 @@ class Remote:
         self._try("", "list", lambda: unless_silent(lambda: self._store.names(""), lambda: 0, FIRST_SILENCE), 1)
 
     def try_writing(self) -> None:
-        """Write an object of a few bytes, :data:`PROBE`, in the same way. File systems remove it again; object stores,
-        where a right to write is none to delete, keep it."""
+        """Write an object of a few bytes, :data:`PROBE`, and wait as long.
+
+        It is removed from file systems. Object stores keep it: a right to write there is no right to delete.
+        """
         with NamedTemporaryFile() as file:
             file.write(b"moefoundry writes this to see whether it can\n")
             file.flush()
@@ -188,7 +190,7 @@ class Remote:
             raise UserError(f"{place}: cannot {verb} (attempts: {tries}): {one_line(error)}") from error
 
     def _say_once(self, verb: str, statistics: dict[str, Any]) -> None:
-        """A line at the first failure; those of the files that are under way at the same time would say the same."""
+        """Print a line at the first failure; those of other files at the same time would say the same."""
         if verb not in self._said:
             self._said.add(verb)
             text = f"note: {redact(self.url)}: cannot {verb}; tried again, {ATTEMPTS} times at most"
@@ -196,7 +198,7 @@ class Remote:
 
 
 def is_permanent(error: BaseException) -> bool:
-    """Whether another attempt would fail in the same way: what is missing, forbidden, malformed, or not installed."""
+    """Check whether another attempt would fail alike: something is missing, forbidden, malformed, or not installed."""
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ImportError, ValueError)
     if isinstance(error, (*kinds, NotImplementedError)):
         return True
@@ -207,7 +209,7 @@ def is_permanent(error: BaseException) -> bool:
 
 
 def _blames_the_caller(error: BaseException) -> bool:
-    """Whether an answer over HTTP has a status of 4xx that will stay, wherever its client keeps it."""
+    """Check whether an answer over HTTP has a lasting status of 4xx, wherever its client keeps it."""
     response = getattr(error, "response", None)
     status: Any = None
     if isinstance(response, dict):  # botocore
@@ -220,12 +222,12 @@ def _blames_the_caller(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; its name where it says nothing."""
+    """Give the message of an error on one line, or the name of the error where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _size_of(partial: Path) -> int:
-    """Bytes that have come; clients add endings of their own to the name, or make it a directory's."""
+    """Count the bytes that have come; clients add endings of their own to the name, or make it a directory."""
     found = [path for place in partial.parent.glob(f"{partial.name}*") for path in (place, *place.rglob("*"))]
     size = 0
     for path in found:
@@ -250,11 +252,11 @@ def upload_checkpoint(directory: Path, url: str) -> None:
 
 
 def find_remote(url: str, cache: Path) -> Path | None:
-    """The checkpoint at a URL, or the newest below it, as a local directory that lacks the data files.
+    """Fetch the checkpoint at a URL, or the newest below it, into a local directory that lacks the data files.
 
     Args:
-        url: Of a checkpoint, of the place that holds a run's, or of its ``run_dir``.
-        cache: Where the directory is made; what an earlier search has left there is removed.
+        url: URL of a checkpoint, of the directory above it, or of a ``run_dir``.
+        cache: Parent of the directory; it is emptied first.
 
     Returns:
         The directory; None where there is no complete checkpoint.
@@ -282,7 +284,7 @@ def find_remote(url: str, cache: Path) -> Path | None:
 
 
 def note_origin(directory: Path, url: str) -> None:
-    """Write in a directory where its other files are. Only this user may read it: an address may have a password."""
+    """Write the place of a directory's other files into it. Only this user may read it: it may have a password."""
     with open(os.open(directory / ORIGIN_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump({"url": url}, file)
 
@@ -293,7 +295,7 @@ def _batch(place: str) -> int:
 
 
 def local_file(directory: Path, name: str) -> Path:
-    """A file of a checkpoint; downloaded first, if the checkpoint is a remote one and it is not here yet.
+    """Give the path of a checkpoint's file, after a download if the checkpoint is remote and the file is not here yet.
 
     Raises:
         UserError: The store fails for good.
@@ -305,11 +307,11 @@ def local_file(directory: Path, name: str) -> Path:
 
 
 def origin_of(directory: Path) -> str | None:
-    """The URL that a checkpoint's directory was made from; None for a local checkpoint."""
+    """Read the URL that a checkpoint's directory was made from; None for a local checkpoint."""
     note = directory / ORIGIN_FILE
     return str(json.loads(note.read_text())["url"]) if note.exists() else None
 
 
 def is_downloaded(directory: Path) -> bool:
-    """Whether this is the local directory of a remote checkpoint."""
+    """Check whether this is the local directory of a remote checkpoint."""
     return (directory / ORIGIN_FILE).exists()

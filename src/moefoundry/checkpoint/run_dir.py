@@ -1,16 +1,15 @@
-"""A run directory belongs to one recipe: nothing of another run is ever written over."""
+"""Open and claim a run directory, which belongs to one recipe: nothing of another run is ever written over."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from moefoundry.checkpoint.document import read_state
 from moefoundry.checkpoint.lease import make_directory
-from moefoundry.checkpoint.manifest import visible_damage, write_synced
+from moefoundry.checkpoint.manifest import damage, read_state, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_downloaded
 from moefoundry.checkpoint.start import Start, check_start
@@ -23,24 +22,20 @@ from moefoundry.config.versions import without_effect
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DOWNLOADS = "downloads"
-Damage = Callable[[Path, int, int], list[str]]
 
 
 def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | None]:
     """Find what the run starts from, if anything; every rank calls it.
 
-    The directory is claimed later (:func:`claim_run_dir`), when all else has succeeded.
-
-    Args:
-        recipe: The run's.
-        digests: Of its data; see :func:`moefoundry.checkpoint.start.data_digests`.
+    The directory is claimed later (:func:`claim_run_dir`), when all else has succeeded. ``digests`` are those of the
+    run's data (:func:`moefoundry.checkpoint.start.data_digests`).
 
     Raises:
-        UserError: As :func:`check_run_dir`, :func:`newest_without`, :func:`checkpoint_to_start_from` and
-            :func:`check_start`.
+        UserError: As :func:`check_run_dir`, :func:`newest_intact` and :func:`check_start`; or there is no checkpoint
+            where ``load_path`` says.
     """
     run_dir = on_rank_zero(lambda: check_run_dir(recipe))
-    newest = newest_without(visible_damage, store_of(run_dir)) if recipe.autoresume else None
+    newest = newest_intact(store_of(run_dir), sizes_only=True) if recipe.autoresume else None
     return run_dir, on_rank_zero(lambda: _start(recipe, newest, digests))
 
 
@@ -99,15 +94,11 @@ def claim_run_dir(recipe: Recipe) -> None:
         raise UserError(f"run_dir: cannot write {path}: {error.strerror}") from error
 
 
-def newest_without(damage: Damage, store: CheckpointStore) -> Path | None:
-    """The newest checkpoint of a run that has no damage; every rank calls it and looks at a share of the files.
+def newest_intact(store: CheckpointStore, sizes_only: bool) -> Path | None:
+    """Find the newest checkpoint of a run without damage; every rank calls it and looks at a share of the files.
 
-    Newer ones get a quarantine name, so that training can save those batches again, and a warning.
-
-    Args:
-        damage: :func:`manifest.visible_damage` before a checkpoint is loaded, which finds the rest; when that has
-            failed, :func:`manifest.damage`.
-        store: The run's.
+    Newer ones get a warning and a quarantine name, so that training can save those batches again. ``sizes_only`` is
+    enough before a checkpoint is loaded, which finds further damage; when that has failed, files are read.
 
     Raises:
         UserError: There are checkpoints, but all are damaged; they stay where they are.
@@ -115,7 +106,7 @@ def newest_without(damage: Damage, store: CheckpointStore) -> Path | None:
     damaged: dict[int, list[str]] = {}
     ranks = len(from_every_rank(rank()))
     for batch in reversed(on_rank_zero(store.claimed)):
-        found = from_every_rank(damage(store.path(batch), rank(), ranks))
+        found = from_every_rank(damage(store.path(batch), rank(), ranks, sizes_only))
         problems = list(dict.fromkeys(line for lines in found for line in lines))
         if not problems:
             on_rank_zero(lambda: _quarantine(store, damaged))
@@ -145,34 +136,21 @@ def _quarantine(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> Non
         print("\n  ".join(lines), file=sys.stderr, flush=True)
 
 
-def checkpoint_to_start_from(recipe: Recipe, newest: Path | None) -> tuple[Path, bool] | None:
-    """A checkpoint, and whether the run itself has saved it: the ``newest`` of the run if it has one, else that of
-    ``save_remote`` (with ``autoresume``), else ``load_path``; None to begin anew.
-
-    Raises:
-        UserError: There is none where ``load_path`` says.
-    """
-    if newest is not None:
-        return newest, True
-    cache = Path(recipe.run_dir) / DOWNLOADS
-    if recipe.autoresume and recipe.save_remote and (uploaded := find_remote(recipe.save_remote, cache)):
-        return uploaded, True
-    if recipe.load_path is None:
-        return None
-    if not is_url(path := resolved(recipe.load_path)):
-        return find_checkpoint(path), False
-    downloaded = find_remote(recipe.load_path, cache)
-    if downloaded is None:
-        raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
-    return downloaded, False
-
-
 def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> Start | None:
-    """What the run starts from, checked; a refused download is removed."""
-    found = checkpoint_to_start_from(recipe, newest)
-    if found is None:
+    """Choose and check the checkpoint to start from; a refused download is removed.
+
+    The run's ``newest``, else that of ``save_remote`` (with ``autoresume``), else ``load_path``; None to begin anew.
+    """
+    checkpoint, own, cache = newest, True, Path(recipe.run_dir) / DOWNLOADS
+    if checkpoint is None and recipe.autoresume and recipe.save_remote:
+        checkpoint = find_remote(recipe.save_remote, cache)
+    if checkpoint is None and recipe.load_path is not None:
+        own, path = False, resolved(recipe.load_path)
+        checkpoint = find_remote(recipe.load_path, cache) if is_url(path) else find_checkpoint(path)
+        if checkpoint is None:
+            raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
+    if checkpoint is None:
         return None
-    checkpoint, own = found
     try:
         if own and newest is None:
             _check_uploaded(recipe, checkpoint)
@@ -184,7 +162,7 @@ def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> S
 
 
 def _check_uploaded(recipe: Recipe, uploaded: Path) -> None:
-    """What is in the store must be the run's own: a copied recipe may name the store of the run it was copied from."""
+    """Check that a checkpoint in the store is the run's own: a copied recipe may name the store of another run."""
     saved, own = read_state(uploaded)["recipe"], flatten(recipe)
     differing = [
         f"{key}: {show_leaf(saved[key])} -> {show_leaf(own[key])}"
@@ -199,5 +177,5 @@ def _check_uploaded(recipe: Recipe, uploaded: Path) -> None:
 
 
 def store_of(run_dir: Path) -> CheckpointStore:
-    """Where the checkpoints of a run are."""
+    """Give the checkpoints of a run."""
     return CheckpointStore(run_dir / CHECKPOINTS)

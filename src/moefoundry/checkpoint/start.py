@@ -1,8 +1,8 @@
-"""What a run begins with: nothing, the weights of a checkpoint, or all of one; and whether it may.
+"""Check the checkpoint that a run begins with: whether the run may use it, and how much of it.
 
 A run *goes on* from a checkpoint of its own (``autoresume``), or from another run's (``load_path``): optimizer,
 counters and position in the data come along, so the data must be the same, by content. With ``load_weights_only`` it
-begins a new *phase* with another's weights, and all else from the beginning, on whatever data.
+begins a new *phase* with another's weights, and all else from the beginning, on any data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefoundry.checkpoint.document import WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.manifest import WEIGHTS_ONLY, read_state
 from moefoundry.config import LoaderConfig, Moments, Recipe, UserError, flatten
 from moefoundry.config.spec import is_architecture, show_leaf
 from moefoundry.config.versions import without_effect
@@ -29,18 +29,18 @@ TOKENIZER = "tokenizer"
 COUNTERS = {"ba": "batch", "ep": "epoch", "tok": "token", "sp": "sample"}
 
 ORDER = ("train_loader.dataset.shuffle", "train_loader.drop_last")
-"""Keys by which, beside the size of the global batch, a position within an epoch depends."""
+"""Keys on which a position within an epoch depends, beside the size of the global batch."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """A checkpoint that a run begins with.
 
     Attributes:
-        checkpoint: Its directory.
-        own: The run saved it, in ``run_dir`` or ``save_remote``; else it is ``load_path``'s.
-        weights_only: Its weights are taken, and all else begins anew.
-        schedule_changes: Why the learning rate is not the one that the checkpoint's recipe goes on with, if it is not.
+        checkpoint: Directory of the checkpoint.
+        own: True if the run saved it, in ``run_dir`` or ``save_remote``; False if it is ``load_path``'s.
+        weights_only: True if its weights are taken, and all else begins anew.
+        schedule_changes: Differences from the schedule of the checkpoint's recipe, for a message; empty without any.
     """
 
     checkpoint: Path
@@ -50,8 +50,9 @@ class Start:
 
 
 def data_digests(recipe: Recipe) -> dict[str, str]:
-    """Key of a recipe that names data -> digest of their content: each stream of samples, and the tokenizer if there is
-    one. The indices of remote data must have been downloaded, as building a loader does.
+    """Map each key of a recipe that names data to the digest of their content: streams of samples, and a tokenizer.
+
+    The indices of remote data must have been downloaded, as building a loader does.
 
     Raises:
         UserError: The index of a stream is absent or damaged.
@@ -61,7 +62,7 @@ def data_digests(recipe: Recipe) -> dict[str, str]:
 
 
 def known_digests(recipe: Recipe) -> dict[str, str]:
-    """Those of :func:`data_digests` whose data are on this machine, before anything is downloaded.
+    """Map as :func:`data_digests`, for data that are on this machine before anything is downloaded.
 
     Raises:
         UserError: The index of a stream is damaged.
@@ -85,13 +86,9 @@ def _tokenizer_digest(recipe: Recipe) -> dict[str, str]:
 
 
 def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[str, str]) -> Start:
-    """How a run begins with ``checkpoint``. Says what goes on in another way than the recipe or the checkpoint has it.
+    """Decide how a run begins with a checkpoint, with a note of everything that does not go on as it was saved.
 
-    Args:
-        checkpoint: A directory.
-        own: The run saved it itself.
-        recipe: The run's.
-        digests: Its :func:`data_digests`.
+    ``own`` is true if the run saved the checkpoint itself; ``digests`` are the run's :func:`data_digests`.
 
     Raises:
         UserError: The checkpoint is unreadable, or of another architecture; or the run would go on with other data, in
@@ -120,8 +117,10 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
 
 
 def _other_architecture(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    """A line for each key of the architecture that differs between two flat recipes. A key that one of them lacks
-    belongs to a mapping that is null there."""
+    """List the keys of the architecture that differ between two flat recipes, a line each.
+
+    A key that one of them lacks belongs to a mapping that is null there.
+    """
     unread = set(without_effect(saved)) & set(without_effect(own))
     lines = []
     for key in dict.fromkeys((*own, *saved)):
@@ -143,7 +142,7 @@ def _check_something_is_left(checkpoint: Path, timestamp: Mapping[str, Any], max
 
 
 def _check_order(checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, Any], batch_size_is_free: bool) -> None:
-    """The position in the data must mean the same samples."""
+    """Check that the position in the data means the same samples."""
     sizes = saved.get("global_train_batch_size"), here["global_train_batch_size"]
     if sizes[0] != sizes[1] and not batch_size_is_free:
         raise UserError(
@@ -162,7 +161,7 @@ def _check_order(checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, 
 def _check_data(
     checkpoint: Path, own: bool, stored: Mapping[str, str], here: Mapping[str, Any], digests: Mapping[str, str]
 ) -> None:
-    """Data are known by their content. Where a run goes on elsewhere, its held-out data may be others."""
+    """Check data by their content. Where a run goes on elsewhere, its held-out data may be others."""
     for key in digests:
         if stored.get(key, digests[key]) == digests[key]:
             continue
@@ -179,7 +178,7 @@ def _check_data(
 
 
 def _check_data_without_digests(checkpoint: Path, document: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Of a checkpoint of an earlier release only the place and the position are known."""
+    """Check what is known of data in a checkpoint of an earlier release: their place, and the position in them."""
     position = (document["data"] or {}).get("sample_in_epoch", 0)
     directory = Path(here[f"{TRAINING_DATA}.local"], here[f"{TRAINING_DATA}.split"])
     if position and position > (samples := sum(shard["samples"] for shard in read_shards(directory))):
@@ -193,12 +192,12 @@ def _check_data_without_digests(checkpoint: Path, document: Mapping[str, Any], h
 
 
 def _place(recipe: Mapping[str, Any], key: str) -> str:
-    """Where the flat ``recipe`` has the stream ``key``."""
+    """Give the place of the stream ``key`` of a flat recipe."""
     return f"{recipe.get(f'{key}.remote') or recipe.get(f'{key}.local')}/{recipe.get(f'{key}.split')}"
 
 
 def _schedule_changes(saved: Mapping[str, Any], here: Mapping[str, Any], last_rate: float | None) -> str:
-    """Which keys of the schedule differ."""
+    """List the keys of the schedule that differ."""
     keys = [key for key in {**saved, **here} if key in ("max_duration", "optimizer.lr") or key.startswith("scheduler.")]
     lines = [
         f"{key} is {show_leaf(here.get(key))}, and was {show_leaf(saved.get(key))}"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: tensors by name, and a small JSON document.
+"""The state of a run, as a checkpoint holds it: tensors by name, and a small JSON document.
 
 Tensors carry the names of the single-process model whatever the mesh, so any mesh can read them:
 
@@ -8,29 +8,154 @@ Tensors carry the names of the single-process model whatever the mesh, so any me
     rng/{rank}/{generator}        generator state of each rank: torch, cuda, numpy, python
 
 Nothing else is stored as a tensor and nothing at all as a pickle: hyperparameters come from the recipe, positions and
-counters are JSON. The state of Python's and NumPy's generators is packed into integer tensors for that reason.
+counters are JSON. The state of Python's and NumPy's generators is packed into integer tensors for that reason. A
+schedule has no state: the learning rate follows from the recipe and the position.
 """
 
 from __future__ import annotations
 
+import datetime
 import random
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from moefoundry.checkpoint.load import load, read_index
+from moefoundry.checkpoint.manifest import Origin, read_state, recipe_digest
+from moefoundry.checkpoint.ranks import on_rank_zero, rank
 from moefoundry.config import UserError
+
+if TYPE_CHECKING:
+    from composer.core import State
+
+
+class Averages(Protocol):
+    """Averages of the parameters: :class:`moefoundry.callbacks.ema.Ema`."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def restart(self) -> None: ...
+
+
+@dataclass
+class RunState:
+    """Everything of a run that is saved and put back: model, averages of it, optimizer, generators, position.
+
+    Attributes:
+        recipe: The run's recipe, flat; a reader compares the model with its own.
+        mesh: Degrees of its axes, by name.
+        data_digests: Digests of the run's data.
+        averages: Averages of the parameters; None without ``ema``.
+        metrics: Gives the metrics of this batch that decide which checkpoints are kept, by name.
+    """
+
+    recipe: dict[str, Any]
+    mesh: Mapping[str, int]
+    data_digests: Mapping[str, str]
+    averages: Averages | None = None
+    metrics: Callable[[], Mapping[str, float]] = dict
+    _generators: dict[str, Tensor] = field(default_factory=dict)  # to be put back when the first batch is read
+
+    def __post_init__(self) -> None:
+        self._world_size = self.mesh["replicate"] * self.mesh["shard"]
+        self._digest = recipe_digest(self.recipe)
+
+    def tensors(self, state: State) -> dict[str, Tensor]:
+        """Collect the tensors of a checkpoint, sharing memory with the run where that is possible."""
+        return {
+            **model_tensors(state.model),
+            **optimizer_tensors(state.model, state.optimizers[0]),
+            **rng_tensors(rank()),
+            **(self.averages.tensors() if self.averages else {}),
+        }
+
+    def document(self, state: State) -> dict[str, Any]:
+        """Make ``state.json``, the same on every rank."""
+        assert state.train_dataloader is not None, "training has begun"
+        data = state.train_dataloader.dataset.state_dict(state.timestamp.sample_in_epoch.value, True)
+        return {
+            "timestamp": to_jsonable(state.timestamp.state_dict()),
+            "lr": state.optimizers[0].param_groups[0]["lr"],
+            "data": {**data, "epoch": state.timestamp.epoch.value},
+            "data_digests": dict(self.data_digests),
+            "world_size": self._world_size,
+            "recipe": self.recipe,
+        }
+
+    def origin(self, batch: int) -> Origin:
+        """Say where the checkpoint of this batch comes from."""
+        return Origin(batch, self.mesh, self._world_size, self._digest, self.metrics())
+
+    def load(self, state: State, checkpoint: Path, weights_only: bool) -> dict[str, float]:
+        """Put a saved state back, or its weights and averages alone; every rank calls it.
+
+        A buffer that the checkpoint lacks, such as the expert bias of a softmax router, starts as in any new run. A
+        rank that the checkpoint knows gets its own generators; any further rank gets new ones, derived from the seed,
+        the batch and the rank. They come into force with :meth:`restore_generators`.
+
+        Returns:
+            Seconds that each part took, by name.
+
+        Raises:
+            UserError: As :func:`moefoundry.checkpoint.load.load`.
+        """
+        document, index = on_rank_zero(lambda: read_state(checkpoint)), read_index(checkpoint)
+        buffers = {f"model/{name}" for name, _ in state.model.named_buffers()}
+        model = model_tensors(state.model)
+        tensors = {name: tensor for name, tensor in model.items() if name in index.tensors or name not in buffers}
+        averaged = any(name.startswith("ema/") for name in index.tensors)
+        if self.averages and averaged:
+            tensors |= self.averages.tensors()
+        own: dict[str, Tensor] = {}
+        seconds: dict[str, float] = {}
+        if not weights_only:
+            begun = time.perf_counter()
+            tensors |= optimizer_tensors(state.model, state.optimizers[0])
+            seconds["optimizer"] = time.perf_counter() - begun
+            if rank() < document["world_size"]:
+                own = {name: tensor for name, tensor in rng_tensors(rank()).items() if name in index.tensors}
+                self._generators = own
+            else:
+                seed, batch = int(self.recipe["seed"]), document["timestamp"]["batch"]
+                self._generators = derived_rng_tensors(rank(), seed, batch)
+        report = load(index, tensors, own)
+        if self.averages and not averaged:
+            self.averages.restart()
+        if not weights_only:
+            _restore_position(state, document)
+        return {"store": report.store_seconds, "exchange": report.exchange_seconds, **seconds}
+
+    def restore_generators(self) -> None:
+        """Put the loaded generators back, once."""
+        if self._generators:
+            restore_rng(self._generators, rank())
+            self._generators = {}
+
+
+def _restore_position(state: State, document: Mapping[str, Any]) -> None:
+    """Let training and its data go on where they were."""
+    timestamp = document["timestamp"]
+    seconds = {key: datetime.timedelta(seconds=value) for key, value in timestamp.items() if key.endswith("_wct")}
+    state.timestamp.load_state_dict({**timestamp, **seconds})
+    assert state.train_dataloader is not None, "set before AFTER_LOAD"
+    state.train_dataloader.dataset.load_state_dict(document["data"])
+    state.dataset_resumption["train"] = True
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model, sharing memory with it."""
+    """List the tensors of the model, sharing memory with it."""
     return {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state, sharing memory with it; state of a fresh optimizer is allocated first.
+    """List the optimizer's state, sharing memory with it; state of a fresh optimizer is allocated first.
 
     Raises:
         UserError: The optimizer keeps something else than tensors.
@@ -64,7 +189,7 @@ def _allocate_state(optimizer: Optimizer) -> None:
 
 
 def rng_tensors(rank: int) -> dict[str, Tensor]:
-    """This rank's generators, as copies."""
+    """Copy the states of this rank's generators."""
     _, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray), "legacy=True gives a tuple"
@@ -81,7 +206,7 @@ def rng_tensors(rank: int) -> dict[str, Tensor]:
 
 
 def derived_rng_tensors(rank: int, seed: int, batch: int) -> dict[str, Tensor]:
-    """Generators for a rank that the checkpoint does not have: other numbers for each seed, batch and rank."""
+    """Derive generators for a rank that the checkpoint does not have, other ones for each seed, batch and rank."""
     words = [int(word) for word in np.random.SeedSequence([seed, batch, rank]).generate_state(3)]
     before = rng_tensors(rank)
     torch.manual_seed(words[0])
@@ -106,5 +231,5 @@ def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
 
 
 def to_jsonable(state: dict[str, Any]) -> dict[str, Any]:
-    """A Composer ``Timestamp.state_dict()`` with its time deltas as seconds."""
+    """Turn the time deltas of a Composer ``Timestamp.state_dict()`` into seconds."""
     return {key: value.total_seconds() if hasattr(value, "total_seconds") else value for key, value in state.items()}

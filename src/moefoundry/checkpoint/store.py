@@ -19,12 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moefoundry.checkpoint.manifest import COMMIT_FILE, Manifest, is_committed, sync_directory
+from moefoundry.checkpoint.manifest import COMMIT_FILE, STATE_FILE, Manifest, is_committed, sync_directory
 from moefoundry.config import UserError
 
 STAGING_SUFFIX = ".incomplete"
 QUARANTINE_SUFFIX = ".quarantine-"
-STATE_FILE = "state.json"
 TOKENIZER = "tokenizer"  # directory, beside the tensors of an imported model
 _NAME = re.compile(r"ba(\d+)")
 _ANY_NAME = re.compile(rf"ba(\d+)({re.escape(STAGING_SUFFIX)}|{re.escape(QUARANTINE_SUFFIX)}\d+)?")
@@ -32,10 +31,10 @@ _ANY_NAME = re.compile(rf"ba(\d+)({re.escape(STAGING_SUFFIX)}|{re.escape(QUARANT
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay; the newest always does, and so does one that is in use (:func:`using`).
+    """Rules for checkpoints that stay; the newest always does, and so does one that is in use (:func:`using`).
 
     Attributes:
-        newest: How many of the newest; -1 is all.
+        newest: Number of the newest that stay; -1 is all.
         every: Batches; the first checkpoint of each such span stays. None keeps none for that.
         best: Name of a metric; the checkpoint where it was lowest stays. None keeps none for that.
     """
@@ -52,31 +51,31 @@ class CheckpointStore:
     root: Path
 
     def path(self, batch: int) -> Path:
-        """Where the checkpoint of this batch is, or will be."""
+        """Give the directory of the checkpoint of this batch."""
         return self.root / f"ba{batch}"
 
     def staging_path(self, batch: int) -> Path:
-        """Where it is written until it is complete."""
+        """Give the directory that it is written to until it is complete."""
         return self.root / f"ba{batch}{STAGING_SUFFIX}"
 
     def batches(self) -> list[int]:
-        """Batches that have a committed checkpoint, ascending."""
+        """List the batches that have a committed checkpoint, ascending."""
         return [batch for batch in self.claimed() if is_committed(self.path(batch))]
 
     def claimed(self) -> list[int]:
-        """Batches whose name is taken, by a committed checkpoint or by what was one, ascending."""
+        """List the batches whose name is taken, by a committed checkpoint or by a damaged one, ascending."""
         if not self.root.is_dir():
             return []
         matches = (_NAME.fullmatch(path.name) for path in self.root.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
     def latest(self) -> Path | None:
-        """The newest committed checkpoint."""
+        """Find the newest committed checkpoint."""
         batches = self.batches()
         return self.path(batches[-1]) if batches else None
 
     def begin(self, batch: int) -> Path:
-        """An empty staging directory for ``batch``; what interrupted saves left is removed. One save at a time.
+        """Make an empty staging directory for ``batch``, and remove what interrupted saves left. One save at a time.
 
         Raises:
             UserError: The batch has a committed checkpoint already.
@@ -113,7 +112,7 @@ class CheckpointStore:
         shutil.rmtree(self.staging_path(batch), ignore_errors=True)
 
     def quarantine(self, batch: int) -> Path:
-        """Move a damaged checkpoint out of the way, so that training can save this batch again; where it is now."""
+        """Rename a damaged checkpoint, so that training can save this batch again. Returns its new path."""
         path, number = self.path(batch), 0
         while (target := path.with_name(f"{path.name}{QUARANTINE_SUFFIX}{number}")).exists():
             number += 1
@@ -147,14 +146,14 @@ class CheckpointStore:
 
 @contextmanager
 def using(checkpoint: Path) -> Iterator[None]:
-    """While it is entered, no run on this machine deletes ``checkpoint`` (where the file system has locks)."""
+    """Keep every run on this machine from deleting ``checkpoint`` meanwhile (where the file system has locks)."""
     with (checkpoint / COMMIT_FILE).open("rb") as marker:
         fcntl.flock(marker, fcntl.LOCK_SH)
         yield
 
 
 def in_use(checkpoint: Path) -> bool:
-    """Whether a process is :func:`using` it."""
+    """Check whether a process is :func:`using` a checkpoint."""
     if not (checkpoint / COMMIT_FILE).is_file():
         return False
     with (checkpoint / COMMIT_FILE).open("rb") as marker:
@@ -166,7 +165,7 @@ def in_use(checkpoint: Path) -> bool:
 
 
 def entries(root: Path) -> list[Path]:
-    """What is, was, or is about to become a checkpoint in ``root``, by batch and name."""
+    """List the directories in ``root`` that are checkpoints, damaged or unfinished ones too, by batch and name."""
     if not root.is_dir():
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := _ANY_NAME.fullmatch(path.name))]
@@ -174,7 +173,7 @@ def entries(root: Path) -> list[Path]:
 
 
 def find_checkpoint(path: str) -> Path:
-    """A checkpoint that the user names: its directory, or a run's directory, or its ``checkpoints`` (then the newest).
+    """Find a checkpoint that the user names by its directory, or the newest of a run's directory or ``checkpoints``.
 
     Raises:
         UserError: There is none.

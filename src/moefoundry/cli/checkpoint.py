@@ -91,7 +91,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from moefoundry.checkpoint.fetch import checkpoint_at
-    from moefoundry.checkpoint.format import METADATA_FILE, read_metadata, tensor_entries
+    from moefoundry.checkpoint.format import METADATA_FILE, read_metadata, stored_tensors
     from moefoundry.checkpoint.manifest import Manifest
     from moefoundry.checkpoint.store import find_checkpoint
 
@@ -99,15 +99,15 @@ def _show(args: argparse.Namespace) -> int:
         directory = path if is_url(args.path) else find_checkpoint(str(path))
         manifest = Manifest.read(directory)
         manifest.check(METADATA_FILE, 0, manifest.size(METADATA_FILE))
-        tensors = tensor_entries(read_metadata(directory))
+        tensors = stored_tensors(read_metadata(directory))
     origin, name = manifest.origin, redact(args.path) if is_url(args.path) else directory
     print(f"{name}: batch {origin.batch}, saved at {origin.saved_at}, {_size(manifest.nbytes)}")
     print(f"mesh {_mesh(manifest)}, recipe {origin.recipe}")
     print(", ".join(f"{name} {version}" for name, version in origin.versions.items()))
     for name, value in origin.metrics.items():
         print(f"{name} {value:.6g}")
-    for name, entry in sorted(tensors.items()):
-        print(f"  {name}  {str(entry.properties.dtype).removeprefix('torch.')} {list(entry.size)}")
+    for name, tensor in sorted(tensors.items()):
+        print(f"  {name}  {str(tensor.spec.dtype).removeprefix('torch.')} {list(tensor.spec.shape)}")
     return 0
 
 

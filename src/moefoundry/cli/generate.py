@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
 def _continue(args: argparse.Namespace, path: Path) -> int:
     import warnings
 
-    from moefoundry.checkpoint.io import read_model_config
-    from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint
+    from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, read_model_config
     from moefoundry.config import UserError
     from moefoundry.evaluation.generation import generate
     from moefoundry.evaluation.prompts import PromptTokenizer
@@ -102,7 +101,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _tokenizer_dir(checkpoint: Path) -> Path:
-    from moefoundry.checkpoint.document import read_state
+    from moefoundry.checkpoint.manifest import read_state
     from moefoundry.checkpoint.weights import tokenizer_of
     from moefoundry.config import UserError
 

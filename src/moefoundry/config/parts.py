@@ -64,9 +64,9 @@ TABLES = {
         Table(
             "callbacks",
             {
-                "speed_monitor": Part(SpeedMonitorConfig, "moefoundry.callbacks.speed:speed_monitor"),
-                "lr_monitor": Part(LRMonitorConfig, "moefoundry.callbacks.speed:lr_monitor"),
-                "memory_monitor": Part(MemoryMonitorConfig, "moefoundry.callbacks.speed:memory_monitor"),
+                "speed_monitor": Part(SpeedMonitorConfig, "moefoundry.callbacks.speed:SpeedMonitor"),
+                "lr_monitor": Part(LRMonitorConfig, "moefoundry.callbacks.speed:LRMonitor"),
+                "memory_monitor": Part(MemoryMonitorConfig, "moefoundry.callbacks.speed:MemoryMonitor"),
                 **{
                     name: partial(part_of_class, f"composer.callbacks:{cls}")
                     for name, cls in COMPOSER_CALLBACKS.items()

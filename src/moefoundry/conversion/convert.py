@@ -20,11 +20,18 @@ from pathlib import Path
 
 import torch
 
-from moefoundry.checkpoint import io
-from moefoundry.checkpoint.blocks import Block, StoredTensors, TensorSpec, write_blocks
-from moefoundry.checkpoint.document import WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.format import TensorSpec
+from moefoundry.checkpoint.manifest import WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.out_of_core import ShardValues, StoredTensors, write_shards
 from moefoundry.checkpoint.store import TOKENIZER, using
-from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, stored_names, tokenizer_of
+from moefoundry.checkpoint.weights import (
+    Weights,
+    load_model,
+    named_checkpoint,
+    read_model_config,
+    stored_names,
+    tokenizer_of,
+)
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
 from moefoundry.config.versions import VERSION_KEY
 from moefoundry.conversion.families import FAMILIES, Family, family_for
@@ -135,7 +142,7 @@ def export_hf(
             missing, ``hf`` exists, or logits differ.
     """
     directory = named_checkpoint(checkpoint)
-    recipe, cfg = read_state(directory)["recipe"], io.read_model_config(directory)
+    recipe, cfg = read_state(directory)["recipe"], read_model_config(directory)
     family = _family(family_name, cfg)
     names = TensorMap(family, cfg)
     ours = open_checkpoint(directory, meta_model(cfg), weights)
@@ -172,17 +179,17 @@ def consolidate(
         UserError: A tensor or the average is missing, ``output`` exists, or it is one file and all would not fit.
     """
     directory = named_checkpoint(checkpoint)
-    ours = open_checkpoint(directory, meta_model(io.read_model_config(directory)), weights)
+    ours = open_checkpoint(directory, meta_model(read_model_config(directory)), weights)
     size = nbytes_of(ours.specs)
     one_file = output.suffix == ".safetensors"
     if one_file and size > max_shard_bytes:
         raise UserError(f"{output}: {size / GIB:.2f} GiB exceed one shard; name a directory, or allow a larger shard")
     with using(directory), staged(output, size) as staging:
         if one_file:
-            write_file(staging, ours.specs, ours.blocks)
+            write_file(staging, ours.specs, ours.rows)
         else:
             staging.mkdir()
-            write_safetensors(staging, ours.specs, ours.blocks, max_shard_bytes)
+            write_safetensors(staging, ours.specs, ours.rows, max_shard_bytes)
     return Summary(output, len(ours.specs), size)
 
 
@@ -221,7 +228,11 @@ def open_checkpoint(directory: Path, model: MoETransformer, weights: Weights) ->
 
 
 def write_weights(
-    staging: Path, cfg: ModelConfig, specs: Mapping[str, TensorSpec], blocks: Iterable[Block], max_seq_len: int | None
+    staging: Path,
+    cfg: ModelConfig,
+    specs: Mapping[str, TensorSpec],
+    shards: Iterable[ShardValues],
+    max_seq_len: int | None,
 ) -> None:
     """Write a weights-only checkpoint; names are those of ``MoETransformer``."""
     kept = ("model.", VERSION_KEY)
@@ -229,8 +240,8 @@ def write_weights(
     if max_seq_len is not None:
         recipe["max_seq_len"] = max_seq_len
     stored = {PREFIX + name: spec for name, spec in specs.items()}
-    renamed = (replace(block, name=PREFIX + block.name) for block in blocks)
-    write_blocks(staging, stored, renamed, {WEIGHTS_ONLY: True, "recipe": recipe})
+    renamed = (replace(shard, name=PREFIX + shard.name) for shard in shards)
+    write_shards(staging, stored, renamed, {WEIGHTS_ONLY: True, "recipe": recipe})
 
 
 def write_recipe(staging: Path, cfg: ModelConfig, source: HfDirectory, output: Path) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moefoundry.checkpoint.writer import TensorSpec
+from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.config import UserError
 from moefoundry.conversion.families.pieces import Piece
 from moefoundry.conversion.safetensors_io import SafetensorsReader

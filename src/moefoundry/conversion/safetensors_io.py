@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moefoundry.checkpoint.blocks import TensorSpec, progress
+from moefoundry.checkpoint.format import TensorSpec
+from moefoundry.checkpoint.out_of_core import progress
 from moefoundry.config import UserError
 from moefoundry.config.errors import first_few
 from moefoundry.data.json_files import refuse_lfs_pointer

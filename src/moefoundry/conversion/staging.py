@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moefoundry.checkpoint.ranks import describe
 from moefoundry.checkpoint.store import STAGING_SUFFIX
-from moefoundry.checkpoint.writer import describe
 from moefoundry.config import UserError
 
 GIB = 2**30

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint.blocks import Block, TensorSpec, row_ranges
+from moefoundry.checkpoint.format import TensorSpec
+from moefoundry.checkpoint.out_of_core import ShardValues, row_ranges
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.config.errors import first_few
 from moefoundry.conversion.families.family import Family
@@ -121,7 +122,7 @@ class TensorMap:
             for name, shape in self.shapes.items()
         }
 
-    def our_blocks(self, theirs: Source, specs: Mapping[str, TensorSpec]) -> Iterator[Block]:
+    def our_blocks(self, theirs: Source, specs: Mapping[str, TensorSpec]) -> Iterator[ShardValues]:
         """The values of our tensors, tensor by tensor."""
         for name, spec in specs.items():
             for piece in self._ours[name]:
@@ -129,7 +130,7 @@ class TensorMap:
                     offsets = (row, *(0 for _ in values.shape[1:])) if values.dim() else ()
                     if piece.expert is not None:
                         offsets, values = (piece.expert, *offsets), values.unsqueeze(0)
-                    yield Block(name, offsets, values.to(spec.dtype))
+                    yield ShardValues(name, offsets, values.to(spec.dtype))
 
     def _pieces_from(self, theirs: Source, piece: Piece, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
         shape = self._block_shape(piece)

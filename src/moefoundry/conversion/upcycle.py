@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moefoundry.checkpoint.blocks import Block, TensorSpec
+from moefoundry.checkpoint.format import TensorSpec
+from moefoundry.checkpoint.out_of_core import ShardValues
 from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.config import ModelConfig, MoEConfig, RouterConfig, UserError
 from moefoundry.conversion.convert import Summary, nbytes_of, say, write_recipe, write_weights
@@ -138,14 +139,14 @@ def _dense_name(name: str) -> str:
 
 def _blocks(
     source: HfDirectory, options: Upcycling, dense: Mapping[str, TensorSpec], specs: Mapping[str, TensorSpec]
-) -> Iterator[Block]:
+) -> Iterator[ShardValues]:
     kept = {name: spec for name, spec in dense.items() if name in specs}
     yield from source.names.our_blocks(source.tensors, kept)
     for name, spec in specs.items():
         if name in kept:
             continue
         if name.endswith("router.gate.weight"):
-            yield Block(name, (0, 0), _router(name, spec, options, source.cfg.init.std))
+            yield ShardValues(name, (0, 0), _router(name, spec, options, source.cfg.init.std))
         else:
             yield from _experts(name, spec, options, source, dense)
 
@@ -159,7 +160,7 @@ def _router(name: str, spec: TensorSpec, options: Upcycling, std: float) -> Tens
 
 def _experts(
     name: str, spec: TensorSpec, options: Upcycling, source: HfDirectory, dense: Mapping[str, TensorSpec]
-) -> Iterator[Block]:
+) -> Iterator[ShardValues]:
     """The experts of one stacked weight; the dense one is whole in memory meanwhile."""
     dense_name = _dense_name(name)
     whole = torch.empty(dense[dense_name].shape, dtype=spec.dtype)
@@ -171,7 +172,7 @@ def _experts(
         if options.noise:
             generator = _generator(options.seed, f"{name}/{expert}")
             values = values + torch.empty(values.shape).normal_(0.0, options.noise, generator=generator)
-        yield Block(name, (expert, 0, 0), values.to(spec.dtype).unsqueeze(0))
+        yield ShardValues(name, (expert, 0, 0), values.to(spec.dtype).unsqueeze(0))
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

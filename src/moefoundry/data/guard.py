@@ -1,6 +1,7 @@
 """Guards around mosaicml-streaming: shards that cannot be trusted end the run, and the error names them.
 
-What the library (0.13) does by itself, and what is done about it here:
+The only file that replaces private parts of the library (``loader.py`` derives from the class here), so it warns where
+another version is installed than :data:`TESTED`. The library's own behaviour, and the reason of each change:
 
 - A prefetch thread that fails sets a flag of its process, which the loop over samples takes for the end of the epoch:
   training goes on, or ends with exit status 0. Here the flag carries the reason, the loop raises it, and the samples
@@ -28,6 +29,7 @@ import mmap
 import os
 import time
 import uuid
+import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -38,6 +40,7 @@ from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
+import streaming
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base import dataset as library
@@ -56,6 +59,7 @@ from moefoundry.data import downloads as downloads
 from moefoundry.data.fit import missing_hash
 from moefoundry.data.patience import unless_silent
 
+TESTED = "0.13.0"
 MARKER = "moefoundry"  # follows the number that begins the names of a dataset's segments
 SEGMENTS = Path("/dev/shm")
 FIRST_SILENCE = 30.0
@@ -63,6 +67,13 @@ FIRST_SILENCE = 30.0
 
 PATIENCE = 60.0
 """Seconds to wait for others that start; each takes well under one."""
+
+
+def check_version() -> None:
+    """Warn if another version of the library is installed than the one that this file was tested with."""
+    if streaming.__version__ != TESTED:
+        installed = f"mosaicml-streaming {streaming.__version__} is installed"
+        warnings.warn(f"{installed}, and moefoundry is tested with mosaicml-streaming=={TESTED}", stacklevel=2)
 
 
 class CheckedStream(Stream):
@@ -277,6 +288,7 @@ class GuardedDataset(StreamingDataset):
     """
 
     def __init__(self, stream: CheckedStream, **options: Any) -> None:
+        check_version()
         original, library.get_shm_prefix = library.get_shm_prefix, self._register
         try:
             super().__init__(streams=[stream], **options)

@@ -21,11 +21,11 @@ from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
-from moefoundry.model.targets import shifted_targets
+from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
-from moefoundry.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from moefoundry.ops.cross_entropy import linear_cross_entropy
 from moefoundry.ops.rounding import round_gradient, round_operand
 
 
@@ -202,7 +202,7 @@ class MoETransformer(nn.Module):
         if labels_BS is None:
             return self.lm_head(hidden_BSD)
         targets_BS = shifted_targets(labels_BS, sequence_id)
-        num_targets = (targets_BS != IGNORE_INDEX).sum()
+        num_targets = count_targets(targets_BS).sum()
         lm = self.lm_head(hidden_BSD, targets_BS) / num_targets.clamp(min=1)
         mtp = torch.zeros_like(lm)
         if self.training and self.mtp:

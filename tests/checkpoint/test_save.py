@@ -15,13 +15,15 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from moefoundry.checkpoint import async_save, io
-from moefoundry.checkpoint.async_save import Saver
-from moefoundry.checkpoint.document import STATE_KEYS
-from moefoundry.checkpoint.manifest import Origin, verify_directory
+from moefoundry.checkpoint import save as module
+from moefoundry.checkpoint.format import Box, TensorSpec
+from moefoundry.checkpoint.load import read_into
+from moefoundry.checkpoint.manifest import STATE_KEYS, Origin
+from moefoundry.checkpoint.save import Saver, local_shards, plan_save
 from moefoundry.checkpoint.store import CheckpointStore, entries
-from moefoundry.checkpoint.writer import Piece, TensorSpec, local_pieces, make_plan, write_pieces
+from moefoundry.checkpoint.writer import Shard, write_file
 from moefoundry.config import UserError
+from tests.checkpoint.forge import verify_directory
 from tests.distributed import RankError, run_distributed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -37,7 +39,7 @@ def tensors() -> dict[str, Tensor]:
 
 def content(checkpoint: Path) -> dict[str, Tensor]:
     read = {name: torch.empty_like(tensor) for name, tensor in tensors().items()}
-    io.read_into(checkpoint, read)
+    read_into(checkpoint, read)
     return read
 
 
@@ -70,8 +72,8 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
-    disk = Disk(async_save.write_pieces)
-    monkeypatch.setattr(async_save, "write_pieces", disk)
+    disk = Disk(module.write_file)
+    monkeypatch.setattr(module, "write_file", disk)
     yield disk
     disk.ready.set()
 
@@ -108,7 +110,7 @@ def test_more_tensors_than_threads_are_copied(saver: Saver, disk: Disk) -> None:
         tensor.zero_()
     disk.ready.set()
     saver.finish()
-    io.read_into(saver.store.path(2), changing)
+    read_into(saver.store.path(2), changing)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in changing.items())
 
 
@@ -142,7 +144,7 @@ def test_row26_a_full_disk(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(async_save if how == "start" else io, "write_pieces", full)
+        patch.setattr(module, "write_file", full)
         with pytest.raises(UserError, match=r"ba4 was not saved: .*ba4.*__0_0\.distcp: No space left on device"):
             (save_and_finish if how == "start" else Saver.save)(saver, 4, tensors(), STATE, Origin())
     assert ("warning: checkpoint ba4 was not saved" in capfd.readouterr().err) == (how == "start"), "it is told at once"
@@ -158,7 +160,7 @@ def test_row26_a_file_that_does_not_fit_is_removed_and_named(tmp_path: Path, val
     """``/dev/full`` fails as a full disk does."""
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*/full'"):
-        write_pieces(tmp_path / "full", [torch.zeros(values)])
+        write_file(tmp_path / "full", [torch.zeros(values)])
     assert not (tmp_path / "full").is_symlink()
 
 
@@ -186,7 +188,7 @@ def die_in_a_save(root: Path) -> None:
     def die(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    async_save.write_index = die  # type: ignore[assignment]
+    module.commit_files = die  # type: ignore[assignment]
     saver.start(4, tensors(), STATE, Origin())
     time.sleep(30)
 
@@ -229,9 +231,9 @@ def save_sharded(root: Path, fails: int | None) -> list[str]:
         disk = mock.DEFAULT
         if dist.get_rank() == fails:
             disk = mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file"))
-        with mock.patch.multiple(async_save if how == "start" else io, write_pieces=disk) as patched:
+        with mock.patch.multiple(module, write_file=disk) as patched:
             if patched:
-                patched["write_pieces"].side_effect = write_pieces
+                patched["write_file"].side_effect = write_file
             try:
                 getattr(saver, how)(4, held, STATE, Origin(world_size=4))
                 saver.finish()
@@ -267,26 +269,26 @@ def test_row26_one_rank_that_fails_fails_all(tmp_path: Path, fails: int) -> None
         assert [path.name for path in entries(tmp_path / how)] == ["ba2"]
 
 
-def piece(name: str, offsets: tuple[int, int] = (0, 0), shape: tuple[int, int] = (4, 6)) -> Piece:
-    return Piece(name, SPEC, offsets, shape)
+def shard(name: str, offsets: tuple[int, int] = (0, 0), shape: tuple[int, int] = (4, 6)) -> Shard:
+    return Shard(name, SPEC, Box.at(offsets, shape))
 
 
 def test_the_plan_shares_the_writing() -> None:
-    whole = [piece(name) for name in "abcd"]
-    top, bottom = piece("e", (0, 0), (2, 6)), piece("e", (2, 0), (2, 6))
-    plan = make_plan([[*whole, top], [*whole, bottom]])
-    assert plan == ((piece("a"), piece("c"), top), (piece("b"), piece("d"), bottom))
+    whole = [shard(name) for name in "abcd"]
+    top, bottom = shard("e", (0, 0), (2, 6)), shard("e", (2, 0), (2, 6))
+    plan = plan_save([[*whole, top], [*whole, bottom]])
+    assert plan == ((shard("a"), shard("c"), top), (shard("b"), shard("d"), bottom))
 
 
 def test_a_plan_that_would_lose_something_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"e: 12 values for the shape \(4, 6\)"):
-        make_plan([[piece("e", (0, 0), (2, 6))], []])
-    other = Piece("e", TensorSpec((4, 6), torch.bfloat16), (0, 0), (4, 6))
+        plan_save([[shard("e", (0, 0), (2, 6))], []])
+    other = Shard("e", TensorSpec((4, 6), torch.bfloat16), Box((0, 0), (4, 6)))
     with pytest.raises(ValueError, match=r"e: .*bfloat16.* on one rank, .*float32.* on another"):
-        make_plan([[piece("e")], [other]])
+        plan_save([[shard("e")], [other]])
 
 
-def test_pieces_share_memory_with_what_they_are_of() -> None:
+def test_shards_share_memory_with_what_they_are_of() -> None:
     values = tensors()
-    for piece, tensor in local_pieces(values).items():
-        assert tensor.data_ptr() == values[piece.name].data_ptr()
+    for shard, tensor in local_shards(values).items():
+        assert tensor.data_ptr() == values[shard.name].data_ptr()

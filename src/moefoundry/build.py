@@ -1,0 +1,228 @@
+"""Build the parts of a run from its recipe. Read :func:`build_trainer` and :func:`assemble`: all of it, in order."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from enum import Enum
+from functools import partial
+from pathlib import Path
+
+import torch
+from composer import DataSpec, Evaluator, Trainer
+from composer.core import Callback
+from composer.devices import Device
+from composer.loggers import LoggerDestination
+from composer.utils import dist, get_device
+from composer.utils.parallelism import FSDP2Config, ParallelismConfig
+
+from moefoundry import composer_patches
+from moefoundry.callbacks.checkpointing import Checkpointing
+from moefoundry.callbacks.console import Console
+from moefoundry.callbacks.ema import Ema
+from moefoundry.callbacks.expert_bias import ExpertBias
+from moefoundry.callbacks.health import FiniteCheck, GradientNorm
+from moefoundry.callbacks.learning_rate import LearningRate
+from moefoundry.callbacks.metrics_file import MetricsFile
+from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
+from moefoundry.callbacks.signals import StopOnSignal
+from moefoundry.callbacks.trackers import build_trackers, note_entries, start_trackers, try_trackers
+from moefoundry.checkpoint.ranks import on_rank_zero, together
+from moefoundry.checkpoint.remote import Remote
+from moefoundry.checkpoint.run_dir import DOWNLOADS, claim_run_dir, open_run, store_of
+from moefoundry.checkpoint.save import Saver, retain_and_upload
+from moefoundry.checkpoint.start import Start, data_digests
+from moefoundry.checkpoint.state import RunState
+from moefoundry.checkpoint.store import Retention
+from moefoundry.config import Compute, ConfigError, LoaderConfig, Recipe, UserError, flatten
+from moefoundry.config.making import make_part, make_parts
+from moefoundry.config.urls import is_url, resolved
+from moefoundry.data.fit import report_problems
+from moefoundry.data.loader import build_loader
+from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_target_counts
+from moefoundry.mesh import Meshes
+from moefoundry.model.transformer import MoETransformer, meta_model
+from moefoundry.moe.mixture import check_backend
+from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
+from moefoundry.planning.describe import parameter_counts
+from moefoundry.precision import describe_fp8
+from moefoundry.world import degrees_of, setup_meshes, torch_device
+
+
+class Phase(Enum):
+    """Places of a run's callbacks in the order in which every event reaches them."""
+
+    PREPARE = "set targets, rate and counts that the batch and every callback after it go by"
+    GRADIENTS = "measure and clip gradients"
+    CHECK = "stop or skip a step whose measured norm is not finite, before anything acts on its gradients"
+    OBSERVE = "look at a batch, balance experts; the recipe's own callbacks"
+    STOP = "end training on a signal, before the save that such an end brings"
+    SAVE = "save, and put a saved state back"
+    AVERAGE = "average parameters in a thread, when no callback changes them any more"
+
+
+def build_trainer(recipe: Recipe) -> Trainer:
+    """Assemble the run.
+
+    Raises:
+        UserError: Something the user can put right, named; ``run_dir`` is as it was.
+    """
+    try:
+        return assemble(recipe)
+    except BaseException:
+        if dist.get_global_rank() == 0:
+            shutil.rmtree(Path(recipe.run_dir, DOWNLOADS), ignore_errors=True)
+        raise
+
+
+def assemble(recipe: Recipe) -> Trainer:
+    """Build all parts, and claim ``run_dir`` when nothing is left that can fail."""
+    composer_patches.apply()
+    device = get_device(None)
+    meshes = setup_meshes(recipe, device)
+    on_rank_zero(lambda: try_services(recipe))
+    train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
+    eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
+    if problems := list(report_problems(recipe)):
+        raise ConfigError(problems)
+    model = build_model(recipe, meshes, device)
+    digests = on_rank_zero(lambda: data_digests(recipe))
+    run_dir, start = open_run(recipe, digests)
+    materialize(model, torch_device(device), recipe.seed)
+    metrics_file = MetricsFile(run_dir)
+    trainer = composer_patches.MeshTrainer(
+        model=ComposerMoECausalLM(model),
+        optimizers=make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe),
+        train_dataloader=train_data,
+        eval_dataloader=eval_data and Evaluator(label="eval", dataloader=eval_data),
+        eval_interval=recipe.eval_interval if eval_data else 0,
+        max_duration=recipe.max_duration,
+        device_train_microbatch_size=recipe.device_train_microbatch_size,
+        callbacks=build_callbacks(recipe, model, metrics_file, digests, start),
+        algorithms=make_parts("algorithms", recipe.algorithms, recipe),
+        loggers=[metrics_file, *build_console(recipe, model)],
+        parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
+        precision="fp32",  # the model's own: see precision.py
+        device=device,
+        run_name=recipe.run_name,
+        seed=recipe.seed,
+        dist_timeout=recipe.dist_timeout,
+        progress_bar=False,
+        log_to_console=False,
+        spin_dataloaders=False,
+    )
+    continues = start is not None and start.own
+    with together():
+        trackers = build_trackers(recipe.loggers, run_dir, continues)
+        start_trackers(trackers, trainer.state, trainer.logger)
+    on_rank_zero(lambda: claim_run_dir(recipe))
+    metrics_file.begin(trainer.state.timestamp.batch.value if continues else 0)
+    note_entries(trackers, run_dir)
+    return trainer
+
+
+def try_services(recipe: Recipe) -> None:
+    """Ask every service outside once, and briefly, whether it can be used; one rank calls it.
+
+    Raises:
+        UserError: One cannot.
+    """
+    if recipe.save_remote is not None:
+        try:
+            Remote(recipe.save_remote).try_writing()
+        except UserError as error:
+            raise UserError(f"save_remote: {error}") from error
+    if recipe.load_path is not None and is_url(resolved(recipe.load_path)):
+        Remote(recipe.load_path).try_reading()
+    try_trackers(recipe.loggers)
+
+
+def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETransformer:
+    """Build the model for ``device``, sharded, on meta: what cannot be built is found before anything is written."""
+    place = torch_device(device)
+    if recipe.precision.fp8.recipe is not None:
+        describe_fp8(recipe.precision.fp8, place)
+    dtype = torch.bfloat16 if recipe.precision.compute == Compute.bf16 else torch.float32
+    check_backend(recipe.model.moe, recipe.model.d_model, place, dtype)
+    model = meta_model(recipe.model)
+    parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
+    return model
+
+
+def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
+    """Build the loader of this rank's batches of ``batch_size`` sequences."""
+    loader = build_loader(
+        cfg,
+        batch_size=batch_size,
+        model_vocab_size=recipe.model.vocab_size,
+        documents_of=Path(recipe.tokenizer.name) if recipe.model.document_masking else None,
+    )
+    return DataSpec(loader, batch_transforms=with_target_counts, get_num_tokens_in_batch=count_tokens)
+
+
+def build_callbacks(
+    recipe: Recipe, model: MoETransformer, metrics_file: MetricsFile, digests: Mapping[str, str], start: Start | None
+) -> list[Callback]:
+    """Build the run's callbacks, in the order of :class:`Phase`; ``digests`` are those of the run's data."""
+    clipping = recipe.algorithms.gradient_clipping
+    gradient_norm = GradientNorm(clipping.clipping_threshold if clipping else None)
+    ema = Ema(recipe.ema) if recipe.ema else None
+    phases: dict[Phase, list[Callback | None]] = {
+        Phase.PREPARE: [
+            CountTargets(),
+            LearningRate(recipe, start.schedule_changes if start else ""),
+            GlobalBatchBalance(model.step_counts) if model.step_counts else None,
+        ],
+        Phase.GRADIENTS: [gradient_norm],
+        Phase.CHECK: [FiniteCheck(gradient_norm, recipe.nonfinite)],
+        Phase.OBSERVE: [
+            RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
+            build_expert_bias(model),
+            *make_parts("callbacks", recipe.callbacks, recipe),
+        ],
+        Phase.STOP: [StopOnSignal()],
+        Phase.SAVE: [build_checkpointing(recipe, metrics_file, digests, start, ema)],
+        Phase.AVERAGE: [ema],
+    }
+    return [callback for phase in Phase for callback in phases[phase] if callback]
+
+
+def build_checkpointing(
+    recipe: Recipe, metrics_file: MetricsFile, digests: Mapping[str, str], start: Start | None, ema: Ema | None
+) -> Checkpointing:
+    """Build the callback that saves, and the state that it saves."""
+    every, best = recipe.save_keep_every, recipe.save_keep_best
+    retention = Retention(
+        newest=recipe.save_num_checkpoints_to_keep,
+        every=None if every is None else int(every.removesuffix("ba")),
+        best=best,
+    )
+    degrees, store = degrees_of(recipe), store_of(Path(recipe.run_dir))
+    run = RunState(
+        recipe=flatten(recipe),
+        mesh={"replicate": degrees.replicate, "shard": degrees.shard, "expert": degrees.expert},
+        data_digests=digests,
+        averages=ema,
+        metrics=dict if best is None else partial(metrics_file.values, (best,)),
+    )
+    saver = Saver(store, partial(retain_and_upload, store, retention, recipe.save_remote))
+    return Checkpointing(run, saver, recipe.save_interval, recipe.save_async, start)
+
+
+def build_expert_bias(model: MoETransformer) -> ExpertBias | None:
+    """Build the callback that moves the experts' biases; None where they stay as they are."""
+    balance, routers = model.cfg.moe.balance, [layer.router for layer in moe_layers(model)]
+    if not routers or not balance.bias_update_rate:
+        return None
+    return ExpertBias(routers, balance.bias_update_rate, balance.bias_freeze_at)
+
+
+def build_console(recipe: Recipe, model: MoETransformer) -> list[LoggerDestination]:
+    """Build the logger that prints for people, if the recipe wants one."""
+    if not (recipe.log_to_console or recipe.progress_bar):
+        return []
+    ranks = dist.get_world_size()
+    title = f"{recipe.run_name}: {parameter_counts(model)}; {ranks} rank{'s' if ranks > 1 else ''}"
+    if recipe.precision.fp8.recipe is not None:
+        title += f"; FP8 {describe_fp8(recipe.precision.fp8, next(model.parameters()).device)}"
+    return [Console(title, recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]

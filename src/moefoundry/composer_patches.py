@@ -1,0 +1,56 @@
+"""The only file that reaches into Composer's private parts; tested with one version, which :func:`apply` checks.
+
+- ``Trainer._wrap_model_for_distributed`` shards a model on a 1-D mesh of its own (composer issue 3916). The model is
+  sharded already, on the recipe's mesh: :class:`MeshTrainer` leaves it as it is.
+- ``Trainer._train_microbatch`` is the one place that knows which micro-batch is the last of a batch, and only after the
+  last have gradients to be summed over ``replicate``: :class:`MeshTrainer` says so to FSDP before each.
+- ``collect_env.get_cpu_model`` starts an interpreter to learn a name that nothing uses: it is replaced.
+- ``MLFlowLogger`` keeps the name of its run to itself, and a resume needs it: :func:`mlflow_run_id`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import composer
+from composer import Trainer
+from composer.loggers import MLFlowLogger
+from composer.utils import collect_env, dist
+
+from moefoundry.config import UserError
+from moefoundry.parallel import sum_between_copies
+
+TESTED = "0.32.1"
+OVERRIDDEN = ("_wrap_model_for_distributed", "_train_microbatch")
+
+
+class MeshTrainer(Trainer):
+    """A ``Trainer`` that takes a model as it is: sharded already, on the recipe's own mesh."""
+
+    def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
+        pass
+
+    def _train_microbatch(self, use_grad_scaling: bool, current_batch_size: float, is_final_microbatch: bool) -> Any:
+        sum_between_copies(self.state.model, is_final_microbatch)
+        return super()._train_microbatch(use_grad_scaling, current_batch_size, is_final_microbatch)
+
+
+def apply() -> None:
+    """Check Composer's version, with a warning if it is another than the one tested, and replace what is replaced.
+
+    Raises:
+        UserError: This Composer lacks a method that :class:`MeshTrainer` overrides: a model would be sharded twice.
+    """
+    if composer.__version__ != TESTED:
+        which = f"Composer {composer.__version__} is installed, and moefoundry is tested with mosaicml=={TESTED}"
+        if missing := [name for name in OVERRIDDEN if not hasattr(Trainer, name)]:
+            raise UserError(f"{which}: it has no Trainer.{missing[0]}; install that version")
+        if dist.get_global_rank() == 0:
+            print(f"warning: {which}", file=sys.stderr, flush=True)
+    collect_env.get_cpu_model = lambda: "unknown"
+
+
+def mlflow_run_id(logger: MLFlowLogger) -> str:
+    """Give the name that MLflow has for a run, once it has begun."""
+    return str(logger._run_id)
