@@ -11,7 +11,6 @@ from moefoundry.config import (
     ActivationCheckpointing,
     AdamWConfig,
     BalanceConfig,
-    ExpertBackend,
     Fp8Config,
     Fp8Recipe,
     GqaConfig,
@@ -83,7 +82,7 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
             top_k=2,
             expert_hidden_size=16,
             balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
-            backend=ExpertBackend.loop if dtype == torch.float64 else ExpertBackend.grouped_mm,
+            backend="loop" if dtype == torch.float64 else "grouped_mm",
         ),
     )
 

@@ -63,6 +63,7 @@ class ComposerMoECausalLM(ComposerModel):
         losses = {"lm": outputs.lm * share, "balance": outputs.balance, "z": outputs.z}
         if self.model.cfg.mtp.depth:
             losses["mtp"] = outputs.mtp * share
+        losses |= {name: value * share for name, value in outputs.of_targets.items()} | outputs.of_tokens
         return {"total": sum(losses.values(), start=outputs.lm.new_zeros(())), **losses}
 
     def _share(self, num_targets: Tensor, num_samples: int) -> Tensor | float:

@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from moefoundry.config import ActivationCheckpointing, Fp8Recipe, PrecisionConfig
 from moefoundry.mesh import MeshDegrees, Meshes
 from moefoundry.model.init import init_weights
-from moefoundry.model.mla import MultiHeadLatentAttention
 from moefoundry.model.transformer import Block, MoETransformer
 from moefoundry.moe.dispatch import AllToAllDispatcher
 from moefoundry.moe.layer import MoELayer
@@ -119,8 +118,7 @@ def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing
 
 def _recompute_up_projections(model: MoETransformer) -> None:
     for block in model.blocks:
-        if isinstance(block.attention, MultiHeadLatentAttention):
-            block.attention.recompute_up_projections = True
+        block.attention.recompute_up_projections = True
 
 
 def _compile(model: MoETransformer) -> None:

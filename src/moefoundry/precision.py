@@ -32,6 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
 from moefoundry.model.transformer import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
+from moefoundry.moe.mixture import RowMixture
 from moefoundry.moe.router import Router
 from moefoundry.ops.fp8 import (
     Backend,
@@ -207,7 +208,7 @@ def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:
 def _use_coarse_scales(modules: dict[str, nn.Module], granularity: Granularity) -> None:
     for module in modules.values():
         if isinstance(module, GroupedExperts):
-            module.grouped_linear = lambda rows, weight, sizes: coarse_linear(rows, weight, granularity, sizes)
+            module.mixture = RowMixture(lambda rows, weight, sizes: coarse_linear(rows, weight, granularity, sizes))
         elif type(module) is nn.Linear:
             module.__class__ = CoarseLinear
             cast(CoarseLinear, module).granularity = granularity
@@ -217,7 +218,7 @@ def _emulate(model: nn.Module, dtype: torch.dtype) -> None:
     gates = _gates(model)
     for module in model.modules():
         if isinstance(module, GroupedExperts):
-            module.grouped_linear = _emulated(module.grouped_linear, dtype)
+            module.mixture = RowMixture(_emulated(module.product, dtype))
         elif isinstance(module, OutputHead):
             module.operand_dtype = dtype
         elif type(module) is nn.Linear and id(module) not in gates:

@@ -14,7 +14,6 @@ from moefoundry.config.schema_model import (
     AttentionConfig,
     AuxLossScope,
     BalanceConfig,
-    ExpertBackend,
     GqaConfig,
     InitConfig,
     MlaConfig,
@@ -46,6 +45,8 @@ from moefoundry.config.schema_parts import (
     LinearDecayWithWarmupConfig,
     LoaderConfig,
     LoggersConfig,
+    LossConfig,
+    LossesConfig,
     LRMonitorConfig,
     MemoryMonitorConfig,
     MeshConfig,
@@ -61,6 +62,7 @@ from moefoundry.config.schema_parts import (
     TensorBoardConfig,
     TokenizerConfig,
     WandbConfig,
+    WarmupConfig,
 )
 
 # fmt: off
@@ -68,12 +70,12 @@ __all__ = [
     "REQUIRED", "ActivationCheckpointing", "AdamWConfig", "AlgorithmsConfig", "Assignment", "AttentionBias",
     "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "Compute", "ConfigError",
     "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "EmaConfig",
-    "ExpertBackend", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig",
-    "LRMonitorConfig", "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "MLflowConfig",
+    "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig",
+    "LRMonitorConfig", "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LossConfig", "LossesConfig", "MLflowConfig",
     "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig", "Moments", "MtpConfig",
     "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe",
     "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig",
-    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "YarnConfig", "advice", "annotated",
+    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice", "annotated",
     "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_recipe", "recipe_of",
     "redact_argument", "redacted", "split_arguments",
 ]

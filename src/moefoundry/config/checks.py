@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
+from moefoundry.config.making import chosen_parts
 from moefoundry.config.schema import Recipe
-from moefoundry.config.schema_model import ExpertBackend, GqaConfig, MlaConfig
+from moefoundry.config.schema_model import GqaConfig, MlaConfig
 from moefoundry.config.schema_parts import (
     AdamWConfig,
     Compute,
@@ -20,6 +21,7 @@ from moefoundry.config.schema_parts import (
     Fp8Config,
     Fp8Recipe,
     Moments,
+    WarmupConfig,
 )
 from moefoundry.config.spec import show_leaf
 from moefoundry.config.urls import path_problem, url_problem
@@ -156,7 +158,7 @@ def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 @rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision.compute")
 def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """``torch.nn.functional.grouped_mm`` wants strides that are multiples of 16 bytes."""
-    if recipe.model.moe.backend == ExpertBackend.loop:
+    if recipe.model.moe.backend not in ("auto", "grouped_mm", "triton"):
         return
     multiple = 8 if recipe.precision.compute == Compute.bf16 else 4
     hidden = recipe.model.moe.expert_hidden_size
@@ -294,10 +296,11 @@ def _evaluated_average(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("ema.evaluate", "true, but eval_loader is null", allowed="false")
 
 
-@rule("save_keep_best", "eval_loader", "model.mtp.depth")
+@rule("save_keep_best", "eval_loader", "model.mtp.depth", "losses")
 def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Accept only metrics that the run measures and that are better when they are lower."""
     names = ["total", "lm", "balance", "z"] + (["mtp"] if recipe.model.mtp.depth else [])
+    names += [name for name, _ in chosen_parts("losses", recipe.losses)]
     measured = [HELD_OUT_LOSS] * (recipe.eval_loader is not None) + [f"loss/train/{name}" for name in names]
     wanted = recipe.save_keep_best
     if wanted is not None and wanted not in measured:
@@ -337,6 +340,8 @@ def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 @rule("scheduler.t_warmup", "max_duration")
 def _warmup(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """A schedule compares both; it knows how many batches an epoch has, but not how many tokens or samples a batch."""
+    if not isinstance(recipe.scheduler, WarmupConfig):
+        return
     warmup, unit = _duration(recipe.scheduler.t_warmup)
     limit = "1dur" if unit == "dur" else recipe.max_duration
     total, total_unit = _duration(limit)

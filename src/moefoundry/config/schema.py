@@ -22,6 +22,7 @@ from moefoundry.config.schema_parts import (
     EmaConfig,
     LoaderConfig,
     LoggersConfig,
+    LossesConfig,
     MeshConfig,
     NonFinite,
     OptimizerConfig,
@@ -94,6 +95,7 @@ class Recipe:
         tag="name",
         renamed_from=("lr_scheduler",),
     )
+    losses: LossesConfig = key(LossesConfig, "Further losses of training.", table="losses", tag="")
     algorithms: AlgorithmsConfig = key(AlgorithmsConfig, "Changes to the training loop.", table="algorithms", tag="")
     nonfinite: NonFinite = key(
         NonFinite.stop,

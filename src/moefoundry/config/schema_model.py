@@ -44,14 +44,6 @@ class AuxLossScope(StrEnum):
     global_batch = "global_batch"
 
 
-class ExpertBackend(StrEnum):
-    auto = "auto"
-    triton = "triton"
-    grouped_mm = "grouped_mm"
-    loop = "loop"
-    megablocks = "megablocks"
-
-
 @dataclass
 class NormConfig:
     kind: NormKind = key(
@@ -103,11 +95,12 @@ class YarnConfig:
 
 @dataclass
 class AttentionConfig:
-    """What every attention kind has; the keys of a kind are in its subclass."""
+    """Keys that every attention kind has; the keys of one kind are in its subclass."""
 
     kind: str = key(
         "gqa",
         "Attention kind; it decides the other keys of this mapping.",
+        table="attention_kinds",
         renamed_from=("attn_type",),
         other_values={"grouped_query_attention": "gqa", "multihead_attention": "gqa"},
     )
@@ -118,6 +111,19 @@ class AttentionConfig:
     yarn: YarnConfig | None = key(
         None, "Context extension; null leaves the frequencies as they are.", renamed_from=("rope_scaling",)
     )
+
+    def rotary_dim(self, d_model: int) -> int:
+        """Width of the part of a head that rotary embeddings turn."""
+        return d_model // self.n_heads
+
+    def projection_widths(self, d_model: int) -> tuple[int, int]:
+        """Widths of all heads' queries, and of all heads' keys."""
+        return d_model, d_model
+
+    @property
+    def window(self) -> int | None:
+        """Tokens a position sees, itself included; None if it sees all before it."""
+        return None
 
 
 @dataclass
@@ -144,17 +150,30 @@ class GqaConfig(AttentionConfig):
         renamed_from=("sliding_window_size",),
     )
 
+    def rotary_dim(self, d_model: int) -> int:
+        return self.head_dim or d_model // self.n_heads
+
+    def projection_widths(self, d_model: int) -> tuple[int, int]:
+        return self.n_heads * self.rotary_dim(d_model), self.n_kv_heads * self.rotary_dim(d_model)
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window
+
 
 @dataclass
 class MlaConfig(AttentionConfig):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in the published weights' interleaved RoPE."""
 
-    kind: str = key("mla", "Attention kind; it decides the other keys of this mapping.")
+    kind: str = key("mla", "Attention kind; it decides the other keys of this mapping.", table="attention_kinds")
     q_lora_rank: int | None = key(None, "Width of the compressed queries; null does not compress them.", ge=1)
     kv_lora_rank: int = key(512, "Width of the compressed keys and values.", ge=1)
     qk_nope_head_dim: int = key(128, "Width of a query's and key's part without position.", ge=1)
     qk_rope_head_dim: int = key(64, "Width of the part with position; the keys of all heads share it.", ge=2)
     v_head_dim: int = key(128, "Width of a value.", ge=1)
+
+    def rotary_dim(self, d_model: int) -> int:
+        return self.qk_rope_head_dim
 
 
 @dataclass
@@ -252,10 +271,10 @@ class MoEConfig:
         architecture=False,
         renamed_from=("moe_capacity_factor", "expert_capacity_factor"),
     )
-    backend: ExpertBackend = key(
-        ExpertBackend.auto,
-        "How experts multiply; auto takes the fastest for the device, dtype and size, loop is the plain oracle.",
-        available=(ExpertBackend.auto, ExpertBackend.triton, ExpertBackend.grouped_mm, ExpertBackend.loop),
+    backend: str = key(
+        "auto",
+        "How experts are computed; auto takes the fastest for the device, dtype and size, loop is the plain oracle.",
+        table="mixture_backends",
         free_on_resume=True,
         architecture=False,
         renamed_from=("mlp_impl", "experts_implementation"),
@@ -307,9 +326,7 @@ class ModelConfig:
         False, "Use the embedding as the output head.", renamed_from=("tie_word_embeddings", "enable_weight_tying")
     )
     init: InitConfig = key(InitConfig, "Initial weights.", architecture=False, renamed_from=("init_config",))
-    attention: AttentionConfig = key(
-        GqaConfig, "Attention.", variants={"gqa": GqaConfig, "mla": MlaConfig}, renamed_from=("attn_config",)
-    )
+    attention: AttentionConfig = key(GqaConfig, "Attention.", table="attention_kinds", renamed_from=("attn_config",))
     document_masking: bool = key(
         False,
         "A token sees its own document alone, not all before it in the sequence.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moefoundry.config.field import DURATION, MAX_SEED, SPLIT, TAG, TEXT, key
+from moefoundry.config.field import DURATION, MAX_FACTOR, MAX_SEED, REQUIRED, SPLIT, TAG, TEXT, key
 
 # ------------------------------------------------------------------------------------------------- mesh and precision
 
@@ -201,7 +201,7 @@ class ScheduleTiming(StrEnum):
 
 @dataclass
 class SchedulerConfig:
-    """What every schedule has; the keys of a schedule are in its subclass."""
+    """Keys that every schedule has; the keys of one schedule are in its subclass."""
 
     name: str = key(
         "cosine_with_warmup",
@@ -209,15 +209,6 @@ class SchedulerConfig:
         table="schedulers",
         renamed_from=("scheduler", "lr_scheduler_type"),
         other_values={"linear": "linear_decay_with_warmup", "constant": "constant_with_warmup"},
-    )
-    t_warmup: str = key(
-        "0.3dur",
-        "Linear warm-up.",
-        pattern=DURATION,
-        instead_of={
-            "warmup_steps": "a duration has a unit: scheduler.t_warmup=100ba",
-            "warmup_ratio": "a part of the run is scheduler.t_warmup=0.05dur",
-        },
     )
     timing: ScheduleTiming = key(
         ScheduleTiming.batch_end,
@@ -227,12 +218,27 @@ class SchedulerConfig:
 
 
 @dataclass
-class ConstantWithWarmupConfig(SchedulerConfig):
+class WarmupConfig(SchedulerConfig):
+    """Keys of a schedule that begins with a linear warm-up."""
+
+    t_warmup: str = key(
+        "0.3dur",
+        "Linear warm-up.",
+        pattern=DURATION,
+        instead_of={
+            "warmup_steps": "a duration has a unit: scheduler.t_warmup=100ba",
+            "warmup_ratio": "a part of the run is scheduler.t_warmup=0.05dur",
+        },
+    )
+
+
+@dataclass
+class ConstantWithWarmupConfig(WarmupConfig):
     name: str = key("constant_with_warmup", "Schedule; it decides the other keys of this mapping.", table="schedulers")
 
 
 @dataclass
-class CosineWithWarmupConfig(SchedulerConfig):
+class CosineWithWarmupConfig(WarmupConfig):
     alpha_f: float = key(
         0.1,
         "Final learning rate as a fraction of the peak.",
@@ -243,7 +249,7 @@ class CosineWithWarmupConfig(SchedulerConfig):
 
 
 @dataclass
-class LinearDecayWithWarmupConfig(SchedulerConfig):
+class LinearDecayWithWarmupConfig(WarmupConfig):
     name: str = key(
         "linear_decay_with_warmup", "Schedule; it decides the other keys of this mapping.", table="schedulers"
     )
@@ -334,3 +340,20 @@ class LoggersConfig:
     )
     tensorboard: TensorBoardConfig | None = key(None, "TensorBoard.", renamed_from=("enable_tensorboard",))
     mlflow: MLflowConfig | None = key(None, "MLflow.")
+
+
+@dataclass
+class LossConfig:
+    """Keys that every further loss has; the keys of one loss are in its subclass."""
+
+    weight: float = key(REQUIRED, "Multiplies the loss in the total; may be negative.", ge=-MAX_FACTOR, le=MAX_FACTOR)
+
+
+@dataclass
+class LossesConfig:
+    logits_z: LossConfig | None = key(
+        None, "Mean squared logsumexp of the output logits, which keeps them small (PaLM: weight 1.0e-4)."
+    )
+    router_entropy: LossConfig | None = key(
+        None, "Mean entropy of the routers' scores, summed over MoE layers; a negative weight is a bonus."
+    )

@@ -92,7 +92,8 @@ def _specs(cls: Any) -> dict[str, Spec]:
 
 
 def _listed_variants(table: Table, kind: Any) -> dict[str, type] | None:
-    configs = {name: part.config for name in table.listed if (part := table.find(name)) is not None}
+    """Configs of the parts that the schema knows; those of Composer's classes would take it to be imported."""
+    configs = {name: part.config for name, part in table.listed.items() if isinstance(part, Part) and part.config}
     return None if set(configs.values()) == {kind} else configs
 
 

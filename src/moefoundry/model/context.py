@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefoundry.config import GqaConfig, MlaConfig, ModelConfig
+from moefoundry.config import ModelConfig
 from moefoundry.model.rope import Rotation, rotation
 
 
@@ -44,15 +44,11 @@ def attention_context(
         num_cached: P.
     """
     attention, seq_len = cfg.attention, input_ids_BS.shape[1]
-    if isinstance(attention, MlaConfig):
-        width, window = attention.qk_rope_head_dim, None
-    else:
-        assert isinstance(attention, GqaConfig), "build_attention knows no other"
-        width, window = attention.head_dim or cfg.d_model // attention.n_heads, attention.sliding_window
     indices_L = torch.arange(num_cached + seq_len, device=input_ids_BS.device)
     positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
-    mask = _mask(indices_L, num_cached, window, sequence_id_BS)
-    return AttentionContext(rotation(positions, width, attention), mask, is_causal=mask is None and num_cached == 0)
+    mask = _mask(indices_L, num_cached, attention.window, sequence_id_BS)
+    turns = rotation(positions, attention.rotary_dim(cfg.d_model), attention)
+    return AttentionContext(turns, mask, is_causal=mask is None and num_cached == 0)
 
 
 def positions_in_documents(sequence_id_BS: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moefoundry.config import MlaConfig
+from moefoundry.config import MlaConfig, ModelConfig
+from moefoundry.model.attention import Attention
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext, attend
 from moefoundry.model.norm import RMSNorm
@@ -22,19 +23,18 @@ from moefoundry.ops.recompute import ATTENTION_OPS, keeping
 LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever the eps of a block's norms
 
 
-class MultiHeadLatentAttention(nn.Module):
+class MultiHeadLatentAttention(Attention):
     """Causal attention over compressed keys and values; weights as DeepSeek publishes them, RoPE interleaved.
 
     N, P and V stand for the widths ``qk_nope_head_dim``, ``qk_rope_head_dim`` and ``v_head_dim``, R for
     ``kv_lora_rank``; of queries, for ``q_lora_rank`` (or D where it is null).
-
-    Attributes:
-        recompute_up_projections: Whether the backward pass makes queries, keys and values of all heads again instead of
-            keeping them; attention itself runs once (DeepSeek-V3, section 3.2.3).
+    With ``recompute_up_projections`` the backward pass computes queries, keys and values of all heads again instead of
+    keeping them; attention itself runs once (DeepSeek-V3, section 3.2.3).
     """
 
-    def __init__(self, d_model: int, cfg: MlaConfig) -> None:
+    def __init__(self, cfg: MlaConfig, model: ModelConfig) -> None:
         super().__init__()
+        d_model = model.d_model
         self.n_heads = cfg.n_heads
         self.qk_widths = [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim]
         self.kv_a_widths = [cfg.kv_lora_rank, cfg.qk_rope_head_dim]
@@ -51,10 +51,8 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * sum(self.kv_b_widths), bias=False)
         self.o_proj = nn.Linear(cfg.n_heads * cfg.v_head_dim, d_model, bias=False)
         self.scale = softmax_scale(cfg)
-        self.recompute_up_projections = False
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        """[B, S, D] -> [B, S, D]; with a cache, S tokens that follow those in it."""
         q_BSR = x_BSD if self.q_lora_rank is None else self.q_a_proj(x_BSD)
         latent_BSR, k_rope_BSP = self.kv_a_proj(x_BSD).split(self.kv_a_widths, dim=-1)
         if not self.recompute_up_projections or cache is not None:

@@ -14,18 +14,20 @@ from typing import NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moefoundry.config import AuxLossScope, ModelConfig
 from moefoundry.model.attention import build_attention
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
+from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, sums_over_targets
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
 from moefoundry.model.targets import shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
-from moefoundry.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from moefoundry.ops.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX, linear_cross_entropy, softmax_dtype
 from moefoundry.ops.rounding import round_gradient, round_operand
 
 
@@ -34,13 +36,14 @@ class CausalLMLosses(NamedTuple):
 
     Attributes:
         lm: Mean cross entropy over the targets that are not ignored, nats.
-        balance, z: Sums over MoE layers of the layers' losses (means over tokens), times the recipe's weights, so that
-            ``lm + balance + z + mtp`` is what is minimized.
-        mtp: Multi-token prediction, times its weight; 0 where there is none, and in evaluation.
+        balance, z: Sums over MoE layers of the layers' losses (means over tokens), times the recipe's weights.
+        mtp: Multi-token prediction, times its weight; 0 without it, and in evaluation.
         num_targets: int64 scalar, targets that count.
         tokens_per_expert: int64 [L, E], one row for each MoE layer; in training, multi-token prediction's come last.
-        dropped_slots: int64 [L], how many of them a capacity dropped.
+        dropped_slots: int64 [L], slots that a capacity dropped.
         router_entropy: [L], nats.
+        of_targets, of_tokens: The recipe's ``losses`` by name, times their weights: means over targets, and sums over
+            MoE layers of means over tokens. Empty in evaluation.
     """
 
     lm: Tensor
@@ -51,11 +54,14 @@ class CausalLMLosses(NamedTuple):
     tokens_per_expert: Tensor
     dropped_slots: Tensor
     router_entropy: Tensor
+    of_targets: dict[str, Tensor]
+    of_tokens: dict[str, Tensor]
 
     @property
     def total(self) -> Tensor:
-        """What is minimized."""
-        return self.lm + self.balance + self.z + self.mtp
+        """The loss that is minimized."""
+        further = [*self.of_targets.values(), *self.of_tokens.values()]
+        return sum(further, start=self.lm + self.balance + self.z + self.mtp)
 
 
 class Block(nn.Module):
@@ -100,6 +106,18 @@ class OutputHead(nn.Linear):
             hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
         )
 
+    def sums_over_targets(self, losses: Sequence[LogitsLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Sum each loss over the targets, [len(losses)]; logits of one chunk of tokens exist at a time."""
+        chunks = zip(
+            hidden_BSD.flatten(0, 1).split(CHUNK_TOKENS), targets_BS.flatten().split(CHUNK_TOKENS), strict=True
+        )
+
+        def of_chunk(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+            logits_NV = self._logits(hidden_ND)
+            return sums_over_targets(losses, logits_NV.to(softmax_dtype(logits_NV.dtype)), targets_N)
+
+        return torch.stack([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum(dim=0)
+
     def _logits(self, hidden_BSD: Tensor) -> Tensor:
         if self.operand_dtype is None:
             return super().forward(hidden_BSD)
@@ -117,12 +135,15 @@ class MoETransformer(nn.Module):
     """``model(input_ids)`` gives logits; ``model(input_ids, labels)`` gives losses.
 
     Attributes:
-        step_counts: Set for ``aux_loss_scope: global_batch``; whoever trains calls its ``begin_step``.
+        step_counts: Set for ``aux_loss_scope: global_batch``; the training loop calls its ``begin_step``.
+        logits_losses, router_losses: The recipe's ``losses``; :meth:`use_losses` sets them.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.logits_losses: list[NamedLoss] = []
+        self.router_losses: list[NamedLoss] = []
         global_balance = cfg.moe.balance.aux_loss_scope == AuxLossScope.global_batch
         self.step_counts = StepCounts(None) if global_balance else None
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
@@ -141,6 +162,14 @@ class MoETransformer(nn.Module):
     def blocks(self) -> list[Block]:
         """All blocks; those of multi-token prediction come last."""
         return [*self.layers, *(cast(Block, module.block) for module in self.mtp)]
+
+    def use_losses(self, losses: Sequence[NamedLoss]) -> None:
+        """Train with further losses."""
+        self.logits_losses = [named for named in losses if isinstance(named.loss, LogitsLoss)]
+        self.router_losses = [named for named in losses if isinstance(named.loss, RouterLoss)]
+        for block in self.blocks:
+            if isinstance(block.ffn, MoELayer):
+                block.ffn.router_losses = [named.loss.of_tokens for named in self.router_losses]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep tied weights tied: ``nn.Module`` gives each module a tensor of its own when it leaves meta."""
@@ -204,12 +233,21 @@ class MoETransformer(nn.Module):
         targets_BS = shifted_targets(labels_BS, sequence_id)
         num_targets = (targets_BS != IGNORE_INDEX).sum()
         lm = self.lm_head(hidden_BSD, targets_BS) / num_targets.clamp(min=1)
+        of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
         mtp = torch.zeros_like(lm)
         if self.training and self.mtp:
             further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, sequence_id)
             mtp = further * self.cfg.mtp.loss_weight / (len(self.mtp) * num_targets.clamp(min=1))
             stats += further_stats
-        return self._losses(lm, mtp, num_targets, stats)
+        return self._losses(lm, mtp, of_targets, num_targets, stats)
+
+    def _of_targets(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: Tensor) -> dict[str, Tensor]:
+        named = self.logits_losses if self.training else []
+        if not named:
+            return {}
+        sums = self.lm_head.sums_over_targets([each.loss for each in named], hidden_BSD, targets_BS)
+        means = sums / num_targets.clamp(min=1)
+        return {each.name: mean * each.weight for each, mean in zip(named, means, strict=True)}
 
     def _predict_further(
         self, hidden_BSD: Tensor, embedded_BSD: Tensor, labels_BS: Tensor, sequence_id: Tensor | None
@@ -227,7 +265,14 @@ class MoETransformer(nn.Module):
             stats.append(module_stats)
         return torch.stack(sums).sum(), stats
 
-    def _losses(self, lm: Tensor, mtp: Tensor, num_targets: Tensor, stats: list[RoutingStats]) -> CausalLMLosses:
+    def _losses(
+        self,
+        lm: Tensor,
+        mtp: Tensor,
+        of_targets: dict[str, Tensor],
+        num_targets: Tensor,
+        stats: list[RoutingStats],
+    ) -> CausalLMLosses:
         weights = self.cfg.moe.balance
         none = lm.new_zeros(())
         counts_LE = (
@@ -244,11 +289,20 @@ class MoETransformer(nn.Module):
             tokens_per_expert=counts_LE,
             dropped_slots=torch.stack([s.dropped_slots for s in stats]) if stats else num_targets.new_zeros((0,)),
             router_entropy=torch.stack([s.router_entropy for s in stats]) if stats else none.new_zeros((0,)),
+            of_targets=of_targets,
+            of_tokens=self._of_tokens(stats),
         )
 
+    def _of_tokens(self, stats: list[RoutingStats]) -> dict[str, Tensor]:
+        layers = [s.losses for s in stats if s.losses is not None]
+        if not layers:
+            return {}
+        sums = torch.stack(layers).sum(dim=0)
+        return {each.name: value * each.weight for each, value in zip(self.router_losses, sums, strict=True)}
+
     def _balance_losses(self, stats: list[RoutingStats], counts_LE: Tensor) -> list[Tensor]:
-        """Of each MoE layer. Here and not in the layers, counts of the whole step cost one exchange for all layers, and
-        recomputed activations count nothing twice."""
+        """Compute each MoE layer's balance loss. Done here and not in the layers, counts of the whole step cost one
+        exchange for all layers, and recomputed activations count nothing twice."""
         if self.step_counts is None or not (self.training and torch.is_grad_enabled()):
             return [s.balance_loss for s in stats]
         step_counts_LE = self.step_counts.add(counts_LE)

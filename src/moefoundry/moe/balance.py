@@ -35,7 +35,7 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
         raise ValueError(f"{num_tokens} tokens do not split into {num_segments} segments")
     if not num_tokens:
         return scores_TE.sum()
-    probs_GSE = _normalized(scores_TE).reshape(num_segments, -1, num_experts)
+    probs_GSE = normalized(scores_TE).reshape(num_segments, -1, num_experts)
     ids_GN = topk_expert_ids_TK.reshape(num_segments, -1)
     segment_offset_G1 = torch.arange(num_segments, device=ids_GN.device).unsqueeze(1) * num_experts
     counts_GE = count_by_expert(ids_GN + segment_offset_G1, num_segments * num_experts).view(num_segments, num_experts)
@@ -56,15 +56,16 @@ def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
 
 def mean_probs(scores_TE: Tensor) -> Tensor:
     """[E]: the mean over tokens of the scores, normalized to sum to 1 over E."""
-    return _mean(_normalized(scores_TE))
+    return mean_over_tokens(normalized(scores_TE))
 
 
-def _mean(values_T: Tensor) -> Tensor:
-    """Over the tokens, the first dim; 0 where there are none."""
+def mean_over_tokens(values_T: Tensor) -> Tensor:
+    """Mean over the first dim; 0, with gradients of 0, if it is empty."""
     return values_T.mean(dim=0) if len(values_T) else values_T.sum(dim=0)
 
 
-def _normalized(scores_TE: Tensor) -> Tensor:
+def normalized(scores_TE: Tensor) -> Tensor:
+    """[T, E] -> [T, E]: scores divided by their sum over E."""
     return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + TINY)
 
 
@@ -98,12 +99,12 @@ class StepCounts:
 
 def z_loss(router_logits_TE: Tensor) -> Tensor:
     """Mean over tokens of ``logsumexp(logits)**2`` (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return _mean(router_logits_TE.logsumexp(dim=-1).square())
+    return mean_over_tokens(router_logits_TE.logsumexp(dim=-1).square())
 
 
 def router_entropy(scores_TE: Tensor) -> Tensor:
     """Mean over tokens of the entropy of the normalized scores, in nats; log(E) is uniform routing."""
-    return _mean(torch.special.entr(_normalized(scores_TE)).sum(dim=-1))
+    return mean_over_tokens(torch.special.entr(normalized(scores_TE)).sum(dim=-1))
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ then, in training, a choice that its expert cannot take is not dispatched, and a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AuxLossScope, MoEConfig
-from moefoundry.moe.balance import balance_loss, mean_probs, router_entropy, z_loss
+from moefoundry.moe.balance import balance_loss, mean_over_tokens, mean_probs, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.router import Router, Routing, within_capacity
@@ -30,6 +32,7 @@ class RoutingStats(NamedTuple):
         tokens_per_expert: int64 [E], as routed: with those that a capacity then drops.
         dropped_slots: int64 scalar.
         router_entropy: Scalar, nats, not differentiable.
+        losses: [len(router_losses)], differentiable, means over tokens; None in evaluation.
     """
 
     balance_loss: Tensor
@@ -38,23 +41,26 @@ class RoutingStats(NamedTuple):
     tokens_per_expert: Tensor
     dropped_slots: Tensor
     router_entropy: Tensor
+    losses: Tensor | None = None
 
 
 class MoELayer(nn.Module):
     """A drop-in for the dense FFN that also returns :class:`RoutingStats`.
 
     Attributes:
-        dispatcher: Where experts live; expert parallelism sets another.
+        dispatcher: Brings tokens to their experts; expert parallelism sets another.
+        router_losses: Further losses of training, ``(router_logits_TE, scores_TE) -> values_T``.
     """
 
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
         self.router = Router(d_model, cfg)
-        self.experts = GroupedExperts(cfg.num_experts, d_model, cfg.expert_hidden_size, cfg.backend)
+        self.experts = GroupedExperts(d_model, cfg)
         self.shared_experts = (
             FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher(cfg.num_experts)
+        self.router_losses: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
         self.aux_loss_scope = cfg.balance.aux_loss_scope
         self.capacity_factor = cfg.capacity_factor
 
@@ -87,4 +93,11 @@ class MoELayer(nn.Module):
             tokens_per_expert=tokens_per_expert_E,
             dropped_slots=tokens_per_expert_E.new_zeros(()) if kept_TK is None else (~kept_TK).sum(),
             router_entropy=router_entropy(routing.scores.detach()),
+            losses=self._further_losses(routing),
         )
+
+    def _further_losses(self, routing: Routing) -> Tensor | None:
+        if not (self.training and self.router_losses):
+            return None
+        values = [loss(routing.router_logits, routing.scores) for loss in self.router_losses]
+        return torch.stack([mean_over_tokens(values_T) for values_T in values])

@@ -46,11 +46,12 @@ def linear_cross_entropy(
 
 def linear_cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
     """:func:`linear_cross_entropy` with all logits at once."""
-    logits_TV = (hidden_TD @ weight_VD.T).to(_softmax_dtype(hidden_TD.dtype))
+    logits_TV = (hidden_TD @ weight_VD.T).to(softmax_dtype(hidden_TD.dtype))
     return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which logits of ``dtype`` are normalized: fp32, or float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -68,7 +69,7 @@ class _LinearCrossEntropy(Function):
         chunk_tokens: int,
         operand_dtype: torch.dtype | None,
     ) -> Tensor:
-        total = torch.zeros((), dtype=_softmax_dtype(hidden_TD.dtype), device=hidden_TD.device)
+        total = torch.zeros((), dtype=softmax_dtype(hidden_TD.dtype), device=hidden_TD.device)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden_TD = torch.empty_like(hidden_TD) if want_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if want_weight else None

@@ -93,11 +93,10 @@ def block_activations(
 def _attention(cfg: ModelConfig, c: int, fp8: bool) -> Kept:
     if isinstance(cfg.attention, MlaConfig):
         return _latent_attention(cfg.d_model, cfg.attention, c, fp8)
-    assert isinstance(cfg.attention, GqaConfig), "the kinds of attention"
     width, heads = cfg.d_model, cfg.attention.n_heads
-    head = cfg.attention.head_dim or width // heads
-    queries, keys = heads * head, cfg.attention.n_kv_heads * head
-    inner_norms = 0 if cfg.attention.qk_norm == QkNorm.none else c * (queries + keys)
+    queries, keys = cfg.attention.projection_widths(width)
+    norms = isinstance(cfg.attention, GqaConfig) and cfg.attention.qk_norm != QkNorm.none
+    inner_norms = c * (queries + keys) if norms else 0
     inside = c * (2 * queries + 2 * keys) + FP32 * heads
     return Kept(
         inside + inner_norms + (E4M3_ROW * width + E5M6_ROW * queries if fp8 else c * width),
