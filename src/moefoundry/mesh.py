@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from moefoundry.config import ConfigError, MeshConfig, Problem
-from moefoundry.config.checks import divisors
+from moefoundry.config import ConfigError, MeshConfig
+from moefoundry.config.checks import degree_problems, expert_problems, shard_degree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,35 +57,22 @@ class MeshDegrees:
 
 
 def resolve_degrees(cfg: MeshConfig, world_size: int, ranks_per_node: int | None = None) -> MeshDegrees:
-    """Replace the one -1 by what the world size leaves.
+    """Infer the degree that is -1 from the world size.
 
     Args:
         cfg: The recipe's ``mesh``.
         world_size: Number of ranks.
-        ranks_per_node: What the launcher says, for a recipe that does not; None is one node.
+        ranks_per_node: The launcher's number, for a recipe without ``ranks_per_node``; None is one node.
 
     Raises:
         ConfigError: The degrees do not make up the world size, or ``expert`` does not divide ``shard``.
     """
-    replicate, shard = cfg.replicate, cfg.shard
-    for name, degree in (("replicate", replicate), ("shard", shard), ("expert", cfg.expert)):
-        if degree == 0 or degree < -1:
-            raise _error(name, f"{degree} is no degree")
-    if replicate == -1 and shard == -1:
-        raise _error("replicate", "only one of mesh.replicate and mesh.shard may be -1")
-    if replicate == -1:
-        replicate = world_size // shard
-    elif shard == -1:
-        shard = world_size // replicate
-    if replicate * shard != world_size:
-        raise _error(
-            "replicate", f"replicate {cfg.replicate} x shard {cfg.shard} does not make up a world size of {world_size}"
-        )
-    if shard % cfg.expert:
-        message = f"{cfg.expert} does not divide mesh.shard, {shard} of {world_size} ranks"
-        raise _error("expert", message, allowed=divisors(shard))
+    if problems := [*degree_problems(cfg, world_size), *expert_problems(cfg, world_size, {})]:
+        raise ConfigError(problems)
+    shard = shard_degree(cfg, world_size)
+    assert shard is not None, "the degrees fit the world size"
     per_node = cfg.ranks_per_node or ranks_per_node or world_size
-    return MeshDegrees(replicate, shard, cfg.expert, 1 if cfg.expert % per_node else cfg.expert // per_node)
+    return MeshDegrees(world_size // shard, shard, cfg.expert, 1 if cfg.expert % per_node else cfg.expert // per_node)
 
 
 @dataclass(frozen=True)
@@ -146,7 +133,3 @@ def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
     for tensor in tensors:
         groups.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
     return list(groups.values())
-
-
-def _error(key: str, message: str, allowed: str = "") -> ConfigError:
-    return ConfigError([Problem(f"mesh.{key}", message, allowed)])

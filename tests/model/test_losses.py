@@ -65,17 +65,19 @@ def test_evaluation_has_no_further_losses() -> None:
 
 
 def test_ignored_targets_count_nothing_even_where_a_loss_is_infinite() -> None:
-    """Values of ignored targets are left out, in the sum and in the gradient."""
+    """Values of ignored targets are left out of the sum."""
     logits = torch.zeros(2, 3, requires_grad=True)
     loss = LogitsLoss(lambda logits, targets: logits[:, 0] * torch.tensor([2.0, torch.inf]))
-    (total,) = sums_over_targets([loss], logits + torch.tensor([[1.0], [5.0]]), torch.tensor([0, IGNORE_INDEX]))
+    (total,) = sums_over_targets(
+        [NamedLoss("one", 1.0, loss)], logits + torch.tensor([[1.0], [5.0]]), torch.tensor([0, IGNORE_INDEX])
+    )
     assert total.item() == 2.0
 
 
 def test_a_score_of_zero_has_a_finite_entropy_gradient() -> None:
     (named,) = build_losses(LossesConfig(router_entropy=LossConfig(weight=1.0)))
     scores = torch.tensor([[0.0, 1.0], [0.5, 0.5]], requires_grad=True)
-    values = named.loss.of_tokens(scores, scores)
+    values = named.loss.values(scores, scores)
     torch.testing.assert_close(values.detach(), torch.tensor([0.0, 0.6931472]))
     values.sum().backward()
     assert scores.grad is not None
@@ -101,6 +103,9 @@ def test_a_loss_of_ones_own_has_its_keys_and_a_free_name(monkeypatch: pytest.Mon
     model.use_losses([named])
     losses = model(batch(), batch())
     torch.testing.assert_close(losses.of_targets["smooth"], 2 * (losses.lm - 1))
+    model.use_losses([NamedLoss("mean", 1.0, LogitsLoss(lambda logits, targets: logits.mean()))])
+    with pytest.raises(UserError, match=r"^losses\.mean: gives \[\] for \d+ rows$"):
+        model(batch(), batch())
     taken = with_parts(LossesConfig, "losses", ["lm"])(lm=SmoothedConfig(weight=1.0))
     with pytest.raises(UserError, match=r"^losses\.lm: every run has a loss of this name$"):
         build_losses(taken)

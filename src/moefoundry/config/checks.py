@@ -20,6 +20,7 @@ from moefoundry.config.schema_parts import (
     Fp8Backend,
     Fp8Config,
     Fp8Recipe,
+    MeshConfig,
     Moments,
     WarmupConfig,
 )
@@ -193,12 +194,16 @@ def _kernels_of_fp8(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("mesh.replicate", "mesh.shard")
 def _degrees(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
-    mesh = recipe.mesh
+    yield from degree_problems(recipe.mesh, world_size)
+
+
+def degree_problems(mesh: MeshConfig, world_size: int | None) -> Iterator[Problem]:
+    """List why ``replicate`` and ``shard`` do not make up the world size."""
     degrees = {"mesh.replicate": mesh.replicate, "mesh.shard": mesh.shard}
     for path, degree in degrees.items():
-        if degree == 0:
-            yield Problem(path, "got 0", allowed="a positive integer, or -1 for the ranks that remain")
-    if 0 in degrees.values():
+        if degree == 0 or degree < -1:
+            yield Problem(path, f"got {degree}", allowed="a positive integer, or -1 for the ranks that remain")
+    if any(degree == 0 or degree < -1 for degree in degrees.values()):
         return
     if mesh.replicate == mesh.shard == -1:
         yield Problem("mesh.shard", "mesh.replicate and mesh.shard are both -1", allowed="at most one -1")
@@ -216,10 +221,18 @@ def _degrees(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
 
 @rule("mesh", "model.moe.num_experts")
 def _expert_degree(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
-    """Experts are divided evenly, among ranks that share one copy of the model."""
-    expert, num_experts = recipe.mesh.expert, recipe.model.moe.num_experts
-    sizes = {f"model.moe.num_experts, {num_experts}": num_experts}
-    if (shard := _shard_degree(recipe, world_size)) is not None:
+    num_experts = recipe.model.moe.num_experts
+    yield from expert_problems(recipe.mesh, world_size, {f"model.moe.num_experts, {num_experts}": num_experts})
+
+
+def expert_problems(mesh: MeshConfig, world_size: int | None, sizes: dict[str, int]) -> Iterator[Problem]:
+    """List why experts are not divided evenly among ranks that share one copy of the model; ``expert`` has to divide
+    ``shard`` and ``sizes``, which are named by their keys."""
+    expert, sizes = mesh.expert, dict(sizes)
+    if expert < 1:
+        yield Problem("mesh.expert", f"got {expert}", allowed="a positive integer")
+        return
+    if (shard := shard_degree(mesh, world_size)) is not None:
         sizes[f"mesh.shard, {shard}" + (f" of {world_size} ranks" if world_size else "")] = shard
     broken = [name for name, size in sizes.items() if size % expert]
     if broken:
@@ -239,9 +252,9 @@ def _batch(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
         yield Problem("global_train_batch_size", message, allowed=f"multiples of {ranks}")
 
 
-def _shard_degree(recipe: Recipe, world_size: int | None) -> int | None:
-    """``mesh.shard``, inferred where it is -1 and can be."""
-    replicate, shard = recipe.mesh.replicate, recipe.mesh.shard
+def shard_degree(mesh: MeshConfig, world_size: int | None) -> int | None:
+    """``mesh.shard``, inferred from the world size if it is -1; None if that cannot be."""
+    replicate, shard = mesh.replicate, mesh.shard
     if shard > 0:
         return shard
     if shard == -1 and replicate > 0 and world_size and world_size % replicate == 0:

@@ -51,8 +51,10 @@ def make_parts(kind: str, mapping: Any, *context: Any) -> list[Any]:
 
 
 def chosen_parts(kind: str, mapping: Any) -> list[tuple[str, Any]]:
-    """List name and config of each part that a mapping turns on, in its order. Keys of the schema that are no parts of
-    the table, such as ``callbacks.report``, are left out."""
+    """List name and config of each part that a mapping turns on, in its order.
+
+    Keys of the schema that are no parts of the table, such as ``callbacks.report``, are left out.
+    """
     names = [field.name for field in fields(mapping)]
     added = getattr(mapping, "added", ())
     chosen = [(name, getattr(mapping, name)) for name in names if name in TABLES[kind].listed or name in added]

@@ -73,7 +73,7 @@ def _kind(annotation: Any) -> Any:
 
 
 def _is_time(annotation: Any) -> bool:
-    """Whether an argument is a Composer ``Time`` or its text, or a list of them."""
+    """Tell if an argument is a Composer ``Time`` or its text, or a list of them."""
     members = get_args(get_args(annotation)[0] if get_origin(annotation) is list else annotation)
     return {getattr(member, "__name__", "") for member in members} == {"str", "Time"}
 

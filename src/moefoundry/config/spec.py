@@ -239,7 +239,7 @@ def find_key(path: str) -> Spec | None:
     if path in every_key() or table is None or not leaf:
         return every_key().get(path)
     part = _usable(table, name)
-    return specs(part.config).get(leaf) if part is not None else None
+    return specs(part.config).get(leaf) if part is not None and part.config is not None else None
 
 
 def options(spec: Spec) -> list[str]:

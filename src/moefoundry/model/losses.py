@@ -28,11 +28,11 @@ class LogitsLoss:
     """A loss of the output logits.
 
     Attributes:
-        of_targets: ``(logits_NV, targets_N) -> values_N`` for N targets; fp32 logits, int64 targets. Values of
+        values: ``(logits_NV, targets_N) -> values_N`` for N targets; fp32 logits, int64 targets. Values of
             ignored targets, which are 0 here, are not used.
     """
 
-    of_targets: Callable[[Tensor, Tensor], Tensor]
+    values: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class RouterLoss:
     """A loss of the routers.
 
     Attributes:
-        of_tokens: ``(router_logits_TE, scores_TE) -> values_T`` for T tokens in one MoE layer; fp32.
+        values: ``(router_logits_TE, scores_TE) -> values_T`` for T tokens in one MoE layer; fp32.
     """
 
-    of_tokens: Callable[[Tensor, Tensor], Tensor]
+    values: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,36 @@ def build_losses(cfg: LossesConfig) -> list[NamedLoss]:
     for name, part in chosen_parts("losses", cfg):
         if name in TAKEN:
             raise UserError(f"losses.{name}: every run has a loss of this name")
-        losses.append(NamedLoss(name, part.weight, make_part("losses", name, f"losses.{name}", part)))
+        loss = make_part("losses", name, f"losses.{name}", part)
+        if not isinstance(loss, (LogitsLoss, RouterLoss)):
+            raise UserError(f"losses.{name}: its package makes a {type(loss).__name__}, no LogitsLoss or RouterLoss")
+        losses.append(NamedLoss(name, part.weight, loss))
     return losses
 
 
-def sums_over_targets(losses: Sequence[LogitsLoss], logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+def values_of(named: NamedLoss, *inputs: Tensor) -> Tensor:
+    """Compute a loss, [N].
+
+    Args:
+        named: The loss.
+        inputs: Arguments of its ``values``, of N rows each.
+
+    Raises:
+        UserError: It does not give one number for each row.
+    """
+    values_N = named.loss.values(*inputs)
+    if values_N.shape != inputs[0].shape[:1]:
+        raise UserError(
+            f"losses.{named.name}: gives {list(values_N.shape)} for {len(inputs[0])} rows, not one for each"
+        )
+    return values_N
+
+
+def sums_over_targets(losses: Sequence[NamedLoss], logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Sum each loss over the targets that are not ignored, [len(losses)]."""
     kept_N = targets_N != IGNORE_INDEX
     targets_N = targets_N.where(kept_N, 0)  # in place of leaving them out, for which the host would wait for a GPU
-    return torch.stack([loss.of_targets(logits_NV, targets_N).where(kept_N, 0.0).sum() for loss in losses])
+    return torch.stack([values_of(each, logits_NV, targets_N).where(kept_N, 0.0).sum() for each in losses])
 
 
 def logits_z(cfg: LossConfig) -> LogitsLoss:

@@ -1,4 +1,4 @@
-"""Which label each position predicts."""
+"""The labels that positions predict."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from moefoundry.ops.cross_entropy import IGNORE_INDEX
 
 
 def shifted_targets(labels_BS: Tensor, sequence_id_BS: Tensor | None = None, shift: int = 1) -> Tensor:
-    """What position s predicts: label s + ``shift``.
+    """Shift labels so that position s has label s + ``shift``.
 
     Args:
         labels_BS: int64 [B, S].
-        sequence_id_BS: int64 [B, S]; with it, a label of another document than the position's is no target.
-        shift: How far ahead.
+        sequence_id_BS: int64 [B, S], document of each position; labels of another document are no targets.
+        shift: Distance to the label, in tokens.
 
     Returns:
         int64 [B, S], ``IGNORE_INDEX`` where there is no target.

@@ -10,6 +10,7 @@ under ``torch.device("meta")`` and give it weights with ``model/init.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Self, cast, overload
 
 import torch
@@ -20,7 +21,7 @@ from moefoundry.config import AuxLossScope, ModelConfig
 from moefoundry.model.attention import build_attention
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
-from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, sums_over_targets
+from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, sums_over_targets, values_of
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
 from moefoundry.model.targets import shifted_targets
@@ -81,7 +82,7 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """[B, S, D] -> [B, S, D], and the routing statistics if the block has experts."""
+        """Compute [B, S, D] -> [B, S, D], and the routing statistics if the block has experts."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
         if isinstance(self.ffn, MoELayer):
             out_BSD, stats = self.ffn(self.ffn_norm(x_BSD))
@@ -90,23 +91,23 @@ class Block(nn.Module):
 
 
 class OutputHead(nn.Linear):
-    """The output projection, which also computes the loss without ever holding all logits.
+    """The output projection; it also computes the loss, without all logits at once.
 
     Attributes:
-        operand_dtype: Set by a precision policy that emulates a narrow product; None otherwise.
+        operand_dtype: Dtype to which a precision policy rounds operands; None does not round.
     """
 
     operand_dtype: torch.dtype | None = None
 
     def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V], or with ``targets_BS`` the sum of their cross entropies, a scalar."""
+        """Compute logits [B, S, V], or with ``targets_BS`` the sum of the cross entropies, a scalar."""
         if targets_BS is None:
             return self._logits(hidden_BSD)
         return linear_cross_entropy(
             hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
         )
 
-    def sums_over_targets(self, losses: Sequence[LogitsLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+    def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Sum each loss over the targets, [len(losses)]; logits of one chunk of tokens exist at a time."""
         chunks = zip(
             hidden_BSD.flatten(0, 1).split(CHUNK_TOKENS), targets_BS.flatten().split(CHUNK_TOKENS), strict=True
@@ -126,7 +127,7 @@ class OutputHead(nn.Linear):
 
 
 def meta_model(cfg: ModelConfig) -> MoETransformer:
-    """The model without its values."""
+    """Build the model without values."""
     with torch.device("meta"):
         return MoETransformer(cfg)
 
@@ -160,7 +161,7 @@ class MoETransformer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """All blocks; those of multi-token prediction come last."""
+        """All blocks; those of multi-token prediction are last."""
         return [*self.layers, *(cast(Block, module.block) for module in self.mtp)]
 
     def use_losses(self, losses: Sequence[NamedLoss]) -> None:
@@ -169,7 +170,7 @@ class MoETransformer(nn.Module):
         self.router_losses = [named for named in losses if isinstance(named.loss, RouterLoss)]
         for block in self.blocks:
             if isinstance(block.ffn, MoELayer):
-                block.ffn.router_losses = [named.loss.of_tokens for named in self.router_losses]
+                block.ffn.router_losses = [partial(values_of, each) for each in self.router_losses]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep tied weights tied: ``nn.Module`` gives each module a tensor of its own when it leaves meta."""
@@ -204,10 +205,10 @@ class MoETransformer(nn.Module):
         Args:
             input_ids_BS: int64 [B, S].
             labels_BS: int64 [B, S], usually ``input_ids_BS`` itself; shifted here, so that position s predicts label
-                s + 1. ``IGNORE_INDEX`` counts nothing.
-            sequence_id: int64 [B, S], the same for the tokens of a document, ascending. Needed with
-                ``document_masking``, where a document's outcome is what it would be by itself; of no effect otherwise.
-            cache: Of the tokens before these, to which these are added; rows are one document each then.
+                s + 1. ``IGNORE_INDEX`` is no target.
+            sequence_id: int64 [B, S], ascending, the same for the tokens of a document. Required with
+                ``document_masking``, which computes each document as if it were alone; ignored otherwise.
+            cache: Cache of the tokens before these, to which these are added; each row is one document then.
 
         Returns:
             Logits [B, S, V] in the compute dtype without labels, else :class:`CausalLMLosses`.
@@ -245,14 +246,14 @@ class MoETransformer(nn.Module):
         named = self.logits_losses if self.training else []
         if not named:
             return {}
-        sums = self.lm_head.sums_over_targets([each.loss for each in named], hidden_BSD, targets_BS)
+        sums = self.lm_head.sums_over_targets(named, hidden_BSD, targets_BS)
         means = sums / num_targets.clamp(min=1)
         return {each.name: mean * each.weight for each, mean in zip(named, means, strict=True)}
 
     def _predict_further(
         self, hidden_BSD: Tensor, embedded_BSD: Tensor, labels_BS: Tensor, sequence_id: Tensor | None
     ) -> tuple[Tensor, list[RoutingStats]]:
-        """Multi-token prediction: the sum over all modules and targets of the cross entropy, and their statistics."""
+        """Sum the cross entropy over all modules of multi-token prediction and targets; and list their statistics."""
         if labels_BS.shape[1] <= len(self.mtp):
             raise ValueError(f"sequences of {labels_BS.shape[1]} tokens leave none to model.mtp.depth {len(self.mtp)}")
         sums, stats = [], []
@@ -301,8 +302,11 @@ class MoETransformer(nn.Module):
         return {each.name: value * each.weight for each, value in zip(self.router_losses, sums, strict=True)}
 
     def _balance_losses(self, stats: list[RoutingStats], counts_LE: Tensor) -> list[Tensor]:
-        """Compute each MoE layer's balance loss. Done here and not in the layers, counts of the whole step cost one
-        exchange for all layers, and recomputed activations count nothing twice."""
+        """Compute each MoE layer's balance loss.
+
+        It is computed here and not in the layers: counts of the whole step need one exchange for all layers, and
+        recomputed activations are not counted twice.
+        """
         if self.step_counts is None or not (self.training and torch.is_grad_enabled()):
             return [s.balance_loss for s in stats]
         step_counts_LE = self.step_counts.add(counts_LE)

@@ -24,7 +24,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Compute [..., D] -> [..., D]."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -59,8 +59,11 @@ class GroupedExperts(nn.Module):
         return self._local(self.gate_proj), self._local(self.up_proj), self._local(self.down_proj)
 
     def _local(self, weight: Tensor) -> Tensor:
-        """Take this rank's experts. If G ranks share the experts, these see the tokens of all G ranks: their gradient
-        is a sum where every other gradient is a mean over ranks, so it is divided by G."""
+        """Take this rank's experts.
+
+        If G ranks share the experts, these see the tokens of all G ranks: their gradient is a sum where every other
+        gradient is a mean over ranks, so it is divided by G.
+        """
         if not isinstance(weight, DTensor):
             return weight
         return scale_gradient(weight.to_local(), 1 / weight.device_mesh.size())

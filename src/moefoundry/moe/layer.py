@@ -1,10 +1,10 @@
 """The MoE layer: route -> dispatch -> experts -> combine, plus the shared experts.
 
-Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` sends it to the ranks of
-those experts; there it is copied into a row of each, which is a SwiGLU over its rows, and the results, times the
-router's weights, are added up; ``combine`` brings the sums back and adds them; the shared experts, which see every
-token, are added on top. No token is ever dropped, unless the recipe sets a capacity:
-then, in training, a choice that its expert cannot take is not dispatched, and adds nothing.
+Follow one token. The router scores it against every expert and keeps the best K. ``dispatch`` sends it to the ranks of
+those experts. There it becomes a row of each of its experts there; each expert is a SwiGLU over its rows, and the
+results, times the router's weights, are added up. ``combine`` brings the sums back and adds them. The output of the
+shared experts, which see every token, is added. No token is dropped, unless the recipe sets a capacity: then, in
+training, a slot that its expert cannot take is not dispatched, and adds nothing.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from moefoundry.ops.permute import count_by_expert
 
 
 class RoutingStats(NamedTuple):
-    """One layer's losses and statistics of one micro-batch; returned, never stored.
+    """Losses and statistics of one layer in one micro-batch.
 
     Attributes:
         balance_loss, z_loss: Scalars, differentiable, unweighted, means over tokens.
-        mean_probs: [E], differentiable; the mean normalized scores, for a balance loss over more than the micro-batch.
-        tokens_per_expert: int64 [E], as routed: with those that a capacity then drops.
-        dropped_slots: int64 scalar.
+        mean_probs: [E], differentiable; mean normalized scores, for a balance loss over more than the micro-batch.
+        tokens_per_expert: int64 [E], as routed: slots that a capacity then drops are counted, too.
+        dropped_slots: int64 scalar, slots that a capacity dropped.
         router_entropy: Scalar, nats, not differentiable.
         losses: [len(router_losses)], differentiable, means over tokens; None in evaluation.
     """
@@ -45,7 +45,7 @@ class RoutingStats(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """A drop-in for the dense FFN that also returns :class:`RoutingStats`.
+    """Mixture-of-Experts layer: takes the place of a dense FFN, and also returns :class:`RoutingStats`.
 
     Attributes:
         dispatcher: Brings tokens to their experts; expert parallelism sets another.
@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
         self.capacity_factor = cfg.capacity_factor
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
-        """[B, S, D] -> [B, S, D] and the statistics of its B * S tokens."""
+        """Compute the output, [B, S, D] -> [B, S, D], and the statistics of the B * S tokens."""
         tokens_TD = x_BSD.flatten(0, 1)
         routing: Routing = self.router(tokens_TD)
         kept_TK = None

@@ -33,7 +33,9 @@ class Mixture(Protocol):
         Args:
             tokens_PD: Tokens that have experts on this rank.
             weights_PK: Weights of their slots in the sum, fp32 or wider.
-            gate_EFD, up_EFD, down_EDF: Weights of this rank's E experts, each in the layout of ``nn.Linear``.
+            gate_EFD: Weights of this rank's E experts, each in the layout of ``nn.Linear``; likewise the others.
+            up_EFD: [E, F, D].
+            down_EDF: [E, D, F].
             order: Order of the slots that are for experts on this rank: its N rows.
         """
         ...
@@ -46,8 +48,9 @@ def build_mixture(cfg: MoEConfig) -> Mixture:
 
 
 def check_backend(cfg: MoEConfig, d_model: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Make sure that the recipe's backend can run: ask its ``obstacle(tokens_PD, hidden_size)``, if it has one, what
-    stands in the way.
+    """Ask the recipe's backend if it can run.
+
+    If it has ``obstacle(tokens_PD, hidden_size)``, this gives the reason why not, or an empty text.
 
     Args:
         cfg: The recipe's ``model.moe``.
@@ -56,7 +59,7 @@ def check_backend(cfg: MoEConfig, d_model: int, device: torch.device, dtype: tor
         dtype: Dtype of the products.
 
     Raises:
-        UserError: Something does.
+        UserError: It cannot.
     """
     obstacle = getattr(build_mixture(cfg), "obstacle", None)
     found = obstacle and obstacle(torch.empty(1, d_model, device=device, dtype=dtype), cfg.expert_hidden_size)
@@ -84,18 +87,17 @@ class RowMixture:
 
 
 def grouped_mm(cfg: MoEConfig) -> Mixture:
-    """Rows, multiplied by ``F.grouped_mm``."""
+    """Multiply rows by ``F.grouped_mm``."""
     return RowMixture(grouped_linear)
 
 
 def loop(cfg: MoEConfig) -> Mixture:
-    """Rows, multiplied one expert at a time: the oracle, for any dtype."""
+    """Multiply rows one expert at a time: the oracle, for any dtype."""
     return RowMixture(grouped_linear_loop)
 
 
 def auto(cfg: MoEConfig) -> Mixture:
-    """Use what has been measured to be fastest for the device, dtype and size of the tokens: this is the one place
-    that chooses."""
+    """Use what was measured to be fastest for the device, dtype and size of the tokens; the one place that chooses."""
     by_rows = grouped_mm(cfg)
 
     def mixture(
@@ -125,9 +127,9 @@ class TritonMixture:
         """Say why the kernels cannot run; empty if they can."""
         from moefoundry.ops.fused_experts import obstacle
 
-        return obstacle(tokens_PD, hidden_size)
+        return obstacle(tokens_PD, hidden_size) or ""
 
 
 def triton(cfg: MoEConfig) -> Mixture:
-    """Fused Triton kernels."""
+    """Use the fused Triton kernels."""
     return TritonMixture()

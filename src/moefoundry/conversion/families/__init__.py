@@ -54,7 +54,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         UserError: Its ``model_type`` is none of these.
     """
     model_type = hf.get("model_type")
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     meant = [name for name in FAMILIES if _squashed(name) == _squashed(str(model_type))]
     hint = f"; did you mean {meant[0]!r}?" if meant else ""
