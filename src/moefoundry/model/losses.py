@@ -86,7 +86,7 @@ def values_of(named: NamedLoss, *inputs: Tensor) -> Tensor:
         inputs: Arguments of its ``values``, of N rows each.
 
     Raises:
-        UserError: It does not give one number for each row.
+        UserError: The loss does not give one number for each row.
     """
     values_N = named.loss.values(*inputs)
     if values_N.shape != inputs[0].shape[:1]:

@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
         if self.capacity_factor is not None and self.training:
             kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)
         pending = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids, routing.topk_weights, kept_TK)
-        shared_TD = self._shared(tokens_TD)  # while tokens travel
+        shared_TD = self._shared(tokens_TD)  # while tokens are exchanged
         tokens_PD, metadata = pending.wait()
         mixed_PD = self.experts(tokens_PD, metadata.weights_PK, metadata.order)
         out_TD = self.dispatcher.combine(mixed_PD, metadata)

@@ -59,7 +59,7 @@ def check_backend(cfg: MoEConfig, d_model: int, device: torch.device, dtype: tor
         dtype: Dtype of the products.
 
     Raises:
-        UserError: It cannot.
+        UserError: The backend cannot run.
     """
     obstacle = getattr(build_mixture(cfg), "obstacle", None)
     found = obstacle and obstacle(torch.empty(1, d_model, device=device, dtype=dtype), cfg.expert_hidden_size)

@@ -122,10 +122,10 @@ def keep_best_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best
 def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, cfg: RouterConfig, device: torch.device) -> Tensor:
     """Assign experts in turn whatever the scores, for benchmarks; int64 [T, K].
 
-    All experts have equal load after every ``E / gcd(E / G, K)`` tokens. A token's experts come from ``top_k_groups`` of
-    the G groups, equally many from each if that divides K. The order of groups, and of the experts in each, is a fixed
-    shuffle, so that a token's experts are on about as many nodes and ranks as a router's would be. Without groups, slot
-    ``n = t * K + k`` goes to expert number ``n % E`` of the shuffle.
+    All experts have equal load after every ``E / gcd(E / G, K)`` tokens. A token's experts come from ``top_k_groups``
+    of the G groups, equally many from each if that divides K. The order of groups, and of the experts in each, is a
+    fixed shuffle, so that a token's experts are on about as many nodes and ranks as a router's would be. Without
+    groups, slot ``n = t * K + k`` goes to expert number ``n % E`` of the shuffle.
     """
     dealt_PK = _dealt_once(top_k, num_experts, cfg.num_groups, cfg.top_k_groups, device)
     return dealt_PK[torch.arange(num_tokens, device=device) % len(dealt_PK)]
