@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefoundry.config import LossConfig, LossesConfig, UserError, key
-from moefoundry.config.extended import with_parts
 from moefoundry.config.parts import TABLES
+from moefoundry.config.spec import with_parts
 from moefoundry.model.losses import LogitsLoss, NamedLoss, build_losses, sums_over_targets
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
@@ -96,7 +96,7 @@ def test_a_loss_of_ones_own_has_its_keys_and_a_free_name(monkeypatch: pytest.Mon
     table = TABLES["losses"]
     part = Part(SmoothedConfig, build)
     monkeypatch.setattr(table, "listed", {**table.listed, "smooth": part, "lm": part})
-    cfg = with_parts(LossesConfig, "losses", ["smooth"])(smooth=SmoothedConfig(weight=2.0, target=1.0))
+    cfg = with_parts(LossesConfig, table, ["smooth"])(smooth=SmoothedConfig(weight=2.0, target=1.0))
     (named,) = build_losses(cfg)
     assert isinstance(named, NamedLoss)
     model = tiny_model(tiny_config())
@@ -106,6 +106,6 @@ def test_a_loss_of_ones_own_has_its_keys_and_a_free_name(monkeypatch: pytest.Mon
     model.use_losses([NamedLoss("mean", 1.0, LogitsLoss(lambda logits, targets: logits.mean()))])
     with pytest.raises(UserError, match=r"^losses\.mean: gives \[\] for \d+ rows$"):
         model(batch(), batch())
-    taken = with_parts(LossesConfig, "losses", ["lm"])(lm=SmoothedConfig(weight=1.0))
+    taken = with_parts(LossesConfig, table, ["lm"])(lm=SmoothedConfig(weight=1.0))
     with pytest.raises(UserError, match=r"^losses\.lm: every run has a loss of this name$"):
         build_losses(taken)

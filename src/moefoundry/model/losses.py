@@ -103,6 +103,11 @@ def sums_over_targets(losses: Sequence[NamedLoss], logits_NV: Tensor, targets_N:
     return torch.stack([values_of(each, logits_NV, targets_N).where(kept_N, 0.0).sum() for each in losses])
 
 
+def weighted(losses: Sequence[NamedLoss], values: Tensor) -> dict[str, Tensor]:
+    """Multiply the losses [len(losses)] by their weights; by name."""
+    return {each.name: value * each.weight for each, value in zip(losses, values, strict=True)}
+
+
 def logits_z(cfg: LossConfig) -> LogitsLoss:
     """z-loss of the output logits, ``logsumexp(logits)**2`` (PaLM, arXiv 2204.02311, section 5)."""
     return LogitsLoss(lambda logits_NV, targets_N: logits_NV.logsumexp(dim=-1).square())

@@ -21,7 +21,7 @@ from moefoundry.config import AuxLossScope, ModelConfig
 from moefoundry.model.attention import build_attention
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
-from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, sums_over_targets, values_of
+from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, sums_over_targets, values_of, weighted
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
 from moefoundry.model.targets import shifted_targets
@@ -247,8 +247,7 @@ class MoETransformer(nn.Module):
         if not named:
             return {}
         sums = self.lm_head.sums_over_targets(named, hidden_BSD, targets_BS)
-        means = sums / num_targets.clamp(min=1)
-        return {each.name: mean * each.weight for each, mean in zip(named, means, strict=True)}
+        return weighted(named, sums / num_targets.clamp(min=1))
 
     def _predict_further(
         self, hidden_BSD: Tensor, embedded_BSD: Tensor, labels_BS: Tensor, sequence_id: Tensor | None
@@ -296,10 +295,7 @@ class MoETransformer(nn.Module):
 
     def _of_tokens(self, stats: list[RoutingStats]) -> dict[str, Tensor]:
         layers = [s.losses for s in stats if s.losses is not None]
-        if not layers:
-            return {}
-        sums = torch.stack(layers).sum(dim=0)
-        return {each.name: value * each.weight for each, value in zip(self.router_losses, sums, strict=True)}
+        return weighted(self.router_losses, torch.stack(layers).sum(dim=0)) if layers else {}
 
     def _balance_losses(self, stats: list[RoutingStats], counts_LE: Tensor) -> list[Tensor]:
         """Compute each MoE layer's balance loss.
