@@ -104,7 +104,7 @@ def test_a_loss_of_ones_own_has_its_keys_and_a_free_name(monkeypatch: pytest.Mon
     losses = model(batch(), batch())
     torch.testing.assert_close(losses.of_targets["smooth"], 2 * (losses.lm - 1))
     model.use_losses([NamedLoss("mean", 1.0, LogitsLoss(lambda logits, targets: logits.mean()))])
-    with pytest.raises(UserError, match=r"^losses\.mean: gives \[\] for \d+ rows$"):
+    with pytest.raises(UserError, match=r"^losses\.mean: gives \[\] for \d+ rows, not one for each$"):
         model(batch(), batch())
     taken = with_parts(LossesConfig, table, ["lm"])(lm=SmoothedConfig(weight=1.0))
     with pytest.raises(UserError, match=r"^losses\.lm: every run has a loss of this name$"):
