@@ -286,10 +286,10 @@ def test_an_fp8_leg_takes_at_most_52_percent_of_bf16(kind: str) -> None:
 HAND_IDS = torch.tensor([[2, 0, 3], [5, -1, 4]])
 
 
-def test_visits_of_the_example_worked_out_by_hand() -> None:
+def test_places_of_the_example_worked_out_by_hand() -> None:
     from moefoundry.moe.dispatch import pairs_and_slots, visits
 
-    assert visits(HAND_IDS // 2, 4).tolist() == [[True, True, False, False], [False, False, True, False]]
+    assert needed_places(HAND_IDS // 2, 4).tolist() == [[True, True, False, False], [False, False, True, False]]
     pairs, slots = pairs_and_slots(HAND_IDS, 8, 4)
     assert pairs.tolist() == [1, 1, 1, 0]
     assert slots.tolist() == [1, 2, 2, 0]
