@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import in_turn, machine
-from moefoundry.config import ExpertBackend, Fp8Config, Fp8Recipe, MoEConfig, PrecisionConfig
+from moefoundry.config import Fp8Config, Fp8Recipe, MoEConfig, PrecisionConfig
 from moefoundry.model.norm import RMSNorm
 from moefoundry.moe.experts import GroupedExperts
 from moefoundry.moe.layer import MoELayer
@@ -195,8 +195,9 @@ def experts_on_gpu(shape: Shape) -> dict[str, float]:
     routed = torch.ones(ids.shape, device="cuda"), order_by_expert(ids, shape.experts)
     x, grad = random_bf16(shape.rows, shape.width).requires_grad_(), random_bf16(shape.rows, shape.width)
     milliseconds = {}
+    cfg = MoEConfig(num_experts=shape.experts, expert_hidden_size=shape.hidden, backend="grouped_mm")
     for name, recipe in RECIPES.items():
-        experts = GroupedExperts(shape.experts, shape.width, shape.hidden, ExpertBackend.grouped_mm)
+        experts = GroupedExperts(shape.width, cfg)
         block = nn.ModuleDict({"experts": experts}).to("cuda", torch.bfloat16)
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.02)

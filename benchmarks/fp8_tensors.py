@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moefoundry.config import PrecisionConfig
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.moe.experts import GroupedExperts
+from moefoundry.moe.mixture import RowMixture
 from moefoundry.ops.fp8 import (
     TILE,
     Format,
@@ -89,7 +90,9 @@ def observe(model: MoETransformer, text_NS: Tensor) -> dict[str, Product]:
 
     for name, module in plain.named_modules():
         if isinstance(module, GroupedExperts):
-            module.grouped_linear = lambda x, weight, sizes: watch(x, weight, grouped_linear(x, weight, sizes), sizes)
+            module.mixture = RowMixture(
+                lambda x, weight, sizes: watch(x, weight, grouped_linear(x, weight, sizes), sizes)
+            )
         elif type(module) is nn.Linear and not name.endswith("router.gate"):
             module.register_forward_hook(lambda module, inputs, out: watch(inputs[0], module.weight, out))
     plain(text_NS, text_NS).total.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import shutil
@@ -15,17 +16,27 @@ from typing import Any
 import pytest
 
 from moefoundry.config import ConfigError, dump_recipe, load_recipe
-from moefoundry.config.parts import COMPOSER_ALGORITHMS, COMPOSER_CALLBACKS, TABLES
+from moefoundry.config.parts import (
+    COMPOSER_ALGORITHMS,
+    COMPOSER_CALLBACKS,
+    COMPOSER_LOGGERS,
+    COMPOSER_SCHEDULERS,
+    TABLES,
+)
 from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
 
 EXAMPLE = Path(__file__).parents[1] / "docs/examples/steps_and_scores"
-USE = ["callbacks.steps_per_second.every=1", "model.moe.router={score_function: tempered_softmax, temperature: 0.5}"]
+USE = [
+    "callbacks.steps_per_second.every=1",
+    "model.moe.router={score_function: tempered_softmax, temperature: 0.5}",
+    "losses.smoothing.weight=0.1",
+]
 
 
 OTHERS = """
 from dataclasses import dataclass
-from moefoundry.config import OptimizerConfig, SchedulerConfig, key
+from moefoundry.config import AttentionConfig, OptimizerConfig, WarmupConfig, key
 from moefoundry.registry import Part
 
 @dataclass
@@ -33,12 +44,43 @@ class SgdConfig(OptimizerConfig):
     momentum: float = key(0.9, "Momentum.", ge=0)
 
 @dataclass
-class StepsConfig(SchedulerConfig):
+class StepsConfig(WarmupConfig):
     share: float = key(0.5, "Of the peak.", gt=0)
 
 @dataclass
 class LinesConfig:
     file: str = key("lines.txt", "Name of a file.")
+
+@dataclass
+class MeanConfig(AttentionConfig):
+    gain: float = key(1.0, "Multiplies the mean.", gt=0)
+
+def mean(cfg, model):
+    from torch import nn
+    from moefoundry.model.attention import Attention
+    class Mean(Attention):
+        def __init__(self):
+            super().__init__()
+            self.o_proj = nn.Linear(model.d_model, model.d_model, bias=False)
+        def forward(self, x_BSD, context, cache=None):
+            ones = x_BSD.new_ones(x_BSD.shape[1]).cumsum(0).unsqueeze(-1)
+            return self.o_proj(x_BSD.cumsum(dim=1) / ones * cfg.gain)
+    return Mean()
+
+def each_slot(cfg):
+    import torch
+    import torch.nn.functional as F
+    def mixture(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order):
+        out_PD, experts_N = torch.zeros_like(tokens_PD), torch.arange(cfg.num_experts)
+        experts_N = experts_N.repeat_interleave(order.tokens_per_expert_E)
+        for slot, expert in zip(order.slot_of_row_N.tolist(), experts_N.tolist()):
+            token = slot // order.top_k
+            hidden = F.silu(gate_EFD[expert] @ tokens_PD[token]) * (up_EFD[expert] @ tokens_PD[token])
+            row = weights_PK.flatten()[slot] * (down_EDF[expert] @ hidden)
+            out_PD = out_PD.index_add(0, torch.tensor([token]), row.unsqueeze(0))
+        return out_PD
+    mixture.obstacle = lambda tokens_PD, hidden_size: "F is 7" if hidden_size == 7 else ""
+    return mixture
 
 def sgd(cfg, model, recipe):
     import torch
@@ -64,17 +106,32 @@ def counting(cfg, recipe):
 
 optimizer, scheduler = Part(SgdConfig, sgd), Part(StepsConfig, lambda cfg: lambda state: cfg.share)
 logger, algorithm = Part(LinesConfig, lines), Part(LinesConfig, counting)
+attention, backend = Part(MeanConfig, mean), Part(None, each_slot)
+"""
+FAMILY = """
+from moefoundry.conversion.families.llama import Llama
+from moefoundry.registry import Part
+
+class Alpaca(Llama):
+    name = "alpaca"
+    architecture = "AlpacaForCausalLM"
+
+part, misnamed = Part(None, "family:Alpaca"), Part(None, "family:Llama")
 """
 OTHERS_POINTS = {
     "moefoundry.optimizers": {"plain_sgd": "others:optimizer"},
     "moefoundry.schedulers": {"half": "others:scheduler"},
     "moefoundry.loggers": {"lines": "others:logger"},
     "moefoundry.algorithms": {"counting": "others:algorithm"},
+    "moefoundry.attention_kinds": {"running_mean": "others:attention"},
+    "moefoundry.mixture_backends": {"each_slot": "others:backend"},
 }
 OTHERS_USE = [
     "optimizer={name: plain_sgd, lr: 0.25}",
     "scheduler.name=half",
     "loggers.lines={}",
+    "loggers.file_logger.filename=composer.txt",
+    "model.moe.backend=each_slot",
     "algorithms.counting={}",
 ]
 
@@ -122,7 +179,8 @@ def test_the_example_is_small() -> None:
 
 def test_the_page_names_all_that_is_listed() -> None:
     page = (EXAMPLE.parents[1] / "extending.md").read_text()
-    assert all(f"`{name}`" in page for name in (*COMPOSER_CALLBACKS, *COMPOSER_ALGORITHMS))
+    composers = (*COMPOSER_CALLBACKS, *COMPOSER_ALGORITHMS, *COMPOSER_LOGGERS, *COMPOSER_SCHEDULERS)
+    assert all(f"`{name}`" in page for name in composers)
     assert all(f"`moefoundry.{kind}`" in page for kind in TABLES)
 
 
@@ -163,7 +221,7 @@ def test_errors_are_as_strict_as_the_schemas_own(site: Path) -> None:
 
 
 PART = "from dataclasses import dataclass\nfrom moefoundry.registry import Part\n"
-NO_CONFIG = r"broken:part of package broken 1\.0: its config is (not derived from moefoundry\.config|no dataclass)"
+NO_CONFIG = r"package broken 1\.0: its config is (not derived from moefoundry\.config|no dataclass|not None)"
 OTHER = "@dataclass\nclass Other:\n    x: int = 0\n"
 
 
@@ -187,6 +245,9 @@ OTHER = "@dataclass\nclass Other:\n    x: int = 0\n"
         ("schedulers", "scheduler.name=mine", "scheduler.name: mine"),
         ("optimizers", "optimizer.name=mine", "optimizer.name: mine"),
         ("router_scores", "model.moe.router.score_function=mine", "model.moe.router.score_function: mine"),
+        ("losses", "losses.mine.weight=1", "losses.mine"),
+        ("attention_kinds", "model.attention.kind=mine", "model.attention.kind: mine"),
+        ("mixture_backends", "model.moe.backend=mine", "model.moe.backend: mine"),
     ],
 )
 def test_a_package_that_cannot_be_used_is_named_in_one_line(
@@ -212,6 +273,77 @@ def test_moments_of_another_optimizer_are_not_promised(site: Path) -> None:
     assert (type(kept).__name__, kept.name, kept.momentum) == ("SgdConfig", "plain_sgd", 0.5)  # type: ignore[attr-defined]
 
 
+def test_kinds_of_attention_and_backends_of_others_are_as_strict(site: Path) -> None:
+    install(site, "others", OTHERS_POINTS, {"others.py": OTHERS})
+    assert problems("model.moe.backend=each_slt") == [
+        "model.moe.backend: got 'each_slt'; allowed: auto, triton, grouped_mm, loop, each_slot; "
+        "did you mean 'each_slot'?"
+    ]
+    assert problems("model.attention={kind: running_mean, gain: 0, n_heads: 2}") == [
+        "model.attention.gain: got 0.0; allowed: a number > 0"
+    ]
+    (unknown,) = problems("model.attention={kind: running_mean, n_kv_heads: 2}")
+    assert unknown.startswith("model.attention.n_kv_heads: unknown key of kind 'running_mean'")
+
+
+def test_a_backend_of_others_mixes_as_the_plain_one_and_says_where_it_cannot_run(site: Path) -> None:
+    import torch
+
+    from moefoundry.config import UserError
+    from moefoundry.model.transformer import MoETransformer, meta_model
+    from moefoundry.moe.mixture import check_backend
+    from moefoundry.parallel import materialize
+
+    install(site, "others", OTHERS_POINTS, {"others.py": OTHERS})
+    sizes = ["model.d_model=16", "model.n_layers=2", "model.vocab_size=32", "model.moe.expert_hidden_size=8"]
+    sizes += ["model.attention={kind: running_mean, gain: 0.5, n_heads: 2}", "model.ffn_hidden_size=16"]
+
+    def model(backend: str) -> MoETransformer:
+        cfg = load_recipe(None, [*sizes, f"model.moe.backend={backend}"]).model
+        check_backend(cfg.moe, cfg.d_model, torch.device("cpu"), torch.float32)
+        module = meta_model(cfg)
+        materialize(module, "cpu", 0)
+        return module
+
+    ids = torch.randint(32, (2, 6), generator=torch.Generator().manual_seed(0))
+    ours, theirs = model("grouped_mm"), model("each_slot")
+    torch.testing.assert_close(theirs(ids), ours(ids), rtol=1e-4, atol=1e-5)
+    changed = ids.clone()
+    changed[:, 4:] = 0
+    assert torch.equal(theirs(changed)[:, :4], theirs(ids)[:, :4]), "a mean over what came before"
+    cfg = load_recipe(None, ["model.moe={backend: each_slot, expert_hidden_size: 7}"]).model
+    with pytest.raises(UserError, match=r"^model\.moe\.backend: each_slot cannot run: F is 7; use .*backend=auto$"):
+        check_backend(cfg.moe, cfg.d_model, torch.device("cpu"), torch.float32)
+
+
+def test_an_installed_package_adds_a_family(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moefoundry.config import ModelConfig, UserError
+    from moefoundry.conversion import families
+
+    families._family.cache_clear()
+    points = {"moefoundry.families": {"alpaca": "family:part", "lama": "family:misnamed"}}
+    install(site, "family", points, {"family.py": FAMILY})
+    dense = {"n_dense_layers": 6}
+    cfg = ModelConfig(**dense)  # type: ignore[arg-type]
+    written = families.FAMILIES["alpaca"].write_config(cfg, 64)
+    assert (written["model_type"], written["architectures"]) == ("alpaca", ["AlpacaForCausalLM"])
+    assert families.family_of(written).read_config(written).n_layers == 6
+    assert families.family_for(cfg).name == "llama", "listed ones come first"
+    with pytest.raises(UserError, match="did you mean 'alpaca'"):
+        families.family_of({"model_type": "Al-Paca"})
+    with pytest.raises(UserError, match=r"^model family: lama: its package calls it 'llama'$"):
+        families.family_of({"model_type": "lama"})
+    monkeypatch.delitem(sys.modules, "family")
+
+
+def test_no_family_has_an_attention_of_others() -> None:
+    from moefoundry.config import AttentionConfig, ModelConfig
+    from moefoundry.conversion.families import nearest_family
+
+    family, reasons = nearest_family(ModelConfig(attention=AttentionConfig(kind="running_mean")))
+    assert (family, reasons) == (None, ["model.attention.kind: no family has running_mean"])
+
+
 def test_two_packages_with_one_name_are_both_named(site: Path) -> None:
     for name in ("first", "second"):
         install(site, name, {"moefoundry.callbacks": {"mine": f"{name}:part"}}, {})
@@ -234,32 +366,52 @@ def composer_parts() -> list[list[str]]:
     """What is wrong with uses of Composer's parts; and which names Composer has that are not listed."""
     import composer.algorithms
     import composer.callbacks
+    import composer.loggers
+    import composer.optim
     from composer.core import Algorithm, Callback
+    from composer.loggers import LoggerDestination
+    from composer.optim import ComposerScheduler
 
     found = [
         problems("callbacks.early_stopper={monitr: x, patience: 2ba}"),
         problems("callbacks.runtime_estimator.skip_batches=few", "callbacks.runtime_estimatr={}"),
         problems("algorithms={seq_length_warmup: {duration: two, max_seq_length: 8, minimum: 3}}"),
+        problems("scheduler={name: step_scheduler, step_size: 10, gama: 0.5}", "loggers.file_logger.bufer_size=1"),
+        problems("scheduler={name: multi_step_scheduler, milestones: [5ba, 10]}"),
     ]
+    scheduler = "scheduler={name: step_scheduler, step_size: 10ba, timing: composer}"
+    steps: Any = load_recipe(QUICKSTART, [scheduler]).scheduler
+    assert (steps.name, steps.step_size, steps.gamma, steps.timing) == ("step_scheduler", "10ba", 0.1, "composer")
+    assert not hasattr(steps, "t_warmup")
+    assert pickle.loads(pickle.dumps(steps)) == steps
     recipe: Any = load_recipe(QUICKSTART, ["callbacks.early_stopper={monitor: '1', dataloader_label: eval}"])
     assert recipe.callbacks.early_stopper.patience == 1
     assert pickle.loads(pickle.dumps(recipe)) == recipe
     assert load_recipe(
         QUICKSTART, ["callbacks.early_stopper.monitor=1", "callbacks.early_stopper.dataloader_label=eval"]
     ) == (recipe), "the value of a text is the text as it stands"
-    for module, base, listed in (
-        (composer.callbacks, Callback, COMPOSER_CALLBACKS),
-        (composer.algorithms, Algorithm, COMPOSER_ALGORITHMS),
+    for module, kind, base, listed in (
+        (composer.callbacks, "callbacks", Callback, COMPOSER_CALLBACKS),
+        (composer.algorithms, "algorithms", Algorithm, COMPOSER_ALGORITHMS),
+        (composer.loggers, "loggers", LoggerDestination, COMPOSER_LOGGERS),
+        (composer.optim, "schedulers", ComposerScheduler, COMPOSER_SCHEDULERS),
     ):
-        classes = {name for name in module.__all__ if issubclass(getattr(module, name), base)}
-        assert set(listed.values()) <= classes
+        classes = {each for each in map(module.__dict__.get, module.__all__) if isinstance(each, type)}
+        assert set(listed.values()) <= {each.__name__ for each in classes if issubclass(each, base)}
         for name in listed:
-            assert TABLES["callbacks" if base is Callback else "algorithms"].find(name) is not None
+            assert TABLES[kind].find(name) is not None
     return found
 
 
 def test_arguments_of_composers_parts_are_checked_by_their_signatures() -> None:
-    stopper, estimator, warmup = run_distributed(composer_parts, 1)[0]
+    stopper, estimator, warmup, steps, milestones = run_distributed(composer_parts, 1)[0]
+    assert steps == [
+        "scheduler.step_size: got 10 (an integer); allowed: a duration: an integer and ba, ep, tok or sp, or a part of "
+        "the run such as 0.05dur",
+        "scheduler.gama: unknown key of name 'step_scheduler'; did you mean 'scheduler.gamma'?",
+        "loggers.file_logger.bufer_size: unknown key; did you mean 'loggers.file_logger.buffer_size'?",
+    ]
+    assert [problem.partition(":")[0] for problem in milestones] == ["scheduler.milestones[1]"]
     assert stopper == [
         "callbacks.early_stopper.dataloader_label: missing; allowed: a string",
         "callbacks.early_stopper.monitr: unknown key; did you mean 'callbacks.early_stopper.monitor'?",
@@ -310,6 +462,10 @@ def test_a_run_uses_the_examples_parts_and_composers(tiny_overrides: Callable[..
     assert [line["batch"] for line in metrics] == [1, 2, 3]
     assert all(line["throughput/steps_per_sec"] > 0 for line in metrics)
     assert [line["counting/batches"] for line in metrics] == [1, 2, 3]
+    for line in metrics:
+        parts = [line[f"loss/train/{name}"] for name in ("lm", "balance", "z", "smoothing")]
+        assert line["loss/train/total"] == pytest.approx(sum(parts), rel=1e-6)
+    assert metrics[0]["loss/train/smoothing"] == pytest.approx(0.1 * math.log(384), rel=0.02)
     assert [line["lr"] for line in metrics] == [0.125] * 3
     assert any("time/remaining_estimate" in line for line in metrics)
     lines = (tmp_path / "run/lines.txt").read_text().splitlines()

@@ -11,7 +11,6 @@ from moefoundry.config import (
     ActivationCheckpointing,
     AdamWConfig,
     BalanceConfig,
-    ExpertBackend,
     Fp8Config,
     Fp8Recipe,
     GqaConfig,
@@ -85,7 +84,7 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
             expert_hidden_size=16,
             num_shared_experts=1,
             balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
-            backend=ExpertBackend.loop if dtype == torch.float64 else ExpertBackend.grouped_mm,
+            backend="loop" if dtype == torch.float64 else "grouped_mm",
         ),
     )
 

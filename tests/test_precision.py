@@ -6,11 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moefoundry.config import Compute, ExpertBackend, PrecisionConfig
+from moefoundry.config import Compute, MoEConfig, PrecisionConfig
 from moefoundry.model.transformer import OutputHead
 from moefoundry.moe.experts import GroupedExperts
-from moefoundry.moe.mixture import PRODUCTS
 from moefoundry.moe.router import Router
+from moefoundry.ops.grouped_linear import grouped_linear
+from moefoundry.ops.permute import order_by_expert
 from moefoundry.precision import EmulatedLinear, apply_precision, full_precision_modules, mixed_precision
 from tests.model.tiny import batch, gradients, meta_model, tiny_config, tiny_model
 
@@ -64,18 +65,19 @@ def test_linear_is_near_a_real_bf16_product() -> None:
         torch.testing.assert_close(ours, theirs.float(), rtol=2**-7, atol=2**-8)
 
 
-@pytest.mark.parametrize("backend", [ExpertBackend.grouped_mm, ExpertBackend.loop])
-def test_experts_multiply_rounded_operands_bit_for_bit(backend: ExpertBackend) -> None:
+@pytest.mark.parametrize("backend", ["grouped_mm", "loop"])
+def test_experts_multiply_rounded_operands_bit_for_bit(backend: str) -> None:
     torch.manual_seed(0)
-    experts = GroupedExperts(3, 8, 4, backend)
+    experts = GroupedExperts(8, MoEConfig(num_experts=3, expert_hidden_size=4, backend=backend))
     for parameter in experts.parameters():
         nn.init.normal_(parameter)
     rows, counts = torch.randn(7, 8), torch.tensor([2, 0, 5])
-    product = PRODUCTS[backend]
+    order = order_by_expert(torch.tensor([0, 0, 2, 2, 2, 2, 2]).unsqueeze(1), 3)
+    product = experts.product
     gate, up, down = (bf16(p) for p in (experts.gate_proj, experts.up_proj, experts.down_proj))
     hidden = F.silu(product(bf16(rows), gate, counts)) * product(bf16(rows), up, counts)
     expected = product(bf16(hidden), down, counts)
-    assert torch.equal(emulated(experts).multiply(rows, counts), expected)
+    assert torch.equal(emulated(experts)(rows, torch.ones(7, 1), order), expected)
 
 
 def test_every_linear_but_the_gates_is_emulated() -> None:
@@ -158,7 +160,7 @@ def test_other_policies_leave_the_model_alone(compute: Compute) -> None:
     apply_precision(model, PrecisionConfig(compute=compute))
     assert not [module for module in model.modules() if isinstance(module, EmulatedLinear)]
     assert model.lm_head.operand_dtype is None
-    assert all(m.grouped_linear in PRODUCTS.values() for m in model.modules() if isinstance(m, GroupedExperts))
+    assert all(m.product is grouped_linear for m in model.modules() if isinstance(m, GroupedExperts))
 
 
 @pytest.mark.parametrize("compute", Compute)

@@ -20,8 +20,8 @@ from benchmarks.gpu.figures import Figures, NotRunError, Part
 from benchmarks.gpu.routers import ROUTERS, expert_ids
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import host_syncs, largest_kernels, peak_bytes, tflops, timed
-from moefoundry.config import ExpertBackend, Fp8Config, Fp8Recipe, MoEConfig, PrecisionConfig
-from moefoundry.config.spec import specs
+from moefoundry.config import Fp8Config, Fp8Recipe, MoEConfig, PrecisionConfig
+from moefoundry.config.parts import TABLES
 from moefoundry.moe.layer import MoELayer
 from moefoundry.precision import apply_precision
 
@@ -89,18 +89,16 @@ def run(figures: Figures, options: Options) -> None:
             for backend in backends:
                 case = Case(shape, backend, router, precision)
                 figures.run(str(case), measure, case, options)
-    oracle = Case(shapes[0], ExpertBackend.loop.value, ROUTERS[0], precision)
+    oracle = Case(shapes[0], "loop", ROUTERS[0], precision)
     figures.run(str(oracle), measure, oracle, options)
 
 
 def available_backends(figures: Figures) -> list[str]:
-    """Those that a recipe may ask for, but for the oracle; of the others the figures say that they are not there."""
-    available = specs(MoEConfig)["backend"].available or tuple(ExpertBackend)
-    for backend in ExpertBackend:
-        if backend not in available:
-            figures.run(f"backend {backend}", not_available)
-    left_out = ExpertBackend.loop, ExpertBackend.auto  # the oracle; what is measured under its own name
-    return [backend.value for backend in ExpertBackend if backend in available and backend not in left_out]
+    """Backends that a recipe may name, without the oracle; the figures name those of a later release."""
+    table = TABLES["mixture_backends"]
+    for backend in table.planned:
+        figures.run(f"backend {backend}", not_available)
+    return [backend for backend in table.names() if backend not in ("loop", "auto")]  # auto is one of the others
 
 
 def not_available(part: Part) -> None:
@@ -136,7 +134,7 @@ def build(case: Case, options: Options) -> tuple[MoELayer, Tensor, Tensor]:
             top_k=shape.K,
             expert_hidden_size=shape.F,
             num_shared_experts=0,
-            backend=ExpertBackend(case.backend),
+            backend=case.backend,
         )
         layer = MoELayer(shape.D, cfg)
         for parameter in layer.parameters():

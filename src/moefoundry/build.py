@@ -41,6 +41,7 @@ from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_target_counts
 from moefoundry.mesh import Meshes
+from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.mixture import check_backend
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
@@ -145,6 +146,7 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     dtype = torch.bfloat16 if recipe.precision.compute == Compute.bf16 else torch.float32
     check_backend(recipe.model.moe, recipe.model.d_model, place, dtype)
     model = meta_model(recipe.model)
+    model.use_losses(build_losses(recipe.losses))
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     return model
 

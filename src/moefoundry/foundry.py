@@ -65,6 +65,7 @@ class ComposerMoECausalLM(ComposerModel):
         losses = {"lm": outputs.lm * share, "balance": outputs.balance, "z": outputs.z}
         if self.model.cfg.mtp.depth:
             losses["mtp"] = outputs.mtp * share
+        losses |= {name: value * share for name, value in outputs.of_targets.items()} | outputs.of_tokens
         return {"total": sum(losses.values(), start=outputs.lm.new_zeros(())), **losses}
 
     def eval_forward(self, batch: Batch, outputs: CausalLMLosses | None = None) -> CausalLMLosses:

@@ -1,19 +1,19 @@
-"""From three numbers to the device meshes. The only place that names mesh axes.
+"""Device meshes from the degrees of a recipe. The only place that names mesh axes.
 
-``replicate x shard`` is the world size, and ``expert`` divides ``shard``. One 3-D mesh holds all ranks,
+``replicate x shard`` is the world size, and ``expert`` divides ``shard``. One 3-D mesh has all ranks,
 
     (replicate, shard / expert, expert)
 
-and every parameter lives on a view of it:
+and every parameter is on a view of it:
 
     dense     (replicate, shard)            sharded over shard, copied over replicate: HSDP
     experts   expert                        each rank of it owns num_experts / expert experts
               (replicate, shard / expert)   which are sharded in turn, and copied
 
-``expert`` varies fastest, then the rest of ``shard``: the ranks that exchange tokens are neighbours, then those that
-gather parameters, so that what moves most stays inside as few nodes as possible. Where ``expert`` spans whole nodes it
-is split in two, ``expert_node x expert_place``, for a dispatch in two hops. Every rank has tokens of its own. Degrees
-are checked and inferred without torch, before any process group exists.
+``expert`` varies fastest, then the rest of ``shard``: ranks that exchange tokens have neighbouring numbers, then ranks
+that gather parameters, so that the largest traffic stays inside as few nodes as possible. If ``expert`` spans whole
+nodes it is split in two, ``expert_node x expert_place``, for a dispatch in two hops. Every rank has its own tokens.
+Degrees are checked and inferred without torch, before any process group exists.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from moefoundry.config import ConfigError, MeshConfig, Problem
-from moefoundry.config.checks import divisors
+from moefoundry.config import ConfigError, MeshConfig
+from moefoundry.config.checks import degree_problems, expert_problems, shard_degree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ T = TypeVar("T", bound="Tensor")
 REPLICATE = "replicate"
 SHARD = "shard"
 EXPERT = "expert"
-EXPERT_SHARD = "expert_shard"  # what is left of shard beside expert
+EXPERT_SHARD = "expert_shard"  # shard / expert
 EXPERT_NODE = "expert_node"  # the nodes that an expert group spans
 EXPERT_PLACE = "expert_place"  # its ranks on one of them
 
@@ -43,7 +43,7 @@ class MeshDegrees:
     """Sizes of the mesh axes, all known.
 
     Attributes:
-        expert_nodes: Nodes that an expert group spans; 1 also where it does not fill whole nodes.
+        expert_nodes: Nodes that an expert group spans; 1 also if it does not fill whole nodes.
     """
 
     replicate: int
@@ -57,46 +57,33 @@ class MeshDegrees:
 
 
 def resolve_degrees(cfg: MeshConfig, world_size: int, ranks_per_node: int | None = None) -> MeshDegrees:
-    """Replace the one -1 by what the world size leaves.
+    """Infer the degree that is -1 from the world size.
 
     Args:
         cfg: The recipe's ``mesh``.
         world_size: Number of ranks.
-        ranks_per_node: What the launcher says, for a recipe that does not; None is one node.
+        ranks_per_node: The launcher's number, for a recipe without ``ranks_per_node``; None is one node.
 
     Raises:
         ConfigError: The degrees do not make up the world size, or ``expert`` does not divide ``shard``.
     """
-    replicate, shard = cfg.replicate, cfg.shard
-    for name, degree in (("replicate", replicate), ("shard", shard), ("expert", cfg.expert)):
-        if degree == 0 or degree < -1:
-            raise _error(name, f"{degree} is no degree")
-    if replicate == -1 and shard == -1:
-        raise _error("replicate", "only one of mesh.replicate and mesh.shard may be -1")
-    if replicate == -1:
-        replicate = world_size // shard
-    elif shard == -1:
-        shard = world_size // replicate
-    if replicate * shard != world_size:
-        raise _error(
-            "replicate", f"replicate {cfg.replicate} x shard {cfg.shard} does not make up a world size of {world_size}"
-        )
-    if shard % cfg.expert:
-        message = f"{cfg.expert} does not divide mesh.shard, {shard} of {world_size} ranks"
-        raise _error("expert", message, allowed=divisors(shard))
+    if problems := [*degree_problems(cfg, world_size), *expert_problems(cfg, world_size, {})]:
+        raise ConfigError(problems)
+    shard = shard_degree(cfg, world_size)
+    assert shard is not None, "the degrees fit the world size"
     per_node = cfg.ranks_per_node or ranks_per_node or world_size
-    return MeshDegrees(replicate, shard, cfg.expert, 1 if cfg.expert % per_node else cfg.expert // per_node)
+    return MeshDegrees(world_size // shard, shard, cfg.expert, 1 if cfg.expert % per_node else cfg.expert // per_node)
 
 
 @dataclass(frozen=True)
 class Meshes:
-    """The views of one device mesh.
+    """Views of one device mesh.
 
     Attributes:
-        dense: To shard dense parameters on: (replicate, shard), or (shard) alone where nothing is replicated.
+        dense: Mesh of dense parameters: (replicate, shard), or (shard) if nothing is replicated.
         expert: Ranks among which experts are divided, 1-D.
-        expert_fsdp: To shard the experts of a rank on: (replicate, shard / expert), or the latter alone.
-        expert_hops: Where ``expert`` spans nodes, its two parts, 1-D each: across nodes, and inside one.
+        expert_fsdp: Mesh on which a rank's experts are sharded: (replicate, shard / expert), or the latter alone.
+        expert_hops: Two parts of ``expert``, 1-D each: between nodes, and inside a node; None if it spans one node.
     """
 
     dense: DeviceMesh
@@ -106,7 +93,7 @@ class Meshes:
 
 
 def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
-    """The meshes of a world; needs an initialized process group.
+    """Build the meshes; needs an initialized process group.
 
     Args:
         degrees: From :func:`resolve_degrees`.
@@ -126,7 +113,7 @@ def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
 
 
 def limit_waiting(meshes: Meshes, seconds: float) -> None:
-    """Give every group of the world this time-out; those of a mesh are made with the backend's, of half an hour."""
+    """Set the time-out of every group; groups of a mesh have the backend's default of half an hour."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -138,15 +125,11 @@ def limit_waiting(meshes: Meshes, seconds: float) -> None:
 
 
 def by_mesh(tensors: Iterable[T]) -> list[list[T]]:
-    """Tensors grouped by the mesh they are sharded on, plain ones together; order is kept.
+    """Group tensors by the mesh that they are sharded on, plain tensors together; order is kept.
 
-    Operations over lists of DTensors want one mesh; experts and the rest of the model have two.
+    Operations on lists of DTensors need one mesh; experts and the rest of the model have two.
     """
     groups: dict[object, list[T]] = {}
     for tensor in tensors:
         groups.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
     return list(groups.values())
-
-
-def _error(key: str, message: str, allowed: str = "") -> ConfigError:
-    return ConfigError([Problem(f"mesh.{key}", message, allowed)])

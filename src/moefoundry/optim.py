@@ -1,17 +1,15 @@
-"""AdamW whose two moments are BF16: half their memory, and checkpoints of 8 bytes a parameter rather than 12.
+"""AdamW, with moments in fp32 or BF16.
 
-DeepSeek-V3 (arXiv 2412.19437, section 3.3.3) keeps the moments in BF16 and master weights and gradients in FP32. A step
-is torch's fused fp32 AdamW on the widened moments, which are then rounded again; so rounding what is stored is the only
-difference from ``torch.optim.AdamW(fused=True)``, decay, bias correction and parameter groups included. Torch itself
-takes BF16 moments of FP32 parameters only in its CUDA kernel, and only rounds to the nearest.
-
-Moments are widened a bounded number of elements at a time, those of small tensors together, on the rank's own shards.
+BF16 moments take half the memory, and checkpoints 8 bytes a parameter instead of 12. As in DeepSeek-V3 (arXiv
+2412.19437, section 3.3.3), master weights and gradients stay FP32. A step is torch's fused fp32 AdamW on moments cast
+to fp32, which are then rounded again; this rounding is the only difference from ``torch.optim.AdamW(fused=True)``.
+Torch itself takes BF16 moments of FP32 parameters only in its CUDA kernel, and rounds only to the nearest. Moments are
+cast a bounded number of elements at a time, those of small tensors together, on the rank's own shards.
 
 Rounding to the nearest loses a change smaller than half a unit in the last place, which is between 2**-9 and 2**-8 of
-the value. ``exp_avg_sq`` changes by (1 - beta2)(g**2 - exp_avg_sq), so it stands still while g**2 differs from it by
-less than 2**-9 / (1 - beta2) of it, or twice that: with beta2 0.95 by 4 to 8%, with 0.99 by 20 to 39%; and beyond
-1 - 2**-8 = 0.996 it may not fall even without any gradient, which the recipe's checks refuse. Stochastic rounding is
-right on average with any beta2.
+the value. ``exp_avg_sq`` changes by (1 - beta2)(g**2 - exp_avg_sq). So it does not change while g**2 differs from it by
+less than 4 to 8% with beta2 0.95, or 20 to 39% with 0.99. Above 1 - 2**-8 = 0.996 it may not fall even without any
+gradient; the recipe's checks refuse that. Stochastic rounding is right on average with any beta2.
 """
 
 from __future__ import annotations
@@ -35,22 +33,22 @@ from moefoundry.mesh import by_mesh
 from moefoundry.ops.stochastic_rounding import hash_bits, lower_half, round_stochastically, upper_half
 
 WIDE_ELEMENTS = 2**22
-"""Of each moment that are fp32 at a time: 32 MiB for both, and three times as much in all if noise is made, too."""
+"""Elements of each moment that are fp32 at a time: 32 MiB for both moments; three times that with random bits."""
 
 
 def adamw_of_recipe(cfg: AdamWConfig, model: nn.Module, recipe: Recipe) -> AdamW:
-    """``optimizer.name: adamw`` of a recipe."""
+    """Make the optimizer of a recipe with ``optimizer.name: adamw``."""
     return build_adamw(model, cfg, recipe.precision.optimizer_moments, recipe.seed)
 
 
 def build_adamw(model: nn.Module, cfg: AdamWConfig, moments: Moments = Moments.fp32, seed: int = 0) -> AdamW:
-    """AdamW of a model.
+    """Make AdamW for a model.
 
     Args:
-        model: Materialized.
+        model: Materialized model.
         cfg: The recipe's ``optimizer``.
-        moments: Their dtype, and how they are rounded to it.
-        seed: For stochastic rounding.
+        moments: Dtype and rounding of the moments.
+        seed: Seed of stochastic rounding.
     """
     groups, betas = parameter_groups(model, cfg.weight_decay), (cfg.betas[0], cfg.betas[1])
     if moments == Moments.fp32:
@@ -61,7 +59,7 @@ def build_adamw(model: nn.Module, cfg: AdamWConfig, moments: Moments = Moments.f
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of parameters of one mesh each; only weight matrices decay, not norms, biases and embeddings."""
+    """Group parameters by mesh and weight decay; weight matrices decay, norms, biases and embeddings do not."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
     plain = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
@@ -73,10 +71,14 @@ class Bf16MomentsAdamW(AdamW):
     """AdamW for fp32 parameters, plain or DTensors, with ``exp_avg`` and ``exp_avg_sq`` in BF16.
 
     Args:
-        groups: Parameter groups of *named* parameters, as in ``{"params": [("head.weight", head.weight)], ...}``.
-        lr, betas, eps: As in ``torch.optim.AdamW``; ``weight_decay`` is a group's own.
-        seed: Round stochastically, with bits that depend on the seed, the parameter's name, the step and the element's
-            place in the whole tensor alone: the same on every mesh, and after a resume. None rounds to the nearest.
+        groups: Parameter groups of *named* parameters, as in ``{"params": [("head.weight", head.weight)], ...}``, each
+            with its ``weight_decay``.
+        lr: As in ``torch.optim.AdamW``, and likewise the next two.
+        betas: Decay of both moments.
+        eps: Added to the root of the second moment.
+        seed: Seed of stochastic rounding, whose bits depend only on the seed, the parameter's name, the step and the
+            element's index in the whole tensor: they are the same on every mesh, and after a resume. None rounds to the
+            nearest.
 
     Raises:
         ValueError: A parameter is not fp32 or has no name.
@@ -100,7 +102,7 @@ class Bf16MomentsAdamW(AdamW):
                     raise ValueError(f"{name} is {parameter.dtype}; master weights are fp32")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also the end of ``load_state_dict``, which has widened the moments to the parameter's dtype."""
+        """Cast the moments back to BF16: ``load_state_dict`` has cast them to the parameter's dtype."""
         super().__setstate__(state)
         for slots in self.state.values():
             slots["step"] = slots["step"].cpu()
@@ -109,7 +111,7 @@ class Bf16MomentsAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -125,7 +127,7 @@ class Bf16MomentsAdamW(AdamW):
                 continue
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros(())  # on the host, which decides by it
+                state["step"] = torch.zeros(())  # on the host, which reads it
                 state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
                 state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.bfloat16)
             steps_before = int(state["step"].item())
@@ -143,11 +145,11 @@ class Bf16MomentsAdamW(AdamW):
 
 
 class _Piece(NamedTuple):
-    """Some elements of a parameter, 1-D, and what belongs to them.
+    """Some elements of a parameter, 1-D, with their gradient and moments.
 
     Attributes:
-        steps_before: How often they have been updated.
-        counter: Of the first; the others follow.
+        steps_before: Number of their updates so far.
+        counter: Counter of the first element for random bits; those of the others follow.
     """
 
     steps_before: int
@@ -159,11 +161,11 @@ class _Piece(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Elements of a shard that lie side by side in the whole tensor, too.
+    """Elements of a shard that are contiguous in the whole tensor, too.
 
     Attributes:
-        size: How many.
-        first: Where the first is in the whole tensor.
+        size: Number of elements.
+        first: Index of the first in the whole tensor.
     """
 
     size: int
@@ -182,9 +184,9 @@ def _runs_of(parameter: Tensor) -> Sequence[_Run]:
 
 @lru_cache(maxsize=256)  # layers are alike
 def _runs(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> Sequence[_Run]:
-    """A shard's runs, in its order: everything from its last divided dim on is one."""
+    """List a shard's runs in order: the elements from its last divided dim on are one run."""
     coordinate = mesh.get_coordinate()
-    assert coordinate is not None, "a rank has the parameters of meshes that it is in"
+    assert coordinate is not None, "this rank is in the mesh of its parameters"
     sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh.shape, list(coordinate), placements)
     strides = [shape[dim + 1 :].numel() for dim in range(len(shape))]
     divided = max((dim for dim, size in enumerate(sizes) if size != shape[dim]), default=0)
@@ -198,7 +200,7 @@ def _runs(shape: torch.Size, mesh: DeviceMesh, placements: tuple[Placement, ...]
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces that are updated together: of one age, and of at most ``WIDE_ELEMENTS`` elements."""
+    """Batch pieces that are updated together: equal ``steps_before``, at most ``WIDE_ELEMENTS`` elements."""
     batch: list[_Piece] = []
     elements = 0
     for piece in pieces:
@@ -245,7 +247,7 @@ def _update(pieces: Sequence[_Piece], group: dict[str, Any], stochastic: bool) -
 
 
 def _counters(pieces: Sequence[_Piece], sizes: Sequence[int], device: torch.device) -> Tensor:
-    """int32, one for each element of the pieces, in their order."""
+    """Make a counter for each element of the pieces, in their order; int32."""
     places = torch.arange(max(sizes), dtype=torch.int32, device=device)
     counters = torch.empty(sum(sizes), dtype=torch.int32, device=device)
     for piece, size, out in zip(pieces, sizes, counters.split(sizes), strict=True):

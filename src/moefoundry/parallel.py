@@ -1,8 +1,8 @@
-"""Everything that turns the single-device model into a distributed one, in the one order that works.
+"""Transform the single-device model into a distributed one, in the one order that works.
 
     precision -> expert parallelism -> activation checkpointing -> compilation -> FSDP
 
-Call it on a model built on meta, then :func:`materialize`: each rank allocates and fills only its own shard.
+The model is built on meta, then transformed, then materialized: each rank allocates and fills only its own shard.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from torch.utils.checkpoint import checkpoint
 from moefoundry.config import ActivationCheckpointing, Fp8Recipe, PrecisionConfig
 from moefoundry.mesh import MeshDegrees, Meshes
 from moefoundry.model.init import init_weights
-from moefoundry.model.mla import MultiHeadLatentAttention
 from moefoundry.model.transformer import Block, MoETransformer
 from moefoundry.moe.dispatch import AllToAllDispatcher
 from moefoundry.moe.layer import MoELayer
@@ -35,12 +34,12 @@ from moefoundry.precision import apply_precision, codec_of_rows, full_precision_
 _aten = torch.ops.aten
 PRODUCT_OPS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default, MULTIPLY_OP})
 KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS
-"""What ``selective`` keeps: products, attention and what ranks exchanged; norms, activations and reorders are
+"""Operators whose results ``selective`` keeps: products, attention and exchanges. Norms, activations and reorders are
 recomputed."""
 
 
 def needs_mesh(degrees: MeshDegrees, precision: PrecisionConfig) -> bool:
-    """Whether there is anything for FSDP to do: to shard, or to cast."""
+    """Tell if FSDP has something to shard or to cast."""
     return degrees.world_size > 1 or mixed_precision(precision).param_dtype is not None
 
 
@@ -54,14 +53,14 @@ def parallelize(
     """Transform ``model`` in place.
 
     Args:
-        model: As built, on any device.
+        model: A new model, on any device.
         meshes: From ``mesh.build_meshes``; None leaves the model on one device, unsharded.
         precision: The recipe's ``precision``.
-        activation_checkpointing: What the backward pass recomputes.
-        compile: Whether ``torch.compile`` makes kernels for the parts of a block.
+        activation_checkpointing: The recipe's ``activation_checkpointing``.
+        compile: Compile the parts of each block.
 
     Raises:
-        ValueError: BF16 without a mesh; FSDP does the casting (a mesh of one rank will do).
+        ValueError: BF16 without a mesh: FSDP casts the parameters, and needs a mesh of at least one rank.
     """
     apply_precision(model, precision)
     if meshes is not None and meshes.expert.size() > 1:
@@ -87,8 +86,7 @@ def materialize(model: MoETransformer, device: torch.device | str, seed: int) ->
 
 
 def _divide_experts(model: MoETransformer, meshes: Meshes) -> None:
-    """Give each rank of the expert axis its share of every layer's experts, and the layer a dispatcher that finds
-    them."""
+    """Give each rank of the expert axis its share of every layer's experts, and each layer its dispatcher."""
     for layer in moe_layers(model):
         for name, weight in layer.experts.named_parameters():
             share = distribute_tensor(weight.detach(), meshes.expert, [Shard(0)])
@@ -119,13 +117,14 @@ def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing
 
 def _recompute_up_projections(model: MoETransformer) -> None:
     for block in model.blocks:
-        if isinstance(block.attention, MultiHeadLatentAttention):
-            block.attention.recompute_up_projections = True
+        block.attention.recompute_up_projections = True
 
 
 def _compile(model: MoETransformer) -> None:
-    """Compile what lies between exchanges. The parts, not the block: sizes of what arrives from other ranks come from
-    the host, which would break a block's graph, and checkpointing wraps the block from outside."""
+    """Compile the parts of each block that are between exchanges.
+
+    A whole block has no single graph: the host reads the sizes of exchanges, and checkpointing wraps the block.
+    """
     for block in model.blocks:
         ffn = block.ffn
         parts = [ffn.router, ffn.shared_experts] if isinstance(ffn, MoELayer) else [ffn]
@@ -136,7 +135,7 @@ def _compile(model: MoETransformer) -> None:
 
 def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) -> None:
     policy = mixed_precision(precision)
-    # gates would keep wide copies of their inputs, and rows' weights would be rounded where experts are divided only
+    # with cast inputs, gates would keep wide copies, and the weights of rows would be rounded on some meshes only
     wide = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
     of_experts = replace(policy, cast_forward_inputs=False)
     for module in full_precision_modules(model, precision):
@@ -154,39 +153,45 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
 
 
 def _placement_of_experts(weight: nn.Parameter, ranks: int) -> Shard:
-    """Whole experts to each of the ranks that share them; where they are fewer than the ranks, a part of each to all,
-    so that none is left with nothing and no shard is padded."""
+    """Shard whole experts among the ranks, or, if there are fewer experts than ranks, a part of each on every rank.
+
+    So every rank has a share, and no shard is padded.
+    """
     experts, rows, _ = weight.to_local().shape if isinstance(weight, DTensor) else weight.shape
     return Shard(1) if ranks > experts and rows % ranks == 0 else Shard(0)
 
 
 def _prefetch(model: MoETransformer) -> None:
-    """Gather the next block's parameters, its experts' too, while this one computes: FSDP by itself starts with the
-    experts only when the layer before them has ended, and in MoE layers the host waits in between."""
-    units = [_fsdp_units(block) for block in model.layers]  # evaluation, without the others, would leave them gathered
+    """Gather the next block's parameters, and its experts, while a block computes.
+
+    By default FSDP starts to gather the experts only when the block has come to them, after a wait of the host.
+    """
+    units = [_fsdp_units(block) for block in model.layers]  # not mtp: evaluation would leave its blocks gathered
     for this, following in pairwise(units):
         this[0].set_modules_to_forward_prefetch(following)
         following[0].set_modules_to_backward_prefetch(this)
 
 
 def _fsdp_units(block: Block) -> list[FSDPModule]:
-    """The FSDP units of a block, outermost first."""
+    """List the FSDP units of a block, outermost first."""
     return [module for module in block.modules() if isinstance(module, FSDPModule)]
 
 
 def sum_between_copies(model: nn.Module, wanted: bool) -> None:
-    """Whether the next backward passes sum gradients over ``replicate``. With several micro-batches only the last has
-    to; until then each copy adds up its own, in the shards it has anyway."""
+    """Set if the next backward passes sum gradients over ``replicate``.
+
+    With several micro-batches only the last has to; before that, each copy adds up its own gradients in its shards.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_requires_all_reduce(wanted, recurse=False)
 
 
 def moe_layers(model: MoETransformer) -> list[MoELayer]:
-    """The MoE layers, first to last; those of multi-token prediction come last."""
+    """List the MoE layers in order; those of multi-token prediction are last."""
     return [block.ffn for block in model.blocks if isinstance(block.ffn, MoELayer)]
 
 
 def moe_layer_indices(model: MoETransformer) -> list[int]:
-    """Index among the model's blocks of each of :func:`moe_layers`."""
+    """List the index among the model's blocks of each of :func:`moe_layers`."""
     return [index for index, block in enumerate(model.blocks) if isinstance(block.ffn, MoELayer)]

@@ -1,20 +1,19 @@
 """Precision as a transform of a built model.
 
-Master weights, gradients that are reduced, and optimizer state are fp32 (AdamW's moments by recipe);
-``precision.compute`` says what the matrix products take. Kept in fp32 whatever it says: the router's gate, norms,
-softmax and the loss.
+Master weights, reduced gradients and optimizer state are fp32 (AdamW's moments by recipe). ``precision.compute`` sets
+the dtype of the matrix products' operands. The router's gate, norms, softmax and the loss are always fp32.
 
-    fp32            nothing to do
+    fp32            no change
     bf16            FSDP casts parameters and inputs to BF16 (the gate stays fp32)
     bf16_emulated   the operands of every Linear, of the experts and of the output head are rounded to BF16 and
                     multiplied in fp32: BF16's rounding on CPUs that multiply BF16 slowly or not at all. The embedding
                     and the inside of attention stay fp32.
 
-``precision.fp8.recipe`` takes over the products of every Linear and of the experts, but for ``precision.fp8.exclude``:
+``precision.fp8.recipe`` changes the products of every Linear and of the experts, except ``precision.fp8.exclude``:
 
     deepseek_v3     tiles and blocks, FP8 inputs kept for backward, FP8 dispatch (docs/fp8.md)
     rowwise         one scale for each row along K, nothing kept in FP8; for comparison, without kernels
-    tensorwise      one scale for each tensor, likewise
+    tensorwise      one scale for each tensor; otherwise as rowwise
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
 from moefoundry.model.transformer import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
+from moefoundry.moe.mixture import RowMixture
 from moefoundry.moe.router import Router
 from moefoundry.ops.fp8 import (
     Backend,
@@ -65,7 +65,7 @@ def apply_precision(model: nn.Module, cfg: PrecisionConfig) -> None:
 
 
 def describe_fp8(cfg: Fp8Config, device: torch.device) -> str:
-    """What computes the FP8 products on ``device``, and why it is not the kernels where it is not.
+    """Describe the implementation of FP8 products on ``device``, with the reason if it is not the kernels.
 
     Raises:
         UserError: The backend that the recipe asks for cannot run there.
@@ -79,14 +79,14 @@ def describe_fp8(cfg: Fp8Config, device: torch.device) -> str:
 
 
 def mixed_precision(cfg: PrecisionConfig) -> MixedPrecisionPolicy:
-    """What FSDP computes in; gradients are reduced in fp32."""
+    """Make FSDP's policy: the compute dtype, and reduction of gradients in fp32."""
     if cfg.compute == Compute.bf16:
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return MixedPrecisionPolicy()
 
 
 def full_precision_modules(model: nn.Module, cfg: PrecisionConfig) -> list[nn.Module]:
-    """Modules whose parameters must not be cast: each becomes an FSDP unit of its own that stays fp32."""
+    """List modules whose parameters must not be cast; each becomes an FSDP unit that stays fp32."""
     if cfg.compute != Compute.bf16:
         return []
     return [module for module in model.modules() if isinstance(module, Router)]
@@ -105,7 +105,7 @@ class EmulatedLinear(nn.Linear):
 
 
 class Fp8Linear(nn.Linear):
-    """``nn.Linear`` in tiles and blocks of FP8, which keeps its input in ``kept`` for backward."""
+    """``nn.Linear`` in tiles and blocks of FP8; its input is kept for backward in the format ``kept``."""
 
     kept: Format
     backend: Backend | None
@@ -135,7 +135,7 @@ class Fp8Experts(GroupedExperts):
 
 
 def codec_of_rows(experts: GroupedExperts) -> Fp8Codec | None:
-    """What tokens of ``experts`` travel as between ranks; None is what they are."""
+    """Make the codec with which tokens of ``experts`` are sent; None sends them as they are."""
     return Fp8Codec(experts.fp8_backend) if isinstance(experts, Fp8Experts) else None
 
 
@@ -162,7 +162,7 @@ def _asked(cfg: Fp8Config) -> Backend | None:
 
 
 def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
-    """The modules, by name, that no pattern excludes, be it by a module around them."""
+    """List the modules, by name, that no pattern excludes, directly or through a module around them."""
     modules = dict(model.named_modules())
     problems = []
     for pattern in exclude:
@@ -182,7 +182,7 @@ def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
 
 
 def _gates(model: nn.Module) -> set[int]:
-    """``id`` of every router's gate, which keeps its own product."""
+    """Collect the ``id`` of every router's gate, whose product does not change."""
     return {id(module.gate) for module in model.modules() if isinstance(module, Router)}
 
 
@@ -207,7 +207,7 @@ def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:
 def _use_coarse_scales(modules: dict[str, nn.Module], granularity: Granularity) -> None:
     for module in modules.values():
         if isinstance(module, GroupedExperts):
-            module.grouped_linear = lambda rows, weight, sizes: coarse_linear(rows, weight, granularity, sizes)
+            module.mixture = RowMixture(lambda rows, weight, sizes: coarse_linear(rows, weight, granularity, sizes))
         elif type(module) is nn.Linear:
             module.__class__ = CoarseLinear
             cast(CoarseLinear, module).granularity = granularity
@@ -217,7 +217,7 @@ def _emulate(model: nn.Module, dtype: torch.dtype) -> None:
     gates = _gates(model)
     for module in model.modules():
         if isinstance(module, GroupedExperts):
-            module.grouped_linear = _emulated(module.grouped_linear, dtype)
+            module.mixture = RowMixture(_emulated(module.product, dtype))
         elif isinstance(module, OutputHead):
             module.operand_dtype = dtype
         elif type(module) is nn.Linear and id(module) not in gates:

@@ -1,15 +1,15 @@
 """Tables of the parts that a recipe names: a name leads to a typed config and to the function that makes the part.
 
-What this package and Composer have is listed (:mod:`moefoundry.config.parts`), as text, so that nothing is imported for
-a part that is not used. Installed packages add to a table by an entry point of the group ``moefoundry.KIND`` that leads
-to a :class:`Part`. They are looked up only where a recipe names what is not listed, so a listed name stays what it is.
+The parts of this package and of Composer are listed in :mod:`moefoundry.config.parts`, as text: a part that is not used
+is not imported. Installed packages add parts by an entry point of the group ``moefoundry.KIND`` that leads to a
+:class:`Part`. Entry points are searched only for names that are not listed, so a listed name cannot be replaced.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -22,46 +22,55 @@ class PartError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """What a name stands for.
+    """An entry of a table.
 
     Attributes:
-        config: A dataclass whose fields are made by ``moefoundry.config.key``: the keys that the part has in a recipe.
-        build: What makes the part from such a config; or ``package.module:function``, imported when it is made. What
-            else it is given depends on the table: ``docs/extending.md``.
+        config: A dataclass whose fields are made by ``moefoundry.config.key``: the part's keys in a recipe. None for a
+            part that is only a name.
+        build: The function that makes the part, or its place as ``package.module:function``, which is imported when
+            the part is made. Its arguments depend on the table: ``docs/extending.md``.
     """
 
-    config: type
+    config: type | None
     build: Callable[..., Any] | str
 
-    def make(self, cfg: Any, *context: Any) -> Any:
-        """The part, from its config and what its table gives."""
-        return (load(self.build) if isinstance(self.build, str) else self.build)(cfg, *context)
+    def make(self, *context: Any) -> Any:
+        """Make the part from the arguments that its table gives."""
+        return (load(self.build) if isinstance(self.build, str) else self.build)(*context)
 
 
 class Table:
     """The parts of one kind.
 
     Args:
-        kind: As in ``moefoundry.callbacks``, the group of the entry points.
-        listed: Name -> part, or what makes it when it is first used.
-        base: What the config of an installed part has to be derived from; ``object`` is anything.
+        kind: The entry points' group is ``moefoundry.KIND``.
+        listed: Parts by name, or functions that make them when they are first used.
+        base: Base class of the configs of installed parts; None if parts of this kind have no config.
+        planned: Names that stand for parts of a later release.
     """
 
-    def __init__(self, kind: str, listed: Mapping[str, Part | Callable[[], Part]], base: type = object) -> None:
+    def __init__(
+        self,
+        kind: str,
+        listed: Mapping[str, Part | Callable[[], Part]],
+        base: type | None = object,
+        planned: Collection[str] = (),
+    ) -> None:
         self.kind = kind
         self.listed = listed
         self.base = base
+        self.planned = planned
         self._made: dict[str, Part] = {}
 
     def names(self) -> list[str]:
-        """All that there are: listed, then installed."""
+        """All names: listed ones, then installed ones."""
         return list(dict.fromkeys([*self.listed, *sorted(self._installed())]))
 
     def find(self, name: str) -> Part | None:
-        """The part of this name; None if there is none.
+        """Look a part up; None if there is none of this name.
 
         Raises:
-            PartError: It is installed, and cannot be used.
+            PartError: The part is installed, and cannot be used.
         """
         if name not in self._made:
             if name in self.listed:
@@ -86,16 +95,24 @@ class Table:
             raise PartError(f"{what} cannot be imported: {type(error).__name__}: {reason}") from error
         if not isinstance(part, Part):
             raise PartError(f"{what} is no moefoundry.registry.Part")
-        if not (isinstance(part.config, type) and issubclass(part.config, self.base)):
-            raise PartError(f"{what}: its config is not derived from {self.base.__module__}.{self.base.__name__}")
-        if not (is_dataclass(part.config) and all("doc" in field.metadata for field in fields(part.config))):
-            raise PartError(f"{what}: its config is no dataclass whose fields are made by moefoundry.config.key")
+        if problem := _config_problem(part.config, self.base):
+            raise PartError(f"{what}: its config {problem}")
         return part
+
+
+def _config_problem(config: type | None, base: type | None) -> str:
+    if base is None:
+        return "" if config is None else "is not None: parts of this kind are names without keys"
+    if not (isinstance(config, type) and issubclass(config, base)):
+        return f"is not derived from {base.__module__}.{base.__name__}"
+    if not (is_dataclass(config) and all("doc" in field.metadata for field in fields(config))):
+        return "is no dataclass whose fields are made by moefoundry.config.key"
+    return ""
 
 
 @cache
 def _entry_points(group: str, search_path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
-    """Name -> those that have it, in the directories of ``search_path``, which is that of modules."""
+    """Entry points of a group by name; ``search_path`` is Python's, and only a key of the cache."""
     found: dict[str, list[EntryPoint]] = {}
     for point in entry_points(group=group):
         found.setdefault(point.name, []).append(point)
@@ -103,6 +120,6 @@ def _entry_points(group: str, search_path: tuple[str, ...]) -> dict[str, list[En
 
 
 def load(place: str) -> Any:
-    """What ``package.module:name`` stands for."""
+    """Import ``package.module:name``."""
     module, _, name = place.partition(":")
     return getattr(importlib.import_module(module), name)

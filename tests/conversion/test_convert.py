@@ -21,7 +21,7 @@ from moefoundry.checkpoint.out_of_core import StoredTensors
 from moefoundry.checkpoint.save import write
 from moefoundry.checkpoint.weights import read_model_config
 from moefoundry.cli.main import main
-from moefoundry.config import ExpertBackend, ModelConfig, Recipe, UserError, flatten, load_recipe
+from moefoundry.config import ModelConfig, Recipe, UserError, flatten, load_recipe
 from moefoundry.conversion.convert import (
     PREFIX,
     consolidate,
@@ -190,7 +190,7 @@ def test_the_recipe_of_an_import_is_for_every_directory(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe = load_recipe(Path("../imported/recipe.yaml"))
     assert recipe.load_path == str(tmp_path / "imported")
-    odd = replace(MIXTRAL, moe=replace(MIXTRAL.moe, backend=ExpertBackend.loop))
+    odd = replace(MIXTRAL, moe=replace(MIXTRAL.moe, backend="loop"))
     assert recipe.model == with_balance(FAMILIES["mixtral"], odd, {})
     assert (recipe.run_name, recipe.max_duration, recipe.precision.compute) == ("imported", "1ep", "bf16")
     assert recipe.optimizer.lr == pytest.approx(peak_rate(Size.of(MIXTRAL).active) / 10, rel=0.1)

@@ -12,7 +12,6 @@ from torch import Tensor
 from moefoundry.config import (
     ActivationCheckpointing,
     AdamWConfig,
-    ExpertBackend,
     MeshConfig,
     ModelConfig,
     MtpConfig,
@@ -138,7 +137,8 @@ def test_evaluation_and_logits_do_without_it() -> None:
     assert not called
     assert losses.mtp == 0
     for name, value in losses._asdict().items():
-        assert torch.equal(value, getattr(expected, name)), name
+        same = torch.equal(value, getattr(expected, name)) if isinstance(value, Tensor) else value == {}
+        assert same, name
 
 
 def test_modules_have_their_own_blocks_and_share_embedding_and_head() -> None:
@@ -180,7 +180,7 @@ def train(
 
     rank, ranks = (0, 1) if mesh is None else (dist.get_rank(), dist.get_world_size())
     cfg = mtp_config(2)
-    cfg.moe.backend = ExpertBackend.loop
+    cfg.moe.backend = "loop"
     with torch.device("meta"):
         model = MoETransformer(cfg).double()
     meshes = mesh and build_meshes(resolve_degrees(MeshConfig(*mesh), ranks), "cpu")

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moefoundry.config import AttentionConfig
+from moefoundry.config import AttentionConfig, UserError
 from moefoundry.model.attention import build_attention
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from moefoundry.moe.layer import MoELayer, RoutingStats
@@ -166,5 +166,5 @@ def test_two_runs_give_the_same_bits() -> None:
 def test_unknown_attention_is_named() -> None:
     cfg = tiny_config()
     cfg.attention = AttentionConfig(kind="mystery")
-    with pytest.raises(ValueError, match=r"^model.attention: no module for AttentionConfig$"):
+    with pytest.raises(UserError, match=r"^model\.attention\.kind: no 'mystery' among gqa, mla$"):
         build_attention(cfg)

@@ -9,7 +9,6 @@ from moefoundry.config import (
     ActivationCheckpointing,
     AuxLossScope,
     BalanceConfig,
-    ExpertBackend,
     GqaConfig,
     InitConfig,
     ModelConfig,
@@ -58,7 +57,7 @@ def tiny_config(
             balance=BalanceConfig(
                 aux_loss_weight=aux_loss_weight, aux_loss_scope=AuxLossScope(scope), z_loss_weight=z_loss_weight
             ),
-            backend=ExpertBackend(backend),
+            backend=backend,
         ),
     )
 

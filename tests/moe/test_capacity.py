@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import ExpertBackend, MoEConfig, RouterConfig, ScoreFunction
+from moefoundry.config import MoEConfig, RouterConfig, ScoreFunction
 from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.moe.router import within_capacity
 from tests.distributed import run_distributed
@@ -24,7 +24,7 @@ def layer(capacity_factor: float | None, backend: str = "loop", dtype: torch.dty
         num_shared_experts=1,
         router=RouterConfig(score_function=ScoreFunction.sigmoid, scale=1.5),
         capacity_factor=capacity_factor,
-        backend=ExpertBackend(backend),
+        backend=backend,
     )
     module = MoELayer(D, cfg)
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefoundry.ops.permute import permute, sum_rows
+from moefoundry.ops.permute import permute, permute_slots, sum_rows
 from tests.collectives import CrossingBytes
 from tests.distributed import run_distributed
 
@@ -74,9 +74,9 @@ def dispatch_and_combine(dispatcher: Any, routing: str, rank: int, ranks: int, f
     tokens, ids, weights, kept = case(routing, rank, ranks)
     arrived, metadata = dispatcher.dispatch(tokens, ids, weights, kept).wait()
     rows = permute(arrived, metadata.order)
-    groups = rows.split(metadata.tokens_per_local_expert.tolist())
+    groups = rows.split(metadata.order.tokens_per_expert_E.tolist())
     rows = torch.cat([expert(group, first_expert + i) for i, group in enumerate(groups)])
-    rows = rows * metadata.row_weights_R.unsqueeze(1)
+    rows = rows * permute_slots(metadata.weights_PK, metadata.order).unsqueeze(1)
     out = dispatcher.combine(sum_rows(rows, metadata.order), metadata)
     (out * torch.arange(1.0, WIDTH + 1)).sum().backward()
     return Result(out.detach(), tokens.grad, weights.grad, len(rows))
@@ -182,9 +182,9 @@ def in_fp8(kind: str, routings: list[str]) -> list[tuple[Result, Result]]:
             if ours:
                 arrived, metadata = dispatcher.dispatch(leaves[0], ids, leaves[1], kept).wait()
                 rows = permute(arrived, metadata.order)
-                first, sizes = rank * EXPERTS // ranks, metadata.tokens_per_local_expert.tolist()
+                first, sizes = rank * EXPERTS // ranks, metadata.order.tokens_per_expert_E.tolist()
                 rows = torch.cat([expert(group, first + i) for i, group in enumerate(rows.split(sizes))])
-                rows = rows * metadata.row_weights_R.unsqueeze(1)
+                rows = rows * permute_slots(metadata.weights_PK, metadata.order).unsqueeze(1)
                 out = dispatcher.combine(sum_rows(rows, metadata.order), metadata)
             else:
                 sent, out = quantized(leaves[0]), leaves[0] * 0
@@ -237,7 +237,9 @@ def count_traffic(kind: str, top_k: int, fp8: bool = False) -> Traffic:
         dispatcher.codec = Fp8Codec()
     with CrossingBytes(ranks // nodes) as counter:
         arrived, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
-        rows = permute(arrived, metadata.order).sin() * metadata.row_weights_R.unsqueeze(1).to(dtype)
+        rows = permute(arrived, metadata.order).sin() * permute_slots(metadata.weights_PK, metadata.order).unsqueeze(
+            1
+        ).to(dtype)
         dispatcher.combine(sum_rows(rows, metadata.order), metadata).sum().backward()
     node_pairs = pairs_away(ids, num_experts, nodes, rank // (ranks // nodes))
     rank_pairs = pairs_away(ids, num_experts, ranks, rank)
@@ -284,10 +286,10 @@ def test_an_fp8_leg_takes_at_most_52_percent_of_bf16(kind: str) -> None:
 HAND_IDS = torch.tensor([[2, 0, 3], [5, -1, 4]])
 
 
-def test_visits_of_the_example_worked_out_by_hand() -> None:
-    from moefoundry.moe.dispatch import pairs_and_slots, visits
+def test_places_of_the_example_worked_out_by_hand() -> None:
+    from moefoundry.moe.dispatch import pairs_and_slots
 
-    assert visits(HAND_IDS // 2, 4).tolist() == [[True, True, False, False], [False, False, True, False]]
+    assert needed_places(HAND_IDS // 2, 4).tolist() == [[True, True, False, False], [False, False, True, False]]
     pairs, slots = pairs_and_slots(HAND_IDS, 8, 4)
     assert pairs.tolist() == [1, 1, 1, 0]
     assert slots.tolist() == [1, 2, 2, 0]

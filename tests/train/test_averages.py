@@ -17,16 +17,24 @@ Tiny = Callable[..., Recipe]
 WHOLE = "device_train_microbatch_size=8"
 
 
-def assert_same_numbers(run: Run, expected: Run) -> None:
-    for key in (*LOSSES, "grad_norm"):
+FURTHER = ("loss/train/logits_z", "loss/train/router_entropy")
+
+
+def assert_same_numbers(run: Run, expected: Run, *further: str) -> None:
+    for key in (*LOSSES, *further, "grad_norm"):
         assert run.column(key) == pytest.approx(expected.column(key), rel=2e-6), key
 
 
 def test_documents_of_uneven_length_weigh_by_their_targets(tiny_recipe: Tiny, tmp_path: Path) -> None:
     """Labels that cross from one document into the next are no targets, so sequences have unlike numbers of them."""
-    expected = run_recipe(tiny_recipe(tmp_path / "one", "model.document_masking=true", WHOLE))
-    split = ["mesh.expert=2", "device_train_microbatch_size=1"]
-    assert_same_numbers(run_recipe(tiny_recipe(tmp_path / "two", "model.document_masking=true", *split), 2), expected)
+    losses = "losses={logits_z: {weight: 0.01}, router_entropy: {weight: -0.02}}"
+    expected = run_recipe(tiny_recipe(tmp_path / "one", "model.document_masking=true", losses, WHOLE))
+    split = [losses, "mesh.expert=2", "device_train_microbatch_size=1"]
+    run = run_recipe(tiny_recipe(tmp_path / "two", "model.document_masking=true", *split), 2)
+    assert_same_numbers(run, expected, *FURTHER)
+    for number, total in run.column("loss/train/total").items():
+        parts = [run.column(key)[number] for key in (*LOSSES[1:], *FURTHER)]
+        assert total == pytest.approx(sum(parts), rel=1e-5)
 
 
 def test_balance_over_the_global_batch_is_exact_over_ranks(tiny_recipe: Tiny, tmp_path: Path) -> None:

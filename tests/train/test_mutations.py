@@ -15,7 +15,7 @@ from composer.core import Callback, State, Time, Timestamp
 from composer.loggers import Logger
 from hypothesis import HealthCheck, Phase, given, settings
 
-from moefoundry.config import ExpertBackend, Recipe, UserError, advice, dump_recipe, load_recipe
+from moefoundry.config import Recipe, UserError, advice, dump_recipe, load_recipe
 from moefoundry.config.layers import Layers, leaves_of
 from moefoundry.config.loader import recipe_of
 from moefoundry.config.spec import plain
@@ -80,8 +80,8 @@ def mutate(tree: dict[str, Any], directory: Path, use: Callable[[Recipe, Path], 
         else:
             outcomes["accepted"] += 1
             recipe.compile = False  # has tests of its own, and takes seconds
-            if recipe.model.moe.backend == ExpertBackend.triton:  # what devices can do is for training to find out
-                recipe.model.moe.backend = ExpertBackend.auto
+            if recipe.model.moe.backend == "triton":  # what devices can do is for training to find out
+                recipe.model.moe.backend = "auto"
             use(recipe, directory)
 
     one()

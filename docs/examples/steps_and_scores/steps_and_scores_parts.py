@@ -1,9 +1,10 @@
-"""What the parts do: see ``steps_and_scores``."""
+"""The three parts themselves: see ``steps_and_scores``."""
 
 import time
-from functools import partial
 
 from composer.core import Callback
+
+from moefoundry.model.losses import LogitsLoss
 
 
 class StepsPerSecond(Callback):
@@ -17,9 +18,9 @@ class StepsPerSecond(Callback):
             self.since = now
 
 
-def scores(logits_TE, temperature):
-    return (logits_TE / temperature).softmax(dim=-1)
-
-
 def tempered_softmax(cfg):
-    return partial(scores, temperature=cfg.temperature)
+    return lambda logits_TE: (logits_TE / cfg.temperature).softmax(dim=-1)
+
+
+def smoothing(cfg):  # the mean cross entropy to all tokens
+    return LogitsLoss(lambda logits_NV, targets_N: -logits_NV.log_softmax(dim=-1).mean(dim=-1))

@@ -101,7 +101,7 @@ def exports_as(model: ModelConfig) -> str:
     from moefoundry.conversion.families import nearest_family
 
     family, reasons = nearest_family(model)
-    return f"no Hugging Face family: {'; '.join(reasons)}" if reasons else family.name
+    return family.name if family is not None and not reasons else f"no Hugging Face family: {'; '.join(reasons)}"
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -20,7 +20,6 @@ from moefoundry.config.schema_model import (
     Assignment,
     AuxLossScope,
     BalanceConfig,
-    ExpertBackend,
     InitConfig,
     ModelConfig,
     MoEConfig,
@@ -57,6 +56,8 @@ from moefoundry.config.schema_parts import (
     GradientClippingConfig,
     LinearDecayWithWarmupConfig,
     LoaderConfig,
+    LossConfig,
+    LossesConfig,
     MeshConfig,
     Moments,
     NonFinite,
@@ -65,20 +66,21 @@ from moefoundry.config.schema_parts import (
     SchedulerConfig,
     ScheduleTiming,
     TokenizerConfig,
+    WarmupConfig,
 )
 
 # fmt: off
 __all__ = [
     "REQUIRED", "ActivationCheckpointing", "AdamWConfig", "AlgorithmsConfig", "Assignment", "AttentionBias",
     "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "Compute", "ConfigError",
-    "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "EmaConfig",
-    "ExpertBackend", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig",
-    "LRMonitorConfig", "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "MLflowConfig",
+    "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "EmaConfig", "Fp8Backend",
+    "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig", "LRMonitorConfig",
+    "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LossConfig", "LossesConfig", "MLflowConfig",
     "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig", "Moments", "MtpConfig",
     "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe",
     "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig",
-    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "YarnConfig", "advice", "annotated",
-    "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_recipe", "recipe_of",
-    "redact_argument", "redacted", "split_arguments",
+    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice",
+    "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_recipe",
+    "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on

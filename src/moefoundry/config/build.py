@@ -157,7 +157,20 @@ class Builder:
             value = float(value)
         value = expanded(value) if spec.path else value
         problem = _misfit(spec, kind, value)
-        return self._fail(path, problem, allowed) if problem else value
+        if problem:
+            return self._fail(path, problem, allowed)
+        return value if spec.table is None else self._name(spec, spec.table, value, path)
+
+    def _name(self, spec: Spec, table: Table, value: str, path: str) -> Any:
+        """Check the name of a part."""
+        names = table.names()
+        if self._unusable(table, value, path, f"{value}: "):
+            return INVALID
+        if value in table.planned and value not in names:
+            self.problems.append(Problem(path, f"{show(value)} is not available yet", ", ".join(names)))
+        elif value not in names:
+            return self._fail(path, f"got {show(value)}", ", ".join(names), _nearest(value, names, spec))
+        return value
 
     def _unknown(self, name: str, value: Any, parent: str, siblings: list[str], kind: str) -> None:
         path = join(parent, name)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
+from moefoundry.config.making import chosen_parts
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
-from moefoundry.config.schema_model import ExpertBackend
 from moefoundry.config.schema_parts import (
     AdamWConfig,
     Compute,
@@ -20,7 +20,9 @@ from moefoundry.config.schema_parts import (
     Fp8Backend,
     Fp8Config,
     Fp8Recipe,
+    MeshConfig,
     Moments,
+    WarmupConfig,
 )
 from moefoundry.config.spec import describe, every_key, missing, show_leaf
 from moefoundry.config.urls import path_problem, url_problem
@@ -164,7 +166,7 @@ def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 @rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision.compute")
 def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """``torch.nn.functional.grouped_mm`` wants strides that are multiples of 16 bytes."""
-    if recipe.model.moe.backend == ExpertBackend.loop:
+    if recipe.model.moe.backend not in ("auto", "grouped_mm", "triton"):
         return
     multiple = 8 if recipe.precision.compute == Compute.bf16 else 4
     hidden = recipe.model.moe.expert_hidden_size
@@ -199,12 +201,16 @@ def _kernels_of_fp8(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("mesh.replicate", "mesh.shard")
 def _degrees(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
-    mesh = recipe.mesh
+    yield from degree_problems(recipe.mesh, world_size)
+
+
+def degree_problems(mesh: MeshConfig, world_size: int | None) -> Iterator[Problem]:
+    """List why ``replicate`` and ``shard`` do not make up the world size."""
     degrees = {"mesh.replicate": mesh.replicate, "mesh.shard": mesh.shard}
     for path, degree in degrees.items():
-        if degree == 0:
-            yield Problem(path, "got 0", allowed="a positive integer, or -1 for the ranks that remain")
-    if 0 in degrees.values():
+        if degree == 0 or degree < -1:
+            yield Problem(path, f"got {degree}", allowed="a positive integer, or -1 for the ranks that remain")
+    if any(degree == 0 or degree < -1 for degree in degrees.values()):
         return
     if mesh.replicate == mesh.shard == -1:
         yield Problem("mesh.shard", "mesh.replicate and mesh.shard are both -1", allowed="at most one -1")
@@ -222,10 +228,18 @@ def _degrees(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
 
 @rule("mesh", "model.moe.num_experts")
 def _expert_degree(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
-    """Experts are divided evenly, among ranks that share one copy of the model."""
-    expert, num_experts = recipe.mesh.expert, recipe.model.moe.num_experts
-    sizes = {f"model.moe.num_experts, {num_experts}": num_experts}
-    if (shard := _shard_degree(recipe, world_size)) is not None:
+    num_experts = recipe.model.moe.num_experts
+    yield from expert_problems(recipe.mesh, world_size, {f"model.moe.num_experts, {num_experts}": num_experts})
+
+
+def expert_problems(mesh: MeshConfig, world_size: int | None, sizes: dict[str, int]) -> Iterator[Problem]:
+    """List why experts are not divided evenly among ranks that share one copy of the model; ``expert`` has to divide
+    ``shard`` and ``sizes``, which are named by their keys."""
+    expert, sizes = mesh.expert, dict(sizes)
+    if expert < 1:
+        yield Problem("mesh.expert", f"got {expert}", allowed="a positive integer")
+        return
+    if (shard := shard_degree(mesh, world_size)) is not None:
         sizes[f"mesh.shard, {shard}" + (f" of {world_size} ranks" if world_size else "")] = shard
     broken = [name for name, size in sizes.items() if size % expert]
     if broken:
@@ -245,9 +259,9 @@ def _batch(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
         yield Problem("global_train_batch_size", message, allowed=f"multiples of {ranks}")
 
 
-def _shard_degree(recipe: Recipe, world_size: int | None) -> int | None:
-    """``mesh.shard``, inferred where it is -1 and can be."""
-    replicate, shard = recipe.mesh.replicate, recipe.mesh.shard
+def shard_degree(mesh: MeshConfig, world_size: int | None) -> int | None:
+    """``mesh.shard``, inferred from the world size if it is -1; None if that cannot be."""
+    replicate, shard = mesh.replicate, mesh.shard
     if shard > 0:
         return shard
     if shard == -1 and replicate > 0 and world_size and world_size % replicate == 0:
@@ -302,10 +316,11 @@ def _evaluated_average(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("ema.evaluate", "true, but eval_loader is null", allowed="false")
 
 
-@rule("save_keep_best", "eval_loader", "model.mtp.depth")
+@rule("save_keep_best", "eval_loader", "model.mtp.depth", "losses")
 def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Accept only metrics that the run measures and that are better when they are lower."""
     names = ["total", "lm", "balance", "z"] + (["mtp"] if recipe.model.mtp.depth else [])
+    names += [name for name, _ in chosen_parts("losses", recipe.losses)]
     measured = [HELD_OUT_LOSS] * (recipe.eval_loader is not None) + [f"loss/train/{name}" for name in names]
     wanted = recipe.save_keep_best
     if wanted is not None and wanted not in measured:
@@ -345,6 +360,8 @@ def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 @rule("scheduler.t_warmup", "max_duration")
 def _warmup(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """A schedule compares both; it knows how many batches an epoch has, but not how many tokens or samples a batch."""
+    if not isinstance(recipe.scheduler, WarmupConfig):
+        return
     warmup, unit = _duration(recipe.scheduler.t_warmup)
     limit = "1dur" if unit == "dur" else recipe.max_duration
     total, total_unit = _duration(limit)

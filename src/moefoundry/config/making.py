@@ -7,51 +7,53 @@ from typing import Any
 
 from moefoundry.config.errors import UserError
 from moefoundry.config.parts import TABLES
+from moefoundry.registry import PartError
 
 
-def make_part(kind: str, name: str, key: str, cfg: Any, *context: Any) -> Any:
-    """One part.
+def make_part(kind: str, name: str, key: str, *context: Any) -> Any:
+    """Make one part.
 
     Args:
-        kind: Its table.
-        name: Its own in the table.
-        key: Where it stands in the recipe.
-        cfg: Its config.
-        context: What else its table gives.
+        kind: Name of its table.
+        name: Name of the part in the table.
+        key: The part's key in the recipe, for messages.
+        context: Arguments of the build function: the part's config, if it has one, and what the table gives.
 
     Raises:
-        UserError: There is none, or it cannot be made.
+        UserError: There is no such part, or it cannot be made.
     """
-    part = TABLES[kind].find(name)
-    if part is None:
-        raise UserError(f"{key}: no {name!r} among {', '.join(TABLES[kind].names())}")
     try:
-        return part.make(cfg, *context)
+        part = TABLES[kind].find(name)
+        if part is not None:
+            return part.make(*context)
     except UserError:
         raise
+    except PartError as error:
+        raise UserError(f"{key}: {name}: {error}") from error
     except Exception as error:  # of code that others have written
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key}: cannot be used: {reason}") from error
+    raise UserError(f"{key}: no {name!r} among {', '.join(TABLES[kind].names())}")
 
 
 def make_parts(kind: str, mapping: Any, *context: Any) -> list[Any]:
-    """The parts that a mapping such as ``callbacks`` turns on.
+    """Make the parts that a mapping such as ``callbacks`` turns on.
 
     Args:
-        kind: The table, which is also the mapping's key.
-        mapping: Of the recipe.
-        context: What else its table gives.
+        kind: Name of the table, which is also the mapping's key.
+        mapping: The recipe's mapping.
+        context: Arguments of the build functions after the config.
 
     Raises:
-        UserError: One cannot be made.
+        UserError: A part cannot be made.
     """
     return [make_part(kind, name, f"{kind}.{name}", cfg, *context) for name, cfg in chosen_parts(kind, mapping)]
 
 
 def chosen_parts(kind: str, mapping: Any) -> list[tuple[str, Any]]:
-    """Name and config of each part that a mapping turns on, in its order.
+    """List name and config of each part that a mapping turns on, in its order.
 
-    Keys of the schema that are no parts of a table, such as ``callbacks.report``, are left out.
+    Keys of the schema that are no parts of the table, such as ``callbacks.report``, are left out.
     """
     names = [field.name for field in fields(mapping)]
     added = getattr(mapping, "added", ())

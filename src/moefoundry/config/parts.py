@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 
+from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, MlaConfig
 from moefoundry.config.schema_model import RouterConfig
 from moefoundry.config.schema_monitors import (
     LRMonitorConfig,
@@ -18,6 +20,7 @@ from moefoundry.config.schema_parts import (
     ConstantWithWarmupConfig,
     CosineWithWarmupConfig,
     LinearDecayWithWarmupConfig,
+    LossConfig,
     OptimizerConfig,
     SchedulerConfig,
 )
@@ -37,8 +40,8 @@ COMPOSER_CALLBACKS = {
     "system_metrics_monitor": "SystemMetricsMonitor",
     "threshold_stopper": "ThresholdStopper",
 }
-"""All but those that this package has itself, those that read and write pickles (checkpoints are read and written by
-``load_path`` and ``save_interval``), and those of images and of Hugging Face models."""
+"""Callbacks, except those that this package has itself, those that read or write pickles (``load_path`` and
+``save_interval`` do that), and those for images and Hugging Face models."""
 
 COMPOSER_ALGORITHMS = {
     "alibi": "Alibi",
@@ -56,54 +59,115 @@ COMPOSER_ALGORITHMS = {
     "swa": "SWA",
     "weight_standardization": "WeightStandardization",
 }
-"""All but those of images, and those that this package has itself (``gradient_clipping``, ``ema``)."""
+"""Algorithms, except those for images, and those that this package has itself (``gradient_clipping``, ``ema``)."""
 
-TABLES = {
-    table.kind: table
-    for table in (
-        Table(
-            "callbacks",
-            {
-                "speed_monitor": Part(SpeedMonitorConfig, "moefoundry.callbacks.speed:SpeedMonitor"),
-                "lr_monitor": Part(LRMonitorConfig, "moefoundry.callbacks.speed:LRMonitor"),
-                "memory_monitor": Part(MemoryMonitorConfig, "moefoundry.callbacks.speed:MemoryMonitor"),
-                **{
-                    name: partial(part_of_class, f"composer.callbacks:{cls}")
-                    for name, cls in COMPOSER_CALLBACKS.items()
-                },
-            },
-        ),
-        Table(
-            "algorithms",
-            {name: partial(part_of_class, f"composer.algorithms:{cls}") for name, cls in COMPOSER_ALGORITHMS.items()},
-        ),
-        Table(
-            "loggers",
-            {
-                "wandb": Part(WandbConfig, "moefoundry.callbacks.trackers:wandb"),
-                "tensorboard": Part(TensorBoardConfig, "moefoundry.callbacks.trackers:tensorboard"),
-                "mlflow": Part(MLflowConfig, "moefoundry.callbacks.trackers:mlflow"),
-            },
-        ),
-        Table(
-            "schedulers",
-            {
-                "cosine_with_warmup": Part(CosineWithWarmupConfig, "moefoundry.callbacks.learning_rate:cosine"),
-                "linear_decay_with_warmup": Part(
-                    LinearDecayWithWarmupConfig, "moefoundry.callbacks.learning_rate:linear"
-                ),
-                "constant_with_warmup": Part(ConstantWithWarmupConfig, "moefoundry.callbacks.learning_rate:constant"),
-            },
-            SchedulerConfig,
-        ),
-        Table("optimizers", {"adamw": Part(AdamWConfig, "moefoundry.optim:adamw_of_recipe")}, OptimizerConfig),
-        Table(
-            "router_scores",
-            {
-                "softmax": Part(RouterConfig, "moefoundry.moe.router:softmax"),
-                "sigmoid": Part(RouterConfig, "moefoundry.moe.router:sigmoid"),
-            },
-            RouterConfig,
-        ),
-    )
+COMPOSER_LOGGERS = {
+    "cometml_logger": "CometMLLogger",
+    "file_logger": "FileLogger",
+    "mosaicml_logger": "MosaicMLLogger",
+    "neptune_logger": "NeptuneLogger",
+    "slack_logger": "SlackLogger",
 }
+"""Loggers, except those that this package has itself, the console's, uploads (``save_remote``), and one that keeps
+metrics in memory."""
+
+COMPOSER_SCHEDULERS = {
+    "constant_scheduler": "ConstantScheduler",
+    "cosine_annealing_scheduler": "CosineAnnealingScheduler",
+    "cosine_annealing_warm_restarts_scheduler": "CosineAnnealingWarmRestartsScheduler",
+    "exponential_scheduler": "ExponentialScheduler",
+    "linear_scheduler": "LinearScheduler",
+    "multi_step_scheduler": "MultiStepScheduler",
+    "multi_step_with_warmup_scheduler": "MultiStepWithWarmupScheduler",
+    "polynomial_scheduler": "PolynomialScheduler",
+    "polynomial_with_warmup_scheduler": "PolynomialWithWarmupScheduler",
+    "step_scheduler": "StepScheduler",
+}
+"""Schedulers, except those that this package has itself."""
+
+
+def _composers(module: str, names: Mapping[str, str], base: type = object) -> dict[str, Callable[[], Part]]:
+    """Entries for classes of Composer, which is imported when one of them is used."""
+    return {name: partial(part_of_class, f"composer.{module}:{cls}", base) for name, cls in names.items()}
+
+
+_TABLES = (
+    Table(
+        "callbacks",
+        {
+            "speed_monitor": Part(SpeedMonitorConfig, "moefoundry.callbacks.speed:SpeedMonitor"),
+            "lr_monitor": Part(LRMonitorConfig, "moefoundry.callbacks.speed:LRMonitor"),
+            "memory_monitor": Part(MemoryMonitorConfig, "moefoundry.callbacks.speed:MemoryMonitor"),
+            **_composers("callbacks", COMPOSER_CALLBACKS),
+        },
+    ),
+    Table("algorithms", _composers("algorithms", COMPOSER_ALGORITHMS)),
+    Table(
+        "loggers",
+        {
+            "wandb": Part(WandbConfig, "moefoundry.callbacks.trackers:wandb"),
+            "tensorboard": Part(TensorBoardConfig, "moefoundry.callbacks.trackers:tensorboard"),
+            "mlflow": Part(MLflowConfig, "moefoundry.callbacks.trackers:mlflow"),
+            **_composers("loggers", COMPOSER_LOGGERS),
+        },
+    ),
+    Table(
+        "schedulers",
+        {
+            "cosine_with_warmup": Part(CosineWithWarmupConfig, "moefoundry.callbacks.learning_rate:cosine"),
+            "linear_decay_with_warmup": Part(LinearDecayWithWarmupConfig, "moefoundry.callbacks.learning_rate:linear"),
+            "constant_with_warmup": Part(ConstantWithWarmupConfig, "moefoundry.callbacks.learning_rate:constant"),
+            **_composers("optim", COMPOSER_SCHEDULERS, SchedulerConfig),
+        },
+        SchedulerConfig,
+    ),
+    Table("optimizers", {"adamw": Part(AdamWConfig, "moefoundry.optim:adamw_of_recipe")}, OptimizerConfig),
+    Table(
+        "losses",
+        {
+            "logits_z": Part(LossConfig, "moefoundry.model.losses:logits_z"),
+            "router_entropy": Part(LossConfig, "moefoundry.model.losses:router_entropy"),
+        },
+        LossConfig,
+    ),
+    Table(
+        "attention_kinds",
+        {
+            "gqa": Part(GqaConfig, "moefoundry.model.attention:GroupedQueryAttention"),
+            "mla": Part(MlaConfig, "moefoundry.model.mla:MultiHeadLatentAttention"),
+        },
+        AttentionConfig,
+    ),
+    Table(
+        "router_scores",
+        {
+            "softmax": Part(RouterConfig, "moefoundry.moe.router:softmax"),
+            "sigmoid": Part(RouterConfig, "moefoundry.moe.router:sigmoid"),
+        },
+        RouterConfig,
+    ),
+    Table(
+        "mixture_backends",
+        {name: Part(None, f"moefoundry.moe.mixture:{name}") for name in ("auto", "triton", "grouped_mm", "loop")},
+        base=None,
+        planned=("megablocks",),
+    ),
+    Table(
+        "families",
+        {
+            name: Part(None, f"moefoundry.conversion.families.{name}:{cls}")
+            for name, cls in {
+                "llama": "Llama",
+                "qwen2": "Qwen2",
+                "qwen3": "Qwen3",
+                "mixtral": "Mixtral",
+                "olmoe": "Olmoe",
+                "qwen3_moe": "Qwen3Moe",
+                "deepseek_v3": "DeepseekV3",
+                "dbrx": "Dbrx",
+            }.items()
+        },
+        base=None,
+    ),
+)
+TABLES = {table.kind: table for table in _TABLES}

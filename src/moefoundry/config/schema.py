@@ -25,6 +25,7 @@ from moefoundry.config.schema_parts import (
     CosineWithWarmupConfig,
     EmaConfig,
     LoaderConfig,
+    LossesConfig,
     MeshConfig,
     NonFinite,
     OptimizerConfig,
@@ -132,6 +133,7 @@ class Recipe:
         tag="name",
         renamed_from=("lr_scheduler",),
     )
+    losses: LossesConfig = key(LossesConfig, "Further losses of training.", table="losses", tag="")
     algorithms: AlgorithmsConfig = key(AlgorithmsConfig, "Changes to the training loop.", table="algorithms", tag="")
     nonfinite: NonFinite = key(
         NonFinite.stop,

@@ -44,11 +44,12 @@ class YarnConfig:
 
 @dataclass
 class AttentionConfig:
-    """Keys of every attention kind; those of one kind are in its subclass."""
+    """Keys that every attention kind has; the keys of one kind are in its subclass."""
 
     kind: str = key(
         "gqa",
         "Attention kind; it decides the other keys of this mapping.",
+        table="attention_kinds",
         renamed_from=("attn_type",),
         other_values={"grouped_query_attention": "gqa", "multihead_attention": "gqa"},
     )
@@ -64,6 +65,19 @@ class AttentionConfig:
     yarn: YarnConfig | None = key(
         None, "Context extension; null leaves the frequencies as they are.", renamed_from=("rope_scaling",)
     )
+
+    def rotary_dim(self, d_model: int) -> int:
+        """Width of the part of a head that rotary embeddings turn."""
+        return d_model // self.n_heads
+
+    def projection_widths(self, d_model: int) -> tuple[int, int]:
+        """Widths of all heads' queries, and of all heads' keys."""
+        return d_model, d_model
+
+    @property
+    def window(self) -> int | None:
+        """Tokens a position sees, itself included; None if it sees all before it."""
+        return None
 
 
 @dataclass
@@ -94,14 +108,27 @@ class GqaConfig(AttentionConfig):
         renamed_from=("sliding_window_size",),
     )
 
+    def rotary_dim(self, d_model: int) -> int:
+        return self.head_dim or d_model // self.n_heads
+
+    def projection_widths(self, d_model: int) -> tuple[int, int]:
+        return self.n_heads * self.rotary_dim(d_model), self.n_kv_heads * self.rotary_dim(d_model)
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window
+
 
 @dataclass
 class MlaConfig(AttentionConfig):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in the published weights' interleaved RoPE."""
 
-    kind: str = key("mla", "Attention kind; it decides the other keys of this mapping.")
+    kind: str = key("mla", "Attention kind; it decides the other keys of this mapping.", table="attention_kinds")
     q_lora_rank: int | None = key(None, "Width of the compressed queries; null does not compress them.", ge=1)
     kv_lora_rank: int = key(512, "Width of the compressed keys and values.", ge=1)
     qk_nope_head_dim: int = key(128, "Width of a query's and key's part without position.", ge=1)
     qk_rope_head_dim: int = key(64, "Width of the part with position; the keys of all heads share it.", ge=2)
     v_head_dim: int = key(128, "Width of a value.", ge=1)
+
+    def rotary_dim(self, d_model: int) -> int:
+        return self.qk_rope_head_dim

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moefoundry.config.field import INTERVAL, MAX_FACTOR, REQUIRED, key
-from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, MlaConfig
+from moefoundry.config.schema_attention import AttentionConfig, GqaConfig
 
 
 class NormKind(StrEnum):
@@ -39,16 +39,6 @@ class AuxLossScope(StrEnum):
     sequence = "sequence"
     micro_batch = "micro_batch"
     global_batch = "global_batch"
-
-
-class ExpertBackend(StrEnum):
-    """Implementations of the experts."""
-
-    auto = "auto"
-    triton = "triton"
-    grouped_mm = "grouped_mm"
-    loop = "loop"
-    megablocks = "megablocks"
 
 
 @dataclass
@@ -211,10 +201,10 @@ class MoEConfig:
         architecture=False,
         renamed_from=("moe_capacity_factor", "expert_capacity_factor", "moe_expert_capacity_factor"),
     )
-    backend: ExpertBackend = key(
-        ExpertBackend.auto,
-        "How experts multiply; auto takes the fastest for the device, dtype and size, loop is the plain oracle.",
-        available=(ExpertBackend.auto, ExpertBackend.triton, ExpertBackend.grouped_mm, ExpertBackend.loop),
+    backend: str = key(
+        "auto",
+        "How experts are computed; auto takes the fastest for the device, dtype and size, loop is the plain oracle.",
+        table="mixture_backends",
         free_on_resume=True,
         architecture=False,
         renamed_from=("mlp_impl", "experts_implementation"),
@@ -309,9 +299,7 @@ class ModelConfig:
         instead_of={"untie_embeddings_and_output_weights": "model.tie_embeddings says the opposite"},
     )
     init: InitConfig = key(InitConfig, "Initial weights.", architecture=False, renamed_from=("init_config",))
-    attention: AttentionConfig = key(
-        GqaConfig, "Attention.", variants={"gqa": GqaConfig, "mla": MlaConfig}, renamed_from=("attn_config",)
-    )
+    attention: AttentionConfig = key(GqaConfig, "Attention.", table="attention_kinds", renamed_from=("attn_config",))
     document_masking: bool = key(
         False,
         "A token sees its own document alone, not all before it in the sequence.",

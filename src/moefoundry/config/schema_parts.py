@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moefoundry.config.field import DURATION, MAX_SEED, REQUIRED, SPLIT, key
+from moefoundry.config.field import DURATION, MAX_FACTOR, MAX_SEED, REQUIRED, SPLIT, key
 
 # ------------------------------------------------------------------------------------------------- mesh and precision
 
@@ -245,7 +245,7 @@ class ScheduleTiming(StrEnum):
 
 @dataclass
 class SchedulerConfig:
-    """Keys of every schedule; those of one are in its subclass."""
+    """Keys that every schedule has; the keys of one schedule are in its subclass."""
 
     name: str = key(
         "cosine_with_warmup",
@@ -254,6 +254,17 @@ class SchedulerConfig:
         renamed_from=("scheduler", "lr_scheduler_type", "lr_decay_style"),
         other_values={"linear": "linear_decay_with_warmup", "constant": "constant_with_warmup"},
     )
+    timing: ScheduleTiming = key(
+        ScheduleTiming.batch_end,
+        "Where in the schedule a batch is: at its own end, or two batches before, as in Composer and LLM Foundry.",
+        free_on_resume=True,
+    )
+
+
+@dataclass
+class WarmupConfig(SchedulerConfig):
+    """Keys of a schedule that begins with a linear warm-up."""
+
     t_warmup: str = key(
         REQUIRED,
         "Linear warm-up.",
@@ -264,22 +275,17 @@ class SchedulerConfig:
             **dict.fromkeys(("warmup_ratio", "lr_warmup_fraction"), "a part of the run is scheduler.t_warmup=0.05dur"),
         },
     )
-    timing: ScheduleTiming = key(
-        ScheduleTiming.batch_end,
-        "Where in the schedule a batch is: at its own end, or two batches before, as in Composer and LLM Foundry.",
-        free_on_resume=True,
-    )
 
 
 @dataclass
-class ConstantWithWarmupConfig(SchedulerConfig):
+class ConstantWithWarmupConfig(WarmupConfig):
     """Constant rate after the warm-up."""
 
     name: str = key("constant_with_warmup", "Schedule; it decides the other keys of this mapping.", table="schedulers")
 
 
 @dataclass
-class CosineWithWarmupConfig(SchedulerConfig):
+class CosineWithWarmupConfig(WarmupConfig):
     """Cosine after the warm-up."""
 
     alpha_f: float = key(
@@ -293,7 +299,7 @@ class CosineWithWarmupConfig(SchedulerConfig):
 
 
 @dataclass
-class LinearDecayWithWarmupConfig(SchedulerConfig):
+class LinearDecayWithWarmupConfig(WarmupConfig):
     """Linear decay after the warm-up."""
 
     name: str = key(
@@ -330,3 +336,28 @@ class AlgorithmsConfig:
     """Changes to the training loop."""
 
     gradient_clipping: GradientClippingConfig | None = key(GradientClippingConfig, "null does not clip.")
+
+
+@dataclass
+class LossConfig:
+    """Keys that every further loss has; the keys of one loss are in its subclass."""
+
+    weight: float = key(
+        REQUIRED,
+        "Multiplies the loss in the total; may be negative.",
+        customary="1.0e-4",
+        ge=-MAX_FACTOR,
+        le=MAX_FACTOR,
+    )
+
+
+@dataclass
+class LossesConfig:
+    """Further losses of training."""
+
+    logits_z: LossConfig | None = key(
+        None, "Mean squared logsumexp of the output logits, which keeps them small (PaLM: weight 1.0e-4)."
+    )
+    router_entropy: LossConfig | None = key(
+        None, "Mean entropy of the routers' scores, summed over MoE layers; a negative weight is a bonus."
+    )

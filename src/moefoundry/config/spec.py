@@ -94,7 +94,8 @@ def _specs(cls: Any) -> dict[str, Spec]:
 
 
 def _listed_variants(table: Table, kind: Any) -> dict[str, type] | None:
-    configs = {name: part.config for name in table.listed if (part := table.find(name)) is not None}
+    """Configs of the parts that the schema knows; those of Composer's classes would take it to be imported."""
+    configs = {name: part.config for name, part in table.listed.items() if isinstance(part, Part) and part.config}
     return None if set(configs.values()) == {kind} else configs
 
 
@@ -240,7 +241,7 @@ def find_key(path: str) -> Spec | None:
     if path in every_key() or table is None or not leaf:
         return every_key().get(path)
     part = _usable(table, name)
-    return specs(part.config).get(leaf) if part is not None else None
+    return specs(part.config).get(leaf) if part is not None and part.config is not None else None
 
 
 def options(spec: Spec) -> list[str]:

@@ -123,9 +123,10 @@ def _not_exportable(cfg: ModelConfig) -> list[str]:
     family, reasons = nearest_family(cfg)
     if not reasons:
         return []
+    nearest = f"nearest is {family.name}: " if family is not None else ""
     return [
         "the mixture can be trained and not exported: no Hugging Face family computes what it does; "
-        f"nearest is {family.name}: {'; '.join(reasons)}"
+        f"{nearest}{'; '.join(reasons)}"
     ]
 
 

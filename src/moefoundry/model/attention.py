@@ -1,29 +1,56 @@
-"""Attention kinds, one class each; ``build_attention`` picks the one that the recipe declares."""
+"""Attention: the base class of all kinds, and grouped-query attention; :mod:`moefoundry.model.mla` is another kind."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moefoundry.config import AttentionBias, GqaConfig, MlaConfig, ModelConfig, QkNorm
+from moefoundry.config import AttentionBias, GqaConfig, ModelConfig, QkNorm
+from moefoundry.config.making import make_part
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext, attend
-from moefoundry.model.mla import MultiHeadLatentAttention
 from moefoundry.model.norm import RMSNorm
 from moefoundry.model.rope import rotate
 
 
-class GroupedQueryAttention(nn.Module):
-    """Causal grouped-query attention with RoPE (arXiv 2305.13245).
+class Attention(nn.Module):
+    """Base class of the attention kinds.
 
-    Queries and keys are normalized either over each head, as Qwen3's, or over all heads together, as OLMoE's. What is
-    clamped is what leaves the norm (OLMoE) or, without one, the projection (DBRX).
+    Attributes:
+        recompute_up_projections: Set by a precision policy that saves memory: the backward pass computes the
+            projections up from narrow tensors again. Kinds that have none ignore it.
     """
 
-    def __init__(self, d_model: int, cfg: GqaConfig, norm_eps: float) -> None:
+    recompute_up_projections = False
+
+    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+        """[B, S, D] -> [B, S, D]; with a cache, the S tokens follow those in it."""
+        raise NotImplementedError
+
+
+def build_attention(cfg: ModelConfig) -> Attention:
+    """Make the attention module that the recipe declares.
+
+    Raises:
+        UserError: There is no such kind.
+    """
+    kind = cfg.attention.kind
+    attention: Attention = make_part("attention_kinds", kind, "model.attention.kind", cfg.attention, cfg)
+    return attention
+
+
+class GroupedQueryAttention(Attention):
+    """Causal grouped-query attention with RoPE (arXiv 2305.13245).
+
+    Queries and keys may be normalized over each head (Qwen3), or over all heads together (OLMoE). ``clip_qkv`` clamps
+    the outputs of the projections (DBRX), or those of the norms (OLMoE).
+    """
+
+    def __init__(self, cfg: GqaConfig, model: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = cfg.head_dim or d_model // cfg.n_heads
+        d_model, norm_eps = model.d_model, model.norm.eps
+        self.head_dim = cfg.rotary_dim(d_model)
         self.clip_qkv = cfg.clip_qkv
-        width, kv_width = cfg.n_heads * self.head_dim, cfg.n_kv_heads * self.head_dim
+        width, kv_width = cfg.projection_widths(d_model)
         qkv_bias = cfg.bias != AttentionBias.none
         self.q_proj = nn.Linear(d_model, width, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, kv_width, bias=qkv_bias)
@@ -37,7 +64,6 @@ class GroupedQueryAttention(nn.Module):
             self.k_norm = RMSNorm(self.head_dim if per_head else kv_width, norm_eps)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        """[B, S, D] -> [B, S, D]; with a cache, S tokens that follow those in it."""
         q_BHSd = rotate(self._heads(self.q_proj(x_BSD), self.q_norm), context.rotation)
         k_BHLd = rotate(self._heads(self.k_proj(x_BSD), self.k_norm), context.rotation)
         v_BHLd = self._heads(self.v_proj(x_BSD), None)
@@ -52,16 +78,3 @@ class GroupedQueryAttention(nn.Module):
         if self.clip_qkv is not None:
             x = x.clamp(-self.clip_qkv, self.clip_qkv)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-
-def build_attention(cfg: ModelConfig) -> GroupedQueryAttention | MultiHeadLatentAttention:
-    """The attention module that ``cfg.attention`` declares.
-
-    Raises:
-        ValueError: An attention config without a module.
-    """
-    if isinstance(cfg.attention, GqaConfig):
-        return GroupedQueryAttention(cfg.d_model, cfg.attention, cfg.norm.eps)
-    if isinstance(cfg.attention, MlaConfig):
-        return MultiHeadLatentAttention(cfg.d_model, cfg.attention)
-    raise ValueError(f"model.attention: no module for {type(cfg.attention).__name__}")

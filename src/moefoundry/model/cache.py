@@ -1,4 +1,4 @@
-"""What attention keeps of the tokens it has seen, so that generation runs each token through the model once.
+"""Tensors that attention keeps of earlier tokens, so that generation runs each token through the model once.
 
     grouped-query  keys [B, Hkv, L, d] after RoPE, values [B, Hkv, L, d]
     latent         compressed keys and values [B, L, R], and the rotated part of the keys, which all heads share,
@@ -25,14 +25,14 @@ class LayerCache:
 
     @property
     def length(self) -> int:
-        """L, tokens that are in it."""
+        """L, the number of tokens in it."""
         return self.tensors[0].shape[-2] if self.tensors else 0
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Put the new tokens behind the others; return all of them.
+        """Append new tokens, and return all.
 
         Args:
-            new: [..., S, width] each, of the same S.
+            new: [..., S, width] each, with the same S.
         """
         pairs = zip(self.tensors, new, strict=True)
         self.tensors = tuple(torch.cat(pair, dim=-2) for pair in pairs) if self.tensors else new
@@ -40,12 +40,12 @@ class LayerCache:
 
 
 class KVCache:
-    """One :class:`LayerCache` for each block; ``model(input_ids, cache=cache)`` continues where it ends."""
+    """One :class:`LayerCache` for each block; ``model(input_ids, cache=cache)`` continues after its tokens."""
 
     def __init__(self, n_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(n_layers)]
 
     @property
     def length(self) -> int:
-        """Tokens that every layer has seen."""
+        """Number of tokens that every layer has."""
         return self.layers[0].length

@@ -1,7 +1,7 @@
-"""What all attention layers of a forward pass share: positions and visibility, worked out once.
+"""Positions and mask of a forward pass, computed once for all attention layers.
 
-S new tokens follow P cached ones; L = P + S. Without documents, window and cache there is no mask at all, so that the
-kernels for plain causal attention apply.
+S new tokens follow P cached ones; L = P + S. Without documents, window and cache there is no mask, so that the kernels
+for plain causal attention apply.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefoundry.config import GqaConfig, MlaConfig, ModelConfig
+from moefoundry.config import ModelConfig
 from moefoundry.model.rope import Rotation, rotation
 
 
 class AttentionContext(NamedTuple):
-    """One forward pass's positions and visibility.
+    """Positions and mask of one forward pass.
 
     Attributes:
-        rotation: Of the S new tokens.
-        mask: bool [S, L] or [B, 1, S, L], True where a query sees a key. None where there is no need for one: attention
-            is plainly causal, or a single new token sees all before it.
-        is_causal: Whether it is the former; a flag, as a compiled graph knows no lengths.
+        rotation: Rotation of the S new tokens.
+        mask: bool [S, L] or [B, 1, S, L], True where a query sees a key. None if none is needed: attention is plainly
+            causal, or a single new token sees all before it.
+        is_causal: True in the first of these cases; a flag, since a compiled graph knows no lengths.
     """
 
     rotation: Rotation
@@ -34,29 +34,25 @@ class AttentionContext(NamedTuple):
 def attention_context(
     cfg: ModelConfig, input_ids_BS: Tensor, sequence_id_BS: Tensor | None = None, num_cached: int = 0
 ) -> AttentionContext:
-    """The context of a forward pass over ``input_ids_BS``.
+    """Compute the context of a forward pass over ``input_ids_BS``.
 
     Args:
-        cfg: Says the kind of attention and its window.
-        input_ids_BS: Only its shape and device matter.
-        sequence_id_BS: int64 [B, S], ascending; tokens of one document have the same. Positions start anew with each
+        cfg: Has the kind of attention and its window.
+        input_ids_BS: Gives shape and device.
+        sequence_id_BS: int64 [B, S], ascending; tokens of one document have the same. Positions start at 0 in each
             document, and no token sees another document. None is one document a row.
         num_cached: P.
     """
     attention, seq_len = cfg.attention, input_ids_BS.shape[1]
-    if isinstance(attention, MlaConfig):
-        width, window = attention.qk_rope_head_dim, None
-    else:
-        assert isinstance(attention, GqaConfig), "build_attention knows no other"
-        width, window = attention.head_dim or cfg.d_model // attention.n_heads, attention.sliding_window
     indices_L = torch.arange(num_cached + seq_len, device=input_ids_BS.device)
     positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
-    mask = _mask(indices_L, num_cached, window, sequence_id_BS)
-    return AttentionContext(rotation(positions, width, attention), mask, is_causal=mask is None and num_cached == 0)
+    mask = _mask(indices_L, num_cached, attention.window, sequence_id_BS)
+    turns = rotation(positions, attention.rotary_dim(cfg.d_model), attention)
+    return AttentionContext(turns, mask, is_causal=mask is None and num_cached == 0)
 
 
 def positions_in_documents(sequence_id_BS: Tensor) -> Tensor:
-    """Each token's distance from the first one of its document, int64 [B, S]."""
+    """Compute each token's distance from the first token of its document, int64 [B, S]."""
     indices_S = torch.arange(sequence_id_BS.shape[1], device=sequence_id_BS.device)
     begins_BS = F.pad(sequence_id_BS[:, 1:] != sequence_id_BS[:, :-1], (1, 0), value=True)
     return indices_S - (indices_S * begins_BS).cummax(dim=1).values
@@ -80,14 +76,14 @@ def _mask(indices_L: Tensor, num_cached: int, window: int | None, sequence_id_BS
 def attend(
     q_BHSd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, context: AttentionContext, scale: float | None = None
 ) -> Tensor:
-    """Scaled dot-product attention.
+    """Compute scaled dot-product attention.
 
     Args:
         q_BHSd: Queries of the S new tokens.
-        k_BHLd, v_BHLd: Keys and values of all L tokens, of as many heads or a divisor of them; a value may have another
-            width than a key.
-        context: Says what is visible.
-        scale: Of the products; None is ``d ** -0.5``.
+        k_BHLd: Keys of all L tokens; as many heads as queries, or a divisor.
+        v_BHLd: Values of all L tokens; as many heads as keys, maybe of another width.
+        context: Has the mask.
+        scale: Factor of the products; None is ``d ** -0.5``.
 
     Returns:
         [B, S, H * width of a value].

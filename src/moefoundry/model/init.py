@@ -1,8 +1,8 @@
-"""Initial weights that depend on the seed and each tensor's own name, and on nothing else.
+"""Initial weights that depend on the seed and each tensor's name only.
 
-Every slice along a tensor's first dim has a random stream of its own, so a rank that holds some of the slices draws
-just those: the same model comes out on one process and on any mesh, and no rank ever holds more than its shard plus
-one slice. Streams are drawn on the CPU, so devices agree too.
+Every slice along a tensor's first dim has a random stream of its own, and a rank draws only the slices that it holds.
+So the model is the same on one process and on any mesh, and no rank holds more than its shard plus one slice. Numbers
+are drawn on the CPU, so that all devices agree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
     Args:
         model: Materialized (``to_empty``), sharded or not.
         std: Standard deviation.
-        seed: With the parameter's name it determines every value.
+        seed: Determines every value, together with the parameter's name.
 
     Raises:
         ValueError: A parameter is still on the meta device.
@@ -55,10 +55,10 @@ def _fill_normal(name: str, parameter: Tensor, std: float, seed: int) -> None:
 
 
 def _owned(parameter: Tensor, dim: int) -> range:
-    """Which indices along ``dim`` this rank holds.
+    """Compute the indices along ``dim`` that this rank holds.
 
-    Where two mesh axes shard one dim, the plain ``Shard`` (experts among ranks) was applied first, and FSDP's
-    ``_StridedShard`` divided what it left, whatever their order in the mesh.
+    If two mesh axes shard one dim, the plain ``Shard`` (experts among ranks) was applied first, and FSDP's
+    ``_StridedShard`` divided the rest, in whatever order they stand in the mesh.
     """
     owned = range(parameter.shape[dim])
     if not isinstance(parameter, DTensor):

@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1; DeepSeek-V3, arXiv 2412.19437).
 
-Keys and values of all heads are made from one narrow vector a token, which is all that a cache has to keep, beside the
-part of the key that carries the position and that all heads share.
+Keys and values of all heads are computed from one narrow vector a token. A cache keeps only that vector, and the part
+of the key that has the position, which all heads share.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moefoundry.config import MlaConfig
+from moefoundry.config import MlaConfig, ModelConfig
+from moefoundry.model.attention import Attention
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext, attend
 from moefoundry.model.norm import RMSNorm
@@ -22,19 +23,18 @@ from moefoundry.ops.recompute import ATTENTION_OPS, keeping
 LATENT_NORM_EPS = 1e-6  # DeepSeek's, whatever the eps of a block's norms
 
 
-class MultiHeadLatentAttention(nn.Module):
+class MultiHeadLatentAttention(Attention):
     """Causal attention over compressed keys and values; weights as DeepSeek publishes them, RoPE interleaved.
 
-    N, P and V stand for the widths ``qk_nope_head_dim``, ``qk_rope_head_dim`` and ``v_head_dim``, R for
-    ``kv_lora_rank``; of queries, for ``q_lora_rank`` (or D where it is null).
-
-    Attributes:
-        recompute_up_projections: Whether the backward pass makes queries, keys and values of all heads again instead of
-            keeping them; attention itself runs once (DeepSeek-V3, section 3.2.3).
+    N, P and V are the widths ``qk_nope_head_dim``, ``qk_rope_head_dim`` and ``v_head_dim``. R is ``kv_lora_rank``; for
+    queries it is ``q_lora_rank``, or D if that is null.
+    With ``recompute_up_projections`` the backward pass computes queries, keys and values of all heads again instead of
+    keeping them; attention itself runs once (DeepSeek-V3, section 3.2.3).
     """
 
-    def __init__(self, d_model: int, cfg: MlaConfig) -> None:
+    def __init__(self, cfg: MlaConfig, model: ModelConfig) -> None:
         super().__init__()
+        d_model = model.d_model
         self.n_heads = cfg.n_heads
         self.qk_widths = [cfg.qk_nope_head_dim, cfg.qk_rope_head_dim]
         self.kv_a_widths = [cfg.kv_lora_rank, cfg.qk_rope_head_dim]
@@ -51,19 +51,17 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * sum(self.kv_b_widths), bias=False)
         self.o_proj = nn.Linear(cfg.n_heads * cfg.v_head_dim, d_model, bias=False)
         self.scale = softmax_scale(cfg)
-        self.recompute_up_projections = False
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        """[B, S, D] -> [B, S, D]; with a cache, S tokens that follow those in it."""
         q_BSR = x_BSD if self.q_lora_rank is None else self.q_a_proj(x_BSD)
         latent_BSR, k_rope_BSP = self.kv_a_proj(x_BSD).split(self.kv_a_widths, dim=-1)
         if not self.recompute_up_projections or cache is not None:
             return self.o_proj(self._attend(q_BSR, latent_BSR, k_rope_BSP, context, cache))
         return self.o_proj(self._attend_twice(q_BSR, latent_BSR, k_rope_BSP, context))
 
-    @torch.compiler.disable  # it cannot trace a checkpoint that keeps what some operations gave
+    @torch.compiler.disable  # it cannot trace selective checkpointing
     def _attend_twice(self, *inputs: Any) -> Tensor:
-        """:meth:`_attend` without a cache, run again in the backward pass but for attention itself."""
+        """Run :meth:`_attend` without a cache; the backward pass runs it again, except attention itself."""
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing draws numbers
         return checkpoint(self._attend, *inputs, None, context_fn=keeping(ATTENTION_OPS), **options)
 
@@ -75,7 +73,7 @@ class MultiHeadLatentAttention(nn.Module):
         context: AttentionContext,
         cache: LayerCache | None,
     ) -> Tensor:
-        """From what is narrow to the heads' outputs, [B, S, H * V]."""
+        """Compute the heads' outputs, [B, S, H * V], from the narrow vectors."""
         q_nope_BHSN, q_rope_BHSP = self._heads(self._queries(q_BSR)).split(self.qk_widths, dim=-1)
         latent_BLR = self.kv_a_norm(latent_BSR)
         k_rope_B1LP = rotate_interleaved(k_rope_BSP.unsqueeze(1), context.rotation)
@@ -97,7 +95,7 @@ class MultiHeadLatentAttention(nn.Module):
 
 
 def softmax_scale(cfg: MlaConfig) -> float:
-    """``(N + P) ** -0.5``, and with YaRN times the square of ``yarn_mscale`` with ``mscale_all_dim``."""
+    """Compute ``(N + P) ** -0.5``; with YaRN times the square of ``yarn_mscale`` of ``mscale_all_dim``."""
     scale = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
     if cfg.yarn is None or cfg.yarn.mscale_all_dim is None:
         return scale

@@ -1,10 +1,9 @@
-"""Multi-token prediction: small modules that learn to predict tokens further ahead (DeepSeek-V3, arXiv 2412.19437,
-section 2.2; the layout is that of the published weights).
+"""Multi-token prediction: modules that learn to predict tokens further ahead (DeepSeek-V3, arXiv 2412.19437, sec. 2.2).
 
-Module k sees, at position i, what the module before it made of the tokens up to i + k - 1 (module 1: the main model's
-hidden state after its final norm) and the embedding of token i + k, and predicts token i + k + 1. Embedding and output
-head are the main model's own, so they stay with the caller. Positions without a token i + k are left out: a sequence of
-S tokens is S - k long in module k.
+The layout is that of the published weights. At position i, module k takes two inputs: the output of the module before
+it, which has seen the tokens up to i + k - 1 (for module 1: the main model's hidden state after its final norm), and
+the embedding of token i + k. It predicts token i + k + 1. Embedding and output head are the main model's. Positions
+without a token i + k are left out: a sequence of S tokens has S - k positions in module k.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from moefoundry.moe.layer import RoutingStats
 
 
 class MTPModule(nn.Module):
-    """One further token.
+    """Module for one further token.
 
     Args:
-        cfg: The model's.
-        block: A transformer block with experts, of this module's own.
+        cfg: The model's config.
+        block: A transformer block with experts, for this module.
 
     Attributes:
         embedding_norm, hidden_norm, proj, norm: In DeepSeek's weights ``enorm``, ``hnorm``, ``eh_proj`` and
@@ -41,12 +40,12 @@ class MTPModule(nn.Module):
     def forward(
         self, hidden_BSD: Tensor, embedded_BSD: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor, RoutingStats]:
-        """One step further.
+        """Predict one token further.
 
         Args:
-            hidden_BSD: Of the module before, at positions i.
+            hidden_BSD: Output of the module before, at positions i.
             embedded_BSD: Embeddings of tokens i + k.
-            context: Of positions i.
+            context: Context of positions i.
 
         Returns:
             [B, S, D] for the next module, the same after the norm for the output head, and the block's statistics.

@@ -1,6 +1,6 @@
-"""Normalization layers: a weight, no bias, and fp32 arithmetic for narrower inputs, as every family they reproduce.
+"""Normalization layers: a weight, no bias, and fp32 arithmetic for narrower inputs, as in the published families.
 
-Of a narrower input nothing but itself is kept for backward: its fp32 copy is made, and the norm computed, again.
+For a narrower input only the input is kept for backward, where its fp32 copy and the norm are computed again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moefoundry.config import NormConfig, NormKind
 
 
 class Norm(nn.Module):
-    """What both kinds share; the result has the dtype of the input."""
+    """Base class of both kinds; the result has the dtype of the input."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class RMSNorm(Norm):
 
 
 class LayerNorm(Norm):
-    """``(x - mean(x)) / sqrt(var(x) + eps) * weight`` over the last dim (arXiv 1607.06450), without a bias, as DBRX."""
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight`` over the last dim (arXiv 1607.06450), no bias (DBRX)."""
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.layer_norm(x, weight.shape, weight, eps=self.eps)
@@ -67,6 +67,6 @@ class _InFloat32(Function):
 
 
 def build_norm(width: int, cfg: NormConfig) -> Norm:
-    """The norm that the recipe's ``model.norm`` declares."""
+    """Make the norm that the recipe's ``model.norm`` declares."""
     kinds = {NormKind.rmsnorm: RMSNorm, NormKind.layernorm: LayerNorm}
     return kinds[cfg.kind](width, cfg.eps)

@@ -3,7 +3,7 @@
     rotate              pairs (x[i], x[i + d/2]), as Hugging Face's Llama family
     rotate_interleaved  pairs (x[2i], x[2i + 1]), as DeepSeek's published weights
 
-d is the width that is rotated: of a head, or of the part of it that has a position.
+d is the width that is rotated: a head's, or that of the part of a head that has a position.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from moefoundry.config import AttentionConfig, YarnConfig
 
 
 class Rotation:
-    """Cosines and sines, fp32 [S, d/2] each, or [B, 1, S, d/2] where the positions of sequences differ.
+    """Cosines and sines, fp32 [S, d/2] each, or [B, 1, S, d/2] if the positions of sequences differ.
 
-    Neither a NamedTuple nor a dataclass: FSDP looks into those, and would round the angles to a block's compute dtype.
+    It is neither a NamedTuple nor a dataclass: FSDP would round their tensors to a block's compute dtype.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
@@ -28,14 +28,14 @@ class Rotation:
 
 
 def rotation(positions: Tensor, width: int, cfg: AttentionConfig) -> Rotation:
-    """The rotation of tokens by their positions.
+    """Compute the rotation of tokens by their positions.
 
-    Made anew each forward pass, so a model built on meta has no buffer to forget.
+    It is computed in each forward pass, so that the model has no buffer that ``to_empty`` would clear.
 
     Args:
         positions: int64 [S], or [B, S].
         width: d, even.
-        cfg: Says the base of the frequencies, and how YaRN changes them.
+        cfg: Has the base of the frequencies, and YaRN's factors.
     """
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     frequencies, magnitude = 1.0 / cfg.rope_theta**exponents, 1.0
@@ -62,24 +62,26 @@ def rotate_interleaved(x_BHSd: Tensor, rot: Rotation) -> Tensor:
 
 
 def yarn_mscale(factor: float, weight: float = 1.0) -> float:
-    """``0.1 * weight * ln(factor) + 1``: how much attention is sharpened in a context ``factor`` times as long (YaRN,
-    arXiv 2309.00071, equation 22; the weights are DeepSeek's)."""
+    """Compute ``0.1 * weight * ln(factor) + 1``, the sharpening of attention in a context ``factor`` times as long.
+
+    YaRN, arXiv 2309.00071, equation 22; the weights are DeepSeek's.
+    """
     return 0.1 * weight * math.log(factor) + 1.0
 
 
 def _magnitude(yarn: YarnConfig) -> float:
-    """What cosines and sines are multiplied by. DeepSeek sharpens in the softmax scale, and takes that out here."""
+    """Compute the factor of cosines and sines. DeepSeek sharpens in the softmax scale, and divides by it here."""
     if yarn.mscale is not None and yarn.mscale_all_dim is not None:
         return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
     return yarn_mscale(yarn.factor)
 
 
 def _extended(frequencies: Tensor, theta: float, yarn: YarnConfig) -> Tensor:
-    """YaRN's frequencies (section 3.2): the fast ones as they are, the slow ones divided, and a ramp in between."""
+    """Change frequencies as YaRN does (section 3.2): fast ones stay, slow ones are divided, with a ramp in between."""
     width = 2 * len(frequencies)
 
     def index_of(rotations: float) -> float:
-        """Which frequency turns this often over the original context."""
+        """Find the frequency that makes this many rotations over the original context."""
         wavelength = yarn.original_max_seq_len / (2 * math.pi * rotations)
         return width * math.log(wavelength) / (2 * math.log(theta))
 

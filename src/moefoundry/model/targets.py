@@ -13,8 +13,8 @@ def shifted_targets(labels_BS: Tensor, sequence_id_BS: Tensor | None = None, shi
 
     Args:
         labels_BS: int64 [B, S].
-        sequence_id_BS: int64 [B, S]; with it, a label of another document than the position's is no target.
-        shift: How far ahead.
+        sequence_id_BS: int64 [B, S], document of each position; labels of another document are no targets.
+        shift: Distance to the label, in tokens.
 
     Returns:
         int64 [B, S], ``IGNORE_INDEX`` where there is no target.

@@ -10,22 +10,25 @@ under ``torch.device("meta")`` and give it weights with ``model/init.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moefoundry.config import AuxLossScope, ModelConfig
 from moefoundry.model.attention import build_attention
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
+from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, sums_over_targets, values_of, weighted
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
 from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
-from moefoundry.ops.cross_entropy import linear_cross_entropy
+from moefoundry.ops.cross_entropy import CHUNK_TOKENS, linear_cross_entropy, softmax_dtype
 from moefoundry.ops.rounding import round_gradient, round_operand
 
 
@@ -34,13 +37,14 @@ class CausalLMLosses(NamedTuple):
 
     Attributes:
         lm: Mean cross entropy over the targets that are not ignored, nats.
-        balance, z: Sums over MoE layers of the layers' losses (means over tokens), times the recipe's weights, so that
-            ``lm + balance + z + mtp`` is what is minimized.
-        mtp: Multi-token prediction, times its weight; 0 where there is none, and in evaluation.
+        balance, z: Sums over MoE layers of the layers' losses (means over tokens), times the recipe's weights.
+        mtp: Multi-token prediction, times its weight; 0 without it, and in evaluation.
         num_targets: int64 scalar, targets that count.
         tokens_per_expert: int64 [L, E], one row for each MoE layer; in training, multi-token prediction's come last.
-        dropped_slots: int64 [L], how many of them a capacity dropped.
+        dropped_slots: int64 [L], slots that a capacity dropped.
         router_entropy: [L], nats.
+        of_targets, of_tokens: The recipe's ``losses`` by name, times their weights: means over targets, and sums over
+            MoE layers of means over tokens. Empty in evaluation.
     """
 
     lm: Tensor
@@ -51,11 +55,14 @@ class CausalLMLosses(NamedTuple):
     tokens_per_expert: Tensor
     dropped_slots: Tensor
     router_entropy: Tensor
+    of_targets: dict[str, Tensor]
+    of_tokens: dict[str, Tensor]
 
     @property
     def total(self) -> Tensor:
-        """What is minimized."""
-        return self.lm + self.balance + self.z + self.mtp
+        """The loss that is minimized."""
+        further = [*self.of_targets.values(), *self.of_tokens.values()]
+        return sum(further, start=self.lm + self.balance + self.z + self.mtp)
 
 
 class Block(nn.Module):
@@ -75,7 +82,7 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
-        """[B, S, D] -> [B, S, D], and the routing statistics if the block has experts."""
+        """Compute [B, S, D] -> [B, S, D], and the routing statistics if the block has experts."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
         if isinstance(self.ffn, MoELayer):
             out_BSD, stats = self.ffn(self.ffn_norm(x_BSD))
@@ -84,21 +91,33 @@ class Block(nn.Module):
 
 
 class OutputHead(nn.Linear):
-    """The output projection, which also computes the loss without ever holding all logits.
+    """The output projection; it also computes the loss, without all logits at once.
 
     Attributes:
-        operand_dtype: Set by a precision policy that emulates a narrow product; None otherwise.
+        operand_dtype: Dtype to which a precision policy rounds operands; None does not round.
     """
 
     operand_dtype: torch.dtype | None = None
 
     def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """Logits [B, S, V], or with ``targets_BS`` the sum of their cross entropies, a scalar."""
+        """Compute logits [B, S, V], or with ``targets_BS`` the sum of the cross entropies, a scalar."""
         if targets_BS is None:
             return self._logits(hidden_BSD)
         return linear_cross_entropy(
             hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
         )
+
+    def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Sum each loss over the targets, [len(losses)]; logits of one chunk of tokens exist at a time."""
+        chunks = zip(
+            hidden_BSD.flatten(0, 1).split(CHUNK_TOKENS), targets_BS.flatten().split(CHUNK_TOKENS), strict=True
+        )
+
+        def of_chunk(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+            logits_NV = self._logits(hidden_ND)
+            return sums_over_targets(losses, logits_NV.to(softmax_dtype(logits_NV.dtype)), targets_N)
+
+        return torch.stack([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum(dim=0)
 
     def _logits(self, hidden_BSD: Tensor) -> Tensor:
         if self.operand_dtype is None:
@@ -108,7 +127,7 @@ class OutputHead(nn.Linear):
 
 
 def meta_model(cfg: ModelConfig) -> MoETransformer:
-    """The model without its values."""
+    """Build the model without values."""
     with torch.device("meta"):
         return MoETransformer(cfg)
 
@@ -117,12 +136,15 @@ class MoETransformer(nn.Module):
     """``model(input_ids)`` gives logits; ``model(input_ids, labels)`` gives losses.
 
     Attributes:
-        step_counts: Set for ``aux_loss_scope: global_batch``; whoever trains calls its ``begin_step``.
+        step_counts: Set for ``aux_loss_scope: global_batch``; the training loop calls its ``begin_step``.
+        logits_losses, router_losses: The recipe's ``losses``; :meth:`use_losses` sets them.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.logits_losses: list[NamedLoss] = []
+        self.router_losses: list[NamedLoss] = []
         global_balance = cfg.moe.balance.aux_loss_scope == AuxLossScope.global_batch
         self.step_counts = StepCounts(None) if global_balance else None
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
@@ -139,8 +161,16 @@ class MoETransformer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """All blocks; those of multi-token prediction come last."""
+        """All blocks; those of multi-token prediction are last."""
         return [*self.layers, *(cast(Block, module.block) for module in self.mtp)]
+
+    def use_losses(self, losses: Sequence[NamedLoss]) -> None:
+        """Train with further losses."""
+        self.logits_losses = [named for named in losses if isinstance(named.loss, LogitsLoss)]
+        self.router_losses = [named for named in losses if isinstance(named.loss, RouterLoss)]
+        for block in self.blocks:
+            if isinstance(block.ffn, MoELayer):
+                block.ffn.router_losses = [partial(values_of, each) for each in self.router_losses]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Keep tied weights tied: ``nn.Module`` gives each module a tensor of its own when it leaves meta."""
@@ -175,10 +205,10 @@ class MoETransformer(nn.Module):
         Args:
             input_ids_BS: int64 [B, S].
             labels_BS: int64 [B, S], usually ``input_ids_BS`` itself; shifted here, so that position s predicts label
-                s + 1. ``IGNORE_INDEX`` counts nothing.
-            sequence_id: int64 [B, S], the same for the tokens of a document, ascending. Needed with
-                ``document_masking``, where a document's outcome is what it would be by itself; of no effect otherwise.
-            cache: Of the tokens before these, to which these are added; rows are one document each then.
+                s + 1. ``IGNORE_INDEX`` is no target.
+            sequence_id: int64 [B, S], ascending, the same for the tokens of a document. Required with
+                ``document_masking``, which computes each document as if it were alone; ignored otherwise.
+            cache: Cache of the tokens before these, to which these are added; each row is one document then.
 
         Returns:
             Logits [B, S, V] in the compute dtype without labels, else :class:`CausalLMLosses`.
@@ -204,17 +234,25 @@ class MoETransformer(nn.Module):
         targets_BS = shifted_targets(labels_BS, sequence_id)
         num_targets = count_targets(targets_BS).sum()
         lm = self.lm_head(hidden_BSD, targets_BS) / num_targets.clamp(min=1)
+        of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
         mtp = torch.zeros_like(lm)
         if self.training and self.mtp:
             further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, sequence_id)
             mtp = further * self.cfg.mtp.loss_weight / (len(self.mtp) * num_targets.clamp(min=1))
             stats += further_stats
-        return self._losses(lm, mtp, num_targets, stats)
+        return self._losses(lm, mtp, of_targets, num_targets, stats)
+
+    def _of_targets(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: Tensor) -> dict[str, Tensor]:
+        named = self.logits_losses if self.training else []
+        if not named:
+            return {}
+        sums = self.lm_head.sums_over_targets(named, hidden_BSD, targets_BS)
+        return weighted(named, sums / num_targets.clamp(min=1))
 
     def _predict_further(
         self, hidden_BSD: Tensor, embedded_BSD: Tensor, labels_BS: Tensor, sequence_id: Tensor | None
     ) -> tuple[Tensor, list[RoutingStats]]:
-        """Multi-token prediction: the sum over all modules and targets of the cross entropy, and their statistics."""
+        """Sum the cross entropy over all modules of multi-token prediction and targets; and list their statistics."""
         if labels_BS.shape[1] <= len(self.mtp):
             raise ValueError(f"sequences of {labels_BS.shape[1]} tokens leave none to model.mtp.depth {len(self.mtp)}")
         sums, stats = [], []
@@ -227,7 +265,14 @@ class MoETransformer(nn.Module):
             stats.append(module_stats)
         return torch.stack(sums).sum(), stats
 
-    def _losses(self, lm: Tensor, mtp: Tensor, num_targets: Tensor, stats: list[RoutingStats]) -> CausalLMLosses:
+    def _losses(
+        self,
+        lm: Tensor,
+        mtp: Tensor,
+        of_targets: dict[str, Tensor],
+        num_targets: Tensor,
+        stats: list[RoutingStats],
+    ) -> CausalLMLosses:
         weights = self.cfg.moe.balance
         none = lm.new_zeros(())
         counts_LE = (
@@ -244,11 +289,20 @@ class MoETransformer(nn.Module):
             tokens_per_expert=counts_LE,
             dropped_slots=torch.stack([s.dropped_slots for s in stats]) if stats else num_targets.new_zeros((0,)),
             router_entropy=torch.stack([s.router_entropy for s in stats]) if stats else none.new_zeros((0,)),
+            of_targets=of_targets,
+            of_tokens=self._of_tokens(stats),
         )
 
+    def _of_tokens(self, stats: list[RoutingStats]) -> dict[str, Tensor]:
+        layers = [s.losses for s in stats if s.losses is not None]
+        return weighted(self.router_losses, torch.stack(layers).sum(dim=0)) if layers else {}
+
     def _balance_losses(self, stats: list[RoutingStats], counts_LE: Tensor) -> list[Tensor]:
-        """Of each MoE layer. Here and not in the layers, counts of the whole step cost one exchange for all layers, and
-        recomputed activations count nothing twice."""
+        """Compute each MoE layer's balance loss.
+
+        It is computed here and not in the layers: counts of the whole step need one exchange for all layers, and
+        recomputed activations are not counted twice.
+        """
         if self.step_counts is None or not (self.training and torch.is_grad_enabled()):
             return [s.balance_loss for s in stats]
         step_counts_LE = self.step_counts.add(counts_LE)

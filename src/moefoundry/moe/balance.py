@@ -1,8 +1,8 @@
-"""What keeps experts busy and logits small, as pure functions of one layer's routing: losses, and a bias without one.
+"""Load balancing and router z-loss as pure functions of one layer's routing.
 
-Nothing is kept between calls: the values travel with the layer's output, so activation checkpointing neither loses them
-nor counts them twice (MegaBlocks keeps a global list, which does both). Every loss is a mean over tokens, so weighting
-micro-batches by their tokens gives the value of the whole batch; the mean of no tokens is 0, with gradients of 0.
+Losses are returned with the layer's output. None is kept in a global list, as in MegaBlocks, where activation
+checkpointing loses losses or counts them twice. Every loss is a mean over tokens, so that micro-batches weighted by
+their tokens give the value of the whole batch; the mean of no tokens is 0, with gradients of 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moefoundry.ops.permute import count_by_expert
 
 
 def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: int) -> Tensor:
-    """Load-balance loss, mean over segments of equally many consecutive tokens.
+    """Compute the load-balance loss, a mean over segments of equally many consecutive tokens.
 
     For a segment of S tokens: ``sum_e f_e * P_e`` with ``f_e = E / (K * S) * (slots routed to e)`` and ``P_e`` the mean
     score of e (Switch Transformer, arXiv 2101.03961, eq. 4-6; by sequence: DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
@@ -25,7 +25,8 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
     Args:
         scores_TE: [T, E], differentiable.
         topk_expert_ids_TK: int64 [T, K]; counted, not differentiated.
-        num_segments: 1 takes the whole micro-batch as one segment; B takes each sequence as one. 0 of no tokens.
+        num_segments: 1 takes the whole micro-batch as one segment, B takes each sequence as one; 0 if there are no
+            tokens.
 
     Raises:
         ValueError: T is not a multiple of ``num_segments``.
@@ -35,7 +36,7 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
         raise ValueError(f"{num_tokens} tokens do not split into {num_segments} segments")
     if not num_tokens:
         return scores_TE.sum()
-    probs_GSE = _normalized(scores_TE).reshape(num_segments, -1, num_experts)
+    probs_GSE = normalized(scores_TE).reshape(num_segments, -1, num_experts)
     ids_GN = topk_expert_ids_TK.reshape(num_segments, -1)
     segment_offset_G1 = torch.arange(num_segments, device=ids_GN.device).unsqueeze(1) * num_experts
     counts_GE = count_by_expert(ids_GN + segment_offset_G1, num_segments * num_experts).view(num_segments, num_experts)
@@ -43,11 +44,11 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
 
 
 def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
-    """:func:`balance_loss` from what it takes of each segment; the counts may be those of more tokens than the means.
+    """Compute :func:`balance_loss` from means and counts of G segments.
 
     Args:
         mean_probs_GE: [G, E] mean normalized scores, differentiable.
-        counts_GE: int64 [G, E], slots of each expert.
+        counts_GE: int64 [G, E], slots of each expert; may count more tokens than the means are taken over.
     """
     slots_G1 = counts_GE.sum(dim=-1, keepdim=True).clamp(min=1)
     load_GE = counts_GE.to(mean_probs_GE.dtype) * counts_GE.shape[-1] / slots_G1
@@ -55,28 +56,29 @@ def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
 
 
 def mean_probs(scores_TE: Tensor) -> Tensor:
-    """[E]: the mean over tokens of the scores, normalized to sum to 1 over E."""
-    return _mean(_normalized(scores_TE))
+    """Average over tokens the scores, normalized to sum to 1 over E; [E]."""
+    return mean_over_tokens(normalized(scores_TE))
 
 
-def _mean(values_T: Tensor) -> Tensor:
-    """Over the tokens, the first dim; 0 where there are none."""
+def mean_over_tokens(values_T: Tensor) -> Tensor:
+    """Average over the first dim; 0, with gradients of 0, if it is empty."""
     return values_T.mean(dim=0) if len(values_T) else values_T.sum(dim=0)
 
 
-def _normalized(scores_TE: Tensor) -> Tensor:
+def normalized(scores_TE: Tensor) -> Tensor:
+    """Divide scores [T, E] by their sum over E."""
     return scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + TINY)
 
 
 class StepCounts:
     """Slots of each expert in the optimizer step so far, for ``aux_loss_scope: global_batch`` (arXiv 2501.11873).
 
-    Exact over ranks: every micro-batch's counts are summed over all of them before use. Running over micro-batches: the
-    i-th of a step sees micro-batches 1 to i, since the later ones are not routed yet. With one micro-batch a step the
-    loss is that of the global batch.
+    The counts of a micro-batch are summed over all ranks before use. Micro-batch i of a step sees the counts of
+    micro-batches 1 to i, since later ones are not routed yet; with one micro-batch a step, the loss is exactly that of
+    the global batch.
 
     Args:
-        group: Ranks whose tokens make up the global batch; None where there is one.
+        group: Ranks whose tokens make up the global batch; None for one process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -88,7 +90,7 @@ class StepCounts:
         self._total = None
 
     def add(self, counts_LE: Tensor) -> Tensor:
-        """Count a micro-batch's [L, E] slots on every rank; the total so far, [L, E]."""
+        """Add a micro-batch's slots [L, E] of every rank; return the total so far, [L, E]."""
         counts_LE = counts_LE.clone()
         if self.group is not None:
             dist.all_reduce(counts_LE, group=self.group)
@@ -97,27 +99,29 @@ class StepCounts:
 
 
 def z_loss(router_logits_TE: Tensor) -> Tensor:
-    """Mean over tokens of ``logsumexp(logits)**2`` (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return _mean(router_logits_TE.logsumexp(dim=-1).square())
+    """Average ``logsumexp(logits)**2`` over tokens (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return mean_over_tokens(router_logits_TE.logsumexp(dim=-1).square())
 
 
 def router_entropy(scores_TE: Tensor) -> Tensor:
-    """Mean over tokens of the entropy of the normalized scores, in nats; log(E) is uniform routing."""
-    return _mean(torch.special.entr(_normalized(scores_TE)).sum(dim=-1))
+    """Average the entropy of the normalized scores over tokens, in nats; log(E) is uniform routing."""
+    return mean_over_tokens(torch.special.entr(normalized(scores_TE)).sum(dim=-1))
 
 
 def max_violation(tokens_per_expert: Tensor) -> Tensor:
-    """Largest load over mean load, minus 1, along the last dim [..., E] -> [...] (arXiv 2408.15664, eq. 4); 0 where no
-    expert has a load."""
+    """Compute largest load / mean load - 1 along the last dim, [..., E] -> [...] (arXiv 2408.15664, eq. 4).
+
+    It is 0 where no expert has a load.
+    """
     load = tokens_per_expert.to(torch.float64)
     violation = load.amax(dim=-1) / load.mean(dim=-1) - 1
     return violation.where(load.amax(dim=-1) > 0, 0.0)
 
 
 def expert_bias_step(tokens_per_expert: Tensor, rate: float) -> Tensor:
-    """fp32 [..., E]: what the expert biases change by after an optimizer step, ``rate * sign(mean load - load)``.
+    """Compute the change of the expert biases after an optimizer step, fp32 [..., E]: ``rate * sign(mean - load)``.
 
-    Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). Compares integers, so all ranks and meshes agree.
+    Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). It compares integers, so all ranks and meshes agree.
 
     Args:
         tokens_per_expert: int64 [..., E] slots of each expert in the whole step.

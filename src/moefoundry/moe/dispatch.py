@@ -1,16 +1,16 @@
 """Bring each token to the ranks of its experts, and the results back.
 
-A dispatcher is the only part of the layer that knows where experts live. All of them share one interface; what
-``combine`` needs of ``dispatch`` is kept in a frozen :class:`DispatchMetadata`, not in the dispatcher.
+A dispatcher is the only part of the layer that knows where experts are. All dispatchers share one interface, and keep
+nothing between calls: ``dispatch`` returns a frozen :class:`DispatchMetadata` for ``combine``.
 
-Between ranks a token travels once for each rank that has an expert of it, not once for each expert (as in DeepEP,
-https://github.com/deepseek-ai/DeepEP): the experts' rank makes the copies, and adds up its results before they go back.
-Weights travel with the tokens, and the experts apply them: no result has to be kept for their gradient.
+A token is sent once to each rank that has experts of it, not once for each expert (as in DeepEP,
+https://github.com/deepseek-ai/DeepEP): that rank copies it for its experts, and adds up their results before it sends
+them back. Weights are sent with the tokens, and applied by the experts, so no result is kept for their gradient.
 
-Dispatch spreads tokens over ranks, combine collects and sums their results; each is the other's transpose, and so its
-backward pass. Two of these four legs, the spreading ones, can carry tokens in another form, a :class:`RowCodec`'s.
+Dispatch copies tokens to ranks, combine sums what comes back; each is the other's transpose, and so its backward pass.
+The two exchanges that copy (dispatch, and combine's backward pass) can send rows in another form: :class:`RowCodec`.
 
-P tokens at a rank that has experts for them, G ranks of a group.
+P is the number of tokens on a rank after dispatch, G the number of ranks of a group.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.all_to_all import Splits, all_to_all_rows, start_all_to_all, wait_for
-from moefoundry.ops.permute import RowOrder, count_by_expert, gather_rows, order_by_expert, permute_slots, sum_of_rows
+from moefoundry.ops.permute import RowOrder, count_by_expert, gather_rows, order_by_expert, sum_of_rows
 
 
 @dataclass(frozen=True)
 class Hop:
-    """How tokens went to other ranks of a group.
+    """One exchange of tokens among the ranks of a group.
 
     Attributes:
-        order: Of (token, rank) pairs, by rank.
-        splits: How many went to each, and came from it.
+        order: Order of the (token, rank) pairs, by rank.
+        splits: Number of tokens sent to each rank, and received from it.
     """
 
     order: RowOrder
@@ -44,62 +44,53 @@ class Hop:
 
 @dataclass(frozen=True)
 class DispatchMetadata:
-    """What is known of the P tokens that arrived, and what ``combine`` needs to undo ``dispatch``.
+    """The slots of the P tokens on this rank after dispatch, and the way back.
 
     Attributes:
-        weights_PK: What each slot counts in the sum over its token's experts; differentiable.
-        order: Of the slots that are for this rank's experts: its R rows.
-        hops: How the tokens came; none where all experts are here.
+        weights_PK: Weight of each slot in the sum over its token's experts; differentiable.
+        order: Order of the slots that are for this rank's experts: its R rows.
+        hops: The exchanges that brought the tokens; none if all experts are on this rank.
     """
 
     weights_PK: Tensor
     order: RowOrder
     hops: tuple[Hop, ...] = ()
 
-    @property
-    def tokens_per_local_expert(self) -> Tensor:
-        """int64 [num_local_experts]; how the R rows split."""
-        return self.order.tokens_per_expert_E
-
-    @property
-    def row_weights_R(self) -> Tensor:
-        """[R]; the weights in the order of rows, differentiable."""
-        return permute_slots(self.weights_PK, self.order)
-
 
 class PendingExchange(NamedTuple):
-    """Tokens under way.
+    """A dispatch that has been started.
 
     Attributes:
-        wait: Wait for them: [P, D] and the metadata. Call it once; what is computed before overlaps with the exchange.
+        wait: Wait for the tokens, [P, D], and their metadata. Call it once; computation before it overlaps with the
+            exchange.
     """
 
     wait: Callable[[], tuple[Tensor, DispatchMetadata]]
 
 
 class TokenDispatcher(Protocol):
-    """What the layer asks of a dispatcher."""
+    """Interface of dispatchers."""
 
     def dispatch(
         self, tokens_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor, kept_TK: Tensor | None = None
     ) -> PendingExchange:
-        """Send each token toward the ranks of its experts.
+        """Start to send each token to the ranks of its experts.
 
         Args:
             tokens_TD: This rank's tokens, [T, D].
             topk_expert_ids_TK: int64 [T, K], distinct within a token.
-            topk_weights_TK: [T, K], differentiable; they travel too.
-            kept_TK: bool [T, K]; slots that are sent. None sends all.
+            topk_weights_TK: [T, K], differentiable; sent with the tokens.
+            kept_TK: bool [T, K], slots that are sent; None sends all.
         """
         ...
 
     def combine(self, mixed_PD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """[P, D] -> [T, D]: add up what each token's ranks made of it."""
+        """Send results back and add up those of each token, [P, D] -> [T, D]."""
         ...
 
 
 class LocalDispatcher:
-    """All experts are on this rank: tokens stay where they are."""
+    """Dispatcher for experts that are all on this rank: tokens stay."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
@@ -115,30 +106,30 @@ class LocalDispatcher:
 
 
 class RowCodec(Protocol):
-    """Another form of rows, for links."""
+    """Another form of rows for the exchange, such as FP8 with scales."""
 
     def encode(self, rows_TD: Tensor) -> Tensor:
-        """[T, D] -> [T, ...], row by row."""
+        """Encode [T, D] -> [T, ...], row by row."""
         ...
 
     def decode(self, sent_R: Tensor, like: Tensor) -> Tensor:
-        """[R, ...] -> [R, D], width and dtype as ``like`` has them."""
+        """Decode [R, ...] -> [R, D], with the width and dtype of ``like``."""
         ...
 
 
 class AllToAllDispatcher:
-    """Experts are divided among the ranks of a group: rank r owns experts ``r * E / size .. (r + 1) * E / size``.
+    """Dispatcher for experts that are divided among a group: rank r has experts ``r * E / G .. (r + 1) * E / G``.
 
-    The ranks tell each other how many tokens come (one exchange of counts, and the one time that a layer waits for the
-    host), then exchange the tokens, sorted by rank, and beside them what each is for. Combine is the same, backwards. A
-    rank may receive nothing, or all.
+    The ranks exchange counts of tokens (the one time that a layer waits for the host), then the tokens, sorted by rank,
+    and beside them the experts and weights of each. A rank may receive no tokens, or all.
 
     Args:
-        num_experts: E, a multiple of the group's size.
+        num_experts: E, a multiple of G.
         group: The ranks of the mesh axis ``expert``.
 
     Attributes:
-        codec: What tokens, and gradients of results, travel as; a precision policy may set one.
+        codec: Form in which tokens, and gradients of results, are sent; None sends them as they are. A precision policy
+            may set it.
 
     Raises:
         ValueError: The group's size does not divide E.
@@ -178,7 +169,7 @@ class AllToAllDispatcher:
         return _Combine.apply(mixed_PD, metadata.hops, self.codec)
 
     def _plan(self, expert_ids_TK: Tensor) -> tuple[list[Splits], int]:
-        """How tokens split in each hop, and how many rows this rank's experts get."""
+        """Agree on the splits of each hop, and on the number of rows for this rank's experts."""
         counts_G2 = torch.stack(pairs_and_slots(expert_ids_TK, self.num_experts, self.group.size()), dim=1)
         one_each = [1] * self.group.size()
         received_G2 = all_to_all_rows(counts_G2, Splits(one_each, one_each, self.group))
@@ -190,79 +181,82 @@ def next_hop(expert_ids_TK: Tensor, num_experts: int, splits: Splits) -> Hop:
     """Order tokens by the ranks that have an expert of them.
 
     Args:
-        expert_ids_TK: int64 [T, K], among the experts that the group has; -1 for a slot that has none there.
-        num_experts: That the group has together, each rank as many as the others.
-        splits: As the group agreed on them.
+        expert_ids_TK: int64 [T, K], counted among the group's experts; -1 for a slot that has none there.
+        num_experts: Experts of the group, equally many on each rank.
+        splits: The splits that the group agreed on.
     """
     ranks = splits.group.size()
-    visits_TG = visits(expert_ids_TK // (num_experts // ranks), ranks)
-    ranks_TG = torch.arange(ranks, device=visits_TG.device).expand_as(visits_TG)
-    return Hop(order_by_expert(ranks_TG, ranks, visits_TG, sum(splits.send)), splits)
+    needed_TG = needed_places(expert_ids_TK // (num_experts // ranks), ranks)
+    ranks_TG = torch.arange(ranks, device=needed_TG.device).expand_as(needed_TG)
+    return Hop(order_by_expert(ranks_TG, ranks, needed_TG, sum(splits.send)), splits)
 
 
 def pack_slots(weights_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
-    """[T, 2 K] in fp32 at least, which holds an expert's number exactly: one exchange for both."""
+    """Put weights and experts into one tensor for one exchange, [T, 2 K], fp32 or wider (exact for expert numbers)."""
     dtype = torch.promote_types(weights_TK.dtype, torch.float32)
     return torch.cat([weights_TK.to(dtype), expert_ids_TK.to(dtype)], dim=1)
 
 
 def unpack_slots(slots_P2K: Tensor, hop: Hop, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Weights [P, K], and experts int64 [P, K] counted from this rank's first of ``num_experts``; -1 for others."""
+    """Undo :func:`pack_slots`: weights [P, K], and experts int64 [P, K].
+
+    Experts are counted from this rank's first of ``num_experts``; -1 stands for experts of other ranks.
+    """
     weights_PK, ids_PK = slots_P2K.chunk(2, dim=1)
     ids_PK = ids_PK.long() - hop.splits.group.rank() * num_experts
     return weights_PK, ids_PK.where((ids_PK >= 0) & (ids_PK < num_experts), -1)
 
 
-def visits(places_TK: Tensor, num_places: int) -> Tensor:
-    """bool [T, num_places]: where each token has a slot; -1 is nowhere."""
-    visited = torch.zeros(len(places_TK), num_places + 1, dtype=torch.bool, device=places_TK.device)
-    return visited.scatter_(1, places_TK.remainder(num_places + 1), True)[:, :-1]  # -1 becomes the last
+def needed_places(places_TK: Tensor, num_places: int) -> Tensor:
+    """Mark the places (ranks or nodes) that have a slot of each token, bool [T, num_places]; -1 is no place."""
+    needed = torch.zeros(len(places_TK), num_places + 1, dtype=torch.bool, device=places_TK.device)
+    return needed.scatter_(1, places_TK.remainder(num_places + 1), True)[:, :-1]  # -1 becomes the last
 
 
 def pairs_and_slots(expert_ids_TK: Tensor, num_experts: int, num_places: int) -> tuple[Tensor, Tensor]:
-    """Tokens that have an expert at each place, and how many slots they have there; both int64 [num_places]."""
+    """Count the tokens that have an expert at each place, and their slots there; both int64 [num_places]."""
     places_TK = expert_ids_TK // (num_experts // num_places)
-    return visits(places_TK, num_places).sum(dim=0), count_by_expert(places_TK, num_places, places_TK >= 0)
+    return needed_places(places_TK, num_places).sum(dim=0), count_by_expert(places_TK, num_places, places_TK >= 0)
 
 
 class StartedHop(NamedTuple):
-    """Rows on their first hop.
+    """A hop that has been started.
 
     Attributes:
-        under_way: What was sent; only :func:`~moefoundry.ops.all_to_all.wait_for` may read it.
-        sent: Has the shape of what was sent, no memory, and the gradient that comes back.
-        codec: What rows travel as.
+        pending: Rows being received; only :func:`~moefoundry.ops.all_to_all.wait_for` may read them.
+        sent: Stand-in for the rows sent: their shape, no memory, and the gradient that comes back.
+        codec: Form in which the rows are sent.
     """
 
-    under_way: Tensor
+    pending: Tensor
     sent: Tensor
     codec: RowCodec | None
 
 
 def start_hop(rows_T: Tensor, hop: Hop, codec: RowCodec | None = None) -> StartedHop:
-    """Send rows [T, ...] on a hop, and do not wait. :func:`finish_hops` waits.
+    """Start to send rows [T, ...]; :func:`finish_hops` waits for them.
 
-    The backward pass of the latter starts the exchange of gradients, the backward pass of this one waits for it: what
-    lies between overlaps with it too.
+    In the backward pass :func:`finish_hops` starts the exchange of gradients, and this function waits for it: the
+    backward pass of what is computed in between overlaps with it.
     """
-    under_way, sent = _StartHop.apply(rows_T, hop, codec)
-    return StartedHop(under_way, sent, codec)
+    pending, sent = _StartHop.apply(rows_T, hop, codec)
+    return StartedHop(pending, sent, codec)
 
 
 def finish_hops(started: StartedHop, hops: list[Hop]) -> Tensor:
-    """[P, ...]: wait for the first of the hops, and go on with the others."""
-    return _FinishHops.apply(started.sent, started.under_way, tuple(hops), started.codec)
+    """Wait for the first hop, and do the others; [P, ...]."""
+    return _FinishHops.apply(started.sent, started.pending, tuple(hops), started.codec)
 
 
 def spread(rows_T: Tensor, hops: tuple[Hop, ...]) -> Tensor:
-    """[T, ...] -> [P, ...]: rows go to other ranks as tokens went."""
+    """Send rows over ``hops``, [T, ...] -> [P, ...]."""
     for hop in hops:
         rows_T = all_to_all_rows(gather_rows(rows_T, hop.order), hop.splits)
     return rows_T
 
 
 def collect(rows_P: Tensor, hops: tuple[Hop, ...]) -> Tensor:
-    """[P, ...] -> [T, ...]: rows go back to their token, and add up; the transpose of :func:`spread`."""
+    """Send rows back and add up those of each token, [P, ...] -> [T, ...]; the transpose of :func:`spread`."""
     for hop in reversed(hops):
         rows_P = sum_of_rows(all_to_all_rows(rows_P, hop.splits.reverse()), hop.order)
     return rows_P
@@ -273,21 +267,21 @@ class _StartHop(Function):
     def forward(ctx: Any, rows_T: Tensor, hop: Hop, codec: RowCodec | None) -> tuple[Tensor, Tensor]:
         ctx.hop = hop
         sent = rows_T if codec is None else codec.encode(rows_T)
-        under_way = start_all_to_all(gather_rows(sent, hop.order), hop.splits)
-        ctx.mark_non_differentiable(under_way)
-        return under_way, rows_T.new_empty(1).expand(sum(hop.splits.send), *rows_T.shape[1:])
+        pending = start_all_to_all(gather_rows(sent, hop.order), hop.splits)
+        ctx.mark_non_differentiable(pending)
+        return pending, rows_T.new_empty(1).expand(sum(hop.splits.send), *rows_T.shape[1:])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, grad_under_way: Tensor) -> tuple[Tensor, None, None]:
-        return sum_of_rows(wait_for(grad_under_way), ctx.hop.order), None, None
+    def backward(ctx: Any, _: None, grad_pending: Tensor) -> tuple[Tensor, None, None]:
+        return sum_of_rows(wait_for(grad_pending), ctx.hop.order), None, None
 
 
 class _FinishHops(Function):
     @staticmethod
-    def forward(ctx: Any, sent: Tensor, under_way: Tensor, hops: tuple[Hop, ...], codec: RowCodec | None) -> Tensor:
+    def forward(ctx: Any, sent: Tensor, pending: Tensor, hops: tuple[Hop, ...], codec: RowCodec | None) -> Tensor:
         ctx.hops = hops
-        rows = spread(wait_for(under_way), hops[1:])
+        rows = spread(wait_for(pending), hops[1:])
         return rows.view_as(rows) if codec is None else codec.decode(rows, sent)
 
     @staticmethod
@@ -298,7 +292,7 @@ class _FinishHops(Function):
 
 
 class _Combine(Function):
-    """:func:`collect`; backward, gradients spread as the codec's rows."""
+    """:func:`collect`; the backward pass spreads gradients in the codec's form."""
 
     @staticmethod
     def forward(ctx: Any, mixed_PD: Tensor, hops: tuple[Hop, ...], codec: RowCodec | None) -> Tensor:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from moefoundry.config import ExpertBackend
-from moefoundry.moe.mixture import PRODUCTS, Mixture, choose_mixture
+from moefoundry.config import MoEConfig
+from moefoundry.moe.mixture import Mixture, RowMixture, build_mixture
 from moefoundry.ops.gradient_scale import scale_gradient
-from moefoundry.ops.grouped_linear import GroupedLinear
-from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
+from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear
+from moefoundry.ops.permute import RowOrder
 from moefoundry.ops.swiglu import swiglu
 
 
@@ -24,7 +24,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
+        """Compute [..., D] -> [..., D]."""
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
@@ -34,52 +34,36 @@ class GroupedExperts(nn.Module):
     Attributes:
         gate_proj, up_proj: [E, F, D].
         down_proj: [E, D, F].
-        backend: What mixes them.
-        grouped_linear: The product of the plain way; a precision policy may wrap it.
+        mixture: The backend that computes them; a precision policy may set another.
     """
 
-    def __init__(self, num_experts: int, d_model: int, hidden_size: int, backend: ExpertBackend) -> None:
+    def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
+        num_experts, hidden_size = cfg.num_experts, cfg.expert_hidden_size
         self.gate_proj = nn.Parameter(torch.empty(num_experts, hidden_size, d_model))
         self.up_proj = nn.Parameter(torch.empty(num_experts, hidden_size, d_model))
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, hidden_size))
-        self.backend = backend
-        self.grouped_linear: GroupedLinear = PRODUCTS[backend]
+        self.mixture: Mixture = build_mixture(cfg)
 
     def forward(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
-        """Mix each token's experts that are here, [P, D] -> [P, D].
+        """Mix each token's experts on this rank, [P, D] -> [P, D]; arguments as in :class:`Mixture`."""
+        return self.mixture(tokens_PD, weights_PK, *self.local_weights(), order)
 
-        Args:
-            tokens_PD: Tokens that have experts here.
-            weights_PK: What each slot counts.
-            order: Of the slots that are for experts here.
-        """
-        mixture = self._mixture(tokens_PD, len(order.slot_of_row_N))
-        if mixture is not None:
-            return mixture(tokens_PD, weights_PK, *self.local_weights(), order)
-        rows_RD = self.multiply(permute(tokens_PD, order), order.tokens_per_expert_E, permute_slots(weights_PK, order))
-        return sum_rows(rows_RD, order)
-
-    def multiply(self, rows_RD: Tensor, tokens_per_expert_E: Tensor, row_weights_R: Tensor | None = None) -> Tensor:
-        """[R, D] rows in the order of this rank's experts -> [R, D], times their weights."""
-        gate, up, down = self.local_weights()
-        gate_RF = self.grouped_linear(rows_RD, gate, tokens_per_expert_E)
-        up_RF = self.grouped_linear(rows_RD, up, tokens_per_expert_E)
-        return self.grouped_linear(swiglu(gate_RF, up_RF, row_weights_R), down, tokens_per_expert_E)
-
-    def _mixture(self, tokens_PD: Tensor, num_rows: int) -> Mixture | None:
-        """What mixes at once, where products are as they are."""
-        if self.grouped_linear is not PRODUCTS[self.backend]:
-            return None
-        return choose_mixture(self.backend, tokens_PD, num_rows, self.down_proj.shape[-1])
+    @property
+    def product(self) -> GroupedLinear:
+        """The grouped product with which a precision policy computes the experts by rows."""
+        return self.mixture.product if isinstance(self.mixture, RowMixture) else grouped_linear
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down of this rank's experts."""
         return self._local(self.gate_proj), self._local(self.up_proj), self._local(self.down_proj)
 
     def _local(self, weight: Tensor) -> Tensor:
-        """This rank's experts. Where they are divided among G ranks they see the tokens of all G, so their gradient is
-        a sum where every other gradient is a mean over ranks: it is divided by G."""
+        """Take this rank's experts.
+
+        If G ranks share the experts, these see the tokens of all G ranks: their gradient is a sum where every other
+        gradient is a mean over ranks, so it is divided by G.
+        """
         if not isinstance(weight, DTensor):
             return weight
         return scale_gradient(weight.to_local(), 1 / weight.device_mesh.size())

@@ -1,20 +1,22 @@
 """The MoE layer: route -> dispatch -> experts -> combine, plus the shared experts.
 
-Follow one token: the router scores it against every expert and keeps the best K; ``dispatch`` sends it to the ranks of
-those experts; there it is copied into a row of each, which is a SwiGLU over its rows, and the results, times the
-router's weights, are added up; ``combine`` brings the sums back and adds them; the shared experts, which see every
-token, are added on top. No token is ever dropped, unless the recipe sets a capacity:
-then, in training, a choice that its expert cannot take is not dispatched, and adds nothing.
+Follow one token. The router scores it against every expert and keeps the best K. ``dispatch`` sends it to the ranks of
+those experts. There it becomes a row of each of its experts there; each expert is a SwiGLU over its rows, and the
+results, times the router's weights, are added up. ``combine`` brings the sums back and adds them. The output of the
+shared experts, which see every token, is added. No token is dropped, unless the recipe sets a capacity: then, in
+training, a slot that its expert cannot take is not dispatched, and adds nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AuxLossScope, MoEConfig
-from moefoundry.moe.balance import balance_loss, mean_probs, router_entropy, z_loss
+from moefoundry.moe.balance import balance_loss, mean_over_tokens, mean_probs, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.router import Router, Routing, within_capacity
@@ -22,14 +24,15 @@ from moefoundry.ops.permute import count_by_expert
 
 
 class RoutingStats(NamedTuple):
-    """One layer's losses and statistics of one micro-batch; returned, never stored.
+    """Losses and statistics of one layer in one micro-batch.
 
     Attributes:
         balance_loss, z_loss: Scalars, differentiable, unweighted, means over tokens.
-        mean_probs: [E], differentiable; the mean normalized scores, for a balance loss over more than the micro-batch.
-        tokens_per_expert: int64 [E], as routed: with those that a capacity then drops.
-        dropped_slots: int64 scalar.
+        mean_probs: [E], differentiable; mean normalized scores, for a balance loss over more than the micro-batch.
+        tokens_per_expert: int64 [E], as routed: slots that a capacity then drops are counted, too.
+        dropped_slots: int64 scalar, slots that a capacity dropped.
         router_entropy: Scalar, nats, not differentiable.
+        losses: [len(router_losses)], differentiable, means over tokens; None in evaluation.
     """
 
     balance_loss: Tensor
@@ -38,35 +41,38 @@ class RoutingStats(NamedTuple):
     tokens_per_expert: Tensor
     dropped_slots: Tensor
     router_entropy: Tensor
+    losses: Tensor | None = None
 
 
 class MoELayer(nn.Module):
-    """A drop-in for the dense FFN that also returns :class:`RoutingStats`.
+    """Mixture-of-Experts layer: takes the place of a dense FFN, and also returns :class:`RoutingStats`.
 
     Attributes:
-        dispatcher: Where experts live; expert parallelism sets another.
+        dispatcher: Brings tokens to their experts; expert parallelism sets another.
+        router_losses: Further losses of training, ``(router_logits_TE, scores_TE) -> values_T``.
     """
 
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
         self.router = Router(d_model, cfg)
-        self.experts = GroupedExperts(cfg.num_experts, d_model, cfg.expert_hidden_size, cfg.backend)
+        self.experts = GroupedExperts(d_model, cfg)
         self.shared_experts = (
             FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher(cfg.num_experts)
+        self.router_losses: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
         self.aux_loss_scope = cfg.balance.aux_loss_scope
         self.capacity_factor = cfg.capacity_factor
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
-        """[B, S, D] -> [B, S, D] and the statistics of its B * S tokens."""
+        """Compute the output, [B, S, D] -> [B, S, D], and the statistics of the B * S tokens."""
         tokens_TD = x_BSD.flatten(0, 1)
         routing: Routing = self.router(tokens_TD)
         kept_TK = None
         if self.capacity_factor is not None and self.training:
             kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)
         pending = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids, routing.topk_weights, kept_TK)
-        shared_TD = self._shared(tokens_TD)  # while tokens travel
+        shared_TD = self._shared(tokens_TD)  # while tokens are exchanged
         tokens_PD, metadata = pending.wait()
         mixed_PD = self.experts(tokens_PD, metadata.weights_PK, metadata.order)
         out_TD = self.dispatcher.combine(mixed_PD, metadata)
@@ -87,4 +93,11 @@ class MoELayer(nn.Module):
             tokens_per_expert=tokens_per_expert_E,
             dropped_slots=tokens_per_expert_E.new_zeros(()) if kept_TK is None else (~kept_TK).sum(),
             router_entropy=router_entropy(routing.scores.detach()),
+            losses=self._further_losses(routing),
         )
+
+    def _further_losses(self, routing: Routing) -> Tensor | None:
+        if not (self.training and self.router_losses):
+            return None
+        values = [loss(routing.router_logits, routing.scores) for loss in self.router_losses]
+        return torch.stack([mean_over_tokens(values_T) for values_T in values])

@@ -1,70 +1,135 @@
-"""How a layer's experts are mixed: the backends, and the one place that chooses between them.
+"""Mixture backends: functions that compute the weighted sum of each token's experts.
 
-A mixture takes tokens, their top-k weights, the three stacked weights and the order of this rank's rows, and gives each
-token's weighted sum of its experts. It has no rows to hand around, so it may keep far less than the plain way, which
-works everywhere: rows in expert order, three grouped products, a sum over each token's rows.
+``model.moe.backend`` names one. A backend sees the tokens that have experts on this rank, whether they were here or
+arrived from other ranks, and the order of their rows. Installed packages may add others: ``docs/extending.md``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moefoundry.config import ExpertBackend, MoEConfig, UserError
+from moefoundry.config import MoEConfig, UserError
+from moefoundry.config.making import make_part
 from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop
-from moefoundry.ops.permute import RowOrder
+from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
+from moefoundry.ops.swiglu import swiglu
 
-PRODUCTS: dict[ExpertBackend, GroupedLinear] = {
-    backend: grouped_linear_loop if backend == ExpertBackend.loop else grouped_linear for backend in ExpertBackend
-}
-"""The grouped product of each backend's plain way."""
-
-Mixture = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, RowOrder], Tensor]
-"""``(tokens_TD, weights_TK, gate_EFD, up_EFD, down_EDF, order) -> [T, D]``."""
+BACKEND_KEY = "model.moe.backend"
 
 
-def choose_mixture(backend: ExpertBackend, tokens_TD: Tensor, num_rows: int, hidden_size: int) -> Mixture | None:
-    """Choose by device, dtype and size; None is the plain way.
+class Mixture(Protocol):
+    """A mixture backend. It may also have ``obstacle``, see :func:`check_backend`."""
 
-    Args:
-        backend: ``auto`` takes what has been measured to be fastest there, ``triton`` its kernels or an error, others
-            the plain way.
-        tokens_TD: That it would mix.
-        num_rows: N.
-        hidden_size: F.
+    def __call__(
+        self, tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+    ) -> Tensor:
+        """Mix each token's experts, [P, D] -> [P, D]; differentiable in the first five arguments.
 
-    Raises:
-        ValueError: Triton's kernels are asked for and cannot run there.
-    """
-    if backend == ExpertBackend.auto and tokens_TD.device.type == "cpu":
-        bytes_of_rows = num_rows * tokens_TD.shape[1] * tokens_TD.itemsize
-        return expert_mixture if tokens_TD.dtype == torch.float32 and bytes_of_rows >= PAYS_FROM_BYTES else None
-    if backend != ExpertBackend.triton:
-        return None
-    from moefoundry.ops.fused_experts import fused_experts, obstacle
+        Args:
+            tokens_PD: Tokens that have experts on this rank.
+            weights_PK: Weights of their slots in the sum, fp32 or wider.
+            gate_EFD: Weights of this rank's E experts, each in the layout of ``nn.Linear``; likewise the others.
+            up_EFD: [E, F, D].
+            down_EDF: [E, D, F].
+            order: Order of the slots that are for experts on this rank: its N rows.
+        """
+        ...
 
-    if found := obstacle(tokens_TD, hidden_size):
-        raise ValueError(f"model.moe.backend: triton cannot run: {found}; use model.moe.backend=auto")
-    return fused_experts
+
+def build_mixture(cfg: MoEConfig) -> Mixture:
+    """Make the backend that ``model.moe.backend`` names."""
+    mixture: Mixture = make_part("mixture_backends", cfg.backend, BACKEND_KEY, cfg)
+    return mixture
 
 
 def check_backend(cfg: MoEConfig, d_model: int, device: torch.device, dtype: torch.dtype) -> None:
-    """Make sure that the backend which a recipe asks for runs where it is to run.
+    """Ask the recipe's backend if it can run.
+
+    If it has ``obstacle(tokens_PD, hidden_size)``, this gives the reason why not, or an empty text.
 
     Args:
-        cfg: Says the backend.
+        cfg: The recipe's ``model.moe``.
         d_model: D.
-        device: Of the tokens.
-        dtype: They are multiplied in.
+        device: Device of the tokens.
+        dtype: Dtype of the products.
 
     Raises:
-        UserError: It does not.
+        UserError: The backend cannot run.
     """
-    tokens_TD = torch.empty(1, d_model, device=device, dtype=dtype)
-    try:
-        choose_mixture(cfg.backend, tokens_TD, cfg.top_k, cfg.expert_hidden_size)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    obstacle = getattr(build_mixture(cfg), "obstacle", None)
+    found = obstacle and obstacle(torch.empty(1, d_model, device=device, dtype=dtype), cfg.expert_hidden_size)
+    if found:
+        raise UserError(f"{BACKEND_KEY}: {cfg.backend} cannot run: {found}; use {BACKEND_KEY}=auto")
+
+
+@dataclass(frozen=True)
+class RowMixture:
+    """The mixture by rows: rows in expert order, three grouped products, and a sum over each token's rows.
+
+    Attributes:
+        product: The grouped product; precision policies replace it.
+    """
+
+    product: GroupedLinear
+
+    def __call__(
+        self, tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+    ) -> Tensor:
+        rows_ND, counts_E = permute(tokens_PD, order), order.tokens_per_expert_E
+        gate_NF, up_NF = (self.product(rows_ND, weight, counts_E) for weight in (gate_EFD, up_EFD))
+        hidden_NF = swiglu(gate_NF, up_NF, permute_slots(weights_PK, order))
+        return sum_rows(self.product(hidden_NF, down_EDF, counts_E), order)
+
+
+def grouped_mm(cfg: MoEConfig) -> Mixture:
+    """Multiply rows by ``F.grouped_mm``."""
+    return RowMixture(grouped_linear)
+
+
+def loop(cfg: MoEConfig) -> Mixture:
+    """Multiply rows one expert at a time: the oracle, for any dtype."""
+    return RowMixture(grouped_linear_loop)
+
+
+def auto(cfg: MoEConfig) -> Mixture:
+    """Use what was measured to be fastest for the device, dtype and size of the tokens; the one place that chooses."""
+    by_rows = grouped_mm(cfg)
+
+    def mixture(
+        tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+    ) -> Tensor:
+        bytes_of_rows = len(order.slot_of_row_N) * tokens_PD.shape[1] * tokens_PD.itemsize
+        on_cpu = tokens_PD.device.type == "cpu" and tokens_PD.dtype == torch.float32
+        chosen = expert_mixture if on_cpu and bytes_of_rows >= PAYS_FROM_BYTES else by_rows
+        return chosen(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order)
+
+    return mixture
+
+
+class TritonMixture:
+    """Fused Triton kernels (``ops/fused_experts``)."""
+
+    def __call__(
+        self, tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+    ) -> Tensor:
+        from moefoundry.ops.fused_experts import fused_experts
+
+        if found := self.obstacle(tokens_PD, down_EDF.shape[-1]):
+            raise ValueError(f"{BACKEND_KEY}: triton cannot run: {found}; use {BACKEND_KEY}=auto")
+        return fused_experts(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order)
+
+    def obstacle(self, tokens_PD: Tensor, hidden_size: int) -> str:
+        """Say why the kernels cannot run; empty if they can."""
+        from moefoundry.ops.fused_experts import obstacle
+
+        return obstacle(tokens_PD, hidden_size) or ""
+
+
+def triton(cfg: MoEConfig) -> Mixture:
+    """Use the fused Triton kernels."""
+    return TritonMixture()

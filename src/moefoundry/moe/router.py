@@ -1,8 +1,8 @@
-"""Which experts a token goes to, and with what weight.
+"""The router: choose each token's experts, and their weights.
 
-Experts are chosen by their scores plus a bias that balances load, and weighed by their scores alone (DeepSeek-V3,
-arXiv 2412.19437, eq. 12-16). ``docs/routing.md`` has every key's formula. The gate is computed in fp32 whatever the
-compute dtype (float64 stays float64): a rounded logit sends tokens elsewhere.
+Experts are chosen by their scores plus a bias that balances load, and weighted by their scores alone (DeepSeek-V3,
+arXiv 2412.19437, eq. 12-16). ``docs/routing.md`` has the formula of every key. The gate is computed in fp32 in every
+compute dtype (float64 stays float64): rounded logits would choose other experts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from moefoundry.ops.permute import count_by_expert
 from moefoundry.ops.wide_linear import wide_linear, widened
 
 TINY = 1e-20
-"""Added to sums of scores, as in DeepSeek-V3's code: sigmoid scores may all underflow. Changes no other sum."""
-
+"""Added to sums of scores, as in DeepSeek-V3's code, for sigmoid scores that all underflow; changes no other sum."""
 
 Score = Callable[[Tensor], Tensor]
 """Router logits [T, E] -> scores [T, E], above 0, of the same dtype."""
@@ -31,23 +30,23 @@ SCORE_KEY = "model.moe.router.score_function"
 
 
 def softmax(cfg: RouterConfig) -> Score:
-    """Scores that sum to 1 over the experts."""
+    """Make scores that sum to 1 over the experts."""
     return partial(torch.softmax, dim=-1)
 
 
 def sigmoid(cfg: RouterConfig) -> Score:
-    """Each expert's score by itself."""
+    """Make scores of each expert by itself."""
     return torch.sigmoid
 
 
 class Routing(NamedTuple):
-    """What the router decided for T tokens.
+    """Decision of the router for T tokens.
 
     Attributes:
         router_logits: [T, E] fp32, before the score function.
         scores: [T, E] fp32, after it.
         topk_weights: [T, K] fp32, normalized and scaled as the recipe says.
-        topk_expert_ids: int64 [T, K], distinct within a token; by falling score plus bias.
+        topk_expert_ids: int64 [T, K], distinct within a token, in descending order of score plus bias.
     """
 
     router_logits: Tensor
@@ -60,9 +59,10 @@ class Router(nn.Module):
     """Linear gate, scores, top-k.
 
     Attributes:
-        score: Router logits -> scores.
-        product: The gate's, [T, D] x [E, D] -> [T, E]; a precision policy may set one that keeps less for backward.
-        expert_bias: fp32 [E], a buffer that only the choice of experts sees and no gradient changes; None where
+        score: Score function, router logits -> scores.
+        product: Product of the gate, [T, D] x [E, D] -> [T, E]; a precision policy may set one that keeps less for
+            the backward pass.
+        expert_bias: fp32 [E], a buffer without gradient, added to the scores for the choice of experts only; None if
             scores are softmax and ``bias_update_rate`` is 0.
     """
 
@@ -92,7 +92,7 @@ class Router(nn.Module):
         return Routing(logits_TE, scores_TE, weights_TK * self.cfg.scale, expert_ids_TK)
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
-        """int64 [T, K]: the experts of each token."""
+        """Choose the experts of each token, int64 [T, K]."""
         if self.cfg.assignment == Assignment.uniform:
             return deal_in_turn(len(scores_TE), self.top_k, scores_TE.shape[1], self.cfg, scores_TE.device)
         if self.expert_bias is not None:
@@ -103,15 +103,14 @@ class Router(nn.Module):
 
 
 def keep_best_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best: int) -> Tensor:
-    """Group-limited routing: the scores, with -inf for the experts of all but each token's best groups.
+    """Set the scores of experts outside each token's best groups to -inf (group-limited routing).
 
     Args:
-        scores_TE: [T, E] what experts are chosen by; a group is E / G consecutive experts.
+        scores_TE: [T, E], scores plus bias; a group is E / G consecutive experts.
         num_groups: G.
         top_k_groups: Groups kept for each token.
-        best: A group's score is the sum of this many of its largest scores: 1 in DeepSeek-V2 (softmax scores,
-            arXiv 2405.04434, section 2.2.2), 2 in DeepSeek-V3. DeepSeek's inference code decides by whether there is a
-            bias, for either score function.
+        best: A group's score is the sum of this many of its largest scores: 1 in DeepSeek-V2 (arXiv 2405.04434,
+            section 2.2.2), 2 in DeepSeek-V3. DeepSeek's inference code takes 2 if there is a bias.
     """
     scores_TGM = scores_TE.unflatten(1, (num_groups, -1))
     group_ids = scores_TGM.topk(best, dim=-1).values.sum(dim=-1).topk(top_k_groups, dim=-1).indices
@@ -121,11 +120,12 @@ def keep_best_groups(scores_TE: Tensor, num_groups: int, top_k_groups: int, best
 
 
 def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, cfg: RouterConfig, device: torch.device) -> Tensor:
-    """int64 [T, K]: experts whatever the scores, for benchmarks; all are even after every ``E / gcd(E / G, K)`` tokens.
+    """Assign experts in turn whatever the scores, for benchmarks; int64 [T, K].
 
-    A token's experts come from ``top_k_groups`` of the G groups, equally many from each if that divides K. The order of
-    groups, and of the experts in each, is a fixed shuffle, so that a token's experts lie on about as many nodes and
-    ranks as a router's would. Without groups, slot ``n = t * K + k`` goes to expert number ``n % E`` of the shuffle.
+    All experts have equal load after every ``E / gcd(E / G, K)`` tokens. A token's experts come from ``top_k_groups``
+    of the G groups, equally many from each if that divides K. The order of groups, and of the experts in each, is a
+    fixed shuffle, so that a token's experts are on about as many nodes and ranks as a router's would be. Without
+    groups, slot ``n = t * K + k`` goes to expert number ``n % E`` of the shuffle.
     """
     dealt_PK = _dealt_once(top_k, num_experts, cfg.num_groups, cfg.top_k_groups, device)
     return dealt_PK[torch.arange(num_tokens, device=device) % len(dealt_PK)]
@@ -133,7 +133,7 @@ def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, cfg: RouterConfi
 
 @cache
 def _dealt_once(top_k: int, num_experts: int, num_groups: int, top_k_groups: int, device: torch.device) -> Tensor:
-    """int64 [P, K]: what is dealt to P tokens before it repeats.
+    """Assign experts to the P tokens after which the assignment repeats, int64 [P, K].
 
     In a round of G tokens, every group comes up once for each slot k. So its experts come up in turn if slot k of round
     r takes number ``r * K + k`` of them.
@@ -151,15 +151,15 @@ def _dealt_once(top_k: int, num_experts: int, num_groups: int, top_k_groups: int
 
 
 def within_capacity(scores_TE: Tensor, topk_expert_ids_TK: Tensor, capacity_factor: float) -> Tensor:
-    """Which slots their experts take, bool [T, K].
+    """Mark the slots that fit the capacity of their experts, bool [T, K].
 
-    An expert takes at most ``ceil(capacity_factor * T * K / E)`` of the slots routed to it (GShard, arXiv 2006.16668):
-    those with its best scores, in place of the first that come; of equal scores, those of the first tokens.
+    An expert takes at most ``ceil(capacity_factor * T * K / E)`` of the slots routed to it (GShard, arXiv 2006.16668),
+    best scores first (not in order of position); of equal scores, those of the first tokens.
 
     Args:
         scores_TE: [T, E] scores of the T tokens that share the capacity.
         topk_expert_ids_TK: int64 [T, K].
-        capacity_factor: What an expert takes, as a multiple of its even share.
+        capacity_factor: Capacity of an expert as a multiple of its even share.
     """
     num_experts, num_slots = scores_TE.shape[1], topk_expert_ids_TK.numel()
     capacity = math.ceil(min(capacity_factor * num_slots / num_experts, num_slots))

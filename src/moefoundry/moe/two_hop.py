@@ -1,17 +1,17 @@
-"""Dispatch for experts that span nodes: a token crosses the node border once for each node, and fans out inside it.
+"""Dispatch for experts that span nodes: a token is sent once to each node, and from there to the node's ranks.
 
-Links inside a node are many times faster than those between nodes, so where the plain all-to-all sends a token to each
-rank that has an expert of it, here it takes two hops (DeepSeek-V3, arXiv 2412.19437, section 3.2.2):
+Links inside a node are many times faster than links between nodes. The plain all-to-all sends a token to each rank that
+has an expert of it; here that takes two exchanges (DeepSeek-V3, arXiv 2412.19437, section 3.2.2):
 
-    hop 1   one row for each (token, node) that has an expert of it, to the rank of that node with the same place in
-            its node as the sender (the *relay*); with it go the experts it is for and their weights
-    hop 2   inside the node: one row for each (token, rank), from the relay to the experts' rank
+    hop 1   between nodes: one row for each (token, node) with an expert of it, to the rank that has the sender's place
+            in its node, with the experts and weights of the token
+    hop 2   inside the node: one row for each (token, rank), from that rank to the experts' rank
 
-and back the same way: ranks add up the weighted results of their experts and the relay those of its node, so one row
-for each (token, node) crosses the border again. Node-limited routing (``router.top_k_groups``) bounds how many those
-are.
+Results return the same way: ranks add up the weighted results of their experts, the rank in between adds up those of
+its node, and one row for each (token, node) goes back. Node-limited routing (``router.top_k_groups``) bounds their
+number.
 
-A nodes of the group, M ranks of it in each.
+A is the number of nodes of the group, M the number of its ranks in each.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from moefoundry.ops.all_to_all import Splits, all_gather_rows
 
 
 class TwoHopDispatcher(AllToAllDispatcher):
-    """Like :class:`~moefoundry.moe.dispatch.AllToAllDispatcher`, over a group that spans nodes.
+    """An :class:`~moefoundry.moe.dispatch.AllToAllDispatcher` for a group that spans nodes.
 
-    One exchange of counts over the whole group and one wait for the host cover both hops.
+    One exchange of counts over the whole group, and one wait for the host, serve both hops.
 
     Args:
         num_experts: E, a multiple of the group's size.
         group: The ranks of the mesh axis ``expert``, node by node.
-        between: Ranks of the group with this rank's place in their node, one of each node.
+        between: Ranks of the group that have this rank's place in their node, one on each node.
         inside: Ranks of the group on this rank's node.
 
     Raises:

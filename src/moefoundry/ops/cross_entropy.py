@@ -1,9 +1,9 @@
-"""Output head and cross entropy in one, a chunk of tokens at a time.
+"""Output head and cross entropy in one function, a chunk of tokens at a time.
 
-All logits of a batch, [T, V] in fp32, are usually a training step's largest tensor. Here one chunk of them exists at a
-time: its loss and its gradients are taken while it is there (the idea of Liger Kernel's fused linear cross entropy,
-arXiv 2410.10989), so the three products are still computed once each. Logits are made in the dtype of the operands and
-raised to fp32 (float64 stays float64) for the softmax.
+All logits of a batch, [T, V] in fp32, are usually the largest tensor of a training step. Here only one chunk of them
+exists at a time, and its loss and gradients are computed together (as in Liger Kernel's fused linear cross entropy,
+arXiv 2410.10989); so each of the three products is still computed once. Logits are computed in the dtype of the
+operands, and cast to fp32 (float64 stays float64) for the softmax.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ def linear_cross_entropy(
     chunk_tokens: int = CHUNK_TOKENS,
     operand_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Sum over tokens of ``-log softmax(hidden @ weight.T)[label]``, in nats.
+    """Sum ``-log softmax(hidden @ weight.T)[label]`` over tokens, in nats.
 
     Args:
         hidden_TD: [T, D].
         weight_VD: [V, D], same dtype.
-        labels_T: int64 [T]; ``IGNORE_INDEX`` counts nothing.
+        labels_T: int64 [T]; ``IGNORE_INDEX`` is no label.
         chunk_tokens: Tokens whose logits exist at the same time.
-        operand_dtype: If given, operands of the three products are first rounded to it (see ``ops/rounding.py``).
+        operand_dtype: Dtype to which operands of the three products are rounded (``ops/rounding.py``); None does not
+            round.
 
     Returns:
         Scalar, fp32 (float64 for float64 operands); divide by the number of labels that are not ignored.
@@ -45,12 +46,13 @@ def linear_cross_entropy(
 
 
 def linear_cross_entropy_reference(hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
-    """:func:`linear_cross_entropy` with all logits at once."""
-    logits_TV = (hidden_TD @ weight_VD.T).to(_softmax_dtype(hidden_TD.dtype))
+    """Compute :func:`linear_cross_entropy` from all logits at once."""
+    logits_TV = (hidden_TD @ weight_VD.T).to(softmax_dtype(hidden_TD.dtype))
     return F.cross_entropy(logits_TV, labels_T, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+def softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Give the dtype of the softmax of logits of ``dtype``: fp32, or float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -68,7 +70,7 @@ class _LinearCrossEntropy(Function):
         chunk_tokens: int,
         operand_dtype: torch.dtype | None,
     ) -> Tensor:
-        total = torch.zeros((), dtype=_softmax_dtype(hidden_TD.dtype), device=hidden_TD.device)
+        total = torch.zeros((), dtype=softmax_dtype(hidden_TD.dtype), device=hidden_TD.device)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden_TD = torch.empty_like(hidden_TD) if want_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if want_weight else None

@@ -1,11 +1,10 @@
-"""All expert work of a rank in one function, for CPUs: one expert at a time, in buffers that fit a cache.
+"""Mixture of SwiGLU experts in one function for CPUs: one expert at a time, in buffers that fit a cache.
 
-``permute -> grouped_linear x3 -> sum_rows`` makes a dozen tensors of N = T * K rows. On a GPU they cost bandwidth; on
-a CPU those of 32 MiB and more, which glibc never keeps, are mapped from the system and cleared anew at each call, and
-that costs about as much as the products (below 32 MiB the plain parts are as fast). Here the rows of one expert are
-gathered, multiplied and added to the output before the next expert begins; only the two SwiGLU inputs are kept. The
-gradient of a top-k weight is taken before ``down``, where rows are F wide, so expert outputs are never needed again.
-No scatter meets another: a token occurs once among an expert's rows.
+The mixture by rows allocates a dozen tensors of N = T * K rows. On a CPU, tensors of 32 MiB and more are mapped from
+the system and cleared at each call, since glibc does not keep them; that costs time (smaller ones do not). Here the
+rows of one expert are gathered, multiplied and added to the output before the next expert begins, and only the two
+inputs of SwiGLU are kept. The gradient of a top-k weight is taken before ``down``, where rows are F wide, so that
+outputs of experts are not needed again. A token occurs at most once among an expert's rows.
 """
 
 from __future__ import annotations
@@ -23,19 +22,21 @@ from moefoundry.ops.permute import RowOrder, permute_reference, sum_rows_referen
 from moefoundry.ops.swiglu import swiglu_reference
 
 aten = torch.ops.aten
-PAYS_FROM_BYTES = 32 << 20  # of one [N, D] tensor
+PAYS_FROM_BYTES = 32 << 20  # size of one [N, D] tensor
 
 
 def expert_mixture(
     tokens_TD: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
 ) -> Tensor:
-    """[T, D] -> [T, D]: each token's weighted sum of its experts' SwiGLU.
+    """Compute each token's weighted sum of its experts' SwiGLU, [T, D] -> [T, D].
 
     Args:
-        tokens_TD: Float tokens on the CPU.
+        tokens_TD: Tokens on the CPU, any float dtype.
         weights_TK: Top-k weights; cast to the dtype of the tokens.
-        gate_EFD, up_EFD, down_EDF: Experts' weights, each in the layout of ``nn.Linear``.
-        order: Of the slots that have rows, from :func:`~moefoundry.ops.permute.order_by_expert`.
+        gate_EFD: Weights of the experts, each in the layout of ``nn.Linear``; likewise the others.
+        up_EFD: [E, F, D].
+        down_EDF: [E, D, F].
+        order: Order of the slots that have rows, from :func:`~moefoundry.ops.permute.order_by_expert`.
     """
     return _ExpertMixture.apply(tokens_TD, weights_TK.to(tokens_TD.dtype), gate_EFD, up_EFD, down_EDF, order)
 
@@ -43,7 +44,7 @@ def expert_mixture(
 def expert_mixture_reference(
     tokens_TD: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
 ) -> Tensor:
-    """:func:`expert_mixture` out of the plain references, by autograd."""
+    """Compute :func:`expert_mixture` from the plain references, by autograd."""
     counts_E = order.tokens_per_expert_E
     rows_ND = permute_reference(tokens_TD, order)
     gate_NF, up_NF = (grouped_linear_loop(rows_ND, weight, counts_E) for weight in (gate_EFD, up_EFD))
@@ -113,7 +114,7 @@ class _ExpertMixture(Function):
 
 
 def _experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and where they are."""
+    """Yield each expert that has rows, and their slice."""
     start = 0
     for e, count in enumerate(counts):
         if count:
@@ -122,5 +123,5 @@ def _experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
 
 
 def _buffers(number: int, counts: list[int], like: Tensor) -> list[Tensor]:
-    """Room for the rows of the busiest expert, as wide as ``like``."""
+    """Allocate buffers for the rows of the busiest expert, as wide as ``like``."""
     return [like.new_empty(max(counts, default=0), like.shape[1]) for _ in range(number)]

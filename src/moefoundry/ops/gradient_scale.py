@@ -1,4 +1,4 @@
-"""Scale a gradient on its way back, and nothing on the way forward."""
+"""Scale the gradient of a tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """``x`` itself; its gradient is multiplied by ``factor``."""
+    """Return ``x``, and multiply its gradient by ``factor``."""
     return _ScaleGradient.apply(x, factor)
 
 

@@ -1,7 +1,7 @@
-"""One linear map for each expert, over rows that lie in expert order.
+"""Grouped linear layer: one weight for each expert, over rows in expert order.
 
-``F.grouped_mm`` does all experts in one call, forward and backward, without a loop on the host; the loop is the oracle
-(and the only path for float64, which ``grouped_mm`` refuses).
+``F.grouped_mm`` multiplies all experts in one call, without a loop on the host. The loop is the oracle, and the only
+implementation for float64, which ``grouped_mm`` refuses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ STRIDE_BYTES = 16  # grouped_mm wants the row stride of every operand to be a mu
 
 
 def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-    """[R, I] x [E, O, I] -> [R, O], each row by the weight of its expert.
+    """Multiply each row by the weight of its expert, [R, I] x [E, O, I] -> [R, O].
 
     Args:
         rows_RI: float32 or bfloat16, rows of expert 0 first, then of expert 1, ...
@@ -30,7 +30,7 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Ten
         tokens_per_expert_E: int64 [E]; sums to R.
 
     Raises:
-        ValueError: A dtype or width that ``F.grouped_mm`` does not take; the loop does.
+        ValueError: ``F.grouped_mm`` does not take the dtype or a width; the loop does.
     """
     if rows_RI.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"backend grouped_mm does not take {rows_RI.dtype}; use backend loop")
@@ -44,14 +44,16 @@ def grouped_linear(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Ten
 
 
 def grouped_linear_loop(rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
-    """:func:`grouped_linear` as one product for each expert; any float dtype, waits for the host."""
+    """Compute :func:`grouped_linear` one expert at a time; any float dtype, waits for the host."""
     groups = rows_RI.split(tokens_per_expert_E.tolist())
     return torch.cat([rows @ weight.T for rows, weight in zip(groups, weight_EOI, strict=True)])
 
 
 class _GroupedLinear(Function):
-    """``F.grouped_mm`` with its gradients spelled out, for it refuses an incoming gradient that does not lie in memory
-    row by row (an expanded one, say)."""
+    """``F.grouped_mm`` with a backward pass of its own.
+
+    Torch's refuses an incoming gradient that is not row-major in memory, such as an expanded one.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows_RI: Tensor, weight_EOI: Tensor, offsets_E: Tensor) -> Tensor:
@@ -69,7 +71,7 @@ class _GroupedLinear(Function):
 
 
 def _row_major(x_RO: Tensor) -> Tensor:
-    """Not ``contiguous()``, which takes any strides for contiguous where there are no rows or there is one."""
+    """Make row-major. ``contiguous()`` is not enough: it accepts any strides if there is at most one row."""
     if x_RO.stride() == (x_RO.shape[1], 1):
         return x_RO
     return torch.empty(x_RO.shape, dtype=x_RO.dtype, device=x_RO.device).copy_(x_RO)

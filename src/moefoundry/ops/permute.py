@@ -1,8 +1,8 @@
 """Put token rows in expert order and back.
 
-Both directions, forward and backward, are gathers (with a sum over K), never scatter-adds: no atomics, so two runs
-give the same bits, and no zero-filled buffers. The sum over K is one ``embedding_bag``, which reads each row once.
-Only gradients of what belongs to slots, a number each, are scattered, each to a place of its own.
+Both directions, forward and backward, are gathers (with a sum over K), not scatter-adds: they need no atomics, so that
+two runs give the same bits, and no zero-filled buffers. The sum over K is one ``embedding_bag``, which reads each row
+once. Only gradients of slots, one number each, are scattered, each to a place of its own.
 
 A *slot* is one routed (token, choice) pair, numbered ``t * K + k``; a *row* is its position in expert order. Slots that
 are not kept (capacity, or another node's experts) have no row.
@@ -22,13 +22,13 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class RowOrder:
-    """The bijection between (kept) slots and rows.
+    """Bijection between (kept) slots and rows.
 
     Attributes:
-        slot_of_row_N: int64 [N]; ascending within an expert, so the order is stable.
-        row_of_kept_slot_N: int64 [N]; the inverse, by slot.
-        first_of_token: int64 [T + 1]; where each token begins in it; the last is N.
-        tokens_per_expert_E: int64 [E]; rows of each expert, summing to N.
+        slot_of_row_N: int64 [N], slot of each row; ascending within an expert.
+        row_of_kept_slot_N: int64 [N], the inverse: rows in the order of their slots.
+        first_of_token: int64 [T + 1], index in ``row_of_kept_slot_N`` of each token's first row; the last is N.
+        tokens_per_expert_E: int64 [E], rows of each expert; sums to N.
         top_k: K.
     """
 
@@ -40,7 +40,7 @@ class RowOrder:
 
     @property
     def token_of_row_N(self) -> Tensor:
-        """int64 [N]: which token each row holds."""
+        """Token of each row, int64 [N]."""
         return self.slot_of_row_N // self.top_k if self.top_k > 1 else self.slot_of_row_N
 
 
@@ -52,8 +52,8 @@ def order_by_expert(
     Args:
         topk_expert_ids_TK: Integer [T, K] in [0, num_experts).
         num_experts: E.
-        kept_TK: bool [T, K]; slots that get a row. None keeps all.
-        num_kept: How many these are, where the host knows; else it waits for the device to tell.
+        kept_TK: bool [T, K], slots that get a row; None keeps all.
+        num_kept: Number of kept slots; None makes the host wait for the device to count them.
     """
     ids, top_k = topk_expert_ids_TK.flatten(), topk_expert_ids_TK.shape[1]
     if kept_TK is None:
@@ -77,7 +77,7 @@ def _argsort(ids: Tensor) -> Tensor:
 
 
 def count_by_expert(expert_ids: Tensor, num_experts: int, kept: Tensor | None = None) -> Tensor:
-    """int64 [E]: how often each expert occurs in ``expert_ids`` (integers of any shape), or among those ``kept``."""
+    """Count each expert in ``expert_ids`` (integers of any shape), or among those ``kept``; int64 [E]."""
     if kept is not None:
         return count_by_expert(expert_ids.where(kept, num_experts), num_experts + 1)[:-1]
     ids = expert_ids.flatten().long()
@@ -88,27 +88,27 @@ def count_by_expert(expert_ids: Tensor, num_experts: int, kept: Tensor | None = 
 
 
 def permute(tokens_TD: Tensor, order: RowOrder) -> Tensor:
-    """[T, D] -> [N, D]: a copy of each token for each of its (kept) slots, in expert order."""
+    """Copy each token to the rows of its (kept) slots, in expert order, [T, D] -> [N, D]."""
     return _Permute.apply(tokens_TD, order)
 
 
 def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
-    """[N, D] -> [T, D]: the sum over the rows of each token's (kept) slots; keeps none for the backward pass."""
+    """Sum the rows of each token's (kept) slots, [N, D] -> [T, D]; keeps no rows for the backward pass."""
     return _SumRows.apply(rows_ND, order)
 
 
 def permute_slots(values_TK: Tensor, order: RowOrder) -> Tensor:
-    """[T, K] -> [N]: what belongs to each row."""
+    """Gather the values of the slots that have rows, in expert order, [T, K] -> [N]."""
     return values_TK.flatten().index_select(0, order.slot_of_row_N)
 
 
 def permute_reference(tokens_TD: Tensor, order: RowOrder) -> Tensor:
-    """:func:`permute` by plain indexing."""
+    """Compute :func:`permute` by plain indexing."""
     return tokens_TD[order.token_of_row_N]
 
 
 def sum_rows_reference(rows_ND: Tensor, order: RowOrder) -> Tensor:
-    """:func:`sum_rows` by plain indexing."""
+    """Compute :func:`sum_rows` by plain indexing."""
     num_tokens = len(order.first_of_token) - 1
     return rows_ND.new_zeros(num_tokens, rows_ND.shape[1]).index_add(0, order.token_of_row_N, rows_ND)
 
@@ -140,12 +140,12 @@ class _SumRows(Function):
 
 
 def gather_rows(tokens_TD: Tensor, order: RowOrder) -> Tensor:
-    """:func:`permute`, not differentiable; rows of any shape and dtype."""
+    """Compute :func:`permute`, not differentiable, for rows of any shape and dtype."""
     return tokens_TD.index_select(0, order.token_of_row_N)
 
 
 def sum_of_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
-    """:func:`sum_rows`, not differentiable."""
+    """Compute :func:`sum_rows`, not differentiable."""
     if not len(rows_ND):
         return rows_ND.new_zeros(len(order.first_of_token) - 1, rows_ND.shape[1])
     rows_by_token, first = order.row_of_kept_slot_N, order.first_of_token

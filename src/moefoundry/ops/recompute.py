@@ -1,4 +1,4 @@
-"""Recompute all but what some operations gave: torch's selective activation checkpointing, which sees nothing else."""
+"""Selective activation checkpointing: keep the results of some operators, and recompute everything else."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ ATTENTION_OPS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     }
 )
-"""The kernels of ``scaled_dot_product_attention``."""
+"""Operators that ``scaled_dot_product_attention`` calls."""
 
 
 def keeping(ops: frozenset[Any]) -> Callable[[], tuple[TorchDispatchMode, TorchDispatchMode]]:
-    """``context_fn`` for ``torch.utils.checkpoint.checkpoint`` that keeps the results of ``ops``."""
+    """Make a ``context_fn`` for ``torch.utils.checkpoint.checkpoint`` that keeps the results of ``ops``."""
 
     def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
         save, reuse = create_selective_checkpoint_contexts(list(ops))
@@ -31,9 +31,11 @@ def keeping(ops: frozenset[Any]) -> Callable[[], tuple[TorchDispatchMode, TorchD
 
 
 class _KeptOpsOnly(TorchDispatchMode):
-    """Hides all other operations from torch's selective checkpointing, which wants every one of them to run as often in
-    the recomputation as in the forward pass. Those of FSDP do not: experts are a unit inside a checkpointed block, and
-    their parameters may be there already, gathered ahead."""
+    """Shows only some operators to torch's selective checkpointing.
+
+    Torch requires that every operator it sees runs as often in the recomputation as in the forward pass. Those of FSDP
+    do not: experts are a unit inside a checkpointed block, and their parameters may have been gathered before.
+    """
 
     def __init__(self, mode: TorchDispatchMode, ops: frozenset[Any]) -> None:
         super().__init__()

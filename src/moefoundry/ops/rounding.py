@@ -15,12 +15,12 @@ from torch.autograd import Function
 
 
 def round_operand(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` rounded to the values of ``dtype``, kept in its own dtype; the gradient is the identity."""
+    """Round ``x`` to the values of ``dtype`` and keep its dtype; the gradient is not rounded."""
     return _RoundOperand.apply(x, dtype)
 
 
 def round_gradient(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` itself; its gradient is rounded to the values of ``dtype``."""
+    """Return ``x``, and round its gradient to the values of ``dtype``."""
     return _RoundGradient.apply(x, dtype)
 
 

@@ -1,7 +1,7 @@
-"""SwiGLU (arXiv 2002.05202) that keeps only its inputs for the backward pass; SiLU is recomputed there.
+"""SwiGLU (arXiv 2002.05202) that keeps only its inputs for the backward pass, and computes SiLU again there.
 
-A row may have a weight, that of its expert. Applied here, where rows are narrowest, it leaves a plain sum over the
-experts of a token, whose backward pass needs none of their outputs.
+A row may have a weight, that of its expert. It is applied here, where rows are narrowest; then the sum over a token's
+experts has no weights, and its backward pass needs none of the experts' outputs.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.autograd.function import once_differentiable
 
 
 def swiglu(gate: Tensor, up: Tensor, row_weights: Tensor | None = None) -> Tensor:
-    """``silu(gate) * up``, element-wise, any shape [..., F] and float dtype; times ``row_weights`` [...], if given."""
+    """Compute ``silu(gate) * up``, any shape [..., F] and float dtype; times ``row_weights`` [...], if given."""
     return _SwiGLU.apply(gate, up, row_weights)
 
 
 def swiglu_reference(gate: Tensor, up: Tensor, row_weights: Tensor | None = None) -> Tensor:
-    """:func:`swiglu` by autograd, which keeps ``silu(gate)`` and the product too."""
+    """Compute :func:`swiglu` by autograd."""
     out = F.silu(gate) * up
     return out if row_weights is None else out * row_weights.unsqueeze(-1).to(out.dtype)
 
@@ -42,7 +42,7 @@ class _SwiGLU(Function):
 def swiglu_backward(
     grad: Tensor, gate: Tensor, up: Tensor, row_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of ``gate``, ``up`` and ``row_weights``."""
+    """Compute the gradients of ``gate``, ``up`` and ``row_weights``."""
     silu, grad_row_weights = F.silu(gate), None
     if row_weights is not None:
         grad_row_weights = (silu * up).mul_(grad).sum(-1, dtype=row_weights.dtype)

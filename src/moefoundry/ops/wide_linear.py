@@ -1,9 +1,9 @@
-"""A product in fp32 of operands that may be narrower, for the router's gate; of float64 in float64.
+"""Product in fp32 of operands that may be narrower, for the router's gate (float64 operands: in float64).
 
-A GPU multiplies fp32 on its slow units. Where the tokens are bfloat16, the weight is therefore cut into three bfloat16
-parts that add up to its 24 bits: one product on the tensor cores, which sum in fp32, takes the place of a tenth of the
-layer's time. Backward likewise: gradients in three parts for the weight's, in two for the tokens', which are rounded to
-bfloat16 in the end.
+A GPU multiplies fp32 without tensor cores, which would take a tenth of the layer's time. For bfloat16 tokens the weight
+is therefore split into three bfloat16 parts that add up to its 24 bits, and multiplied on the tensor cores, which sum
+in fp32. The backward pass does the same: three parts of the gradient for the weight's gradient, two parts for the
+tokens' gradient, which is rounded to bfloat16 in the end.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch.autograd.function import once_differentiable
 
 
 def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """``x @ weight.T``, [T, E], in at least fp32; ``x`` is kept for backward as it came, not as its wide copy."""
+    """Compute ``x @ weight.T``, [T, E], in fp32 or wider; ``x`` is kept for backward in its own dtype."""
     return _WideLinear.apply(x_TD, weight_ED)
 
 
 def widened(x: Tensor) -> Tensor:
-    """``x`` in at least fp32."""
+    """Cast ``x`` to fp32 if it is narrower."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def parts_of(x: Tensor, number: int) -> list[Tensor]:
-    """Cut fp32 into bfloat16 parts, largest first, whose sum has 8 more bits with each."""
+    """Split fp32 into bfloat16 parts, largest first; each adds 8 bits to the sum."""
     parts = []
     for _ in range(number):
         parts.append(x.bfloat16())
@@ -37,18 +37,18 @@ def parts_of(x: Tensor, number: int) -> list[Tensor]:
 
 
 def multiply_parts(a: Tensor, b: Tensor) -> Tensor:
-    """fp32 [M, K] x [K, N] of bfloat16, on the tensor cores where there are any."""
+    """Multiply bfloat16 [M, K] x [K, N] into fp32, on tensor cores if there are any."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
 
 
 def linear_by_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """``x @ weight.T`` in fp32, ``x`` bfloat16 and ``weight`` fp32."""
+    """Compute ``x @ weight.T`` in fp32 from bfloat16 ``x`` and fp32 ``weight``."""
     stacked = multiply_parts(x_TD, torch.cat(parts_of(weight_ED, 3)).T)
     return sum_of_thirds(stacked, dim=1)
 
 
 def gradients_by_parts(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` to 16 bits, of ``weight`` to 24, both fp32."""
+    """Compute the gradients of ``x``, exact to 16 bits, and of ``weight``, exact to 24 bits; both fp32."""
     high, low, rest = parts_of(grad_TE, 3)
     weight_high, weight_low = parts_of(weight_ED, 2)
     grad_x_TD = multiply_parts(torch.cat([high, high, low], dim=1), torch.cat([weight_high, weight_low, weight_high]))

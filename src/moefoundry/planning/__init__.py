@@ -1,1 +1,1 @@
-"""What a recipe means before anything runs: sizes and costs."""
+"""Sizes and costs of a recipe, before anything runs."""

@@ -1,22 +1,22 @@
-"""How much memory activations take: an estimate, from the tensors that each operation keeps for its backward pass.
+"""Estimate of the memory of activations, from the tensors that each operation keeps for its backward pass.
 
-Bytes a token, ``c`` those of the compute dtype. Without checkpointing a block keeps
+All figures are bytes a token; ``c`` is the bytes of the compute dtype. Without checkpointing a block keeps
 
     each norm    c D                   its input
     attention    c (D + 2 q + 2 kv)    its input, queries, keys, values and output; 4 H for the sums of the softmax
     dense FFN    c (D + 3 F)           its input, the two inputs of SwiGLU and its product
     MoE layer    c D + 8 E             the tokens; logits and scores
-                 c K (D + 3 F)         rows before and inside the experts; 36 K for where they go
+                 c K (D + 3 F)         rows before and inside the experts; 36 K for their order
                  3 c F_shared          shared experts
 
 with q, kv the widths of all heads' queries and keys, H heads (MLA keeps its compressed vectors, and wider keys and
-values). With ``fp8.recipe: deepseek_v3`` inputs of products and of SwiGLU take 129/128 bytes and its product is not
-kept; the projection after attention keeps its input in 193/128 bytes beside attention's own copy, and MLA keeps
-compressed vectors only, and its input where queries have none. ``full`` keeps a block's input, c D, the order of its
-rows, and one block at a time as above. ``selective`` keeps that input and order, and what products, attention and
-exchanges return. While a block runs backward, gradients of its widest part exist beside.
+values). With ``fp8.recipe: deepseek_v3`` inputs of products and of SwiGLU take 129/128 bytes an element, and SwiGLU's
+product is not kept; the projection after attention keeps its input in 193/128 bytes, beside attention's own copy; MLA
+keeps compressed vectors only, and its input if queries are not compressed. ``full`` keeps a block's input, c D, the
+order of its rows, and one block at a time as above. ``selective`` keeps that input and order, and the results of
+products, attention and exchanges. While a block runs backward, the gradients of its widest part exist, too.
 
-Norms and attention are taken to be one kernel each, as on GPUs.
+Norms and attention are assumed to be one kernel each, as on GPUs.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from moefoundry.config import ActivationCheckpointing, GqaConfig, MlaConfig, Mod
 FP32 = 4
 E4M3_ROW, E5M6_ROW = 129 / 128, 193 / 128
 ORDER_BYTES = 16
-"""Of a slot: its row, and the row's slot. They belong to no operation, and checkpointing leaves them; so with 8 bytes
-of a token, the first of its slots. Exchanges have orders of their own, of fewer slots or as many: taken as one more."""
+"""Bytes of a slot in the order of rows: its row, and the row's slot. Checkpointing does not drop the order, which also
+has 8 bytes of a token. Exchanges have their own orders, of at most as many slots: estimated as one more."""
 INDEX_BYTES = 36
-"""Of a slot: those, its expert and its weight, and the row's weight."""
+"""Bytes of a slot in all: its order, expert and weight, and the row's weight."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes a token of one part of a block.
+    """Bytes a token that one part of a block keeps.
 
     Attributes:
-        all: What it keeps without checkpointing.
-        products: Of what products, attention and exchanges return: what ``selective`` keeps.
-        gradients: Largest gradients that exist at a time in its backward pass.
-        order: Of where rows go; kept in any mode.
+        all: Bytes without checkpointing.
+        products: Bytes of the results of products, attention and exchanges: with ``selective``.
+        gradients: Largest gradients that exist at a time in the backward pass.
+        order: Bytes of the order of rows; kept in any mode.
     """
 
     all: float
@@ -56,8 +56,8 @@ class BlockActivations:
     """Bytes a token of one block.
 
     Attributes:
-        saved: From its forward pass to its backward pass.
-        working: In its backward pass, beside what it saved.
+        saved: Bytes from its forward pass to its backward pass.
+        working: Further bytes in its backward pass.
     """
 
     saved: int
@@ -67,15 +67,15 @@ class BlockActivations:
 def block_activations(
     cfg: ModelConfig, sparse: bool, mode: ActivationCheckpointing, c: int, exchanged: bool, fp8: bool = False
 ) -> BlockActivations:
-    """Of a block of the model.
+    """Estimate the activations of a block.
 
     Args:
-        cfg: The model.
-        sparse: Whether the block has an MoE layer, and not a dense FFN.
-        mode: What the backward pass recomputes.
+        cfg: The recipe's ``model``.
+        sparse: The block has an MoE layer, not a dense FFN.
+        mode: The recipe's ``activation_checkpointing``.
         c: Bytes of the compute dtype.
-        exchanged: Whether experts are on several ranks.
-        fp8: Whether inputs are kept as ``deepseek_v3`` keeps them.
+        exchanged: Experts are on several ranks.
+        fp8: The FP8 recipe is ``deepseek_v3``.
     """
     attention = _attention(cfg, c, fp8)
     width = cfg.d_model
@@ -93,11 +93,10 @@ def block_activations(
 def _attention(cfg: ModelConfig, c: int, fp8: bool) -> Kept:
     if isinstance(cfg.attention, MlaConfig):
         return _latent_attention(cfg.d_model, cfg.attention, c, fp8)
-    assert isinstance(cfg.attention, GqaConfig), "the kinds of attention"
     width, heads = cfg.d_model, cfg.attention.n_heads
-    head = cfg.attention.head_dim or width // heads
-    queries, keys = heads * head, cfg.attention.n_kv_heads * head
-    inner_norms = 0 if cfg.attention.qk_norm == QkNorm.none else c * (queries + keys)
+    queries, keys = cfg.attention.projection_widths(width)
+    norms = isinstance(cfg.attention, GqaConfig) and cfg.attention.qk_norm != QkNorm.none
+    inner_norms = c * (queries + keys) if norms else 0
     inside = c * (2 * queries + 2 * keys) + FP32 * heads
     return Kept(
         inside + inner_norms + (E4M3_ROW * width + E5M6_ROW * queries if fp8 else c * width),
@@ -113,8 +112,8 @@ def _latent_attention(width: int, cfg: MlaConfig, c: int, fp8: bool) -> Kept:
     sums = FP32 * cfg.n_heads
     products = c * (width + latents + cfg.qk_rope_head_dim + queries + key_values + out) + sums
     gradients = c * (2 * queries + key_values + out)
-    if fp8:  # queries, keys and values are made again
-        source = latents if cfg.q_lora_rank is not None else latents + width  # what queries are made from
+    if fp8:  # queries, keys and values are computed again
+        source = latents if cfg.q_lora_rank is not None else latents + width  # input of the queries' projection
         kept = E4M3_ROW * width + c * (source + cfg.qk_rope_head_dim + out) + E5M6_ROW * out + sums
         return Kept(kept, products, gradients + c * (2 * queries + key_values))
     # values are a part of key_values; latents are kept by their norms and by the projections up

@@ -1,4 +1,4 @@
-"""Parameter counts of a recipe's model, from a build on meta tensors: nothing is allocated."""
+"""Parameter counts of a recipe's model, from a build on meta tensors, which allocates nothing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class ParameterCounts:
     """Parameters of a model.
 
     Attributes:
-        total: Those of the model that is trained for: all but ``mtp``; a tied embedding counts once.
-        active: Those of them a token meets: everything but the routed experts it is not sent to.
-        routed_experts: Those of all routed experts.
-        embedding: The input embedding (also in the others).
-        mtp: Those of multi-token prediction, which are for training alone.
+        total: Parameters without ``mtp``; a tied embedding counts once.
+        active: Parameters that compute one token: ``total`` without the routed experts that it is not sent to.
+        routed_experts: Parameters of all routed experts.
+        embedding: Parameters of the input embedding, also counted in the others.
+        mtp: Parameters of multi-token prediction, which only training uses.
     """
 
     total: int
@@ -38,7 +38,7 @@ def count_parameters(cfg: ModelConfig) -> ParameterCounts:
 
 
 def parameter_counts(model: MoETransformer) -> ParameterCounts:
-    """Count the parameters of a model that is there, sharded or not."""
+    """Count the parameters of a built model, sharded or not."""
     moe = model.cfg.moe
     mtp = sum(parameter.numel() for module in model.mtp for parameter in module.parameters())
     total = sum(parameter.numel() for parameter in model.parameters()) - mtp

@@ -1,17 +1,17 @@
-"""Memory of the rank that needs most: what a step holds throughout, exactly, and what comes and goes, as an estimate.
+"""Memory of the rank that needs most: permanent, exactly, and transient, as an estimate.
 
-Held throughout: fp32 parameters, gradients and optimizer state, this rank's shards. What comes and goes is largest at
-one of these moments of a micro-batch:
+Permanent are this rank's shards of fp32 parameters, gradients and optimizer state. Transient memory is largest at one
+of these moments of a micro-batch:
 
     the loss            all saved activations, the logits of a chunk, the output head's gradient in fp32
     block i backward    saved activations of blocks up to i and the working set of i; block i gathered, and the one
                         before it, which is prefetched; its gradients, in the compute dtype and in their reduction
-    the end             gradients of the root unit (embedding and head), likewise
+    the end             gradients of the root unit (embedding and head), in the same two forms
 
-The root unit stays gathered throughout. From the second micro-batch on all gradients exist at each of these moments;
-they are counted so for one micro-batch too. Not counted: the CUDA context, communication buffers, fragmentation.
+The root unit stays gathered. All gradients are counted at each of these moments, as they exist from the second
+micro-batch on. The CUDA context, communication buffers and fragmentation are not counted.
 
-The moving average of the parameters is in the memory of the host, and counted apart from the device's.
+The moving average of the parameters is in the memory of the host, and counted separately.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Transient:
     """Bytes that exist at one moment of a micro-batch; an estimate.
 
     Attributes:
-        moment: When.
+        moment: Name of the moment.
         gathered_parameters: Unsharded parameters in the compute dtype.
         unreduced_gradients: Gradients before and in their reduction.
-        activations: Saved for the backward pass, and in work.
-        logits: Of a chunk of tokens.
+        activations: Activations saved for the backward pass, and in work.
+        logits: Logits of a chunk of tokens.
     """
 
     moment: str
@@ -49,7 +49,7 @@ class Transient:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all."""
         return self.gathered_parameters + self.unreduced_gradients + self.activations + self.logits
 
 
@@ -59,10 +59,10 @@ class Memory:
 
     Attributes:
         parameters: fp32 shards, with FSDP's padding; exact.
-        gradients: Reduced, as the parameters; exact.
+        gradients: Reduced gradients, as the parameters; exact.
         optimizer: AdamW's two moments, without padding; exact.
-        peak: What comes and goes, when it is largest; an estimate.
-        host: Of the CPU: the moving average and, page-locked, the copies that it is made from; exact.
+        peak: Transient memory at its largest moment; an estimate.
+        host: Memory of the CPU: the moving average, and page-locked copies of the parameters; exact.
     """
 
     parameters: int
@@ -73,21 +73,21 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The most that exists at a time on the device."""
+        """Most bytes on the device at a time."""
         return self.parameters + self.gradients + self.optimizer + self.peak.total
 
 
 def memory(
     model: MoETransformer, blocks: Sequence[PlannedBlock], units: Sequence[Unit], recipe: Recipe, sequences: int
 ) -> Memory:
-    """Of a model that ``parallelize`` has transformed.
+    """Compute the memory of a model that ``parallelize`` has transformed.
 
     Args:
-        model: On meta, sharded or not.
+        model: The model on meta, sharded or not.
         blocks: Its blocks.
-        units: Its FSDP units; none where it is not sharded.
-        recipe: What it is trained by.
-        sequences: Of the largest micro-batch of a rank.
+        units: Its FSDP units; none if it is not sharded.
+        recipe: The recipe that trains it.
+        sequences: Sequences of the largest micro-batch of a rank.
     """
     owned = sum(local_numel(parameter) for parameter in model.parameters())
     stored = sum(unit.shard_numel for unit in units) if units else owned
@@ -103,14 +103,14 @@ def memory(
 
 
 def local_numel(parameter: nn.Parameter) -> int:
-    """Elements of this rank's share."""
+    """Count the elements of this rank's share."""
     return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 def transients(
     blocks: Sequence[PlannedBlock], units: Sequence[Unit], recipe: Recipe, sequences: int
 ) -> list[Transient]:
-    """Every moment that may be the largest, in order of time."""
+    """List every moment that may be the largest, in order of time."""
     cfg, c = recipe.model, compute_dtype(recipe.precision).itemsize
     root = [unit for unit in units if unit.name == ""]
     units_of = [[unit for unit in units if f"{unit.name}.".startswith(f"{block.name}.")] for block in blocks]
@@ -121,7 +121,7 @@ def transients(
     working = [sequences * b.positions * a.working for b, a in zip(blocks, activations, strict=True)]
     tokens = sequences * recipe.max_seq_len
     head, heads = cfg.vocab_size * cfg.d_model, 1 + cfg.mtp.depth
-    narrow = c if c < FP32 else 0  # of an fp32 tensor's copy in the compute dtype
+    narrow = c if c < FP32 else 0  # bytes of an fp32 element's copy in the compute dtype
     loss = Transient(
         "the loss",
         gathered_parameters=_gathered(root),
@@ -147,5 +147,5 @@ def _gathered(units: Iterable[Unit]) -> int:
 
 
 def _in_reduction(units: Iterable[Unit]) -> int:
-    """Largest input and output of a reduction; FSDP keeps one at a time."""
+    """Compute the largest input and output of a reduction; FSDP keeps one at a time."""
     return max((unit.reduce_input + unit.shard_numel * unit.reduce_bytes for unit in units), default=0)

@@ -1,7 +1,7 @@
-"""A recipe at any number of ranks, without the ranks: memory of one, and what it sends.
+"""Plan of a recipe on any number of ranks, without the ranks: memory and traffic of one rank.
 
-The mesh and the sharded model are built by the functions that training uses, on meta tensors in a world of ranks that
-are not there, and the figures are read off the shards that came out.
+The functions that training uses build the mesh and the sharded model, on meta tensors in a simulated world; the figures
+are read from the resulting shards.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from moefoundry.planning.world import fake_world
 
 @dataclass(frozen=True)
 class Plan:
-    """What a rank holds and sends; of ranks that differ, the one that holds most.
+    """Memory and traffic of the rank that needs most memory.
 
     Attributes:
-        run_name: The recipe's.
+        run_name: Name of the run.
         gpus_per_node: Ranks of a node.
-        mesh: Degrees.
-        parameters: Of the whole model.
-        micro_batches: Of a rank in an optimizer step.
-        tokens_per_micro_batch, tokens_per_step: Of a rank; of the largest micro-batch.
+        mesh: Degrees of the mesh.
+        parameters: Parameters of the whole model.
+        micro_batches: Micro-batches of a rank in an optimizer step.
+        tokens_per_micro_batch: Tokens of the largest micro-batch of a rank.
+        tokens_per_step: Tokens of a rank in an optimizer step.
         rows_per_expert: Mean rows that an expert computes in that micro-batch, from all ranks that share it.
-        memory: Bytes.
-        traffic: By collective and mesh axis, in an optimizer step.
+        memory: Memory in bytes.
+        traffic: Traffic by collective and mesh axis, in an optimizer step.
     """
 
     run_name: str
@@ -48,7 +49,7 @@ class Plan:
     traffic: list[Traffic]
 
     def to_json(self, memory_gb: float) -> dict[str, Any]:
-        """Plain values; ``memory_gb`` is what a device has, in GB of 1e9 bytes."""
+        """Convert to plain values; ``memory_gb`` is the memory of a device in GB of 1e9 bytes."""
         values = asdict(self)
         values["mesh"]["world_size"] = self.mesh.world_size
         values["memory"]["peak"]["total"] = self.memory.peak.total
@@ -56,7 +57,7 @@ class Plan:
         return values
 
     def fits(self, memory_gb: float) -> bool:
-        """Whether a device of ``memory_gb`` GB (1e9 bytes) has room."""
+        """Tell if a device of ``memory_gb`` GB (1e9 bytes) has enough memory."""
         return self.memory.total <= memory_gb * 1e9
 
 
@@ -66,7 +67,7 @@ def make_plan(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> Plan:
     Args:
         recipe: Loaded for this number of ranks (``load_recipe(..., world_size)`` checks that it fits).
         world_size: Number of ranks.
-        gpus_per_node: How many of them are on a node; ranks are numbered node by node.
+        gpus_per_node: Ranks on a node; ranks are numbered node by node.
 
     Raises:
         ConfigError: The mesh does not fit the world size.
@@ -94,14 +95,14 @@ def make_plan(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> Plan:
 
 
 def micro_batches(recipe: Recipe, world_size: int) -> list[int]:
-    """Sequences of each micro-batch of a rank, as Composer divides its batch."""
+    """List the sequences of each micro-batch of a rank, as Composer divides its batch."""
     sequences = recipe.global_train_batch_size // world_size
     full, rest = divmod(sequences, recipe.device_train_microbatch_size)
     return [recipe.device_train_microbatch_size] * full + [rest] * (rest > 0)
 
 
 def build_sharded(recipe: Recipe, degrees: MeshDegrees) -> MoETransformer:
-    """The model on meta, as ``train.build_model`` shards it; on one rank that computes in fp32 it stays as it is."""
+    """Build the model on meta, sharded as in training; on one rank that computes in fp32 it is not sharded."""
     model = meta_model(recipe.model)
     meshes = build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)

@@ -1,4 +1,4 @@
-"""A plan for people: aligned columns, GiB of 2**30 bytes."""
+"""Plan as text: aligned columns, GiB of 2**30 bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def plan_table(plan: Plan, memory_gb: float) -> str:
-    """The plan as text; ``memory_gb`` is what a device has, in GB of 1e9 bytes."""
+    """Format a plan as text; ``memory_gb`` is the memory of a device in GB of 1e9 bytes."""
     return "\n".join([*_summary(plan), "", *_memory(plan, memory_gb), "", *_traffic(plan)])
 
 
@@ -32,7 +32,7 @@ def _memory(plan: Plan, memory_gb: float) -> list[str]:
         ("gradients (fp32)", memory.gradients, "exact"),
         ("optimizer state", memory.optimizer, "exact"),
         ("gathered parameters", peak.gathered_parameters, "estimate"),
-        ("gradients under way", peak.unreduced_gradients, "estimate"),
+        ("unreduced gradients", peak.unreduced_gradients, "estimate"),
         ("activations", peak.activations, "estimate"),
         ("logits", peak.logits, "estimate"),
         ("total", memory.total, f"largest in {peak.moment}"),
@@ -68,7 +68,7 @@ def _gib(size: float) -> str:
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Numbers to the right, words to the left; a column is what it has below its header."""
+    """Align rows in columns: numbers to the right, words to the left, by the first row below the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_the_right = [column[1][-1:].isdigit() for column in zip(*rows, strict=True)]
     return [

@@ -1,14 +1,13 @@
-"""What a rank sends in an optimizer step, by collective and mesh axis.
+"""Traffic of a rank in an optimizer step, by collective and mesh axis.
 
-Counted are the bytes that rank 0 sends to others: of an all-gather its shard to each of the n - 1, of a reduce-scatter
-the shards of the n - 1, of an all-reduce both of these on one n-th of the buffer, of an all-to-all the rows for the
-n - 1. Experts are dealt in turn, from ``router.top_k_groups`` groups to a token (``router.assignment: uniform``), and a
-token goes once to a rank that has several of its experts. Left out are metrics and the gradient norm, a few kB.
+Bytes that rank 0 sends to the n - 1 other ranks are counted: its shard to each of them in an all-gather, their shards
+in a reduce-scatter, both of these for one n-th of the buffer in an all-reduce, their rows in an all-to-all. Experts are
+assigned in turn, from ``router.top_k_groups`` groups a token (``router.assignment: uniform``); a token is sent once to
+a rank that has several of its experts. Metrics and the gradient norm, a few kB, are not counted.
 
 FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
-reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows go to the experts and back,
-forward and backward. Where the forward pass is recomputed (``full``) they travel once more; ``selective`` keeps what
-came.
+reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows are sent to the experts and
+back, forward and backward; if the forward pass is recomputed (``full``), once more. ``selective`` keeps received rows.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
 from moefoundry.planning.world import WORLD, groups_by_axis, most_remote_peers
 
 COUNT_BYTES = 8
-"""Counts of rows travel as int64."""
+"""Bytes of a count of rows, int64."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class Traffic:
     Attributes:
         collective: ``all_gather``, ``reduce_scatter``, ``all_reduce`` or ``all_to_all``.
         axis: Mesh axis, or ``world``.
-        ranks: Of a group along it.
-        calls: How many.
+        ranks: Ranks of a group along it.
+        calls: Number of calls.
         sent: Bytes that rank 0 sends to others.
-        across_nodes: As much of them as its share of peers on other nodes, for the rank that has most of these. It is
-            what crosses if each pair exchanges directly; rings and trees carry less.
+        across_nodes: Bytes that are sent to other nodes if each pair exchanges directly, by the rank with most peers on
+            other nodes; rings and trees send less.
     """
 
     collective: str
@@ -57,7 +56,7 @@ class Ledger:
     """Adds up collectives.
 
     Args:
-        degrees: Of the mesh.
+        degrees: Degrees of the mesh.
     """
 
     def __init__(self, degrees: MeshDegrees) -> None:
@@ -67,20 +66,20 @@ class Ledger:
         self.sent: Counter[tuple[str, str]] = Counter()
 
     def ranks(self, axis: str) -> int:
-        """Of a group along ``axis``."""
+        """Count the ranks of a group along ``axis``."""
         return len(self.groups[axis][0])
 
     def add(self, collective: str, axis: str, sent: int, calls: int = 1) -> None:
-        """``calls`` collectives that send ``sent`` bytes each."""
+        """Add ``calls`` collectives that send ``sent`` bytes each."""
         self.calls[collective, axis] += calls
         self.sent[collective, axis] += calls * sent
 
     def add_all_reduce(self, axis: str, size: int, calls: int = 1) -> None:
-        """All-reduces of ``size`` bytes each."""
+        """Add all-reduces of ``size`` bytes each."""
         self.add("all_reduce", axis, 2 * (self.ranks(axis) - 1) * size // self.ranks(axis), calls)
 
     def add_unit(self, unit: Unit, micro_batches: int) -> None:
-        """An FSDP unit."""
+        """Add the collectives of an FSDP unit."""
         if unit.shards > 1:
             others = (unit.shards - 1) * unit.shard_numel
             self.add("all_gather", unit.axis, others * unit.param_bytes, unit.gathers * micro_batches)
@@ -89,13 +88,13 @@ class Ledger:
             self.add_all_reduce(REPLICATE, unit.shard_numel * unit.reduce_bytes)
 
     def add_exchange(self, routed: Routed, layers: int, runs: int) -> None:
-        """``layers`` MoE layers, once each, that exchange ``runs`` times before they do so backward."""
+        """Add the exchanges of ``layers`` MoE layers, with ``runs`` forward passes each before the backward pass."""
         ranks, pairs = self.ranks(EXPERT), routed.pairs_by_rank
         self.add("all_to_all", EXPERT, (ranks - 1) * 2 * COUNT_BYTES, layers * runs)
         self._add_hop(EXPERT, sum(pairs[1:]), (ranks - 1) * pairs[0], routed, layers, runs)
 
     def add_two_hop_exchange(self, routed: Routed, layers: int, runs: int) -> None:
-        """:meth:`add_exchange` where a token crosses to each node once, and from there to each rank once."""
+        """Add the exchanges in two hops: a token is sent once to each node, and from there once to each rank."""
         ranks, nodes, places = self.ranks(EXPERT), self.ranks(EXPERT_NODE), self.ranks(EXPERT_PLACE)
         self.add("all_gather", EXPERT, (ranks - 1) * (nodes + 2 * ranks) * COUNT_BYTES, layers * runs)
         pairs = routed.pairs_by_node
@@ -104,15 +103,15 @@ class Ledger:
         self._add_hop(EXPERT_PLACE, sum(pairs[1:]), (places - 1) * pairs[0], routed, layers, runs)
 
     def _add_hop(self, axis: str, go: int, back: int, routed: Routed, layers: int, runs: int) -> None:
-        """``go`` tokens leave rank 0, and ``back`` that came return."""
+        """Add one hop: rank 0 sends ``go`` tokens, and returns ``back`` tokens that it received."""
         self.add("all_to_all", axis, go * routed.slot_bytes, layers * runs)
         self.add("all_to_all", axis, back * routed.slot_bytes, layers)  # gradients of the weights
-        # once backward: gradients of what comes back go, then those of what went come
+        # backward, once: gradients of the results are sent to the experts, gradients of the tokens return
         self.add("all_to_all", axis, go * routed.spread_bytes, layers * (runs + 1))
         self.add("all_to_all", axis, back * routed.collected_bytes, layers * (runs + 1))
 
     def entries(self, gpus_per_node: int) -> list[Traffic]:
-        """What was added, by collective and axis."""
+        """List the traffic, by collective and axis."""
         return [
             Traffic(
                 collective=collective,
@@ -128,13 +127,14 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Routed:
-    """Where the slots of one rank's micro-batch go, dealt to the experts in turn.
+    """Destinations of the slots of one rank's micro-batch, assigned to the experts in turn.
 
     Attributes:
         pairs_by_rank: Tokens that have an expert on each rank of the expert group.
-        pairs_by_node: The same for the nodes it spans.
-        spread_bytes, collected_bytes: Of a token's row on its way to experts, and back.
-        slot_bytes: Of the numbers and weights of its K experts.
+        pairs_by_node: Tokens that have an expert on each node that it spans.
+        spread_bytes: Bytes of a token's row to its experts.
+        collected_bytes: Bytes of a row back.
+        slot_bytes: Bytes of the numbers and weights of a token's K experts.
     """
 
     pairs_by_rank: list[int]
@@ -171,12 +171,13 @@ def step_traffic(
     micro_batches: Sequence[int],
     gpus_per_node: int,
 ) -> list[Traffic]:
-    """Of an optimizer step.
+    """Compute the traffic of an optimizer step.
 
     Args:
-        recipe: What is trained.
-        degrees: Of the mesh.
-        blocks, units: Of the sharded model.
+        recipe: The recipe.
+        degrees: Degrees of the mesh.
+        blocks: Blocks of the sharded model.
+        units: FSDP units of the sharded model.
         micro_batches: Sequences of each micro-batch of a rank.
         gpus_per_node: Ranks of a node.
     """

@@ -1,9 +1,8 @@
-"""The parts of a sharded model: its blocks, and FSDP's units, as it will allocate, gather and reduce them.
+"""Parts of a sharded model: its blocks, and the units that FSDP allocates, gathers and reduces.
 
-FSDP cuts every parameter along dim 0 into ``ceil(dim0 / shards)`` rows a rank, as ``torch.chunk`` does, so the last
-ranks may get fewer rows or none (experts that are fewer than their ranks are cut evenly along dim 1 instead). What a
-rank stores, gathers and reduces is padded to the first rank's share; only optimizer state, made from the parameters'
-own shapes, is not. So no rank has more than rank 0.
+FSDP divides every parameter along dim 0 into ``ceil(dim0 / shards)`` rows a rank, as ``torch.chunk`` does, so the last
+ranks may have fewer rows or none (experts that are fewer than their ranks are divided along dim 1). Stored, gathered
+and reduced tensors are padded to the first rank's share; optimizer state is not. So no rank has more than rank 0.
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ class Unit:
     """Parameters that FSDP gathers and reduces together, on rank 0.
 
     Attributes:
-        name: Of the module; the root's is empty.
+        name: Name of the module; empty for the root.
         axis: The mesh axis that shards it.
-        shards, copies: Ranks that share one copy, and copies.
+        shards: Ranks that share one copy.
+        copies: Number of copies.
         shard_numel: Elements of a rank's share, padded.
-        full_numel: Elements of the whole; of experts, those of an ``expert`` rank.
-        param_bytes, reduce_bytes: Of an element, gathered and in the reduction.
+        full_numel: Elements of the whole; for experts, those of one ``expert`` rank.
+        param_bytes: Bytes of a gathered element.
+        reduce_bytes: Bytes of an element in the reduction.
         gathers: All-gathers in a micro-batch.
     """
 
@@ -47,12 +48,12 @@ class Unit:
 
     @property
     def gathered(self) -> int:
-        """Bytes of the whole in the compute dtype: parameters, or the gradients that autograd makes."""
+        """Bytes of the whole in the compute dtype: parameters, or autograd's gradients."""
         return self.full_numel * self.param_bytes
 
     @property
     def reduce_input(self) -> int:
-        """Bytes of what goes into the reduce-scatter."""
+        """Bytes of the input of the reduce-scatter."""
         return self.shards * self.shard_numel * self.reduce_bytes
 
 
@@ -61,9 +62,9 @@ class PlannedBlock:
     """A transformer block.
 
     Attributes:
-        name: Of the module, or of the multi-token-prediction module it belongs to.
-        sparse: Whether it has an MoE layer.
-        positions: Tokens of a sequence that pass it.
+        name: Name of the module, or of the multi-token-prediction module around it.
+        sparse: The block has an MoE layer.
+        positions: Positions of a sequence that it computes.
     """
 
     name: str
@@ -72,8 +73,7 @@ class PlannedBlock:
 
 
 def planned_blocks(model: MoETransformer, seq_len: int) -> list[PlannedBlock]:
-    """The blocks, first to last; those of multi-token prediction come last, and see fewer positions the further ahead
-    they look."""
+    """List the blocks in order; those of multi-token prediction are last, each with one position less."""
     depth, last = len(model.mtp), len(model.layers)
     names = [f"layers.{i}" for i in range(last)] + [f"mtp.{i}" for i in range(depth)]
     lost = [0] * last + list(range(1, depth + 1))
@@ -84,12 +84,12 @@ def planned_blocks(model: MoETransformer, seq_len: int) -> list[PlannedBlock]:
 
 
 def compute_dtype(precision: PrecisionConfig) -> torch.dtype:
-    """Of activations and gathered parameters."""
+    """Give the dtype of activations and gathered parameters."""
     return mixed_precision(precision).param_dtype or torch.float32
 
 
 def fsdp_units(model: nn.Module) -> list[Unit]:
-    """The units of a model that ``parallelize`` has sharded, parents before children; none if it is not sharded."""
+    """List the units of a model after ``parallelize``, parents before children; none if it is not sharded."""
     return [
         _unit(name, group)
         for name, module in model.named_modules()
@@ -101,7 +101,7 @@ def fsdp_units(model: nn.Module) -> list[Unit]:
 def _unit(name: str, group: Any) -> Unit:
     mesh, policy, parameters = group.mesh_info, group.mp_policy, group.fsdp_params
     param_dtype = policy.param_dtype or torch.float32
-    # The root is left gathered after forward, for it is needed again at once (FSDP decides so in its first forward).
+    # The root stays gathered after the forward pass, since the backward pass begins with it.
     reshards = name != "" and group.post_forward_mesh_info is not None
     return Unit(
         name=name,

@@ -1,6 +1,6 @@
-"""A world of ranks that are not there: one process is rank 0 of as many as it likes, and collectives do nothing.
+"""Simulated world: one process is rank 0 of any number of ranks, and collectives do nothing.
 
-PyTorch's own means of testing distributed code without hardware. Meshes, groups and shards come out as they would.
+PyTorch has this for tests of distributed code. Meshes, groups and shards are those of a real world.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORLD = "world"
 
 @contextmanager
 def fake_world(size: int) -> Iterator[None]:
-    """Be rank 0 of ``size`` ranks.
+    """Make this process rank 0 of ``size`` simulated ranks.
 
     Raises:
         ValueError: This process is in a process group already.
@@ -38,7 +38,7 @@ def fake_world(size: int) -> Iterator[None]:
 
 
 def groups_by_axis(degrees: MeshDegrees) -> dict[str, list[list[int]]]:
-    """The ranks of every group along each mesh axis and :data:`WORLD`, as ``mesh.build_meshes`` lays them out."""
+    """List the ranks of every group along each mesh axis and :data:`WORLD`, as ``mesh.build_meshes`` has them."""
     ranks = torch.arange(degrees.world_size)
     ranks = ranks.view(degrees.replicate, degrees.shard // degrees.expert, degrees.expert_nodes, -1)
     dims = {REPLICATE: [0], SHARD: [1, 2, 3], EXPERT_SHARD: [1], EXPERT: [2, 3], EXPERT_NODE: [2], EXPERT_PLACE: [3]}
@@ -51,6 +51,6 @@ def groups_by_axis(degrees: MeshDegrees) -> dict[str, list[list[int]]]:
 
 
 def most_remote_peers(groups: list[list[int]], gpus_per_node: int) -> int:
-    """Peers in its group that sit on other nodes, for the rank that has most of them."""
+    """Count the peers on other nodes, for the rank that has most of them."""
     nodes = [Counter(rank // gpus_per_node for rank in group) for group in groups]
     return len(groups[0]) - min(min(ranks_on.values()) for ranks_on in nodes)

@@ -1,42 +1,60 @@
 """Model families: how a Hugging Face config and its tensors map to this project's, and back.
 
-A family is data: what its config says in our recipe's terms, and which rows of which Hugging Face tensor are which of
-our parameters. Nothing here reads or writes files; ``checkpoint/`` does. To add one, write its file and name it here.
+A family is data: a ``config.json`` in our recipe's terms, and which rows of which Hugging Face tensor are which of our
+parameters. Nothing here reads or writes files. To add one, write its file and list it in
+:mod:`moefoundry.config.parts`; a package of yours may add one, too (``docs/extending.md``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from moefoundry.config import ModelConfig, UserError
-from moefoundry.conversion.families.dbrx import Dbrx
-from moefoundry.conversion.families.deepseek_v3 import DeepseekV3
+from moefoundry.config.making import make_part
+from moefoundry.config.parts import TABLES
 from moefoundry.conversion.families.family import Family
-from moefoundry.conversion.families.llama import Llama
-from moefoundry.conversion.families.mixtral import Mixtral
-from moefoundry.conversion.families.olmoe import Olmoe
 from moefoundry.conversion.families.pieces import Piece
-from moefoundry.conversion.families.qwen2 import Qwen2
-from moefoundry.conversion.families.qwen3 import Qwen3
-from moefoundry.conversion.families.qwen3_moe import Qwen3Moe
 
 __all__ = ["FAMILIES", "Family", "Piece", "family_for", "family_of", "nearest_family"]
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (Llama(), Qwen2(), Qwen3(), Mixtral(), Olmoe(), Qwen3Moe(), DeepseekV3(), Dbrx())
-}
+
+class Families(Mapping[str, Family]):
+    """All families by name: listed ones, then those of installed packages; each is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> Family:
+        if name not in TABLES["families"].names():
+            raise KeyError(name)
+        return _family(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(TABLES["families"].names())
+
+    def __len__(self) -> int:
+        return len(TABLES["families"].names())
+
+
+FAMILIES = Families()
+
+
+@cache
+def _family(name: str) -> Family:
+    made: Family = make_part("families", name, "model family")
+    if made.name != name:
+        raise UserError(f"model family: {name}: its package calls it {made.name!r}")
+    return made
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
-    """The family of a ``config.json``.
+    """Find the family of a ``config.json``.
 
     Raises:
         UserError: Its ``model_type`` is none of these.
     """
     model_type = hf.get("model_type")
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     meant = [name for name in FAMILIES if _squashed(name) == _squashed(str(model_type))]
     hint = f"; did you mean {meant[0]!r}?" if meant else ""
@@ -44,15 +62,15 @@ def family_of(hf: Mapping[str, Any]) -> Family:
 
 
 def _squashed(name: str) -> str:
-    """``name`` without what its spellings differ in; families with similar names are others."""
+    """Strip ``name`` of what its spellings differ in; families with similar names are others."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def family_for(cfg: ModelConfig) -> Family:
-    """The first family that has such a model.
+    """Find the first family that has such a model.
 
     Raises:
-        UserError: None has; it names what stands in the way of each.
+        UserError: There is none; the message names what stands in the way of each.
     """
     reasons = {}
     for name, family in FAMILIES.items():
@@ -63,9 +81,15 @@ def family_for(cfg: ModelConfig) -> Family:
     raise UserError(f"no Hugging Face family computes what this model does:{lines}")
 
 
-def nearest_family(cfg: ModelConfig) -> tuple[Family, list[str]]:
-    """The family that has such a model, or else the one in whose way least stands, and what does."""
+def nearest_family(cfg: ModelConfig) -> tuple[Family | None, list[str]]:
+    """Find the family that has such a model, or else the one in whose way least stands, and list what does.
+
+    Returns:
+        None and the reason, where no family has the model's kind of attention.
+    """
     kin = [family for family in FAMILIES.values() if family.attention_kind == cfg.attention.kind]
+    if not kin:
+        return None, [f"model.attention.kind: no family has {cfg.attention.kind}"]
     reasons = {family.name: family.fits(cfg) for family in kin}
 
     def distance(name: str) -> tuple[bool, int]:

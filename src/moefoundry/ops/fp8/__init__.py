@@ -1,10 +1,10 @@
 """FP8 as DeepSeek-V3 trains with it (arXiv 2412.19437, section 3.3): formats, quantizers, matrix products.
 
-formats.py, scales.py             the formats, the tiles, and what is decided where the report says nothing
-linear.py, feed_forward.py        layers with autograd, and what they keep for backward
-mixture.py                        experts of tokens that are quantized before they are copied
-coarse.py                         linear layers with one scale a tensor or a row, to compare with
-quantization.py, gemm.py          what to call; picks an implementation by device (``backend.py``)
+formats.py, scales.py             the formats, the tiles, and decisions that the report leaves open
+linear.py, feed_forward.py        layers with autograd, and the tensors that they keep for backward
+mixture.py                        experts; tokens are quantized before they are copied
+coarse.py                         linear layers with one scale a tensor or a row, for comparison
+quantization.py, gemm.py          functions to call; they choose an implementation by device (``backend.py``)
 reference.py, e5m6.py, groups.py  the quantizers in plain PyTorch: their definition
 gemm_reference.py                 the products in plain PyTorch, and on a model of ``tensor_cores.py``
 triton_*.py                       the kernels

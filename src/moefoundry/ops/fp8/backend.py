@@ -1,7 +1,7 @@
-"""Which of the two implementations runs: plain PyTorch anywhere, Triton kernels on NVIDIA GPUs.
+"""Choice between two implementations: plain PyTorch anywhere, Triton kernels on NVIDIA GPUs.
 
-In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import of triton) kernels run on a CPU too, slowly;
-they are then used where they are asked for by name.
+In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import of triton) kernels also run on a CPU, slowly;
+there they are used only if they are asked for by name.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ GEMM_CAPABILITY = (8, 9)  # tensor cores that take FP8
 
 
 class Backend(StrEnum):
-    """Who computes."""
+    """An implementation."""
 
     REFERENCE = "reference"
     TRITON = "triton"
 
 
 def choose_backend(device: torch.device, capability: tuple[int, int], asked: Backend | None = None) -> Backend:
-    """Triton where it can run on ``device``, unless a backend is asked for.
+    """Choose Triton if it can run on ``device``, unless a backend is asked for.
 
     Args:
-        device: Of the operands.
-        capability: What the kernel needs of a GPU.
-        asked: The one to use, or None.
+        device: Device of the operands.
+        capability: Compute capability that the kernel needs.
+        asked: The backend to use, or None.
 
     Raises:
-        ValueError: It cannot run there; the message says why.
+        ValueError: The backend that is asked for cannot run; the message says why.
     """
     if asked is Backend.REFERENCE:
         return asked
@@ -43,7 +43,7 @@ def choose_backend(device: torch.device, capability: tuple[int, int], asked: Bac
 
 
 def describe_backend(device: torch.device, capability: tuple[int, int], asked: Backend | None = None) -> str:
-    """What :func:`choose_backend` chooses, and why it is not Triton where nobody asked for less."""
+    """Name the choice of :func:`choose_backend`, and the reason if Triton was possible to choose but cannot run."""
     backend = choose_backend(device, capability, asked)
     if backend is asked or backend is Backend.TRITON:
         return backend

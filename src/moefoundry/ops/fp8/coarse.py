@@ -1,8 +1,8 @@
-"""Linear layers in FP8 with coarser scales than tiles, to compare with: one scale a tensor, or one a row.
+"""Linear layers in FP8 with coarser scales than tiles, for comparison: one scale a tensor, or one a row.
 
-All operands are E4M3 with scales of float32, ``amax / 448``, found anew each time: of the whole tensor (for a weight of
-E experts, of each), or of each row along K, the dimension that the product sums over, so that each of the three
-products quantizes its operands for itself. Inputs are kept for backward as they came. There are no kernels: values are
+All operands are E4M3 with float32 scales, ``amax / 448``, computed at each product. A scale is for the whole tensor (or
+for one expert's weight), or for each row along K, the dimension that the product sums over; so each of the three
+products quantizes its own operands. Inputs are kept for backward in their own dtype. There are no kernels: values are
 rounded and multiplied in fp32, which shows the accuracy of these recipes and not their speed.
 """
 
@@ -21,20 +21,20 @@ from moefoundry.ops.fp8.scales import scales_of
 
 
 class Granularity(StrEnum):
-    """What shares a scale."""
+    """Elements that share a scale."""
 
     TENSOR = "tensorwise"
     ROW = "rowwise"
 
 
 def coarse_linear(x: Tensor, weight: Tensor, granularity: Granularity, group_sizes_E: Tensor | None = None) -> Tensor:
-    """``x @ weight.T``, [..., O], in the dtype of ``x``; gradients have the dtypes of what they are of.
+    """Compute ``x @ weight.T``, [..., O], in the dtype of ``x``; gradients have the dtypes of their tensors.
 
     Args:
         x: [..., I]; with groups [R, I], rows of group 0 first, then those of group 1, ...
         weight: [O, I], or [E, O, I] with groups.
-        granularity: What shares a scale.
-        group_sizes_E: int64 [E], sums to R; waits for the host.
+        granularity: Elements that share a scale.
+        group_sizes_E: int64 [E], sums to R; the host waits for it.
     """
     if group_sizes_E is None:
         out_RO = _CoarseLinear.apply(x.reshape(-1, x.shape[-1]), weight.unsqueeze(0), granularity, None)
@@ -67,26 +67,26 @@ class _CoarseLinear(Function):
 
 
 def _multiply(rows_RK: Tensor, weight_ENK: Tensor, sizes: list[int], granularity: Granularity) -> Tensor:
-    """[R, N]; the weight is rounded already."""
+    """Multiply rows by a weight that is rounded already, [R, N]."""
     groups = round_coarsely(rows_RK, (0, 1) if granularity is Granularity.TENSOR else (1,)).split(sizes)
     products = [rows @ weight.T for rows, weight in zip(groups, weight_ENK, strict=True)]
     return torch.cat(products).to(rows_RK.dtype)
 
 
 def _rounded_weight(weight_EOI: Tensor, summed: int, granularity: Granularity) -> Tensor:
-    """``summed`` is the dimension that the product sums over."""
+    """Round a weight; ``summed`` is the dimension that the product sums over."""
     return round_coarsely(weight_EOI, (1, 2) if granularity is Granularity.TENSOR else (summed,))
 
 
 def _rounded_columns(x_RC: Tensor, sizes: list[int], granularity: Granularity) -> list[Tensor]:
-    """An operand of Wgrad, whose sums run over the rows of each group."""
+    """Round an operand of Wgrad, which sums over the rows of each group."""
     if granularity is Granularity.TENSOR:
         return list(round_coarsely(x_RC, (0, 1)).split(sizes))
     return [round_coarsely(group, (0,)) for group in x_RC.split(sizes)]
 
 
 def round_coarsely(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``x`` as float32 with E4M3's values times one FP32 scale for each slice along ``dims``."""
+    """Round ``x`` to E4M3's values times one FP32 scale for each slice along ``dims``; float32."""
     x = x.float()
     if not x.numel():
         return x

@@ -1,7 +1,7 @@
 """E5M6 in plain PyTorch: float32 to 12-bit codes and back, and two codes to three bytes and back.
 
-For what attention's output projection keeps for its backward pass (DeepSeek-V3, section 3.3.3): E4M3 is too coarse
-there. See ``formats.py`` for the definition of the format.
+The output projection of attention keeps its input in E5M6 for the backward pass (DeepSeek-V3, section 3.3.3), since
+E4M3 is too coarse there. ``formats.py`` defines the format.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from moefoundry.ops.fp8.formats import PACKED, Format
 
-_HALF_BITS = 4  # by which an IEEE half is longer
-_EXPONENT_BITS = 0x7F800000  # of a float32
+_HALF_BITS = 4  # bits that an IEEE half has more
+_EXPONENT_BITS = 0x7F800000  # mask of a float32's exponent
 
 
 def encode_e5m6(x: Tensor) -> Tensor:
-    """float32 -> int16 codes of 12 bits: to nearest, ties to even; saturates at 65024; NaN stays NaN."""
+    """Round float32 to int16 codes of 12 bits, to nearest, ties to even; saturates at 65024; NaN stays NaN."""
     x = x.clamp(-Format.E5M6.largest, Format.E5M6.largest)
     binade = (x.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)  # the power of two at or below |x|
     quantum = binade.clamp_min(Format.E5M6.smallest_normal) * 2.0**-Format.E5M6.mantissa_bits
@@ -27,12 +27,12 @@ def encode_e5m6(x: Tensor) -> Tensor:
 
 
 def decode_e5m6(codes: Tensor) -> Tensor:
-    """int16 codes of 12 bits -> float32."""
+    """Decode int16 codes of 12 bits to float32."""
     return (codes << _HALF_BITS).view(torch.float16).float()
 
 
 def pack_e5m6(codes: Tensor) -> Tensor:
-    """int16 codes [..., C] -> uint8 [..., 12 * ceil(C / 8)]; a row is filled up with zeros."""
+    """Pack int16 codes [..., C] into uint8 [..., 12 * ceil(C / 8)]; rows are padded with zeros."""
     codes = F.pad(codes, (0, -codes.shape[-1] % PACKED))
     first, second = codes.int().unflatten(-1, (-1, 2)).unbind(-1)
     words = first | second << Format.E5M6.bits
@@ -40,7 +40,7 @@ def pack_e5m6(codes: Tensor) -> Tensor:
 
 
 def unpack_e5m6(packed: Tensor, columns: int) -> Tensor:
-    """uint8 [..., 12 * ceil(C / 8)] -> int16 codes [..., C], C being ``columns``."""
+    """Unpack uint8 [..., 12 * ceil(C / 8)] into int16 codes [..., C]; C is ``columns``."""
     low, middle, high = packed.unflatten(-1, (-1, 3)).to(torch.int16).unbind(-1)
     codes = torch.stack([low | ((middle & 0xF) << 8), (middle >> 4) | (high << 4)], dim=-1)
     return codes.flatten(-2)[..., :columns]

@@ -2,9 +2,9 @@
 
     h = silu(gate x) * (up x);   out = down h
 
-Kept for backward are the input, as the E4M3 rows that Fprop takes, and the two inputs of SwiGLU in E4M3; its output is
-computed again (DeepSeek-V3, arXiv 2412.19437, section 3.3.3). A row's weight, if it has one, multiplies ``h``, which
-is F wide: so the weighted sum over a token's experts needs none of their outputs in its backward pass.
+Two things are kept for backward: the input, as the E4M3 rows that Fprop takes, and the two inputs of SwiGLU in E4M3;
+its output is computed again (DeepSeek-V3, arXiv 2412.19437, section 3.3.3). A row's weight, if given, multiplies ``h``:
+so the backward pass of the sum over a token's experts needs none of their outputs.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ def fp8_feed_forward(
     backend: Backend | None = None,
     rows: QuantizedTensor | None = None,
 ) -> Tensor:
-    """[..., D] -> [..., D], in the dtype of ``x``; Wgrad's sums are fp32, its results have the weights' dtype.
+    """Compute [..., D] -> [..., D], in the dtype of ``x``; Wgrad sums in fp32 and gives the weights' dtype.
 
     Args:
         x: [..., D]; with groups [R, D], rows of group 0 first, then those of group 1, ...
-        gate, up: [F, D], or [E, F, D] with groups.
+        gate: [F, D], or [E, F, D] with groups.
+        up: As ``gate``.
         down: [D, F], or [E, D, F].
         group_sizes_E: int64 [E], sums to R.
-        row_weights_R: [R], differentiable: what each row counts.
-        backend: The one to use; None chooses by device.
-        rows: ``x`` quantized, in E4M3 rows [R, D]; None quantizes it.
+        row_weights_R: [R], differentiable, weights of the rows.
+        backend: The backend to use; None chooses by device.
+        rows: ``x`` quantized to E4M3 rows [R, D]; None quantizes it.
     """
     rows, keep = quantize_rows_once(x, backend) if rows is None else rows, torch.is_grad_enabled()
     return _FeedForward.apply(x, row_weights_R, gate, up, down, group_sizes_E, rows, keep, backend)

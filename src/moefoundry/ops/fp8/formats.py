@@ -1,11 +1,11 @@
-"""The number formats of FP8 training, the tiles that share a scale, and the tensor that is made of both.
+"""The number formats of FP8 training, the tiles that share a scale, and the quantized tensor.
 
-Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3. What it leaves open is decided here and in ``scales.py``:
+Source: DeepSeek-V3 (arXiv 2412.19437), section 3.3. Details that it leaves open are decided here and in ``scales.py``:
 
 - **E4M3** is ``torch.float8_e4m3fn``: bias 7, largest 448, no infinity, NaN 0x7F.
 - **E5M6** is the upper 12 bits of an IEEE half: bias 15, subnormals down to 2^-20, largest 65024. Infinities are never
   written; NaN is 0x7E0. Two values take three bytes, the first in the lower 12 bits of a little-endian word of 24; a
-  row is filled up with zeros to 8 values, so that it is whole words of 32 bits.
+  row is padded with zeros to a multiple of 8 values, which are whole words of 32 bits.
 
 Both are rounded to nearest, ties to even, and saturate.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 TILE = 128
 """Elements along a tiled dimension that share a scale, and elements of K between promotions to FP32."""
 PACKED = 8
-"""E5M6 values in the three words that a row is a multiple of."""
+"""E5M6 values in three words of 32 bits; a row has a multiple of them."""
 
 
 class Tile(Enum):
@@ -34,9 +34,9 @@ class Tile(Enum):
 
 
 class Scaling(StrEnum):
-    """What a scale can be."""
+    """Kind of scales."""
 
-    POWER_OF_TWO = "power_of_two"  # one byte, the exponent (E8M0); changing tiles then costs next to no accuracy
+    POWER_OF_TWO = "power_of_two"  # one byte, the exponent (E8M0); tiles can be changed with almost no loss
     FP32 = "fp32"
 
 
@@ -53,7 +53,7 @@ class Format(Enum):
         self.largest = largest
         self.nan_code = nan_code
         self.sign_code = 1 << bits - 1
-        # of `largest` as a float32: the exponent, without bias, and the mantissa's 23 bits
+        # exponent, without bias, and 23 bits of mantissa of `largest` as a float32
         self.exponent = math.frexp(largest)[1] - 1
         self.float_mantissa = int((math.ldexp(largest, -self.exponent) - 1) * 2**23)
 
@@ -63,11 +63,11 @@ class Format(Enum):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensor that holds the values."""
+        """Dtype of the tensor that holds the values."""
         return torch.float8_e4m3fn if self is Format.E4M3 else torch.uint8
 
     def width(self, columns: int) -> int:
-        """Elements of :attr:`dtype` that a row of so many values takes."""
+        """Count the elements of :attr:`dtype` in a row of ``columns`` values."""
         return columns if self is Format.E4M3 else 12 * -(-columns // PACKED)
 
 
@@ -75,20 +75,20 @@ class Format(Enum):
 class QuantizedTensor:
     """A tensor [..., R, C] as small floats and one scale for each tile; an element is ``value * scale``.
 
-    The last tile of a dimension may be short. ``ROW`` and ``BLOCK`` pad nothing. ``COLUMN`` is stored transposed, K
-    (its rows, the tokens) last, as tensor cores want their operands; each group begins on a tile of its own there, so
-    that no expert's rows scale another's, and what is left of a group's last tile is zero. It has G tiles of rows, an
-    upper bound that the host knows without asking the device how large the groups are.
+    The last tile of a dimension may be short; ``ROW`` and ``BLOCK`` have no padding. ``COLUMN`` is stored transposed,
+    with K (the tokens) last, as tensor cores need it. Each group begins on a new tile there, so that no tile has rows
+    of two experts, and the rest of a group's last tile is zero. It has G tiles of rows, an upper bound that the host
+    knows without the sizes of the groups.
 
     Attributes:
         values: E4M3: float8_e4m3fn [..., R, C], or [C, G * 128] with COLUMN tiles. E5M6: uint8
             [..., R, 12 * ceil(C / 8)].
         scales: uint8 exponents (E8M0: the scale is 2^(code - 127)) or float32. ROW: [..., R, ceil(C / 128)]; BLOCK:
             [..., ceil(R / 128), ceil(C / 128)]; COLUMN: [G, C].
-        tile: What shares a scale.
+        tile: Elements that share a scale.
         shape: (..., R, C).
-        format: Of the values.
-        group_sizes: int64 [E], rows of each group; with COLUMN tiles only, where None stands for one group.
+        format: Format of the values.
+        group_sizes: int64 [E], rows of each group, for COLUMN tiles; None is one group.
     """
 
     values: Tensor
@@ -100,7 +100,7 @@ class QuantizedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Of values and scales."""
+        """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
 
     @property
@@ -114,7 +114,7 @@ class QuantizedTensor:
 
     @property
     def mT(self) -> QuantizedTensor:
-        """The transposed matrices, as a view.
+        """Transposed matrices, as a view.
 
         Raises:
             ValueError: The tiles are not square.
@@ -126,10 +126,10 @@ class QuantizedTensor:
 
 
 def num_tiles(elements: int) -> int:
-    """Tiles that so many elements along a tiled dimension need."""
+    """Count the tiles of ``elements`` elements along a tiled dimension."""
     return -(-elements // TILE)
 
 
 def num_column_tiles(rows: int, groups: int) -> int:
-    """The most tiles of 128 rows that ``rows`` rows in ``groups`` groups can need, each group its own."""
+    """Compute the most tiles of 128 rows that ``rows`` rows in ``groups`` groups can need."""
     return (rows + groups * (TILE - 1)) // TILE

@@ -1,10 +1,10 @@
-"""The matrix products of a linear layer in FP8: on each device by the implementation that is right there.
+"""The matrix products of a linear layer in FP8, each by the implementation that its device needs.
 
     Fprop   Y  = X W^T     X in ROW tiles, W in BLOCK tiles    K = I
     Dgrad   dX = dY W      dY in ROW tiles, the same W         K = O
     Wgrad   dW = dY^T X    both in COLUMN tiles                K = the tokens
 
-Grouped, rows of group 0 come first, then those of group 1, ..., and every group has a weight of its own.
+With groups, rows of group 0 come first, then those of group 1, ..., and every group has its own weight.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ def fprop(
     dtype: torch.dtype = torch.bfloat16,
     backend: Backend | None = None,
 ) -> Tensor:
-    """``x @ weight.T``, [R, O].
+    """Compute ``x @ weight.T``, [R, O].
 
     Args:
         x_RI: [R, I], E4M3 in ``ROW`` tiles.
-        weight: [O, I] in ``BLOCK`` tiles; [E, O, I] if grouped.
-        group_sizes_E: int64 [E], sums to R; None multiplies all rows with the one weight.
-        dtype: Of the result, bfloat16 or float32; sums are float32 in any case.
-        backend: The one to use; None chooses by device.
+        weight: [O, I] in ``BLOCK`` tiles; [E, O, I] with groups.
+        group_sizes_E: int64 [E], sums to R; None multiplies all rows by one weight.
+        dtype: Dtype of the result, bfloat16 or float32; sums are always float32.
+        backend: The backend to use; None chooses by device.
 
     Raises:
-        ValueError: A tile, format or shape does not fit, or the backend cannot run.
+        ValueError: A tile, format or shape is wrong, or the backend cannot run.
     """
     _check_operand(x_RI, Tile.ROW)
     _check_operand(weight, Tile.BLOCK)
@@ -52,7 +52,7 @@ def dgrad(
     dtype: torch.dtype = torch.bfloat16,
     backend: Backend | None = None,
 ) -> Tensor:
-    """``grad @ weight``, [R, I]: :func:`fprop` with the transposed weight, whose blocks are those of the weight."""
+    """Compute ``grad @ weight``, [R, I]: :func:`fprop` with the transposed weight, which has the same blocks."""
     return fprop(grad_RO, weight.mT, group_sizes_E, dtype, backend)
 
 
@@ -62,16 +62,16 @@ def wgrad(
     dtype: torch.dtype = torch.float32,
     backend: Backend | None = None,
 ) -> Tensor:
-    """``grad.T @ x``, [O, I], or [E, O, I] if the operands have groups; exactly zero for a group without rows.
+    """Compute ``grad.T @ x``, [O, I], or [E, O, I] with groups; exactly zero for a group without rows.
 
     Args:
         grad_RO: [R, O], in ``COLUMN`` tiles.
-        x_RI: [R, I], in ``COLUMN`` tiles, of the same groups.
-        dtype: Of the result, bfloat16 or float32; sums are float32 in any case.
-        backend: The one to use; None chooses by device.
+        x_RI: [R, I], in ``COLUMN`` tiles, with the same groups.
+        dtype: Dtype of the result, bfloat16 or float32; sums are always float32.
+        backend: The backend to use; None chooses by device.
 
     Raises:
-        ValueError: A tile or shape does not fit, or the backend cannot run.
+        ValueError: A tile or shape is wrong, or the backend cannot run.
     """
     _check_operand(grad_RO, Tile.COLUMN)
     _check_operand(x_RI, Tile.COLUMN)
@@ -94,7 +94,7 @@ def _multiply(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """:func:`fprop` as an operation of torch, so that selective activation checkpointing can keep its result."""
+    """Compute :func:`fprop` as a torch operator, so that selective activation checkpointing can keep its result."""
     x_RK = QuantizedTensor(x, x_scales, Tile.ROW, tuple(x.shape))
     weights = QuantizedTensor(weight, weight_scales, Tile.BLOCK, tuple(weight.shape))
     if backend == Backend.REFERENCE:
@@ -105,7 +105,7 @@ def _multiply(
 
 
 MULTIPLY_OP = torch.ops.moefoundry.fp8_multiply.default
-"""Fprop and Dgrad, for those who look at operations as they pass."""
+"""The operator of Fprop and Dgrad, for selective activation checkpointing."""
 
 
 def _check_operand(x: QuantizedTensor, tile: Tile) -> None:

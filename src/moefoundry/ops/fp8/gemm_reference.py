@@ -2,11 +2,10 @@
 
     Fprop   Y  = X W^T     X in ROW tiles, W in BLOCK tiles    K = I
     Dgrad   dX = dY W      dY in ROW tiles, the same W         K = O
-    Wgrad   dW = dY^T X    both in COLUMN tiles                K = the tokens, of each group its own
+    Wgrad   dW = dY^T X    both in COLUMN tiles                K = the tokens of each group
 
 Partial sums are added in FP32 after every 128 elements of K, in the order in which kernels add them (N_C of
-DeepSeek-V3, section 3.3.2). ``tensor_cores`` puts a model of the hardware's accumulator in the place of the fp32
-product.
+DeepSeek-V3, section 3.3.2). With ``tensor_cores``, a model of the hardware's accumulator computes the partial sums.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def multiply_reference(
     dtype: torch.dtype,
     tensor_cores: TensorCores | None = None,
 ) -> Tensor:
-    """:func:`moefoundry.ops.fp8.fprop`; :func:`moefoundry.ops.fp8.dgrad` with the transposed weight."""
+    """Compute :func:`moefoundry.ops.fp8.fprop`, or with the transposed weight :func:`moefoundry.ops.fp8.dgrad`."""
     rows_RK = dequantize_reference(x, torch.float32)
     weights = dequantize_reference(weight, torch.float32)
     if group_sizes_E is None:
@@ -38,7 +37,7 @@ def multiply_reference(
 def wgrad_reference(
     grad: QuantizedTensor, x: QuantizedTensor, dtype: torch.dtype, tensor_cores: TensorCores | None = None
 ) -> Tensor:
-    """:func:`moefoundry.ops.fp8.wgrad`."""
+    """Compute :func:`moefoundry.ops.fp8.wgrad`."""
     grad_RO, x_RI = (dequantize_reference(operand, torch.float32) for operand in (grad, x))
     if x.group_sizes is None:
         return _multiply(grad_RO.T, x_RI.T, tensor_cores).to(dtype)

@@ -1,4 +1,4 @@
-"""Where the rows of each group go when every group begins on a tile of its own."""
+"""Rows of groups, each of which begins on a new tile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moefoundry.ops.fp8.formats import TILE
 
 
 def padded_rows(group_sizes_E: Tensor, num_rows: int) -> Tensor:
-    """int64 [R]: the place of each row once every group is filled up to whole tiles; does not wait for the host.
+    """Compute the index of each row after every group is padded to whole tiles, int64 [R]; the host does not wait.
 
     Args:
         group_sizes_E: int64 [E]; sums to R.
@@ -23,5 +23,5 @@ def padded_rows(group_sizes_E: Tensor, num_rows: int) -> Tensor:
 
 
 def all_rows(num_rows: int, device: torch.device) -> Tensor:
-    """int64 [1]: sizes of one group that has every row."""
+    """Give the sizes of one group that has every row, int64 [1]."""
     return torch.full((1,), num_rows, dtype=torch.int64, device=device)

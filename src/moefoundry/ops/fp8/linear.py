@@ -1,5 +1,7 @@
-"""A linear layer in FP8 with autograd: all three products take FP8, and nothing wider than its input in small floats is
-kept for backward (DeepSeek-V3, arXiv 2412.19437, sections 3.3.1 to 3.3.3)."""
+"""A linear layer in FP8 with autograd (DeepSeek-V3, arXiv 2412.19437, sections 3.3.1 to 3.3.3).
+
+All three products take FP8. Only the weight, and the input in FP8, are kept for backward.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,26 @@ from moefoundry.ops.wide_linear import widened
 
 @torch.compiler.disable
 def fp8_linear(x: Tensor, weight_OI: Tensor, kept: Format = Format.E4M3, backend: Backend | None = None) -> Tensor:
-    """``x @ weight.T``, [..., O], in the dtype of ``x``; Wgrad's sums are fp32, its result has the weight's dtype.
+    """Compute ``x @ weight.T``, [..., O], in the dtype of ``x``; Wgrad sums in fp32 and gives the weight's dtype.
 
     Args:
         x: [..., I], float32, bfloat16 or float16.
-        weight_OI: The layout of ``nn.Linear``; quantized anew each time, in blocks of 128x128.
-        kept: How the input waits for Wgrad: as the E4M3 rows that Fprop takes, which layers with the same input share,
-            or in E5M6 (the layer after attention).
-        backend: The one to use; None chooses by device.
+        weight_OI: Weight in the layout of ``nn.Linear``; quantized at each call, in blocks of 128x128.
+        kept: Format in which the input is kept for Wgrad: E4M3, the rows that Fprop takes, which layers with the same
+            input share; or E5M6 (for the layer after attention).
+        backend: The backend to use; None chooses by device.
     """
     if not torch.is_grad_enabled():
-        kept = Format.E4M3  # those rows are there anyway
+        kept = Format.E4M3  # Fprop needs those rows anyway
     return _Linear.apply(x, weight_OI, quantize_rows_once(x, backend), kept, backend)
 
 
 @torch.compiler.disable
 def fp8_kept_linear(x: Tensor, weight_OI: Tensor, backend: Backend | None = None) -> Tensor:
-    """:func:`~moefoundry.ops.wide_linear.wide_linear`, whose input waits for backward as E4M3 rows, shared with layers
-    of the same input; only the weight's gradient sees that they are rounded."""
+    """Compute :func:`~moefoundry.ops.wide_linear.wide_linear`, and keep its input as E4M3 rows for backward.
+
+    Layers with the same input share the rows. Only the weight's gradient is computed from rounded values.
+    """
     return _KeptLinear.apply(x, weight_OI, quantize_rows_once(x, backend), backend)
 
 

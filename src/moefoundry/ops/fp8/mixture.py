@@ -1,8 +1,8 @@
 """A mixture of SwiGLU experts in FP8: tokens and gradients are quantized before they are copied to their experts.
 
-A token's tiles are its own, so its copies have the same bits. K copies of FP8 rows cost half of the bytes of K copies
-in BF16, and one quantization in place of K. Where tokens or gradients came from other ranks in FP8, what came is
-copied.
+Tiles of a row contain one token only, so its copies have the same bits. K copies of FP8 rows take half of the bytes of
+K copies in BF16, and one quantization in place of K. Tokens or gradients that came from other ranks in FP8 are copied
+without quantizing them again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,16 @@ def fp8_mixture(
     order: RowOrder,
     backend: Backend | None = None,
 ) -> Tensor:
-    """[P, D] -> [P, D]: each token's weighted sum of its experts' SwiGLU, in the dtype of the tokens.
+    """Compute each token's weighted sum of its experts' SwiGLU, [P, D] -> [P, D], in the dtype of the tokens.
 
     Args:
         tokens_PD: float32, bfloat16 or float16.
-        weights_PK: What each slot counts, differentiable.
-        gate_EFD, up_EFD, down_EDF: Experts' weights, each in the layout of ``nn.Linear``.
-        order: Of the slots that have rows.
-        backend: The one to use; None chooses by device.
+        weights_PK: Weight of each slot, differentiable.
+        gate_EFD: Weights of the experts, each in the layout of ``nn.Linear``; likewise the others.
+        up_EFD: [E, F, D].
+        down_EDF: [E, D, F].
+        order: Order of the slots that have rows.
+        backend: The backend to use; None chooses by device.
     """
     rows_RD = _FromTokens.apply(tokens_PD, order)
     out_RD = fp8_feed_forward(
@@ -61,7 +63,7 @@ def gather_quantized(x: QuantizedTensor, order: RowOrder) -> QuantizedTensor:
 
 
 class _FromTokens(Function):
-    """Stands for the rows [R, D] in autograd; their numbers are those of the quantized rows beside it."""
+    """Stand-in for the rows [R, D] in autograd; the values are in the quantized rows."""
 
     @staticmethod
     def forward(ctx: Any, tokens_PD: Tensor, order: RowOrder) -> Tensor:
@@ -75,7 +77,7 @@ class _FromTokens(Function):
 
 
 class _SumRows(Function):
-    """``sum_rows``, whose gradients are quantized before they are copied, and remember it."""
+    """``sum_rows`` whose gradients are quantized before they are copied; the copies remember their quantized rows."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, order: RowOrder, backend: Backend | None) -> Tensor:

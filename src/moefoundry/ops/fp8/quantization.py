@@ -1,4 +1,4 @@
-"""Quantize, dequantize, change tiles: on each device by the implementation that is right there."""
+"""Quantize, dequantize and change tiles, each by the implementation that its device needs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def quantize(
     """Round ``x`` to small floats, scaled tile by tile to their own absolute maximum.
 
     Args:
-        x: [..., R, C], float32, bfloat16 or float16. Any R and C: the last tile of a dimension may be short.
-        tile: ``ROW`` or ``BLOCK``. Leading dimensions are matrices of their own.
+        x: [..., R, C], float32, bfloat16 or float16, any R and C; leading dimensions count matrices.
+        tile: ``ROW`` or ``BLOCK``.
         format: E4M3; or E5M6, with ``ROW`` tiles.
-        scaling: What a scale can be. See ``scales.py`` for tiles that are zero, tiny, or not finite.
-        backend: The one to use; None chooses by device.
+        scaling: Kind of scales. See ``scales.py`` for tiles that are zero, tiny, or not finite.
+        backend: The backend to use; None chooses by device.
 
     Raises:
         ValueError: The dtype, tile or format is another one, or the backend cannot run.
@@ -49,13 +49,13 @@ def quantize(
 
 
 def quantize_rows_once(x: Tensor, backend: Backend | None = None) -> QuantizedTensor:
-    """``x`` [..., C] as E4M3 rows [R, C], quantized once however many layers it enters.
+    """Quantize ``x`` [..., C] to E4M3 rows [R, C], once for all layers that have this input.
 
-    What was made is remembered on the tensor object itself, or on the one it is a view of, so it lives no longer than
-    that, and not beyond a change in place. Layers that keep it for backward keep the same memory.
+    The rows are stored on the tensor object, or on the tensor that it is a view of, until it is freed or changed in
+    place. Layers that keep them for backward share their memory.
     """
     shape = x.numel() // x.shape[-1], x.shape[-1]
-    if x.is_inference():  # nobody would notice a change in place
+    if x.is_inference():  # such tensors do not count changes in place
         return quantize(x.reshape(shape), Tile.ROW, backend=backend)
     memo = getattr(_whole(x), "_fp8_rows", None)
     if memo is not None and memo[0] == x._version and memo[1].shape == shape:
@@ -66,13 +66,13 @@ def quantize_rows_once(x: Tensor, backend: Backend | None = None) -> QuantizedTe
 
 
 def remember_rows(x: Tensor, rows_RC: QuantizedTensor) -> None:
-    """``x`` has been made of ``rows_RC``: let :func:`quantize_rows_once` find them."""
+    """Store ``rows_RC``, which have the values of ``x``, for :func:`quantize_rows_once`."""
     if not x.is_inference():
         _whole(x)._fp8_rows = x._version, rows_RC  # type: ignore[attr-defined]
 
 
 def _whole(x: Tensor) -> Tensor:
-    """The tensor that ``x`` is another view of as a whole: FSDP hands its units new views of their inputs."""
+    """Find the tensor of which ``x`` is a view of all elements: FSDP gives its units new views of their inputs."""
     base = x._base
     same = base is not None and base.numel() == x.numel() and base.is_contiguous() and x.is_contiguous()
     return base if base is not None and same else x
@@ -88,10 +88,9 @@ def quantize_columns(
 
     Args:
         x_RC: [R, C], float32, bfloat16 or float16.
-        group_sizes_E: int64 [E] on the same device, sums to R: each group begins on a tile of its own. None is one
-            group.
-        scaling: What a scale can be.
-        backend: The one to use; None chooses by device.
+        group_sizes_E: int64 [E] on the same device, sums to R; each group begins on a new tile. None is one group.
+        scaling: Kind of scales.
+        backend: The backend to use; None chooses by device.
 
     Raises:
         ValueError: The dtype or shape is another one, or the backend cannot run.
@@ -107,12 +106,12 @@ def quantize_columns(
 
 
 def dequantize(x: QuantizedTensor, dtype: torch.dtype = torch.float32, backend: Backend | None = None) -> Tensor:
-    """The numbers that ``x`` stands for, in its own shape.
+    """Compute the numbers of ``x``, in its own shape.
 
-    With power-of-two scales, E4M3 and E5M6 are exact in bfloat16 and float32.
+    With power-of-two scales, they are exact in bfloat16 and float32.
 
     Raises:
-        ValueError: The backend cannot run. There is no kernel for ``COLUMN`` tiles, which nothing but tests reads back.
+        ValueError: The backend cannot run. There is no kernel for ``COLUMN`` tiles, which only tests read.
     """
     if x.tile is Tile.COLUMN and backend is Backend.TRITON:
         raise ValueError("there is no kernel that dequantizes COLUMN tiles; use backend reference")
@@ -129,18 +128,18 @@ def retile(
     scaling: Scaling = Scaling.POWER_OF_TWO,
     backend: Backend | None = None,
 ) -> QuantizedTensor:
-    """What Fprop kept, as an operand of Wgrad: dequantize, transpose, quantize anew (DeepSeek-V3, section 3.5).
+    """Turn rows kept from Fprop into an operand of Wgrad: dequantize, transpose, quantize (DeepSeek-V3, section 3.5).
 
-    Between power-of-two scales only values that become subnormal are rounded again.
+    With power-of-two scales, only values that become subnormal are rounded again.
 
     Args:
         x: [R, C] in ``ROW`` tiles, E4M3 or E5M6; the result is E4M3.
         group_sizes_E: As for :func:`quantize_columns`.
-        scaling: Of the result.
-        backend: The one to use; None chooses by device.
+        scaling: Kind of scales of the result.
+        backend: The backend to use; None chooses by device.
 
     Raises:
-        ValueError: The tiles or the shape are others, or the backend cannot run.
+        ValueError: The tiles or the shape are wrong, or the backend cannot run.
     """
     if x.tile is not Tile.ROW or len(x.shape) != 2:
         raise ValueError(f"retile takes [R, C] in ROW tiles, got {x.shape} in {x.tile.name} tiles")

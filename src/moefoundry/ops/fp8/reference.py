@@ -1,6 +1,7 @@
 """Quantize, dequantize and change tiles in plain PyTorch: the definition that the kernels equal bit for bit.
 
-E4M3 values are clamped before the cast: up to torch 2.12 it makes NaN of what is too large, from 2.13 on it saturates.
+E4M3 values are clamped before the cast: for values that are too large it gives NaN up to torch 2.12, and the largest
+value from torch 2.13 on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moefoundry.ops.fp8.scales import scale_values, scales_of
 
 
 def quantize_reference(x: Tensor, tile: Tile, format: Format, scaling: Scaling) -> QuantizedTensor:
-    """:func:`moefoundry.ops.fp8.quantize`."""
+    """Compute :func:`moefoundry.ops.fp8.quantize`."""
     rows, columns = x.shape[-2:]
     tiles = _split(x.float(), tile)
     codes, scales = _quantize_tiles(tiles, (-3, -1), format, scaling)
@@ -26,7 +27,7 @@ def quantize_reference(x: Tensor, tile: Tile, format: Format, scaling: Scaling) 
 
 
 def quantize_columns_reference(x_RC: Tensor, group_sizes_E: Tensor | None, scaling: Scaling) -> QuantizedTensor:
-    """:func:`moefoundry.ops.fp8.quantize_columns`."""
+    """Compute :func:`moefoundry.ops.fp8.quantize_columns`."""
     rows, columns = x_RC.shape
     sizes_E = all_rows(rows, x_RC.device) if group_sizes_E is None else group_sizes_E
     padded = x_RC.new_zeros(num_column_tiles(rows, len(sizes_E)) * TILE, columns, dtype=torch.float32)
@@ -37,7 +38,7 @@ def quantize_columns_reference(x_RC: Tensor, group_sizes_E: Tensor | None, scali
 
 
 def dequantize_reference(x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """:func:`moefoundry.ops.fp8.dequantize`."""
+    """Compute :func:`moefoundry.ops.fp8.dequantize`."""
     if x.tile is Tile.COLUMN:
         return _dequantize_columns(x).to(dtype)
     rows, columns = x.shape[-2:]
@@ -47,7 +48,7 @@ def dequantize_reference(x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 
 
 def retile_reference(x: QuantizedTensor, group_sizes_E: Tensor | None, scaling: Scaling) -> QuantizedTensor:
-    """:func:`moefoundry.ops.fp8.retile`."""
+    """Compute :func:`moefoundry.ops.fp8.retile`."""
     return quantize_columns_reference(dequantize_reference(x, torch.float32), group_sizes_E, scaling)
 
 
@@ -58,7 +59,7 @@ def _dequantize_columns(x: QuantizedTensor) -> Tensor:
 
 
 def _split(x: Tensor, tile: Tile) -> Tensor:
-    """[..., R, C] -> [..., row tiles, rows, column tiles, columns]; the last tiles are filled up with zeros."""
+    """Split [..., R, C] into [..., row tiles, rows, column tiles, columns]; the last tiles are padded with zeros."""
     tile_rows, tile_columns = tile.value
     missing = -x.shape[-2] % tile_rows, -x.shape[-1] % tile_columns
     if any(missing):
@@ -67,7 +68,7 @@ def _split(x: Tensor, tile: Tile) -> Tensor:
 
 
 def _quantize_tiles(x: Tensor, dims: tuple[int, ...], format: Format, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    """Codes (uint8 or int16, as ``x``) and stored scales, one for each slice along ``dims``."""
+    """Compute codes (uint8 or int16, shape of ``x``) and stored scales, one for each slice along ``dims``."""
     scales = scales_of(x.abs().amax(dims, keepdim=True), format, scaling)
     factors = scale_values(scales)
     scaled = (x / factors).clamp_(-format.largest, format.largest)

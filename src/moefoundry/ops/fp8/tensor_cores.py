@@ -1,13 +1,13 @@
-"""What Hopper's tensor cores do to a sum, on a CPU: a model of their short accumulator.
+"""Model, on a CPU, of the short accumulator of Hopper's tensor cores.
 
-They multiply FP8 exactly, but keep about 14 bits of a running sum (DeepSeek-V3, section 3.3.2). The model: one
+They multiply FP8 exactly, but keep about 14 bits of a running sum (DeepSeek-V3, section 3.3.2). In the model, one
 instruction multiplies and adds 32 elements of K; its result and the sum so far are both cut off (not rounded) below the
-14th bit of the larger of the two, and added. After ``promote_every`` elements of K the sum moves to an FP32 register
-and begins anew: the report's N_C, 128. Without that, K = 4096 of one sign is wrong by 0.3% in the model; the report saw
-nearly 2% on the hardware, so the model is the milder of the two.
+14th bit of the larger of the two, and added. After ``promote_every`` elements of K, the report's N_C of 128, the sum is
+added to an FP32 register and restarts at zero. Without that, a sum of K = 4096 values of one sign is wrong by 0.3% in
+the model, and by nearly 2% on the hardware according to the report.
 
-Scales are applied to the operands here, not at promotion as kernels do. With power-of-two scales it makes no
-difference within an interval of 128, and it lets the interval be varied.
+Scales are applied to the operands here, not at promotion as kernels do. With power-of-two scales this is the same
+within an interval of 128, and it works for any interval.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class TensorCores:
     """An accumulator.
 
     Attributes:
-        bits: Of the sum that are kept.
+        bits: Bits of the sum that are kept.
         promote_every: Elements of K after which the sum is added to one in FP32; a multiple of 32.
 
     Raises:
-        ValueError: ``promote_every`` is not.
+        ValueError: ``promote_every`` is no multiple of 32.
     """
 
     bits: int = 14
@@ -42,7 +42,7 @@ class TensorCores:
             raise ValueError(f"promote_every must be a positive multiple of {INSTRUCTION_K}, got {self.promote_every}")
 
     def multiply(self, a_MK: Tensor, b_NK: Tensor) -> Tensor:
-        """``a @ b.T``, float32 [M, N], of float32 operands that hold dequantized values."""
+        """Compute ``a @ b.T``, float32 [M, N], from float32 operands with dequantized values."""
         total_MN = a_MK.new_zeros(len(a_MK), len(b_NK))
         for a, b in zip(a_MK.split(self.promote_every, 1), b_NK.split(self.promote_every, 1), strict=True):
             partial_MN = torch.zeros_like(total_MN)

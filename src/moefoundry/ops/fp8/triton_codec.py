@@ -1,8 +1,8 @@
-"""Device functions that the Triton kernels share: scales, rounding, and which rows a tile has.
+"""Device functions that the Triton kernels share: scales, rounding, and the rows of a tile.
 
-Rounding is done on the bits of float32, not by the hardware's cast, so that a kernel gives the same bits on every
-device, in Triton's interpreter, and as the reference. It costs about ten integer operations a value, of kernels that
-wait for memory. ``FORMAT`` is a member of ``Format``.
+Values are rounded by their bits, not by the hardware's cast, so that a kernel gives the same bits on every device, in
+Triton's interpreter, and as the reference. That costs about ten integer operations a value, in kernels that are bound
+by memory. ``FORMAT`` is a member of ``Format``.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -30,7 +30,7 @@ def magnitude(x):
 
 @triton.jit
 def power_of_two_codes(amax_bits, FORMAT: tl.constexpr):
-    """Bits of absolute maxima -> E8M0 codes, int32: ``scales.scales_of``."""
+    """Compute E8M0 codes, int32, from the bits of absolute maxima, as ``scales.scales_of``."""
     exponent = (amax_bits >> 23) - FORMAT.exponent
     codes = exponent + tl.where((amax_bits & 0x7FFFFF) > FORMAT.float_mantissa, 1, 0)
     return tl.where(amax_bits >= INF_BITS, 255, tl.maximum(codes, 1))
@@ -38,13 +38,13 @@ def power_of_two_codes(amax_bits, FORMAT: tl.constexpr):
 
 @triton.jit
 def power_of_two(codes):
-    """2^(codes - 127) as float32; codes in 1..254."""
+    """Compute 2^(codes - 127) in float32; codes in 1..254."""
     return (codes << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def load_scales(pointers, mask):
-    """Stored scales, exponents or float32, as float32."""
+    """Load stored scales, exponents or float32, as float32."""
     scales = tl.load(pointers, mask=mask, other=0)
     if pointers.dtype.element_ty == tl.uint8:
         codes = scales.to(tl.int32)
@@ -54,7 +54,7 @@ def load_scales(pointers, mask):
 
 @triton.jit
 def quantize(x, amax_bits, FORMAT: tl.constexpr, FP32_SCALES: tl.constexpr):
-    """Codes (int32) of ``x``, and the scales as they are stored; ``amax_bits`` broadcasts against ``x``."""
+    """Compute codes (int32) of ``x``, and stored scales; ``amax_bits`` broadcasts against ``x``."""
     bad = amax_bits >= INF_BITS
     if FP32_SCALES:
         amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), SMALLEST_SCALE * FORMAT.largest)
@@ -69,7 +69,7 @@ def quantize(x, amax_bits, FORMAT: tl.constexpr, FP32_SCALES: tl.constexpr):
 
 @triton.jit
 def encode(x, FORMAT: tl.constexpr):
-    """float32 -> codes (int32): to nearest, ties to even; saturates. NaN is not looked for."""
+    """Round float32 to codes (int32), to nearest, ties to even; saturates. NaN gives no NaN."""
     SHIFT: tl.constexpr = 23 - FORMAT.mantissa_bits
     LARGEST: tl.constexpr = (FORMAT.exponent + 127) << 23 | FORMAT.float_mantissa
     MAGIC: tl.constexpr = 127 + 23 + 1 - FORMAT.bias - FORMAT.mantissa_bits
@@ -85,7 +85,7 @@ def encode(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def decode(codes, FORMAT: tl.constexpr):
-    """Codes (int32) -> float32."""
+    """Decode codes (int32) to float32."""
     bits = codes & (FORMAT.sign_code - 1)
     x = (bits << (23 - FORMAT.mantissa_bits)).to(tl.float32, bitcast=True) * 2.0 ** (127 - FORMAT.bias)
     x = tl.where(bits >= FORMAT.nan_code, float("nan"), x)
@@ -94,14 +94,17 @@ def decode(codes, FORMAT: tl.constexpr):
 
 @triton.jit
 def load_codes(values, row, row_inside, width, first, columns, SIZE: tl.constexpr, FORMAT: tl.constexpr):
-    """Codes (int32) [rows, SIZE] of the columns from ``first`` on; zero outside.
+    """Load codes (int32) [rows, SIZE] of the columns from ``first`` on; zero outside.
 
     Args:
         values: Pointer to E4M3 codes as uint8, or to packed E5M6 as int32.
-        row: [rows, 1], and ``row_inside`` says which of them there are.
+        row: Indices of the rows, [rows, 1].
+        row_inside: Mask of the rows that exist, [rows, 1].
         width: Elements in a row of ``values``.
-        first: A multiple of 8.
-        columns: Of the whole tensor.
+        first: First column, a multiple of 8.
+        columns: Columns of the whole tensor.
+        SIZE: Number of columns to load.
+        FORMAT: Format of the codes.
     """
     if FORMAT.mantissa_bits == 3:
         column = first + tl.arange(0, SIZE)[None, :]
@@ -119,7 +122,7 @@ def load_codes(values, row, row_inside, width, first, columns, SIZE: tl.constexp
 
 @triton.jit
 def store_codes(values, codes, row, row_inside, width, first, columns, SIZE: tl.constexpr, FORMAT: tl.constexpr):
-    """The inverse of :func:`load_codes`; a row's last word is filled up with zeros."""
+    """Store codes, the inverse of :func:`load_codes`; a row's last word is padded with zeros."""
     column = first + tl.arange(0, SIZE)[None, :]
     if FORMAT.mantissa_bits == 3:
         tl.store(values + row * width + column, codes.to(tl.uint8), mask=row_inside & (column < columns))
@@ -138,9 +141,9 @@ def store_codes(values, codes, row, row_inside, width, first, columns, SIZE: tl.
 
 @triton.jit
 def rows_of_tile(group_sizes, tile, num_groups, MAX_GROUPS: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """Group, first row and end of the ``tile``-th tile of rows, where each group begins on a tile of its own.
+    """Find group, first row and end of the ``tile``-th tile of rows; each group begins on a new tile.
 
-    Behind the last tile, the group is ``num_groups`` and there are no rows.
+    After the last tile, the group is ``num_groups`` and there are no rows.
     """
     index = tl.arange(0, MAX_GROUPS)
     sizes = tl.load(group_sizes + index, mask=index < num_groups, other=0).to(tl.int32)

@@ -1,8 +1,8 @@
 """The three matrix products as Triton kernels for GPUs whose tensor cores take FP8.
 
 Each step multiplies 128 elements of K on the tensor cores, from zero, and adds the result, times both scales, to a sum
-in FP32 registers: the promotion of DeepSeek-V3 (section 3.3.2). Groups are found on the device from their sizes; the
-grid is an upper bound, and programs behind the last group end at once.
+in FP32 registers: the promotion of DeepSeek-V3 (section 3.3.2). The device finds the groups from their sizes; the grid
+is an upper bound, and programs after the last group end at once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -31,7 +31,7 @@ CONFIGS = [
 def multiply_triton(
     x: QuantizedTensor, weight: QuantizedTensor, group_sizes_E: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """:func:`moefoundry.ops.fp8.fprop`; :func:`moefoundry.ops.fp8.dgrad` with the transposed weight."""
+    """Compute :func:`moefoundry.ops.fp8.fprop`, or with the transposed weight :func:`moefoundry.ops.fp8.dgrad`."""
     (rows, inner), columns = x.shape, weight.shape[-2]
     out = torch.empty(rows, columns, dtype=dtype, device=x.values.device)
     if not out.numel():
@@ -63,7 +63,7 @@ def multiply_triton(
 
 
 def wgrad_triton(grad: QuantizedTensor, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """:func:`moefoundry.ops.fp8.wgrad`."""
+    """Compute :func:`moefoundry.ops.fp8.wgrad`."""
     rows, columns = grad.shape[1], x.shape[1]
     sizes_E = all_rows(x.shape[0], x.values.device) if x.group_sizes is None else x.group_sizes
     groups = len(sizes_E)
@@ -111,7 +111,7 @@ def _multiply(
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """Strides, in elements, of ``weights`` [E, N, K] and ``weight_scales``: the transposed weight is a view."""
+    """Multiply with the strides, in elements, of ``weights`` [E, N, K] and scales: a transposed weight is a view."""
     group, first, end = codec.rows_of_tile(group_sizes, tl.program_id(1), num_groups, MAX_GROUPS, M)
     if first >= end:
         return

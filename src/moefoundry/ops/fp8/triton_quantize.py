@@ -22,7 +22,7 @@ from moefoundry.ops.fp8.groups import all_rows
 
 
 def tuned(configs: list[triton.Config]) -> list[triton.Config]:
-    """The interpreter cannot measure: it gets the first."""
+    """Give the configs to tune over; the interpreter, which cannot measure, gets the first."""
     return configs[:1] if triton.knobs.runtime.interpret else configs
 
 
@@ -34,7 +34,7 @@ COLUMN_CONFIGS = [
 
 
 def quantize_triton(x: Tensor, tile: Tile, format: Format, scaling: Scaling) -> QuantizedTensor:
-    """:func:`moefoundry.ops.fp8.quantize`."""
+    """Compute :func:`moefoundry.ops.fp8.quantize`."""
     *batch, rows, columns = x.shape
     row_tiles = rows if tile is Tile.ROW else num_tiles(rows)
     values = torch.empty(*batch, rows, format.width(columns), dtype=torch.uint8, device=x.device)
@@ -62,19 +62,19 @@ def _launch_blocks(x: Tensor, values: Tensor, scales: Tensor, **constants: Any) 
 
 
 def quantize_columns_triton(x_RC: Tensor, group_sizes_E: Tensor | None, scaling: Scaling) -> QuantizedTensor:
-    """:func:`moefoundry.ops.fp8.quantize_columns`."""
+    """Compute :func:`moefoundry.ops.fp8.quantize_columns`."""
     source = x_RC.contiguous()
     return _columns(source, source, source.shape[1], tuple(x_RC.shape), None, group_sizes_E, scaling)
 
 
 def retile_triton(x: QuantizedTensor, group_sizes_E: Tensor | None, scaling: Scaling) -> QuantizedTensor:
-    """:func:`moefoundry.ops.fp8.retile`."""
+    """Compute :func:`moefoundry.ops.fp8.retile`."""
     values, scales = _words(x.values.contiguous(), x.format), x.scales.contiguous()
     return _columns(values, scales, values.shape[-1], x.shape, x.format, group_sizes_E, scaling)
 
 
 def dequantize_triton(x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """:func:`moefoundry.ops.fp8.dequantize`, of ROW and BLOCK tiles."""
+    """Compute :func:`moefoundry.ops.fp8.dequantize` for ROW and BLOCK tiles."""
     rows, columns = x.shape[-2:]
     out = torch.empty(x.shape, dtype=dtype, device=x.values.device)
     if not out.numel():
@@ -131,7 +131,7 @@ def _columns(
 
 
 def _words(values: Tensor, format: Format) -> Tensor:
-    """As kernels read and write them."""
+    """View values in the dtype that kernels read and write."""
     return values.view(torch.uint8 if format is Format.E4M3 else torch.int32)
 
 
@@ -191,7 +191,7 @@ def _quantize_columns(
     MAX_GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """``SOURCE`` is None where ``x`` holds numbers, else the format of its codes, which ``x_scales`` scale in rows."""
+    """Quantize columns; ``SOURCE`` is the format of codes in ``x``, which ``x_scales`` scale in rows; None: numbers."""
     tile = tl.program_id(0)
     _, first, end = codec.rows_of_tile(group_sizes, tile, num_groups, MAX_GROUPS, codec.TILE)
     row = (first + tl.arange(0, codec.TILE)).to(tl.int64)[:, None]
@@ -220,7 +220,7 @@ def _quantize_columns(
 def _dequantize(
     values, scales, out, rows, columns, width, FORMAT: tl.constexpr, SCALE_ROWS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Matrix by matrix; ``SCALE_ROWS`` rows share a scale."""
+    """Dequantize matrices; ``SCALE_ROWS`` rows share a scale."""
     matrix = tl.program_id(2).to(tl.int64)
     rows_1d = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row = rows_1d[:, None]

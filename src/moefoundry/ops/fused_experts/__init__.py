@@ -1,4 +1,4 @@
-"""A local MoE layer's expert work in few kernels that read and write as little as they can, for GPUs."""
+"""Fused Triton kernels for the experts of one GPU."""
 
 from moefoundry.ops.fused_experts.function import fused_experts, obstacle
 

@@ -1,10 +1,10 @@
 """The mixture of SwiGLU experts as one autograd function over the kernels of ``kernels.py``.
 
-Forward: gather, both up-projections and weighted SwiGLU in one kernel; the down-projection; a sum over each token's
-rows. Backward: gather of gradients, the down-projection's gradient and SwiGLU's in one kernel; both weight gradients
-with their gathers; the tokens' gradient; its sum. Kept for backward: tokens, both up-projections' outputs, routing.
-Weights and tiles never reach the host. The idea of keeping no more than that, and of taking the router weights'
-gradient before ``down``, is SonicMoE's (arXiv 2512.14080). Reference: ``ops/expert_mixture.py``.
+Kernels of the forward pass: gather, both up-projections and weighted SwiGLU in one; the down-projection; the sum over
+each token's rows. Kernels of the backward pass: gather of gradients, the down-projection's gradient and SwiGLU's in
+one; both weight gradients with their gathers; the tokens' gradient; its sum. Tokens, the outputs of both up-projections
+and the routing are kept for backward, as in SonicMoE (arXiv 2512.14080), which also takes the gradient of the router's
+weights before ``down``. The host never waits. Reference: ``ops/expert_mixture.py``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALIGNMENT = 8  # elements; a descriptor's strides are multiples of 16 bytes
 
 
 class Config(NamedTuple):
-    """How one kernel is tiled: rows, columns and depth of a tile, warps and pipeline stages of a program."""
+    """Tiling of one kernel: rows, columns and depth of a tile, warps and pipeline stages of a program."""
 
     m: int
     n: int
@@ -36,7 +36,7 @@ class Config(NamedTuple):
     stages: int
 
     def launch(self) -> dict[str, int]:
-        """The arguments of a launch."""
+        """Give the arguments of a launch."""
         return {"M": self.m, "N": self.n, "K": self.k, "num_warps": self.warps, "num_stages": self.stages}
 
 
@@ -47,13 +47,13 @@ CONFIGS = {
     "up_backward": Config(128, 256, 64, 8, 2),
     "weight_gradient": Config(128, 256, 64, 8, 5),
 }
-"""Chosen by what the compiler says of registers and shared memory; ``python -m benchmarks.tune_experts`` measures them,
-and has not run yet. All kernels over tiles of rows share ``m``."""
+"""Chosen from the registers and shared memory that the compiler reports, not yet from measured times, which
+``python -m benchmarks.tune_experts`` takes. All kernels over tiles of rows share ``m``."""
 SUM_COLUMNS = 1024
 
 
 def obstacle(tokens_TD: Tensor, hidden_size: int) -> str | None:
-    """Why :func:`fused_experts` cannot take these tokens, or None."""
+    """Say why :func:`fused_experts` cannot take these tokens; None if it can."""
     if tokens_TD.dtype not in (torch.bfloat16, torch.float16):
         return f"it multiplies bfloat16 and float16, not {tokens_TD.dtype}"
     if tokens_TD.shape[1] % ALIGNMENT or hidden_size % ALIGNMENT:
@@ -69,13 +69,15 @@ def obstacle(tokens_TD: Tensor, hidden_size: int) -> str | None:
 def fused_experts(
     tokens_TD: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
 ) -> Tensor:
-    """[T, D] -> [T, D]: each token's weighted sum of its experts' SwiGLU.
+    """Compute each token's weighted sum of its experts' SwiGLU, [T, D] -> [T, D].
 
     Args:
-        tokens_TD: bfloat16 or float16, on a GPU that :func:`obstacle` finds none for.
+        tokens_TD: bfloat16 or float16, for which :func:`obstacle` gives None.
         weights_TK: Top-k weights, any float dtype; used in fp32.
-        gate_EFD, up_EFD, down_EDF: Experts' weights, each in the layout of ``nn.Linear``, dtype as the tokens.
-        order: Of the slots that have rows.
+        gate_EFD: Weights of the experts, each in the layout of ``nn.Linear``, dtype of the tokens; likewise the others.
+        up_EFD: [E, F, D].
+        down_EDF: [E, D, F].
+        order: Order of the slots that have rows.
     """
     operands = tokens_TD, weights_TK, gate_EFD, up_EFD, down_EDF
     if not len(order.slot_of_row_N):
@@ -84,10 +86,12 @@ def fused_experts(
 
 
 class Tiles(NamedTuple):
-    """Where each tile of rows lies; int32 [tiles] each, on the device.
+    """Rows of each tile; int32 [tiles] each, on the device.
 
     Attributes:
-        group, first, end: Its expert (E: none), its first row, and where its expert's rows end.
+        group: Expert of the tile; E for a tile without rows.
+        first: First row of the tile.
+        end: End of the expert's rows.
     """
 
     group: Tensor
@@ -96,7 +100,7 @@ class Tiles(NamedTuple):
 
 
 def place_tiles(tokens_per_expert_E: Tensor, num_rows: int, m: int) -> Tiles:
-    """Tile N rows by ``m``, each expert's rows from a tile of their own; there are as many tiles as there can be."""
+    """Tile N rows by ``m``, each expert from a new tile; the number of tiles is an upper bound."""
     num_experts = len(tokens_per_expert_E)
     tiles = (num_rows + num_experts * (m - 1)) // m
     table = torch.empty(3, tiles, dtype=torch.int32, device=tokens_per_expert_E.device)
@@ -141,7 +145,7 @@ class _FusedExperts(Function):
 def multiply_up(
     tokens_TD: Tensor, token_of_row_N: Tensor, row_weights_N: Tensor, gate: Tensor, up: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor]:
-    """Outputs of gate and up, [N, 2 F], and their weighted SwiGLU, [N, F]."""
+    """Compute the outputs of gate and up, [N, 2 F], and their weighted SwiGLU, [N, F]."""
     config, rows, (experts, columns, inner) = CONFIGS["up_swiglu"], len(token_of_row_N), gate.shape
     gate_up, hidden = (tokens_TD.new_empty(rows, width) for width in (2 * columns, columns))
     kernels.up_swiglu[(len(tiles.group) * triton.cdiv(columns, config.n),)](
@@ -162,7 +166,7 @@ def multiply_up(
 
 
 def multiply_down(hidden_NF: Tensor, down: Tensor, tiles: Tiles) -> Tensor:
-    """[N, F] -> [N, D]."""
+    """Multiply by down, [N, F] -> [N, D]."""
     config, (experts, columns, inner) = CONFIGS["down"], down.shape
     out = hidden_NF.new_empty(len(hidden_NF), columns)
     kernels.down[(len(tiles.group) * triton.cdiv(columns, config.n),)](
@@ -179,7 +183,7 @@ def multiply_down(hidden_NF: Tensor, down: Tensor, tiles: Tiles) -> Tensor:
 
 
 def multiply_up_backward(grad_gate_up: Tensor, gate: Tensor, up: Tensor, tiles: Tiles) -> Tensor:
-    """[N, 2 F] -> [N, D]."""
+    """Multiply gradients by gate and up, and add, [N, 2 F] -> [N, D]."""
     config, (experts, inner, columns) = CONFIGS["up_backward"], gate.shape
     out = grad_gate_up.new_empty(len(grad_gate_up), columns)
     kernels.up_backward[(len(tiles.group) * triton.cdiv(columns, config.n),)](
@@ -198,7 +202,7 @@ def multiply_up_backward(grad_gate_up: Tensor, gate: Tensor, up: Tensor, tiles: 
 def multiply_down_backward(
     grad_TD: Tensor, token_of_row_N: Tensor, row_weights_N: Tensor, down: Tensor, gate_up: Tensor, tiles: Tiles
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of gate's and up's outputs, [N, 2 F]; SwiGLU's output again, [N, F]; gradients of weights, fp32 [N]."""
+    """Compute gradients of gate's and up's outputs [N, 2 F], SwiGLU's output [N, F], gradients of row weights [N]."""
     config, rows = CONFIGS["down_backward_swiglu"], len(token_of_row_N)
     experts, inner, columns = down.shape
     grad_gate_up, hidden = torch.empty_like(gate_up), gate_up.new_empty(rows, columns)
@@ -227,8 +231,10 @@ def multiply_down_backward(
 def multiply_transposed(
     left: Tensor, right: Tensor, token_of_row_N: Tensor, ends_E: Tensor, outputs: int, *, gather_left: bool
 ) -> list[Tensor]:
-    """``left``^T ``right`` of each expert's rows, [E, A, B] for each of the ``outputs`` parts that left's columns have;
-    one of the two is gathered."""
+    """Compute ``left``^T ``right`` of each expert's rows, [E, A, B].
+
+    The columns of ``left`` have ``outputs`` parts, each with a result of its own. One of the operands is gathered.
+    """
     config, experts = CONFIGS["weight_gradient"], len(ends_E)
     rows, columns = left.shape[1] // outputs, right.shape[1]
     grads = [left.new_empty(experts, rows, columns) for _ in range(outputs)]
@@ -250,7 +256,7 @@ def multiply_transposed(
 
 
 def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
-    """[N, D] -> [T, D]: the sum over each token's rows, in fp32."""
+    """Sum each token's rows in fp32, [N, D] -> [T, D]."""
     tokens, width = len(order.first_of_token) - 1, rows_ND.shape[1]
     out = rows_ND.new_empty(tokens, width)
     columns = min(SUM_COLUMNS, triton.next_power_of_2(width))

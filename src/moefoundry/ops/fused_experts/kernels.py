@@ -1,7 +1,7 @@
 """Triton kernels of a mixture of SwiGLU experts on rows in expert order.
 
 N routed rows, D model width, F expert hidden width, E experts. Every product sums in fp32. A tile is ``M`` rows of one
-expert; tables say where each tile lies, so that no product looks for its rows again. Rows behind the end of an expert
+expert; tables have the rows of each tile, so that no product searches for its rows. Rows after the end of an expert
 are read somewhere harmless and never stored. The weights come as tensor descriptors [E, O, I], whose edges read as
 zeros; so widths need only be multiples of 8.
 """
@@ -21,7 +21,7 @@ from moefoundry.ops.fp8 import triton_codec as codec
 def place_tiles(
     sizes, group_of_tile, first_of_tile, end_of_tile, num_groups, MAX_GROUPS: tl.constexpr, M: tl.constexpr
 ):
-    """Write the expert, first row and end of rows of each tile; ``num_groups`` and no rows behind the last."""
+    """Write the expert, first row and end of rows of each tile; ``num_groups`` and no rows after the last."""
     tile = tl.program_id(0)
     group, first, end = codec.rows_of_tile(sizes, tile, num_groups, MAX_GROUPS, M)
     tl.store(group_of_tile + tile, group)
@@ -139,7 +139,7 @@ def up_backward(
     first = tl.load(first_of_tile + tile)
     total = tl.zeros([M, N], tl.float32)
     for start in range(0, inner, K):
-        # behind the end of gate's half lies up's: the weights read zeros there
+        # up's half follows gate's: beyond the end of gate's half the weights read zeros
         g = grad_gate_up.load([first, start])
         total = tl.dot(g, gate.load([group, start, across * N]).reshape(K, N), total)
         u = grad_gate_up.load([first, inner + start])
@@ -149,6 +149,7 @@ def up_backward(
 
 @triton.jit
 def store_tile(out, values, first, end, across, columns, M: tl.constexpr, N: tl.constexpr):
+    """Store the rows and columns of a tile that exist."""
     row = first + tl.arange(0, M)
     column = across * N + tl.arange(0, N)
     keep = (row < end)[:, None] & (column < columns)[None, :]
@@ -178,7 +179,7 @@ def down_backward_swiglu(
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Multiply gathered gradients [T, D] by down [E, D, F]; go back through SwiGLU; make its output again.
+    """Multiply gathered gradients [T, D] by down [E, D, F]; compute SwiGLU's backward pass, and its output again.
 
     Each tile across writes its part of the gradient of the row weights, [tiles across, N].
     """
@@ -210,13 +211,13 @@ def down_backward_swiglu(
 
 @triton.jit
 def halves(x, M: tl.constexpr, N: tl.constexpr):
-    """[M, N] -> its left and its right half."""
+    """Split [M, N] into its left and its right half."""
     return tl.split(tl.permute(tl.reshape(x, (M, 2, N // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def swiglu_backward(dh, weight, row, column, inside, columns, gate_up, hidden, grad_gate_up):
-    """Store what SwiGLU's backward makes of some columns; return their part of the row weights' gradient."""
+    """Store SwiGLU's gradients and output for some columns; return their part of the row weights' gradient."""
     keep = inside[:, None] & (column < columns)[None, :]
     dtype = hidden.dtype.element_ty
     wide = row.to(tl.int64)[:, None] * (2 * columns) + column[None, :]
@@ -252,7 +253,7 @@ def weight_gradient(
 ):
     """Sum left^T right over the rows of each expert, [E, rows, columns].
 
-    ``left`` has ``rows`` columns for ``out`` and, where there are two outputs, as many behind for ``out_behind``.
+    ``left`` has ``rows`` columns for ``out``; with two outputs, as many follow for ``out_behind``.
     """
     tiles_down, tiles_across = tl.cdiv(rows, M), tl.cdiv(columns, N)
     tile = tl.program_id(0)
