@@ -33,9 +33,9 @@ from moefoundry.conversion.families import FAMILIES, Family, family_for
 from moefoundry.conversion.hf_directory import open_hf
 from moefoundry.conversion.parity import verify_logits
 from moefoundry.conversion.safetensors_io import write_file, write_safetensors
-from moefoundry.conversion.staging import GIB, staged
 from moefoundry.conversion.tensor_map import Dtype, TensorMap, check_tensors
 from moefoundry.data.json_files import write_json
+from moefoundry.data.staging import GIB, staged
 from moefoundry.data.tokenizer_files import (
     CONFIG,
     check_importable,
@@ -143,7 +143,7 @@ def export_hf(
     config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
     tokenizer = tokenizer or tokenizer_of(directory, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
-        raise UserError(f"no tokenizer at {tokenizer}; name its directory with --tokenizer")
+        raise UserError(f"no tokenizer at {tokenizer}; name its directory: tokenizer=...")
     with using(directory), staged(hf, nbytes_of(specs)) as staging:
         staging.mkdir()
         write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)

@@ -24,8 +24,8 @@ from moefoundry.conversion.convert import Summary, nbytes_of, say, write_recipe,
 from moefoundry.conversion.families import nearest_family
 from moefoundry.conversion.families.family import dense_layers, with_dense_layers
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
-from moefoundry.conversion.staging import staged
 from moefoundry.conversion.tensor_map import Dtype
+from moefoundry.data.staging import staged
 from moefoundry.data.tokenizer_files import check_importable, import_tokenizer
 from moefoundry.model.transformer import meta_model
 
@@ -63,17 +63,20 @@ class Upcycling:
         hidden, slices = dense.ffn_hidden_size, self.granularity
         rules = [
             (dense_layers(dense) != list(range(dense.n_layers)), "the model has experts already"),
-            (slices < 1 or hidden % max(1, slices) != 0, f"--granularity {slices} does not divide the FFN's {hidden}"),
+            (slices < 1 or hidden % max(1, slices) != 0, f"granularity={slices} does not divide the FFN's {hidden}"),
             (
                 self.num_experts < 1 or self.num_experts % max(1, slices) != 0,
-                f"--num-experts {self.num_experts} is no positive multiple of --granularity {slices}",
+                f"num_experts={self.num_experts} is no positive multiple of granularity={slices}",
             ),
             (
                 not 1 <= self.top_k <= self.num_experts or self.top_k % max(1, slices) != 0,
-                f"--top-k {self.top_k} is no multiple of --granularity {slices} up to --num-experts {self.num_experts}",
+                f"top_k={self.top_k} is no multiple of granularity={slices} up to num_experts={self.num_experts}",
             ),
-            (not layers <= set(range(dense.n_layers)), f"--layers: there are only 0 to {dense.n_layers - 1}"),
-            (self.noise < 0, f"--noise {self.noise} is negative"),
+            (
+                not layers <= set(range(dense.n_layers)),
+                f"layers={sorted(layers)}: there are 0 to {dense.n_layers - 1}",
+            ),
+            (self.noise < 0, f"noise={self.noise} is negative"),
         ]
         if problems := [text for broken, text in rules if broken]:
             raise UserError("cannot upcycle: " + "; ".join(problems))

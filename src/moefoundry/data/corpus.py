@@ -222,7 +222,7 @@ def open_corpus(
     """
     if source == STDLIB or format is CorpusFormat.stdlib:
         if source != STDLIB or format not in (None, CorpusFormat.stdlib) or globs:
-            raise UserError(f"{source}: the corpus 'stdlib' takes neither a place, nor --format, nor --glob")
+            raise UserError(f"{source}: the corpus 'stdlib' takes neither a place, nor format=..., nor globs=...")
         root = Path(sysconfig.get_path("stdlib"))
         return Corpus(root, CorpusFormat.stdlib, tuple(_stdlib_paths(root)), text_key, bad_bytes)
 
@@ -262,7 +262,7 @@ def _open_directory(
     else:
         format = format or _only_format(place, entries, unusable)
         chosen = _of_format(entries, format)
-        wanted = f"no file of {format} ({' '.join(SUFFIXES[format])}); other files need --glob"
+        wanted = f"no file of {format} ({' '.join(SUFFIXES[format])}); other files need globs=..."
     paths = tuple(usable(chosen, place, report))
     if not paths and not unusable:
         raise UserError(f"{place}: empty corpus: {wanted}")
@@ -287,7 +287,7 @@ def _only_format(place: Path, entries: list[Entry], unusable: list[tuple[str, Re
     if not found:
         known = " ".join(suffix for own in SUFFIXES.values() for suffix in own)
         unread = "".join(f"; {reason}: {name}" for name, reason, _ in unusable[:1])
-        raise UserError(f"{place}: empty corpus: no file of a known kind ({known}); other files need --glob{unread}")
+        raise UserError(f"{place}: empty corpus: no file of a known kind ({known}); other files need globs=...{unread}")
     return one_format(place, found)
 
 

@@ -100,7 +100,7 @@ def check_patterns(patterns: Sequence[str], root: Path) -> None:
     """
     for pattern in patterns:
         if not pattern or pattern.startswith("/") or ".." in pattern.split("/"):
-            raise UserError(f"--glob {pattern!r}: not a pattern relative to {root}")
+            raise UserError(f"globs={pattern!r}: not a pattern relative to {root}")
 
 
 def matches(path: str, pattern: str) -> bool:

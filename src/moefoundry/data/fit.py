@@ -109,7 +109,7 @@ def _corpus_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_
         message = f"{local}: its vocabulary of {summary.vocab_size} exceeds the model's vocab_size {model_vocab_size}"
         yield Problem("model.vocab_size", message)
     if dataset.split not in summary.splits:
-        nothing_held_out = "" if "val" in summary.splits else " (--val-fraction 0; eval_loader=null evaluates nothing)"
+        nothing_held_out = "" if "val" in summary.splits else " (val_fraction=0; eval_loader=null evaluates nothing)"
         message = f"{local}: no split {dataset.split!r}; it has {', '.join(summary.splits)}{nothing_held_out}"
         yield Problem(f"{where}.split", message)
     elif not (samples := summary.splits[dataset.split].samples):

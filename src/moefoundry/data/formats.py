@@ -78,7 +78,7 @@ def one_format(place: Path, found: Iterable[CorpusFormat]) -> CorpusFormat:
     """
     formats = sorted(set(found), key=list(CorpusFormat).index)
     if len(formats) > 1:
-        raise UserError(f"{place}: holds {' and '.join(formats)} files; say which are the corpus with --format")
+        raise UserError(f"{place}: holds {' and '.join(formats)} files; say which are the corpus: format=...")
     return formats[0]
 
 

@@ -36,7 +36,7 @@ class Reason(StrEnum):
 HARMLESS = frozenset({Reason.blank, Reason.special})
 OF_RECORDS = frozenset({Reason.no_key, Reason.not_string})
 REMEDIES = {
-    Reason.bad_bytes: "--bad-bytes replace keeps such lines, with U+FFFD for each bad byte",
+    Reason.bad_bytes: "bad_bytes=replace keeps such lines, with U+FFFD for each bad byte",
     Reason.not_text: "convert these files to UTF-8 text",
     Reason.unreadable: "make it readable",
     Reason.broken_link: "mend or remove the link",
@@ -91,7 +91,7 @@ class LeftOut:
         remedies = [hint] if hint else []
         remedies += [remedy for reason, remedy in REMEDIES.items() if reason in self.reasons]
         if kept_bytes:
-            remedies.append(f"or allow it: --max-loss {1 if share is None else _rounded_up(share)}")
+            remedies.append(f"or allow it: max_loss={1 if share is None else _rounded_up(share)}")
         raise UserError(
             f"{source}: {describe_share(share)} of its bytes would be left out, and {max_loss:.2%} may be: "
             f"{'; '.join([describe_left_out(self.reasons), *remedies])}"

@@ -78,16 +78,16 @@ def check_numbers(options: PrepareOptions) -> None:
     """Make sure that every number can be.
 
     Raises:
-        UserError: One is out of range; it is named by its option.
+        UserError: One is out of range; the message names it.
     """
     if options.max_seq_len < 2:
-        raise UserError(f"--max-seq-len {options.max_seq_len}: at least 2 (a token and the next one)")
+        raise UserError(f"max_seq_len={options.max_seq_len}: at least 2 (a token and the next one)")
     if not 0 <= options.val_fraction < 1:
-        raise UserError(f"--val-fraction {options.val_fraction}: at least 0 (no held-out split), and below 1")
+        raise UserError(f"val_fraction={options.val_fraction}: at least 0 (no held-out split), and below 1")
     if not 0 <= options.max_loss <= 1:
-        raise UserError(f"--max-loss {options.max_loss}: a share, from 0 to 1")
+        raise UserError(f"max_loss={options.max_loss}: a share, from 0 to 1")
     if options.tokenizer is None:
         check_trainable(options.vocab_size)
-    for name, cap in (("--max-docs", options.max_docs), ("--max-bytes", options.max_bytes)):
+    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes)):
         if cap is not None and cap < 1:
-            raise UserError(f"{name} {cap}: at least 1")
+            raise UserError(f"{name}={cap}: at least 1")

@@ -38,7 +38,7 @@ from moefoundry.data.options import PrepareOptions, check_numbers, expanded
 from moefoundry.data.packing import pack
 from moefoundry.data.progress import Progress
 from moefoundry.data.splits import Division, Split, by_position, moved, unit_hash
-from moefoundry.data.staging import clear_abandoned, staging
+from moefoundry.data.staging import clear_abandoned, occupied, staged
 from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSION, CorpusSummary, SplitSummary, read_corpus_summary
 from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from moefoundry.version import __version__
@@ -95,7 +95,8 @@ def _prepare(options: PrepareOptions) -> PreparedSummary:
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
 
-    with staging(out, options.overwrite) as directory:
+    with staged(out, replace=options.overwrite) as directory:
+        directory.mkdir()
         written = _write(corpus, scan, given, options, directory)
         digests = {name: split.sha256 for name, split in written.splits.items()}
         summary = CorpusSummary(
@@ -125,10 +126,12 @@ def _scan(corpus: Corpus, options: PrepareOptions) -> CorpusScan:
         scan = corpus.scan(options.max_docs, options.max_bytes, progress.update)
     scan.left_out.check(options.source, scan.bytes, options.max_loss, corpus.hint(scan.left_out))
     if not scan.documents:
+        caps = {"max_docs": options.max_docs, "max_bytes": options.max_bytes}
+        limits = " and ".join(f"{name}={cap}" for name, cap in caps.items() if cap)
         left_out = f" (left out: {describe_left_out(scan.left_out.reasons)})" if scan.left_out.count else ""
         raise UserError(
             f"{options.source}: empty corpus: no document with text in {len(corpus.paths)} file(s)"
-            + (" within --max-docs and --max-bytes" if options.max_docs or options.max_bytes else "")
+            + f"{limits and ' within '}{limits}"
             + left_out
         )
     return scan
@@ -136,11 +139,11 @@ def _scan(corpus: Corpus, options: PrepareOptions) -> CorpusScan:
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
     """Refuse a vocabulary above the limit before any work; a trained one has at most ``vocab_size`` tokens."""
-    name, size = (f"--vocab-size {options.vocab_size}", options.vocab_size)
+    name, size = f"vocab_size={options.vocab_size}", options.vocab_size
     if given is not None:
         name, size = (f"{options.tokenizer}: the tokenizer's vocabulary of {given.vocab_size}", given.vocab_size)
     if options.max_vocab is not None and size > options.max_vocab:
-        raise UserError(f"{name} exceeds --max-vocab {options.max_vocab}")
+        raise UserError(f"{name} exceeds max_vocab={options.max_vocab}")
 
 
 def _inputs(
@@ -164,7 +167,7 @@ def _inputs(
 
 def _check_out(out: Path, options: PrepareOptions) -> None:
     """Refuse, before anything is read, to write where something else than a corpus lies."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not occupied(out):
         return
     if not (out / CORPUS_FILE).is_file():
         raise UserError(f"{options.out}: exists and is not a prepared corpus (no {CORPUS_FILE}); choose another OUT")
@@ -191,7 +194,7 @@ def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> Cor
     needed = ("tokenizer/tokenizer.json", *(f"{name}/index.json" for name in summary.splits))
     differing += [f"{name} (missing there)" for name in needed if not (out / name).is_file()]
     if differing:
-        raise UserError(f"{options.out}: holds another corpus; differs in {', '.join(differing)}; replace: --overwrite")
+        raise UserError(f"{options.out}: holds another corpus; differs in {', '.join(differing)}; or overwrite=True")
     return summary
 
 
@@ -237,8 +240,8 @@ def _too_little(scan: CorpusScan, splits: dict[str, SplitSummary], tokens: int, 
     empty = " and ".join(name for name, split in splits.items() if not split.samples)
     return (
         f"{options.source}: no sample for {empty}: {scan.documents} document(s) have {tokens} tokens in all, and each "
-        f"of {' and '.join(splits)} needs --max-seq-len {options.max_seq_len}; add text, or lower that"
-        + (", or hold nothing out: --val-fraction 0" if len(splits) > 1 else "")
+        f"of {' and '.join(splits)} needs max_seq_len={options.max_seq_len}; add text, or lower that"
+        + (", or hold nothing out: val_fraction=0" if len(splits) > 1 else "")
     )
 
 

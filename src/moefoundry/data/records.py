@@ -158,7 +158,7 @@ def hint(records: Iterable[Record], file: Path, text_key: str) -> str:
     first = next((value for value in values if text_of(value, text_key, BadBytes.drop) in OF_RECORDS), {})
     strings = [path for path in _string_paths(first) if path != text_key]
     if strings:
-        return f"{file.name} has strings at {', '.join(strings[:8])}: name the one that is text with --text-key"
+        return f"{file.name} has strings at {', '.join(strings[:8])}: name the one that is text: text_key=..."
     lists = [key for key, value in first.items() if isinstance(value, list)]
     if lists:
         return (

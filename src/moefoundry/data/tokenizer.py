@@ -146,7 +146,7 @@ def check_trainable(vocab_size: int) -> None:
     """
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
-            f"--vocab-size {vocab_size}: at least {SMALLEST_VOCAB} are needed "
+            f"vocab_size={vocab_size}: at least {SMALLEST_VOCAB} are needed "
             f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
 

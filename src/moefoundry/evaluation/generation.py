@@ -51,11 +51,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature {self.temperature}: must be a number of at least 0")
+            raise ValueError(f"temperature={self.temperature}: must be a number of at least 0")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k}: must be at least 1")
+            raise ValueError(f"top_k={self.top_k}: must be at least 1")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p}: must be above 0 and at most 1")
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
     def choice(self) -> Choice:
         """Draws one token a call."""

@@ -1,4 +1,4 @@
-"""Prompts become tokens and new tokens text in one way, whoever asks: the command, a run's report, an evaluation."""
+"""Tokens of prompts and text of new tokens, in one way for the command, a run's report and evaluations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moefoundry.checkpoint import document
+from moefoundry.checkpoint.io import read_model_config
+from moefoundry.checkpoint.weights import tokenizer_of
 from moefoundry.config import UserError
 from moefoundry.data.tokenizer import check_vocabulary
 from moefoundry.data.tokenizer_files import end_token_ids
+
+NO_TOKENIZER = "the checkpoint has no tokenizer, and its recipe names none (tokenizer.name)"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,18 @@ class PromptTokenizer:
         backend.encode_special_tokens = False
         return cls(backend, end_token_ids(directory))
 
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> PromptTokenizer:
+        """Open the tokenizer of a checkpoint, or else that of its run.
+
+        Raises:
+            UserError: As :meth:`open`, or the checkpoint names none.
+        """
+        directory = tokenizer_of(checkpoint, document.read_state(checkpoint)["recipe"])
+        if directory is None:
+            raise UserError(f"{checkpoint}: {NO_TOKENIZER}")
+        return cls.open(directory, read_model_config(checkpoint).vocab_size)
+
     def encode(self, prompt: str) -> Tensor:
         """int64 [S]: the tokens, without any that the tokenizer would add, as training had none.
 
@@ -48,9 +65,9 @@ class PromptTokenizer:
         try:
             ids = self.backend.encode(prompt, add_special_tokens=False).ids
         except (UnicodeError, TypeError):  # lone surrogates, which stand for what was not UTF-8
-            raise UserError(f"prompt {prompt!a}: not UTF-8") from None
+            raise UserError(f"prompt={prompt!a}: not UTF-8") from None
         if not ids:
-            raise UserError(f"prompt {prompt!r}: has no token")
+            raise UserError(f"prompt={prompt!r}: has no token")
         return torch.tensor(ids, dtype=torch.int64)
 
     def decode_stream(self, prompt_ids: Tensor, new_ids: Iterable[int]) -> Iterator[str]:
