@@ -55,7 +55,11 @@ def test_downward_imports_pass(skeleton: Path) -> None:
     [
         ("ops", "from moefoundry.moe import router", "moefoundry.ops is not allowed to import moefoundry.moe"),
         ("parallel", "import composer", "moefoundry.parallel is not allowed to import composer"),
-        ("cli/generate", "from moefoundry import conversion", "generate is not allowed to import moefoundry.conversion"),
+        (
+            "cli/generate",
+            "from moefoundry import conversion",
+            "generate is not allowed to import moefoundry.conversion",
+        ),
         ("utils", "", "moefoundry.utils"),
     ],
     ids=["upward", "composer-in-core", "conversion-in-generate", "unlisted-module"],
