@@ -6,6 +6,8 @@ import ast
 import re
 import sys
 import tomllib
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -53,12 +55,18 @@ def imported(*folders: str) -> set[str]:
     return {module for module in modules if module.partition(".")[0] not in known}
 
 
+@cache
+def owners() -> Mapping[str, list[str]]:
+    """Map modules to the distributions that have them; reading the environment takes a second or two."""
+    return packages_distributions()
+
+
 def distributions(module: str) -> set[str]:
     """Distributions that have a module; ``google`` is shared by many: it is the one of its second name."""
     top, _, rest = module.partition(".")
     if top == "google":
         return {normal(f"google-{rest.partition('.')[0]}")}
-    return {normal(name) for name in packages_distributions().get(top, [])}
+    return {normal(name) for name in owners().get(top, [])}
 
 
 @pytest.mark.parametrize(
