@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moefoundry.checkpoint.writer import TensorSpec
 from moefoundry.config import UserError
-from moefoundry.conversion.families.pieces import Piece
+from moefoundry.conversion.families.family import Piece
 from moefoundry.conversion.safetensors_io import SafetensorsReader
 
 EXPERT = re.compile(r"(.+)\.experts\.\d+\.\w+\.weight")

@@ -13,7 +13,7 @@ from torch import nn
 from moefoundry.config import MlaConfig, ModelConfig, UserError
 from moefoundry.conversion.families import family_of
 from moefoundry.conversion.fused_experts import SplitExperts
-from moefoundry.conversion.hf_config import read_hf_config
+from moefoundry.conversion.hf_directory import read_hf_config
 from moefoundry.conversion.safetensors_io import SafetensorsReader
 from moefoundry.model.transformer import MoETransformer
 

@@ -19,8 +19,7 @@ from torch import Tensor
 from moefoundry.checkpoint.blocks import Block, TensorSpec, row_ranges
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.config.errors import first_few
-from moefoundry.conversion.families.family import Family
-from moefoundry.conversion.families.pieces import Piece
+from moefoundry.conversion.families.family import Family, Piece
 from moefoundry.model.transformer import meta_model
 
 NAMED = 4  # tensors of each kind of error

@@ -13,14 +13,10 @@ from typing import Any
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.conversion.families.dbrx import Dbrx
 from moefoundry.conversion.families.deepseek_v3 import DeepseekV3
-from moefoundry.conversion.families.family import Family
+from moefoundry.conversion.families.family import Family, Piece
 from moefoundry.conversion.families.llama import Llama
-from moefoundry.conversion.families.mixtral import Mixtral
-from moefoundry.conversion.families.olmoe import Olmoe
-from moefoundry.conversion.families.pieces import Piece
-from moefoundry.conversion.families.qwen2 import Qwen2
-from moefoundry.conversion.families.qwen3 import Qwen3
-from moefoundry.conversion.families.qwen3_moe import Qwen3Moe
+from moefoundry.conversion.families.llama_moe import Mixtral, Olmoe
+from moefoundry.conversion.families.qwen import Qwen2, Qwen3, Qwen3Moe
 
 __all__ = ["FAMILIES", "Family", "Piece", "family_for", "family_of", "nearest_family"]
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from moefoundry.config import GqaConfig, InitConfig, ModelConfig, MoEConfig, NormConfig, NormKind, RouterConfig
-from moefoundry.conversion.families.family import Family
+from moefoundry.conversion.families.family import Family, Piece
 from moefoundry.conversion.families.keys import GENERIC, Keys
-from moefoundry.conversion.families.pieces import Piece
 from moefoundry.conversion.families.rope_scaling import read_rope
 
 EPS = 1e-5  # torch.nn.LayerNorm's own; the config has no key for it

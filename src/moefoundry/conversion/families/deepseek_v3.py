@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from moefoundry.config import AttentionConfig, MlaConfig, ModelConfig, MoEConfig, MtpConfig, RouterConfig, ScoreFunction
+from moefoundry.conversion.families.family import Piece
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts, ffn
-from moefoundry.conversion.families.pieces import Piece
 from moefoundry.conversion.families.rope_scaling import read_rope, write_yarn
 
 

@@ -1,10 +1,10 @@
-"""What a model family is: a config there and here, and a list of pieces that make up both."""
+"""A model family: its config there and here, and the pieces that make up the tensors of both."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from moefoundry.config import (
@@ -18,7 +18,27 @@ from moefoundry.config import (
 )
 from moefoundry.config.spec import architecture_of
 from moefoundry.conversion.families.keys import Keys
-from moefoundry.conversion.families.pieces import Piece
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of one of our tensors that equals a block of one Hugging Face tensor, bit for bit.
+
+    It is ``ours[expert] == theirs[rows]``.
+
+    Attributes:
+        name: Our parameter or buffer, as in ``MoETransformer.state_dict()``.
+        hf_name: Tensor of the Hugging Face checkpoint.
+        expert: Index along our first dim, where experts are stacked; None is the whole tensor.
+        rows: First row and the row behind the last of the Hugging Face tensor; None is the whole tensor.
+        transposed: True where the two-dimensional block is stored transposed there.
+    """
+
+    name: str
+    hf_name: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
 
 
 class Family(ABC):

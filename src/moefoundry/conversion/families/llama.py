@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from moefoundry.config import AttentionBias, AttentionConfig, GqaConfig, InitConfig, ModelConfig, NormConfig, QkNorm
-from moefoundry.conversion.families.family import Family, dense_layers
+from moefoundry.conversion.families.family import Family, Piece, dense_layers
 from moefoundry.conversion.families.keys import Keys
-from moefoundry.conversion.families.pieces import Piece
 from moefoundry.conversion.families.rope_scaling import read_rope, write_yarn
 
 FFN = ("gate_proj", "up_proj", "down_proj")
