@@ -61,15 +61,13 @@ def _facts(directory: Path, size_unknown: bool) -> dict[str, Any]:
     from moefoundry.checkpoint.manifest import Manifest
     from moefoundry.config.errors import UserError
 
-    facts: dict[str, Any] = {"name": directory.resolve().name, "saved_at": None, "mesh": {}, "world_size": None}
+    facts: dict[str, Any] = {"name": directory.resolve().name, "state": "committed"}
     try:
-        manifest = Manifest.read(directory)
+        facts |= _origin(Manifest.read(directory))
     except UserError:
-        files = [] if size_unknown else [file for file in directory.rglob("*") if file.is_file()]
-        size = None if size_unknown else sum(file.stat().st_size for file in files)
-        facts |= {"bytes": size, "state": "not committed"}
-    else:
-        facts |= _origin(manifest) | {"state": "committed"}
+        size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+        facts |= {"state": "not committed", "batch": None, "saved_at": None, "bytes": None if size_unknown else size}
+        facts |= {"mesh": {}, "world_size": None}
     return facts | ({"state": "quarantined"} if ".quarantine-" in directory.name else {})
 
 

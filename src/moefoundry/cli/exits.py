@@ -1,4 +1,4 @@
-"""How every command ends, whatever happens to it: with a status, and a line rather than a traceback.
+"""Exit statuses of commands, and the one line that an error is.
 
 0    done
 1    a failure that is not the user's: a traceback says where; or the answer is "no", where a command gives one

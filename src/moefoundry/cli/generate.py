@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -41,42 +40,29 @@ def command(
     The text streams to standard output and ends where the model ends it. Each token is the most likely one, unless
     --temperature, --top-k, --top-p or --seed asks for draws.
     """
-    from moefoundry.checkpoint.fetch import checkpoint_at
-
-    with checkpoint_at(source) as path, options_named(flags_of("prompt", "max_new_tokens", "device", *sampling)):
-        _continue(path, prompt, max_new_tokens, ema, device, as_json, sampling)
-
-
-def _continue(
-    path: Path,
-    prompt: str,
-    max_new_tokens: int,
-    ema: bool,
-    device_name: str | None,
-    as_json: bool,
-    sampling: dict[str, float | None],
-) -> None:
     import warnings
 
+    from moefoundry.checkpoint.fetch import checkpoint_at
     from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint
     from moefoundry.evaluation.generation import generate
     from moefoundry.evaluation.prompts import PromptTokenizer
 
-    choose, device = _choice(max_new_tokens, sampling), _device(device_name)
-    checkpoint = named_checkpoint(path)
-    tokenizer = PromptTokenizer.of_checkpoint(checkpoint)
-    prompt_ids = tokenizer.encode(prompt)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
-    model = load_model(checkpoint, Weights.ema if ema else Weights.trained).to(device)
-
-    pieces = tokenizer.decode_stream(prompt_ids, generate(model, prompt_ids.to(device), max_new_tokens, choose))
-    if as_json:
-        print(json.dumps({"checkpoint": str(checkpoint), "prompt": prompt, "completion": "".join(pieces)}, indent=2))
-        return
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    with checkpoint_at(source) as path, options_named(flags_of("prompt", "max_new_tokens", "device", *sampling)):
+        choose, place = _choice(max_new_tokens, sampling), _device(device)
+        checkpoint = named_checkpoint(path)
+        tokenizer = PromptTokenizer.of_checkpoint(checkpoint)
+        prompt_ids = tokenizer.encode(prompt)
+        model = load_model(checkpoint, Weights.ema if ema else Weights.trained).to(place)
+        pieces = tokenizer.decode_stream(prompt_ids, generate(model, prompt_ids.to(place), max_new_tokens, choose))
+        if as_json:
+            found = {"checkpoint": str(checkpoint), "prompt": prompt, "completion": "".join(pieces)}
+            print(json.dumps(found, indent=2))
+            return
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
 
 
 def _choice(max_new_tokens: int, sampling: dict[str, float | None]) -> Choice:

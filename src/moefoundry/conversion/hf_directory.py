@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a conversion reads it: config, family and tensors, checked against each other."""
+"""Hugging Face directories: config, family and tensors, checked against each other."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from moefoundry.data.tokenizer_files import CONFIG
 
 @dataclass(frozen=True)
 class HfDirectory:
-    """A Hugging Face directory that is whole.
+    """Hugging Face directory that is whole.
 
     Attributes:
-        path: Where.
-        config: Its config.json.
-        family, cfg: What the config means.
-        tensors: One for each expert, however the files have them.
-        names: Which of them are which of ours.
-        notes: What a reader of the files would not expect, in sentences.
+        path: The directory.
+        config: Content of config.json.
+        family, cfg: Family and model that the config declares.
+        tensors: Its tensors, one for each expert, however the files have them.
+        names: Map between these and our tensors.
+        notes: Sentences about what a reader of the files would not expect.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class HfDirectory:
 
     @property
     def max_seq_len(self) -> int | None:
-        """Tokens a sequence, where the config says."""
+        """Tokens of a sequence; None where the config does not say."""
         return self.family.max_seq_len(self.config)
 
 
@@ -49,11 +49,11 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
     """Read the config and check every tensor; no values are read but those that must be copies of others.
 
     Args:
-        path: Holds config.json and safetensors.
-        fp8_as: What FP8 tensors are read as; None is BF16.
+        path: Directory with config.json and safetensors.
+        fp8_as: dtype in which FP8 tensors are read; None is BF16.
 
     Raises:
-        UserError: The config means a model that is not here, or tensors are missing, too many or misshapen, or the
+        UserError: The config means a model not known here, or tensors are missing, too many or misshapen, or the
             weights are pickled, or quantized other than in FP8 blocks.
     """
     config = read_hf_config(path)
@@ -70,7 +70,7 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
 
 
 def _with_the_prediction_modules_there(cfg: ModelConfig, tensors: Iterable[str]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Transformers keeps the number of modules that predict further tokens in the config, and drops their tensors."""
+    """Set the depth of multi-token prediction to the files'; transformers drops these tensors and keeps the number."""
     there = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     depth = max((i + 1 for i in range(cfg.mtp.depth) if str(cfg.n_layers + i) in there), default=0)
     if depth == cfg.mtp.depth:
@@ -83,7 +83,7 @@ def _with_the_prediction_modules_there(cfg: ModelConfig, tensors: Iterable[str])
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    """``config.json`` of a directory.
+    """Read ``config.json`` of a directory.
 
     Raises:
         UserError: The directory or the file is missing, or it is no JSON object.
@@ -95,7 +95,7 @@ def read_hf_config(path: Path) -> dict[str, Any]:
 
 
 def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
-    """Rows and columns of an FP8 block; those that DeepSeek publishes where no weight is quantized.
+    """Return rows and columns of an FP8 block; DeepSeek's where no weight is quantized.
 
     Raises:
         UserError: Weights are quantized in another way.

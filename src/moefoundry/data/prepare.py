@@ -1,4 +1,4 @@
-"""`moefoundry prepare`: a corpus becomes a directory that training can read.
+"""Preparation of a corpus as a directory that training reads: ``moefoundry prepare``.
 
 Layout of the result::
 
@@ -53,13 +53,13 @@ RETRY_MARGINS = (1.2, 2.0, 4.0)  # text for a sample, over that of an average on
 
 @dataclass(frozen=True)
 class PreparedSummary:
-    """What :func:`prepare` did.
+    """Result of :func:`prepare`.
 
     Attributes:
         out: The directory.
-        corpus: What it holds.
-        up_to_date: Whether it held just that already, and nothing was written.
-        ignored: How many files of each suffix in the source are of other kinds than the corpus.
+        corpus: Summary of its content.
+        up_to_date: True if it was there already, and nothing was written.
+        ignored: Number of files of each suffix in the source that are of other kinds than the corpus.
     """
 
     out: Path
@@ -149,7 +149,7 @@ def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
 def _inputs(
     options: PrepareOptions, corpus: Corpus, scan: CorpusScan, given: TextTokenizer | None
 ) -> dict[str, str | int | float | None]:
-    """All that decides the result. Paths are not in it: the same files elsewhere give the same corpus."""
+    """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
     return {
         "format_version": FORMAT_VERSION,
         "format": corpus.format.value,
@@ -166,7 +166,7 @@ def _inputs(
 
 
 def _check_out(out: Path, options: PrepareOptions) -> None:
-    """Refuse, before anything is read, to write where something else than a corpus lies."""
+    """Refuse, before anything is read, to write over anything but a corpus."""
     if not occupied(out):
         return
     if not (out / CORPUS_FILE).is_file():
@@ -177,7 +177,7 @@ def _check_out(out: Path, options: PrepareOptions) -> None:
 
 
 def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> CorpusSummary | None:
-    """What ``out`` holds, if it is what was asked for; None if it is to be written.
+    """Return the corpus in ``out`` if it is the one asked for; None if one has to be written.
 
     Raises:
         UserError: ``out`` holds another corpus, and is not to be overwritten.
@@ -208,7 +208,7 @@ class _Written:
 def _write(
     corpus: Corpus, scan: CorpusScan, given: TextTokenizer | None, options: PrepareOptions, directory: Path
 ) -> _Written:
-    """Write the tokenizer and the splits. Where one gets no sample, divide otherwise, and write again."""
+    """Write the tokenizer and the splits. Where a split gets no sample, divide anew and write again."""
     with Progress("loading libraries"):
         importlib.import_module("streaming")  # and torch: seconds
     division = Division(options.val_fraction)
@@ -248,10 +248,10 @@ def _too_little(scan: CorpusScan, splits: dict[str, SplitSummary], tokens: int, 
 def _documents(
     corpus: Corpus, scan: CorpusScan, division: Division, split: Split, options: PrepareOptions, progress: Progress
 ) -> Iterator[Document]:
-    """The admitted documents of one split.
+    """Yield the admitted documents of one split.
 
     Raises:
-        UserError: The corpus is no longer what was scanned.
+        UserError: The corpus has changed since it was scanned.
     """
     digest = hashlib.sha256()
 
@@ -338,7 +338,7 @@ def _write_split(documents: _Counted, options: PrepareOptions, directory: Path) 
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:
-    """Entropy in nats of the distribution proportional to ``counts``; 0.0 if all are zero."""
+    """Compute the entropy in nats of the distribution proportional to ``counts``; 0.0 if all are zero."""
     seen = counts[counts > 0].astype(np.float64)
     if not seen.size:
         return 0.0

@@ -20,7 +20,7 @@ from moefoundry.config.errors import UserError
 
 GIB = 2**30
 IDLE_SECONDS = 24 * 3600.0
-"""What another host left, whose processes cannot be seen, is abandoned when nothing in it changes for so long."""
+"""Seconds without a change after which files of another host, whose processes cannot be seen, are abandoned."""
 
 
 @contextmanager

@@ -26,8 +26,8 @@ class PromptTokenizer:
     """A tokenizer for prompts, which may spell special tokens out.
 
     Attributes:
-        backend: Neither pads nor truncates.
-        end_ids: Tokens of which any ends a text.
+        backend: The ``tokenizers`` object, which neither pads nor truncates.
+        end_ids: Tokens that end a text.
     """
 
     backend: Tokenizer
@@ -35,10 +35,10 @@ class PromptTokenizer:
 
     @classmethod
     def open(cls, directory: Path, model_vocab_size: int) -> PromptTokenizer:
-        """The tokenizer of a directory.
+        """Open the tokenizer of a directory.
 
         Raises:
-            UserError: It is absent or unreadable, or has tokens that the model has not.
+            UserError: It is absent or unreadable, or has tokens that the model lacks.
         """
         backend = check_vocabulary(directory, model_vocab_size)
         backend.encode_special_tokens = False
@@ -57,10 +57,10 @@ class PromptTokenizer:
         return cls.open(directory, read_model_config(checkpoint).vocab_size)
 
     def encode(self, prompt: str) -> Tensor:
-        """int64 [S]: the tokens, without any that the tokenizer would add, as training had none.
+        """Encode a prompt as int64 [S], without tokens that the tokenizer would add, as training had none.
 
         Raises:
-            UserError: There is none, or the prompt is no text.
+            UserError: There is no token, or the prompt is no text.
         """
         try:
             ids = self.backend.encode(prompt, add_special_tokens=False).ids
@@ -71,10 +71,10 @@ class PromptTokenizer:
         return torch.tensor(ids, dtype=torch.int64)
 
     def decode_stream(self, prompt_ids: Tensor, new_ids: Iterable[int]) -> Iterator[str]:
-        """The text of new tokens as they come, up to an end token; one that ends within a character waits for the next.
+        """Yield the text of new tokens as they come, up to an end token; half a character waits for the next token.
 
-        All tokens are decoded again for each new one, the prompt's too: what a token's text is may depend on those
-        before it, such as the blank before a word.
+        All tokens are decoded again for each new one, the prompt's too: the text of a token may depend on those before
+        it, such as the blank before a word.
         """
         ids: list[int] = prompt_ids.tolist()
         text = shown = self.backend.decode(ids)

@@ -1,7 +1,7 @@
-"""Model families: how a Hugging Face config and its tensors map to this project's, and back.
+"""Model families: the map from a Hugging Face config and its tensors to ours, and back.
 
-A family is data: what its config says in our recipe's terms, and which rows of which Hugging Face tensor are which of
-our parameters. Nothing here reads or writes files; ``checkpoint/`` does. To add one, write its file and name it here.
+A family says what its config means in our recipe's terms, and which rows of a Hugging Face tensor are which of our
+parameters. Nothing here reads or writes files. To add a family, write its file and name it here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:
-    """The family of a ``config.json``.
+    """Return the family of a ``config.json``.
 
     Raises:
         UserError: Its ``model_type`` is none of these.
@@ -40,15 +40,15 @@ def family_of(hf: Mapping[str, Any]) -> Family:
 
 
 def _squashed(name: str) -> str:
-    """``name`` without what its spellings differ in; families with similar names are others."""
+    """Reduce a name to its letters and digits, in which its spellings agree."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
 def family_for(cfg: ModelConfig) -> Family:
-    """The first family that has such a model.
+    """Return the first family that has such a model.
 
     Raises:
-        UserError: None has; it names what stands in the way of each.
+        UserError: None has; the message gives the reasons for each.
     """
     reasons = {}
     for name, family in FAMILIES.items():
@@ -60,7 +60,7 @@ def family_for(cfg: ModelConfig) -> Family:
 
 
 def nearest_family(cfg: ModelConfig) -> tuple[Family, list[str]]:
-    """The family that has such a model, or else the one in whose way least stands, and what does."""
+    """Return the family that has such a model, or else the one with the fewest reasons against it, and these."""
     kin = [family for family in FAMILIES.values() if family.attention_kind == cfg.attention.kind]
     reasons = {family.name: family.fits(cfg) for family in kin}
 

@@ -16,6 +16,8 @@ FFN_DEFAULTS = {"moe_normalize_expert_weights": 1.0}
 
 
 class Dbrx(Family):
+    """DBRX."""
+
     name = "dbrx"
     architecture = "DbrxForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {"initializer_range": 0.02}
