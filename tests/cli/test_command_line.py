@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import click
@@ -166,20 +165,6 @@ def test_every_shell_gets_its_script(shell: str) -> None:
         pytest.skip(f"completion of {shell}: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     assert f"_MOEFOUNDRY_COMPLETE={shell}_complete" in done.stdout
-
-
-def test_help_comes_fast() -> None:
-    """Within twice the time that the interpreter and click take alone, and a margin; the best of three."""
-
-    def seconds(*arguments: str) -> float:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], capture_output=True, timeout=60, check=True)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    assert seconds("-m", "moefoundry", "--help") < 2 * seconds("-c", "import click") + 0.1
 
 
 def test_conversions_of_text() -> None:

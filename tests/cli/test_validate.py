@@ -384,7 +384,7 @@ def test_help_of_every_command_is_light():
         "import sys\n"
         "from moefoundry.cli.main import main\n"
         "assert main(['--help']) == 0\n"
-        "print(sorted({'torch', 'moefoundry.config', 'moefoundry.cli.train'} & sys.modules.keys()))\n"
+        "print(sorted({'torch', 'yaml', 'moefoundry.config', 'moefoundry.cli.train'} & sys.modules.keys()))\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "validate" in done.stdout
