@@ -104,11 +104,11 @@ def _anonymous_bytes() -> int:
 def commands(root: Path) -> dict[str, list[str]]:
     """What is measured, in order: each reads what one before it has written."""
     texts = {
-        "import": "import --hf {0}/hf --output {0}/checkpoint",
-        "import to fp32": "import --hf {0}/hf --output {0}/checkpoint-fp32 --dtype fp32",
-        "export": "export --checkpoint {0}/checkpoint --hf {0}/back",
-        "export to bf16": "export --checkpoint {0}/checkpoint-fp32 --hf {0}/back-bf16 --dtype bf16",
-        "consolidate": "consolidate --checkpoint {0}/checkpoint --output {0}/weights",
+        "import": "import {0}/hf -o {0}/checkpoint",
+        "import to fp32": "import {0}/hf -o {0}/checkpoint-fp32 --dtype fp32",
+        "export": "export {0}/checkpoint -o {0}/back",
+        "export to bf16": "export {0}/checkpoint-fp32 -o {0}/back-bf16 --dtype bf16",
+        "consolidate": "consolidate {0}/checkpoint -o {0}/weights",
     }
     return {name: text.format(root).split() for name, text in texts.items()}
 

@@ -1,4 +1,4 @@
-"""Trained models by the place where they lie: a Hugging Face directory, a checkpoint, or a run."""
+"""Trained models in a Hugging Face directory, a checkpoint, or a run."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ import torch
 from moefoundry.checkpoint.fetch import checkpoint_at, directory_at
 from moefoundry.checkpoint.manifest import read_state
 from moefoundry.checkpoint.remote import Remote
-from moefoundry.checkpoint.store import find_checkpoint
-from moefoundry.checkpoint.weights import Weights, load_model, tokenizer_of
+from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, tokenizer_of
 from moefoundry.config import UserError
 from moefoundry.config.urls import is_url, resolved, url_problem
 from moefoundry.conversion.convert import load_hf
 from moefoundry.data.tokenizer_files import CONFIG
 from moefoundry.evaluation.generation import Choice, generate, most_likely
-from moefoundry.evaluation.prompts import PromptTokenizer
+from moefoundry.evaluation.prompts import NO_TOKENIZER, PromptTokenizer
 from moefoundry.model.transformer import MoETransformer
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint in memory.
+    """Checkpoint in memory.
 
     Attributes:
-        name: Its directory's name, such as ``ba200``.
-        model: In evaluation mode: ``model(input_ids)`` gives logits [B, S, V].
-        recipe: The recipe that it was saved with, as dotted keys; of an imported checkpoint the model's alone.
-        batch: How many batches it was trained for; 0 for one that holds weights alone.
-        tokenizer: The run's; None where there is none.
+        name: Name of its directory, such as ``ba200``.
+        model: Model in evaluation mode: ``model(input_ids)`` gives logits [B, S, V].
+        recipe: Recipe that it was saved with, as dotted keys; of an imported checkpoint the model's keys alone.
+        batch: Number of batches that it was trained for; 0 for one that holds weights alone.
+        tokenizer: Tokenizer of the checkpoint or its run; None where there is none.
     """
 
     name: str
@@ -42,18 +41,18 @@ class LoadedCheckpoint:
     tokenizer: PromptTokenizer | None
 
     def complete(self, prompt: str, max_new_tokens: int = 128, choose: Choice = most_likely) -> str:
-        """The prompt and its continuation, up to the end of the text.
+        """Return the prompt and its continuation, up to the end of the text.
 
         Args:
-            prompt: At least one token.
+            prompt: Text of at least one token.
             max_new_tokens: Tokens to add at most.
-            choose: The next token; ``Sampling(temperature=0.8).choice()`` draws one.
+            choose: Picks the next token; ``Sampling(temperature=0.8).choice()`` draws one.
 
         Raises:
             UserError: There is no tokenizer, or the prompt has no token.
         """
         if self.tokenizer is None:
-            raise UserError(f"{self.name}: the checkpoint has no tokenizer, and its recipe names none (tokenizer.name)")
+            raise UserError(f"{self.name}: {NO_TOKENIZER}")
         prompt_ids = self.tokenizer.encode(prompt)
         new_ids = generate(self.model, prompt_ids.to(next(self.model.parameters()).device), max_new_tokens, choose)
         return prompt + "".join(self.tokenizer.decode_stream(prompt_ids, new_ids))
@@ -66,13 +65,13 @@ def from_pretrained(
     device: torch.device | str = "cpu",
     ema: bool = False,
 ) -> MoETransformer:
-    """The model at a place, in evaluation mode: ``model(input_ids)`` gives logits [B, S, V].
+    """Load the model at a place, in evaluation mode: ``model(input_ids)`` gives logits [B, S, V].
 
     Args:
         place: A Hugging Face directory (config.json and safetensors), a checkpoint of this package, or a run (its
             newest checkpoint); a path or a URL.
-        dtype: Of the parameters; None is fp32. Buffers keep theirs.
-        device: Where the model is.
+        dtype: dtype of the parameters; None is fp32. Buffers keep theirs.
+        device: Device of the model.
         ema: Take the moving average of the parameters; a checkpoint may hold one.
 
     Raises:
@@ -94,17 +93,19 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     ema: bool = False,
 ) -> LoadedCheckpoint:
-    """A checkpoint of any mesh, with what belongs to it.
+    """Load a checkpoint of any mesh, with its recipe and tokenizer.
 
     Args:
         place: A checkpoint, or a run (its newest); a path or a URL.
-        dtype, device, ema: As in :func:`from_pretrained`.
+        dtype: As in :func:`from_pretrained`.
+        device: As in :func:`from_pretrained`.
+        ema: As in :func:`from_pretrained`.
 
     Raises:
         UserError: There is no complete checkpoint, it is damaged, or it lacks the average.
     """
     with checkpoint_at(str(place)) as path:
-        checkpoint = _checkpoint(path)
+        checkpoint = named_checkpoint(path)
         state = read_state(checkpoint)
         model = load_model(checkpoint, Weights.ema if ema else Weights.trained).to(device)
         for parameter in model.parameters():
@@ -117,17 +118,10 @@ def load_checkpoint(
 
 
 def _is_hf(place: str | Path) -> bool:
-    """Whether a Hugging Face directory is there; also where nothing is, so that the error says how to download one."""
+    """Tell if a place is a Hugging Face directory, or nothing: the error then says how to download one."""
     if problem := url_problem(str(place)):
         raise UserError(f"{place}: {problem}")
     where = resolved(str(place))
     if is_url(where):
         return CONFIG in Remote(where).names()
     return (Path(where) / CONFIG).is_file() or not Path(where).exists()
-
-
-def _checkpoint(path: Path) -> Path:
-    try:
-        return find_checkpoint(str(path))
-    except UserError as error:
-        raise UserError(str(error).removeprefix("load_path: ")) from None

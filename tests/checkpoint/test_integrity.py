@@ -239,7 +239,7 @@ def test_the_command(store: CheckpointStore, capsys: pytest.CaptureFixture) -> N
     assert "\n  model/a  float32 [60, 50]\n" in out
 
     assert said("delete", run, "--step", "6") == (2, "", f"error: this deletes {store.path(6)}; say --yes\n")
-    assert said("delete", run, "--step", "6", "--yes")[0] == 0
+    assert said("delete", run, "--batch", "6", "--yes")[0] == 0
     assert said("delete", str(store.root / "ba4.quarantine-0"), "--yes")[0] == 0
     assert [path.name for path in entries(store.root)] == ["ba2", "ba8.incomplete"]
 
@@ -269,7 +269,7 @@ def test_the_command_ends_quietly_where_nobody_reads_on(
         (["list", "{0}/nowhere"], "{0}/nowhere: no such directory"),
         (["list", "{0}"], "{0}: no checkpoints there"),
         (["verify", "{0}"], "{0}: no checkpoints there"),
-        (["delete", "{0}", "--yes"], "{0}: no checkpoint; name one, or --step of a run"),
+        (["delete", "{0}", "--yes"], "{0}: no checkpoint; name one, or --batch of a run"),
     ],
 )
 def test_the_command_has_one_line_for_what_is_wrong(

@@ -29,7 +29,7 @@ def run(tiny_overrides: Callable, tmp_path_factory: pytest.TempPathFactory) -> R
 
 def generate(capsys: pytest.CaptureFixture[str], checkpoint: Path | str, *options: str) -> str:
     options = ("--max-new-tokens", "12", "--device", "cpu", *options)
-    assert main(["generate", "--checkpoint", str(checkpoint), "--prompt", PROMPT, *options]) == 0
+    assert main(["generate", str(checkpoint), "--prompt", PROMPT, *options]) == 0
     return capsys.readouterr().out
 
 
@@ -51,7 +51,7 @@ def test_sampling_options(run: Run, capsys) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--checkpoint", "/nowhere"], "error: --checkpoint /nowhere: no complete checkpoint there"),
+        (["--checkpoint", "/nowhere"], "error: /nowhere: no complete checkpoint there"),
         (["--prompt", ""], "error: --prompt '': has no token"),
         (["--max-new-tokens", "0"], "error: --max-new-tokens 0: must be at least 1"),
         (["--temperature", "-1"], "error: --temperature -1.0: must be a number of at least 0"),

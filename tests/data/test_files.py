@@ -117,5 +117,5 @@ def test_patterns(path: str, pattern: str, expected: bool) -> None:
 @pytest.mark.parametrize("pattern", ["", "/etc/*", "../*", "a/../../*"])
 def test_patterns_stay_inside(tmp_path: Path, pattern: str) -> None:
     write(tmp_path, "a.txt")
-    with pytest.raises(UserError, match=f"--glob '{pattern}': not a pattern relative to".replace("*", r"\*")):
+    with pytest.raises(UserError, match=f"globs='{pattern}': not a pattern relative to".replace("*", r"\*")):
         opened(tmp_path, globs=(pattern,))

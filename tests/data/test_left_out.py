@@ -54,8 +54,8 @@ def test_more_than_a_hundredth_is_an_error_unless_allowed(options: PrepareOption
     assert "3.65% of its bytes would be left out, and 1.00% may be: " in message
     assert "500 not UTF-8 (2,500 bytes: 00.txt:1, 00.txt:2, 00.txt:3, ...)" in message
     assert "1 not text (70 bytes: 01.txt)" in message
-    assert "--bad-bytes replace keeps such lines" in message
-    assert message.endswith("or allow it: --max-loss 0.037")
+    assert "bad_bytes=replace keeps such lines" in message
+    assert message.endswith("or allow it: max_loss=0.037")
     assert "\n" not in message
     assert not options.out.exists()
     assert prepare(replace(options, max_loss=0.037)).corpus.skipped == 502
@@ -65,7 +65,7 @@ def test_more_than_a_hundredth_is_an_error_unless_allowed(options: PrepareOption
 
 def test_a_loss_of_unknown_size_is_allowed_only_where_any_is(options: PrepareOptions) -> None:
     (Path(options.source) / "gone.txt").symlink_to("nowhere")
-    unknown = r"an unknown share of its bytes .*: 1 a link to nothing \(size unknown: gone\.txt\); mend .*--max-loss 1$"
+    unknown = r"an unknown share of its bytes .*: 1 a link to nothing \(size unknown: gone\.txt\); mend .*max_loss=1$"
     with pytest.raises(UserError, match=unknown):
         prepare(replace(options, max_loss=0.9))
     assert prepare(replace(options, max_loss=1.0)).corpus.left_out_share is None
@@ -114,7 +114,7 @@ def test_blank_files_and_pipes_are_named_and_cost_nothing(options: PrepareOption
 
 def test_nothing_that_could_be_read_offers_no_leave(options: PrepareOptions, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"body": "a"}\n' * 30)
-    with pytest.raises(UserError, match=r"100\.00% .* has strings at body: name the one that is text with --text-key$"):
+    with pytest.raises(UserError, match=r"100\.00% .* has strings at body: name the one that is text: text_key=\S+$"):
         prepare(replace(options, source=str(tmp_path / "x.jsonl")))
 
 
@@ -141,7 +141,7 @@ def test_the_smallest_leave_is_named() -> None:
         left_out.add("x", Reason.null, 100)
         with pytest.raises(UserError) as raised:
             left_out.check("corpus", kept, 0.001, "")
-        left_out.check("corpus", kept, float(str(raised.value).rpartition(" ")[2]), "")
+        left_out.check("corpus", kept, float(str(raised.value).rpartition("=")[2]), "")
 
 
 def test_old_summaries_are_read(options: PrepareOptions) -> None:

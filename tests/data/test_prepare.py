@@ -1,6 +1,5 @@
 """`moefoundry prepare`: what it writes, that it repeats exactly, and that bad input leaves nothing behind."""
 
-import argparse
 import hashlib
 import json
 import math
@@ -15,7 +14,8 @@ from streaming import StreamingDataLoader
 from streaming.base.format import reader_from_json
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from moefoundry.cli import prepare as command
+from moefoundry.cli.main import main
+from moefoundry.cli.prepare import describe
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data.corpus import open_corpus
@@ -130,7 +130,7 @@ def test_repeating_does_nothing_and_changes_are_refused(options: PrepareOptions,
     with pytest.raises(UserError, match=refused):
         prepare(replace(options, max_seq_len=16, seed=18))
     (source / "file00.py").write_text("changed = True\n")
-    with pytest.raises(UserError, match=r"differs in bytes \(.*\), documents_sha256 \(.*--overwrite"):
+    with pytest.raises(UserError, match=r"differs in bytes \(.*\), documents_sha256 \(.*overwrite=True"):
         prepare(options)
     assert {file: file.stat().st_mtime_ns for file in options.out.rglob("*")} == before
 
@@ -180,19 +180,19 @@ def test_given_tokenizer_is_copied_and_wide_vocabularies_fit(options: PrepareOpt
         ),
         (
             {"max_seq_len": 10_000},
-            "no sample for train and val: .* --max-seq-len 10000; .*: --val-fraction 0",
+            "no sample for train and val: .* max_seq_len=10000; .*: val_fraction=0",
         ),
-        ({"max_seq_len": 10_000, "val_fraction": 0}, "no sample for train: .* --max-seq-len 10000; add text, or lower"),
+        ({"max_seq_len": 10_000, "val_fraction": 0}, "no sample for train: .* max_seq_len=10000; add text, or lower"),
         ({"source": "s3://user:secret@bucket/text"}, r"^s3://\.\.\.: not a local path; copy the corpus"),
         ({"out": Path("s3://user:secret@bucket/text")}, r"^s3://\.\.\.: OUT is a local directory"),
-        ({"max_loss": 1.5}, r"--max-loss 1\.5: a share, from 0 to 1"),
-        ({"max_bytes": 1}, "empty corpus: no document with text .* within --max-docs and --max-bytes"),
+        ({"max_loss": 1.5}, r"max_loss=1\.5: a share, from 0 to 1"),
+        ({"max_bytes": 1}, "empty corpus: no document with text .* within max_bytes=1"),
         ({"tokenizer": Path("no/tokenizer")}, r"no/tokenizer/tokenizer\.json: no such file"),
-        ({"max_vocab": 299}, "--vocab-size 300 exceeds --max-vocab 299"),
-        ({"max_seq_len": 1}, "--max-seq-len 1: at least 2"),
-        ({"val_fraction": 1.0}, r"--val-fraction 1\.0: at least 0 .* below 1"),
-        ({"vocab_size": 100}, "--vocab-size 100: at least 261"),
-        ({"max_docs": 0}, "--max-docs 0: at least 1"),
+        ({"max_vocab": 299}, "vocab_size=300 exceeds max_vocab=299"),
+        ({"max_seq_len": 1}, "max_seq_len=1: at least 2"),
+        ({"val_fraction": 1.0}, r"val_fraction=1\.0: at least 0 .* below 1"),
+        ({"vocab_size": 100}, "vocab_size=100: at least 261"),
+        ({"max_docs": 0}, "max_docs=0: at least 1"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(options: PrepareOptions, change: dict, message: str) -> None:
@@ -204,7 +204,7 @@ def test_bad_input_is_named_and_nothing_is_written(options: PrepareOptions, chan
 
 def test_given_vocabulary_above_the_limit_is_named(options: PrepareOptions, tmp_path: Path) -> None:
     train_tokenizer(["x"], 261).save(tmp_path / "given")
-    with pytest.raises(UserError, match=r"given: the tokenizer's vocabulary of 261 exceeds --max-vocab 260"):
+    with pytest.raises(UserError, match=r"given: the tokenizer's vocabulary of 261 exceeds max_vocab=260"):
         prepare(replace(options, tokenizer=tmp_path / "given", max_vocab=260))
     assert not options.out.exists()
 
@@ -280,7 +280,7 @@ def test_a_name_that_is_not_utf_8(source: Path, options: PrepareOptions) -> None
     (source / name).write_bytes(b"x = 1\ny = '\xe9'\n")
     prepared = prepare(replace(options, max_loss=0.1))
     assert prepared.corpus.left_out["not UTF-8"]["first"] == [f"{name}:2"]
-    assert "caf\\udce9.py:2" in command.describe(prepared)
+    assert "caf\\udce9.py:2" in describe(prepared)
     assert prepare(replace(options, max_loss=0.1)).up_to_date
 
 
@@ -297,11 +297,9 @@ def test_home_is_expanded(options: PrepareOptions, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command_prints_a_summary(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
     line = ["prepare", str(source), str(tmp_path / "out"), "--max-seq-len=32", "--vocab-size=300", "--val-fraction=.2"]
     for state in ("prepared", "up to date"):
-        assert command.run(parser.parse_args(line)) == 0
+        assert main(line) == 0
         out = capsys.readouterr().out
         assert f"out: {state} (vocabulary 300, samples of 32 tokens)" in out
         assert "unigram entropy" in out

@@ -117,7 +117,7 @@ def test_json_by_glob_is_not_text(tmp_path: Path) -> None:
     assert texts(tmp_path) == (["a"], [])
     assert texts(tmp_path, globs=("*.json",), format=CorpusFormat.source) == (['{"text": "a"}'], [])
     file_of(tmp_path, "print()", "y.py")
-    with pytest.raises(UserError, match="holds jsonl and source files; say which are the corpus with --format"):
+    with pytest.raises(UserError, match="holds jsonl and source files; say which are the corpus: format=\\.\\.\\."):
         texts(tmp_path, globs=("*",))
     file_of(tmp_path, '{"text": "b"}\n', "z.jsonl")
     assert texts(tmp_path, format=CorpusFormat.jsonl) == (["b"], [])  # JSON beside JSONL is often about it

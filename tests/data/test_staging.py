@@ -1,6 +1,5 @@
 """Interruptions, dead processes, full disks: OUT is whole or absent, and nothing is left beside it."""
 
-import argparse
 import os
 import resource
 import signal
@@ -11,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from moefoundry.cli import prepare as command
+from moefoundry.cli.main import main
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data import staging as module
 from moefoundry.data.options import PrepareOptions
 from moefoundry.data.prepare import prepare
-from moefoundry.data.staging import clear_abandoned, staging
+from moefoundry.data.staging import clear_abandoned, staged
 
 
 @pytest.fixture
@@ -45,9 +44,7 @@ def test_a_signal_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["prepare", options.source, str(options.out), "--max-seq-len=32", "--vocab-size=300"])
+    args = ["prepare", options.source, str(options.out), "--max-seq-len=32", "--vocab-size=300"]
     seen: list[list[str]] = []
     remove = module.shutil.rmtree
 
@@ -62,7 +59,7 @@ def test_a_signal_leaves_nothing_behind(
     monkeypatch.setattr(prepare_module.CorpusSummary, "write", end)
     monkeypatch.setattr(module.shutil, "rmtree", remove_under_fire)
     before = signal.getsignal(number)
-    assert command.run(args) == 128 + number
+    assert main(args) == 128 + number
     assert capsys.readouterr().err == f"error: stopped by {number.name}; nothing was written\n"
     assert any(".partial-" in name for name in seen[0])
     assert names(options.out.parent) == ["in"]
@@ -97,7 +94,8 @@ def test_what_another_process_wrote_meanwhile_is_not_replaced(tmp_path: Path) ->
     out = tmp_path / "out"
 
     def overtaken() -> None:
-        with staging(out, replace=False):
+        with staged(out) as directory:
+            directory.mkdir()
             out.mkdir()
             (out / "theirs").write_text("")
 

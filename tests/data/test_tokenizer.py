@@ -125,7 +125,7 @@ def test_bad_tokenizers_are_named(tmp_path: Path, trained: TextTokenizer) -> Non
 
 
 def test_vocab_size_must_hold_the_bytes() -> None:
-    with pytest.raises(UserError, match="--vocab-size 260: at least 261"):
+    with pytest.raises(UserError, match="vocab_size=260: at least 261"):
         train_tokenizer(["a"], 260)
 
 

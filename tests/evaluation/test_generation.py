@@ -104,12 +104,12 @@ def test_draws_follow_the_probabilities() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -0.1}, "temperature -0.1: must be a number of at least 0"),
-        ({"temperature": float("nan")}, "temperature nan"),
-        ({"temperature": float("inf")}, "temperature inf"),
-        ({"top_k": 0}, "top_k 0: must be at least 1"),
-        ({"top_p": 0.0}, "top_p 0.0: must be above 0 and at most 1"),
-        ({"top_p": 1.5}, "top_p 1.5"),
+        ({"temperature": -0.1}, "temperature=-0.1: must be a number of at least 0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_k": 0}, "top_k=0: must be at least 1"),
+        ({"top_p": 0.0}, "top_p=0.0: must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p=1.5"),
     ],
     ids=str,
 )

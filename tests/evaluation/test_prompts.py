@@ -92,7 +92,7 @@ def test_special_tokens_may_be_spelled_out(plain: Path) -> None:
 
 @pytest.mark.parametrize(("prompt", "message"), [("", "has no token"), ("a\udcff", "not UTF-8")])
 def test_what_is_no_prompt_is_refused(plain: Path, prompt: str, message: str) -> None:
-    with pytest.raises(UserError, match=f"^prompt '.*': {message}$"):
+    with pytest.raises(UserError, match=f"^prompt='.*': {message}$"):
         PromptTokenizer.open(plain, 500).encode(prompt)
 
 

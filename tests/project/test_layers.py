@@ -32,6 +32,10 @@ def skeleton(tmp_path: Path) -> Path:
     (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
     for name in ("__init__", "__main__", *contracts()["layers"]["layers"]):
         (package / f"{name}.py").touch()
+    (package / "cli.py").unlink()
+    (package / "cli").mkdir()
+    for name in ("__init__", "generate"):
+        (package / "cli" / f"{name}.py").touch()
     return tmp_path
 
 
@@ -51,9 +55,14 @@ def test_downward_imports_pass(skeleton: Path) -> None:
     [
         ("ops", "from moefoundry.moe import router", "moefoundry.ops is not allowed to import moefoundry.moe"),
         ("parallel", "import composer", "moefoundry.parallel is not allowed to import composer"),
+        (
+            "cli/generate",
+            "from moefoundry import conversion",
+            "generate is not allowed to import moefoundry.conversion",
+        ),
         ("utils", "", "moefoundry.utils"),
     ],
-    ids=["upward", "composer-in-core", "unlisted-module"],
+    ids=["upward", "composer-in-core", "conversion-in-generate", "unlisted-module"],
 )
 def test_violations_fail(skeleton: Path, module: str, line: str, report: str) -> None:
     (skeleton / f"src/moefoundry/{module}.py").write_text(line + "\n")

@@ -74,7 +74,7 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
 
 
 def named_checkpoint(path: Path) -> Path:
-    """Find the checkpoint that an option ``--checkpoint`` names: a directory, or the run that holds it.
+    """Find the checkpoint that a directory is, or the newest of the run that it holds.
 
     Raises:
         UserError: There is none.
@@ -82,7 +82,7 @@ def named_checkpoint(path: Path) -> Path:
     try:
         return find_checkpoint(str(path))
     except UserError:
-        raise UserError(f"--checkpoint {path}: no complete checkpoint there") from None
+        raise UserError(f"{path}: no complete checkpoint there") from None
 
 
 def tokenizer_of(checkpoint: Path, recipe: dict[str, Any]) -> Path | None:

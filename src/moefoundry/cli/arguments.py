@@ -1,43 +1,190 @@
-"""Arguments that several commands take."""
+"""Arguments and options that several commands share, and groups of commands.
+
+``config`` is imported when a value is read: help stays fast.
+"""
 
 from __future__ import annotations
 
-import argparse
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from moefoundry.config.spec import redact
-from moefoundry.config.urls import path_problem, resolved, url_problem
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+RECIPE_COMMAND: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
+"""Settings of a command with :func:`recipe_arguments`. ``-h`` is found among them, lest ``-path=3`` contain it."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors hide secrets; so do those of its subcommands."""
+class Group(click.Group):
+    """Commands whose errors name them, or the nearest to one that does not exist."""
 
-    def error(self, message: str) -> NoReturn:
-        super().error(redact(message))
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(ctx)
+        if not ctx.resilient_parsing and args[0] not in names and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            raise click.UsageError(f"{args[0]!r}: no such command; {hint}", ctx)
+        return super().resolve_command(ctx, args)
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """``[RECIPE] key=value ...``, as ``arguments``."""
-    parser.add_argument("arguments", nargs="*", metavar="[RECIPE] key=value", help="a YAML file, then overrides")
+def recipe_arguments(function: _F) -> _F:
+    """Add ``[RECIPE] [KEY=VALUE]...``, passed on as ``arguments`` for ``config.split_arguments`` to take apart.
+
+    Unknown options come with them, in the order in which they were written: the recipe loader words their errors.
+    """
+    return click.argument(
+        "arguments",
+        nargs=-1,
+        type=click.UNPROCESSED,
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="A YAML file, then changes such as model.moe.top_k=4.",
+        callback=_help_if_asked,
+        shell_complete=_complete_recipe,
+    )(function)
+
+
+def json_option(function: _F) -> _F:
+    """Add ``--json``, passed on as ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(function)
+
+
+def input_argument(metavar: str, text: str, former: str = "") -> Callable[[_F], _F]:
+    """Add a required positional input, passed on as ``source``: a path or a URL.
+
+    Args:
+        metavar: Its name in the help.
+        text: Its description.
+        former: An option by which earlier releases took it; it still works and is hidden.
+    """
+    add = click.argument("source", type=place, metavar=metavar, required=False, callback=required, help=text)
+    return _and_former(add, former, "source", place)
+
+
+def output_option(metavar: str, text: str, former: str = "") -> Callable[[_F], _F]:
+    """Add the required ``-o/--output``, passed on as ``output``: a path. Arguments as of :func:`input_argument`."""
+    text = f"{text}  [required]"
+    add = click.option("-o", "--output", type=local_path, metavar=metavar, callback=required, help=text)
+    return _and_former(add, former, "output", local_path)
+
+
+def former_option(*flags: str, name: str, kind: Any, hidden: bool = True, **attributes: Any) -> Callable[[_F], _F]:
+    """Add an option that gives the parameter ``name``, whose callback is :func:`either` or :func:`required`."""
+    attributes |= {"hidden": hidden, "expose_value": False, "is_eager": True, "callback": _remember}
+    return click.option(*flags, f"former_{name}", type=kind, **attributes)
+
+
+def either(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """Return the value of a parameter, or of the former option in its place.
+
+    Raises:
+        UsageError: Both are given.
+    """
+    flag, former = context.meta.get(f"{__name__}.{parameter.name}", ("", None))
+    if value is not None and former is not None:
+        raise click.UsageError(f"{name_of(parameter)} and {flag} are the same; give one", context)
+    return former if value is None else value
+
+
+def _and_former(add: Callable[[_F], _F], flag: str, name: str, kind: Any) -> Callable[[_F], _F]:
+    former = former_option(flag, name=name, kind=kind) if flag else None
+    return (lambda function: former(add(function))) if former else add
+
+
+def _remember(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    if value is not None and parameter.name:
+        context.meta[f"{__name__}.{parameter.name.removeprefix('former_')}"] = name_of(parameter), value
+
+
+def required(context: click.Context, parameter: click.Parameter, value: Any) -> Any:
+    """As :func:`either`.
+
+    Raises:
+        UsageError: Neither or both are given.
+    """
+    value = either(context, parameter, value)
+    if value is None and not context.resilient_parsing:
+        raise click.MissingParameter(ctx=context, param=parameter)
+    return value
+
+
+def name_of(parameter: click.Parameter) -> str:
+    """Name a parameter as its user writes it: the longest spelling of an option, the metavar of an argument."""
+    return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
+
+
+def _help_if_asked(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str]:
+    if "-h" in value:
+        click.echo(context.get_help())
+        context.exit()
+    return list(value)
+
+
+def _complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Keys, each bare and with ``=null``, so that a shell stops behind the ``=``; and files for the first word."""
+    from click.shell_completion import CompletionItem
+
+    from moefoundry.config.spec import every_key
+
+    keys = [key for key in every_key() if key.startswith(incomplete)]
+    items = [CompletionItem(f"{key}={value}") for key in keys for value in ("", "null")]
+    return items if keys and incomplete else [CompletionItem(incomplete, type="file")]
 
 
 def positive(text: str) -> int:
-    """A positive integer, in decimal digits."""
+    """Read a positive integer in decimal digits."""
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+        raise click.BadParameter(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def place(text: str) -> str:
-    """Where something is read from: a path, or a URL as ``config/urls.py`` has it; ``file://`` becomes a path."""
+    """Read a path, or a URL as ``config/urls.py`` has it. ``file://`` becomes a path."""
+    from moefoundry.config.urls import resolved, url_problem
+
     if problem := url_problem(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+        raise click.BadParameter(f"{text!r}: {problem}")
     return resolved(text)
 
 
 def local_path(text: str) -> Path:
-    """A path of this machine."""
+    """Read a path of this machine."""
+    from moefoundry.config.urls import path_problem, resolved
+
     if problem := path_problem(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+        raise click.BadParameter(f"{text!r}: {problem}")
     return Path(resolved(text))
+
+
+@contextmanager
+def options_named(flags: Mapping[str, str]) -> Iterator[None]:
+    """Turn ``max_loss=0.5`` into ``--max-loss 0.5`` in errors of the library, which name its own arguments.
+
+    Args:
+        flags: Options of the command by the arguments that they give.
+
+    Raises:
+        UserError: The body raised it.
+    """
+    from moefoundry.config.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        pattern = rf"(?<![\w.])({'|'.join(flags)})=(True\b)?"
+        text = re.sub(pattern, lambda match: flags[match[1]] + ("" if match[2] else " "), str(error))
+        raise type(error)(text) from error
+
+
+def flags_of(*names: str) -> dict[str, str]:
+    """Map arguments of the library to the options of the same name."""
+    return {name: f"--{name.replace('_', '-')}" for name in names}

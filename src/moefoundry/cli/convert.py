@@ -1,175 +1,178 @@
-"""``moefoundry convert``: what ``scripts/convert_ckpt.py`` runs. Heavy imports happen in :func:`run`."""
+"""``moefoundry convert``: what ``scripts/convert_ckpt.py`` runs. Heavy imports happen when it runs."""
 
 from __future__ import annotations
 
-import argparse
+import json
 import re
 import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moefoundry.cli.arguments import local_path, place
+import click
+
+from moefoundry.cli.arguments import (
+    Group,
+    flags_of,
+    input_argument,
+    json_option,
+    local_path,
+    options_named,
+    output_option,
+)
 
 if TYPE_CHECKING:
+    from moefoundry.checkpoint.weights import Weights
     from moefoundry.conversion.convert import Summary
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 TOLERANCE = 1e-3  # of logits in fp32; those of a different model differ by far more
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "convert",
-        help="convert from and to Hugging Face",
-        description="Convert checkpoints from and to Hugging Face directories; see docs/conversion.md.",
-        allow_abbrev=False,
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
-    _add_import(actions)
-    _add_export(actions)
-    _add_consolidate(actions)
-    _add_upcycle(actions)
-
-
-def run(args: argparse.Namespace) -> int:
+@click.group("convert", cls=Group)
+def command() -> None:
+    """Convert checkpoints from and to Hugging Face directories; see docs/conversion.md."""
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is all there is
-    print(_ACTIONS[args.action](args))
-    return 0
-
-
-def _add_import(actions: Any) -> None:
-    parser = actions.add_parser("import", help="Hugging Face directory -> weights-only checkpoint", allow_abbrev=False)
-    _place(parser, "--hf", "config.json and safetensors")
-    _path(parser, "--output", "checkpoint directory to make")
-    _dtype(parser)
-    _verify(parser)
-
-
-def _add_export(actions: Any) -> None:
-    parser = actions.add_parser("export", help="checkpoint -> Hugging Face directory", allow_abbrev=False)
-    _place(parser, "--checkpoint", "a checkpoint of any mesh, or the run that holds it")
-    _path(parser, "--hf", "directory to make")
-    _ema(parser)
-    parser.add_argument("--family", metavar="F", help="model_type to export as (default: the first that fits)")
-    parser.add_argument("--tokenizer", type=local_path, metavar="DIR", help="tokenizer (default: the run's)")
-    _dtype(parser)
-    _shard_size(parser)
-    _verify(parser)
-
-
-def _add_consolidate(actions: Any) -> None:
-    parser = actions.add_parser("consolidate", help="checkpoint -> safetensors with our names", allow_abbrev=False)
-    _place(parser, "--checkpoint", "a checkpoint of any mesh, or the run that holds it")
-    _path(parser, "--output", "a file *.safetensors, or a directory")
-    _ema(parser)
-    _shard_size(parser)
-
-
-def _add_upcycle(actions: Any) -> None:
-    parser = actions.add_parser(
-        "upcycle", help="dense Hugging Face directory -> mixture of experts", allow_abbrev=False
-    )
-    _place(parser, "--hf", "a dense model: config.json and safetensors")
-    _path(parser, "--output", "checkpoint directory to make")
-    parser.add_argument("--num-experts", type=int, required=True, metavar="E", help="experts of each layer")
-    parser.add_argument("--top-k", type=int, required=True, metavar="K", help="experts of each token")
-    parser.add_argument("--granularity", type=int, default=1, metavar="G", help="slices of the FFN (default 1)")
-    parser.add_argument("--noise", type=float, default=0.0, metavar="STD", help="noise added to experts (default 0)")
-    parser.add_argument("--seed", type=int, default=17, metavar="N", help="of the router and the noise (default 17)")
-    parser.add_argument("--layers", type=_layers, metavar="0,2,4-7", help="blocks that get experts (default all)")
-    _dtype(parser)
-
-
-def _import(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.fetch import directory_at
-    from moefoundry.conversion.convert import import_hf
-    from moefoundry.conversion.tensor_map import Dtype
-
-    with directory_at(args.hf) as hf:
-        return import_hf(hf, args.output, Dtype(args.dtype), args.tolerance if args.verify else None)
-
-
-def _export(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.fetch import checkpoint_at
-    from moefoundry.checkpoint.weights import Weights
-    from moefoundry.conversion.convert import export_hf
-    from moefoundry.conversion.tensor_map import Dtype
-
-    with checkpoint_at(args.checkpoint) as checkpoint:
-        return export_hf(
-            checkpoint,
-            args.hf,
-            family_name=args.family,
-            dtype=Dtype(args.dtype),
-            max_shard_bytes=args.max_shard_size,
-            tokenizer=args.tokenizer,
-            tolerance=args.tolerance if args.verify else None,
-            weights=Weights.ema if args.ema else Weights.trained,
-        )
-
-
-def _consolidate(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.fetch import checkpoint_at
-    from moefoundry.checkpoint.weights import Weights
-    from moefoundry.conversion.convert import consolidate
-
-    weights = Weights.ema if args.ema else Weights.trained
-    with checkpoint_at(args.checkpoint) as checkpoint:
-        return consolidate(checkpoint, args.output, args.max_shard_size, weights)
-
-
-def _upcycle(args: argparse.Namespace) -> Summary:
-    from moefoundry.checkpoint.fetch import directory_at
-    from moefoundry.conversion.tensor_map import Dtype
-    from moefoundry.conversion.upcycle import Upcycling, upcycle
-
-    options = Upcycling(args.num_experts, args.top_k, args.granularity, args.layers, args.noise, args.seed)
-    with directory_at(args.hf) as hf:
-        return upcycle(hf, args.output, options, Dtype(args.dtype))
-
-
-_ACTIONS = {"import": _import, "export": _export, "consolidate": _consolidate, "upcycle": _upcycle}
-
-
-def _path(parser: argparse.ArgumentParser, option: str, text: str) -> None:
-    parser.add_argument(option, type=local_path, required=True, metavar="PATH", help=text)
-
-
-def _place(parser: argparse.ArgumentParser, option: str, text: str) -> None:
-    parser.add_argument(option, type=place, required=True, metavar="PLACE", help=f"{text}; a path or a URL")
-
-
-def _ema(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ema", action="store_true", help="the moving average in place of the trained parameters")
-
-
-def _dtype(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "keep"], default="keep", help="of the parameters written (default keep)"
-    )
-
-
-def _shard_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="such as 500MB (default 5GB)"
-    )
-
-
-def _verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verify", action="store_true", help="compare logits with transformers; both models in memory")
-    parser.add_argument(
-        "--tolerance", type=float, default=TOLERANCE, metavar="X", help=f"of --verify (default {TOLERANCE:g})"
-    )
 
 
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(B|KB|MB|GB)", text)
     if not match or not (size := int(float(match[1]) * UNITS[match[2]])):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write a number and one of {', '.join(UNITS)}")
+        raise click.BadParameter(f"{text!r} is no size; write a number and one of {', '.join(UNITS)}")
     return size
 
 
 def _layers(text: str) -> frozenset[int]:
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} are no layers; write numbers and ranges, such as 0,2,4-7")
+        raise click.BadParameter(f"{text!r} are no layers; write numbers and ranges, such as 0,2,4-7")
     ranges = [[int(end) for end in part.split("-")] for part in text.split(",")]
     return frozenset(index for ends in ranges for index in range(ends[0], ends[-1] + 1))
+
+
+_hf_input = input_argument("HF_DIR", "Holds config.json and safetensors; a path or a URL.", former="--hf")
+_checkpoint_input = input_argument(
+    "CHECKPOINT", "A checkpoint of any mesh, or a run (its newest); a path or a URL.", former="--checkpoint"
+)
+_checkpoint_output = output_option("DIR", "Checkpoint directory to make.")
+_ema = click.option("--ema", is_flag=True, help="Take the moving average in place of the trained parameters.")
+_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "keep"]),
+    default="keep",
+    help="Type of the parameters written (default keep).",
+)
+_shard_size = click.option(
+    "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="Such as 500MB (default 5GB)."
+)
+
+
+def _verification(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--verify`` and its ``--tolerance``."""
+    text = f"Largest difference that --verify accepts (default {TOLERANCE:g})."
+    tolerance = click.option("--tolerance", type=float, default=TOLERANCE, metavar="X", help=text)
+    text = "Compare logits with transformers'; both models are in memory."
+    return click.option("--verify", is_flag=True, help=text)(tolerance(function))
+
+
+@command.command("import", short_help="Hugging Face directory -> weights-only checkpoint.")
+@_hf_input
+@_checkpoint_output
+@_dtype
+@_verification
+@json_option
+def import_(source: str, output: Path, dtype: str, verify: bool, tolerance: float, as_json: bool) -> None:
+    """Write a weights-only checkpoint with the tensors of a Hugging Face directory, and a recipe that trains them."""
+    from moefoundry.checkpoint.fetch import directory_at
+    from moefoundry.conversion.convert import import_hf
+    from moefoundry.conversion.tensor_map import Dtype
+
+    with directory_at(source) as hf:
+        _tell(import_hf(hf, output, Dtype(dtype), tolerance if verify else None), as_json)
+
+
+@command.command(short_help="Checkpoint -> Hugging Face directory.")
+@_checkpoint_input
+@output_option("HF_DIR", "Directory to make.", former="--hf")
+@_ema
+@click.option("--family", metavar="F", help="model_type to export as (default: the first that fits).")
+@click.option("--tokenizer", type=local_path, metavar="DIR", help="Tokenizer (default: the run's).")
+@_dtype
+@_shard_size
+@_verification
+@json_option
+def export(
+    source: str,
+    output: Path,
+    ema: bool,
+    family: str | None,
+    tokenizer: Path | None,
+    dtype: str,
+    max_shard_size: int,
+    verify: bool,
+    tolerance: float,
+    as_json: bool,
+) -> None:
+    """Write a Hugging Face directory that AutoModelForCausalLM loads."""
+    from moefoundry.checkpoint.fetch import checkpoint_at
+    from moefoundry.conversion.convert import export_hf
+    from moefoundry.conversion.tensor_map import Dtype
+
+    with checkpoint_at(source) as checkpoint, options_named(flags_of("tokenizer", "family")):
+        summary = export_hf(
+            checkpoint,
+            output,
+            family_name=family,
+            dtype=Dtype(dtype),
+            max_shard_bytes=max_shard_size,
+            tokenizer=tokenizer,
+            tolerance=tolerance if verify else None,
+            weights=_weights(ema),
+        )
+    _tell(summary, as_json)
+
+
+@command.command(short_help="Checkpoint -> safetensors with our names.")
+@_checkpoint_input
+@output_option("PATH", "A file *.safetensors, or a directory.")
+@_ema
+@_shard_size
+@json_option
+def consolidate(source: str, output: Path, ema: bool, max_shard_size: int, as_json: bool) -> None:
+    """Write the parameters and buffers of a checkpoint as safetensors, under this package's names."""
+    from moefoundry.checkpoint.fetch import checkpoint_at
+    from moefoundry.conversion.convert import consolidate
+
+    with checkpoint_at(source) as checkpoint:
+        _tell(consolidate(checkpoint, output, max_shard_size, _weights(ema)), as_json)
+
+
+@command.command(short_help="Dense Hugging Face directory -> mixture of experts.")
+@_hf_input
+@_checkpoint_output
+@click.option("--num-experts", type=int, required=True, metavar="E", help="Experts of each layer.")
+@click.option("--top-k", type=int, required=True, metavar="K", help="Experts of each token.")
+@click.option("--granularity", type=int, default=1, metavar="G", help="Slices of the FFN (default 1).")
+@click.option("--noise", type=float, default=0.0, metavar="STD", help="Noise added to experts (default 0).")
+@click.option("--seed", type=int, default=17, metavar="N", help="Decides the router and the noise (default 17).")
+@click.option("--layers", type=_layers, metavar="0,2,4-7", help="Blocks that get experts (default all).")
+@_dtype
+@json_option
+def upcycle(source: str, output: Path, dtype: str, as_json: bool, **options: Any) -> None:
+    """Write a checkpoint of a mixture of experts, made of the weights of a dense model."""
+    from moefoundry.checkpoint.fetch import directory_at
+    from moefoundry.conversion.tensor_map import Dtype
+    from moefoundry.conversion.upcycle import Upcycling, upcycle
+
+    with directory_at(source) as hf, options_named(flags_of(*options)):
+        _tell(upcycle(hf, output, Upcycling(**options), Dtype(dtype)), as_json)
+
+
+def _weights(ema: bool) -> Weights:
+    from moefoundry.checkpoint.weights import Weights
+
+    return Weights.ema if ema else Weights.trained
+
+
+def _tell(summary: Summary, as_json: bool) -> None:
+    print(json.dumps(asdict(summary), indent=2, default=str) if as_json else summary)

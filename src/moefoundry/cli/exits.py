@@ -1,4 +1,4 @@
-"""How every command ends, whatever happens to it: with a status, and a line rather than a traceback.
+"""Exit statuses of commands, and the one line that an error is.
 
 0    done
 1    a failure that is not the user's: a traceback says where; or the answer is "no", where a command gives one
@@ -25,8 +25,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-from moefoundry.config.errors import EXIT_USER_ERROR, UserError
-from moefoundry.config.spec import redact
+import click
+
+from moefoundry.cli.arguments import name_of
 
 EXIT_NO = 1
 EXIT_INTERRUPTED = 128 + signal.SIGINT
@@ -35,52 +36,79 @@ EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """The status of ``run``: what it returns, or what became of it."""
+    """Run a command and return its status. What the user can put right is one line on standard error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to end
-    hide_secrets()
     try:
         try:
-            status = run()
+            return run()
         finally:
             sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # takes what is flushed at exit
         return EXIT_PIPE_CLOSED
-    except OSError as error:
-        if error.filename is None or error.strerror is None:
+    except Exception as error:
+        if not (text := _user_error(error)):
             raise
-        print(f"error: {redact(os.fsdecode(error.filename))}: {error.strerror}", file=sys.stderr)
+        from moefoundry.config.errors import EXIT_USER_ERROR
+
+        print(f"error: {text}", file=sys.stderr)
         return EXIT_USER_ERROR
-    return status
+
+
+def _user_error(error: Exception) -> str:
+    """Describe an error that the user can put right, without secrets; return an empty string for any other."""
+    from moefoundry.config.errors import UserError
+    from moefoundry.config.spec import redact
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, click.UsageError):
+        return redact(_usage_error(error))
+    if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
+        return redact(f"{os.fsdecode(error.filename)}: {error.strerror}")
+    return ""
+
+
+def _usage_error(error: click.UsageError) -> str:
+    """Name the argument that is wrong, and show how the command is used."""
+    text = error.format_message().rstrip(".")
+    if isinstance(error, click.NoSuchOption):
+        near = "".join(f"; did you mean {option}?" for option in (error.possibilities or [])[:1])
+        text = f"{error.option_name}: no such option{near}"
+    elif isinstance(error, click.exceptions.NoArgsIsHelpError) and isinstance(error.ctx.command, click.Group):
+        text = f"a command is missing; there are {', '.join(error.ctx.command.list_commands(error.ctx))}"
+    elif isinstance(error, click.MissingParameter) and error.param:
+        text = f"{name_of(error.param)} is missing"
+    elif isinstance(error, click.BadParameter) and error.param:
+        text = f"{name_of(error.param)}: {error.message.rstrip('.')}"
+    return f"{text}\n{error.ctx.get_usage()} (--help says more)" if error.ctx else text
 
 
 def refuse_other_text(arguments: Sequence[str]) -> None:
     """Refuse arguments that are not UTF-8.
 
     Raises:
-        UserError: The first of them.
+        UsageError: Names the first of them.
     """
     for number, argument in enumerate(arguments, 1):
         content = os.fsencode(argument)
         try:
             content.decode()
         except UnicodeDecodeError:
-            raise UserError(
-                f"argument {number} is not UTF-8 text: {content.decode(errors='backslashreplace')}"
-            ) from None
+            shown = content.decode(errors="backslashreplace")
+            raise click.UsageError(f"argument {number} is not UTF-8 text: {shown}") from None
 
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """While it is entered, SIGTERM ends the process as an error does, so that what cleans up can do so. Nothing changes
-    where the signal has another meaning already, or outside the main thread."""
+    """Let SIGTERM end the process as an error does, so that the body can clean up.
+
+    Nothing changes where the signal has another meaning already, or outside the main thread.
+    """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
@@ -98,7 +126,9 @@ def _terminate(signum: int, frame: object) -> None:
 
 
 def hide_secrets() -> None:
-    """From now on, tracebacks, warnings and log records of this process, also of libraries, are shown without them."""
+    """Hide secrets in all tracebacks, warnings and log records of this process, also those of libraries."""
+    from moefoundry.config.spec import redact
+
     if logging.getLogRecordFactory() is _record:
         return
     logging.setLogRecordFactory(_record)
@@ -109,6 +139,8 @@ def hide_secrets() -> None:
 
 
 def _record(*args: Any, **options: Any) -> logging.LogRecord:
+    from moefoundry.config.spec import redact
+
     record = logging.LogRecord(*args, **options)
     try:
         message = record.getMessage()
@@ -122,4 +154,6 @@ def _record(*args: Any, **options: Any) -> logging.LogRecord:
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    from moefoundry.config.spec import redact
+
     print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

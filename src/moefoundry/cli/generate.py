@@ -1,90 +1,82 @@
-"""``moefoundry generate``: a checkpoint continues a prompt, in one process. Heavy imports happen in :func:`run`."""
+"""``moefoundry generate``: a checkpoint continues a prompt, in one process. Heavy imports happen when it runs."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING
 
-from moefoundry.cli.arguments import place
+import click
+
+from moefoundry.cli.arguments import flags_of, input_argument, json_option, options_named
 
 if TYPE_CHECKING:
     import torch
 
     from moefoundry.evaluation.generation import Choice
 
-DESCRIPTION = """\
-Continue a prompt with a checkpoint of any mesh, in fp32 in this process; the text streams to standard output and ends
-where the model ends it. Without --temperature, or with 0, each token is the most likely one."""
 
+@click.command("generate")
+@input_argument("CHECKPOINT", "A checkpoint, or a run (its newest); a path or a URL.", former="--checkpoint")
+@click.option("--prompt", required=True, metavar="TEXT", help="Text to continue.")
+@click.option("--max-new-tokens", type=int, default=128, metavar="N", help="Tokens to add at most (default 128).")
+@click.option("--temperature", type=float, metavar="T", help="Draw by chance; above 1 is more even, 0 is greedy.")
+@click.option("--top-k", type=int, metavar="K", help="Draw among the K most likely tokens.")
+@click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest tokens of probability P together.")
+@click.option("--seed", type=int, metavar="S", help="Another seed draws other tokens (default 0).")
+@click.option("--ema", is_flag=True, help="Use the moving average of the parameters.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
+@json_option
+def command(
+    source: str,
+    prompt: str,
+    max_new_tokens: int,
+    ema: bool,
+    device: str | None,
+    as_json: bool,
+    **sampling: float | None,
+) -> None:
+    """Continue a prompt with a checkpoint of any mesh, in fp32 in this process.
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "generate", help="continue a prompt with a checkpoint", description=DESCRIPTION, allow_abbrev=False
-    )
-    parser.add_argument(
-        "--checkpoint", type=place, required=True, metavar="PLACE", help="a checkpoint, or a run (its newest); or a URL"
-    )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default 128)")
-    parser.add_argument(
-        "--temperature", type=float, metavar="T", help="draw by chance; above 1 is more even (0: greedy)"
-    )
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw among the likely tokens of probability P in all")
-    parser.add_argument("--seed", type=int, metavar="S", help="another seed draws other tokens (default 0)")
-    parser.add_argument("--ema", action="store_true", help="with the moving average of the parameters")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-
-
-def run(args: argparse.Namespace) -> int:
-    from moefoundry.checkpoint.fetch import checkpoint_at
-
-    with checkpoint_at(args.checkpoint) as path:
-        return _continue(args, path)
-
-
-def _continue(args: argparse.Namespace, path: Path) -> int:
+    The text streams to standard output and ends where the model ends it. Each token is the most likely one, unless
+    --temperature, --top-k, --top-p or --seed asks for draws.
+    """
     import warnings
 
-    from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, read_model_config
-    from moefoundry.config import UserError
+    from moefoundry.checkpoint.fetch import checkpoint_at
+    from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint
     from moefoundry.evaluation.generation import generate
     from moefoundry.evaluation.prompts import PromptTokenizer
 
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: must be at least 1")
-    choose, device = _choice(args), _device(args.device)
-    checkpoint = named_checkpoint(path)
-    tokenizer = PromptTokenizer.open(_tokenizer_dir(checkpoint), read_model_config(checkpoint).vocab_size)
-    try:
-        prompt_ids = tokenizer.encode(args.prompt)
-    except UserError as error:
-        raise UserError(f"--{error}") from error
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
-    model = load_model(checkpoint, Weights.ema if args.ema else Weights.trained).to(device)
+    with checkpoint_at(source) as path, options_named(flags_of("prompt", "max_new_tokens", "device", *sampling)):
+        choose, place = _choice(max_new_tokens, sampling), _device(device)
+        checkpoint = named_checkpoint(path)
+        tokenizer = PromptTokenizer.of_checkpoint(checkpoint)
+        prompt_ids = tokenizer.encode(prompt)
+        model = load_model(checkpoint, Weights.ema if ema else Weights.trained).to(place)
+        pieces = tokenizer.decode_stream(prompt_ids, generate(model, prompt_ids.to(place), max_new_tokens, choose))
+        if as_json:
+            found = {"checkpoint": str(checkpoint), "prompt": prompt, "completion": "".join(pieces)}
+            print(json.dumps(found, indent=2))
+            return
+        print(prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print()
 
-    print(args.prompt, end="", flush=True)
-    new_ids = generate(model, prompt_ids.to(device), args.max_new_tokens, choose)
-    for piece in tokenizer.decode_stream(prompt_ids, new_ids):
-        print(piece, end="", flush=True)
-    print()
-    return 0
 
-
-def _choice(args: argparse.Namespace) -> Choice:
-    """The most likely token, or what the options of sampling say."""
+def _choice(max_new_tokens: int, sampling: dict[str, float | None]) -> Choice:
+    """Choose the most likely token, or as the options of sampling say."""
     from moefoundry.config import UserError
     from moefoundry.evaluation.generation import Sampling, most_likely
 
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if not given:
-        return most_likely
+    given = {name: value for name, value in sampling.items() if value is not None}
     try:
-        return Sampling(**given).choice()
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+        return Sampling(**given).choice() if given else most_likely  # type: ignore[arg-type]
     except ValueError as error:
-        raise UserError(f"--{str(error).replace('_', '-')}") from error
+        raise UserError(str(error)) from error
 
 
 def _device(name: str | None) -> torch.device:
@@ -96,16 +88,5 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from error
     return device
-
-
-def _tokenizer_dir(checkpoint: Path) -> Path:
-    from moefoundry.checkpoint.manifest import read_state
-    from moefoundry.checkpoint.weights import tokenizer_of
-    from moefoundry.config import UserError
-
-    directory = tokenizer_of(checkpoint, read_state(checkpoint)["recipe"])
-    if directory is None:
-        raise UserError(f"{checkpoint}: the checkpoint has no tokenizer, and its recipe names none (tokenizer.name)")
-    return directory

@@ -1,23 +1,62 @@
 """Entry point of the ``moefoundry`` command.
 
-A command is a module of this package named like it, with ``add_parser(subparsers)`` and ``run(args) -> int``. Only the
-chosen one is imported, and heavy libraries only inside ``run``, so that each command starts as fast as it can.
-A command that takes overrides declares them with ``arguments.add_recipe`` and takes them apart with
-``moefoundry.config.split_arguments``.
+A command is a module of this package that is named like it and holds it as ``command``. Only the chosen one is
+imported, and heavy libraries only when it runs: each command starts as fast as it can.
+A command that takes a recipe declares it with ``arguments.recipe_arguments`` and the settings ``RECIPE_COMMAND``.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
-from collections import Counter
 from collections.abc import Sequence
 
-from moefoundry.cli.arguments import Parser
-from moefoundry.cli.exits import ended_by_sigterm, exit_status, refuse_other_text
+import click
+
+from moefoundry.cli.arguments import Group
+from moefoundry.cli.exits import ended_by_sigterm, exit_status, hide_secrets, refuse_other_text
 from moefoundry.version import __version__
 
-COMMANDS = ["checkpoint", "convert", "generate", "init", "plan", "prepare", "train", "validate"]
+COMMANDS = {
+    "checkpoint": "List, verify, show and delete checkpoints.",
+    "convert": "Convert from and to Hugging Face.",
+    "generate": "Continue a prompt with a checkpoint.",
+    "init": "Write a commented recipe to start from.",
+    "plan": "Memory and traffic of a recipe on N ranks.",
+    "prepare": "Turn text into token shards.",
+    "train": "Train a recipe on this rank.",
+    "validate": "Check a recipe, on any machine.",
+}
+COMPLETE = "_MOEFOUNDRY_COMPLETE"
+"""Variable by which a shell asks for its script (``bash_source``) and for completions (``bash_complete``)."""
+
+
+class Commands(Group):
+    """The commands of :data:`COMMANDS`, each imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"moefoundry.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([*COMMANDS.items()])
+
+
+@click.command(
+    cls=Commands,
+    subcommand_metavar="COMMAND ...",
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def commands() -> None:
+    """Train Mixture-of-Experts language models."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,32 +66,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    if COMPLETE in os.environ:
+        from click.shell_completion import shell_complete
+
+        return shell_complete(commands, {}, "moefoundry", COMPLETE, os.environ[COMPLETE])
     refuse_other_text(argv)
-    parser = Parser(prog="moefoundry", description="Train Mixture-of-Experts language models.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    subparsers = parser.add_subparsers(dest="command", required=True)
-    chosen = [argv[0]] if argv and argv[0] in COMMANDS else COMMANDS
-    modules = {name: importlib.import_module(f"moefoundry.cli.{name}") for name in chosen}
-    for module in modules.values():
-        module.add_parser(subparsers)
-    args, unknown = parser.parse_known_args(argv)
-    if hasattr(args, "arguments"):  # overrides after an option, and --key value, whose error the recipe loader words
-        args.arguments = _in_order([*args.arguments, *unknown], argv)
-    elif unknown:
-        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
-    with ended_by_sigterm():
-        status: int = modules[args.command].run(args)
-    return status
-
-
-def _in_order(words: list[str], argv: Sequence[str]) -> list[str]:
-    """``words`` as they follow each other in ``argv``; of words that look alike, options have the first as values."""
-    left, found = Counter(words), []
-    for word in reversed(argv):
-        if left[word]:
-            left[word] -= 1
-            found.append(word)
-    return found[::-1]
+    try:
+        with commands.make_context("moefoundry", argv) as context:
+            hide_secrets()
+            with ended_by_sigterm():
+                return commands.invoke(context) or 0
+    except click.exceptions.Exit as end:  # of --help and --version
+        return end.exit_code
 
 
 if __name__ == "__main__":

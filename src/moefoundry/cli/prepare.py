@@ -1,102 +1,78 @@
-"""`moefoundry prepare`: text to token shards. Heavy imports happen in :func:`run`."""
+"""``moefoundry prepare``: text to token shards. Heavy imports happen when it runs."""
 
 from __future__ import annotations
 
-import argparse
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from moefoundry.cli.arguments import local_path
-from moefoundry.data.left_out import describe_left_out, describe_share
+import click
+
+from moefoundry.cli.arguments import flags_of, former_option, json_option, local_path, options_named, required
 
 if TYPE_CHECKING:
     from moefoundry.data.prepare import PreparedSummary
 
-DESCRIPTION = """\
-Tokenize a corpus and write it as shards that training streams.
 
-SOURCE is a directory or file of text (.txt, .md), of JSON Lines or Parquet, or a source tree, compressed (.gz, .zst,
-.bz2, .xz) or not; the word `stdlib` is the source of this Python's standard library. OUT gets tokenizer/, train/, val/
-and corpus.json. A second run with the same input and options does nothing.
+@click.command("prepare")
+@click.argument("source", metavar="SOURCE", help="A file or directory, or `stdlib`.")
+@click.argument("out", type=local_path, metavar="OUT", required=False, callback=required, help="Directory to make.")
+@former_option("-o", "--output", name="out", kind=local_path, hidden=False, metavar="OUT", help="The same as OUT.")
+@click.option("--max-seq-len", type=int, metavar="N", help="Tokens of a sample (default 512).")
+@click.option("--vocab-size", type=int, metavar="N", help="Size of the vocabulary to train (default 4096).")
+@click.option("--tokenizer", type=local_path, metavar="DIR", help="Hugging Face tokenizer to use; none is trained.")
+@click.option("--max-vocab", type=int, metavar="N", help="Refuse a larger vocabulary (the model's).")
+@click.option("--format", type=click.Choice(["text", "jsonl", "source", "parquet"]), help="Inferred if not given.")
+@click.option("--glob", "globs", multiple=True, metavar="PATTERN", help="Files to take, such as **/*.rs; repeatable.")
+@click.option("--text-key", metavar="KEY", help="JSONL, Parquet: key of the text, such as data.text (default text).")
+@click.option(
+    "--bad-bytes",
+    type=click.Choice(["drop", "replace"]),
+    help="Bytes that are not UTF-8: drop their line (default drop), or replace them.",
+)
+@click.option("--max-loss", type=float, metavar="F", help="Share of the bytes that may be left out (default 0.01).")
+@click.option("--val-fraction", type=float, metavar="F", help="Share of files held out, or 0 (default 0.05).")
+@click.option("--max-docs", type=int, metavar="N", help="Use only the first N documents.")
+@click.option("--max-bytes", type=int, metavar="N", help="Use only the first documents of N bytes in all.")
+@click.option("--seed", type=int, metavar="N", help="Decides which files are held out (default 17).")
+@click.option("--overwrite", is_flag=True, help="Replace a corpus that was prepared differently.")
+@json_option
+def command(format: str | None, bad_bytes: str | None, as_json: bool, **options: Any) -> int:
+    """Tokenize a corpus and write it as shards that training streams.
 
-What cannot be read (bad bytes, lines that are no JSON, records without text) is left out and named; beyond 1% of the
-bytes (--max-loss) it is an error. Exit status: 0 done, 2 an error you can put right, 130 Ctrl-C, 143 SIGTERM."""
+    SOURCE holds text (.txt, .md), JSON Lines or Parquet, or is a source tree, compressed (.gz, .zst, .bz2, .xz) or not;
+    the word `stdlib` is the source of this Python's standard library. OUT gets tokenizer/, train/, val/ and
+    corpus.json. A second run with the same input and options does nothing.
 
+    Input that cannot be read (bad bytes, lines that are no JSON, records without text) is left out and named; beyond 1%
+    of the bytes (--max-loss) it is an error. Exit status: 0 done, 2 an error you can put right, 130 Ctrl-C, 143
+    SIGTERM.
+    """
+    from moefoundry.data.formats import CorpusFormat
+    from moefoundry.data.options import PrepareOptions
+    from moefoundry.data.prepare import prepare
+    from moefoundry.data.reading import BadBytes
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the command to ``subparsers`` of the main parser."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "prepare",
-        help="turn text into token shards",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="SOURCE", help="file, directory, or `stdlib`")
-    parser.add_argument("out", metavar="OUT", type=local_path, help="directory to make")
-    parser.add_argument("--max-seq-len", type=int, default=512, metavar="N", help="tokens a sample (default 512)")
-    parser.add_argument("--vocab-size", type=int, default=4096, metavar="N", help="vocabulary to train (default 4096)")
-    parser.add_argument(
-        "--tokenizer", type=local_path, metavar="DIR", help="use this Hugging Face tokenizer instead of training one"
-    )
-    parser.add_argument("--max-vocab", type=int, metavar="N", help="refuse a larger vocabulary (the model's)")
-    parser.add_argument("--format", choices=["text", "jsonl", "source", "parquet"], help="inferred if not given")
-    parser.add_argument(
-        "--glob", action="append", default=[], metavar="PATTERN", help="files to take, such as **/*.rs; may be repeated"
-    )
-    parser.add_argument(
-        "--text-key",
-        default="text",
-        metavar="KEY",
-        help="JSONL, Parquet: key of the text, such as data.text (default text)",
-    )
-    parser.add_argument(
-        "--bad-bytes",
-        choices=["drop", "replace"],
-        default="drop",
-        help="bytes that are not UTF-8: drop their line (default), or replace them",
-    )
-    parser.add_argument(
-        "--max-loss",
-        type=float,
-        default=0.01,
-        metavar="F",
-        help="share of the bytes that may be left out (default 0.01)",
-    )
-    parser.add_argument(
-        "--val-fraction",
-        type=float,
-        default=0.05,
-        metavar="F",
-        help="share of files held out; 0 holds nothing out (default 0.05)",
-    )
-    parser.add_argument("--max-docs", type=int, metavar="N", help="use only the first N documents")
-    parser.add_argument("--max-bytes", type=int, metavar="N", help="use only the first documents of N bytes in all")
-    parser.add_argument("--seed", type=int, default=17, metavar="N", help="decides what is held out (default 17)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that was prepared differently")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def run(args: argparse.Namespace) -> int:
-    """Run the command; a :class:`~moefoundry.config.errors.UserError` is the caller's to print."""
+    options |= {"format": CorpusFormat(format) if format else None, "bad_bytes": bad_bytes and BadBytes(bad_bytes)}
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        with _stop_signals():
-            prepared = _prepare(args)
+        with _stop_signals(), options_named(flags_of(*PrepareOptions.__dataclass_fields__) | {"globs": "--glob"}):
+            prepared = prepare(PrepareOptions(**given))
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         print(f"error: stopped by {signal.Signals(number).name}; nothing was written", file=sys.stderr)
         return 128 + number
-    print(describe(prepared))
+    print(json.dumps(asdict(prepared), indent=2, default=str) if as_json else describe(prepared))
     return 0
 
 
 @contextmanager
 def _stop_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP interrupt as Ctrl-C does, once, so that what was begun is cleaned up."""
+    """Let SIGTERM and SIGHUP interrupt the body as Ctrl-C does, once, so that what was begun is cleaned up."""
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in signals}
 
@@ -115,36 +91,10 @@ def _stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _prepare(args: argparse.Namespace) -> PreparedSummary:
-    from moefoundry.data.formats import CorpusFormat
-    from moefoundry.data.options import PrepareOptions
-    from moefoundry.data.prepare import prepare
-    from moefoundry.data.reading import BadBytes
-
-    return prepare(
-        PrepareOptions(
-            source=args.source,
-            out=args.out,
-            max_seq_len=args.max_seq_len,
-            vocab_size=args.vocab_size,
-            tokenizer=args.tokenizer,
-            max_vocab=args.max_vocab,
-            format=CorpusFormat(args.format) if args.format else None,
-            globs=tuple(args.glob),
-            text_key=args.text_key,
-            bad_bytes=BadBytes(args.bad_bytes),
-            max_loss=args.max_loss,
-            val_fraction=args.val_fraction,
-            max_docs=args.max_docs,
-            max_bytes=args.max_bytes,
-            seed=args.seed,
-            overwrite=args.overwrite,
-        )
-    )
-
-
 def describe(prepared: PreparedSummary) -> str:
-    """The summary that a person reads: one line a split, and what was not prepared."""
+    """Sum up for a person: one line for each split, and what was not prepared."""
+    from moefoundry.data.left_out import describe_left_out, describe_share
+
     corpus = prepared.corpus
     state = "up to date" if prepared.up_to_date else "prepared"
     lines = [f"{prepared.out}: {state} (vocabulary {corpus.vocab_size}, samples of {corpus.max_seq_len} tokens)"]

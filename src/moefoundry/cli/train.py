@@ -2,43 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moefoundry.cli.arguments import add_recipe
+import click
+
+from moefoundry.cli.arguments import RECIPE_COMMAND, recipe_arguments
 from moefoundry.cli.world import join_world
-from moefoundry.config.errors import EXIT_USER_ERROR
 
 if TYPE_CHECKING:
     from moefoundry.config import Recipe, UserError
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "train",
-        help="train a recipe on this rank",
-        description="Train a recipe. For several ranks: composer -n N scripts/train.py [RECIPE] [key=value ...]",
-        allow_abbrev=False,
-    )
-    add_recipe(parser)
+@click.command("train", context_settings=RECIPE_COMMAND)
+@recipe_arguments
+def command(arguments: list[str]) -> int:
+    """Train a recipe.
 
-
-def run(args: argparse.Namespace) -> int:
+    For several ranks: composer -n N scripts/train.py [RECIPE] [KEY=VALUE]...
+    """
     from moefoundry.checkpoint.lease import held
     from moefoundry.config import UserError, load_recipe, split_arguments
+    from moefoundry.config.errors import EXIT_USER_ERROR
 
-    path, overrides = split_arguments(args.arguments)
+    path, overrides = split_arguments(arguments)
     try:
         world_size = join_world(os.environ)
         recipe = load_recipe(path, overrides, world_size=world_size)
         with held(Path(recipe.run_dir)) if _rank() == 0 else nullcontext():  # before the imports, which take long
-            return _train(recipe, world_size, args.arguments)
+            return _train(recipe, world_size, arguments)
     except UserError as error:
         if _is_to_say(error):
             _tell_torchrun(error)
@@ -67,8 +64,11 @@ def _rank(name: str = "RANK") -> int:
 
 
 def _is_to_say(error: UserError) -> bool:
-    """Whether this rank prints the error. All find the same in a recipe: rank 0 says it. What is amiss on a node, as a
-    file that is not there, the first rank of that node says; what is amiss in data, whoever has read them."""
+    """Tell if this rank prints the error.
+
+    All ranks find the same in a recipe: rank 0 prints it. An error of one node, such as a missing file, is printed by
+    the first rank of that node; an error in data by the rank that has read them.
+    """
     from moefoundry.config import ConfigError, DataError
     from moefoundry.config.errors import RecipeFileError
 
@@ -78,14 +78,14 @@ def _is_to_say(error: UserError) -> bool:
 
 
 def _tell_torchrun(error: UserError) -> None:
-    """What a rank leaves in this file, torchrun shows at the end of all that it prints itself."""
+    """Leave the error in the file whose content torchrun shows at its end."""
     if (file := os.environ.get("TORCHELASTIC_ERROR_FILE")) is not None:
         extra = {"py_callstack": f"error: {error}", "timestamp": str(int(time.time()))}
         Path(file).write_text(json.dumps({"message": {"message": f"error: {error}", "extraInfo": extra}}))
 
 
 def _launcher(world_size: int) -> list[str]:
-    """What starts as many ranks with this environment's interpreter, whether or not the environment is activated."""
+    """Build the command that starts as many ranks with this environment, activated or not."""
     binaries = Path(sys.executable).parent
     if binaries.is_relative_to(Path.cwd()):
         binaries = binaries.relative_to(Path.cwd())

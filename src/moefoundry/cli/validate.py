@@ -1,76 +1,85 @@
-"""``moefoundry validate``: what can be wrong with a recipe, on any machine, in under a second.
+"""``moefoundry validate``: find what can be wrong with a recipe, on any machine, in under a second.
 
-Nothing heavy is imported, with one exception: which modules there are, for ``precision.fp8.exclude`` to name, only the
-model itself can say, so it is built on meta. That takes about three seconds, nearly all of them to import torch.
+Nothing heavy is imported, with one exception: only the model itself can say which modules there are for
+``precision.fp8.exclude`` to name, so it is built on meta. That takes about three seconds, nearly all to import torch.
 
 The rules are those by which training refuses a recipe: ``config/`` for the recipe, ``data/fit.py`` for its data.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from moefoundry.cli.arguments import add_recipe, positive
-from moefoundry.config.errors import Problem
+import click
+
+from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, recipe_arguments
 
 if TYPE_CHECKING:
     from moefoundry.config import ModelConfig, Recipe
-
-DESCRIPTION = """\
-Check a recipe and its overrides; list every problem at once (exit status 2). Names of modules in precision.fp8.exclude
-are looked up when all else is right, and so are local data: where they are not on this machine, a note says so, and how
-to make them. Otherwise the machine plays no part: a recipe for GPUs is checked on any other computer, and what the
-devices must be able to do is checked when training starts. Also says what the model can be exported as.
---show prints every key of the recipe, and whether it comes from a file (which), an override or the defaults.
-"""
+    from moefoundry.config.errors import Problem
 
 
-def add_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "validate",
-        help="check a recipe, on any machine",
-        description=DESCRIPTION,
-        allow_abbrev=False,
-    )
-    add_recipe(parser)
-    parser.add_argument("--world-size", type=positive, metavar="N", help="also check mesh and batch against N ranks")
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--show", action="store_true", help="print the resolved recipe, and where each value comes from")
-    shown.add_argument("--print", action="store_true", dest="print_recipe", help="print the resolved recipe as YAML")
+@click.command("validate", context_settings=RECIPE_COMMAND)
+@recipe_arguments
+@click.option("--world-size", type=positive, metavar="N", help="Also check mesh and batch against N ranks.")
+@click.option("--show", is_flag=True, help="Print the resolved recipe, and where each value comes from.")
+@click.option("--print", "as_yaml", is_flag=True, help="Print the resolved recipe as YAML.")
+@json_option
+def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: bool, as_json: bool) -> None:
+    """Check a recipe and its overrides, and list every problem at once (exit status 2).
 
+    Local data are checked too; where they are not on this machine, a note says so, and how to make them. Otherwise the
+    machine plays no part: a recipe for GPUs is checked on any other computer, and what the devices must be able to do
+    is checked when training starts. Also tells what the model can be exported as.
 
-def run(args: argparse.Namespace) -> int:
+    --show prints every key and whether it comes from a file (which), an override or the defaults. --json gives the
+    same as an object: `recipe` by dotted keys, `origins`, `export`, and `notes` (which also go to standard error).
+    """
     from moefoundry.config import advice, annotated, dump_recipe, load_layers, recipe_of, split_arguments
 
-    path, overrides = split_arguments(args.arguments)
+    if as_yaml and (show or as_json):
+        raise click.UsageError("--print goes with neither --show nor --json")
+    path, overrides = split_arguments(arguments)
     layers = load_layers(path, overrides)
-    recipe = recipe_of(layers, args.world_size)
+    recipe = recipe_of(layers, world_size)
     _check_names(recipe)
     notes = [f"warning: {problem}" for problem in advice(recipe)]
-    notes += [f"note: {problem}" for problem in check_files(recipe, args.world_size or 1)]
+    notes += [f"note: {problem}" for problem in check_files(recipe, world_size or 1)]
     if notes:
         print("\n".join(notes), file=sys.stderr)
-    if args.show or args.print_recipe:
-        print(annotated(recipe, layers) if args.show else dump_recipe(recipe), end="")
-        return 0
+    if as_json:
+        from moefoundry.config.dump import flatten, origins
+
+        found = {"recipe": flatten(recipe), "origins": origins(recipe, layers)}
+        print(json.dumps(found | {"export": exports_as(recipe.model), "notes": notes}, indent=2))
+    elif show or as_yaml:
+        print(annotated(recipe, layers) if show else dump_recipe(recipe), end="")
+    else:
+        print(f"{describe(recipe)}\nexport: {exports_as(recipe.model)}")
+
+
+def describe(recipe: Recipe) -> str:
+    """Sum a sound recipe up in a line."""
     model, moe, precision = recipe.model, recipe.model.moe, recipe.precision
     fp8 = f", fp8 {precision.fp8.recipe}" if precision.fp8.recipe else ""
-    print(
+    return (
         f"OK {recipe.run_name}: {model.name}, {model.n_layers} layers ({model.n_dense_layers} dense), "
         f"d_model {model.d_model}, {moe.num_experts} experts top-{moe.top_k} + {moe.num_shared_experts} shared, "
         f"vocabulary {model.vocab_size}; {recipe.max_duration} of {recipe.global_train_batch_size} x "
-        f"{recipe.max_seq_len} tokens, {precision.compute}{fp8}\n"
-        f"export: {exports_as(model)}"
+        f"{recipe.max_seq_len} tokens, {precision.compute}{fp8}"
     )
-    return 0
 
 
 def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
-    """Refuse data, and a local ``load_path``, that do not fit, as training does. Where none of it is on this machine,
-    return what is not."""
+    """Refuse data, and a local ``load_path``, that do not fit, as training does.
+
+    Returns:
+        A problem for each part of the data that is not on this machine, where none of them is.
+    """
+    from moefoundry.config.errors import Problem
     from moefoundry.config.urls import is_url, resolved
     from moefoundry.data.fit import all_absent, check_data
 
@@ -90,7 +99,7 @@ def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
 
 
 def _goes_on(recipe: Recipe) -> bool:
-    """Whether the run has a checkpoint of its own, which comes before ``load_path``."""
+    """Tell if the run has a checkpoint of its own, which comes before ``load_path``."""
     from moefoundry.checkpoint.store import CheckpointStore
 
     return recipe.autoresume and CheckpointStore(Path(recipe.run_dir, "checkpoints")).latest() is not None
@@ -105,7 +114,7 @@ def exports_as(model: ModelConfig) -> str:
 
 
 def _check_names(recipe: Recipe) -> None:
-    """Refuse names of modules that there are not, as training does."""
+    """Refuse names of modules that do not exist, as training does."""
     from moefoundry.config import Fp8Config
 
     fp8 = recipe.precision.fp8

@@ -1,4 +1,4 @@
-"""Which world this process belongs to: what started it says so, each launcher in its own words.
+"""The world of ranks that this process belongs to, by the environment variables of its launcher.
 
 torchrun and composer set ``RANK``, ``WORLD_SIZE`` and the others that PyTorch and Composer read. Slurm, Open MPI and
 PMI (MPICH, Intel MPI) start processes with variables of their own, from which the same are made here. A process that
@@ -19,14 +19,14 @@ ALONE = "for a run of one process set WORLD_SIZE=1 RANK=0"
 
 @dataclass(frozen=True)
 class World:
-    """The place of a process.
+    """Place of a process among all.
 
     Attributes:
-        rank, size: Of all processes.
-        local_rank, local_size: On this node, of as many.
+        rank, size: Number of this process, and count of all.
+        local_rank, local_size: The same on this node.
         node: Number of the node.
         address: Host of rank 0.
-        port: Where it listens, the same number on every rank.
+        port: Port that it listens on, the same on every rank.
     """
 
     rank: int
@@ -39,10 +39,10 @@ class World:
 
 
 def join_world(environment: MutableMapping[str, str]) -> int:
-    """Make ``environment`` say which world this process belongs to, in PyTorch's words. Returns its size.
+    """Set PyTorch's variables for the world of this process in ``environment``. Returns its size.
 
     Raises:
-        UserError: Several processes were started, and what is set does not make one world of them.
+        UserError: Several processes were started, and their variables do not make one world.
     """
     if "WORLD_SIZE" in environment or environment.get("RANK", "0") != "0":
         return _launched(environment)
@@ -63,7 +63,7 @@ def join_world(environment: MutableMapping[str, str]) -> int:
 
 
 def _launched(environment: MutableMapping[str, str]) -> int:
-    """The size of a world in PyTorch's words, which is checked, and completed for one process a node."""
+    """Check PyTorch's own variables, complete them for one process a node, and return the size of the world."""
     size = _number(environment, "WORLD_SIZE")
     if size == 1 and environment.get("RANK", "0") == "0":
         return 1
@@ -78,7 +78,7 @@ def _launched(environment: MutableMapping[str, str]) -> int:
 
 
 def _from_slurm(environment: Mapping[str, str]) -> World | None:
-    """What ``srun`` says; None where Slurm started nothing, or one task."""
+    """Read the variables of ``srun``; None where Slurm started nothing, or one task."""
     in_step = "SLURM_STEP_NUM_TASKS" in environment
     name = "SLURM_STEP_NUM_TASKS" if in_step else "SLURM_NTASKS"
     if name not in environment or (size := _number(environment, name)) == 1:
@@ -105,7 +105,7 @@ def _from_slurm(environment: Mapping[str, str]) -> World | None:
 
 
 def _tasks_per_node(environment: Mapping[str, str], size: int, num_hosts: int) -> int:
-    """Tasks of each node, which must be as many everywhere."""
+    """Count the tasks of a node, which must be the same on every node."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
         if name in environment:
             groups = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in environment[name].split(",")]
@@ -124,7 +124,7 @@ def _tasks_per_node(environment: Mapping[str, str], size: int, num_hosts: int) -
     raise UserError(f"Slurm started {size} tasks, but says not how many a node: srun --ntasks-per-node=N")
 
 
-_MPI = (  # rank, size, rank on the node, ranks of the node, what all ranks of the job have in common
+_MPI = (  # rank, size, rank on the node, ranks of the node, name of the job
     (
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_SIZE",
@@ -137,7 +137,7 @@ _MPI = (  # rank, size, rank on the node, ranks of the node, what all ranks of t
 
 
 def _from_mpi(environment: Mapping[str, str]) -> World | None:
-    """What ``mpirun`` says; None where it started nothing, or one process."""
+    """Read the variables of ``mpirun``; None where it started nothing, or one process."""
     for rank_name, size_name, local_rank_name, local_size_name, job_name in _MPI:
         if size_name not in environment:
             continue
@@ -161,10 +161,10 @@ def _from_mpi(environment: Mapping[str, str]) -> World | None:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """The hosts of a list in Slurm's syntax: ``gpu[01-03,7]-ib,login`` -> gpu01-ib, gpu02-ib, gpu03-ib, gpu7-ib, login.
+    """Expand a list of hosts in Slurm's syntax: ``gpu[01-02,7]-ib,login`` -> gpu01-ib, gpu02-ib, gpu7-ib, login.
 
     Raises:
-        UserError: It is not in this syntax.
+        UserError: The text is not in this syntax.
     """
     parts = re.findall(r"(?:[^,\[\]\s]|\[[^\[\]]*\])+", text)
     if not parts or ",".join(parts) != text.strip():
@@ -188,7 +188,7 @@ def _expand(part: str, text: str) -> list[str]:
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """What a variable says; ``default`` where it is not set.
+    """Read a number from a variable; ``default`` where it is not set.
 
     Raises:
         UserError: It is not a number, or not set and has no default.
@@ -209,6 +209,6 @@ def _check_rank(rank: int, size: int, rank_name: str, size_name: str) -> None:
 
 
 def _port(job: str) -> int:
-    """A port that the ranks of a job agree on, and other jobs hardly use."""
+    """Derive a port from the name of a job, the same on all of its ranks."""
     digits = re.sub(r"\D", "", job) or "0"
     return FIRST_PORT + int(digits) % PORTS

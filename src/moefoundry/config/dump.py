@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from moefoundry.config.layers import Layers, leaves_of
+from moefoundry.config.layers import KeyPath, Layers, leaves_of
 from moefoundry.config.loader import with_defaults
 from moefoundry.config.schema import Recipe
 from moefoundry.config.spec import join, plain, redact, show_leaf
@@ -64,26 +64,36 @@ def annotated(recipe: Recipe, layers: Layers) -> str:
         recipe: The recipe that the layers resolve to.
         layers: Its files and overrides.
     """
-    lines = _lines(redacted(plain(recipe)), with_defaults(layers.tree), "", layers, "")
-    return "".join(f"{text:<{COLUMN}}  # {comment}\n" if comment else f"{text}\n" for text, comment in lines)
+    text = ""
+    for path, value, comment in _keys(redacted(plain(recipe)), with_defaults(layers.tree), (), layers, ""):
+        line = "  " * (len(path) - 1) + f"{path[-1]}:"
+        is_section = isinstance(value, dict) and value
+        text += f"{line}\n" if is_section else f"{f'{line} {scalar(value)}':<{COLUMN}}  # {comment}\n"
+    return text
 
 
-def _lines(values: dict[str, Any], written: Any, path: str, layers: Layers, whole: str) -> Iterator[tuple[str, str]]:
-    """Yield the line and the comment of each key of the mapping at ``path``.
+def origins(recipe: Recipe, layers: Layers) -> dict[str, str]:
+    """Map each dotted key to where its value comes from, in the words of :func:`annotated`; the same arguments."""
+    keys = _keys(plain(recipe), with_defaults(layers.tree), (), layers, "")
+    return {".".join(path): comment for path, value, comment in keys if not (isinstance(value, dict) and value)}
+
+
+def _keys(
+    values: dict[str, Any], written: Any, above: KeyPath, layers: Layers, whole: str
+) -> Iterator[tuple[KeyPath, Any, str]]:
+    """Yield path, value and comment of each key of the mapping at ``above``, a section before its keys.
 
     ``written`` is the mapping before interpolations were resolved. ``whole`` is the comment of all keys below an
     interpolation that stands for a mapping.
     """
-    indent = "  " * path.count(".") + ("  " if path else "")
     for name, value in values.items():
-        key = join(path, name)
+        path = (*above, name)
+        key = ".".join(path)
         raw = written[name] if isinstance(written, dict) else None
         comment = whole or _comment(raw, layers.origins.get(key, "default"), key)
+        yield path, value, comment
         if isinstance(value, dict) and value:
-            yield f"{indent}{name}:", ""
-            yield from _lines(value, raw, key, layers, whole or (comment if isinstance(raw, str) else ""))
-        else:
-            yield f"{indent}{name}: {scalar(value)}", comment
+            yield from _keys(value, raw, path, layers, whole or (comment if isinstance(raw, str) else ""))
 
 
 def _comment(raw: Any, origin: str, key: str) -> str:

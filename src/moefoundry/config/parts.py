@@ -155,16 +155,16 @@ _TABLES = (
     Table(
         "families",
         {
-            name: Part(None, f"moefoundry.conversion.families.{name}:{cls}")
-            for name, cls in {
-                "llama": "Llama",
-                "qwen2": "Qwen2",
-                "qwen3": "Qwen3",
-                "mixtral": "Mixtral",
-                "olmoe": "Olmoe",
-                "qwen3_moe": "Qwen3Moe",
-                "deepseek_v3": "DeepseekV3",
-                "dbrx": "Dbrx",
+            name: Part(None, f"moefoundry.conversion.families.{place}")
+            for name, place in {
+                "llama": "llama:Llama",
+                "qwen2": "qwen:Qwen2",
+                "qwen3": "qwen:Qwen3",
+                "mixtral": "llama_moe:Mixtral",
+                "olmoe": "llama_moe:Olmoe",
+                "qwen3_moe": "qwen:Qwen3Moe",
+                "deepseek_v3": "deepseek_v3:DeepseekV3",
+                "dbrx": "dbrx:Dbrx",
             }.items()
         },
         base=None,

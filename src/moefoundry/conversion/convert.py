@@ -38,10 +38,10 @@ from moefoundry.conversion.families import FAMILIES, Family, family_for
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
 from moefoundry.conversion.parity import verify_logits
 from moefoundry.conversion.safetensors_io import write_file, write_safetensors
-from moefoundry.conversion.staging import GIB, staged
 from moefoundry.conversion.starting_recipe import starting_recipe, with_balance
 from moefoundry.conversion.tensor_map import Dtype, TensorMap, check_tensors
 from moefoundry.data.json_files import write_json
+from moefoundry.data.staging import GIB, staged
 from moefoundry.data.tokenizer_files import (
     CONFIG,
     check_importable,
@@ -53,7 +53,7 @@ from moefoundry.model.transformer import MoETransformer, meta_model
 
 RECIPE = "recipe.yaml"
 PREFIX = "model/model."
-"""Of a parameter's name in a checkpoint: Composer's model holds ours under ``model``."""
+"""Prefix of a parameter's name in a checkpoint: Composer's model holds ours under ``model``."""
 
 DEFAULT_MAX_SEQ_LEN = 4096  # where neither config nor recipe says; it bounds nothing that is computed
 SHARD_BYTES = 5 * 10**9
@@ -61,12 +61,12 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion wrote.
+    """Result of a conversion.
 
     Attributes:
-        path: Where.
-        num_tensors, nbytes: Of the tensors written.
-        has_tokenizer: Whether a tokenizer came with it; None where none is expected.
+        path: File or directory written.
+        num_tensors, nbytes: Number and size of the tensors written.
+        has_tokenizer: True if a tokenizer came with it; None where none is expected.
         max_difference: Largest difference of logits; None where they were not compared.
     """
 
@@ -86,14 +86,13 @@ class Summary:
 
 
 def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: float | None = None) -> Summary:
-    """Write a weights-only checkpoint with the tensors of a Hugging Face directory; beside them its tokenizer, and the
-    recipe that goes on training them.
+    """Write a weights-only checkpoint of a Hugging Face directory, with its tokenizer and a recipe that trains it.
 
     Args:
-        hf: Holds config.json and safetensors.
-        output: The checkpoint directory to make.
-        dtype: What parameters are stored as; a run that starts from them makes them fp32.
-        tolerance: Largest difference of logits that is accepted; None does not compare them.
+        hf: Directory with config.json and safetensors.
+        output: Checkpoint directory to make.
+        dtype: Type of the stored parameters; a run that starts from them makes them fp32.
+        tolerance: Largest difference of logits that is accepted; None compares none.
 
     Raises:
         UserError: As :func:`open_hf`; or ``output`` exists, or logits differ.
@@ -129,13 +128,13 @@ def export_hf(
 
     Args:
         checkpoint: A checkpoint of any mesh, weights-only or not, or the run that holds it.
-        hf: The directory to make.
+        hf: Directory to make.
         family_name: ``model_type`` to export as; None is the first that fits.
-        dtype: What parameters are stored as.
-        max_shard_bytes: Size of a shard.
-        tokenizer: Directory; None is the checkpoint's own, or that of its run.
+        dtype: Type of the stored parameters.
+        max_shard_bytes: Largest size of a shard.
+        tokenizer: Directory of the tokenizer; None is the checkpoint's own, or that of its run.
         tolerance: As in :func:`import_hf`.
-        weights: Of the parameters.
+        weights: Values to take for the parameters.
 
     Raises:
         UserError: The family cannot hold the model (with the reasons), a tensor, the average or the tokenizer is
@@ -150,7 +149,7 @@ def export_hf(
     config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
     tokenizer = tokenizer or tokenizer_of(directory, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
-        raise UserError(f"no tokenizer at {tokenizer}; name its directory with --tokenizer")
+        raise UserError(f"no tokenizer at {tokenizer}; name its directory: tokenizer=...")
     with using(directory), staged(hf, nbytes_of(specs)) as staging:
         staging.mkdir()
         write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
@@ -172,8 +171,8 @@ def consolidate(
     Args:
         checkpoint: As in :func:`export_hf`.
         output: A file ``*.safetensors``, or a directory, which may be given shards.
-        max_shard_bytes: Size of a shard.
-        weights: Of the parameters.
+        max_shard_bytes: Largest size of a shard.
+        weights: Values to take for the parameters.
 
     Raises:
         UserError: A tensor or the average is missing, ``output`` exists, or it is one file and all would not fit.
@@ -194,15 +193,15 @@ def consolidate(
 
 
 def load_hf(hf: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> MoETransformer:
-    """The model of a Hugging Face directory, in evaluation mode.
+    """Load the model of a Hugging Face directory, in evaluation mode.
 
     Args:
-        hf: Holds config.json and safetensors.
-        dtype: Of the parameters. Buffers keep theirs.
-        device: Where the model is.
+        hf: Directory with config.json and safetensors.
+        dtype: dtype of the parameters. Buffers keep theirs.
+        device: Device of the model.
 
     Raises:
-        UserError: The config means a model that is not here; or a tensor is missing, too many or misshapen (all are
+        UserError: The config means a model not known here; or a tensor is missing, too many or misshapen (all are
             named); or the weights are pickled, or quantized other than in FP8 blocks.
     """
     source = open_hf(hf, dtype)
@@ -220,7 +219,7 @@ def load_hf(hf: Path, dtype: torch.dtype = torch.float32, device: torch.device |
 
 
 def open_checkpoint(directory: Path, model: MoETransformer, weights: Weights) -> StoredTensors:
-    """The parameters and buffers of a checkpoint's model, checked against their shapes."""
+    """Open the parameters and buffers of a checkpoint, checked against the shapes of its model."""
     names = stored_names(directory, model, weights)
     ours = StoredTensors(directory, PREFIX, names)
     check_tensors(ours.specs, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, directory)
@@ -260,7 +259,7 @@ def _family(name: str | None, cfg: ModelConfig) -> Family:
 
 
 def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:
-    """Name of the dtype that most bytes have."""
+    """Name the dtype that most bytes have."""
     sizes: Counter[torch.dtype] = Counter()
     for spec in specs.values():
         sizes[spec.dtype] += spec.nbytes
@@ -268,11 +267,11 @@ def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:
 
 
 def say(*notes: str) -> None:
-    """Tell the user what the conversion does that they may not expect, before it takes its time."""
+    """Tell the user what they may not expect, before the conversion takes its time."""
     for note in notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def nbytes_of(specs: Mapping[str, TensorSpec]) -> int:
-    """Bytes of the values of tensors."""
+    """Sum the sizes of tensors in bytes."""
     return sum(spec.nbytes for spec in specs.values())

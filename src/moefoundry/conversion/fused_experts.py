@@ -1,4 +1,4 @@
-"""Experts that transformers 5 has fused into one tensor, as the tensors that its families publish.
+"""Experts that transformers 5 has fused into one tensor, read as one tensor for each.
 
     experts.gate_up_proj  [E, 2F, D]   experts.{e}.gate_proj.weight [F, D] above experts.{e}.up_proj.weight [F, D]
     experts.down_proj     [E, D, F]    experts.{e}.down_proj.weight [D, F]
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.config import UserError
-from moefoundry.conversion.families.pieces import Piece
+from moefoundry.conversion.families.family import Piece
 from moefoundry.conversion.safetensors_io import SafetensorsReader
 
 EXPERT = re.compile(r"(.+)\.experts\.\d+\.\w+\.weight")
@@ -33,14 +33,14 @@ class _Part(NamedTuple):
 
 
 class SplitExperts:
-    """The tensors of a directory, with fused experts as one tensor for each.
+    """Tensors of a directory, with fused experts as one tensor for each.
 
     Args:
-        tensors: What the files hold.
-        pieces: Of the model, whose names for experts are wanted.
+        tensors: Tensors of the files.
+        pieces: Pieces of the model, which have the names of its experts.
 
     Attributes:
-        specs: What is there.
+        specs: Shapes and dtypes by name.
 
     Raises:
         UserError: A fused tensor does not hold as many experts as the model has.
@@ -62,7 +62,7 @@ class SplitExperts:
             self.specs[name] = TensorSpec((part.rows, columns), tensors.specs[part.fused].dtype)
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
-        """The tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
+        """Read a tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
         if name not in self._parts:
             return self._tensors.read(self._renamed.get(name, name), *ranges)
         fused, expert, first, rows = self._parts[name]
@@ -70,7 +70,7 @@ class SplitExperts:
         return self._tensors.read(fused, (expert, expert + 1), (first + start, first + stop), *ranges[1:])[0]
 
     def _find(self, piece: Piece, expert: int, module: str) -> None:
-        """Note where an expert's weight is, if a fused tensor has it."""
+        """Note the place of an expert's weight, if a fused tensor has it."""
         fused_name, part, parts = ROW_PART[piece.name.rpartition(".")[2]]
         stored = self._tensors.specs
         for there in (module, module.replace("block_sparse_moe", "mlp")):

@@ -1,4 +1,4 @@
-"""A Hugging Face directory as a conversion reads it: config, family and tensors, checked against each other."""
+"""Hugging Face directories: config, family and tensors, checked against each other."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Any
 
 import torch
 
-from moefoundry.config import ModelConfig
+from moefoundry.config import ModelConfig, UserError
 from moefoundry.conversion.families import Family, family_of
 from moefoundry.conversion.fused_experts import SplitExperts
-from moefoundry.conversion.hf_config import fp8_block, read_hf_config
 from moefoundry.conversion.safetensors_io import SafetensorsReader
 from moefoundry.conversion.tensor_map import TensorMap
+from moefoundry.data.json_files import read_json
+from moefoundry.data.tokenizer_files import CONFIG
 
 
 @dataclass(frozen=True)
 class HfDirectory:
-    """A Hugging Face directory that is whole.
+    """Hugging Face directory that is whole.
 
     Attributes:
-        path: Where.
-        config: Its config.json.
-        family, cfg: What the config means.
-        tensors: One for each expert, however the files have them.
-        names: Which of them are which of ours.
-        notes: What a reader of the files would not expect, in sentences.
+        path: The directory.
+        config: Content of config.json.
+        family, cfg: Family and model that the config declares.
+        tensors: Its tensors, one for each expert, however the files have them.
+        names: Map between these and our tensors.
+        notes: Sentences about what a reader of the files would not expect.
     """
 
     path: Path
@@ -40,7 +41,7 @@ class HfDirectory:
 
     @property
     def max_seq_len(self) -> int | None:
-        """Tokens a sequence, where the config says."""
+        """Tokens of a sequence; None where the config does not say."""
         return self.family.max_seq_len(self.config)
 
 
@@ -48,11 +49,11 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
     """Read the config and check every tensor; no values are read but those that must be copies of others.
 
     Args:
-        path: Holds config.json and safetensors.
-        fp8_as: What FP8 tensors are read as; None is BF16.
+        path: Directory with config.json and safetensors.
+        fp8_as: dtype in which FP8 tensors are read; None is BF16.
 
     Raises:
-        UserError: The config means a model that is not here, or tensors are missing, too many or misshapen, or the
+        UserError: The config means a model not known here, or tensors are missing, too many or misshapen, or the
             weights are pickled, or quantized other than in FP8 blocks.
     """
     config = read_hf_config(path)
@@ -69,7 +70,7 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
 
 
 def _with_the_prediction_modules_there(cfg: ModelConfig, tensors: Iterable[str]) -> tuple[ModelConfig, tuple[str, ...]]:
-    """Transformers keeps the number of modules that predict further tokens in the config, and drops their tensors."""
+    """Set the depth of multi-token prediction to the files'; transformers drops these tensors and keeps the number."""
     there = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     depth = max((i + 1 for i in range(cfg.mtp.depth) if str(cfg.n_layers + i) in there), default=0)
     if depth == cfg.mtp.depth:
@@ -79,3 +80,28 @@ def _with_the_prediction_modules_there(cfg: ModelConfig, tensors: Iterable[str])
         f"read with mtp.depth {depth}"
     )
     return replace(cfg, mtp=replace(cfg.mtp, depth=depth)), (note,)
+
+
+def read_hf_config(path: Path) -> dict[str, Any]:
+    """Read ``config.json`` of a directory.
+
+    Raises:
+        UserError: The directory or the file is missing, or it is no JSON object.
+    """
+    if not path.is_dir():
+        download = f"huggingface-cli download ORGANIZATION/{path.name} --local-dir {path}"
+        raise UserError(f"{path}: no such directory; a model is downloaded first: {download}")
+    return read_json(path / CONFIG)
+
+
+def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
+    """Return rows and columns of an FP8 block; DeepSeek's where no weight is quantized.
+
+    Raises:
+        UserError: Weights are quantized in another way.
+    """
+    quantization = config.get("quantization_config") or {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    match quantization:
+        case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]}:
+            return rows, columns
+    raise UserError(f"{path / CONFIG}: only FP8 weights in blocks can be read, not quantization_config {quantization}")

@@ -1,4 +1,4 @@
-"""Whether a conversion kept the model: the same logits from transformers, which is independent of what converted it."""
+"""Parity with transformers, which is independent of the conversion: equal logits of the converted model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from moefoundry.config import MlaConfig, ModelConfig, UserError
 from moefoundry.conversion.families import family_of
 from moefoundry.conversion.fused_experts import SplitExperts
-from moefoundry.conversion.hf_config import read_hf_config
+from moefoundry.conversion.hf_directory import read_hf_config
 from moefoundry.conversion.safetensors_io import SafetensorsReader
 from moefoundry.model.transformer import MoETransformer
 
@@ -29,17 +29,20 @@ def verify_logits(
     stored_as: torch.dtype | None = None,
     fp8_as: torch.dtype = torch.bfloat16,
 ) -> float:
-    """The largest difference between the logits of ``model`` and of a Hugging Face directory, both in fp32, on a fixed
-    random batch. Both models are whole in memory.
+    """Compare the logits of a model and of a Hugging Face directory, in fp32 on a fixed random batch.
+
+    Both models are whole in memory.
 
     Args:
-        hf: What transformers loads.
-        model: In fp32.
+        hf: Directory that transformers loads.
+        model: Model in fp32.
         tolerance: Largest difference that is accepted.
-        stored_as: What the conversion stored parameters as; those of both sides are rounded to it. None stored them as
-            they were.
-        fp8_as: What FP8 weights have been imported as. Transformers computes with them on GPUs only; they are read for
-            it here.
+        stored_as: dtype in which the conversion stored parameters; both sides are rounded to it. None rounds nothing.
+        fp8_as: dtype in which FP8 weights were imported. Transformers computes with them on GPUs only, so they are read
+            for it here.
+
+    Returns:
+        The largest difference.
 
     Raises:
         UserError: The difference exceeds ``tolerance``, or transformers cannot load the directory.
@@ -62,7 +65,7 @@ def verify_logits(
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Transformers names each tensor that it does not use, such as those of multi-token prediction, which it lacks."""
+    """Silence transformers, which warns of tensors that it does not use, as of multi-token prediction."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -74,7 +77,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _load(hf: Path, cfg: ModelConfig, fp8_as: torch.dtype) -> Any:
-    """Transformers' model with the weights of a directory. It loads the directory itself, where it can."""
+    """Load the weights of a directory into transformers' model; by transformers itself, where it can."""
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -106,8 +109,11 @@ def _without_query_rank(cfg: ModelConfig) -> bool:
 
 
 def _build(config: Any) -> Any:
-    """A model to be filled. Transformers 4.51 builds no DeepSeek-V3 whose queries are not compressed; its attention
-    with nothing before ``q_b_proj`` is that."""
+    """Build a model without its weights.
+
+    Transformers 4.51 builds no DeepSeek-V3 whose queries are not compressed; its attention with nothing before
+    ``q_b_proj`` is that.
+    """
     from transformers import AutoModelForCausalLM
 
     try:

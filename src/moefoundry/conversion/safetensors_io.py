@@ -4,7 +4,7 @@
     model-00001-of-00002.safetensors ...     and model.safetensors.index.json: {"weight_map": {tensor: file}}
 
 Files are mapped, so reading a slice costs its pages. They are written in one pass: the header, which says where each
-tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as what they stand for.
+tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as their products.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class SafetensorsReader:
-    """The tensors of a directory, mapped into memory.
+    """Tensors of a directory, mapped into memory.
 
     Block-scaled FP8 (DeepSeek-V3, arXiv 2412.19437, section 3.3): ``w`` is float8_e4m3fn [O, I] and ``w_scale_inv`` has
     the factor of each block of 128 x 128, or smaller at the edges. ``w`` is then read as the product, and its scale is
     not listed.
 
     Args:
-        directory: Holds model.safetensors, or an index and the shards that it names.
+        directory: Directory with model.safetensors, or an index and the shards that it names.
         fp8_block: Rows and columns of an FP8 block.
-        fp8_as: What FP8 tensors are read as; DeepSeek's own conversion makes them BF16.
+        fp8_as: dtype in which FP8 tensors are read; DeepSeek's own conversion makes them BF16.
 
     Attributes:
-        specs: What is there.
+        specs: Shapes and dtypes by name.
 
     Raises:
         UserError: There are no safetensors, or they are incomplete, damaged, or outside the directory.
@@ -82,7 +82,7 @@ class SafetensorsReader:
         self._scales = self._take_scales(directory)
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
-        """The tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
+        """Read a tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
         box = tuple(slice(*limits) for limits in ranges)
         values: Tensor = self._files[name].get_slice(name)[box] if box else self._files[name].get_tensor(name)
         if name not in self._scales:
@@ -108,7 +108,7 @@ class SafetensorsReader:
             raise UserError(f"{path}: unreadable safetensors: {error}") from error
 
     def _take_scales(self, directory: Path) -> dict[str, str]:
-        """FP8 tensor -> its scale, which leaves ``specs``."""
+        """Map each FP8 tensor to its scale, which leaves ``specs``."""
         scales, problems = {}, []
         for name, (shape, dtype) in list(self.specs.items()):
             if dtype not in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -126,7 +126,7 @@ class SafetensorsReader:
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    """Tensor -> file, as the index says; empty where one file holds all."""
+    """Read the file of each tensor from the index; empty where one file holds all."""
     index = directory / INDEX_FILE
     if index.is_file():
         try:
@@ -155,7 +155,7 @@ def write_safetensors(
     """Write tensors into an existing directory, in one file or in shards with an index.
 
     Args:
-        directory: Where.
+        directory: Directory to write to.
         specs: Every tensor, in the order of the shards.
         blocks: Name -> the tensor's values, cut into rows; asked for one by one.
         max_shard_bytes: A shard is larger only if it holds a single tensor.

@@ -1,7 +1,7 @@
-"""A family's pieces, applied: which tensors of either side there must be, and the blocks that make up the other's.
+"""Map between our tensors and those of a family, made of the family's pieces.
 
-Both directions yield one block at a time, cut into rows where it is large, so a conversion
-needs memory for a block and not for a model.
+Both directions yield one block at a time, cut into rows where it is large, so a conversion needs memory for a block and
+not for a model.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.out_of_core import ShardValues, row_ranges
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.config.errors import first_few
-from moefoundry.conversion.families.family import Family
-from moefoundry.conversion.families.pieces import Piece
+from moefoundry.conversion.families.family import Family, Piece
 from moefoundry.model.transformer import meta_model
 
 NAMED = 4  # tensors of each kind of error
 
 
 class Dtype(StrEnum):
-    """What parameters are stored as; ``keep`` leaves them as they are. Buffers are always left as they are."""
+    """Type that parameters are stored as; ``keep`` leaves them as they are. Buffers never change."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -36,12 +35,12 @@ class Dtype(StrEnum):
 
     @property
     def torch(self) -> torch.dtype | None:
-        """The dtype; None for ``keep``."""
+        """The dtype of torch; None for ``keep``."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16}.get(self.value)
 
 
 class Source(Protocol):
-    """Tensors that can be read by ranges of their leading dims."""
+    """Tensors that are read by ranges of their leading dims."""
 
     specs: dict[str, TensorSpec]
 
@@ -52,8 +51,8 @@ class TensorMap:
     """Our tensors and a family's, for one model.
 
     Attributes:
-        shapes: Of our tensors, by name in ``MoETransformer.state_dict()``.
-        their_shapes: Of the family's.
+        shapes: Shapes of our tensors, by name in ``MoETransformer.state_dict()``.
+        their_shapes: Shapes of the family's.
         copies: Tensors of the family that repeat another: name -> the other's.
         empty: Tensors of the family without elements: name -> shape.
     """
@@ -78,7 +77,7 @@ class TensorMap:
         self.their_shapes = {name: self._their_shape(pieces) for name, pieces in self._theirs.items()}
 
     def _block_shape(self, piece: Piece) -> tuple[int, ...]:
-        """Of our block, without the expert's dim."""
+        """Return the shape of our block, without the expert's dim."""
         return self.shapes[piece.name][piece.expert is not None :]
 
     def _their_shape(self, pieces: list[Piece]) -> tuple[int, ...]:
@@ -88,7 +87,7 @@ class TensorMap:
     # -------------------------------------------------------------------------------------------------- theirs to ours
 
     def check_theirs(self, specs: Mapping[str, TensorSpec], where: object) -> None:
-        """Make sure that a family's checkpoint is whole.
+        """Check that a family's checkpoint is whole.
 
         Raises:
             UserError: Names tensors that are missing, or have another shape, or belong to no such model.
@@ -102,7 +101,7 @@ class TensorMap:
         check_tensors(known, self.their_shapes | copied, where)
 
     def check_copies(self, theirs: Source, where: object) -> None:
-        """Make sure that tensors which repeat others do.
+        """Check that tensors which must repeat others do.
 
         Raises:
             UserError: Names those that differ; the model would not be the same without them.
@@ -116,14 +115,14 @@ class TensorMap:
             raise UserError(f"{where}: tensors that must be copies are not:\n  " + first_few(different, "\n  "))
 
     def our_specs(self, theirs: Mapping[str, TensorSpec], dtype: Dtype) -> dict[str, TensorSpec]:
-        """Our tensors, as :meth:`our_blocks` makes them."""
+        """Return shapes and dtypes of our tensors, as :meth:`our_blocks` makes them."""
         return {
             name: TensorSpec(shape, self._dtype(name, (theirs[piece.hf_name] for piece in self._ours[name]), dtype))
             for name, shape in self.shapes.items()
         }
 
     def our_blocks(self, theirs: Source, specs: Mapping[str, TensorSpec]) -> Iterator[ShardValues]:
-        """The values of our tensors, tensor by tensor."""
+        """Yield the values of our tensors, tensor by tensor."""
         for name, spec in specs.items():
             for piece in self._ours[name]:
                 for row, values in self._pieces_from(theirs, piece, spec):
@@ -144,8 +143,10 @@ class TensorMap:
     # -------------------------------------------------------------------------------------------------- ours to theirs
 
     def their_specs(self, ours: Mapping[str, TensorSpec], dtype: Dtype) -> dict[str, TensorSpec]:
-        """The family's tensors, as :meth:`their_blocks` makes them: with copies, but for a tied head's, which
-        transformers makes itself."""
+        """Return shapes and dtypes of the family's tensors, as :meth:`their_blocks` makes them.
+
+        Copies are among them, but for a tied head's, which transformers makes itself.
+        """
         specs = {}
         for name, shape in self.their_shapes.items():
             sources = [piece.name for piece in self._theirs[name]]
@@ -155,7 +156,7 @@ class TensorMap:
         return specs | copies | {name: TensorSpec(shape, dtype_of_empty) for name, shape in self.empty.items()}
 
     def their_blocks(self, name: str, ours: Source, spec: TensorSpec) -> Iterator[Tensor]:
-        """The values of one tensor of the family, cut into rows."""
+        """Yield the values of one tensor of the family, cut into rows."""
         for piece in self._theirs.get(self.copies.get(name, name), []):  # none of one without elements
             shape = self._block_shape(piece)
             expert = [] if piece.expert is None else [(piece.expert, piece.expert + 1)]
@@ -171,7 +172,7 @@ class TensorMap:
 
 
 def check_tensors(specs: Mapping[str, TensorSpec], shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Make sure that the tensors that are there are the ones that must be.
+    """Check that tensors are those of a model.
 
     Raises:
         UserError: Names some of those that are missing, have another shape, or are not expected, and says how many more

@@ -1,4 +1,4 @@
-"""Sparse upcycling: a dense model becomes a mixture of experts that computes the same.
+"""Sparse upcycling of a dense model into a mixture of experts that computes the same.
 
 Each expert is a copy of the dense FFN (arXiv 2212.05055). With granularity G it is a slice: the FFN's hidden units are
 cut into G parts of equal width, and experts ``g * G`` to ``g * G + G - 1`` are the slices of copy ``g`` (arXiv
@@ -25,8 +25,8 @@ from moefoundry.conversion.convert import Summary, nbytes_of, say, write_recipe,
 from moefoundry.conversion.families import nearest_family
 from moefoundry.conversion.families.family import dense_layers, with_dense_layers
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
-from moefoundry.conversion.staging import staged
 from moefoundry.conversion.tensor_map import Dtype
+from moefoundry.data.staging import staged
 from moefoundry.data.tokenizer_files import check_importable, import_tokenizer
 from moefoundry.model.transformer import meta_model
 
@@ -35,16 +35,16 @@ HIDDEN_DIM = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}  # of the dense FFN'
 
 @dataclass(frozen=True)
 class Upcycling:
-    """What the mixture looks like.
+    """Shape of the mixture.
 
     Attributes:
-        num_experts: Of each layer; ``granularity`` divides it.
+        num_experts: Experts of each layer; a multiple of ``granularity``.
         top_k: Experts of each token; a multiple of ``granularity``.
         granularity: Slices of the FFN; divides its hidden size.
         layers: Indices of the blocks that get experts; None is all.
-        noise: Standard deviation of what is added to each expert weight. With any, experts differ from the start, and
+        noise: Standard deviation of the noise added to each expert weight. With any, experts differ from the start, and
             logits from the dense model's.
-        seed: Of router and noise.
+        seed: Seed of router and noise.
     """
 
     num_experts: int
@@ -55,7 +55,7 @@ class Upcycling:
     seed: int = 17
 
     def config(self, dense: ModelConfig) -> ModelConfig:
-        """The model that ``dense`` becomes.
+        """Build the config of the mixture that ``dense`` becomes.
 
         Raises:
             UserError: Names every option that does not fit it.
@@ -64,17 +64,20 @@ class Upcycling:
         hidden, slices = dense.ffn_hidden_size or 0, self.granularity
         rules = [
             (dense_layers(dense) != list(range(dense.n_layers)), "the model has experts already"),
-            (slices < 1 or hidden % max(1, slices) != 0, f"--granularity {slices} does not divide the FFN's {hidden}"),
+            (slices < 1 or hidden % max(1, slices) != 0, f"granularity={slices} does not divide the FFN's {hidden}"),
             (
                 self.num_experts < 1 or self.num_experts % max(1, slices) != 0,
-                f"--num-experts {self.num_experts} is no positive multiple of --granularity {slices}",
+                f"num_experts={self.num_experts} is no positive multiple of granularity={slices}",
             ),
             (
                 not 1 <= self.top_k <= self.num_experts or self.top_k % max(1, slices) != 0,
-                f"--top-k {self.top_k} is no multiple of --granularity {slices} up to --num-experts {self.num_experts}",
+                f"top_k={self.top_k} is no multiple of granularity={slices} up to num_experts={self.num_experts}",
             ),
-            (not layers <= set(range(dense.n_layers)), f"--layers: there are only 0 to {dense.n_layers - 1}"),
-            (self.noise < 0, f"--noise {self.noise} is negative"),
+            (
+                not layers <= set(range(dense.n_layers)),
+                f"layers={sorted(layers)}: there are 0 to {dense.n_layers - 1}",
+            ),
+            (self.noise < 0, f"noise={self.noise} is negative"),
         ]
         if problems := [text for broken, text in rules if broken]:
             raise UserError("cannot upcycle: " + "; ".join(problems))
@@ -92,10 +95,10 @@ def upcycle(hf: Path, output: Path, options: Upcycling, dtype: Dtype = Dtype.kee
     """Write a weights-only checkpoint of a mixture of experts made from a dense Hugging Face model.
 
     Args:
-        hf: Holds config.json and safetensors of a dense model.
-        output: The checkpoint directory to make.
-        options: What the mixture looks like.
-        dtype: What parameters are stored as.
+        hf: Directory with config.json and safetensors of a dense model.
+        output: Checkpoint directory to make.
+        options: Shape of the mixture.
+        dtype: Type of the stored parameters.
 
     Raises:
         UserError: As :func:`~moefoundry.conversion.hf_directory.open_hf` and :meth:`Upcycling.config`; or ``output``
@@ -131,7 +134,7 @@ def _not_exportable(cfg: ModelConfig) -> list[str]:
 
 
 def _dense_name(name: str) -> str:
-    """The dense model's tensor whose dtype ours takes; for an expert's, the tensor that it is a part of."""
+    """Name the dense model's tensor whose dtype ours takes; for an expert's, the tensor that it is a part of."""
     layer, _, part = name.partition(".ffn.")
     if part.startswith("experts."):
         return f"{layer}.ffn.{part.removeprefix('experts.')}.weight"
@@ -153,7 +156,7 @@ def _blocks(
 
 
 def _router(name: str, spec: TensorSpec, options: Upcycling, std: float) -> Tensor:
-    """[E, D]: a random row for each copy of the FFN, the same for its slices."""
+    """Draw the gate, [E, D]: a random row for each copy of the FFN, the same for its slices."""
     rows = torch.empty(spec.shape[0] // options.granularity, spec.shape[1])
     rows.normal_(0.0, std, generator=_generator(options.seed, name))
     return rows.repeat_interleave(options.granularity, dim=0).to(spec.dtype)
@@ -162,7 +165,7 @@ def _router(name: str, spec: TensorSpec, options: Upcycling, std: float) -> Tens
 def _experts(
     name: str, spec: TensorSpec, options: Upcycling, source: HfDirectory, dense: Mapping[str, TensorSpec]
 ) -> Iterator[ShardValues]:
-    """The experts of one stacked weight; the dense one is whole in memory meanwhile."""
+    """Yield the experts of one stacked weight; the dense one is whole in memory meanwhile."""
     dense_name = _dense_name(name)
     whole = torch.empty(dense[dense_name].shape, dtype=spec.dtype)
     for block in source.names.our_blocks(source.tensors, {dense_name: dense[dense_name]}):

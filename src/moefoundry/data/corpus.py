@@ -1,8 +1,8 @@
-"""Documents: what every later stage reads, whatever the text was stored in.
+"""Documents of a corpus, in one form for every later stage.
 
 A corpus is an ordered stream of :class:`Document`. The order is that of the relative paths (then of the records of a
-file), so two machines that hold the same files see the same stream. What cannot be a document costs as little as it can
-(a line, a record, a file), and is reported to the caller.
+file), so two machines that hold the same files see the same stream. Unusable text costs as little as possible (a line,
+a record, a file), and is reported to the caller.
 
 The special corpus ``stdlib`` is the source of the running interpreter's standard library: real code, on every machine,
 no download. What it leaves out is in :data:`STDLIB_SKIPPED_DIRS` and :data:`STDLIB_SKIPPED_FILES`.
@@ -66,7 +66,7 @@ class Document(NamedTuple):
     Attributes:
         doc_id: Relative path, with ``:NUMBER`` of the line or record behind it for JSONL and Parquet. Unique.
         text: The text, not blank.
-        split_key: What decides the split: the relative path, or the text for JSONL and Parquet.
+        split_key: Key that decides the split: the relative path, or the text for JSONL and Parquet.
     """
 
     doc_id: str
@@ -76,12 +76,12 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class CorpusScan:
-    """What one pass over a corpus found.
+    """Result of one pass over a corpus.
 
     Attributes:
-        documents: Documents within the caps; the first so many of the stream.
-        bytes: Their UTF-8 size.
-        left_out: Everything else.
+        documents: Number of documents within the caps, the first of the stream.
+        bytes: UTF-8 size of these.
+        left_out: Losses.
         sha256: Digest of every admitted document's id and text, in order.
     """
 
@@ -97,12 +97,12 @@ class Corpus:
 
     Attributes:
         root: Directory that relative paths start from.
-        format: How the documents are stored.
+        format: Format of the documents.
         paths: Relative POSIX paths, sorted.
         text_key: JSONL and Parquet only: the key that holds the text.
-        bad_bytes: What becomes of bytes that are not text.
-        unusable: Name, reason and bytes of what has the name of a file and is none that can be read.
-        ignored: How many files of each other suffix lie there.
+        bad_bytes: Treatment of bytes that are not text.
+        unusable: Name, reason and bytes of entries that are not readable files.
+        ignored: Number of files of each other suffix.
     """
 
     root: Path
@@ -117,7 +117,7 @@ class Corpus:
         """Stream the documents in order, one file (one line for JSONL) in memory at a time.
 
         Args:
-            report: Called with everything that is left out.
+            report: Called with each part that is left out.
         """
         read = self._records if self.format in RECORD_FORMATS else self._whole
         for path in self.paths:
@@ -185,7 +185,7 @@ class Corpus:
         return CorpusScan(documents, total_bytes, left_out, digest.hexdigest())
 
     def hint(self, left_out: LeftOut) -> str:
-        """What would read the records that have no text; empty if there are none, or nothing is seen."""
+        """Advise how to read the records that have no text; empty if there are none, or no advice."""
         names = [left["first"][0] for reason, left in left_out.reasons.items() if reason in OF_RECORDS]
         if not names:
             return ""
@@ -211,10 +211,10 @@ def open_corpus(
 
     Args:
         source: A file, a directory, or ``stdlib`` (``./stdlib`` is the directory of that name).
-        format: How documents are stored; inferred if None.
+        format: Format of the documents; inferred if None.
         globs: Patterns relative to ``source``; without a format, files that are no records are a source tree.
         text_key: JSONL and Parquet only: the key that holds the text.
-        bad_bytes: What becomes of bytes that are not text.
+        bad_bytes: Treatment of bytes that are not text.
         leave: A directory inside ``source`` that is no part of it.
 
     Raises:
@@ -222,7 +222,7 @@ def open_corpus(
     """
     if source == STDLIB or format is CorpusFormat.stdlib:
         if source != STDLIB or format not in (None, CorpusFormat.stdlib) or globs:
-            raise UserError(f"{source}: the corpus 'stdlib' takes neither a place, nor --format, nor --glob")
+            raise UserError(f"{source}: the corpus 'stdlib' takes neither a place, nor format=..., nor globs=...")
         root = Path(sysconfig.get_path("stdlib"))
         return Corpus(root, CorpusFormat.stdlib, tuple(_stdlib_paths(root)), text_key, bad_bytes)
 
@@ -262,7 +262,7 @@ def _open_directory(
     else:
         format = format or _only_format(place, entries, unusable)
         chosen = _of_format(entries, format)
-        wanted = f"no file of {format} ({' '.join(SUFFIXES[format])}); other files need --glob"
+        wanted = f"no file of {format} ({' '.join(SUFFIXES[format])}); other files need globs=..."
     paths = tuple(usable(chosen, place, report))
     if not paths and not unusable:
         raise UserError(f"{place}: empty corpus: {wanted}")
@@ -273,13 +273,13 @@ def _open_directory(
 
 
 def url_scheme(place: str) -> str:
-    """``s3`` of ``s3://bucket/name`` (also where a path has made one slash of the two); empty for a path."""
+    """Return ``s3`` of ``s3://bucket/name`` (also where a path has made one slash of the two); empty for a path."""
     match = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]+):/", place)
     return match[1] if match and not os.path.exists(place) else ""
 
 
 def _only_format(place: Path, entries: list[Entry], unusable: list[tuple[str, Reason, int | None]]) -> CorpusFormat:
-    """The one format whose files ``place`` holds."""
+    """Find the one format of the files in ``place``."""
     suffixes = {suffix_of(entry.path) for entry in entries}
     found = [format for format, own in SUFFIXES.items() if suffixes & set(own)]
     if not found and JSON_SUFFIX in suffixes:
@@ -287,12 +287,12 @@ def _only_format(place: Path, entries: list[Entry], unusable: list[tuple[str, Re
     if not found:
         known = " ".join(suffix for own in SUFFIXES.values() for suffix in own)
         unread = "".join(f"; {reason}: {name}" for name, reason, _ in unusable[:1])
-        raise UserError(f"{place}: empty corpus: no file of a known kind ({known}); other files need --glob{unread}")
+        raise UserError(f"{place}: empty corpus: no file of a known kind ({known}); other files need globs=...{unread}")
     return one_format(place, found)
 
 
 def _of_format(entries: list[Entry], format: CorpusFormat) -> list[Entry]:
-    """The entries whose name declares the format, and links to nothing that may have been to a directory of them."""
+    """Choose the entries whose name declares the format, and broken links that may have led to a directory of them."""
     chosen = [entry for entry in entries if suffix_of(entry.path) in SUFFIXES[format]]
     chosen = chosen or [entry for entry in entries if named_format(entry.path) is format]
     return chosen + [entry for entry in entries if entry.status is None and not suffix_of(entry.path)]
@@ -306,7 +306,7 @@ def _size(file: Path) -> int | None:
 
 
 def _stdlib_paths(root: Path) -> list[str]:
-    """Paths of the standard library's source; does not descend into site-packages."""
+    """List the paths of the standard library's source; site-packages are not entered."""
     paths: list[str] = []
     for directory, subdirectories, files in os.walk(root):
         subdirectories[:] = [name for name in subdirectories if name not in STDLIB_SKIPPED_DIRS]

@@ -1,4 +1,4 @@
-"""Stores that data come from, beside those that mosaicml-streaming knows: importing this adds them to it."""
+"""Stores for mosaicml-streaming beside its own: importing this module adds all of fsspec's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
 
 
 class FsspecDownloader(CloudDownloader):
-    """Downloads from every URL that fsspec reads."""
+    """Download from every URL that fsspec reads."""
 
     @staticmethod
     def _client_identifier() -> str:

@@ -1,4 +1,4 @@
-"""Finding the files of a corpus.
+"""Search for the files of a corpus.
 
 Directories are walked in full, links are followed, and a file or directory that is reached more than once is read once:
 by its own name if that lies in the corpus, else by the first link. Hidden files and directories are left out. What
@@ -19,16 +19,16 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.left_out import Reason
 
 Report = Callable[[str, Reason, int | None], None]
-"""Called with the name of what is left out, the reason, and the bytes (None: unknown)."""
+"""Callback for what is left out: its name, the reason, and its bytes (None: unknown)."""
 
 
 class Entry(NamedTuple):
-    """What has the name of a file.
+    """Entry of a directory that is no directory itself.
 
     Attributes:
         path: POSIX path relative to the corpus.
-        status: Of what a link leads to in the end; None if it leads to nothing, or may not be known.
-        linked: Whether it is, or lies behind, a link.
+        status: Status of the file, behind links; None if a link leads to nothing, or it may not be read.
+        linked: True if it is a link, or lies behind one.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
 
 def walk(root: Path, leave: Path | None, report: Report, patterns: Sequence[str] = ("**",)) -> list[Entry]:
-    """Everything below ``root`` that is no directory, sorted by path.
+    """List everything below ``root`` that is no directory, sorted by path.
 
     Args:
         root: A directory.
@@ -75,7 +75,7 @@ def walk(root: Path, leave: Path | None, report: Report, patterns: Sequence[str]
 
 
 def usable(entries: Iterable[Entry], root: Path, report: Report) -> list[str]:
-    """The paths of regular files, each file once; the rest is reported."""
+    """Return the paths of regular files, each file once; report the rest."""
     regular = []
     for entry in entries:
         if entry.status is None:
@@ -93,18 +93,18 @@ def usable(entries: Iterable[Entry], root: Path, report: Report) -> list[str]:
 
 
 def check_patterns(patterns: Sequence[str], root: Path) -> None:
-    """Refuse what is not a pattern of paths relative to ``root``.
+    """Refuse patterns that are not relative to ``root``.
 
     Raises:
         UserError: One is empty, absolute, or leads out of ``root``.
     """
     for pattern in patterns:
         if not pattern or pattern.startswith("/") or ".." in pattern.split("/"):
-            raise UserError(f"--glob {pattern!r}: not a pattern relative to {root}")
+            raise UserError(f"globs={pattern!r}: not a pattern relative to {root}")
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a relative path matches; ``*`` stays within a name, ``**`` is any number of directories."""
+    """Match a relative path; ``*`` stays within a name, ``**`` is any number of directories."""
     return _matches(path.split("/"), pattern.split("/"))
 
 
@@ -117,7 +117,7 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
 
 
 def _may_hold(directory: list[str], pattern: list[str]) -> bool:
-    """Whether something below the directory may match."""
+    """Tell if something below the directory may match."""
     if not directory:
         return bool(pattern)
     if not pattern:

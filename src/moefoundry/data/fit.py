@@ -1,7 +1,7 @@
-"""Whether prepared data fit a recipe, told from their small files: by ``validate`` in well under a second, and before
-training imports or allocates anything. What a shard holds is checked as it is first read (``guard.py``).
+"""Check that prepared data fit a recipe, by their small files.
 
-Data that a URL names are not looked at: ``local`` is their cache.
+``validate`` does so in well under a second, and training before it imports or allocates anything. The content of a
+shard is checked when it is first read (``guard.py``). Data behind a URL are not checked: ``local`` is their cache.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary
 
 
 def check_data(recipe: Recipe, world_size: int = 1) -> None:
-    """Make sure that the data fit a recipe.
+    """Check that the data fit a recipe.
 
     Args:
-        recipe: What is to be trained.
-        world_size: Number of ranks, by which an evaluation batch multiplies.
+        recipe: The recipe to train.
+        world_size: Number of ranks; an evaluation batch is multiplied by it.
 
     Raises:
         ConfigError: Names every key that they do not fit, or that names data which are not there.
@@ -45,7 +45,7 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
 
 
 def all_absent(recipe: Recipe) -> list[Problem]:
-    """What the recipe reads, if none of it is on this machine; empty if anything is, or has to be."""
+    """List the data of a recipe, where none of them are on this machine; empty where any are."""
     read = {path: key for key, loader in reversed(_loaders(recipe).items()) if (path := directory_of(loader.dataset))}
     tokenizer = Path(recipe.tokenizer.name)
     if tokenizer.exists() or any(Path(path).exists() for path in read):
@@ -68,7 +68,7 @@ def _loaders(recipe: Recipe) -> dict[str, LoaderConfig]:
 
 
 def directory_of(dataset: DatasetConfig) -> str | None:
-    """The directory where the data themselves are; None if a URL names them."""
+    """Return the directory of the data themselves; None if a URL names them."""
     if dataset.remote is None:
         return dataset.local
     remote = resolved(dataset.remote)
@@ -76,13 +76,13 @@ def directory_of(dataset: DatasetConfig) -> str | None:
 
 
 def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int) -> Iterator[Problem]:
-    """What stands in the way of a loader of local data.
+    """Find what is wrong with a loader of local data.
 
     Args:
         cfg: The loader.
-        key: Its own in the recipe.
+        key: Its key in the recipe.
         model_vocab_size: Rows of the embedding.
-        global_batch: Samples that the ranks take at a time.
+        global_batch: Samples of a batch of all ranks.
     """
     yield from _corpus_problems(cfg, key, model_vocab_size, global_batch)
     if Path(cfg.dataset.local, cfg.dataset.split).is_dir():
@@ -90,7 +90,7 @@ def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_b
 
 
 def _corpus_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int) -> Iterator[Problem]:
-    """What ``corpus.json`` tells; arguments as of :func:`loader_problems`."""
+    """Find what ``corpus.json`` tells; arguments as of :func:`loader_problems`."""
     dataset, local = cfg.dataset, Path(cfg.dataset.local)
     where, place = f"{key}.dataset", local / dataset.split
     if not local.exists():
@@ -109,7 +109,7 @@ def _corpus_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_
         message = f"{local}: its vocabulary of {summary.vocab_size} exceeds the model's vocab_size {model_vocab_size}"
         yield Problem("model.vocab_size", message)
     if dataset.split not in summary.splits:
-        nothing_held_out = "" if "val" in summary.splits else " (--val-fraction 0; eval_loader=null evaluates nothing)"
+        nothing_held_out = "" if "val" in summary.splits else " (val_fraction=0; eval_loader=null evaluates nothing)"
         message = f"{local}: no split {dataset.split!r}; it has {', '.join(summary.splits)}{nothing_held_out}"
         yield Problem(f"{where}.split", message)
     elif not (samples := summary.splits[dataset.split].samples):
@@ -120,8 +120,10 @@ def _corpus_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_
 
 
 def _remote_problems(cfg: LoaderConfig, key: str, path: str, vocab_size: int, global_batch: int) -> Iterator[Problem]:
-    """What stands in the way of a loader of remote data that lie in a directory. What its small files do not say, as
-    where shards alone were copied there, is found as the samples are read."""
+    """Find what is wrong with a loader of remote data in a directory.
+
+    Where that lacks the small files, since only shards were copied, it is found as samples are read.
+    """
     index = Path(path, cfg.dataset.split, INDEX_FILE)
     if not index.is_file():
         yield Problem(f"{key}.dataset.remote", f"{index}: no such file")
@@ -133,8 +135,13 @@ def _remote_problems(cfg: LoaderConfig, key: str, path: str, vocab_size: int, gl
 
 
 def another_length(place: str, encodings: Collection[str], max_seq_len: int) -> str:
-    """Why samples, by the encoding of their tokens such as ``ndarray:uint16:64``, do not have the recipe's length;
-    empty if they have, or do not say."""
+    """Describe samples whose length is not the recipe's; empty if it is, or is not known.
+
+    Args:
+        place: Place of the samples, for the message.
+        encodings: Encodings of their tokens, such as ``ndarray:uint16:64``.
+        max_seq_len: The recipe's.
+    """
     for encoding in encodings:
         length = encoding.rpartition(":")[2]
         if encoding.count(":") == 2 and length.isdecimal() and int(length) != max_seq_len:
@@ -143,7 +150,7 @@ def another_length(place: str, encodings: Collection[str], max_seq_len: int) -> 
 
 
 def too_few_samples(place: str, samples: int, global_batch: int) -> str:
-    """Why a split has no whole global batch; empty if it has."""
+    """Describe a split that has no whole global batch; empty if it has one."""
     if samples >= global_batch:
         return ""
     more = "prepare more text or lower the batch size"
@@ -151,13 +158,13 @@ def too_few_samples(place: str, samples: int, global_batch: int) -> str:
 
 
 def missing_hash(index: Path, shard: str, hashes: Collection[str], algorithm: str | None) -> str:
-    """Why a shard cannot be checked by ``validate_hash``; empty if it can.
+    """Describe a shard that ``validate_hash`` cannot check; empty if it can.
 
     Args:
-        index: The file that lists the shard.
-        shard: Its file's name.
-        hashes: What the index has of it, by the names of the algorithms.
-        algorithm: The one to check; None checks sizes alone.
+        index: File that lists the shard.
+        shard: Name of its file.
+        hashes: Algorithms of which the index has its hash.
+        algorithm: Algorithm to check; None checks sizes alone.
     """
     if algorithm is None or algorithm in hashes:
         return ""
@@ -167,7 +174,7 @@ def missing_hash(index: Path, shard: str, hashes: Collection[str], algorithm: st
 
 
 def report_problems(recipe: Recipe) -> Iterator[Problem]:
-    """What stands in the way of the report at the end of the run: its tokenizer, or a prompt of no tokens."""
+    """Find what is wrong with the report at the end of a run: its tokenizer, or a prompt without tokens."""
     report = recipe.callbacks.report
     if report is None:
         return
@@ -200,7 +207,7 @@ def _how_to_make(dataset: DatasetConfig, model_vocab_size: int) -> str:
 
 
 def _shard_problems(dataset: DatasetConfig, where: str) -> Iterator[Problem]:
-    """Every shard of the index is there with its size: known at once, what would else end the run at the shard."""
+    """Find shards of the index that are missing or truncated, which would end the run when it reads them."""
     directory = Path(dataset.local, dataset.split)
     file = directory / INDEX_FILE
     try:
@@ -218,4 +225,4 @@ def _shard_problems(dataset: DatasetConfig, where: str) -> Iterator[Problem]:
             yield Problem(f"{where}.local", f"{path}: truncated shard: {size}")
         elif message := missing_hash(file, info["basename"], info["hashes"], dataset.validate_hash):
             yield Problem(f"{where}.validate_hash", message)
-            return  # the others have not, either
+            return  # the other shards lack it, too

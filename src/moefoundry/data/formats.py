@@ -1,4 +1,4 @@
-"""How documents are stored: known by a file's name, and where the name says nothing, by its content."""
+"""Formats of documents: known by the name of a file, and where it says nothing, by the content."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ SUFFIXES = {
 }
 FORMAT_OF_SUFFIX = {suffix: format for format, suffixes in SUFFIXES.items() for suffix in suffixes}
 JSON_SUFFIX = ".json"
-"""Documents where it is asked for, or there is nothing else: beside other files it often is only about them."""
+"""Suffix of documents only if asked for, or if there is nothing else: beside other files it often describes them."""
 
 
 def suffix_of(name: str) -> str:
-    """The lower-case suffix, without that of a compression: ``.txt`` for ``A.TXT.gz``."""
+    """Return the lower-case suffix, without that of a compression: ``.txt`` for ``A.TXT.gz``."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
 
 
 def named_format(name: str) -> CorpusFormat | None:
-    """The format that a file's name declares."""
+    """Return the format that the name of a file declares."""
     suffix = suffix_of(name)
     return CorpusFormat.jsonl if suffix == JSON_SUFFIX else FORMAT_OF_SUFFIX.get(suffix)
 
 
 def format_of_files(root: Path, paths: Sequence[str], default: CorpusFormat) -> CorpusFormat:
-    """The one format of files that were chosen one by one or by a pattern.
+    """Find the one format of files that were chosen one by one or by a pattern.
 
     Args:
-        root: Where their paths start.
+        root: Directory that their paths start from.
         paths: At least one.
-        default: What a file is whose name and content say nothing.
+        default: Format of a file whose name and content say nothing.
 
     Raises:
         UserError: They are of several formats.
@@ -71,14 +71,14 @@ def format_of_files(root: Path, paths: Sequence[str], default: CorpusFormat) -> 
 
 
 def one_format(place: Path, found: Iterable[CorpusFormat]) -> CorpusFormat:
-    """The only one; a place that holds two kinds is never guessed.
+    """Return the only format; where there are two, none is guessed.
 
     Raises:
         UserError: There are several.
     """
     formats = sorted(set(found), key=list(CorpusFormat).index)
     if len(formats) > 1:
-        raise UserError(f"{place}: holds {' and '.join(formats)} files; say which are the corpus with --format")
+        raise UserError(f"{place}: holds {' and '.join(formats)} files; say which are the corpus: format=...")
     return formats[0]
 
 

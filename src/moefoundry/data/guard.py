@@ -1,4 +1,4 @@
-"""Guards around mosaicml-streaming: shards that cannot be trusted end the run, and the error names them.
+"""Guards around mosaicml-streaming: a shard that cannot be trusted ends the run with an error that names it.
 
 The only file that replaces private parts of the library (``loader.py`` derives from the class here), so it warns where
 another version is installed than :data:`TESTED`. The library's own behaviour, and the reason of each change:
@@ -77,13 +77,13 @@ def check_version() -> None:
 
 
 class CheckedStream(Stream):
-    """Shards whose content is what the index says before any of their samples are read.
+    """Stream whose shards are checked against the index before any of their samples are read.
 
     Args:
         local: Directory of the data, or the cache of the remote ones.
-        remote: Where missing shards are downloaded from; None if all data are local.
+        remote: Place that missing shards are downloaded from; None if all data are local.
         split: Sub-directory of both.
-        algorithm: The hash to check, which the index must have of every shard; None compares sizes alone.
+        algorithm: Hash to check, which the index must have of every shard; None compares sizes alone.
     """
 
     def __init__(self, *, local: str, remote: str | None, split: str, algorithm: str | None) -> None:
@@ -92,7 +92,7 @@ class CheckedStream(Stream):
         self.directory = Path(resolved(local), split)
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
-        """The index's shards. Collective: what is wrong on one node is raised on all.
+        """Read the shards of the index. Collective: an error of one node is raised on all.
 
         Raises:
             UserError: There is no index, it cannot be read, it differs from the remote one, or lacks the hash.
@@ -113,7 +113,7 @@ class CheckedStream(Stream):
         return shards
 
     def _fetch_index(self) -> str | None:
-        """Download the remote index, once a node; what is wrong with it, if anything."""
+        """Download the remote index, once a node; return the problem with it, if any."""
         name = get_index_basename()
         here, there = self.directory / name, f"{self.remote}/{self.split}/{name}"
         fresh = self.directory / f"{name}.{uuid.uuid4().hex}"  # nodes may share the directory
@@ -164,7 +164,7 @@ class CheckedStream(Stream):
 
 
 class NodeFailure:
-    """The library's flag "a background thread has failed", shared by all processes of a node, with the reason.
+    """Flag of the library "a background thread has failed", shared by all processes of a node, with the reason.
 
     A file that is empty until something fails. It lies beside the dataset's segments of shared memory, under their
     number; while the process that created it lives, a lock on it says that the segments are in use.
@@ -193,12 +193,15 @@ class NodeFailure:
         self._file.write(f"{reason}\n".encode())
 
     def is_set(self) -> bool:
-        """Whether anything has failed in any process of the node."""
+        """Tell if anything has failed in any process of the node."""
         return os.fstat(self._file.fileno()).st_size > 0
 
     def raise_if_set(self) -> None:
-        """Raises:
-        DataError: Something has failed; the reason of the first."""
+        """Do nothing unless something has failed.
+
+        Raises:
+            DataError: Gives the reason of the first failure.
+        """
         if self.is_set():
             reasons = os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0)
             raise DataError(reasons.decode().partition("\n")[0])
@@ -210,19 +213,19 @@ def _remove_in(process: int, path: Path) -> None:
 
 
 def _segments_directory() -> Path:
-    """Where segments are files; where they are none (macOS), they go with their process, and only the flag is one."""
+    """Return the directory of shared memory; where there is none (macOS), only the flag is a file, a temporary one."""
     return SEGMENTS if SEGMENTS.is_dir() else Path(gettempdir())
 
 
 @contextmanager
 def _sole_starter() -> Iterator[None]:
-    """One process of the machine at a time is in here, whoever's it is.
+    """Let one process of the machine at a time, of any user, run the body.
 
-    The lock is one of the directory itself, which every user may open; a file for it could belong to another. Nothing
-    collective may happen inside: of two jobs that share two nodes, each could hold what the other waits for.
+    The lock is one of the directory itself, which every user may open; a file for it could belong to another. The body
+    must not be collective: of two jobs that share two nodes, each could hold the lock that the other waits for.
 
     Raises:
-        UserError: Another process stays in here, stopped perhaps.
+        UserError: Another process holds the lock too long.
     """
     path = _segments_directory()
     directory = os.open(path, os.O_RDONLY)
@@ -249,7 +252,7 @@ def _try_lock(file: int) -> bool:
 
 
 def _free_number(first: int) -> int:
-    """The first number that begins no name, neither of a segment or a flag nor of the library's lock files."""
+    """Find the first number that begins no name of a segment, of a flag or of the library's lock files."""
     directories = {_segments_directory(), Path(gettempdir())}
     taken = {path.name.partition("_")[0] for directory in directories for path in directory.glob("[0-9]*_*")}
     return next(number for number in count(first) if f"{number:06}" not in taken)
@@ -280,8 +283,8 @@ class GuardedDataset(StreamingDataset):
     Construction is collective. Every rank makes it at the same point, in a process group if there are several.
 
     Args:
-        stream: What is read.
-        options: Of ``StreamingDataset``.
+        stream: Data to read.
+        options: Options of ``StreamingDataset``.
 
     Raises:
         UserError: As :meth:`CheckedStream.get_shards`; or the cache is in use.
@@ -309,22 +312,22 @@ class GuardedDataset(StreamingDataset):
     def _register(
         self, local: list[str], remote: list[str | None], world: World, retry: int = 100
     ) -> tuple[int, SharedMemory]:
-        """What ``StreamingDataset`` calls for its ``get_shm_prefix``: take a number for the segments of this dataset.
+        """Take a number for the segments of this dataset; ``StreamingDataset`` calls it as its ``get_shm_prefix``.
 
-        Collective: what is wrong on one node is raised on all.
+        Collective: an error of one node is raised on all.
 
         Args:
             local: Directory of each stream's data.
-            remote: Where they come from, if not from there.
-            world: The place of this rank.
-            retry: How often to look again whether a cache is still in use; each takes 7 ms.
+            remote: Remote place of each, or None.
+            world: Place of this rank.
+            retry: Attempts to find a cache no longer in use; each takes 7 ms.
 
         Returns:
-            The number, one a node, and the segment that says which directories are in use.
+            The number, the same on a node, and the segment that lists the directories in use.
 
         Raises:
             ValueError: A cache is in use.
-            UserError: Others do not let this run start.
+            UserError: Another process keeps this run from starting.
             OSError: The segment cannot be created.
         """
         taken: int | Exception | None = None
@@ -351,7 +354,7 @@ class GuardedDataset(StreamingDataset):
         return number, segment
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The samples of this process in this epoch.
+        """Yield the samples of this process in this epoch.
 
         Raises:
             DataError: Some process of the node cannot have a shard, or the epoch ends before its last sample.
@@ -372,7 +375,7 @@ class GuardedDataset(StreamingDataset):
         return sample_ids
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """One sample; see ``StreamingDataset``.
+        """Return one sample; see ``StreamingDataset``.
 
         Raises:
             DataError: Some process of the node cannot have a shard.
@@ -381,7 +384,7 @@ class GuardedDataset(StreamingDataset):
         return super().get_item(sample_id, retry)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Have a shard, checked, on this node; see ``StreamingDataset``."""
+        """Download and check a shard on this node; see ``StreamingDataset``."""
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
@@ -390,7 +393,7 @@ class GuardedDataset(StreamingDataset):
             raise
 
     def on_exception(self, future: Future[None]) -> None:
-        """Called as a background thread ends."""
+        """Note the failure of a background thread; called as it ends."""
         if (error := future.exception()) is not None:
             self._event.set(str(error) if isinstance(error, UserError) else repr(error))
             self._iterator.on_exit()  # which a thread that fails leaves out, so that the next epoch waits for it

@@ -1,4 +1,4 @@
-"""What data are, wherever they lie: digests that a run stores and compares.
+"""Identity of data, wherever they lie: digests that a run stores and compares.
 
 A stream is one directory of shards, such as ``OUT/train``. Its digest follows from its index alone: the encoding of the
 samples, and the number of samples, the size and the hashes of every shard, in order. The order counts, since the order
@@ -20,7 +20,7 @@ INDEX_FILE = "index.json"
 
 
 def read_shards(directory: Path) -> list[dict[str, Any]]:
-    """The shards that the index of a stream lists; of remote data the index is in the local cache.
+    """Read the shards in the index of a stream; of remote data it is in the local cache.
 
     Raises:
         UserError: The index is absent or damaged.
@@ -34,7 +34,7 @@ def read_shards(directory: Path) -> list[dict[str, Any]]:
 
 
 def stream_digest(directory: Path) -> str:
-    """SHA-256, in hex, of a stream's content. Shards without hashes count by their sizes alone.
+    """Compute the SHA-256, in hex, of a stream's content. Shards without hashes count by their sizes alone.
 
     Raises:
         UserError: The index is absent or damaged.
@@ -55,9 +55,9 @@ def stream_digest(directory: Path) -> str:
 
 
 def corpus_digest(tokenizer_sha256: str, eos_id: int, streams: Mapping[str, str]) -> str:
-    """SHA-256, in hex, of a prepared corpus: its tokenizer and the digest of each stream, by name.
+    """Compute the SHA-256, in hex, of a prepared corpus: its tokenizer and the digest of each stream, by name.
 
-    A stream's own digest is of token ids, whose meaning the tokenizer decides; compare the tokenizers, too.
+    The digest of a stream covers token ids, whose meaning the tokenizer decides; compare the tokenizers, too.
     """
     return _digest({"tokenizer": tokenizer_sha256, "eos_id": eos_id, "streams": dict(streams)})
 

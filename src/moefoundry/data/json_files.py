@@ -1,4 +1,4 @@
-"""The JSON files of Hugging Face directories."""
+"""JSON files of Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        UserError: It cannot be read, or is none.
+        UserError: The file cannot be read, or holds something else.
     """
     try:
         value = json.loads(path.read_bytes())
@@ -34,10 +34,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Say what a file is that git-lfs left in the place of a large one.
+    """Refuse a file that git-lfs left in the place of a large one.
 
     Raises:
-        UserError: It is such a file.
+        UserError: The file is such a pointer.
     """
     with suppress(OSError), path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:

@@ -1,8 +1,8 @@
-"""What of a corpus is not prepared, and why: no text is lost without a word.
+"""Parts of a corpus that are not prepared, and the reasons: no text is lost without a word.
 
-Everything that is left out is counted with its bytes and named. Blank documents and what holds no bytes at rest cost no
-text; the rest is a loss, which beyond :data:`MAX_LOSS` of the bytes is an error unless it is allowed. The size of some
-things cannot be known (a directory that may not be read); such a loss is only allowed where any is.
+Everything that is left out is counted with its bytes and named. Blank documents and special files cost no text. The
+rest is a loss: beyond :data:`MAX_LOSS` of the bytes it is an error unless it is allowed. Where the size of a loss is
+unknown, as of a directory that may not be read, it is allowed only if any loss is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAMED = 3  # of each reason
 
 
 class Reason(StrEnum):
-    """Why something is left out. The value completes "left out as ..."."""
+    """Reason why something is left out. The value completes "left out as ..."."""
 
     blank = "blank"
     special = "not a regular file"
@@ -36,7 +36,7 @@ class Reason(StrEnum):
 HARMLESS = frozenset({Reason.blank, Reason.special})
 OF_RECORDS = frozenset({Reason.no_key, Reason.not_string})
 REMEDIES = {
-    Reason.bad_bytes: "--bad-bytes replace keeps such lines, with U+FFFD for each bad byte",
+    Reason.bad_bytes: "bad_bytes=replace keeps such lines, with U+FFFD for each bad byte",
     Reason.not_text: "convert these files to UTF-8 text",
     Reason.unreadable: "make it readable",
     Reason.broken_link: "mend or remove the link",
@@ -44,12 +44,12 @@ REMEDIES = {
 
 
 class Left(dict[str, Any]):
-    """Of one reason: ``count``, ``bytes`` (None where unknown) and the ``first`` few names; JSON as it is."""
+    """Losses for one reason: ``count``, ``bytes`` (None where unknown) and the ``first`` few names; plain JSON."""
 
 
 @dataclass
 class LeftOut:
-    """What was left out so far, by reason."""
+    """Losses so far, by reason."""
 
     reasons: dict[str, Left] = field(default_factory=dict)
 
@@ -63,11 +63,11 @@ class LeftOut:
 
     @property
     def count(self) -> int:
-        """How many things were left out."""
+        """Number of things left out."""
         return sum(left["count"] for left in self.reasons.values())
 
     def share(self, kept_bytes: int) -> float | None:
-        """The lost share of all bytes, 0 to 1; None where the size of something lost is unknown."""
+        """Return the lost share of all bytes, 0 to 1; None where the size of something lost is unknown."""
         lost = [left["bytes"] for reason, left in self.reasons.items() if reason not in HARMLESS]
         if None in lost:
             return None
@@ -77,13 +77,13 @@ class LeftOut:
         """Refuse to lose more than ``max_loss`` of the bytes.
 
         Args:
-            source: The corpus, as the user calls it.
+            source: Name of the corpus, as the user gave it.
             kept_bytes: UTF-8 bytes of the documents.
-            max_loss: The share that may be lost.
-            hint: What would read the records; may be empty.
+            max_loss: Share that may be lost.
+            hint: Advice on how to read the records; may be empty.
 
         Raises:
-            UserError: More is lost. The message says what, and what can be done.
+            UserError: More is lost. The message says which parts, and the remedies.
         """
         share = self.share(kept_bytes)
         if (1.0 if share is None else share) <= max_loss:
@@ -91,7 +91,7 @@ class LeftOut:
         remedies = [hint] if hint else []
         remedies += [remedy for reason, remedy in REMEDIES.items() if reason in self.reasons]
         if kept_bytes:
-            remedies.append(f"or allow it: --max-loss {1 if share is None else _rounded_up(share)}")
+            remedies.append(f"or allow it: max_loss={1 if share is None else _rounded_up(share)}")
         raise UserError(
             f"{source}: {describe_share(share)} of its bytes would be left out, and {max_loss:.2%} may be: "
             f"{'; '.join([describe_left_out(self.reasons), *remedies])}"
@@ -99,12 +99,12 @@ class LeftOut:
 
 
 def describe_share(share: float | None) -> str:
-    """A share that may be unknown, in words."""
+    """Express a share, which may be unknown, in words."""
     return "an unknown share" if share is None else f"{share:.2%}"
 
 
 def describe_left_out(reasons: dict[str, Left]) -> str:
-    """One line: each reason with its count, bytes and first names."""
+    """List each reason with its count, bytes and first names, on one line."""
     return ", ".join(
         f"{left['count']:,} {reason} ({_size(left['bytes'])}: {', '.join(map(one_line, left['first']))}"
         + (", ...)" if left["count"] > len(left["first"]) else ")")
@@ -113,7 +113,7 @@ def describe_left_out(reasons: dict[str, Left]) -> str:
 
 
 def one_line(name: str) -> str:
-    """A file's name as it can be printed: line breaks, and bytes that are not UTF-8, are escaped."""
+    """Escape line breaks in the name of a file, and bytes that are not UTF-8."""
     printable = "".join(char if char.isprintable() else repr(char)[1:-1] for char in name)
     return printable.encode(errors="backslashreplace").decode()
 
@@ -123,5 +123,5 @@ def _size(size: int | None) -> str:
 
 
 def _rounded_up(share: float) -> str:
-    """The smallest option value of two significant digits or so that allows ``share``."""
+    """Round ``share`` up to a multiple of 0.001, or to 1."""
     return "1" if share > 0.99 else f"{int(share * 1000 + 1) / 1000:g}"

@@ -1,4 +1,4 @@
-"""Loaders: prepared shards become batches, in an order that does not depend on how many ranks read them.
+"""Loaders of prepared shards: batches in an order that does not depend on the number of ranks.
 
 B batch of one rank, S ``max_seq_len``, G global batch (B x ranks). A batch is ``{"input_ids": int64 [B, S], "labels":
 int64 [B, S]}`` with equal contents: the shift by one is the model's. Where documents are told apart, ``"sequence_id":
@@ -54,7 +54,7 @@ class TokenDataset(GuardedDataset):
     """Packed samples as tensors. Construction is collective: every rank makes it at the same point.
 
     Args:
-        config: What is read.
+        config: Data to read.
         batch_size: Samples of one rank's batch.
         drop_last: Cut the epoch to whole global batches.
         vocab_size: Token ids must lie below it.
@@ -104,7 +104,7 @@ class TokenDataset(GuardedDataset):
         self.length = self.epoch_size // ranks
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The samples of this process in this epoch; see :class:`GuardedDataset`."""
+        """Yield the samples of this process in this epoch; see :class:`GuardedDataset`."""
         for position, sample in enumerate(super().__iter__()):
             if self._repeats is not None and self._repeats[position]:
                 sample = sample | {"labels": torch.full_like(sample["labels"], IGNORE_INDEX)}
@@ -119,18 +119,18 @@ class TokenDataset(GuardedDataset):
         return sample_ids
 
     def _share_work(self, sample_ids: NDArray[np.int64]) -> Any:
-        """Called in one process of a node, with the samples of all: ``[node, rank, worker, batch, sample]``."""
+        """Share the samples of all, ``[node, rank, worker, batch, sample]``; called in one process of a node."""
         self._repeats = None if self.drop_last else _repeated(sample_ids)
         return super()._share_work(sample_ids)
 
     def _attach_work(self) -> Any:
-        """Called in the other processes; what it returns begins with the samples of all."""
+        """Receive the samples of all, and more behind them; called in the other processes of a node."""
         work = super()._attach_work()
         self._repeats = None if self.drop_last else _repeated(work[0])
         return work
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
-        """One sample: ``input_ids``, ``labels`` and, with an ``eos_id``, ``sequence_id``, int64 [S] each."""
+        """Return one sample: ``input_ids``, ``labels`` and, with an ``eos_id``, ``sequence_id``, int64 [S] each."""
         tokens = super().get_item(sample_id, retry)[TOKENS]
         if tokens.shape != (self.max_seq_len,):
             raise DataError(
@@ -144,7 +144,7 @@ class TokenDataset(GuardedDataset):
 
 
 def _repeated(sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Of the same shape: whether a sample is there already, further to the front."""
+    """Mark, in the same shape, the samples that occur earlier already."""
     repeated = np.ones(sample_ids.size, bool)
     repeated[np.unique(sample_ids, return_index=True)[1]] = False
     return repeated.reshape(sample_ids.shape)
@@ -162,7 +162,7 @@ class TokenDataLoader(StreamingDataLoader):
 
 
 def number_documents(tokens_S: Tensor, eos_id: int) -> Tensor:
-    """int64 [S]: which document of the sample each token is of, from 0; ``eos_id`` ends one."""
+    """Number the document of each token of a sample from 0, int64 [S]; ``eos_id`` ends one."""
     ends_S = tokens_S == eos_id
     return ends_S.cumsum(0) - ends_S.long()
 
@@ -170,7 +170,7 @@ def number_documents(tokens_S: Tensor, eos_id: int) -> Tensor:
 def build_loader(
     config: LoaderConfig, *, batch_size: int, model_vocab_size: int, documents_of: Path | None = None
 ) -> StreamingDataLoader:
-    """The loader of one rank.
+    """Build the loader of one rank.
 
     ``state_dict()`` and ``load_state_dict()`` of the result hold and restore the position within the epoch, which may
     be restored on another number of ranks with the same global batch size. Collective: every rank calls it.
@@ -209,10 +209,10 @@ def build_loader(
 
 
 def _obey_the_rank_alone(worker: int) -> None:
-    """Called in each loader process: what asks a run to stop is left to its rank.
+    """Leave the signals that ask a run to stop to its rank; called in each loader process.
 
-    Slurm, and whoever signals a process group, reaches loader processes, too; but the rank still needs them, to the end
-    of its batch. They end when it says so, or has gone.
+    Slurm signals loader processes, too, and so does whoever signals a process group. But the rank still needs them, to
+    the end of its batch. They end when the rank says so, or has gone.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_with_the_rank, args=(os.getppid(),), daemon=True).start()

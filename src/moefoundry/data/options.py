@@ -1,4 +1,4 @@
-"""What `moefoundry prepare` is asked for."""
+"""Options of the preparation of a corpus."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moefoundry.data.tokenizer import check_trainable
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """What to prepare and how.
+    """Options of :func:`~moefoundry.data.prepare.prepare`.
 
     Attributes:
         source: File, directory or ``stdlib``.
@@ -25,14 +25,14 @@ class PrepareOptions:
         vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
         tokenizer: A Hugging Face tokenizer directory to use instead of training one.
         max_vocab: Refuse a larger vocabulary (the model's ``vocab_size``).
-        format: How documents are stored; inferred if None.
+        format: Format of the documents; inferred if None.
         globs: Patterns of the files.
         text_key: JSONL and Parquet: key of the text, or a path of keys with dots.
-        bad_bytes: What becomes of bytes that are not text.
-        max_loss: The share of the bytes that may be left out.
+        bad_bytes: Treatment of bytes that are not text.
+        max_loss: Share of the bytes that may be left out.
         val_fraction: Expected share of files (documents for JSONL) held out; 0 holds nothing out.
-        max_docs: Use only the first so many documents.
-        max_bytes: Use only the first documents of so many bytes.
+        max_docs: Use only this many documents, the first.
+        max_bytes: Use only the first documents, of this many bytes in all.
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
     """
@@ -56,7 +56,7 @@ class PrepareOptions:
 
 
 def expanded(options: PrepareOptions) -> PrepareOptions:
-    """The options with ``~`` resolved in every path.
+    """Resolve ``~`` in every path.
 
     Raises:
         UserError: ``out`` is a URL.
@@ -75,19 +75,19 @@ def expanded(options: PrepareOptions) -> PrepareOptions:
 
 
 def check_numbers(options: PrepareOptions) -> None:
-    """Make sure that every number can be.
+    """Check that every number is in range.
 
     Raises:
-        UserError: One is out of range; it is named by its option.
+        UserError: Names the first that is out of range.
     """
     if options.max_seq_len < 2:
-        raise UserError(f"--max-seq-len {options.max_seq_len}: at least 2 (a token and the next one)")
+        raise UserError(f"max_seq_len={options.max_seq_len}: at least 2 (a token and the next one)")
     if not 0 <= options.val_fraction < 1:
-        raise UserError(f"--val-fraction {options.val_fraction}: at least 0 (no held-out split), and below 1")
+        raise UserError(f"val_fraction={options.val_fraction}: at least 0 (no held-out split), and below 1")
     if not 0 <= options.max_loss <= 1:
-        raise UserError(f"--max-loss {options.max_loss}: a share, from 0 to 1")
+        raise UserError(f"max_loss={options.max_loss}: a share, from 0 to 1")
     if options.tokenizer is None:
         check_trainable(options.vocab_size)
-    for name, cap in (("--max-docs", options.max_docs), ("--max-bytes", options.max_bytes)):
+    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes)):
         if cap is not None and cap < 1:
-            raise UserError(f"{name} {cap}: at least 1")
+            raise UserError(f"{name}={cap}: at least 1")

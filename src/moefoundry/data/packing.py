@@ -1,4 +1,4 @@
-"""Packing: token documents of any length become samples of one length, with nothing lost in between.
+"""Packing of token documents of any length into samples of one length, with nothing lost in between.
 
 Documents, each followed by the end-of-text token, form one stream that is cut every ``seq_len`` tokens. A sample may
 hold several documents and a document may span several samples, so no compute goes to padding. The tail of the stream,
@@ -46,7 +46,7 @@ def pack(
 
 
 def _checked(document: Sequence[int] | NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
-    """The ids in ``dtype``; an id that does not fit must not wrap around in silence."""
+    """Convert ids to ``dtype``; an id that does not fit must not wrap around in silence."""
     ids = np.asarray(document, np.int64)
     limits = np.iinfo(dtype)
     if ids.size and (ids.min() < limits.min or ids.max() > limits.max):

@@ -1,4 +1,4 @@
-"""How long a store may say nothing."""
+"""Time limits for stores that may hang."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ T = TypeVar("T")
 
 
 def unless_silent(action: Callable[[], T], progress: Callable[[], int], longest: float) -> T:
-    """The result of ``action``, which runs in a thread.
+    """Run ``action`` in a thread and return its result.
 
     Args:
-        action: What may never return.
-        progress: A number that changes while it is alive.
+        action: Call that may never return.
+        progress: Returns a number that changes while the action is alive.
         longest: Seconds that the number may stay the same.
 
     Raises:
-        TimeoutError: It has for longer; the thread is given up.
-        Exception: What ``action`` raises.
+        TimeoutError: The number stayed the same for longer; the thread is left alone.
+        Exception: Any error of ``action``.
     """
     outcome: Future[T] = Future()
 

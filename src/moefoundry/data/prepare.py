@@ -1,4 +1,4 @@
-"""`moefoundry prepare`: a corpus becomes a directory that training can read.
+"""Preparation of a corpus as a directory that training reads: ``moefoundry prepare``.
 
 Layout of the result::
 
@@ -38,7 +38,7 @@ from moefoundry.data.options import PrepareOptions, check_numbers, expanded
 from moefoundry.data.packing import pack
 from moefoundry.data.progress import Progress
 from moefoundry.data.splits import Division, Split, by_position, moved, unit_hash
-from moefoundry.data.staging import clear_abandoned, staging
+from moefoundry.data.staging import clear_abandoned, occupied, staged
 from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSION, CorpusSummary, SplitSummary, read_corpus_summary
 from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from moefoundry.version import __version__
@@ -53,13 +53,13 @@ RETRY_MARGINS = (1.2, 2.0, 4.0)  # text for a sample, over that of an average on
 
 @dataclass(frozen=True)
 class PreparedSummary:
-    """What :func:`prepare` did.
+    """Result of :func:`prepare`.
 
     Attributes:
         out: The directory.
-        corpus: What it holds.
-        up_to_date: Whether it held just that already, and nothing was written.
-        ignored: How many files of each suffix in the source are of other kinds than the corpus.
+        corpus: Summary of its content.
+        up_to_date: True if it was there already, and nothing was written.
+        ignored: Number of files of each suffix in the source that are of other kinds than the corpus.
     """
 
     out: Path
@@ -95,7 +95,8 @@ def _prepare(options: PrepareOptions) -> PreparedSummary:
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
 
-    with staging(out, options.overwrite) as directory:
+    with staged(out, replace=options.overwrite) as directory:
+        directory.mkdir()
         written = _write(corpus, scan, given, options, directory)
         digests = {name: split.sha256 for name, split in written.splits.items()}
         summary = CorpusSummary(
@@ -125,10 +126,12 @@ def _scan(corpus: Corpus, options: PrepareOptions) -> CorpusScan:
         scan = corpus.scan(options.max_docs, options.max_bytes, progress.update)
     scan.left_out.check(options.source, scan.bytes, options.max_loss, corpus.hint(scan.left_out))
     if not scan.documents:
+        caps = {"max_docs": options.max_docs, "max_bytes": options.max_bytes}
+        limits = " and ".join(f"{name}={cap}" for name, cap in caps.items() if cap)
         left_out = f" (left out: {describe_left_out(scan.left_out.reasons)})" if scan.left_out.count else ""
         raise UserError(
             f"{options.source}: empty corpus: no document with text in {len(corpus.paths)} file(s)"
-            + (" within --max-docs and --max-bytes" if options.max_docs or options.max_bytes else "")
+            + f"{limits and ' within '}{limits}"
             + left_out
         )
     return scan
@@ -136,17 +139,17 @@ def _scan(corpus: Corpus, options: PrepareOptions) -> CorpusScan:
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
     """Refuse a vocabulary above the limit before any work; a trained one has at most ``vocab_size`` tokens."""
-    name, size = (f"--vocab-size {options.vocab_size}", options.vocab_size)
+    name, size = f"vocab_size={options.vocab_size}", options.vocab_size
     if given is not None:
         name, size = (f"{options.tokenizer}: the tokenizer's vocabulary of {given.vocab_size}", given.vocab_size)
     if options.max_vocab is not None and size > options.max_vocab:
-        raise UserError(f"{name} exceeds --max-vocab {options.max_vocab}")
+        raise UserError(f"{name} exceeds max_vocab={options.max_vocab}")
 
 
 def _inputs(
     options: PrepareOptions, corpus: Corpus, scan: CorpusScan, given: TextTokenizer | None
 ) -> dict[str, str | int | float | None]:
-    """All that decides the result. Paths are not in it: the same files elsewhere give the same corpus."""
+    """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
     return {
         "format_version": FORMAT_VERSION,
         "format": corpus.format.value,
@@ -163,8 +166,8 @@ def _inputs(
 
 
 def _check_out(out: Path, options: PrepareOptions) -> None:
-    """Refuse, before anything is read, to write where something else than a corpus lies."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    """Refuse, before anything is read, to write over anything but a corpus."""
+    if not occupied(out):
         return
     if not (out / CORPUS_FILE).is_file():
         raise UserError(f"{options.out}: exists and is not a prepared corpus (no {CORPUS_FILE}); choose another OUT")
@@ -174,7 +177,7 @@ def _check_out(out: Path, options: PrepareOptions) -> None:
 
 
 def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> CorpusSummary | None:
-    """What ``out`` holds, if it is what was asked for; None if it is to be written.
+    """Return the corpus in ``out`` if it is the one asked for; None if one has to be written.
 
     Raises:
         UserError: ``out`` holds another corpus, and is not to be overwritten.
@@ -191,7 +194,7 @@ def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> Cor
     needed = ("tokenizer/tokenizer.json", *(f"{name}/index.json" for name in summary.splits))
     differing += [f"{name} (missing there)" for name in needed if not (out / name).is_file()]
     if differing:
-        raise UserError(f"{options.out}: holds another corpus; differs in {', '.join(differing)}; replace: --overwrite")
+        raise UserError(f"{options.out}: holds another corpus; differs in {', '.join(differing)}; or overwrite=True")
     return summary
 
 
@@ -205,7 +208,7 @@ class _Written:
 def _write(
     corpus: Corpus, scan: CorpusScan, given: TextTokenizer | None, options: PrepareOptions, directory: Path
 ) -> _Written:
-    """Write the tokenizer and the splits. Where one gets no sample, divide otherwise, and write again."""
+    """Write the tokenizer and the splits. Where a split gets no sample, divide anew and write again."""
     with Progress("loading libraries"):
         importlib.import_module("streaming")  # and torch: seconds
     division = Division(options.val_fraction)
@@ -237,18 +240,18 @@ def _too_little(scan: CorpusScan, splits: dict[str, SplitSummary], tokens: int, 
     empty = " and ".join(name for name, split in splits.items() if not split.samples)
     return (
         f"{options.source}: no sample for {empty}: {scan.documents} document(s) have {tokens} tokens in all, and each "
-        f"of {' and '.join(splits)} needs --max-seq-len {options.max_seq_len}; add text, or lower that"
-        + (", or hold nothing out: --val-fraction 0" if len(splits) > 1 else "")
+        f"of {' and '.join(splits)} needs max_seq_len={options.max_seq_len}; add text, or lower that"
+        + (", or hold nothing out: val_fraction=0" if len(splits) > 1 else "")
     )
 
 
 def _documents(
     corpus: Corpus, scan: CorpusScan, division: Division, split: Split, options: PrepareOptions, progress: Progress
 ) -> Iterator[Document]:
-    """The admitted documents of one split.
+    """Yield the admitted documents of one split.
 
     Raises:
-        UserError: The corpus is no longer what was scanned.
+        UserError: The corpus has changed since it was scanned.
     """
     digest = hashlib.sha256()
 
@@ -335,7 +338,7 @@ def _write_split(documents: _Counted, options: PrepareOptions, directory: Path) 
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:
-    """Entropy in nats of the distribution proportional to ``counts``; 0.0 if all are zero."""
+    """Compute the entropy in nats of the distribution proportional to ``counts``; 0.0 if all are zero."""
     seen = counts[counts > 0].astype(np.float64)
     if not seen.size:
         return 0.0

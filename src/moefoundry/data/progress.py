@@ -1,4 +1,4 @@
-"""How far a stage of the preparation is: a bar on a terminal, else a line now and then (in a log, behind a pipe)."""
+"""Progress of a stage of the preparation: a bar on a terminal, else a line now and then (in a log, behind a pipe)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ BAR_SECONDS = 1.0
 
 
 class Progress:
-    """Of one stage, counted in bytes of text; nothing is said of one that ends at once.
+    """Progress of one stage, in bytes of text; a stage that ends at once prints nothing.
 
     Args:
-        stage: What is being done.
-        total: Bytes in all; None if that is not known yet.
+        stage: Name of the stage.
+        total: Bytes in all; None if not known yet.
     """
 
     def __init__(self, stage: str, total: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Bytes of a file as text: compression and encoding are known by content, whatever the name says.
+"""Text of files: compression and encoding are known by content, whatever the name says.
 
 gzip, Zstandard, bzip2 and xz are read as what they hold. UTF-8 is the rule; a byte-order mark, or the pattern of zero
 bytes that ASCII has in UTF-16, tells UTF-16 and UTF-32. Text is kept as it is otherwise: no newline translation, no
@@ -24,11 +24,11 @@ HEAD_BYTES = 4096
 
 
 class DamagedError(Exception):
-    """The content is not what its first bytes promise."""
+    """Content that its first bytes do not match."""
 
 
 DAMAGES = (DamagedError, OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading may raise; an ``OSError`` without an ``errno`` is of the content."""
+"""Errors that reading may raise; an ``OSError`` without an ``errno`` is about the content."""
 
 MARK = "\udcff"  # stands for bytes that cannot be decoded; no text holds it
 BOMS = (
@@ -41,7 +41,7 @@ BOMS = (
 
 
 class BadBytes(Enum):
-    """What becomes of bytes that are not text: their line is dropped, or U+FFFD replaces them."""
+    """Treatment of bytes that are not text: drop their line, or replace them by U+FFFD."""
 
     drop = "drop"
     replace = "replace"
@@ -57,11 +57,11 @@ codecs.register_error("moefoundry.mark", _mark)
 
 
 class NotTextError(ValueError):
-    """The bytes are no text in any encoding that is read."""
+    """Bytes that are no text in any encoding known here."""
 
 
 def open_bytes(file: Path) -> BinaryIO:
-    """The file's content, decompressed.
+    """Open the content of a file, decompressed.
 
     Raises:
         OSError: It cannot be opened. Reading may raise any of :data:`DAMAGES`.
@@ -82,13 +82,13 @@ def open_bytes(file: Path) -> BinaryIO:
 
 
 def read_head(file: Path) -> bytes:
-    """The first :data:`HEAD_BYTES` of the content, decompressed."""
+    """Read the first :data:`HEAD_BYTES` of the content, decompressed."""
     with open_bytes(file) as stream:
         return stream.read(HEAD_BYTES)
 
 
 def encoding_of(head: bytes) -> str:
-    """The encoding of a text that begins so."""
+    """Guess the encoding of a text from its first bytes."""
     for mark, encoding in BOMS:
         if head.startswith(mark):
             return encoding
@@ -100,15 +100,15 @@ def encoding_of(head: bytes) -> str:
 
 
 def decode(data: bytes, bad_bytes: BadBytes, on_bad: Callable[[int, int], None]) -> str:
-    """A whole text.
+    """Decode a whole text.
 
     Args:
-        data: Its bytes.
-        bad_bytes: What becomes of those that cannot be decoded.
+        data: Bytes of the text.
+        bad_bytes: Treatment of bytes that cannot be decoded.
         on_bad: Called with the number (1-based) and the bytes of each line that is dropped.
 
     Raises:
-        NotTextError: The bytes cannot be decoded and hold zeros: they are of something else.
+        NotTextError: The bytes cannot be decoded and hold zeros.
     """
     encoding = encoding_of(data[:HEAD_BYTES])
     try:
@@ -129,7 +129,7 @@ def decode(data: bytes, bad_bytes: BadBytes, on_bad: Callable[[int, int], None])
 
 
 def lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file in UTF-8, one in memory at a time (UTF-16 and UTF-32: all)."""
+    """Yield the lines of a file in UTF-8, one in memory at a time (UTF-16 and UTF-32: all)."""
     encoding = encoding_of(read_head(file))
     with open_bytes(file) as stream:
         if encoding == "utf-8":

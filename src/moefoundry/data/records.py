@@ -1,4 +1,4 @@
-"""Documents out of records: JSON Lines, arrays of JSON, and Parquet.
+"""Records of JSON Lines, arrays of JSON, and Parquet.
 
 The text of a record stands at a key, or at a path of keys with dots between them (``data.text``). A record without a
 text costs itself alone, whatever is wrong with it.
@@ -19,16 +19,16 @@ from moefoundry.data.reading import BadBytes, DamagedError, encoding_of, lines, 
 PARQUET_MAGIC = b"PAR1"
 BAD_JSON = (ValueError, RecursionError)
 HINT_RECORDS = 100
-JSON_SPACE = frozenset(", \t\r\n")  # and commas
+JSON_SPACE = frozenset(", \t\r\n")
 
 
 class Record(NamedTuple):
     """One record of a file.
 
     Attributes:
-        number: Its line, or its place in an array or table, from 1.
-        size: Its bytes.
-        value: What it holds, or the reason why it cannot be read.
+        number: Number of its line, or of its place in an array or table, from 1.
+        size: Size in bytes.
+        value: Content, or the reason why it cannot be read.
     """
 
     number: int
@@ -37,7 +37,7 @@ class Record(NamedTuple):
 
 
 def json_records(file: Path, bad_bytes: BadBytes) -> Iterator[Record]:
-    """The records of a file of JSON: one a line, an array of them, or (``.json``) some that span lines.
+    """Yield the records of a file of JSON: one a line, an array of them, or (``.json``) some that span lines.
 
     Raises:
         Exception: Any of :data:`moefoundry.data.reading.DAMAGES`.
@@ -59,7 +59,7 @@ def json_records(file: Path, bad_bytes: BadBytes) -> Iterator[Record]:
 
 
 def _over_lines(start: str, single: bool) -> bool:
-    """Whether a file that starts so is an array, or values over several lines, rather than one value a line."""
+    """Tell if a file that starts so is an array, or values over several lines, rather than one value a line."""
     first, newline, rest = start.partition("\n")
     value = _parse(first) if newline else Reason.not_json
     if first.startswith("["):
@@ -68,7 +68,7 @@ def _over_lines(start: str, single: bool) -> bool:
 
 
 def _values(text: str) -> Iterator[Record]:
-    """The values of an array, or that follow each other; what comes after one that is cut off is one bad record."""
+    """Yield the values of an array, or values that follow each other; the rest after a bad value is one bad record."""
     decoder = json.JSONDecoder()
     opening = re.match(r"\s*\[", text)
     at, end = _next_value(text, opening.end() if opening else 0), len(text.rstrip())
@@ -93,9 +93,9 @@ def _next_value(text: str, at: int) -> int:
 
 
 def parquet_records(file: Path, text_key: str) -> Iterator[Record]:
-    """The rows of a Parquet file, with the one column that the text is in.
+    """Yield the rows of a Parquet file, with the one column that the text is in.
 
-    Without that column it is the first row alone, with the size of the file.
+    Without that column it yields the first row alone, with the size of the file.
 
     Raises:
         Exception: Any of :data:`moefoundry.data.reading.DAMAGES`.
@@ -129,7 +129,7 @@ def _rows(file: Path, text_key: str) -> Iterator[Record]:
 
 
 def text_of(value: Any, text_key: str, bad_bytes: BadBytes) -> str | Reason:
-    """The text of a record, or why it has none."""
+    """Return the text of a record, or the reason why it has none."""
     if isinstance(value, Reason):
         return value
     if not isinstance(value, dict):
@@ -153,12 +153,12 @@ def text_of(value: Any, text_key: str, bad_bytes: BadBytes) -> str | Reason:
 
 
 def hint(records: Iterable[Record], file: Path, text_key: str) -> str:
-    """Where a record of ``file`` without a text at ``text_key`` has one; empty if nothing is seen."""
+    """Name the keys at which a record of ``file`` has text, where ``text_key`` has none; empty if there are none."""
     values = [record.value for record in itertools.islice(records, HINT_RECORDS) if isinstance(record.value, dict)]
     first = next((value for value in values if text_of(value, text_key, BadBytes.drop) in OF_RECORDS), {})
     strings = [path for path in _string_paths(first) if path != text_key]
     if strings:
-        return f"{file.name} has strings at {', '.join(strings[:8])}: name the one that is text with --text-key"
+        return f"{file.name} has strings at {', '.join(strings[:8])}: name the one that is text: text_key=..."
     lists = [key for key, value in first.items() if isinstance(value, list)]
     if lists:
         return (
@@ -177,7 +177,7 @@ def _string_paths(record: dict[str, Any], prefix: str = "", depth: int = 4) -> I
 
 
 def _text(data: bytes, encoding: str, bad_bytes: BadBytes) -> str:
-    """Bad bytes replaced, or marked so that :func:`text_of` finds them in the text."""
+    """Decode; bad bytes are replaced, or marked so that :func:`text_of` finds them in the text."""
     return data.decode(encoding, "replace" if bad_bytes is BadBytes.replace else "moefoundry.mark")
 
 

@@ -21,13 +21,15 @@ NEAR = 1 << 16  # characters within which a line break is looked for
 
 
 class Split(StrEnum):
+    """Name of a split."""
+
     train = "train"
     val = "val"
 
 
 @dataclass(frozen=True)
 class Division:
-    """How documents are divided.
+    """Division of documents into splits.
 
     Attributes:
         val_fraction: Expected share of the documents that are held out, or the share of bytes if by position.
@@ -38,7 +40,7 @@ class Division:
     train_bytes: int | None = None
 
     def divide(self, documents: Iterable[Document], split: Split, seed: int) -> Iterator[Document]:
-        """The documents (by position: and the part of one) of a split, in order."""
+        """Yield the documents of a split, in order; by position, also a part of one."""
         if self.train_bytes is None:
             yield from (document for document in documents if split_of(document, self.val_fraction, seed) is split)
             return
@@ -53,18 +55,18 @@ class Division:
 
 
 def split_of(document: Document, val_fraction: float, seed: int) -> Split:
-    """The split a document belongs to; ``val_fraction`` is the expected share of files (documents for JSONL)."""
+    """Return the split of a document; ``val_fraction`` is the expected share of files (documents for JSONL)."""
     return Split.val if unit_hash(document.split_key, seed) < val_fraction else Split.train
 
 
 def unit_hash(key: str, seed: int) -> float:
-    """A number in [0, 1), uniform over keys, that is the same on every machine and in every release."""
+    """Hash a key to a number in [0, 1), the same on every machine and in every release."""
     data = f"{seed}\0{key}".encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") / 2**64
 
 
 def moved(documents: Iterable[Document], val_fraction: float, seed: int, needed_bytes: float) -> Division | None:
-    """The division nearest to a share in which both splits have some bytes; None if no division by document does."""
+    """Find the division nearest to a share that gives both splits the bytes they need; None if there is none."""
     sizes: dict[float, int] = {}
     for document in documents:
         key = unit_hash(document.split_key, seed)
@@ -86,7 +88,7 @@ def by_position(total_bytes: int, val_fraction: float, needed_bytes: float) -> D
 
 
 def _cut(text: str, position: int) -> int:
-    """The character that begins behind ``position`` bytes, or behind the last line break shortly before."""
+    """Return the index of the character behind ``position`` bytes, or behind the last line break shortly before."""
     if position <= 0:
         return 0
     data = text.encode()

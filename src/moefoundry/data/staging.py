@@ -1,7 +1,8 @@
-"""A directory appears when it is complete.
+"""Files and directories that get their name when they are complete.
 
-It is written into a hidden sibling, which is renamed at the end. A process that is killed leaves its sibling behind;
-the next one that writes the same directory removes it, or puts it back if it holds what the dead one was replacing.
+Each is written under a hidden name beside its own, and renamed at the end. A process that is killed leaves the hidden
+one behind; the next one that writes the same target removes it, or puts it back if it is what the dead one was
+replacing.
 """
 
 from __future__ import annotations
@@ -12,60 +13,85 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from moefoundry.config.errors import UserError
 
+GIB = 2**30
 IDLE_SECONDS = 24 * 3600.0
-"""A sibling of another host, whose processes cannot be seen, is abandoned when nothing in it changes for so long."""
+"""Seconds without a change after which files of another host, whose processes cannot be seen, are abandoned."""
 
 
 @contextmanager
-def staging(out: Path, replace: bool) -> Iterator[Path]:
-    """A hidden sibling of ``out`` that takes its place when the body succeeds, and is gone when it does not.
+def staged(target: Path, nbytes: int = 0, replace: bool = False) -> Iterator[Path]:
+    """Give a path to write to; it becomes ``target`` at the end, and is removed if an error is raised.
 
     Args:
-        out: An absolute path.
-        replace: Whether what lies there may be replaced; an empty directory always is.
+        target: The file or directory to make.
+        nbytes: Bytes that will be written at least; the disk must have them free.
+        replace: Replace what is at ``target``. An empty directory is always replaced.
 
     Raises:
-        UserError: It cannot be written, or something has appeared at ``out`` meanwhile.
+        UserError: ``target`` exists or has appeared meanwhile; or the disk is full, may not be written to, or fails.
     """
     process = f"{_host()}-{os.getpid()}"
-    partial = out.parent / f".{out.name}.partial-{process}"
-    retired = out.parent / f".{out.name}.replaced-{process}"
+    partial = target.parent / f".{target.name}.partial-{process}"
+    retired = target.parent / f".{target.name}.replaced-{process}"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        if not replace and occupied(target):
+            raise UserError(f"{target} exists already; nothing is overwritten")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_abandoned(target)
+        _check_space(target.parent, nbytes)
         yield partial
-        if not replace and out.is_dir() and any(out.iterdir()):
-            raise UserError(f"{out}: another process has written it meanwhile; nothing was replaced")
-        if out.exists():
-            out.rename(retired)
+        if not replace and occupied(target):
+            raise UserError(f"{target}: another process has written it meanwhile; nothing was replaced")
+        if target.exists():
+            target.rename(retired)
         try:
-            partial.rename(out)
+            partial.rename(target)
         except OSError:
             if retired.exists():
-                retired.rename(out)
+                retired.rename(target)
             raise
-        shutil.rmtree(retired, ignore_errors=True)
+        with suppress(OSError):
+            _remove(retired)
     except OSError as error:
-        place = error.filename if isinstance(error.filename, str) else str(out)
-        raise UserError(f"{out}: cannot be written: {error.strerror or error} ({place})") from error
+        place = error.filename if isinstance(error.filename, str) else str(target)
+        raise UserError(f"{target}: cannot be written: {error.strerror or error} ({place})") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # where even that fails, the error that led here is the one to tell
+            _remove(partial)
 
 
-def clear_abandoned(out: Path) -> None:
-    """Remove what dead processes left beside ``out``; a directory that one was replacing comes back if ``out`` is gone.
+def occupied(target: Path) -> bool:
+    """Tell if a file, or a directory that is not empty, is at a path."""
+    return target.exists() and not (target.is_dir() and not any(target.iterdir()))
+
+
+def _check_space(directory: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise UserError(f"{directory}: {nbytes / GIB:.2f} GiB are needed, and {free / GIB:.2f} GiB are free there")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def clear_abandoned(target: Path) -> None:
+    """Remove what dead processes left beside ``target``; what one was replacing comes back if ``target`` is gone.
 
     Raises:
         UserError: It cannot be removed or put back.
     """
-    pattern = re.compile(re.escape(f".{out.name}.") + r"(partial|replaced)-(?:(.+)-)?(\d+)")
+    pattern = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced)-(?:(.+)-)?(\d+)")
     try:
-        beside = sorted(out.parent.iterdir())
+        beside = sorted(target.parent.iterdir())
     except OSError:
         return  # what is wrong with it is said when it is written to
     for place in beside:
@@ -73,10 +99,10 @@ def clear_abandoned(out: Path) -> None:
         try:
             if match is None or not _abandoned(place, match[2], int(match[3])):
                 continue
-            if match[1] == "replaced" and not out.exists():
-                place.rename(out)
+            if match[1] == "replaced" and not target.exists():
+                place.rename(target)
             else:
-                shutil.rmtree(place)
+                _remove(place)
         except FileNotFoundError:  # another process was faster
             continue
         except OSError as error:

@@ -1,4 +1,4 @@
-"""corpus.json: what a prepared corpus records about itself.
+"""``corpus.json``, the record of a prepared corpus.
 
 It is the last file that preparation writes, so a directory that has it is complete. Training reads it to check a recipe
 against the data and to report the unigram entropy, without opening a shard.
@@ -30,7 +30,7 @@ class SplitSummary:
         dropped_tokens: The tail that filled no sample; ``tokens == samples * max_seq_len + dropped_tokens``.
         unigram_entropy_nats: Entropy of the token frequencies of the samples, in nats a token: the loss of the best
             model that ignores context.
-        sha256: What identifies the samples and their order; see :mod:`moefoundry.data.identity`.
+        sha256: Digest of the samples and their order; see :mod:`moefoundry.data.identity`.
         unknown_tokens: Tokens of the samples that stand for text which the tokenizer does not know.
     """
 
@@ -51,19 +51,19 @@ class CorpusSummary:
     Attributes:
         format_version: Version of the directory's layout.
         moefoundry_version: The release that wrote it.
-        source: What was prepared, as given; for people, not compared.
+        source: The source as the user gave it; for people, not compared.
         max_seq_len: Tokens a sample.
-        vocab_size: Rows the embedding needs at least.
+        vocab_size: Rows that an embedding needs.
         eos_token, eos_id: The end-of-text token.
         tokenizer_sha256: Digest of tokenizer/tokenizer.json.
         skipped: Files, lines and records left out.
-        inputs: Everything that decides the content: the options and the digest of the documents.
+        inputs: All that decides the content: the options and the digest of the documents.
         splits: ``train`` and ``val``.
-        sha256: What identifies the corpus; see :mod:`moefoundry.data.identity`.
-        left_out: Of each reason the count, the bytes and the first names; empty where an earlier version wrote it, as
-            are the next two.
-        left_out_share: The share of the bytes that was lost; None if that is not known.
-        division: How the splits were divided; see :class:`moefoundry.data.splits.Division`.
+        sha256: Digest of the corpus; see :mod:`moefoundry.data.identity`.
+        left_out: Count, bytes and first names of the losses, by reason. This and the next two are empty in the file of
+            an earlier version.
+        left_out_share: Share of the bytes that was lost; None if not known.
+        division: Division of the splits; see :class:`moefoundry.data.splits.Division`.
     """
 
     format_version: int
@@ -112,7 +112,7 @@ def read_corpus_summary(local: str | Path) -> CorpusSummary:
 
 
 def _add_digests(record: dict[str, Any], local: Path) -> None:
-    """Compute what a corpus.json of an earlier version lacks; the indices of the shards hold what it takes."""
+    """Compute the digests that a corpus.json of an earlier version lacks, from the indices of the shards."""
     for name, split in record["splits"].items():
         if "sha256" not in split:
             split["sha256"] = stream_digest(local / name)

@@ -1,4 +1,4 @@
-"""Tokenizers: train a byte-level BPE, or take a given one; both end as a Hugging Face directory.
+"""Tokenizers: a byte-level BPE that is trained, or a given one; both end as a Hugging Face directory.
 
 Byte-level BPE (GPT-2's scheme): text is split into words, spaces and punctuation, every byte is a letter of the
 initial alphabet, and merges are learned on top. Any text round-trips exactly and nothing is ever unknown.
@@ -34,7 +34,7 @@ LONGEST_RUN = 256  # characters; no useful token is longer
 LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}")
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)  # every byte, every special token, no merge
 
-# What a Hugging Face tokenizer directory may hold; the first is the one that is read here.
+# Files of a Hugging Face tokenizer directory; the first is the one that is read here.
 HF_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,7 +51,7 @@ INPUTS = ["input_ids", "attention_mask"]  # what a model takes; transformers add
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer and the facts that preparation needs of it.
+    """Tokenizer with the facts that preparation needs.
 
     Attributes:
         backend: The ``tokenizers`` object.
@@ -73,14 +73,14 @@ class TextTokenizer:
 
     @property
     def unknown_id(self) -> int | None:
-        """The token that stands for text which the tokenizer does not know; None if there is none of that use alone."""
+        """Id of the token that stands for unknown text; None if there is none, or it is also the end-of-text token."""
         model = json.loads(self.files["tokenizer.json"])["model"]
         token = model.get("unk_token")
         unknown: int | None = model.get("unk_id") if token is None else self.backend.token_to_id(token)
         return None if unknown == self.eos_id else unknown
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Token ids of each text, in parallel threads; no special token is added, and none is read out of the text."""
+        """Encode texts in parallel threads; no special token is added, and none is read out of the text."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
@@ -130,7 +130,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
 
 
 def cut_long_runs(text: str) -> str | list[str]:
-    """The text in pieces none of which holds a run of more than :data:`LONGEST_RUN` blanks, or of as many others.
+    """Cut a text so that no piece has a run of more than :data:`LONGEST_RUN` blanks, or of as many other characters.
 
     A run is one word to learn merges from, and that takes time in the square of its length.
     """
@@ -139,14 +139,14 @@ def cut_long_runs(text: str) -> str | list[str]:
 
 
 def check_trainable(vocab_size: int) -> None:
-    """Make sure that a vocabulary to be learned can have this size.
+    """Check the size of a vocabulary to be learned.
 
     Raises:
         UserError: It does not hold the bytes and the special tokens.
     """
     if vocab_size < SMALLEST_VOCAB:
         raise UserError(
-            f"--vocab-size {vocab_size}: at least {SMALLEST_VOCAB} are needed "
+            f"vocab_size={vocab_size}: at least {SMALLEST_VOCAB} are needed "
             f"(256 bytes and {len(SPECIAL_TOKENS)} special tokens)"
         )
 
@@ -169,7 +169,7 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
 
 
 def open_backend(directory: Path) -> Tokenizer:
-    """``tokenizer.json`` of a directory, which cuts whole texts, whatever padding and truncation it declares.
+    """Open ``tokenizer.json`` of a directory, without the padding and truncation that it may declare.
 
     Raises:
         UserError: It is absent or unreadable.
@@ -187,12 +187,12 @@ def open_backend(directory: Path) -> Tokenizer:
 
 
 def rows_needed(backend: Tokenizer) -> int:
-    """Rows that an embedding needs: one more than the largest id, as ids may have gaps."""
+    """Count the rows that an embedding needs: one more than the largest id, as ids may have gaps."""
     return max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def check_vocabulary(directory: Path, model_vocab_size: int) -> Tokenizer:
-    """The tokenizer of a directory, if a model has a row for each of its tokens.
+    """Open the tokenizer of a directory, and check that a model has a row for each of its tokens.
 
     Raises:
         UserError: The tokenizer is absent, or has tokens that the model has not.
@@ -207,8 +207,9 @@ def check_vocabulary(directory: Path, model_vocab_size: int) -> Tokenizer:
 
 
 def declared_token(directory: Path, key: str) -> str | None:
-    """A special token, such as ``eos_token``, as the first configuration file says that has it: a string, or a mapping
-    with its ``content``.
+    """Read a special token, such as ``eos_token``, from the first configuration file that has it.
+
+    It stands there as a string, or a mapping with its ``content``.
 
     Raises:
         UserError: One of the files is no JSON object.

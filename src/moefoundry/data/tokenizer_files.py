@@ -1,4 +1,4 @@
-"""The tokenizer of a directory as Hugging Face lays it out, and what its files say of special tokens."""
+"""Tokenizer files of Hugging Face directories: copies, and special tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ NEWER_CLASS = "TokenizersBackend"  # its name in transformers 5
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether there is a vocabulary in any of the formats."""
+    """Tell if a directory has a vocabulary in any of the formats."""
     return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 def check_importable(directory: Path) -> bool:
-    """Whether a Hugging Face directory has a tokenizer.
+    """Tell if a Hugging Face directory has a tokenizer, and refuse one that cannot be read.
 
     Raises:
         UserError: It has one in a form that nothing here reads, or a file of it is unreadable.
@@ -42,7 +42,7 @@ def check_importable(directory: Path) -> bool:
 
 
 def import_tokenizer(hf: Path, target: Path) -> None:
-    """Copy what a Hugging Face directory says of tokens: the tokenizer, and the end tokens of all its files."""
+    """Copy the tokenizer of a Hugging Face directory, and the end tokens that any of its files name."""
     copy_tokenizer(hf, target)
     special = special_token_ids(hf)
     if special and special != special_token_ids(target):
@@ -50,11 +50,10 @@ def import_tokenizer(hf: Path, target: Path) -> None:
 
 
 def export_tokenizer(source: Path, hf: Path) -> dict[str, Any]:
-    """Copy a tokenizer into a Hugging Face directory, so that transformers 4 and 5 read it as it is read here, and the
-    model takes all that it gives.
+    """Copy a tokenizer into a Hugging Face directory, in a form that transformers 4 and 5 read alike.
 
     Returns:
-        Its special tokens, for config.json.
+        Ids of its special tokens, for config.json.
     """
     copy_tokenizer(source, hf)
     special = special_token_ids(hf)
@@ -67,7 +66,7 @@ def export_tokenizer(source: Path, hf: Path) -> dict[str, Any]:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files into a directory, made if there are any."""
+    """Copy the files of a tokenizer; the target is made if there are any."""
     for name in HF_FILES:
         if (source / name).is_file():
             target.mkdir(exist_ok=True)
@@ -75,9 +74,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def special_token_ids(directory: Path) -> dict[str, Any]:
-    """``bos_token_id`` and so on, of the first file that has it: generation_config.json, config.json, or the tokenizer.
+    """Read ``bos_token_id`` and the like: of generation_config.json, config.json and the tokenizer, the first counts.
 
-    ``eos_token_id`` is of all three: an id, or a list where they name several. Whichever comes ends the text.
+    ``eos_token_id`` collects those of all three: an id, or a list where they name several, of which any ends a text.
     """
     found: dict[str, Any] = {}
     ends: list[int] = []
@@ -94,7 +93,7 @@ def special_token_ids(directory: Path) -> dict[str, Any]:
 
 
 def end_token_ids(directory: Path) -> frozenset[int]:
-    """Tokens of which any ends a text."""
+    """Return the ids that end a text."""
     ends = special_token_ids(directory).get(END, [])
     return frozenset(ends if isinstance(ends, list) else [ends])
 
@@ -108,7 +107,7 @@ def _tokenizers_ids(directory: Path) -> dict[str, Any]:
 
 
 def _portable(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer_config.json that transformers 4 and 5 read alike."""
+    """Change a tokenizer_config.json into one that transformers 4 and 5 read alike."""
     portable = dict(config)
     if (config.get("tokenizer_class") or NEWER_CLASS) == NEWER_CLASS:
         portable["tokenizer_class"] = PLAIN_CLASS
@@ -125,7 +124,7 @@ def _stated(path: Path) -> dict[str, Any]:
 
 
 def _rewrite(path: Path, value: dict[str, Any]) -> None:
-    """Make ``value`` what a JSON file says; one that says it already stays as it is to the last byte."""
+    """Write ``value`` to a JSON file; one that holds it already stays as it is to the last byte."""
     if not path.exists() or value != _stated(path):
         path.parent.mkdir(exist_ok=True)
         write_json(path, value)

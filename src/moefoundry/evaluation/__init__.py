@@ -1,1 +1,1 @@
-"""What a trained model does: generation."""
+"""Evaluation of trained models: generation."""

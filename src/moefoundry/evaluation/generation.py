@@ -1,7 +1,7 @@
 """Continue a prompt, token by token, with a key-value cache.
 
-With a sharded model every rank calls with the same prompt and takes every step: steps are collective, and experts that
-run on other ranks may round otherwise, so ranks need not see the end of the text at the same step.
+With a sharded model every rank calls with the same prompt and takes every step. Steps are collective, and ranks may
+round otherwise, so they need not see the end of the text at the same step.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from moefoundry.model.cache import KVCache
 from moefoundry.model.transformer import MoETransformer
 
 Choice = Callable[[Tensor], Tensor]
-"""Logits [V] -> the next token, an int64 scalar."""
+"""Function from logits [V] to the next token, an int64 scalar."""
 
 
 def most_likely(logits_V: Tensor) -> Tensor:
-    """The token of the largest logit."""
+    """Choose the token of the largest logit."""
     return logits_V.argmax()
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """A choice by chance, from the logits after temperature, then top-k, then top-p.
+    """Random choice from the logits after temperature, then top-k, then top-p.
 
-    Drawn on the CPU in fp32, so that devices agree; copies with the same seed draw the same.
+    It is drawn on the CPU in fp32, so that devices agree; the same seed draws the same.
 
     Attributes:
-        temperature: Divides the logits; 0 is the most likely token, always.
-        top_k: Only this many of the most likely tokens; None is all.
-        top_p: Only the most likely tokens that together have this probability, at least one (arXiv 1904.09751).
-        seed: Of the random numbers.
+        temperature: Divisor of the logits; 0 always gives the most likely token.
+        top_k: Number of the most likely tokens to draw from; None is all.
+        top_p: Probability that the most likely tokens to draw from have together (arXiv 1904.09751).
+        seed: Seed of the random numbers.
 
     Raises:
         ValueError: One of them is out of range.
@@ -51,19 +51,19 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature {self.temperature}: must be a number of at least 0")
+            raise ValueError(f"temperature={self.temperature}: must be a number of at least 0")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k {self.top_k}: must be at least 1")
+            raise ValueError(f"top_k={self.top_k}: must be at least 1")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p {self.top_p}: must be above 0 and at most 1")
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
     def choice(self) -> Choice:
-        """Draws one token a call."""
+        """Return a function that draws one token a call."""
         generator = torch.Generator().manual_seed(self.seed)
         return lambda logits_V: torch.multinomial(self.probabilities(logits_V), 1, generator=generator)[0]
 
     def probabilities(self, logits_V: Tensor) -> Tensor:
-        """What is drawn from: fp32 [V] on the CPU, 0 for the tokens that are left out."""
+        """Compute the probabilities to draw from: fp32 [V] on the CPU, 0 for the tokens left out."""
         logits_V = logits_V.float().cpu()
         if self.temperature == 0:
             return torch.zeros_like(logits_V).index_fill_(0, logits_V.argmax(), 1.0)
@@ -81,13 +81,13 @@ class Sampling:
 def generate(
     model: MoETransformer, prompt_ids: Tensor, max_new_tokens: int, choose: Choice = most_likely
 ) -> Iterator[int]:
-    """New tokens, one after the other, without end but ``max_new_tokens``.
+    """Yield ``max_new_tokens`` new tokens, one after the other; an end token does not end them.
 
     Args:
         model: In evaluation mode.
         prompt_ids: int64 [S], at least one.
         max_new_tokens: Tokens to add.
-        choose: The next token, by the logits of the last.
+        choose: Picks the next token by the logits of the last.
     """
     cache = KVCache(len(model.layers))
     ids_BS = prompt_ids.unsqueeze(0)
@@ -100,13 +100,13 @@ def generate(
 def greedy(
     model: MoETransformer, prompt_ids: Tensor, max_new_tokens: int, end_ids: Collection[int] = frozenset()
 ) -> Tensor:
-    """The most likely next token, again and again; as :func:`generate`, and cut off before the first of ``end_ids``.
+    """Continue with the most likely tokens, up to the first of ``end_ids``.
 
     Args:
         model: In evaluation mode.
         prompt_ids: int64 [S], at least one.
         max_new_tokens: Tokens to add.
-        end_ids: Tokens of which any ends the text.
+        end_ids: Tokens that end the text.
 
     Returns:
         The new tokens, int64 [at most max_new_tokens], without an end token.
@@ -116,7 +116,7 @@ def greedy(
 
 
 def complete(model: MoETransformer, tokenizer_dir: Path, prompt: str, max_new_tokens: int) -> str:
-    """``prompt`` and its greedy continuation up to an end token, as text. With a sharded model every rank must call it.
+    """Return ``prompt`` and its greedy continuation up to an end token. With a sharded model every rank must call it.
 
     Args:
         model: Left in evaluation mode.

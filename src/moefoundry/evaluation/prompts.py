@@ -1,4 +1,4 @@
-"""Prompts become tokens and new tokens text in one way, whoever asks: the command, a run's report, an evaluation."""
+"""Tokens of prompts and text of new tokens, in one way for the command, a run's report and evaluations."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moefoundry.checkpoint.manifest import read_state
+from moefoundry.checkpoint.weights import read_model_config, tokenizer_of
 from moefoundry.config import UserError
 from moefoundry.data.tokenizer import check_vocabulary
 from moefoundry.data.tokenizer_files import end_token_ids
+
+NO_TOKENIZER = "the checkpoint has no tokenizer, and its recipe names none (tokenizer.name)"
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class PromptTokenizer:
     """A tokenizer for prompts, which may spell special tokens out.
 
     Attributes:
-        backend: Neither pads nor truncates.
-        end_ids: Tokens of which any ends a text.
+        backend: The ``tokenizers`` object, which neither pads nor truncates.
+        end_ids: Tokens that end a text.
     """
 
     backend: Tokenizer
@@ -30,34 +34,46 @@ class PromptTokenizer:
 
     @classmethod
     def open(cls, directory: Path, model_vocab_size: int) -> PromptTokenizer:
-        """The tokenizer of a directory.
+        """Open the tokenizer of a directory.
 
         Raises:
-            UserError: It is absent or unreadable, or has tokens that the model has not.
+            UserError: It is absent or unreadable, or has tokens that the model lacks.
         """
         backend = check_vocabulary(directory, model_vocab_size)
         backend.encode_special_tokens = False
         return cls(backend, end_token_ids(directory))
 
-    def encode(self, prompt: str) -> Tensor:
-        """int64 [S]: the tokens, without any that the tokenizer would add, as training had none.
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Path) -> PromptTokenizer:
+        """Open the tokenizer of a checkpoint, or else that of its run.
 
         Raises:
-            UserError: There is none, or the prompt is no text.
+            UserError: As :meth:`open`, or the checkpoint names none.
+        """
+        directory = tokenizer_of(checkpoint, read_state(checkpoint)["recipe"])
+        if directory is None:
+            raise UserError(f"{checkpoint}: {NO_TOKENIZER}")
+        return cls.open(directory, read_model_config(checkpoint).vocab_size)
+
+    def encode(self, prompt: str) -> Tensor:
+        """Encode a prompt as int64 [S], without tokens that the tokenizer would add, as training had none.
+
+        Raises:
+            UserError: There is no token, or the prompt is no text.
         """
         try:
             ids = self.backend.encode(prompt, add_special_tokens=False).ids
         except (UnicodeError, TypeError):  # lone surrogates, which stand for what was not UTF-8
-            raise UserError(f"prompt {prompt!a}: not UTF-8") from None
+            raise UserError(f"prompt={prompt!a}: not UTF-8") from None
         if not ids:
-            raise UserError(f"prompt {prompt!r}: has no token")
+            raise UserError(f"prompt={prompt!r}: has no token")
         return torch.tensor(ids, dtype=torch.int64)
 
     def decode_stream(self, prompt_ids: Tensor, new_ids: Iterable[int]) -> Iterator[str]:
-        """The text of new tokens as they come, up to an end token; one that ends within a character waits for the next.
+        """Yield the text of new tokens as they come, up to an end token; half a character waits for the next token.
 
-        All tokens are decoded again for each new one, the prompt's too: what a token's text is may depend on those
-        before it, such as the blank before a word.
+        All tokens are decoded again for each new one, the prompt's too: the text of a token may depend on those before
+        it, such as the blank before a word.
         """
         ids: list[int] = prompt_ids.tolist()
         text = shown = self.backend.decode(ids)

@@ -1,4 +1,4 @@
-"""Model families: how a Hugging Face config and its tensors map to this project's, and back.
+"""Model families: the map from a Hugging Face config and its tensors to ours, and back.
 
 A family is data: a ``config.json`` in our recipe's terms, and which rows of which Hugging Face tensor are which of our
 parameters. Nothing here reads or writes files. To add one, write its file and list it in
@@ -15,8 +15,7 @@ from typing import Any
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.config.making import make_part
 from moefoundry.config.parts import TABLES
-from moefoundry.conversion.families.family import Family
-from moefoundry.conversion.families.pieces import Piece
+from moefoundry.conversion.families.family import Family, Piece
 
 __all__ = ["FAMILIES", "Family", "Piece", "family_for", "family_of", "nearest_family"]
 
@@ -62,7 +61,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
 
 
 def _squashed(name: str) -> str:
-    """Strip ``name`` of what its spellings differ in; families with similar names are others."""
+    """Reduce a name to its letters and digits, in which its spellings agree."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 

@@ -16,9 +16,8 @@ from moefoundry.config import (
     NormKind,
     RouterConfig,
 )
-from moefoundry.conversion.families.family import Family
+from moefoundry.conversion.families.family import Family, Piece
 from moefoundry.conversion.families.keys import GENERIC, Keys
-from moefoundry.conversion.families.pieces import Piece
 from moefoundry.conversion.families.rope_scaling import read_rope
 
 EPS = 1e-5  # torch.nn.LayerNorm's own; the config has no key for it
@@ -27,6 +26,8 @@ FFN_DEFAULTS = {"moe_normalize_expert_weights": 1.0}
 
 
 class Dbrx(Family):
+    """DBRX."""
+
     name = "dbrx"
     architecture = "DbrxForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {"initializer_range": 0.02}

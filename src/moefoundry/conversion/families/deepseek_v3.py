@@ -1,6 +1,6 @@
-"""DeepSeek-V3 (arXiv 2412.19437), and Moonlight, which has its architecture: latent attention, sigmoid scores with an
-expert bias, shared experts, and modules that predict further tokens.
+"""DeepSeek-V3 (arXiv 2412.19437), and Moonlight, which has its architecture.
 
+It has latent attention, sigmoid scores with an expert bias, shared experts, and modules that predict further tokens.
 RoPE is interleaved there as here, so no weight is permuted.
 """
 
@@ -21,14 +21,15 @@ from moefoundry.config import (
     RouterConfig,
     ScoreFunction,
 )
-from moefoundry.conversion.families.family import ffn_width, with_dense_layers
+from moefoundry.conversion.families.family import Piece, ffn_width, with_dense_layers
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts, ffn
-from moefoundry.conversion.families.pieces import Piece
 from moefoundry.conversion.families.rope_scaling import read_rope, write_yarn
 
 
 class DeepseekV3(Llama):
+    """DeepSeek-V3."""
+
     name = "deepseek_v3"
     architecture = "DeepseekV3ForCausalLM"
     attention_kind = "mla"
@@ -170,5 +171,5 @@ class DeepseekV3(Llama):
 
 
 def _mtp_layers(cfg: ModelConfig) -> list[str]:
-    """They come behind the model's own layers there."""
+    """Name the modules of multi-token prediction; there they follow the model's own layers."""
     return [f"model.layers.{cfg.n_layers + index}" for index in range(cfg.mtp.depth)]

@@ -1,11 +1,11 @@
-"""What a model family is: a config there and here, and a list of pieces that make up both."""
+"""A model family: its config there and here, and the pieces that make up the tensors of both."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,18 +20,38 @@ from moefoundry.config import (
 )
 from moefoundry.config.spec import architecture_of
 from moefoundry.conversion.families.keys import Keys
-from moefoundry.conversion.families.pieces import Piece
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of one of our tensors that equals a block of one Hugging Face tensor, bit for bit.
+
+    It is ``ours[expert] == theirs[rows]``.
+
+    Attributes:
+        name: Our parameter or buffer, as in ``MoETransformer.state_dict()``.
+        hf_name: Tensor of the Hugging Face checkpoint.
+        expert: Index along our first dim, where experts are stacked; None is the whole tensor.
+        rows: First row and the row behind the last of the Hugging Face tensor; None is the whole tensor.
+        transposed: True where the two-dimensional block is stored transposed there.
+    """
+
+    name: str
+    hf_name: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+    transposed: bool = False
 
 
 class Family(ABC):
-    """One ``model_type`` of Hugging Face.
+    """Family of models with one ``model_type`` of Hugging Face.
 
     Attributes:
         name: The ``model_type``.
-        architecture: The class that ``AutoModelForCausalLM`` loads.
+        architecture: Class that ``AutoModelForCausalLM`` loads.
         attention_kind: Its ``model.attention.kind``.
-        defaults: What transformers takes for an option that a config leaves out. Sizes have no default here.
-        length_key: Where it has the tokens of a sequence.
+        defaults: Values of transformers for options that a config leaves out. Sizes have no default here.
+        length_key: Key of the tokens of a sequence.
     """
 
     name: ClassVar[str]
@@ -47,21 +67,23 @@ class Family(ABC):
         return name, hf
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
-        """The model that a ``config.json`` declares. What only training reads keeps the recipe's defaults, but for
-        ``init.std`` and the router's jitter, which such a file has.
+        """Return the model that a ``config.json`` declares.
+
+        Keys that only training reads keep the recipe's defaults, but for ``init.std`` and the router's jitter, which
+        such a file has.
 
         Raises:
             ConfigError: Names every key whose value means something that this project does not compute.
         """
         keys = Keys(hf, self.defaults, f"Hugging Face config ({self.name})")
         cfg = self._read(keys)
-        if keys.has("quantization_config"):  # of the file's tensors; what they stand for is for checkpoint/ to read
+        if keys.has("quantization_config"):  # of the file's tensors, which ``safetensors_io`` reads
             keys.nested("quantization_config", {}).only("quant_method", "fp8")
         keys.finish()
         return cfg
 
     def max_seq_len(self, hf: Mapping[str, Any]) -> int | None:
-        """Tokens a sequence, as a ``config.json`` has it; None where it does not say."""
+        """Return the tokens of a sequence in a ``config.json``; None where it does not say."""
         return hf.get(self.length_key)
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
@@ -76,11 +98,11 @@ class Family(ABC):
         return BalanceConfig()
 
     def write_config(self, cfg: ModelConfig, max_seq_len: int, torch_dtype: str = "bfloat16") -> dict[str, Any]:
-        """A ``config.json`` for ``AutoModelForCausalLM``. It names no special tokens: those are the tokenizer's.
+        """Make a ``config.json`` for ``AutoModelForCausalLM``. It names no special tokens: those are the tokenizer's.
 
         Args:
             cfg: The model.
-            max_seq_len: Tokens a sequence. With YaRN the file says ``factor * original_max_seq_len`` instead, since
+            max_seq_len: Tokens of a sequence. With YaRN the file says ``factor * original_max_seq_len`` instead, since
                 transformers takes the factor from the ratio of the two.
             torch_dtype: Name of the dtype of the tensors beside it.
 
@@ -101,8 +123,10 @@ class Family(ABC):
         } | self._write(cfg)
 
     def fits(self, cfg: ModelConfig) -> list[str]:
-        """Why a model cannot be one of this family; empty where it can. Decided by the round trip: what the family's
-        config cannot say, it does not come back with."""
+        """List the reasons why a model cannot be one of this family; empty where it can.
+
+        The round trip decides: a model does not come back with what the family's config cannot say.
+        """
         if cfg.attention.kind != self.attention_kind:
             return [f"model.attention.kind: {cfg.attention.kind}, and {self.name} has {self.attention_kind}"]
         ours, theirs = _leaves(computed(cfg)), _leaves(computed(self.read_config(self._write(cfg))))
@@ -121,16 +145,20 @@ class Family(ABC):
 
     @abstractmethod
     def pieces(self, cfg: ModelConfig) -> Iterator[Piece]:
-        """Blocks that cover every tensor of both sides, each exactly once; but for :meth:`copies`, and for a tied
-        ``lm_head.weight``, which is ``embed_tokens.weight``."""
+        """Yield blocks that cover every tensor of both sides, each exactly once.
+
+        Exceptions are :meth:`copies`, and a tied ``lm_head.weight``, which is ``embed_tokens.weight``.
+        """
 
     def copies(self, cfg: ModelConfig) -> dict[str, str]:
-        """Tensors that a checkpoint there may hold, or leave out, since they repeat another: name -> the other's."""
+        """Map tensors that repeat another to it; a checkpoint there may hold them, or leave them out."""
         return {}
 
     def empty_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Tensors without elements that transformers has for what such a model lacks: name -> shape. A checkpoint there
-        may leave them out, of which transformers warns."""
+        """Return the shapes of tensors without elements that transformers has for parts that such a model lacks.
+
+        A checkpoint there may leave them out, of which transformers warns.
+        """
         return {}
 
     @abstractmethod
@@ -138,7 +166,7 @@ class Family(ABC):
 
     @abstractmethod
     def _write(self, cfg: ModelConfig) -> dict[str, Any]:
-        """The keys that ``_read`` reads. Of a model that does not fit it writes as much as the family has."""
+        """Write the keys that ``_read`` reads; for a model that does not fit, as much as the family has."""
 
 
 def ffn_width(cfg: ModelConfig) -> int:
@@ -147,21 +175,26 @@ def ffn_width(cfg: ModelConfig) -> int:
 
 
 def dense_layers(cfg: ModelConfig) -> list[int]:
-    """Indices of the blocks with a dense FFN, in order."""
+    """List the indices of the blocks with a dense FFN, in order."""
     return [i for i in range(cfg.n_layers) if i < cfg.n_dense_layers or i in cfg.dense_layers]
 
 
 def with_dense_layers(cfg: ModelConfig, dense: list[int]) -> ModelConfig:
-    """``cfg`` with these dense blocks, in the recipe's shortest form: the first n, and the others by index. Without
-    any, their width is null."""
+    """Set the dense blocks, in the recipe's shortest form: the first n, and the others by index.
+
+    Where there is none, their width is null.
+    """
     first = next(n for n, index in enumerate([*dense, -1]) if n != index)
     width = cfg.ffn_hidden_size if dense else None
     return replace(cfg, n_dense_layers=first, dense_layers=dense[first:], ffn_hidden_size=width)
 
 
 def computed(cfg: ModelConfig) -> ModelConfig:
-    """The architecture of ``cfg``, and of the balance whether it makes an expert bias; with one spelling of every key
-    that has two, and what no layer reads at its default."""
+    """Reduce a config to what the model computes.
+
+    Keys with two spellings have one of them, and keys that no layer reads their defaults. Of the balance it keeps
+    whether there is an expert bias.
+    """
     dense = dense_layers(cfg)
     always_biased = cfg.moe.router.score_function == ScoreFunction.sigmoid  # with softmax, where the bias is updated
     bias = BalanceConfig(bias_update_rate=0.0 if always_biased else cfg.moe.balance.bias_update_rate)

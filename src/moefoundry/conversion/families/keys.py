@@ -1,7 +1,7 @@
-"""Reads a Hugging Face ``config.json`` so that no key is passed over in silence.
+"""Reader of a Hugging Face ``config.json`` that passes over no key in silence.
 
-A key is read, or must have the one value that this project computes with, or is listed here as having no part in what
-the model computes. Any other is an error: an option that was ignored would give another model without a word.
+A key is read, or must have the one value that this project computes with, or is listed here as one that does not change
+what the model computes. Any other is an error: an ignored option could give another model.
 """
 
 from __future__ import annotations
@@ -36,18 +36,17 @@ ONLY_DECODER = ("is_encoder_decoder", "add_cross_attention")
 
 
 class Keys:
-    """The keys of one mapping. Problems are collected; :meth:`finish` raises them together.
+    """Keys of one mapping. Problems are collected; :meth:`finish` raises them together.
 
-    A value that is not sound is a problem and reads as 1, with which everything after it can go on. ``null`` counts as
-    absent.
+    A value that is not sound is a problem and reads as 1, so that reading can go on. ``null`` counts as absent.
 
     Args:
         config: The mapping.
-        defaults: What the keys mean that it leaves out.
-        source: What it is, for the error.
-        path: Of the mapping itself, where it is not the whole file.
-        inert: Keys that have no part in what is computed.
-        problems: Where problems go.
+        defaults: Values of keys that it leaves out.
+        source: Name of the file, for the error.
+        path: Path of the mapping, where it is not the whole file.
+        inert: Keys that do not change what is computed.
+        problems: List to add problems to.
     """
 
     def __init__(
@@ -66,41 +65,41 @@ class Keys:
         self._problems: list[Problem] = [] if problems is None else problems
 
     def has(self, key: str) -> bool:
-        """Whether the key is there, or has a default."""
+        """Tell if the key is there, or has a default."""
         return key in self._values
 
     def stated(self, key: str) -> bool:
-        """Whether the key is there."""
+        """Tell if the key is there."""
         return key in self._stated
 
     def size(self, key: str) -> int:
-        """An integer of at least 1."""
+        """Read an integer of at least 1."""
         return self._take(key, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
 
     def count(self, key: str) -> int:
-        """An integer of at least 0."""
+        """Read an integer of at least 0."""
         return self._take(key, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
 
     def number(self, key: str) -> float:
-        """A number of at least 0."""
+        """Read a number of at least 0."""
         return float(self._take(key, "a number of at least 0", lambda v: type(v) in (int, float) and v >= 0))
 
     def flag(self, key: str) -> bool:
-        """A boolean."""
+        """Read a boolean."""
         return bool(self._take(key, "true or false", lambda v: isinstance(v, bool)))
 
     def text(self, key: str, *allowed: str) -> str | None:
-        """One of these strings; None where it is another."""
+        """Read one of these strings; return None for any other."""
         value = self._take(key, ", ".join(allowed), lambda v: v in allowed)
         return value if isinstance(value, str) else None
 
     def indices(self, key: str) -> list[int]:
-        """A list of integers."""
+        """Read a list of integers."""
         value = self._take(key, "a list of integers", lambda v: isinstance(v, list) and all(type(i) is int for i in v))
         return value if isinstance(value, list) else []
 
     def nested(self, key: str, defaults: Mapping[str, Any], inert: frozenset[str] = INERT) -> Keys:
-        """The mapping under ``key``, over ``defaults``; :meth:`finish` it too."""
+        """Open the mapping under ``key``, over ``defaults``; :meth:`finish` it too."""
         self._unread.discard(key)
         value = self._values.get(key, {})
         if not isinstance(value, dict):
@@ -109,7 +108,7 @@ class Keys:
         return Keys(value, defaults, self._source, f"{self._path}{key}.", inert, self._problems)
 
     def alias(self, key: str, other: str) -> None:
-        """``other`` is a second name of ``key``: either may be there, or both with one value."""
+        """Take ``other`` for a second name of ``key``: either may be there, or both with one value."""
         if not self.stated(other):
             return
         value = self._values.pop(other)
@@ -123,16 +122,16 @@ class Keys:
             self._unread.add(key)
 
     def assume(self, key: str, value: object) -> None:
-        """What ``key`` means in this file where it is left out."""
+        """Set the value that ``key`` has in this file if it is left out."""
         if not self.stated(key):
             self._values[key] = value
 
     def skip(self, *keys: str) -> None:
-        """These have no effect, as others stand."""
+        """Pass over keys that have no effect, given the others."""
         self._unread.difference_update(keys)
 
     def only(self, key: str, value: object) -> None:
-        """The key is absent or has this value, the one that the model here has."""
+        """Refuse any value of a key but this one, which the model here has; it may be absent."""
         self._unread.discard(key)
         if self._values.get(key, value) != value:
             self.refuse(key, _text(value))
@@ -167,6 +166,6 @@ class Keys:
 
 
 def _text(value: object) -> str:
-    """As in the file, cut to a line."""
+    """Show a value as in the file, cut to a line."""
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

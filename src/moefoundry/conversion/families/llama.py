@@ -1,4 +1,4 @@
-"""Llama: dense, and the frame that most other families fill in (their attention and FFN differ, not their outline)."""
+"""Llama, which is dense, and the frame of most other families: these differ in attention and FFN."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from moefoundry.config import (
     NormConfig,
     QkNorm,
 )
-from moefoundry.conversion.families.family import Family, dense_layers, ffn_width
+from moefoundry.conversion.families.family import Family, Piece, dense_layers, ffn_width
 from moefoundry.conversion.families.keys import Keys
-from moefoundry.conversion.families.pieces import Piece
 from moefoundry.conversion.families.rope_scaling import read_rope, write_yarn
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 class Llama(Family):
+    """Llama."""
+
     name = "llama"
     architecture = "LlamaForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {
@@ -34,7 +35,7 @@ class Llama(Family):
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     }
-    has_attention_bias: ClassVar[bool] = True  # whether there is a key for it, of all four projections
+    has_attention_bias: ClassVar[bool] = True  # the config has a key for it; it means all four projections
 
     # ---------------------------------------------------------------------------------------------------------- config
 
@@ -139,18 +140,18 @@ class Llama(Family):
             yield "k_norm.weight", "k_norm.weight"
 
     def _moe(self, cfg: ModelConfig, ours: str, theirs: str) -> Iterator[Piece]:
-        """The MoE layer ``ours`` of the block ``theirs``."""
+        """Yield the pieces of the MoE layer ``ours`` in the block ``theirs``."""
         return experts(cfg, ours, f"{theirs}.mlp")
 
 
 def ffn(ours: str, theirs: str) -> Iterator[Piece]:
-    """A dense FFN, or shared experts."""
+    """Yield the pieces of a dense FFN, or of shared experts."""
     for projection in FFN:
         yield Piece(f"{ours}.{projection}.weight", f"{theirs}.{projection}.weight")
 
 
 def experts(cfg: ModelConfig, ours: str, theirs: str, names: tuple[str, str, str] = FFN) -> Iterator[Piece]:
-    """A gate and routed experts that are modules of their own there; ``names`` are those of gate, up and down."""
+    """Yield the pieces of a router's gate and of experts that are modules there; ``names`` are gate, up and down."""
     yield Piece(f"{ours}.router.gate.weight", f"{theirs}.gate.weight")
     for expert in range(cfg.moe.num_experts):
         for projection, name in zip(FFN, names, strict=True):

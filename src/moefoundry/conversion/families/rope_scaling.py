@@ -18,14 +18,14 @@ DEFAULTS = {"rope_type": "default", "beta_fast": 32.0, "beta_slow": 1.0}
 
 
 def read_rope(keys: Keys, older: Keys | None = None) -> tuple[float, YarnConfig | None]:
-    """The base of the frequencies, and the YaRN that a config declares.
+    """Read the base of the frequencies, and the YaRN that a config declares.
 
     YaRN's ``factor`` is taken as it stands, as YaRN's and DeepSeek's own code and transformers 5 do; transformers 4
     divides ``max_position_embeddings`` by the original length.
 
     Args:
         keys: The whole file.
-        older: Where the older form has ``rope_theta``; None is in ``keys``.
+        older: Mapping with ``rope_theta`` in the older form; None is ``keys``.
     """
     older = older or keys
     theta = older.number("rope_theta")
@@ -43,7 +43,7 @@ def read_rope(keys: Keys, older: Keys | None = None) -> tuple[float, YarnConfig 
 
 
 def _read_yarn(keys: Keys, name: str, scaling: Keys | None = None) -> YarnConfig | None:
-    """What the mapping ``name`` declares: it is ``scaling``, where it is open already."""
+    """Read the mapping ``name``, which is ``scaling`` where it is open already."""
     scaling = scaling or keys.nested(name, DEFAULTS)
     spelling = "rope_type" if scaling.stated("rope_type") or not scaling.has("type") else "type"  # which is older
     scaling.skip("rope_type")
@@ -75,7 +75,7 @@ def _yarn(keys: Keys, scaling: Keys) -> YarnConfig:
 
 
 def write_yarn(yarn: YarnConfig | None) -> dict[str, Any] | None:
-    """``rope_scaling`` of this YaRN."""
+    """Write ``rope_scaling`` of a YaRN."""
     if yarn is None:
         return None
     keys = {
@@ -91,5 +91,5 @@ def write_yarn(yarn: YarnConfig | None) -> dict[str, Any] | None:
 
 
 def _magnitude(scaling: Keys, key: str) -> float | None:
-    """0 is how DeepSeek's code says that there is none."""
+    """Read a magnitude; 0 means none, as in DeepSeek's code."""
     return (scaling.number(key) or None) if scaling.has(key) else None

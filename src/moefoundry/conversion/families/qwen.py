@@ -1,0 +1,103 @@
+"""Qwen: Qwen2 and Qwen2.5, Qwen3, and Qwen3-MoE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from moefoundry.config import (
+    AttentionBias,
+    AttentionConfig,
+    AuxLossScope,
+    BalanceConfig,
+    GqaConfig,
+    ModelConfig,
+    QkNorm,
+)
+from moefoundry.conversion.families.family import dense_layers, ffn_width, with_dense_layers
+from moefoundry.conversion.families.keys import Keys
+from moefoundry.conversion.families.llama import Llama
+from moefoundry.conversion.families.llama_moe import LlamaMoe
+
+
+class Qwen2(Llama):
+    """Llama with biases of queries, keys and values, and perhaps a sliding window."""
+
+    name = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+    defaults: ClassVar[dict[str, Any]] = {
+        **Llama.defaults,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    }
+    has_attention_bias = False
+    qkv_bias: ClassVar[AttentionBias | None] = AttentionBias.qkv
+    qk_norm: ClassVar[QkNorm] = QkNorm.none
+
+    def _read_attention(self, keys: Keys) -> AttentionConfig:
+        attention = replace(self._read_gqa(keys), qk_norm=self.qk_norm, sliding_window=_read_window(keys))
+        return attention if self.qkv_bias is None else replace(attention, bias=self.qkv_bias)
+
+    def _write_attention(self, cfg: ModelConfig) -> dict[str, Any]:
+        assert isinstance(cfg.attention, GqaConfig)
+        window = cfg.attention.sliding_window
+        keys = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+        return super()._write_attention(cfg) | keys
+
+
+class Qwen3(Qwen2):
+    """Llama with RMSNorm of each query and key head, and perhaps a sliding window."""
+
+    name = "qwen3"
+    architecture = "Qwen3ForCausalLM"
+    defaults: ClassVar[dict[str, Any]] = {**Qwen2.defaults, "head_dim": 128}
+    has_attention_bias = True
+    qkv_bias = None
+    qk_norm = QkNorm.head
+
+
+class Qwen3Moe(Qwen3, LlamaMoe):
+    """Qwen3-MoE: the attention of Qwen3, fine-grained experts, and dense layers anywhere."""
+
+    name = "qwen3_moe"
+    architecture = "Qwen3MoeForCausalLM"
+    defaults: ClassVar[dict[str, Any]] = {**Qwen2.defaults, "decoder_sparse_step": 1, "norm_topk_prob": False}
+    width_key = "moe_intermediate_size"
+
+    def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
+        """Balance over the global batch (arXiv 2501.11873)."""
+        return BalanceConfig(hf.get("router_aux_loss_coef", 0.001), AuxLossScope.global_batch, z_loss_weight=0.0)
+
+    def _read_attention(self, keys: Keys) -> AttentionConfig:
+        if keys.has("rope_parameters") and keys.flag("use_sliding_window"):
+            keys.assume("max_window_layers", 0)  # transformers 5 has the window in every layer, whatever the key says
+            keys.only("max_window_layers", 0)
+        return super()._read_attention(keys)
+
+    def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
+        step = keys.size("decoder_sparse_step")
+        dense = keys.indices("mlp_only_layers") if keys.has("mlp_only_layers") else []
+        cfg = replace(super()._read_ffn(keys, cfg), ffn_hidden_size=keys.size("intermediate_size"))
+        return with_dense_layers(cfg, [i for i in range(cfg.n_layers) if i in dense or (i + 1) % step])
+
+    def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
+        more = {"intermediate_size": ffn_width(cfg), "decoder_sparse_step": 1}
+        return super()._write_ffn(cfg) | more | {"mlp_only_layers": dense_layers(cfg)}
+
+
+def _read_window(keys: Keys) -> int | None:
+    """Read the sliding window of all layers; refuse one of some layers only.
+
+    Transformers means it for the layers from ``max_window_layers`` on.
+    """
+    first, n_layers = keys.count("max_window_layers"), keys.size("num_hidden_layers")
+    keys.skip("sliding_window")  # whatever it is, where it is not used
+    used = keys.flag("use_sliding_window") and keys.has("sliding_window") and first < n_layers
+    window = keys.size("sliding_window") if used else None
+    if window is not None and first > 0:
+        keys.refuse("max_window_layers", f"0 (a window in every layer), or {n_layers} (in none)")
+    kind = "full_attention" if window is None else "sliding_attention"
+    keys.only("layer_types", [kind] * n_layers)  # the same again, in files of later versions
+    return window
