@@ -413,7 +413,7 @@ def test_arguments_of_composers_parts_are_checked_by_their_signatures() -> None:
     ]
     assert [problem.partition(":")[0] for problem in milestones] == ["scheduler.milestones[1]"]
     assert stopper == [
-        "callbacks.early_stopper.dataloader_label: missing; allowed: a string",
+        "callbacks.early_stopper.dataloader_label: missing: argument dataloader_label of the class; allowed: a string",
         "callbacks.early_stopper.monitr: unknown key; did you mean 'callbacks.early_stopper.monitor'?",
     ]
     assert [problem.partition(":")[0] for problem in estimator] == [
