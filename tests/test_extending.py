@@ -130,7 +130,6 @@ OTHERS_USE = [
     "optimizer={name: plain_sgd, lr: 0.25}",
     "scheduler.name=half",
     "loggers.lines={}",
-    "loggers.file_logger.filename=composer.txt",
     "model.moe.backend=each_slot",
     "algorithms.counting={}",
 ]
@@ -299,7 +298,7 @@ def test_a_backend_of_others_mixes_as_the_plain_one_and_says_where_it_cannot_run
     sizes += ["model.attention={kind: running_mean, gain: 0.5, n_heads: 2}", "model.ffn_hidden_size=16"]
 
     def model(backend: str) -> MoETransformer:
-        cfg = load_recipe(None, [*sizes, f"model.moe.backend={backend}"]).model
+        cfg = load_recipe(QUICKSTART, [*sizes, f"model.moe.backend={backend}"]).model
         check_backend(cfg.moe, cfg.d_model, torch.device("cpu"), torch.float32)
         module = meta_model(cfg)
         materialize(module, "cpu", 0)
@@ -311,20 +310,19 @@ def test_a_backend_of_others_mixes_as_the_plain_one_and_says_where_it_cannot_run
     changed = ids.clone()
     changed[:, 4:] = 0
     assert torch.equal(theirs(changed)[:, :4], theirs(ids)[:, :4]), "a mean over what came before"
-    cfg = load_recipe(None, ["model.moe={backend: each_slot, expert_hidden_size: 7}"]).model
+    cfg = load_recipe(QUICKSTART, ["model.moe={backend: each_slot, expert_hidden_size: 7}"]).model
     with pytest.raises(UserError, match=r"^model\.moe\.backend: each_slot cannot run: F is 7; use .*backend=auto$"):
         check_backend(cfg.moe, cfg.d_model, torch.device("cpu"), torch.float32)
 
 
 def test_an_installed_package_adds_a_family(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefoundry.config import ModelConfig, UserError
+    from moefoundry.config import UserError
     from moefoundry.conversion import families
 
     families._family.cache_clear()
     points = {"moefoundry.families": {"alpaca": "family:part", "lama": "family:misnamed"}}
     install(site, "family", points, {"family.py": FAMILY})
-    dense = {"n_dense_layers": 6}
-    cfg = ModelConfig(**dense)  # type: ignore[arg-type]
+    cfg = load_recipe(QUICKSTART, ["model.n_dense_layers=6"]).model
     written = families.FAMILIES["alpaca"].write_config(cfg, 64)
     assert (written["model_type"], written["architectures"]) == ("alpaca", ["AlpacaForCausalLM"])
     assert families.family_of(written).read_config(written).n_layers == 6
@@ -458,6 +456,7 @@ def test_a_run_uses_the_examples_parts_and_composers(tiny_overrides: Callable[..
     )
     moe = "{num_experts: 4, top_k: 2, expert_hidden_size: 32}"
     overrides = [*tiny_overrides(tmp_path / "run", f"callbacks={composers}"), f"model.moe={moe}", *USE, *OTHERS_USE]
+    overrides += [f"loggers.file_logger.filename={tmp_path}/composer.txt"]
     metrics, kept, difference = run_distributed(train_with_parts, 1, tmp_path / "site", overrides)[0]
     assert [line["batch"] for line in metrics] == [1, 2, 3]
     assert all(line["throughput/steps_per_sec"] > 0 for line in metrics)

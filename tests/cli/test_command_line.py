@@ -14,6 +14,7 @@ import pytest
 from moefoundry.cli import convert
 from moefoundry.cli.main import COMMANDS, commands, main
 from moefoundry.data.options import PrepareOptions
+from tests.conftest import QUICKSTART
 
 
 def parsed(arguments: list[str]) -> dict[str, object]:
@@ -119,10 +120,11 @@ def test_what_is_data_is_one_json_object_on_request(tmp_path: Path, capsys: pyte
         assert main([*arguments, "--json"]) == 0
         return json.loads(capsys.readouterr().out)
 
-    found = printed("validate", "model.moe.top_k=4", "train_loader.dataset.local=nowhere")
+    found = printed("validate", str(QUICKSTART), "model.moe.top_k=4", "train_loader.dataset.local=nowhere")
     assert found["recipe"]["model.moe.top_k"] == 4
     assert found["origins"]["model.moe.top_k"] == "override"
-    assert found["origins"]["model.d_model"] == "default"
+    assert found["origins"]["model.d_model"] == str(QUICKSTART)
+    assert found["origins"]["model.document_masking"] == "default"
     assert found["recipe"].keys() == found["origins"].keys()
     assert found["notes"][0].startswith("note: train_loader.dataset.local: nowhere: no such directory")
     (tmp_path / "a.txt").write_text("some text\n" * 500)

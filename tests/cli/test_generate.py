@@ -69,7 +69,7 @@ def test_bad_input_is_one_line(run: Run, capsys, options: list[str], message: st
 
 
 def test_a_missing_tokenizer_is_named(run: Run, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moefoundry.checkpoint import manifest as module
+    from moefoundry.evaluation import prompts as module
 
     document = module.read_state(run.run_dir / "checkpoints" / "ba2")
     for recipe, message in [
