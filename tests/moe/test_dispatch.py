@@ -282,12 +282,12 @@ def test_an_fp8_leg_takes_at_most_52_percent_of_bf16(kind: str) -> None:
     assert moved >= (2 * 0.5 + 2) * bf16_leg
 
 
-# Expert e is on rank e // 2. Token 0 visits rank 1 twice and rank 0 once; token 1 has a slot that is not kept.
+# Expert e is on rank e // 2. Token 0 has two slots on rank 1 and one on rank 0; token 1 has a slot that is not kept.
 HAND_IDS = torch.tensor([[2, 0, 3], [5, -1, 4]])
 
 
 def test_places_of_the_example_worked_out_by_hand() -> None:
-    from moefoundry.moe.dispatch import pairs_and_slots, visits
+    from moefoundry.moe.dispatch import needed_places, pairs_and_slots
 
     assert needed_places(HAND_IDS // 2, 4).tolist() == [[True, True, False, False], [False, False, True, False]]
     pairs, slots = pairs_and_slots(HAND_IDS, 8, 4)
