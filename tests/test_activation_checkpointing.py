@@ -16,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moefoundry.config import Compute, PrecisionConfig
+from moefoundry.config import Compute, LossConfig, LossesConfig, PrecisionConfig
+from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from tests.model.tiny import batch, gradients, meta_model, tiny_config, tiny_model
 
@@ -86,10 +87,13 @@ def products(counts: Counter[str]) -> dict[str, int]:
     ("backend", "dtype"), [("grouped_mm", torch.float32), ("loop", torch.float32), ("loop", torch.float64)]
 )
 def test_losses_and_gradients_have_the_same_bits(mode: str, backend: str, dtype: torch.dtype) -> None:
-    losses, grads = step(model("none", backend, dtype))
-    other_losses, other_grads = step(model(mode, backend, dtype))
-    for name, value in losses._asdict().items():
-        assert torch.equal(value, getattr(other_losses, name)), name
+    modules = [model("none", backend, dtype), model(mode, backend, dtype)]
+    further = build_losses(LossesConfig(logits_z=LossConfig(weight=0.1), router_entropy=LossConfig(weight=-0.1)))
+    for module in modules:
+        module.use_losses(further)
+    (losses, grads), (other_losses, other_grads) = map(step, modules)
+    assert losses.of_tokens.keys() == {"router_entropy"}
+    torch.testing.assert_close(losses._asdict(), other_losses._asdict(), rtol=0, atol=0)
     assert grads.keys() == other_grads.keys()
     for name, grad in grads.items():
         assert torch.equal(grad, other_grads[name]), name
