@@ -23,6 +23,7 @@ NOT_IMPORTED = {
     "mypy": "a command",
     "pre-commit": "a command",
     "pytest-timeout": "a plugin of pytest",
+    "pytest-xdist": "a plugin of pytest",
     "ruff": "a command",
     "types-pyyaml": "types for mypy",
 }
