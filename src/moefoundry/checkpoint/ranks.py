@@ -12,7 +12,7 @@ from moefoundry.config import UserError
 
 
 def rank() -> int:
-    """Number of this rank; 0 in a plain process."""
+    """Return the number of this rank; 0 in a plain process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

@@ -59,7 +59,7 @@ class Builder:
     def build(
         self, cls: type, values: dict[str, Any], path: str = "", kind: str = "", table: Table | None = None
     ) -> Any:
-        """An object of ``cls`` from a mapping of all its keys, which are also names of ``table``."""
+        """Build an object of ``cls`` from a mapping of all its keys, which are also names of ``table``."""
         built = {}
         known = specs(cls)
         for name, spec in known.items():

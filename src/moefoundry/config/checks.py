@@ -233,8 +233,10 @@ def _expert_degree(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
 
 
 def expert_problems(mesh: MeshConfig, world_size: int | None, sizes: dict[str, int]) -> Iterator[Problem]:
-    """List why experts are not divided evenly among ranks that share one copy of the model; ``expert`` has to divide
-    ``shard`` and ``sizes``, which are named by their keys."""
+    """List why experts are not divided evenly among ranks that share one copy of the model.
+
+    ``expert`` has to divide ``shard`` and ``sizes``, which are named by their keys.
+    """
     expert, sizes = mesh.expert, dict(sizes)
     if expert < 1:
         yield Problem("mesh.expert", f"got {expert}", allowed="a positive integer")
@@ -331,7 +333,7 @@ def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("save_num_checkpoints_to_keep")
 def _kept_checkpoints(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    """The newest checkpoint always stays."""
+    """Keep the newest checkpoint in any case."""
     if recipe.save_num_checkpoints_to_keep == 0:
         yield Problem("save_num_checkpoints_to_keep", "got 0", allowed="a positive integer, or -1 to keep all")
 
@@ -359,7 +361,7 @@ def _moments_can_fall(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("scheduler.t_warmup", "max_duration")
 def _warmup(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    """A schedule compares both; it knows how many batches an epoch has, but not how many tokens or samples a batch."""
+    """Refuse two units that a schedule cannot compare: it knows the batches of an epoch, not the tokens of a batch."""
     if not isinstance(recipe.scheduler, WarmupConfig):
         return
     warmup, unit = _duration(recipe.scheduler.t_warmup)

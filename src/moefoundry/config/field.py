@@ -54,7 +54,7 @@ def key(
     other_values: dict[str, str] | None = None,
     table: str | None = None,
 ) -> Any:
-    """A recipe field.
+    """Declare a recipe field.
 
     Args:
         default: The value, or a callable that makes it (a dataclass, or a lambda for lists); :data:`REQUIRED` is none.

@@ -281,7 +281,7 @@ def describe(spec: Spec, kind: Any = None) -> str:
 
 
 def missing(spec: Spec) -> str:
-    """The message for a required key that is not there: what it is, and which values are usual."""
+    """Word the error of a required key that is not there: what it is, and which values are usual."""
     what = spec.doc.partition(";")[0].rstrip(".")
     text = f"missing: {what[:1].lower()}{what[1:]}" if what else "missing"
     return f"{text}; customary: {spec.customary}" if spec.customary else text

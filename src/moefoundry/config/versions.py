@@ -40,7 +40,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
 
 
 def upgraded(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored recipe as this release writes it.
+    """Rewrite a stored recipe as this release writes it.
 
     Args:
         recipe: Dotted key -> value.

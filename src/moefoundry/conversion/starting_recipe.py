@@ -53,7 +53,7 @@ class Size:
 
     @classmethod
     def of(cls, cfg: ModelConfig) -> Size:
-        """The size of a model, in closed form."""
+        """Compute the size of a model, in closed form."""
         width, dense = cfg.d_model, len(dense_layers(cfg))
         sparse, expert = cfg.n_layers - dense, 3 * width * cfg.moe.expert_hidden_size
         shared = sparse * (width * cfg.moe.num_experts + cfg.moe.num_shared_experts * expert)
@@ -140,7 +140,7 @@ def _continued(size: Size, max_seq_len: int) -> Comments:
 def starting_recipe(
     cfg: ModelConfig, name: str, title: str, max_seq_len: int | None, load_path: str | None = None
 ) -> str:
-    """A commented recipe as YAML.
+    """Write a commented recipe as YAML.
 
     Args:
         cfg: The model, with the balance that it is to be trained with.
@@ -238,14 +238,14 @@ def _short(count: int) -> str:
 
 
 def recipe_of_family(family: Family) -> str:
-    """A recipe that trains a family's published model from scratch."""
+    """Write the recipe that trains a family's published model from scratch."""
     model, hf = family.published
     cfg = with_balance(family, family.read_config(hf), hf)
     return starting_recipe(cfg, model.lower(), f"{model} ({family.name})", family.max_seq_len(hf))
 
 
 def recipe_of_config(family: Family, hf: Mapping[str, Any], name: str) -> str:
-    """A recipe that trains the model of a ``config.json`` from scratch.
+    """Write the recipe that trains the model of a ``config.json`` from scratch.
 
     Raises:
         ConfigError: As :meth:`Family.read_config`.
@@ -261,7 +261,7 @@ def with_balance(family: Family, cfg: ModelConfig, hf: Mapping[str, Any]) -> Mod
 
 
 def recipe_of_size(active: int, total: int, vocab_size: int) -> str:
-    """A recipe of about this many parameters, in the proportions of Qwen3-MoE.
+    """Write a recipe of about this many parameters, in the proportions of Qwen3-MoE.
 
     Args:
         active: Parameters that a token meets, embedding and head included.

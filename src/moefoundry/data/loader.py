@@ -162,7 +162,7 @@ class TokenDataLoader(StreamingDataLoader):
 
 
 def number_documents(tokens_S: Tensor, eos_id: int) -> Tensor:
-    """Number the document of each token of a sample from 0, int64 [S]; ``eos_id`` ends one."""
+    """Give each token of a sample the number of its document, from 0, int64 [S]; ``eos_id`` ends one."""
     ends_S = tokens_S == eos_id
     return ends_S.cumsum(0) - ends_S.long()
 

@@ -42,7 +42,7 @@ class Dbrx(Family):
         return problems
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
-        """A mean over layers there."""
+        """Convert a mean over layers."""
         weight = hf.get("router_aux_loss_coef", 0.05) / cfg.n_layers
         return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0)
 

@@ -42,7 +42,7 @@ class DeepseekV3(Llama):
     }
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
-        """An expert bias, and a small loss of each sequence beside it."""
+        """Return an expert bias, and a small loss of each sequence beside it."""
         weight = hf.get("aux_loss_alpha", 0.0001)
         return BalanceConfig(weight, AuxLossScope.sequence, z_loss_weight=0.0, bias_update_rate=0.001)
 

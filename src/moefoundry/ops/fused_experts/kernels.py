@@ -31,7 +31,7 @@ def place_tiles(
 
 @triton.jit
 def tile_of_program(group_of_tile, columns, N: tl.constexpr):
-    """Number the tile of rows, the tile across and the expert of this program; tiles across go first."""
+    """Find the tile of rows, the tile across and the expert of this program; tiles across go first."""
     tiles_across = tl.cdiv(columns, N)
     tile = tl.program_id(0) // tiles_across
     return tile, tl.program_id(0) % tiles_across, tl.load(group_of_tile + tile)
