@@ -29,10 +29,11 @@ BOXES: dict[str, tuple[float, float, float, float, str, str]] = {
         6.5,
         0.9,
         BLUE,
-        "trainer.py  Composer Trainer: optimizer, schedule, micro-batches, evaluation",
+        "build.py  parts of the run, from their tables\ntrainer.py  Composer Trainer: micro-batches, schedule, evaluation",
     ),
-    "checkpoint": (10.7, 1.6, 2.5, 0.9, BLUE, "checkpoint/\nsharded, by name"),
-    "callbacks": (10.7, 3.1, 2.5, 0.9, BLUE, "callbacks/\nmetrics, load, report"),
+    "conversion": (10.7, 4.6, 2.5, 0.9, BLUE, "conversion/  evaluation/\nHugging Face, generation"),
+    "checkpoint": (10.7, 3.1, 2.5, 0.9, BLUE, "checkpoint/\nhashed, on any mesh"),
+    "callbacks": (10.7, 1.6, 2.5, 0.9, BLUE, "callbacks/\nmetrics, checkpoints, report"),
     "run_dir": (10.7, -0.3, 2.5, 0.9, GRAY, "run_dir\nmetrics.jsonl, plots,\ncheckpoints"),
 }
 ARROWS = [
@@ -48,7 +49,8 @@ ARROWS = [
     ("parallel", "trainer"),
     ("trainer", "run_dir"),
     ("callbacks", "checkpoint"),
-    ("checkpoint", "run_dir"),
+    ("checkpoint", "conversion"),
+    ("callbacks", "run_dir"),
 ]
 
 
