@@ -254,8 +254,8 @@ class MoEConfig:
     )
     backend: ExpertBackend = key(
         ExpertBackend.auto,
-        "How experts multiply; auto takes the fastest for the device, dtype and size, loop is the plain oracle.",
-        available=(ExpertBackend.auto, ExpertBackend.triton, ExpertBackend.grouped_mm, ExpertBackend.loop),
+        "How experts multiply; auto takes the fastest for the device, dtype and size, loop is the plain oracle, "
+        "megablocks is block-sparse.",
         free_on_resume=True,
         architecture=False,
         renamed_from=("mlp_impl", "experts_implementation"),

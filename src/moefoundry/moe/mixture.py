@@ -30,25 +30,29 @@ def choose_mixture(backend: ExpertBackend, tokens_TD: Tensor, num_rows: int, hid
     """Choose by device, dtype and size; None is the plain way.
 
     Args:
-        backend: ``auto`` takes what has been measured to be fastest there, ``triton`` its kernels or an error, others
-            the plain way.
+        backend: ``auto`` takes what has been measured to be fastest there, ``triton`` and ``megablocks`` their kernels
+            or an error, others the plain way.
         tokens_TD: That it would mix.
         num_rows: N.
         hidden_size: F.
 
     Raises:
-        ValueError: Triton's kernels are asked for and cannot run there.
+        ValueError: Kernels are asked for and cannot run there.
     """
     if backend == ExpertBackend.auto and tokens_TD.device.type == "cpu":
         bytes_of_rows = num_rows * tokens_TD.shape[1] * tokens_TD.itemsize
         return expert_mixture if tokens_TD.dtype == torch.float32 and bytes_of_rows >= PAYS_FROM_BYTES else None
-    if backend != ExpertBackend.triton:
+    if backend == ExpertBackend.triton:
+        from moefoundry.ops.fused_experts import fused_experts as mixture
+        from moefoundry.ops.fused_experts import obstacle
+    elif backend == ExpertBackend.megablocks:
+        from moefoundry.ops.block_sparse import block_sparse_experts as mixture
+        from moefoundry.ops.block_sparse import obstacle
+    else:
         return None
-    from moefoundry.ops.fused_experts import fused_experts, obstacle
-
     if found := obstacle(tokens_TD, hidden_size):
-        raise ValueError(f"model.moe.backend: triton cannot run: {found}; use model.moe.backend=auto")
-    return fused_experts
+        raise ValueError(f"model.moe.backend: {backend} cannot run: {found}; use model.moe.backend=auto")
+    return mixture
 
 
 def check_backend(cfg: MoEConfig, d_model: int, device: torch.device, dtype: torch.dtype) -> None:
