@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moefoundry.config import ExpertBackend, MoEConfig, RouterConfig
+from moefoundry.config import MoEConfig, RouterConfig
 from moefoundry.moe.layer import MoELayer
 
 D, HIDDEN, E = 128, 128, 8
@@ -43,7 +43,7 @@ def check_dmoe_equals_the_loop_backend(mlp_impl: str, top_k: int, normalize: boo
     torch.manual_seed(0)
     theirs = dmoe(mlp_impl=mlp_impl, moe_top_k=top_k, moe_normalize_expert_weights=1 if normalize else None)
     router = RouterConfig(normalize_topk=normalize)
-    ours = MoELayer(D, MoEConfig(E, top_k, HIDDEN, num_shared_experts=0, router=router, backend=ExpertBackend.loop))
+    ours = MoELayer(D, MoEConfig(E, top_k, HIDDEN, num_shared_experts=0, router=router, backend="loop"))
     mlp, gate = theirs.experts.mlp, theirs.router.layer.weight
     experts = ours.experts
     with torch.no_grad():
@@ -88,7 +88,7 @@ def check_lists_stay_empty() -> None:
 def check_own_backend_leaves_lists_alone() -> None:
     """Our layer on the block-sparse backend has its losses returned, and MegaBlocks knows nothing of it."""
     dmoe()
-    layer = MoELayer(D, MoEConfig(E, 2, HIDDEN, num_shared_experts=0, backend=ExpertBackend.megablocks))
+    layer = MoELayer(D, MoEConfig(E, 2, HIDDEN, num_shared_experts=0, backend="megablocks"))
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.1)
     out, stats = layer(torch.randn(1, 8, D))

@@ -13,7 +13,6 @@ from torch import Tensor
 from moefoundry.config import (
     ActivationCheckpointing,
     BalanceConfig,
-    ExpertBackend,
     GqaConfig,
     InitConfig,
     MeshConfig,
@@ -43,7 +42,7 @@ def config(backend: str, capacity_factor: float | None) -> ModelConfig:
             expert_hidden_size=128,
             capacity_factor=capacity_factor,
             balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
-            backend=ExpertBackend(backend),
+            backend=backend,
         ),
     )
 
