@@ -71,8 +71,10 @@ def check_dmoe_equals_the_loop_backend(mlp_impl: str, top_k: int, normalize: boo
 
 
 def check_lists_stay_empty() -> None:
-    """With both weights 0 MegaBlocks appends nothing to its module-level lists, in training, in evaluation and under
-    reentrant checkpointing: whoever uses other losses need not clear them."""
+    """Check that with both weights 0 MegaBlocks appends nothing to its module-level lists.
+
+    That holds in training, in evaluation and under reentrant checkpointing.
+    """
     from torch.utils.checkpoint import checkpoint
 
     layer, x = dmoe(mlp_impl="grouped", moe_top_k=2), torch.rand(1, 8, D, requires_grad=True)

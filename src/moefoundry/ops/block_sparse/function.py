@@ -50,7 +50,9 @@ def block_sparse_experts(
     Args:
         tokens_TD: float32, bfloat16 or float16, on a GPU that :func:`obstacle` finds none for.
         weights_TK: Top-k weights, any float dtype.
-        gate_EFD, up_EFD, down_EDF: Experts' weights, each in the layout of ``nn.Linear``, dtype as the tokens.
+        gate_EFD: Experts' weights, each in the layout of ``nn.Linear``, dtype as the tokens; likewise the next two.
+        up_EFD: [E, F, D].
+        down_EDF: [E, D, F].
         order: Order of the slots that have rows.
     """
     padded = pad_order(order, len(tokens_TD))
