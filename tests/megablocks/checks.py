@@ -38,6 +38,14 @@ def dmoe(**options: Any) -> nn.Module:
     return dMoE(Arguments(**(usual | options)))
 
 
+def fail_to_import() -> None:
+    """Import MegaBlocks before the provider is called, as LLM Foundry does; modules of it stay behind."""
+    try:
+        import megablocks  # noqa: F401
+    except ModuleNotFoundError as error:
+        assert "megablocks_ops" in str(error)
+
+
 def check_dmoe_equals_the_loop_backend(mlp_impl: str, top_k: int, normalize: bool) -> None:
     """Output and gradients with the same weights; expert 0 is chosen often and the last never."""
     torch.manual_seed(0)

@@ -33,6 +33,7 @@ def process(**environment: str) -> ProcessPoolExecutor:
 @pytest.fixture(scope="module")
 def plain() -> Iterator[ProcessPoolExecutor]:
     with process() as started:
+        started.submit(checks.fail_to_import).result()
         yield started
 
 
