@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -40,10 +41,8 @@ def dmoe(**options: Any) -> nn.Module:
 
 def fail_to_import() -> None:
     """Import MegaBlocks before the provider is called, as LLM Foundry does; modules of it stay behind."""
-    try:
+    with suppress(ModuleNotFoundError):
         import megablocks  # noqa: F401
-    except ModuleNotFoundError as error:
-        assert "megablocks_ops" in str(error)
 
 
 def check_dmoe_equals_the_loop_backend(mlp_impl: str, top_k: int, normalize: bool) -> None:

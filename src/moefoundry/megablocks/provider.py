@@ -85,8 +85,9 @@ def _unless_installed(name: str, modules: dict[str, ModuleType]) -> None:
 
 def _grouped_gemm() -> dict[str, ModuleType]:
     package, backend, ops = (ModuleType(f"grouped_gemm{part}") for part in ("", ".backend", ".ops"))
-    backend.gmm, ops.gmm = grouped_gemm.multiply, grouped_gemm.multiply_with_gradient  # type: ignore[attr-defined]
-    package.backend, package.ops = backend, ops  # type: ignore[attr-defined]
+    vars(backend).update(gmm=grouped_gemm.multiply)
+    vars(ops).update(gmm=grouped_gemm.multiply_with_gradient)
+    vars(package).update(backend=backend, ops=ops)
     return {module.__name__: module for module in (package, backend, ops)}
 
 
