@@ -40,7 +40,13 @@ def dmoe(**options: Any) -> nn.Module:
 
 
 def fail_to_import() -> None:
-    """Import MegaBlocks before the provider is called, as LLM Foundry does; modules of it stay behind."""
+    """Import MegaBlocks before the provider is called, as LLM Foundry does; modules of it stay behind.
+
+    Importing the provider alone changes nothing.
+    """
+    import moefoundry.megablocks  # noqa: F401
+
+    assert not {"megablocks_ops", "grouped_gemm", "stk"} & set(sys.modules)
     with suppress(ModuleNotFoundError):
         import megablocks  # noqa: F401
 
@@ -119,11 +125,8 @@ def check_real_extensions_win() -> None:
     real["grouped_gemm"].backend = real["grouped_gemm"].ops = object()  # type: ignore[attr-defined]
     sys.modules.update(real)
     dmoe(mlp_impl="sparse")
-    import megablocks.grouped_gemm_util
-    import megablocks.ops.sort
-
-    assert megablocks.ops.sort.ops is real["megablocks_ops"]
-    assert megablocks.grouped_gemm_util.backend is real["grouped_gemm"].backend
+    assert sys.modules["megablocks.ops.sort"].ops is real["megablocks_ops"]
+    assert sys.modules["megablocks.grouped_gemm_util"].backend is real["grouped_gemm"].backend
 
 
 def check_llm_foundry_builds(ffn_type: str) -> Tensor:

@@ -22,7 +22,7 @@ def histogram(x: Tensor, num_bins: int) -> Tensor:
     Returns:
         int32 [num_bins] or [B, num_bins].
     """
-    rows = x.reshape(-1, x.shape[-1]).long()
+    rows = (x.unsqueeze(0) if x.dim() == 1 else x).long()
     inside = rows.where((rows >= 0) & (rows < num_bins), num_bins)
     counts = torch.zeros(len(rows), num_bins + 1, dtype=torch.int32, device=x.device)
     counts.scatter_add_(1, inside, torch.ones_like(inside, dtype=torch.int32))
