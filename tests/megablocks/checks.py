@@ -133,7 +133,7 @@ def check_real_extensions_win() -> None:
 
 
 def declare_entry_points() -> None:
-    """Let this process find the entry points of ``pyproject.toml``, whatever was there when the package was installed."""
+    """Let this process find the entry points of ``pyproject.toml``, whatever the installed package has."""
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     group = "llmfoundry_ffns_with_megablocks"
     lines = [f"{name} = {value}" for name, value in project["entry-points"][group].items()]

@@ -46,7 +46,7 @@ def provide() -> None:
     for name in ("sdd", "dsd", "dds"):
         setattr(stk, name, getattr(kernels.widened(), name))
     on_cpu.stand_in(stk, on_cpu.OF_STK)
-    groups = importlib.import_module("megablocks.grouped_gemm_util")
+    groups: Any = importlib.import_module("megablocks.grouped_gemm_util")
     if groups.backend is None:  # imported when there was no grouped_gemm yet
         groups.backend, groups.ops = sys.modules["grouped_gemm"].backend, sys.modules["grouped_gemm"].ops
         groups._grouped_gemm_is_available = True
