@@ -29,7 +29,7 @@ BOXES: dict[str, tuple[float, float, float, float, str, str]] = {
         6.5,
         0.9,
         BLUE,
-        "build.py  parts of the run, from their tables\ntrainer.py  Composer Trainer: micro-batches, schedule, evaluation",
+        "build.py  parts of the run, from their tables\ntrainer.py  Composer Trainer: micro-batches, evaluation",
     ),
     "conversion": (10.7, 4.6, 2.5, 0.9, BLUE, "conversion/  evaluation/\nHugging Face, generation"),
     "checkpoint": (10.7, 3.1, 2.5, 0.9, BLUE, "checkpoint/\nhashed, on any mesh"),

@@ -79,7 +79,7 @@ def preload() -> None:
 def run(figures: Figures, options: Options) -> None:
     """Every peer at every shape; of moefoundry the backends that the layer step has, for the same minutes."""
     shapes = TINY if options.device == "cpu" else (*SHAPES[:1], DEEPSEEK_V3, *SHAPES[1:3])
-    backends = available_backends(figures)
+    backends = available_backends()
     for shape in shapes:
         for backend in backends:
             figures.run(f"{shape}, moefoundry {backend}", ours, shape, backend, options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -46,7 +46,6 @@ class Table:
         kind: The entry points' group is ``moefoundry.KIND``.
         listed: Parts by name, or functions that make them when they are first used.
         base: Base class of the configs of installed parts; None if parts of this kind have no config.
-        planned: Names that stand for parts of a later release.
     """
 
     def __init__(
@@ -54,12 +53,10 @@ class Table:
         kind: str,
         listed: Mapping[str, Part | Callable[[], Part]],
         base: type | None = object,
-        planned: Collection[str] = (),
     ) -> None:
         self.kind = kind
         self.listed = listed
         self.base = base
-        self.planned = planned
         self._made: dict[str, Part] = {}
 
     def names(self) -> list[str]:

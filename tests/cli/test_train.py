@@ -64,7 +64,10 @@ def files(directory: Path) -> dict[str, bytes]:
             r"missing/tokenizer/tokenizer\.json: no such file",
         ),
         (["load_path=missing/run"], r"load_path: no complete checkpoint at missing/run"),
-        (["model.moe.backend=megablocks"], r"model\.moe\.backend: .*megablocks.* not available yet"),
+        (
+            ["model.moe.backend=megablocks"],
+            r"model\.moe\.expert_hidden_size: .*megablocks.* 32 is not divisible by 128",
+        ),
         (["precision.fp8={recipe: rowwise, exclude: [heads]}"], r"precision\.fp8\.exclude: no module is named 'heads'"),
         (
             ["precision.fp8={recipe: deepseek_v3, backend: triton}"],

@@ -53,6 +53,9 @@ def test_row22_check_recipe_alone():
     assert check_recipe(recipe, world_size=2, skip={"mesh.expert"}) == []
 
 
+BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "world_size", "paths"),
     [
@@ -116,6 +119,13 @@ def test_row22_check_recipe_alone():
         (["model.moe.expert_hidden_size=36", "precision.compute=bf16"], None, ["model.moe.expert_hidden_size"]),
         (["model.moe.expert_hidden_size=36", "precision.compute=bf16_emulated"], None, []),
         (["model.d_model=6", "model.attention={n_heads: 1, n_kv_heads: 1}"], None, ["model.d_model"]),
+        # megablocks: blocks of 128 x 128, products as they are
+        ([*BLOCKS], None, []),
+        ([*BLOCKS, "precision.compute=bf16"], None, []),
+        ([*BLOCKS, "model.moe.expert_hidden_size=192"], None, ["model.moe.expert_hidden_size"]),
+        ([*BLOCKS, "model.d_model=64"], None, ["model.d_model"]),
+        ([*BLOCKS, "precision.compute=bf16_emulated"], None, ["model.moe.backend"]),
+        ([*BLOCKS, "precision.fp8.recipe=deepseek_v3"], None, ["model.moe.backend"]),
         # mesh
         (["mesh.replicate=-1"], None, ["mesh.shard"]),
         (["mesh.replicate=-1", "mesh.shard=2"], 4, []),

@@ -57,7 +57,7 @@ def only_compiling(capability: int, configs: int) -> Iterator[list[tuple[str, An
     """Let launches only compile; yields the list that every (name, compiled kernel) is appended to.
 
     Args:
-        capability: 90 for Hopper, 100 for Blackwell.
+        capability: 80 for Ampere, 90 for Hopper, 100 for Blackwell.
         configs: How many configurations of an autotuned kernel, from the first.
     """
     from triton.runtime import driver
@@ -103,13 +103,18 @@ def inspect(kernel: Any) -> Found:
         "registers": int(registers),
         "stack": int(stack),
         "shared": kernel.metadata.shared,
-        "tensor cores": next((name for name in ("QGMMA", "HGMMA", "UTCQMMA", "UTCHMMA") if has(rf"\b{name}")), None),
+        "tensor cores": next(
+            (name for name in ("QGMMA", "HGMMA", "UTCQMMA", "UTCHMMA", "HMMA") if has(rf"\b{name}")), None
+        ),
         "copies": [name for name, seen in (("TMA", has("UTMALDG")), ("128 bits", has(r"LDGSTS\S*\.128"))) if seen],
     }
 
 
 def launches() -> dict[str, Callable[[], Any]]:
     """Launches of every kernel, by name, on small operands whose values nobody reads."""
+    from moefoundry.ops.block_sparse import function as blocks_of_experts
+    from moefoundry.ops.block_sparse import layout
+    from moefoundry.ops.block_sparse.kernels import missing
     from moefoundry.ops.fp8 import Format, Scaling, Tile, formats
     from moefoundry.ops.fp8 import triton_gemm as gemm
     from moefoundry.ops.fp8 import triton_quantize as quantize
@@ -145,6 +150,16 @@ def launches() -> dict[str, Callable[[], Any]]:
     gate, down = bf16(EXPERTS, HIDDEN, WIDTH), bf16(EXPERTS, WIDTH, HIDDEN)
     place = fused.Tiles(*(torch.zeros(rows // 128 + EXPERTS, dtype=torch.int32) for _ in range(3)))
     ends_E = sizes_E.cumsum(0, dtype=torch.int32)
+    padded = layout.pad_order(order, TOKENS)
+    topology, rows_PD = layout.find_topology(padded, HIDDEN // 128), bf16(len(padded.slot_of_row_N), WIDTH)
+    by_width, sparse = gate.flatten(0, 1), bf16(len(topology.row_indices), 128, 128)
+    blocks_of_stk = {
+        "blocks: up": lambda: blocks_of_experts.multiply_into_blocks(rows_PD, by_width.T, topology),
+        "blocks: down": lambda: blocks_of_experts.multiply_blocks(sparse, by_width, topology),
+        "blocks: gradients of weights": lambda: blocks_of_experts.multiply_blocks(
+            sparse, rows_PD, topology, transposed=True
+        ),
+    }
     power, scaling = Scaling.POWER_OF_TWO, "power-of-two scales"
     of_rows = {
         f"quantize {format.name} rows, {scaling}": lambda f=format: quantize.quantize_triton(x, Tile.ROW, f, power)
@@ -169,6 +184,7 @@ def launches() -> dict[str, Callable[[], Any]]:
             x, hidden, token_of_row, ends_E, 1, gather_left=True
         ),
         "experts: sum": lambda: fused.sum_rows(bf16(rows, WIDTH), order),
+        **({} if missing() else blocks_of_stk),
         "FP8 fprop": lambda: gemm.multiply_triton(tiles(rows, WIDTH), blocks(HIDDEN, WIDTH), sizes_E, torch.bfloat16),
         "FP8 dgrad": lambda: gemm.multiply_triton(
             tiles(rows, HIDDEN), blocks(HIDDEN, WIDTH).mT, sizes_E, torch.bfloat16
@@ -182,10 +198,11 @@ def launches() -> dict[str, Callable[[], Any]]:
     }
 
 
-def compile_all(capability: int, configs: int, beginning: str = "") -> dict[str, Found]:
-    """Inspect every kernel whose name begins so; all configurations but the first have a number behind the name.
+def compile_all(capability: int, configs: int, beginning: str | tuple[str, ...] = "") -> dict[str, Found]:
+    """Inspect every kernel whose name begins so, or in one of these ways.
 
-    A process compiles for one capability: Triton keeps what it has compiled, whatever its driver says then.
+    All configurations of a kernel but the first have a number behind the name. A process compiles for one capability:
+    Triton keeps what it has compiled, whatever its driver says then.
     """
     found: dict[str, Found] = {}
     for name, launch in launches().items():
@@ -200,7 +217,9 @@ def compile_all(capability: int, configs: int, beginning: str = "") -> dict[str,
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile all Triton kernels for a GPU that is not there.")
-    parser.add_argument("--capability", type=int, default=90, help="90 for Hopper (the default), 100 for Blackwell")
+    parser.add_argument(
+        "--capability", type=int, default=90, help="80 for Ampere, 90 for Hopper (the default), 100 for Blackwell"
+    )
     parser.add_argument("--configs", type=int, default=2, help="of each autotuned kernel, from its first (default 2)")
     parser.add_argument("--update", action="store_true", help=f"write it to {GOLDEN.name}")
     args = parser.parse_args(argv)

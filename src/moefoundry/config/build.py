@@ -166,9 +166,7 @@ class Builder:
         names = table.names()
         if self._unusable(table, value, path, f"{value}: "):
             return INVALID
-        if value in table.planned and value not in names:
-            self.problems.append(Problem(path, f"{show(value)} is not available yet", ", ".join(names)))
-        elif value not in names:
+        if value not in names:
             return self._fail(path, f"got {show(value)}", ", ".join(names), _nearest(value, names, spec))
         return value
 

@@ -177,6 +177,22 @@ def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
             yield Problem(path, message, allowed, suggestion="model.moe.backend=loop")
 
 
+@rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision")
+def _blocks_of_megablocks(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """Its matrices consist of blocks of 128 x 128, which are multiplied as they are."""
+    moe, precision = recipe.model.moe, recipe.precision
+    if moe.backend != "megablocks":
+        return
+    for path, size in {"d_model": recipe.model.d_model, "moe.expert_hidden_size": moe.expert_hidden_size}.items():
+        if size % 128:
+            message = f"model.moe.backend=megablocks multiplies blocks of 128 x 128, but {size} is not divisible by 128"
+            yield Problem(f"model.{path}", message, "multiples of 128", suggestion="model.moe.backend=auto")
+    for path, chosen in {"fp8.recipe": precision.fp8.recipe, "compute": precision.compute}.items():
+        if chosen in (*Fp8Recipe, Compute.bf16_emulated):
+            message = f"megablocks has no products for precision.{path}={chosen}"
+            yield Problem("model.moe.backend", message, "auto, grouped_mm, loop")
+
+
 @rule("precision.fp8")
 def _fp8_is_on(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Refuse keys on how FP8 is done where it is off."""

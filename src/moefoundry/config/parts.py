@@ -148,9 +148,11 @@ _TABLES = (
     ),
     Table(
         "mixture_backends",
-        {name: Part(None, f"moefoundry.moe.mixture:{name}") for name in ("auto", "triton", "grouped_mm", "loop")},
+        {
+            name: Part(None, f"moefoundry.moe.mixture:{name}")
+            for name in ("auto", "triton", "grouped_mm", "loop", "megablocks")
+        },
         base=None,
-        planned=("megablocks",),
     ),
     Table(
         "families",

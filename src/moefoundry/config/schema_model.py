@@ -203,7 +203,8 @@ class MoEConfig:
     )
     backend: str = key(
         "auto",
-        "How experts are computed; auto takes the fastest for the device, dtype and size, loop is the plain oracle.",
+        "How experts are computed; auto takes the fastest for the device, dtype and size, loop is the plain oracle, "
+        "megablocks is block-sparse.",
         table="mixture_backends",
         free_on_resume=True,
         architecture=False,

@@ -18,6 +18,7 @@ from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop
 from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
 from moefoundry.ops.swiglu import swiglu
+from moefoundry.registry import load
 
 BACKEND_KEY = "model.moe.backend"
 
@@ -111,25 +112,38 @@ def auto(cfg: MoEConfig) -> Mixture:
     return mixture
 
 
-class TritonMixture:
-    """Fused Triton kernels (``ops/fused_experts``)."""
+@dataclass(frozen=True)
+class KernelMixture:
+    """Kernels of their own, in a module that is imported when they are used.
+
+    Attributes:
+        backend: Name of the backend.
+        module: Module with ``obstacle(tokens_PD, hidden_size)``, a reason or None, and the function.
+        function: Name of the mixture function there.
+    """
+
+    backend: str
+    module: str
+    function: str
 
     def __call__(
         self, tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
     ) -> Tensor:
-        from moefoundry.ops.fused_experts import fused_experts
-
         if found := self.obstacle(tokens_PD, down_EDF.shape[-1]):
-            raise ValueError(f"{BACKEND_KEY}: triton cannot run: {found}; use {BACKEND_KEY}=auto")
-        return fused_experts(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order)
+            raise ValueError(f"{BACKEND_KEY}: {self.backend} cannot run: {found}; use {BACKEND_KEY}=auto")
+        mixture: Mixture = load(f"{self.module}:{self.function}")
+        return mixture(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order)
 
     def obstacle(self, tokens_PD: Tensor, hidden_size: int) -> str:
         """Say why the kernels cannot run; empty if they can."""
-        from moefoundry.ops.fused_experts import obstacle
-
-        return obstacle(tokens_PD, hidden_size) or ""
+        return load(f"{self.module}:obstacle")(tokens_PD, hidden_size) or ""
 
 
 def triton(cfg: MoEConfig) -> Mixture:
     """Use the fused Triton kernels."""
-    return TritonMixture()
+    return KernelMixture("triton", "moefoundry.ops.fused_experts", "fused_experts")
+
+
+def megablocks(cfg: MoEConfig) -> Mixture:
+    """Use block-sparse products, as MegaBlocks does."""
+    return KernelMixture("megablocks", "moefoundry.ops.block_sparse", "block_sparse_experts")

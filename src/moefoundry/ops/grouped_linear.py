@@ -64,13 +64,13 @@ class _GroupedLinear(Function):
     @once_differentiable
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_RI, weight_EOI, offsets_E = ctx.saved_tensors
-        grad_RO = _row_major(grad_RO)
+        grad_RO = row_major(grad_RO)
         grad_rows_RI = F.grouped_mm(grad_RO, weight_EOI, offs=offsets_E) if ctx.needs_input_grad[0] else None
         grad_weight_EOI = F.grouped_mm(grad_RO.T, rows_RI, offs=offsets_E) if ctx.needs_input_grad[1] else None
         return grad_rows_RI, grad_weight_EOI, None
 
 
-def _row_major(x_RO: Tensor) -> Tensor:
+def row_major(x_RO: Tensor) -> Tensor:
     """Make row-major. ``contiguous()`` is not enough: it accepts any strides if there is at most one row."""
     if x_RO.stride() == (x_RO.shape[1], 1):
         return x_RO
