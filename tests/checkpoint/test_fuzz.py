@@ -22,11 +22,14 @@ from moefoundry.checkpoint.manifest import STATE_KEYS, Origin, read_state
 from moefoundry.checkpoint.out_of_core import StoredTensors
 from moefoundry.checkpoint.save import write
 from moefoundry.config import UserError
+from moefoundry.config.versions import FORMAT_VERSION
 from tests.checkpoint.forge import recommit, verify_directory
 from tests.checkpoint.test_format import Malice
 
 FILES = ("__0_0.distcp", ".metadata", "state.json", "manifest.json", "COMMITTED")
-STATES = [dict.fromkeys(STATE_KEYS, batch) | {"recipe": {"seed": batch}} for batch in (0, 1)]
+STATES = [
+    dict.fromkeys(STATE_KEYS, batch) | {"recipe": {"seed": batch, "format_version": FORMAT_VERSION}} for batch in (0, 1)
+]
 
 
 def tensors(save: int) -> dict[str, Tensor]:

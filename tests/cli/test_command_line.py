@@ -124,7 +124,7 @@ def test_what_is_data_is_one_json_object_on_request(tmp_path: Path, capsys: pyte
     assert found["recipe"]["model.moe.top_k"] == 4
     assert found["origins"]["model.moe.top_k"] == "override"
     assert found["origins"]["model.d_model"] == str(QUICKSTART)
-    assert found["origins"]["model.document_masking"] == "default"
+    assert found["origins"]["format_version"] == "default"
     assert found["recipe"].keys() == found["origins"].keys()
     assert found["notes"][0].startswith("note: train_loader.dataset.local: nowhere: no such directory")
     (tmp_path / "a.txt").write_text("some text\n" * 500)
