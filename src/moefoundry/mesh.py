@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from moefoundry.config import ConfigError, MeshConfig
-from moefoundry.config.checks import degree_problems, expert_problems, shard_degree
+from moefoundry.config.mesh_rules import degree_problems, expert_problems, shard_degree
 
 if TYPE_CHECKING:
     from torch import Tensor

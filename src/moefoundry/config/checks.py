@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
 from moefoundry.config.making import chosen_parts
+from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
 from moefoundry.config.schema_parts import (
@@ -20,7 +20,6 @@ from moefoundry.config.schema_parts import (
     Fp8Backend,
     Fp8Config,
     Fp8Recipe,
-    MeshConfig,
     Moments,
     WarmupConfig,
 )
@@ -220,49 +219,10 @@ def _degrees(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
     yield from degree_problems(recipe.mesh, world_size)
 
 
-def degree_problems(mesh: MeshConfig, world_size: int | None) -> Iterator[Problem]:
-    """List why ``replicate`` and ``shard`` do not make up the world size."""
-    degrees = {"mesh.replicate": mesh.replicate, "mesh.shard": mesh.shard}
-    for path, degree in degrees.items():
-        if degree == 0 or degree < -1:
-            yield Problem(path, f"got {degree}", allowed="a positive integer, or -1 for the ranks that remain")
-    if any(degree == 0 or degree < -1 for degree in degrees.values()):
-        return
-    if mesh.replicate == mesh.shard == -1:
-        yield Problem("mesh.shard", "mesh.replicate and mesh.shard are both -1", allowed="at most one -1")
-        return
-    if world_size is None:
-        return
-    product = mesh.replicate * mesh.shard
-    if product < 0 and world_size % -product:
-        path, known = ("mesh.replicate", mesh.replicate) if mesh.shard == -1 else ("mesh.shard", mesh.shard)
-        yield Problem(path, f"{known} does not divide the world size {world_size}", allowed=divisors(world_size))
-    if product > 0 and product != world_size:
-        message = f"mesh.replicate * mesh.shard is {mesh.replicate} * {mesh.shard} = {product}"
-        yield Problem("mesh.shard", message, allowed=f"the world size, {world_size}")
-
-
 @rule("mesh", "model.moe.num_experts")
 def _expert_degree(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
     num_experts = recipe.model.moe.num_experts
     yield from expert_problems(recipe.mesh, world_size, {f"model.moe.num_experts, {num_experts}": num_experts})
-
-
-def expert_problems(mesh: MeshConfig, world_size: int | None, sizes: dict[str, int]) -> Iterator[Problem]:
-    """List why experts are not divided evenly among ranks that share one copy of the model.
-
-    ``expert`` has to divide ``shard`` and ``sizes``, which are named by their keys.
-    """
-    expert, sizes = mesh.expert, dict(sizes)
-    if expert < 1:
-        yield Problem("mesh.expert", f"got {expert}", allowed="a positive integer")
-        return
-    if (shard := shard_degree(mesh, world_size)) is not None:
-        sizes[f"mesh.shard, {shard}" + (f" of {world_size} ranks" if world_size else "")] = shard
-    broken = [name for name, size in sizes.items() if size % expert]
-    if broken:
-        message = f"{expert} does not divide {', nor '.join(broken)}"
-        yield Problem("mesh.expert", message, allowed=divisors(math.gcd(*sizes.values())))
 
 
 @rule("mesh.replicate", "mesh.shard", "global_train_batch_size")
@@ -275,16 +235,6 @@ def _batch(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
         what = "the world size" if world_size else "mesh.replicate * mesh.shard"
         message = f"{batch} sequences are not divisible by {what}, {ranks}"
         yield Problem("global_train_batch_size", message, allowed=f"multiples of {ranks}")
-
-
-def shard_degree(mesh: MeshConfig, world_size: int | None) -> int | None:
-    """``mesh.shard``, inferred from the world size if it is -1; None if that cannot be."""
-    replicate, shard = mesh.replicate, mesh.shard
-    if shard > 0:
-        return shard
-    if shard == -1 and replicate > 0 and world_size and world_size % replicate == 0:
-        return world_size // replicate
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------- data and schedule
@@ -405,10 +355,3 @@ def _seeds_of_ranks(recipe: Recipe, world_size: int | None) -> Iterator[Problem]
     if recipe.seed > MAX_SEED + 1 - ranks:
         message = f"{recipe.seed} leaves no seeds above it for {ranks} ranks"
         yield Problem("seed", message, allowed=f"at most {MAX_SEED + 1 - ranks}")
-
-
-def divisors(number: int) -> str:
-    """List the divisors of ``number``, for a message."""
-    if number > 10_000:
-        return f"a divisor of {number}"
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
