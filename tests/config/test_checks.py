@@ -217,3 +217,12 @@ def test_nothing_is_said_about_keys_that_are_wrong_in_themselves():
 def test_several_relations_at_once():
     found = broken("model.moe.top_k=17", "model.n_dense_layers=9", "scheduler.t_warmup=201ba", "mesh.shard=3")
     assert set(found) == {"model.moe.top_k", "model.n_dense_layers", "scheduler.t_warmup", "global_train_batch_size"}
+
+
+def test_a_batch_that_is_missing_or_wrong_is_named_on_any_number_of_ranks(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(line for line in QUICKSTART.read_text().splitlines() if "global_train_batch" not in line))
+    with pytest.raises(ConfigError, match="global_train_batch_size: missing"):
+        load_recipe(path, world_size=3)
+    with pytest.raises(ConfigError, match="global_train_batch_size: got null"):
+        load_recipe(QUICKSTART, ["global_train_batch_size=null"], world_size=3)

