@@ -224,5 +224,5 @@ def test_a_batch_that_is_missing_or_wrong_is_named_on_any_number_of_ranks(tmp_pa
     path.write_text("\n".join(line for line in QUICKSTART.read_text().splitlines() if "global_train_batch" not in line))
     with pytest.raises(ConfigError, match="global_train_batch_size: missing"):
         load_recipe(path, world_size=3)
-    with pytest.raises(ConfigError, match="global_train_batch_size: got null"):
+    with pytest.raises(ConfigError, match="global_train_batch_size: null is not allowed"):
         load_recipe(QUICKSTART, ["global_train_batch_size=null"], world_size=3)
