@@ -122,10 +122,8 @@ def test_bad_files_and_arguments(tmp_path: Path) -> None:
 
 def test_stop_sequences() -> None:
     assert cut("    return 1\n") == "    return 1\n"
-    assert (
-        cut("    if a:\n        return 1\n    # no\n\nif b:\n    pass\nprint(1)")
-        == "    if a:\n        return 1\n    # no\n"
-    )
+    function = "    if a:\n        return 1\n    # no\n"
+    assert cut(function + "\nif b:\n    pass\nprint(1)") == function
     assert cut("    x = 1\nclass A: pass\ndef f(): pass") == "    x = 1"
 
 

@@ -80,8 +80,10 @@ def test_a_broken_test_is_no_failure_of_the_program() -> None:
         # an assert that cannot fail, by builtins, by modules and by the frames above
         "import builtins\nclass Never(Exception): pass\nbuiltins.AssertionError = Never\ndef f(): return 2",
         "import builtins\nbuiltins.exec = builtins.compile = lambda *a, **k: None\ndef f(): return 2",
-        "import sys, json\njson.loads = lambda *a: {'value': 1}\njson.dumps = lambda *a: '[\"passed\", \"\"]'\ndef f(): pass",
-        "import sys\ndef f():\n    frame = sys._getframe()\n    while frame:\n        frame.f_globals.clear(); frame = frame.f_back",
+        "import sys, json\njson.loads = lambda *a: {'value': 1}\n"
+        'json.dumps = lambda *a: \'["passed", ""]\'\ndef f(): pass',
+        "import sys\ndef f():\n    frame = sys._getframe()\n"
+        "    while frame:\n        frame.f_globals.clear(); frame = frame.f_back",
         "class Same:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(): return Same()",
         "class Same(int):\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(): return Same(7)",
         "class Same(list):\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(): return Same()",
@@ -97,7 +99,7 @@ def test_a_pass_cannot_be_faked(program: str) -> None:
 
 def test_the_program_does_not_hold_the_test() -> None:
     """Neither its objects nor the memory that a fork would have left behind."""
-    lines = ["import gc", "found = [o for o in gc.get_objects() if 'hidden' + '_answer' in repr(o)[:10000]]"]
+    lines = ["import gc", "found = [o for o in gc.get_objects() if '_'.join(['hidden', 'answer']) in repr(o)[:10000]]"]
     ending = body(*lines, "return len(found) + 1", test="hidden_answer = 1\nassert f() == hidden_answer")
     assert ending.outcome is Outcome.PASSED, ending
 
@@ -265,7 +267,7 @@ def test_plain_data_cross_both_ways() -> None:
     assert list(decode(encode(iter([1, 2])))) == [1, 2]
     assert isinstance(decode(encode(object())), Opaque)
     for bad in ([1], {"module": "os"}, {"int": 3}, {"dict": [[{"list": []}, 1]]}, {"list": 1}, {}):
-        with pytest.raises(ValueError, match="no plain data|a bare list"):
+        with pytest.raises(ValueError, match=r"no plain data|a bare list"):
             decode(bad)
 
 

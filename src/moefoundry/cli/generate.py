@@ -49,7 +49,7 @@ def command(
 
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
     with checkpoint_at(source) as path, options_named(flags_of("prompt", "max_new_tokens", "device", *sampling)):
-        choose, place = _choice(max_new_tokens, sampling), _device(device)
+        choose, place = _choice(max_new_tokens, sampling), device_named(device)
         checkpoint = named_checkpoint(path)
         tokenizer = PromptTokenizer.of_checkpoint(checkpoint)
         prompt_ids = tokenizer.encode(prompt)
@@ -79,7 +79,8 @@ def _choice(max_new_tokens: int, sampling: dict[str, float | None]) -> Choice:
         raise UserError(str(error)) from error
 
 
-def _device(name: str | None) -> torch.device:
+def device_named(name: str | None) -> torch.device:
+    """Return a device that works: a GPU by default, where there is one."""
     import torch
 
     from moefoundry.config import UserError

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -46,12 +46,20 @@ class Limits:
         memory_bytes: Address space.
         output_bytes: Bytes on standard output and standard error together.
         file_bytes: Bytes of a file, and of all files in a scratch directory in memory.
+
+    Raises:
+        UserError: One of them is not above 0.
     """
 
     seconds: float = 3.0
     memory_bytes: int = 512 << 20
     output_bytes: int = 1 << 20
     file_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 < value < math.inf:
+                raise UserError(f"{name}={value}: must be a number above 0")
 
 
 @dataclass(frozen=True)
