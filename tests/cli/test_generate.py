@@ -1,5 +1,6 @@
-"""``moefoundry generate``: what a training run of several ranks would say, from its checkpoint in one process."""
+"""``moefoundry generate`` and ``eval``: what a run of several ranks would say, from its checkpoint in one process."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,3 +86,57 @@ def test_a_checkpoint_behind_a_url(run: Run, tmp_path: Path, capsys) -> None:
     url = f"memory://{tmp_path.name}"
     upload_checkpoint(run.run_dir / "checkpoints" / "ba2", url)
     assert generate(capsys, url) == generate(capsys, run.run_dir)
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> str:
+    """A problem that any comment solves, and one that a tiny model does not."""
+    test = "def check(candidate):\n    assert candidate(1) == 2\n"
+    prompts = ["def f(x):\n    return x + 1  # ", "def f(x):\n"]
+    lines = [
+        {"task_id": f"T/{n}", "prompt": prompt, "entry_point": "f", "canonical_solution": "", "test": test}
+        for n, prompt in enumerate(prompts)
+    ]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def test_eval_estimates_pass_at_k(run: Run, problems: str, tmp_path: Path, capsys) -> None:
+    def evaluate(name: str, *options: str) -> tuple[dict, list[dict]]:
+        path = tmp_path / name
+        options = (*options, "--max-new-tokens=1", "--timeout=30", "--device=cpu", "--json", "-o", str(path))
+        assert main(["eval", str(run.run_dir), "--humaneval", problems, "--allow-code-execution", *options]) == 0
+        out, err = capsys.readouterr()
+        assert "NOT stopped: errors of the kernel itself" in err
+        return json.loads(out), [json.loads(line) for line in path.open()]
+
+    printed, results = evaluate("greedy.jsonl")
+    assert (printed["samples"], printed["pass@1"]) == (2, 0.5)
+    assert [result["passed"] for result in results] == [True, False]
+    drawn = ("-n", "10", "--temperature", "2")
+    printed, results = evaluate("drawn.jsonl", *drawn)
+    assert [result["task_id"] for result in results] == ["T/0"] * 10 + ["T/1"] * 10
+    assert (printed["pass@1"], printed["pass@10"]) == (0.5, 0.5)
+    assert len({result["completion"] for result in results}) > 5
+    assert evaluate("again.jsonl", *drawn)[1] == results
+    assert evaluate("other.jsonl", *drawn, "--seed=1")[1] != results
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "error: --allow-code-execution False: must be True"),
+        (["-n", "0"], "error: --samples 0: must be at least 1"),
+        (["-n", "2"], "error: --samples 2: all would be the same without a --temperature above 0"),
+        (["--timeout", "0"], "error: --timeout 0.0: must be a number above 0"),
+        (["--workers", "0"], "error: --workers 0: must be at least 1"),
+        (["--top-p", "2"], "error: --top-p 2.0: must be above 0 and at most 1"),
+    ],
+)
+def test_eval_says_what_is_wrong(run: Run, problems: str, tmp_path: Path, capsys, options, message: str) -> None:
+    allowed = ["--allow-code-execution", *options] if options else []
+    output = tmp_path / "results.jsonl"
+    assert main(["eval", str(run.run_dir), "--humaneval", problems, "-o", str(output), *allowed]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(message)
+    assert not output.exists()

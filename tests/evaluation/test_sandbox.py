@@ -3,8 +3,11 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,6 +120,17 @@ def test_a_sleep_and_ignored_signals() -> None:
     began = time.monotonic()
     assert body(*lines, limits=SHORT).outcome is Outcome.TIMEOUT
     assert time.monotonic() - began < 20
+
+
+def test_a_trickle_of_output_does_not_stop_the_clock() -> None:
+    ending = body("import os", "while True: os.write(1, b'x')", limits=Limits(seconds=1, output_bytes=1 << 40))
+    assert ending.outcome is Outcome.TIMEOUT
+
+
+def test_cpu_time_that_is_used_up() -> None:
+    lines = "import resource", "resource.setrlimit(resource.RLIMIT_CPU, (1, 2))", "while True: pass"
+    ending = body(*lines)
+    assert (ending.outcome, ending.error) == (Outcome.TIMEOUT, "CPU time is used up")
 
 
 @both
@@ -245,6 +259,52 @@ def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         body("open('left', 'w').write('x')", "while True: pass", limits=SHORT, namespaces=namespaces)
     assert os.listdir(tmp_path) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_nothing_outlives_whoever_started_it(tmp_path: Path) -> None:
+    script = (
+        "from moefoundry.evaluation.sandbox.run import Limits, run\n"
+        "run('import time; time.sleep(600)', '', 'f', limits=Limits(seconds=600))"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", script], env={**os.environ, "TMPDIR": str(tmp_path)})
+    tmp_path.chmod(0o711)
+    try:
+        wait_until(lambda: len(descendants(starter.pid)) == 3, "three processes")
+        started = descendants(starter.pid)
+    finally:
+        starter.kill()
+        starter.wait()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in started), "the end of all of them")
+
+
+def descendants(pid: int) -> list[int]:
+    """Process ids of a process's children, and theirs."""
+    try:
+        files = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        return []
+    children = [int(word) for text in files for word in text.split()]
+    return children + [each for child in children for each in descendants(child)]
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a program under another uid")
+def test_root_gives_up_its_uid() -> None:
+    test = "uid, again = f()\nassert uid >= 2_000_000_000\nassert not again"
+    lines = (
+        "import os",
+        "uid = os.getuid()",
+        "try: os.setuid(0)",
+        "except OSError: return uid, False",
+        "return uid, True",
+    )
+    assert body(*lines, test=test).outcome is Outcome.PASSED
 
 
 # Words and forms.

@@ -52,9 +52,12 @@ def command(
 
     The parts of the sandbox that this machine's kernel does not grant are named on standard error.
     """
+    from tqdm import tqdm
+
     from moefoundry.checkpoint.fetch import checkpoint_at
     from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint
     from moefoundry.cli.generate import device_named
+    from moefoundry.config import UserError
     from moefoundry.evaluation.code_completion import complete_problems
     from moefoundry.evaluation.code_tasks import check_allowed, pass_at_k, read_problems, run_samples, write_results
     from moefoundry.evaluation.prompts import PromptTokenizer
@@ -67,7 +70,8 @@ def command(
         limits = Limits(seconds=timeout)
         sampling = _draws(samples, max_new_tokens, temperature, top_p, seed)
         problems = read_problems(tasks)
-        output.touch()  # a place that cannot be written is known before the work
+        if not output.parent.is_dir():
+            raise UserError(f"{output.parent}: no such directory")
         print(*(line for line in statement().splitlines() if not line.startswith("stopped")), sep="\n", file=sys.stderr)
         checkpoint, place = named_checkpoint(path), device_named(device)
         tokenizer = PromptTokenizer.of_checkpoint(checkpoint)
@@ -77,7 +81,7 @@ def command(
         )
         results = run_samples(
             problems,
-            completions,
+            tqdm(completions, "samples", len(problems) * samples, leave=False, disable=None),
             allow_code_execution=allow_code_execution,
             limits=limits,
             workers=workers,

@@ -70,6 +70,8 @@ def main() -> NoReturn:
     job_fd, test_fd, verdict_fd = map(int, sys.argv[1:4])
     with open(job_fd, encoding="utf-8") as file:
         job = json.load(file)
+    if os.getppid() != job["parent"]:
+        os._exit(1)  # it ended before this process could notice
     os.environ.clear()
     job["uid"] = kernel.FIRST_UID + os.getpid()
     readable, scratch, layers = kernel.readable_dirs(), job["scratch"], []

@@ -48,10 +48,13 @@ def enter_namespaces() -> bool:
     flags = _CLONE_NEWNS | _CLONE_OTHERS | (_CLONE_NEWUSER if uid else 0)
     if _libc.unshare(flags):
         return False
-    if uid:
-        for name, line in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
+    maps = {"setgroups": "deny", "uid_map": f"{NOBODY} {uid} 1", "gid_map": f"{NOBODY} {gid} 1"} if uid else {}
+    try:
+        for name, line in maps.items():
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
+    except OSError:
+        return False
     return True
 
 
@@ -167,7 +170,6 @@ def limit(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> None:
     """Set limits of this process: address space, CPU time, bytes of a file, open files, threads, no core file."""
     for kind, value in (
         (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CPU, cpu_seconds),
         (resource.RLIMIT_FSIZE, file_bytes),
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_NPROC, 32),
@@ -176,6 +178,7 @@ def limit(memory_bytes: int, cpu_seconds: int, file_bytes: int) -> None:
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))  # a signal that has a name, then SIGKILL
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:

@@ -113,6 +113,7 @@ def run(
         job = {
             "program": program,
             "entry_point": entry_point,
+            "parent": os.getpid(),
             "namespaces": namespaces,
             "memory_bytes": limits.memory_bytes,
             "file_bytes": limits.file_bytes,
@@ -184,7 +185,7 @@ def _watch(verdict: int, output: int, limits: Limits) -> Ending:
                 if printed > limits.output_bytes and layers is not None:
                     error = f"more than {limits.output_bytes} bytes of output"
                     return Ending(Outcome.OUTPUT, error, time.monotonic() - began, layers)
-            if left <= 0 and not ready:
+            if left <= 0:
                 if layers is None:
                     raise SandboxError(f"the sandbox did not start within {_SECONDS_TO_START:g} s")
                 return Ending(Outcome.TIMEOUT, f"more than {limits.seconds:g} s", limits.seconds, layers)
