@@ -92,7 +92,7 @@ def test_a_checkpoint_behind_a_url(run: Run, tmp_path: Path, capsys) -> None:
 def problems(tmp_path: Path) -> str:
     """A problem that any comment solves, and one that a tiny model does not."""
     test = "def check(candidate):\n    assert candidate(1) == 2\n"
-    prompts = ["def f(x):\n    return x + 1  # ", "def f(x):\n"]
+    prompts = ["def f(x):\n    return x + 1  # ", 'def f(x):\n    """Next."""\n']
     lines = [
         {"task_id": f"T/{n}", "prompt": prompt, "entry_point": "f", "canonical_solution": "", "test": test}
         for n, prompt in enumerate(prompts)

@@ -22,7 +22,7 @@ from moefoundry.evaluation.code_tasks import (
     run_samples,
     write_results,
 )
-from moefoundry.evaluation.sandbox.run import Limits
+from moefoundry.evaluation.sandbox.run import Limits, SandboxError
 
 PATIENT = Limits(seconds=30)
 DATA = "MOEFOUNDRY_EVAL_DATA"
@@ -116,6 +116,9 @@ def test_bad_files_and_arguments(tmp_path: Path) -> None:
             read_problems(path)
     with pytest.raises(UserError, match="task_id=T/9: no such problem"):
         run_samples({"T/0": TASK}, [Sample("T/9", "")], allow_code_execution=True)
+    broken = Problem("T/1", "def f(:", "f", "", "")
+    with pytest.raises(SandboxError, match="T/1: the test is broken: SyntaxError"):
+        run_samples({"T/1": broken}, [Sample("T/1", "")], allow_code_execution=True)
     with pytest.raises(UserError, match="workers=0"):
         run_samples({"T/0": TASK}, [], allow_code_execution=True, workers=0)
 

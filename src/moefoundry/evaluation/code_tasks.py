@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import UserError
-from moefoundry.evaluation.sandbox.run import Limits, Outcome, run
+from moefoundry.evaluation.sandbox.run import Limits, Outcome, SandboxError, run
 
 STOP_SEQUENCES = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Beginnings of what follows the function (Chen et al. 2021, arXiv 2107.03374, section 2.1)."""
@@ -145,15 +145,17 @@ def check_allowed(allow_code_execution: bool) -> None:
 
 
 def run_sample(problem: Problem, completion: str, limits: Limits | None = None) -> Result:
-    """Run one completion, cut at the first stop sequence, against the test of its problem."""
+    """Run one completion, cut at the first stop sequence, against the test of its problem.
+
+    Raises:
+        SandboxError: The sandbox does not work here, or the problem's prompt or test is no valid Python.
+    """
     completion = cut(completion)
-    ending = run(
-        problem.prompt + completion,
-        f"{problem.test}\ncheck({problem.entry_point})\n",
-        problem.entry_point,
-        prelude=problem.prompt,
-        limits=limits,
-    )
+    test = f"{problem.test}\ncheck({problem.entry_point})\n"
+    try:
+        ending = run(problem.prompt + completion, test, problem.entry_point, prelude=problem.prompt, limits=limits)
+    except SandboxError as error:
+        raise SandboxError(f"{problem.task_id}: {error}") from error
     passed = ending.outcome is Outcome.PASSED
     return Result(problem.task_id, completion, passed, "passed" if passed else f"{ending.outcome}: {ending.error}")
 
