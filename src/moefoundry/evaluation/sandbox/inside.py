@@ -109,18 +109,25 @@ def _judge(
         try:
             for fd in (test_fd, verdict_fd, requests[1], answers[0]):
                 os.close(fd)
-            _confine(job, readable)
-            _serve(job["program"], job["entry_point"], Lines(requests[0], answers[1]))
+            lines = Lines(requests[0], answers[1])
+            lines.send(_confine(job, readable))
+            _serve(job["program"], job["entry_point"], lines)
+        except EOFError:  # the judge has ended
+            pass
+        except BaseException as error:
+            print(_last_line(error), file=sys.stderr)
         finally:
             os._exit(1)
     os.close(requests[0])
     os.close(answers[1])
     with open(test_fd, encoding="utf-8") as file:
         test = json.load(file)
-    layers += _confine(job, readable)
+    lines = Lines(answers[0], requests[1])
+    layers += lines.receive()  # what the program's process is confined by
+    _confine(job, readable)
     with open(verdict_fd, "w", encoding="utf-8") as verdict:
         print(json.dumps(layers), file=verdict, flush=True)  # time counts from here
-        outcome, error = _outcome(test, job["entry_point"], Lines(answers[0], requests[1]), program)
+        outcome, error = _outcome(test, job["entry_point"], lines, program)
         print(json.dumps([outcome, error[:500]]), file=verdict, flush=True)
 
 

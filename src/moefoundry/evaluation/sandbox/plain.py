@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
+_SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 _EXACT = 1 << 53
 _LONGEST_ITERATOR = 100_000
 
@@ -61,7 +61,8 @@ def decode(data: Any) -> Any:
             raise ValueError("a bare list")
         return data
     try:
-        ((kind, content),) = data.items()
+        [kind] = data
+        content = data[kind]
         if kind in _SEQUENCES:
             return _SEQUENCES[kind](decode(item) for item in content)
         return _DECODERS[kind](content)
