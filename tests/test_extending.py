@@ -261,6 +261,35 @@ def test_a_package_that_cannot_be_used_is_named_in_one_line(
     monkeypatch.delitem(sys.modules, "broken", raising=False)
 
 
+def test_a_part_of_another_class_is_refused(site: Path) -> None:
+    from composer.core import Callback
+
+    from moefoundry.config import UserError
+    from moefoundry.config.making import make_parts
+
+    source = f"{PART}from moefoundry.config import key\n@dataclass\nclass Mine:\n    x: int = key(1, 'A number.')\n"
+    source += "part = Part(Mine, lambda cfg, recipe: None)\n"
+    install(site, "nothing", {"moefoundry.callbacks": {"nothing": "nothing:part"}}, {"nothing.py": source})
+    recipe = load_recipe(QUICKSTART, ["callbacks.nothing={}"])
+    with pytest.raises(UserError, match=r"^callbacks\.nothing: its package makes a NoneType, no Callback$"):
+        make_parts("callbacks", Callback, recipe.callbacks, recipe)
+    (problem,) = problems("callbacks.generate={}")
+    assert problem.count("speed_monitor") == 1
+
+
+@pytest.mark.parametrize("change", [lambda scores: scores[:, :2], lambda scores: scores.double()])
+def test_scores_of_another_shape_or_dtype_are_refused(change: Any) -> None:
+    import torch
+
+    from moefoundry.config import UserError
+    from moefoundry.moe.router import Router
+
+    router = Router(8, load_recipe(QUICKSTART).model.moe)
+    router.score = lambda logits_TE: change(logits_TE.softmax(dim=-1))
+    with pytest.raises(UserError, match=r"^model\.moe\.router\.score_function: softmax gives scores \[5, .*\[5, 16\]"):
+        router(torch.randn(5, 8))
+
+
 def test_moments_of_another_optimizer_are_not_promised(site: Path) -> None:
     install(site, "others", OTHERS_POINTS, {"others.py": OTHERS})
     (problem,) = problems("optimizer.name=plain_sgd", "precision.optimizer_moments=bf16")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from composer import DataSpec, Evaluator, Trainer
-from composer.core import Callback
+from composer.core import Algorithm, Callback
 from composer.devices import Device
 from composer.loggers import LoggerDestination
 from composer.utils import dist, get_device
@@ -100,7 +100,7 @@ def assemble(recipe: Recipe) -> Trainer:
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         callbacks=build_callbacks(recipe, model, metrics_file, digests, start),
-        algorithms=make_parts("algorithms", recipe.algorithms, recipe),
+        algorithms=make_parts("algorithms", Algorithm, recipe.algorithms, recipe),
         loggers=[metrics_file, *build_console(recipe, model)],
         parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
         precision="fp32",  # the model's own: see precision.py
@@ -180,7 +180,7 @@ def build_callbacks(
         Phase.OBSERVE: [
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
             build_expert_bias(model),
-            *make_parts("callbacks", recipe.callbacks, recipe),
+            *make_parts("callbacks", Callback, recipe.callbacks, recipe),
         ],
         Phase.STOP: [StopOnSignal()],
         Phase.SAVE: [build_checkpointing(recipe, metrics_file, digests, start, ema)],

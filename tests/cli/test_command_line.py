@@ -81,6 +81,12 @@ def test_a_recipe_may_be_named_like_an_option(tmp_path: Path, monkeypatch, capsy
     assert "optimizer.lr: got -1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--shwo", "r.yaml"], ["r.yaml", "seed=3", "--shwo"]])
+def test_a_misspelt_option_is_the_one_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", *words]) == 2
+    assert capsys.readouterr().err.splitlines()[0] == "error: --shwo: no such option; did you mean --show?"
+
+
 @pytest.mark.parametrize("command", [*COMMANDS, "convert import", "checkpoint list"])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +160,10 @@ def test_completion() -> None:
     assert complete("convert", "") == ["plain,consolidate", "plain,export", "plain,import", "plain,upcycle"]
     assert "plain,--max-new-tokens" in complete("generate", "--m")
     assert "plain,--checkpoint" not in complete("generate", "--c")
-    assert complete("validate", "model.moe.top_k") == ["plain,model.moe.top_k=", "plain,model.moe.top_k=null"]
+    assert complete("validate", "model.moe.top_k") == ["plain,model.moe.top_k="]
+    assert complete("validate", "save_async") == [f"plain,save_async={value}" for value in ("", "true", "false")]
+    assert complete("validate", "save_keep_best") == ["plain,save_keep_best=", "plain,save_keep_best=null"]
+    assert "plain,precision.compute=bf16" in complete("validate", "precision.compute=b")
     assert complete("validate", "configs/") == ["file,configs/"]
 
 

@@ -164,6 +164,21 @@ def test_damaged_checkpoints_are_named(tiny_overrides: Overrides, trained: Path,
     assert_refused(train(*tiny_overrides(tmp_path / "run", *changes)), r"copy/state\.json: unreadable")
 
 
+@pytest.mark.parametrize(
+    ("world_size", "program", "expected"),
+    [
+        (1, "scripts/train.py", "python scripts/train.py"),
+        (2, "/some/where/scripts/train.py", "composer -n 2 /some/where/scripts/train.py"),
+        (1, "/usr/bin/moefoundry", "python -m moefoundry train"),
+        (2, "src/moefoundry/__main__.py", "composer -n 2 -m moefoundry train"),
+    ],
+)
+def test_the_command_to_go_on_with_is_the_one_that_was_used(world_size: int, program: str, expected: str) -> None:
+    from moefoundry.cli.train import _command
+
+    assert " ".join(_command(world_size, program)).endswith(f"bin/{expected}")
+
+
 def test_the_launcher(tiny_overrides: Overrides, tmp_path: Path) -> None:
     """The one command of the documentation, in fresh processes."""
     launcher = Path(sys.executable).parent / "composer"

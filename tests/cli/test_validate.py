@@ -300,7 +300,7 @@ def test_row23_tags_and_duplicate_keys_exit_2(tmp_path):
     [
         (["seed", "3"], ["seed: an override is written key=value; did you mean 'seed=3'?"]),
         (["seed=1", "--seed", "3"], ["--seed: no such option; overrides are key=value; did you mean 'seed=3'?"]),
-        (["--wrld-size", "3", "seed=1"], ["--wrld-size: no such option; overrides are key=value"]),
+        (["--learning", "3", "seed=1"], ["--learning: no such option; overrides are key=value"]),
         (
             ["seed", "max_seq_len"],
             [f"{key}: an override is written key=value; did you mean '{key}=...'?" for key in ("seed", "max_seq_len")],

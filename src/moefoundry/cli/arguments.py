@@ -9,6 +9,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -48,7 +49,7 @@ def recipe_arguments(function: _F) -> _F:
         type=click.UNPROCESSED,
         metavar="[RECIPE] [KEY=VALUE]...",
         help="A YAML file, then changes such as model.moe.top_k=4.",
-        callback=_help_if_asked,
+        callback=_check_options,
         shell_complete=_complete_recipe,
     )(function)
 
@@ -122,22 +123,33 @@ def name_of(parameter: click.Parameter) -> str:
     return max(parameter.opts, key=len) if isinstance(parameter, click.Option) else parameter.human_readable_name
 
 
-def _help_if_asked(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str]:
+def _check_options(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> list[str]:
     if "-h" in value:
         click.echo(context.get_help())
         context.exit()
+    options = [flag for known in context.command.params if isinstance(known, click.Option) for flag in known.opts]
+    for word in value:
+        if word.startswith("--") and "=" not in word and (near := difflib.get_close_matches(word, options, 1, 0.7)):
+            raise click.NoSuchOption(word, possibilities=near, ctx=context)
     return list(value)
 
 
 def _complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Keys, each bare and with ``=null``, so that a shell stops behind the ``=``; and files for the first word."""
+    """Keys, then the values that a name, a boolean or null may be; and files for the first word."""
     from click.shell_completion import CompletionItem
 
     from moefoundry.config.spec import every_key
 
-    keys = [key for key in every_key() if key.startswith(incomplete)]
-    items = [CompletionItem(f"{key}={value}") for key in keys for value in ("", "null")]
-    return items if keys and incomplete else [CompletionItem(incomplete, type="file")]
+    words = []
+    for key, spec in every_key().items():
+        names = ["true", "false"] if spec.kind is bool else [*spec.kind] if _is_enum(spec.kind) else []
+        words += [f"{key}={value}" for value in ["", *names, *["null"] * spec.optional]]
+    items = [CompletionItem(word) for word in words if word.startswith(incomplete)]
+    return items if items and incomplete else [CompletionItem(incomplete, type="file")]
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Enum)
 
 
 def positive(text: str) -> int:

@@ -54,7 +54,7 @@ def _train(recipe: Recipe, world_size: int, arguments: list[str]) -> int:
     from moefoundry.trainer import stopped_by, train
 
     sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
-    trainer = train(recipe, command=[*_launcher(world_size), "scripts/train.py", *map(redact_argument, arguments)])
+    trainer = train(recipe, command=[*_command(world_size, sys.argv[0]), *map(redact_argument, arguments)])
     return EXIT_STOPPED if stopped_by(trainer) else 0
 
 
@@ -84,9 +84,15 @@ def _tell_torchrun(error: UserError) -> None:
         Path(file).write_text(json.dumps({"message": {"message": f"error: {error}", "extraInfo": extra}}))
 
 
-def _launcher(world_size: int) -> list[str]:
-    """Build the command that starts as many ranks with this environment, activated or not."""
+def _command(world_size: int, program: str) -> list[str]:
+    """Build the command that starts as many ranks with this environment, activated or not.
+
+    Args:
+        world_size: Number of ranks.
+        program: ``sys.argv[0]``: a script such as ``scripts/train.py``, or ``moefoundry`` itself.
+    """
     binaries = Path(sys.executable).parent
     if binaries.is_relative_to(Path.cwd()):
         binaries = binaries.relative_to(Path.cwd())
-    return [str(binaries / "composer"), "-n", str(world_size)] if world_size > 1 else [str(binaries / "python")]
+    launcher = [str(binaries / "composer"), "-n", str(world_size)] if world_size > 1 else [str(binaries / "python")]
+    return [*launcher, program] if Path(program).name == "train.py" else [*launcher, "-m", "moefoundry", "train"]

@@ -201,7 +201,7 @@ class Builder:
         if not here and name not in leaves and len(name) > 3:  # shorter names are near to too many
             near = [leaves[leaf] for leaf in difflib.get_close_matches(name, leaves, 1, 0.75)]
             others = near[0] if near and len(near[0]) == 1 else []
-        suggestion, allowed = join(parent, here[0]) if here else "", ", ".join(siblings)
+        suggestion, allowed = join(parent, here[0]) if here else "", ", ".join(dict.fromkeys(siblings))
         if len(others) == 1:
             suggestion = others[0]
         elif others and not here:

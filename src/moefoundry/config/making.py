@@ -36,18 +36,25 @@ def make_part(kind: str, name: str, key: str, *context: Any) -> Any:
     raise UserError(f"{key}: no {name!r} among {', '.join(TABLES[kind].names())}")
 
 
-def make_parts(kind: str, mapping: Any, *context: Any) -> list[Any]:
+def make_parts(kind: str, base: type, mapping: Any, *context: Any) -> list[Any]:
     """Make the parts that a mapping such as ``callbacks`` turns on.
 
     Args:
         kind: Name of the table, which is also the mapping's key.
+        base: Class that the parts must be of.
         mapping: The recipe's mapping.
         context: Arguments of the build functions after the config.
 
     Raises:
-        UserError: A part cannot be made.
+        UserError: A part cannot be made, or is of another class.
     """
-    return [make_part(kind, name, f"{kind}.{name}", cfg, *context) for name, cfg in chosen_parts(kind, mapping)]
+    parts = []
+    for name, cfg in chosen_parts(kind, mapping):
+        part = make_part(kind, name, f"{kind}.{name}", cfg, *context)
+        if not isinstance(part, base):
+            raise UserError(f"{kind}.{name}: its package makes a {type(part).__name__}, no {base.__name__}")
+        parts.append(part)
+    return parts
 
 
 def chosen_parts(kind: str, mapping: Any) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import Assignment, MoEConfig, RouterConfig
+from moefoundry.config import Assignment, MoEConfig, RouterConfig, UserError
 from moefoundry.config.making import make_part
 from moefoundry.ops.permute import count_by_expert
 from moefoundry.ops.wide_linear import wide_linear, widened
@@ -79,12 +79,19 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", bias)
 
     def forward(self, tokens_TD: Tensor) -> Routing:
-        """Route [T, D] tokens."""
+        """Route [T, D] tokens.
+
+        Raises:
+            UserError: The score function does not give a score of the logits' dtype for each of them.
+        """
         if self.training and self.cfg.input_jitter:
             jitter, tokens_TD = self.cfg.input_jitter, widened(tokens_TD)
             tokens_TD = tokens_TD * torch.empty_like(tokens_TD).uniform_(1 - jitter, 1 + jitter)
         logits_TE = self.product(tokens_TD, self.gate.weight)
         scores_TE = self.score(logits_TE)
+        if scores_TE.shape != logits_TE.shape or scores_TE.dtype != logits_TE.dtype:
+            given, wanted = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (scores_TE, logits_TE))
+            raise UserError(f"{SCORE_KEY}: {self.cfg.score_function} gives scores {given} for logits {wanted}")
         expert_ids_TK = self._choose(scores_TE.detach())
         weights_TK = scores_TE.gather(1, expert_ids_TK)
         if self.cfg.normalize_topk:

@@ -229,3 +229,5 @@ def test_a_model_of_no_family_is_refused_with_all_reasons() -> None:
     with pytest.raises(UserError, match="no Hugging Face family computes what this model does") as error:
         family_for(load_recipe(QUICKSTART).model)
     assert all(f"\n  {name}: model." in str(error.value) for name in FAMILIES)
+    assert "Ellipsis" not in str(error.value)
+    assert "\n  llama: model.n_dense_layers: 1, and llama has 6;" in str(error.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from moefoundry.config import (
+    REQUIRED,
     BalanceConfig,
     ConfigError,
     GqaConfig,
@@ -133,7 +134,8 @@ class Family(ABC):
         problems = [
             f"model.{path}: {value}, and {self.name} has {theirs.get(path)}"
             for path, value in ours.items()
-            if value != theirs.get(path) and (path, theirs.get(path)) != ("ffn_hidden_size", None)  # has no dense block
+            if theirs.get(path) not in (REQUIRED, value)  # required: experts, which a dense family lacks
+            and (path, theirs.get(path)) != ("ffn_hidden_size", None)  # has no dense block
         ]
         yarn = cfg.attention.yarn
         if yarn is not None and not (yarn.factor * yarn.original_max_seq_len).is_integer():
