@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import pickle
 import re
@@ -271,7 +272,7 @@ def test_a_part_of_another_class_is_refused(site: Path) -> None:
     source += "part = Part(Mine, lambda cfg, recipe: None)\n"
     install(site, "nothing", {"moefoundry.callbacks": {"nothing": "nothing:part"}}, {"nothing.py": source})
     recipe = load_recipe(QUICKSTART, ["callbacks.nothing={}"])
-    with pytest.raises(UserError, match=r"^callbacks\.nothing: its package makes a NoneType, no Callback$"):
+    with pytest.raises(UserError, match=r"^callbacks\.nothing: nothing: its build function returns nothing$"):
         make_parts("callbacks", Callback, recipe.callbacks, recipe)
     (problem,) = problems("callbacks.generate={}")
     assert problem.count("speed_monitor") == 1
@@ -501,3 +502,35 @@ def test_a_run_uses_the_examples_parts_and_composers(tiny_overrides: Callable[..
     for text in ("temperature: 0.5", "name: plain_sgd", "momentum: 0.9", "share: 0.5"):
         assert text in kept
     assert difference == 0
+
+
+def test_the_mixture_of_the_page_equals_the_loop() -> None:
+    import torch
+    import torch.nn.functional as F
+
+    from moefoundry.moe.mixture import loop
+    from moefoundry.ops.permute import order_by_expert
+
+    page = (Path(__file__).parents[1] / "docs/extending.md").read_text()
+    names: dict[str, Any] = {"torch": torch, "F": F}
+    exec(page.partition("## Mixture backends\n\n```python\n")[2].partition("```")[0], names)
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, generator=generator)
+    ids = torch.stack([torch.randperm(3, generator=generator)[:2] for _ in range(7)])
+    order = order_by_expert(ids, 3, torch.rand(7, 2, generator=generator) < 0.8)
+    arguments = [draw(7, 8), draw(7, 2), draw(3, 12, 8), draw(3, 12, 8), draw(3, 8, 12)]
+    expected = loop(None)(*arguments, order)  # type: ignore[arg-type]
+    torch.testing.assert_close(names["build"](None)(*arguments, order), expected)
+
+
+def test_a_part_that_is_not_made_is_named(site: Path) -> None:
+    from moefoundry.config import UserError
+    from moefoundry.config.making import make_part
+
+    text = "from dataclasses import dataclass\nfrom moefoundry.config import SchedulerConfig\n"
+    text += "from moefoundry.registry import Part\n\n\n@dataclass\nclass Config(SchedulerConfig):\n    pass\n\n\n"
+    text += "part = Part(Config, lambda config: None)\n"
+    install(site, "empty", {"moefoundry.schedulers": {"nothing": "empty:part"}}, {"empty.py": text})
+    cfg = load_recipe(QUICKSTART, ["scheduler={name: nothing}"]).scheduler
+    with pytest.raises(UserError, match=r"^scheduler: nothing: its build function returns nothing$"):
+        make_part("schedulers", "nothing", "scheduler", cfg)

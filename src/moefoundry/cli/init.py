@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
@@ -9,11 +10,11 @@ import click
 
 from moefoundry.cli.arguments import local_path, positive
 
-UNITS = {"": 1, "M": 10**6, "B": 10**9}
+UNITS = {"": 1, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def _count(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MB]?)", text)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MBT]?)", text)
     if not match or not (count := int(float(match[1]) * UNITS[match[2]])):
         raise click.BadParameter(f"{text!r} is no number of parameters; write one such as 600M or 3B")
     return count
@@ -65,5 +66,7 @@ def _recipe(family: str | None, hf: Path | None, active: int | None, total: int 
         config = read_hf_config(hf)
         return recipe_of_config(family_of(config), config, hf.resolve().name)
     if family is None or family not in FAMILIES:
-        raise UserError(f"--family: no model family {family!r}; there are {', '.join(sorted(FAMILIES))}")
+        near = difflib.get_close_matches(family or "", FAMILIES, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"--family: no model family {family!r}; there are {', '.join(sorted(FAMILIES))}{hint}")
     return recipe_of_family(FAMILIES[family])

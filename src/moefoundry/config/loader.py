@@ -30,6 +30,7 @@ from moefoundry.config.versions import FORMAT_VERSION, VERSION_KEY, upgraded
 OVERRIDES = "overrides"
 """Name of a recipe without a file."""
 NO_RECIPE = "moefoundry init writes a recipe to start from; configs/quickstart.yaml is a small one"
+LACKING = "moefoundry init writes a whole recipe; `extends: configs/quickstart.yaml` gives former defaults"
 LLM_FOUNDRY_MODELS = re.compile(
     r"(mpt|hf|fc|openai|fmapi)_causal_lm|(openai|fmapi)_chat|hf_t5|hf_prefix_lm|finetune_embedding_model|contrastive_lm"
 )
@@ -86,9 +87,10 @@ def recipe_of(layers: Layers, world_size: int | None = None, check: bool = True)
     related = check_recipe(recipe, world_size, skip=builder.unsound) if check else []
     if problems := [*layers.problems, *own, *related]:
         if layers.chained:
-            problems = [_located(problem, layers.origin(problem.path)) for problem in problems]
-        if builder.missing and layers.name == OVERRIDES:
-            advice = NO_RECIPE
+            found_here = [*own, *related]
+            problems = [*layers.problems, *(_located(each, layers.origin(each.path)) for each in found_here)]
+        if builder.missing:
+            advice = NO_RECIPE if layers.name == OVERRIDES else LACKING if len(builder.missing) > 3 else ""
         else:
             advice = _advice(recipe, problems, None if builder.unsound else world_size)
         raise ConfigError(problems, layers.name, advice)

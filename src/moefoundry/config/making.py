@@ -24,8 +24,7 @@ def make_part(kind: str, name: str, key: str, *context: Any) -> Any:
     """
     try:
         part = TABLES[kind].find(name)
-        if part is not None:
-            return part.make(*context)
+        made = None if part is None else part.make(*context)
     except UserError:
         raise
     except PartError as error:
@@ -33,7 +32,11 @@ def make_part(kind: str, name: str, key: str, *context: Any) -> Any:
     except Exception as error:  # of code that others have written
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{key}: cannot be used: {reason}") from error
-    raise UserError(f"{key}: no {name!r} among {', '.join(TABLES[kind].names())}")
+    if part is None:
+        raise UserError(f"{key}: no {name!r} among {', '.join(TABLES[kind].names())}")
+    if made is None:
+        raise UserError(f"{key}: {name}: its build function returns nothing")
+    return made
 
 
 def make_parts(kind: str, base: type, mapping: Any, *context: Any) -> list[Any]:

@@ -102,6 +102,7 @@ class RouterConfig:
         "Expert groups for group-limited routing.",
         ge=1,
         renamed_from=("n_group", "num_expert_groups", "moe_router_num_groups"),
+        instead_of={"topk_method": "groups are chosen by num_groups and top_k_groups, a bias by bias_update_rate"},
     )
     top_k_groups: int = key(
         1, "Groups a token may reach.", ge=1, renamed_from=("topk_group", "num_limited_groups", "moe_router_group_topk")
