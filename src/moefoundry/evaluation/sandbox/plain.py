@@ -60,9 +60,10 @@ def decode(data: Any) -> Any:
         if isinstance(data, list):
             raise ValueError("a bare list")
         return data
+    if len(data) != 1:
+        raise ValueError(f"no plain data: {str(data)[:80]}")
     try:
-        [kind] = data
-        content = data[kind]
+        kind, content = next(iter(data.items()))
         if kind in _SEQUENCES:
             return _SEQUENCES[kind](decode(item) for item in content)
         return _DECODERS[kind](content)
