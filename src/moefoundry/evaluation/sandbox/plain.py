@@ -5,7 +5,7 @@ Nothing of the sender's code comes along: a subclass arrives as its base, any ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -71,7 +71,7 @@ def decode(data: Any) -> Any:
         raise ValueError(f"no plain data: {str(data)[:80]}") from error
 
 
-_DECODERS = {
+_DECODERS: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "dict": lambda items: {decode(key): decode(item) for key, item in items},
     "bytes": bytes.fromhex,
