@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moefoundry.evaluation.sandbox.plain import Opaque, decode, encode
-from moefoundry.evaluation.sandbox.run import Ending, Limits, Outcome, SandboxError, run, statement
+from moefoundry.evaluation.sandbox.run import _START, Ending, Limits, Outcome, SandboxError, run, statement
 from moefoundry.evaluation.sandbox.seccomp import seccomp_filter
 
 SHORT = Limits(seconds=0.3, memory_bytes=256 << 20)
@@ -65,6 +65,13 @@ def test_a_test_may_expect_an_error_and_call_helpers() -> None:
 def test_a_broken_test_is_no_failure_of_the_program() -> None:
     with pytest.raises(SandboxError, match="the test is broken: SyntaxError"):
         run("def f(): pass", "assert (", "f")
+
+
+def test_a_program_that_cannot_be_confined_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = "import moefoundry.evaluation.sandbox.kernel as kernel; kernel.restrict_calls = lambda: 1 / 0; main()"
+    monkeypatch.setattr("moefoundry.evaluation.sandbox.run._START", _START.replace("main()", broken))
+    with pytest.raises(SandboxError, match="the sandbox did not start: ZeroDivisionError: division by zero"):
+        body("return 1")
 
 
 # Faked passes.

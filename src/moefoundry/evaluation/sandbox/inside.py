@@ -84,6 +84,8 @@ def main() -> NoReturn:
     if judge == 0:
         try:
             _judge(job, readable, scratch, layers, test_fd, verdict_fd)
+        except EOFError:  # the program's process could not be confined, and has said why
+            pass
         except BaseException as error:  # which the supervisor shows
             print(_last_line(error), file=sys.stderr)
         finally:
@@ -127,8 +129,8 @@ def _judge(
     _confine(job, readable)
     with open(verdict_fd, "w", encoding="utf-8") as verdict:
         print(json.dumps(layers), file=verdict, flush=True)  # time counts from here
-        outcome, error = _outcome(test, job["entry_point"], lines, program)
-        print(json.dumps([outcome, error[:500]]), file=verdict, flush=True)
+        outcome, line = _outcome(test, job["entry_point"], lines, program)
+        print(json.dumps([outcome, line[:500]]), file=verdict, flush=True)
 
 
 def _confine(job: dict[str, Any], readable: list[str]) -> list[str]:

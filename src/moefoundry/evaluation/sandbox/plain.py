@@ -5,7 +5,7 @@ Nothing of the sender's code comes along: a subclass arrives as its base, any ot
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -60,9 +60,10 @@ def decode(data: Any) -> Any:
         if isinstance(data, list):
             raise ValueError("a bare list")
         return data
+    if len(data) != 1:
+        raise ValueError(f"no plain data: {str(data)[:80]}")
     try:
-        [kind] = data
-        content = data[kind]
+        kind, content = next(iter(data.items()))
         if kind in _SEQUENCES:
             return _SEQUENCES[kind](decode(item) for item in content)
         return _DECODERS[kind](content)
@@ -70,7 +71,7 @@ def decode(data: Any) -> Any:
         raise ValueError(f"no plain data: {str(data)[:80]}") from error
 
 
-_DECODERS = {
+_DECODERS: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "dict": lambda items: {decode(key): decode(item) for key, item in items},
     "bytes": bytes.fromhex,
