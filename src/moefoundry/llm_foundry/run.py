@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from catalogue import RegistryError
 from composer import Trainer
 from composer.loggers import Logger
 from omegaconf import OmegaConf
@@ -37,11 +36,12 @@ BUILDERS = {
     "update_batch_size_info": "global_train_batch_size",
 }
 """Functions of LLM Foundry, and the key whose value each uses."""
+UNKNOWN = "recipe"
 _NAMED = ("callbacks", "loggers", "algorithms")
 _LOCATIONS = {"TrainDataloader": "train_loader", "EvalDataloader": "eval_loader"}
 _RECIPE_ERRORS = (
     *(ValueError, TypeError, LookupError, NameError, AssertionError, NotImplementedError, OSError, ImportError),
-    *(OmegaConfBaseException, RegistryError),
+    OmegaConfBaseException,
 )
 """Errors by which LLM Foundry refuses a recipe before training begins."""
 
@@ -102,7 +102,8 @@ def in_words(error: Exception) -> UserError | None:
         return None
     contextual = isinstance(error, FoundryUserError)
     key, training = _place(error)
-    if not contextual and (training or not isinstance(error, _RECIPE_ERRORS)):
+    refused = isinstance(error, _RECIPE_ERRORS) or (key != UNKNOWN and isinstance(error, RuntimeError))
+    if not contextual and (training or not refused):
         return None
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError):
@@ -112,7 +113,7 @@ def in_words(error: Exception) -> UserError | None:
 
 
 def _place(error: Exception) -> tuple[str, bool]:
-    """Find the key that was being used, or ``recipe``; and whether training had begun."""
+    """Find the key that was being used, or :data:`UNKNOWN`; and whether training had begun."""
     key, training = _LOCATIONS.get(str(getattr(error, "location", None)), ""), False
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         key = error.full_key
@@ -122,4 +123,4 @@ def _place(error: Exception) -> tuple[str, bool]:
         if not key and module.startswith("llmfoundry.") and function in BUILDERS:
             key = BUILDERS[function]
             key += f".{frame.f_locals.get('name')}" if key in _NAMED else ""
-    return key or "recipe", training
+    return key or UNKNOWN, training
