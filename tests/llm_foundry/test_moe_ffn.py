@@ -33,7 +33,7 @@ def pieces() -> None:
     assert experts.gate_proj.shape == (4, 32, 16)
     assert experts.gate_proj.std().item() == pytest.approx((2 / 16) ** 0.5, rel=0.1), "each expert's own fan-in"
     assert experts.down_proj.std().item() == pytest.approx((2 / 32) ** 0.5 / 2, rel=0.1), "divided as residual"
-    with pytest.raises(RuntimeError, match="only model.name mpt_causal_lm adds its balance loss"):
+    with pytest.raises(RuntimeError, match=r"only model\.name mpt_causal_lm adds its balance loss"):
         layer(x)
     layer.eval()
     assert layer(x).shape == x.shape

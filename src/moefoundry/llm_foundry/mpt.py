@@ -40,7 +40,8 @@ class MoEFFN(nn.Module):
         with torch.device(device or "cpu"):
             self.moe = MoELayer(d_model, cfg)
         if self.moe.shared_experts is not None:
-            self.moe.shared_experts.down_proj._is_residual = True  # its initial weights are divided
+            residual: Any = self.moe.shared_experts.down_proj
+            residual._is_residual = True  # LLM Foundry divides its initial weights
         self.cfg = cfg
         self.losses: tuple[Tensor, Tensor] | None = None
         self.taken = False
@@ -151,7 +152,7 @@ def init_moe(
     return True
 
 
-class MoEMPTCausalLM(ComposerMPTCausalLM):  # type: ignore[misc]
+class MoEMPTCausalLM(ComposerMPTCausalLM):
     """LLM Foundry's ``mpt_causal_lm``; if some FFNs are :class:`MoEFFN`, their losses are added and logged by name."""
 
     def __init__(self, **options: Any) -> None:

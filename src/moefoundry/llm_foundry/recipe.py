@@ -136,7 +136,7 @@ def _problems(tree: dict[str, Any], world_size: int | None, allow_code: bool) ->
 
 
 def _loader_problems(tree: dict[str, Any]) -> Iterator[Problem]:
-    loaders = {"train_loader": tree.get("train_loader"), "eval_loader": tree.get("eval_loader")}
+    loaders: dict[str, Any] = {"train_loader": tree.get("train_loader"), "eval_loader": tree.get("eval_loader")}
     if isinstance(several := tree.get("eval_loader"), list):
         loaders = {"train_loader": tree.get("train_loader")}
         loaders |= {f"eval_loader[{index}]": loader for index, loader in enumerate(several)}
