@@ -21,7 +21,7 @@ SECRET, TOKEN = "planted-and-plain", "hf_" + "a" * 34
 
 
 class Outcome(NamedTuple):
-    """What a command did: exit status, losses by name, standard output and standard error."""
+    """Result of a command: exit status, losses by name, standard output and standard error."""
 
     status: int
     losses: Losses
