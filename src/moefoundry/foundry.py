@@ -1,4 +1,4 @@
-"""The model as Composer and LLM Foundry see it. The only file that touches LLM Foundry's registries."""
+"""The model as Composer and LLM Foundry see it."""
 
 from __future__ import annotations
 

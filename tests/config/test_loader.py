@@ -262,7 +262,7 @@ def test_llm_foundrys_recipes_get_one_error(tmp_path, name):
     problem = only_problem(path=path)
     assert problem.path == "model.name"
     assert name in problem.message
-    assert "not available yet" in problem.message
+    assert "only `train` and `validate` take" in problem.message
 
 
 NAMES = "letters, digits, '_', '-' and '.', but not '.' or '..'"

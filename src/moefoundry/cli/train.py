@@ -17,22 +17,29 @@ from moefoundry.cli.world import join_world
 
 if TYPE_CHECKING:
     from moefoundry.config import Recipe, UserError
+    from moefoundry.llm_foundry.recipe import FoundryRecipe
 
 
 @click.command("train", context_settings=RECIPE_COMMAND)
 @recipe_arguments
-def command(arguments: list[str]) -> int:
-    """Train a recipe.
+@click.option("--allow-code-paths", is_flag=True, help="Run the files that code_paths of an LLM Foundry recipe names.")
+def command(arguments: list[str], allow_code_paths: bool) -> int:
+    """Train a recipe; one of LLM Foundry is run by LLM Foundry's own trainer.
 
     For several ranks: composer -n N scripts/train.py [RECIPE] [KEY=VALUE]...
     """
     from moefoundry.checkpoint.lease import held
     from moefoundry.config import UserError, load_recipe, split_arguments
     from moefoundry.config.errors import EXIT_USER_ERROR
+    from moefoundry.llm_foundry.recipe import read_foundry_recipe
 
     path, overrides = split_arguments(arguments)
     try:
         world_size = join_world(os.environ)
+        if (foundry := read_foundry_recipe(path, overrides)) is not None:
+            return _train_foundry(foundry, world_size, allow_code_paths)
+        if allow_code_paths:
+            raise click.UsageError("--allow-code-paths is for recipes of LLM Foundry; code_paths is their key")
         recipe = load_recipe(path, overrides, world_size=world_size)
         with held(Path(recipe.run_dir)) if _rank() == 0 else nullcontext():  # before the imports, which take long
             return _train(recipe, world_size, arguments)
@@ -56,6 +63,19 @@ def _train(recipe: Recipe, world_size: int, arguments: list[str]) -> int:
     sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
     trainer = train(recipe, command=[*_command(world_size, sys.argv[0]), *map(redact_argument, arguments)])
     return EXIT_STOPPED if stopped_by(trainer) else 0
+
+
+def _train_foundry(recipe: FoundryRecipe, world_size: int, allow_code_paths: bool) -> int:
+    from moefoundry.llm_foundry.recipe import check_foundry_recipe
+
+    check_foundry_recipe(recipe, world_size, allow_code_paths)  # before what takes seconds to import
+
+    from moefoundry.config import redact_argument
+    from moefoundry.llm_foundry.run import run
+
+    sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
+    run(recipe, _rank())
+    return 0
 
 
 def _rank(name: str = "RANK") -> int:

@@ -20,6 +20,7 @@ from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, reci
 if TYPE_CHECKING:
     from moefoundry.config import ModelConfig, Recipe
     from moefoundry.config.errors import Problem
+    from moefoundry.llm_foundry.recipe import FoundryRecipe
 
 
 @click.command("validate", context_settings=RECIPE_COMMAND)
@@ -37,12 +38,19 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
 
     --show prints every key and whether it comes from a file (which), an override or the defaults. --json gives the
     same as an object: `recipe` by dotted keys, `origins`, `export`, and `notes` (which also go to standard error).
+
+    Of a recipe of LLM Foundry the top-level keys are checked, as LLM Foundry does; the notes tell what changes on any
+    machine, and --show prints the changed recipe.
     """
     from moefoundry.config import advice, annotated, dump_recipe, load_layers, recipe_of, split_arguments
+    from moefoundry.llm_foundry.recipe import read_foundry_recipe
 
     if as_yaml and (show or as_json):
         raise click.UsageError("--print goes with neither --show nor --json")
     path, overrides = split_arguments(arguments)
+    if (foundry := read_foundry_recipe(path, overrides)) is not None:
+        _validate_foundry(foundry, world_size, show or as_yaml, as_json)
+        return
     layers = load_layers(path, overrides)
     recipe = recipe_of(layers, world_size)
     _check_names(recipe)
@@ -59,6 +67,29 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
         print(annotated(recipe, layers) if show else dump_recipe(recipe), end="")
     else:
         print(f"{describe(recipe)}\nexport: {exports_as(recipe.model)}")
+
+
+def _validate_foundry(recipe: FoundryRecipe, world_size: int | None, as_yaml: bool, as_json: bool) -> None:
+    """Check a recipe of LLM Foundry, and describe or print it."""
+    import yaml
+
+    from moefoundry.llm_foundry.fit import Machine, fitted
+    from moefoundry.llm_foundry.recipe import check_foundry_recipe, without_secrets
+
+    check_foundry_recipe(recipe, world_size, allow_code=True)  # nothing of it is run
+    tree, notes = fitted(recipe, Machine(cuda=True, flash_attn=True))
+    if code := recipe.tree.get("code_paths"):
+        notes.insert(0, f"code_paths: training runs {', '.join(map(str, code))} with --allow-code-paths")
+    notes = [f"note: {note}" for note in notes]
+    if notes:
+        print("\n".join(notes), file=sys.stderr)
+    tree = without_secrets(tree)
+    if as_json:
+        print(json.dumps({"llm_foundry": True, "recipe": tree, "notes": notes}, indent=2))
+    elif as_yaml:
+        print(yaml.safe_dump(tree, sort_keys=False), end="")
+    else:
+        print(f"OK {recipe.describe()}")
 
 
 def describe(recipe: Recipe) -> str:

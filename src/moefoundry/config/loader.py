@@ -133,7 +133,7 @@ def _refuse_llm_foundry(tree: dict[str, Any], source: str) -> None:
     model = tree.get("model")
     name = model.get("name") if isinstance(model, dict) else None
     if isinstance(name, str) and LLM_FOUNDRY_MODELS.fullmatch(name):
-        message = f"{show(name)} is a model of LLM Foundry, whose recipes are another schema, not available yet"
+        message = f"{show(name)} is a model of LLM Foundry, whose recipes only `train` and `validate` take, as a file"
         raise ConfigError([Problem("model.name", message, allowed="moe_causal_lm")], source)
 
 
