@@ -4,6 +4,7 @@ import errno
 import os
 import pty
 import shlex
+import sys
 import termios
 import tty
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ REPORT = f'callbacks.report={{prompt: "{PROMPT}", max_new_tokens: 8}}'
 def train_from_command_line(arguments: Sequence[str]) -> tuple[int, list[str]]:
     from moefoundry.cli.main import main
 
+    sys.argv = ["scripts/train.py", *arguments]
     with captured_output() as texts:
         status = main(["train", *arguments])
     return status, texts

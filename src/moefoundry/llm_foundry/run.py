@@ -119,7 +119,7 @@ def _place(error: Exception) -> tuple[str, bool]:
         key = error.full_key
     for frame, _ in traceback.walk_tb(error.__traceback__):
         function, module = frame.f_code.co_name, frame.f_globals.get("__name__", "")
-        training = training or (module == "composer.trainer.trainer" and function in ("fit", "eval"))
+        training = training or (module.startswith("composer.") and function in ("fit", "eval"))
         if not key and module.startswith("llmfoundry.") and function in BUILDERS:
             key = BUILDERS[function]
             key += f".{frame.f_locals.get('name')}" if key in _NAMED else ""
