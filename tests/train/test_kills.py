@@ -113,8 +113,8 @@ def killed_at_a_random_moment(draw: random.Random, number: int, run_dir: Path, p
 
 @pytest.mark.parametrize(
     ("kills", "batches"),
-    [(2, 12), pytest.param(20, 150, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
-    ids=["2 kills", "20 kills"],
+    [(1, 6), pytest.param(20, 150, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    ids=["1 kill", "20 kills"],
 )
 def test_killed_at_random_moments(tiny_recipe: Tiny, tmp_path: Path, kills: int, batches: int) -> None:
     """Four ranks; every kill loses less than two intervals, and in the end every loss has every bit."""
