@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError
-from multiprocessing import get_context
 from unittest import mock
 
 import pytest
@@ -24,14 +21,6 @@ CASES = [
     pytest.param((90, 256, 128, 6, 4), 0.5, 0.7, id="top-4, uneven, slots without rows"),
     pytest.param((20, 128, 128, 4, 2), 0.0, 0.0, id="no slot has a row"),
 ]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
-            process.submit(os.getpid).result()  # starts it, with this environment
-        yield process
 
 
 @needs_stk

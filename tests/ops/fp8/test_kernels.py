@@ -6,12 +6,9 @@ process of their own.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -23,14 +20,6 @@ from tests.ops.fp8 import kernel_checks as checks
 pytest.importorskip("triton", reason="triton is not installed")
 
 Run = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
-            process.submit(os.getpid).result()  # starts it, with this environment
-        yield process
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

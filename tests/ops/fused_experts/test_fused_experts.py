@@ -5,11 +5,7 @@ The interpreter holds no bfloat16 in descriptors, so it checks float16; the kern
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from unittest import mock
 
 import pytest
 import torch
@@ -23,14 +19,6 @@ CASES = [
     pytest.param((24, 16, 8, 6, 1), 2.0, 1.0, id="top-1, empty experts"),
     pytest.param((33, 24, 40, 5, 4), 0.5, 0.7, id="slots without rows"),
 ]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(1, get_context("spawn")) as process:
-        with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):
-            process.submit(os.getpid).result()  # starts it, with this environment
-        yield process
 
 
 @pytest.mark.parametrize(("shape", "skew", "keep"), CASES)
