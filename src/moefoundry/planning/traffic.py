@@ -119,7 +119,7 @@ class Ledger:
                 ranks=self.ranks(axis),
                 calls=self.calls[collective, axis],
                 sent=sent,
-                across_nodes=sent * most_remote_peers(self.groups[axis], gpus_per_node) // (self.ranks(axis) - 1),
+                across_nodes=sent * most_remote_peers(self.groups[axis], gpus_per_node) // max(1, self.ranks(axis) - 1),
             )
             for (collective, axis), sent in self.sent.items()
         ]
