@@ -447,6 +447,7 @@ def test_a_path_may_begin_at_the_home_directory(monkeypatch, tmp_path):
     paths = [path for path, spec in walk(Recipe) if spec.path]
     assert {path.rpartition(".")[2] for path in paths} == {
         *("run_dir", "name", "local", "remote", "load_path", "save_remote", "log_dir", "tracking_uri"),
+        "filename",
     }
     leaves = flatten(load_recipe(None, [*QUICK, *(f"{path}=~/a~ b/c" for path in paths)]))
     assert {leaves[path] for path in paths} == {f"{tmp_path}/a~ b/c"}

@@ -250,13 +250,15 @@ def _places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
             yield Problem(path, f"{show_leaf(place)}: {problem}")
 
 
-@rule("run_dir", "tokenizer", "train_loader", "eval_loader", "loggers.tensorboard")
+@rule("run_dir", "tokenizer", "train_loader", "eval_loader", "loggers.tensorboard", "loggers.file_logger")
 def _local_places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Check what is read and written as files of this machine."""
     paths = {"run_dir": recipe.run_dir, "tokenizer.name": recipe.tokenizer.name}
     paths |= {f"{path}.local": dataset.local for path, dataset in _datasets(recipe)}
     if recipe.loggers.tensorboard is not None:
         paths["loggers.tensorboard.log_dir"] = recipe.loggers.tensorboard.log_dir
+    if recipe.loggers.file_logger is not None:
+        paths["loggers.file_logger.filename"] = recipe.loggers.file_logger.filename
     for path, value in paths.items():
         if problem := path_problem(value):
             cure = "; checkpoints are uploaded with save_remote" if path == "run_dir" else ""
