@@ -16,6 +16,7 @@ from moefoundry.config.schema_attention import (
     QkNorm,
     YarnConfig,
 )
+from moefoundry.config.schema_lora import LoraConfig
 from moefoundry.config.schema_model import (
     Assignment,
     AuxLossScope,
@@ -75,12 +76,12 @@ __all__ = [
     "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "Compute", "ConfigError",
     "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "EmaConfig", "Fp8Backend",
     "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig", "LRMonitorConfig",
-    "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LossConfig", "LossesConfig", "MLflowConfig",
-    "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig", "Moments", "MtpConfig",
-    "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe",
-    "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig",
-    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice",
-    "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_recipe",
-    "recipe_of", "redact_argument", "redacted", "split_arguments",
+    "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LoraConfig", "LossConfig", "LossesConfig",
+    "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig", "Moments",
+    "MtpConfig", "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm",
+    "Recipe", "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction",
+    "SpeedMonitorConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig",
+    "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key",
+    "load_layers", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on
