@@ -15,7 +15,14 @@ any precision, FP8 included, and are sharded as their base is.
 """
 
 from moefoundry.adapters.adapter import AdaptedExperts, Adapter, ExpertAdapter, LinearAdapter, Magnitude
-from moefoundry.adapters.lora import apply_lora, has_adapter, init_adapters, start_magnitudes
+from moefoundry.adapters.lora import (
+    adapter_names,
+    apply_lora,
+    has_adapter,
+    init_adapters,
+    start_magnitudes,
+    trained_names,
+)
 from moefoundry.adapters.merge import delta, merge, unloaded, unmerge
 
 __all__ = [
@@ -24,12 +31,14 @@ __all__ = [
     "ExpertAdapter",
     "LinearAdapter",
     "Magnitude",
+    "adapter_names",
     "apply_lora",
     "delta",
     "has_adapter",
     "init_adapters",
     "merge",
     "start_magnitudes",
+    "trained_names",
     "unloaded",
     "unmerge",
 ]

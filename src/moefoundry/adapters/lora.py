@@ -58,6 +58,18 @@ def has_adapter(module: nn.Module) -> bool:
     return any(isinstance(inner, Adapter) for inner in module.modules())
 
 
+def trained_names(model: nn.Module) -> set[str]:
+    """List the names of the parameters that train, and of the buffers: what a checkpoint of adapters holds."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | {name for name, _ in model.named_buffers()}
+
+
+def adapter_names(model: nn.Module) -> set[str]:
+    """List the names of the parameters of all adapters."""
+    adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, Adapter)]
+    return {f"{name}.{inner}" for name, adapter in adapters for inner, _ in adapter.named_parameters()}
+
+
 @torch.no_grad()
 def init_adapters(model: nn.Module, seed: int) -> None:
     """Fill every adapter in place: ``a`` from U(-1 / sqrt(I), 1 / sqrt(I)), ``b`` with 0, magnitudes by their weights.

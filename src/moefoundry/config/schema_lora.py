@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from moefoundry.config.field import MAX_FACTOR, TARGET, key
 
 LORA_GROUPS = ("attention", "dense", "shared_experts", "experts")
-"""What adapters can be on: the linear layers of attention, of dense FFNs and of shared experts; the stacked experts."""
+"""Groups of weights that may get adapters: linear layers of attention, dense FFNs, shared experts; stacked experts."""
 
 
 @dataclass
