@@ -16,6 +16,7 @@ from moefoundry.config.schema_attention import (
     QkNorm,
     YarnConfig,
 )
+from moefoundry.config.schema_lora import LoraConfig
 from moefoundry.config.schema_model import (
     Assignment,
     AuxLossScope,
@@ -78,10 +79,10 @@ __all__ = [
     "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "CometConfig", "Compute",
     "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "EmaConfig",
     "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig",
-    "LRMonitorConfig", "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LossConfig", "LossesConfig",
-    "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig", "Moments",
-    "MtpConfig", "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm",
-    "Recipe", "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction",
+    "LRMonitorConfig", "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LoraConfig", "LossConfig",
+    "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig",
+    "Moments", "MtpConfig", "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem",
+    "QkNorm", "Recipe", "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction",
     "SpeedMonitorConfig", "SystemMonitorConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig",
     "WarmupConfig", "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten",
     "key", "load_layers", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",

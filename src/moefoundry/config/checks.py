@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
+from moefoundry.config.lora_rules import lora_problems
 from moefoundry.config.making import chosen_parts
 from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
 from moefoundry.config.schema import Recipe
@@ -304,6 +305,11 @@ def _kept_checkpoints(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Keep the newest checkpoint in any case."""
     if recipe.save_num_checkpoints_to_keep == 0:
         yield Problem("save_num_checkpoints_to_keep", "got 0", allowed="a positive integer, or -1 to keep all")
+
+
+@rule("lora", "load_path", "model.moe.backend", "precision.compute")
+def _adapters(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from lora_problems(recipe)
 
 
 @rule("load_weights_only", "load_path")
