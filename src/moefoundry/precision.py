@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
-from moefoundry.model.transformer import OutputHead
+from moefoundry.model.output_head import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.mixture import RowMixture
 from moefoundry.moe.router import Router
