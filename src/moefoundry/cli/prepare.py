@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 @click.argument("source", metavar="SOURCE", help="A file or directory, or `stdlib`.")
 @click.argument("out", type=local_path, metavar="OUT", required=False, callback=required, help="Directory to make.")
 @former_option("-o", "--output", name="out", kind=local_path, hidden=False, metavar="OUT", help="The same as OUT.")
-@click.option("--max-seq-len", type=int, metavar="N", help="Tokens of a sample (default 512).")
+@click.option(
+    "--layout",
+    type=click.Choice(["packed", "documents"]),
+    help="Samples of one length (default packed), or documents, which are packed when they are read.",
+)
+@click.option("--max-seq-len", type=int, metavar="N", help="Tokens of a packed sample (default 512).")
 @click.option("--vocab-size", type=int, metavar="N", help="Size of the vocabulary to train (default 4096).")
 @click.option("--tokenizer", type=local_path, metavar="DIR", help="Hugging Face tokenizer to use; none is trained.")
 @click.option("--max-vocab", type=int, metavar="N", help="Refuse a larger vocabulary (the model's).")
@@ -41,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, metavar="N", help="Decides which files are held out (default 17).")
 @click.option("--overwrite", is_flag=True, help="Replace a corpus that was prepared differently.")
 @json_option
-def command(format: str | None, bad_bytes: str | None, as_json: bool, **options: Any) -> int:
+def command(format: str | None, bad_bytes: str | None, layout: str | None, as_json: bool, **options: Any) -> int:
     """Tokenize a corpus and write it as shards that training streams.
 
     SOURCE holds text (.txt, .md), JSON Lines or Parquet, or is a source tree, compressed (.gz, .zst, .bz2, .xz) or not;
@@ -56,8 +61,10 @@ def command(format: str | None, bad_bytes: str | None, as_json: bool, **options:
     from moefoundry.data.options import PrepareOptions
     from moefoundry.data.prepare import prepare
     from moefoundry.data.reading import BadBytes
+    from moefoundry.data.summary import Layout
 
     options |= {"format": CorpusFormat(format) if format else None, "bad_bytes": bad_bytes and BadBytes(bad_bytes)}
+    options |= {"layout": layout and Layout(layout)}
     given = {name: value for name, value in options.items() if value is not None}
     try:
         with _stop_signals(), options_named(flags_of(*PrepareOptions.__dataclass_fields__) | {"globs": "--glob"}):
@@ -97,7 +104,8 @@ def describe(prepared: PreparedSummary) -> str:
 
     corpus = prepared.corpus
     state = "up to date" if prepared.up_to_date else "prepared"
-    lines = [f"{prepared.out}: {state} (vocabulary {corpus.vocab_size}, samples of {corpus.max_seq_len} tokens)"]
+    samples = "documents" if corpus.max_seq_len is None else f"samples of {corpus.max_seq_len} tokens"
+    lines = [f"{prepared.out}: {state} (vocabulary {corpus.vocab_size}, {samples})"]
     for name, split in corpus.splits.items():
         lines.append(
             f"  {name:5s} {split.documents:>9,} documents {split.tokens:>13,} tokens {split.samples:>9,} samples"
@@ -115,7 +123,7 @@ def describe(prepared: PreparedSummary) -> str:
     elif corpus.skipped:
         lines.append(f"  left out: {corpus.skipped:,} blank or not UTF-8")
     if unknown := sum(split.unknown_tokens for split in corpus.splits.values()):
-        tokens = corpus.max_seq_len * sum(split.samples for split in corpus.splits.values())
+        tokens = sum(split.tokens - split.dropped_tokens for split in corpus.splits.values())
         lines.append(f"  unknown to the tokenizer: the text of {unknown:,} tokens, {unknown / tokens:.2%} of all")
     if prepared.ignored:
         kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in prepared.ignored[:5])

@@ -11,7 +11,10 @@ from moefoundry.data.corpus import url_scheme
 from moefoundry.data.formats import CorpusFormat
 from moefoundry.data.left_out import MAX_LOSS
 from moefoundry.data.reading import BadBytes
+from moefoundry.data.summary import Layout
 from moefoundry.data.tokenizer import check_trainable
+
+PACKED_LENGTH = 512
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class PrepareOptions:
     Attributes:
         source: File, directory or ``stdlib``.
         out: Directory to make.
-        max_seq_len: Tokens a sample.
+        max_seq_len: Tokens a sample; :data:`PACKED_LENGTH` if None. Documents have none.
         vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
         tokenizer: A Hugging Face tokenizer directory to use instead of training one.
         max_vocab: Refuse a larger vocabulary (the model's ``vocab_size``).
@@ -35,11 +38,12 @@ class PrepareOptions:
         max_bytes: Use only the first documents, of this many bytes in all.
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
+        layout: Packed samples of ``max_seq_len`` tokens, or documents of any length, which are packed when read.
     """
 
     source: str
     out: Path
-    max_seq_len: int = 512
+    max_seq_len: int | None = None
     vocab_size: int = 4096
     tokenizer: Path | None = None
     max_vocab: int | None = None
@@ -53,6 +57,14 @@ class PrepareOptions:
     max_bytes: int | None = None
     seed: int = 17
     overwrite: bool = False
+    layout: Layout = Layout.packed
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens that a split needs for one sample."""
+        if self.layout is Layout.documents:
+            return 1
+        return PACKED_LENGTH if self.max_seq_len is None else self.max_seq_len
 
 
 def expanded(options: PrepareOptions) -> PrepareOptions:
@@ -80,7 +92,9 @@ def check_numbers(options: PrepareOptions) -> None:
     Raises:
         UserError: Names the first that is out of range.
     """
-    if options.max_seq_len < 2:
+    if options.max_seq_len is not None and options.layout is Layout.documents:
+        raise UserError(f"max_seq_len={options.max_seq_len}: not with layout=documents, which are packed when read")
+    if options.max_seq_len is not None and options.max_seq_len < 2:
         raise UserError(f"max_seq_len={options.max_seq_len}: at least 2 (a token and the next one)")
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"val_fraction={options.val_fraction}: at least 0 (no held-out split), and below 1")

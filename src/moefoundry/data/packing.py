@@ -45,6 +45,18 @@ def pack(
         pending = pending[complete * seq_len :]
 
 
+def ended(
+    documents: Iterable[Sequence[int] | NDArray[Any]], *, eos_id: int, dtype: DTypeLike = np.int64
+) -> Iterator[NDArray[Any]]:
+    """Put the end-of-text token behind every document; arguments and errors as of :func:`pack`.
+
+    Yields:
+        Arrays of shape [tokens of the document + 1].
+    """
+    for document in documents:
+        yield np.append(_checked(document, dtype), np.array(eos_id, dtype))
+
+
 def _checked(document: Sequence[int] | NDArray[Any], dtype: DTypeLike) -> NDArray[Any]:
     """Convert ids to ``dtype``; an id that does not fit must not wrap around in silence."""
     ids = np.asarray(document, np.int64)

@@ -3,9 +3,12 @@
 Layout of the result::
 
     OUT/tokenizer/    Hugging Face tokenizer
-    OUT/train/        MDS shards of packed samples, column ``tokens``: max_seq_len ids of uint16 (uint32 if needed)
+    OUT/train/        MDS shards, column ``tokens``: ids of uint16 (uint32 if needed), max_seq_len of them in a sample
     OUT/val/          the same, of held-out files; absent with a ``val_fraction`` of 0
     OUT/corpus.json   counts, unigram entropies, options and the digest of the input (see ``summary``)
+
+A sample of the layout ``documents`` is one document of any length, end-of-text token included, and beside the shards
+``lengths.npy`` (int32 [documents]) has the lengths of all samples in order.
 
 OUT appears when it is complete (:mod:`moefoundry.data.staging`). The result is a function of the documents and the
 options alone, so a second run has nothing to do, and a run that would give something else refuses instead of replacing
@@ -35,11 +38,19 @@ from moefoundry.data.corpus import Corpus, CorpusScan, Document, add_to_digest, 
 from moefoundry.data.identity import corpus_digest, stream_digest
 from moefoundry.data.left_out import describe_left_out
 from moefoundry.data.options import PrepareOptions, check_numbers, expanded
-from moefoundry.data.packing import pack
+from moefoundry.data.packing import ended, pack
 from moefoundry.data.progress import Progress
 from moefoundry.data.splits import Division, Split, by_position, moved, unit_hash
 from moefoundry.data.staging import clear_abandoned, occupied, staged
-from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSION, CorpusSummary, SplitSummary, read_corpus_summary
+from moefoundry.data.summary import (
+    CORPUS_FILE,
+    FORMAT_VERSIONS,
+    LENGTHS_FILE,
+    CorpusSummary,
+    Layout,
+    SplitSummary,
+    read_corpus_summary,
+)
 from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from moefoundry.version import __version__
 
@@ -100,10 +111,10 @@ def _prepare(options: PrepareOptions) -> PreparedSummary:
         written = _write(corpus, scan, given, options, directory)
         digests = {name: split.sha256 for name, split in written.splits.items()}
         summary = CorpusSummary(
-            format_version=FORMAT_VERSION,
+            format_version=FORMAT_VERSIONS[options.layout],
             moefoundry_version=__version__,
             source=options.source,
-            max_seq_len=options.max_seq_len,
+            max_seq_len=options.sample_tokens if options.layout is Layout.packed else None,
             vocab_size=written.tokenizer.vocab_size,
             eos_token=written.tokenizer.eos_token,
             eos_id=written.tokenizer.eos_id,
@@ -115,6 +126,7 @@ def _prepare(options: PrepareOptions) -> PreparedSummary:
             left_out=scan.left_out.reasons,
             left_out_share=scan.left_out.share(scan.bytes),
             division=asdict(written.division),
+            layout=options.layout,
         )
         summary.write(directory)
     return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
@@ -150,13 +162,14 @@ def _inputs(
     options: PrepareOptions, corpus: Corpus, scan: CorpusScan, given: TextTokenizer | None
 ) -> dict[str, str | int | float | None]:
     """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
+    packed = options.layout is Layout.packed
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[options.layout],
         "format": corpus.format.value,
         "documents": scan.documents,
         "bytes": scan.bytes,
         "documents_sha256": scan.sha256,
-        "max_seq_len": options.max_seq_len,
+        "max_seq_len": options.sample_tokens if packed else None,
         "vocab_size": None if given else options.vocab_size,
         "tokenizer_sha256": given.sha256 if given else None,
         "eos_token": given.eos_token if given else None,
@@ -191,7 +204,9 @@ def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> Cor
         for name in names
         if summary.inputs.get(name) != inputs.get(name)
     ]
-    needed = ("tokenizer/tokenizer.json", *(f"{name}/index.json" for name in summary.splits))
+    needed = ["tokenizer/tokenizer.json", *(f"{name}/index.json" for name in summary.splits)]
+    if summary.layout is Layout.documents:
+        needed += [f"{name}/{LENGTHS_FILE}" for name in summary.splits]
     differing += [f"{name} (missing there)" for name in needed if not (out / name).is_file()]
     if differing:
         raise UserError(f"{options.out}: holds another corpus; differs in {', '.join(differing)}; or overwrite=True")
@@ -224,11 +239,11 @@ def _write(
             tokenizer.save(directory / "tokenizer")
             return _Written(tokenizer, splits, division)
         tokens = sum(split.tokens for split in splits.values())
-        if margin is None or tokens < len(asked) * options.max_seq_len:
+        if margin is None or tokens < len(asked) * options.sample_tokens:
             raise UserError(_too_little(scan, splits, tokens, options))
         for split in asked:
             shutil.rmtree(directory / split.value)
-        needed_bytes = margin * options.max_seq_len * scan.bytes / tokens
+        needed_bytes = margin * options.sample_tokens * scan.bytes / tokens
         everything = islice(corpus.documents(), scan.documents)
         division = moved(everything, options.val_fraction, options.seed, needed_bytes) or by_position(
             scan.bytes, options.val_fraction, needed_bytes
@@ -238,9 +253,11 @@ def _write(
 
 def _too_little(scan: CorpusScan, splits: dict[str, SplitSummary], tokens: int, options: PrepareOptions) -> str:
     empty = " and ".join(name for name, split in splits.items() if not split.samples)
+    lower = f" max_seq_len={options.sample_tokens}; add text, or lower that"
     return (
         f"{options.source}: no sample for {empty}: {scan.documents} document(s) have {tokens} tokens in all, and each "
-        f"of {' and '.join(splits)} needs max_seq_len={options.max_seq_len}; add text, or lower that"
+        f"of {' and '.join(splits)} needs"
+        + (lower if options.layout is Layout.packed else " a document; add text")
         + (", or hold nothing out: val_fraction=0" if len(splits) > 1 else "")
     )
 
@@ -311,30 +328,41 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _write_split(documents: _Counted, options: PrepareOptions, directory: Path) -> SplitSummary:
-    """Pack the documents into MDS shards."""
+    """Write the documents into MDS shards, packed or one a sample."""
     from streaming import MDSWriter
 
-    seq_len = options.max_seq_len
-    vocab_size = documents.tokenizer.vocab_size
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    column = {"tokens": f"ndarray:{np.dtype(dtype).name}:{seq_len}"}
-    counts = np.zeros(vocab_size, np.int64)
-    samples = 0
-    with MDSWriter(columns=column, out=str(directory), hashes=HASHES, size_limit=SHARD_BYTES) as writer:
-        for sample in pack(documents, eos_id=documents.tokenizer.eos_id, seq_len=seq_len, dtype=dtype):
+    tokenizer = documents.tokenizer
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    packed = options.layout is Layout.packed
+    column = f"ndarray:{np.dtype(dtype).name}" + (f":{options.sample_tokens}" if packed else "")
+    if packed:
+        samples = pack(documents, eos_id=tokenizer.eos_id, seq_len=options.sample_tokens, dtype=dtype)
+    else:
+        samples = ended(documents, eos_id=tokenizer.eos_id, dtype=dtype)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    lengths = []
+    with MDSWriter(columns={"tokens": column}, out=str(directory), hashes=HASHES, size_limit=SHARD_BYTES) as writer:
+        for sample in samples:
             writer.write({"tokens": sample})
-            counts += np.bincount(sample, minlength=vocab_size)
-            samples += 1
+            counts += np.bincount(sample, minlength=tokenizer.vocab_size)
+            lengths.append(len(sample))
     return SplitSummary(
         documents=documents.documents,
         bytes=documents.bytes,
         tokens=documents.tokens,
-        samples=samples,
-        dropped_tokens=documents.tokens - samples * seq_len,
+        samples=len(lengths),
+        dropped_tokens=documents.tokens - sum(lengths),
         unigram_entropy_nats=unigram_entropy(counts),
         sha256=stream_digest(directory),
-        unknown_tokens=0 if (unknown := documents.tokenizer.unknown_id) is None else int(counts[unknown]),
+        unknown_tokens=0 if (unknown := tokenizer.unknown_id) is None else int(counts[unknown]),
+        lengths_sha256=None if packed else _write_lengths(directory / LENGTHS_FILE, lengths),
     )
+
+
+def _write_lengths(file: Path, lengths: list[int]) -> str:
+    """Write the lengths of the samples; return the SHA-256, in hex, of the file."""
+    np.save(file, np.array(lengths, np.int32))
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def unigram_entropy(counts: NDArray[np.int64]) -> float:

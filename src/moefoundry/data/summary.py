@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.identity import corpus_digest, stream_digest
 
 CORPUS_FILE = "corpus.json"
-FORMAT_VERSION = 1  # of the directory's layout; another number is another preparation
+LENGTHS_FILE = "lengths.npy"
+
+
+class Layout(StrEnum):
+    """Samples on disk: ``packed`` ones of ``max_seq_len`` tokens, or ``documents`` of any length, packed when read."""
+
+    packed = "packed"
+    documents = "documents"
+
+
+FORMAT_VERSIONS = {Layout.packed: 1, Layout.documents: 2}
+"""Versions of the directory's layout; another number is another preparation."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,14 @@ class SplitSummary:
         documents: Documents, each followed by one end-of-text token.
         bytes: UTF-8 bytes of their text.
         tokens: Tokens of the split, end-of-text tokens included.
-        samples: Samples of ``max_seq_len`` tokens on disk.
-        dropped_tokens: The tail that filled no sample; ``tokens == samples * max_seq_len + dropped_tokens``.
+        samples: Samples on disk: of ``max_seq_len`` tokens, or one for each document.
+        dropped_tokens: The tail that filled no sample; ``tokens == samples * max_seq_len + dropped_tokens``. Nothing
+            is dropped of documents.
         unigram_entropy_nats: Entropy of the token frequencies of the samples, in nats a token: the loss of the best
             model that ignores context.
         sha256: Digest of the samples and their order; see :mod:`moefoundry.data.identity`.
         unknown_tokens: Tokens of the samples that stand for text which the tokenizer does not know.
+        lengths_sha256: Documents only: SHA-256, in hex, of ``lengths.npy``, the tokens of each sample.
     """
 
     documents: int
@@ -42,6 +56,7 @@ class SplitSummary:
     unigram_entropy_nats: float
     sha256: str
     unknown_tokens: int = 0
+    lengths_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,7 @@ class CorpusSummary:
         format_version: Version of the directory's layout.
         moefoundry_version: The release that wrote it.
         source: The source as the user gave it; for people, not compared.
-        max_seq_len: Tokens a sample.
+        max_seq_len: Tokens a sample; None for documents.
         vocab_size: Rows that an embedding needs.
         eos_token, eos_id: The end-of-text token.
         tokenizer_sha256: Digest of tokenizer/tokenizer.json.
@@ -64,12 +79,13 @@ class CorpusSummary:
             an earlier version.
         left_out_share: Share of the bytes that was lost; None if not known.
         division: Division of the splits; see :class:`moefoundry.data.splits.Division`.
+        layout: Samples on disk.
     """
 
     format_version: int
     moefoundry_version: str
     source: str
-    max_seq_len: int
+    max_seq_len: int | None
     vocab_size: int
     eos_token: str
     eos_id: int
@@ -81,10 +97,16 @@ class CorpusSummary:
     left_out: dict[str, Any] = field(default_factory=dict)
     left_out_share: float | None = 0.0
     division: dict[str, Any] = field(default_factory=dict)
+    layout: Layout = Layout.packed
 
     def write(self, directory: Path) -> None:
-        """Write corpus.json into ``directory``."""
-        (directory / CORPUS_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write corpus.json into ``directory``. That of packed samples is the same as in the first release."""
+        record = asdict(self)
+        if self.layout is Layout.packed:
+            del record["layout"]
+            for split in record["splits"].values():
+                del split["lengths_sha256"]
+        (directory / CORPUS_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def read_corpus_summary(local: str | Path) -> CorpusSummary:
@@ -101,13 +123,15 @@ def read_corpus_summary(local: str | Path) -> CorpusSummary:
         raise UserError(f"{file}: {error.strerror}; not a directory that `moefoundry prepare` completed") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: damaged: {error}") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{file}: format version {version}, this release reads {FORMAT_VERSION}; prepare it again")
+    if version not in FORMAT_VERSIONS.values():
+        known = " and ".join(str(number) for number in FORMAT_VERSIONS.values())
+        raise UserError(f"{file}: format version {version}, this release reads {known}; prepare it again")
     try:
         _add_digests(record, Path(local))
         splits = {name: SplitSummary(**split) for name, split in record.pop("splits").items()}
-        return CorpusSummary(**record, splits=splits)
-    except (TypeError, KeyError, AttributeError) as error:
+        layout = Layout(record.pop("layout", Layout.packed))
+        return CorpusSummary(**record, splits=splits, layout=layout)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise UserError(f"{file}: damaged: {error}") from error
 
 
