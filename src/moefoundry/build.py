@@ -158,6 +158,7 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
         batch_size=batch_size,
         model_vocab_size=recipe.model.vocab_size,
         documents_of=Path(recipe.tokenizer.name) if recipe.model.document_masking else None,
+        tokenizer=Path(recipe.tokenizer.name),
     )
     counting = partial(with_counts, document_masking=recipe.model.document_masking)
     return DataSpec(loader, batch_transforms=counting, get_num_tokens_in_batch=count_tokens)
