@@ -35,9 +35,11 @@ MERGE = "merge"
 @click.option("--vocab-size", type=int, metavar="N", help="Size of the vocabulary to train (default 4096).")
 @click.option("--tokenizer", type=local_path, metavar="DIR", help="Hugging Face tokenizer to use; none is trained.")
 @click.option("--max-vocab", type=int, metavar="N", help="Refuse a larger vocabulary (the model's).")
-@click.option("--format", type=click.Choice(["text", "jsonl", "source", "parquet"]), help="Inferred if not given.")
+@click.option(
+    "--format", type=click.Choice(["text", "jsonl", "source", "parquet", "arrow"]), help="Inferred if not given."
+)
 @click.option("--glob", "globs", multiple=True, metavar="PATTERN", help="Files to take, such as **/*.rs; repeatable.")
-@click.option("--text-key", metavar="KEY", help="JSONL, Parquet: key of the text, such as data.text (default text).")
+@click.option("--text-key", metavar="KEY", help="Records: key of the text, such as data.text (default text).")
 @click.option(
     "--bad-bytes",
     type=click.Choice(["drop", "replace"]),
@@ -57,9 +59,10 @@ def command(
 ) -> int:
     """Tokenize a corpus and write it as shards that training streams.
 
-    SOURCE holds text (.txt, .md), JSON Lines or Parquet, or is a source tree, compressed (.gz, .zst, .bz2, .xz) or not;
-    the word `stdlib` is the source of this Python's standard library. OUT gets tokenizer/, train/, val/ and
-    corpus.json. A second run with the same input and options does nothing.
+    SOURCE holds text (.txt, .md), JSON Lines, Parquet or a data set that Hugging Face's datasets saved to disk, or is a
+    source tree, compressed (.gz, .zst, .bz2, .xz) or not; the word `stdlib` is the source of this Python's standard
+    library. OUT gets tokenizer/, train/, val/ and corpus.json. A second run with the same input and options does
+    nothing.
 
     Several machines that see OUT share the work: each prepares a part with `--part I/N`, 1/N to N/N, and afterwards
     `moefoundry prepare merge OUT` joins them. A run that was ended goes on where it was when it is started again.
