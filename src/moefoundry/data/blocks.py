@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moefoundry.data.arrow import is_arrow
 from moefoundry.data.corpus import Corpus
 from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.reading import DAMAGES, count_lines, encoding_of, is_plain, read_head
@@ -52,7 +53,8 @@ def _pieces(corpus: Corpus, path: str, block_bytes: int) -> Iterator[tuple[Slice
         size = file.stat().st_size
         dividable = corpus.format in RECORD_FORMATS and size > block_bytes and is_plain(file)
         rows = row_groups(file) if dividable else None
-        by_lines = dividable and rows is None and encoding_of(read_head(file)) == "utf-8" and one_a_line(file)
+        by_lines = dividable and rows is None and not is_arrow(file)
+        by_lines = by_lines and encoding_of(read_head(file)) == "utf-8" and one_a_line(file)
     except DAMAGES:  # reported when it is read
         yield Slice(path), 0
         return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from moefoundry.config.errors import UserError
 from moefoundry.data.corpus import url_scheme
@@ -14,6 +16,7 @@ from moefoundry.data.reading import BadBytes
 from moefoundry.data.summary import Layout
 from moefoundry.data.tokenizer import check_trainable
 
+T = TypeVar("T")
 PACKED_LENGTH = 512
 
 
@@ -67,6 +70,33 @@ class PrepareOptions:
         if self.layout is Layout.documents:
             return 1
         return PACKED_LENGTH if self.max_seq_len is None else self.max_seq_len
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part of the blocks of a corpus.
+
+    Attributes:
+        number: Number of the part, from 1.
+        count: Number of parts.
+
+    Raises:
+        UserError: There is no such part.
+    """
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise UserError(f"part={self}: the first of N parts is 1/N, and the last N/N")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def of(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items of this part, consecutive ones; each belongs to one part."""
+        return items[len(items) * (self.number - 1) // self.count : len(items) * self.number // self.count]
 
 
 def expanded(options: PrepareOptions) -> PrepareOptions:

@@ -28,7 +28,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.assembly import OUTPUTS, Facts, join, pack_samples, tokens_of
 from moefoundry.data.blocks import Block, numbered, plan_blocks
 from moefoundry.data.corpus import Corpus, Document, open_corpus
-from moefoundry.data.left_out import LeftOut, describe_left_out
+from moefoundry.data.left_out import describe_left_out
 from moefoundry.data.options import PrepareOptions, check_numbers, expanded
 from moefoundry.data.places import LocalPlace
 from moefoundry.data.progress import Progress
@@ -53,12 +52,10 @@ from moefoundry.data.summary import (
 )
 from moefoundry.data.survey import (
     Survey,
-    Surveyed,
     digest_of,
     documents_of,
-    joined,
-    survey_block,
     survey_in_order,
+    survey_in_parallel,
     unusable_of,
 )
 from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
@@ -89,6 +86,46 @@ class PreparedSummary:
     ignored: tuple[tuple[str, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class Opened:
+    """Options and what they name, before any text is read.
+
+    Attributes:
+        options: The options, with every path expanded.
+        out: Real path of the directory to make.
+        corpus: The corpus.
+        blocks: Its blocks.
+        given: The tokenizer to use; None if one is to be trained.
+    """
+
+    options: PrepareOptions
+    out: Path
+    corpus: Corpus
+    blocks: list[Block]
+    given: TextTokenizer | None
+
+    @property
+    def workers(self) -> int:
+        """Processes to use."""
+        return available_cores() if self.options.workers is None else self.options.workers
+
+
+def open_all(options: PrepareOptions) -> Opened:
+    """Check the options and open what they name.
+
+    Raises:
+        UserError: Bad options or input, or ``out`` holds something else.
+    """
+    check_numbers(options)
+    out = Path(os.path.realpath(options.out))
+    clear_abandoned(out)
+    check_out(out, options)
+    corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
+    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    _check_vocab(given, options)
+    return Opened(options, out, corpus, plan_blocks(corpus, BLOCK_BYTES), given)
+
+
 def prepare(options: PrepareOptions) -> PreparedSummary:
     """Make a prepared corpus, or find that it is there.
 
@@ -97,69 +134,75 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
     """
     options = expanded(options)
     try:
-        return _prepare(options)
+        return _prepare(open_all(options))
     except OSError as error:
         raise UserError(f"{error.filename or options.out}: {error.strerror or error}") from error
 
 
-def _prepare(options: PrepareOptions) -> PreparedSummary:
-    check_numbers(options)
-    out = Path(os.path.realpath(options.out))
-    clear_abandoned(out)
-    _check_out(out, options)
-    corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
-    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    _check_vocab(given, options)
-    survey = _survey(corpus, plan_blocks(corpus, BLOCK_BYTES), options)
-    inputs = _inputs(options, corpus, survey, given)
-    existing = _existing(out, inputs, options)
+def _prepare(opened: Opened) -> PreparedSummary:
+    options, corpus, given = opened.options, opened.corpus, opened.given
+    survey = _survey(opened)
+    inputs = inputs_of(options, corpus, survey, given)
+    existing = _existing(opened.out, inputs, options)
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
 
-    place = LocalPlace(out.parent / f".{out.name}.blocks")
-    with _work(place, out, keep=len(survey.blocks) > 1):
-        writer, records = _write(corpus, survey, given, options, place)
+    place = place_of(opened.out)
+    with _work(place, opened.out, keep=len(survey.blocks) > 1):
+        writer, records = _write(opened, survey, place)
         facts = Facts(options, inputs, survey.left_out, survey.bytes, writer.tokenizer, writer.division, SHARD_BYTES)
         assemble = join if options.layout is Layout.documents else pack_samples
-        summary = assemble(place, records, facts, out)
+        summary = assemble(place, records, facts, opened.out)
     return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
+
+
+def place_of(out: Path) -> LocalPlace:
+    """Return the place where the blocks of the corpus ``out`` are put together."""
+    return LocalPlace(out.parent / f".{out.name}.blocks")
 
 
 @contextmanager
 def _work(place: LocalPlace, out: Path, keep: bool) -> Iterator[None]:
     """Lock the place of the blocks, and remove it at the end; after an error, only if there is nothing to ``keep``."""
+    with working(out), place.locked():
+        try:
+            yield
+        except BaseException:
+            if not (keep and any(name.endswith(".json") for name in place.names())):
+                shutil.rmtree(place.directory, ignore_errors=True)
+            raise
+        shutil.rmtree(place.directory, ignore_errors=True)
+
+
+@contextmanager
+def working(out: Path) -> Iterator[None]:
+    """Name ``out`` in the errors of files.
+
+    Raises:
+        UserError: The body raised an ``OSError``.
+    """
     try:
-        with place.locked():
-            try:
-                yield
-            except BaseException:
-                if not (keep and any(name.endswith(".json") for name in place.names())):
-                    shutil.rmtree(place.directory, ignore_errors=True)
-                raise
-            shutil.rmtree(place.directory, ignore_errors=True)
+        yield
     except OSError as error:
         name = error.filename if isinstance(error.filename, str) else str(out)
         raise UserError(f"{out}: cannot be written: {error.strerror or error} ({name})") from error
 
 
-def _survey(corpus: Corpus, blocks: list[Block], options: PrepareOptions) -> Survey:
+def _survey(opened: Opened) -> Survey:
     """Read the corpus once; refuse one without text, or of which too much cannot be read."""
-    with Progress("reading") as progress:
-        if options.layout is Layout.packed:
-            survey = survey_in_order(
-                corpus, numbered(corpus, blocks), options.max_docs, options.max_bytes, progress.update
-            )
-        elif options.max_docs is not None or options.max_bytes is not None:
-            survey = survey_in_order(corpus, blocks, options.max_docs, options.max_bytes, progress.update)
-            survey = replace(survey, sha256=digest_of(survey.blocks))
-        else:
-            found: list[tuple[Surveyed, LeftOut]] = []
-            run_jobs(partial(survey_block, corpus), blocks, _workers(options), progress.update, found.append)
-            survey = joined(corpus, sorted(found, key=lambda item: item[0].block.number), unusable_of(corpus))
+    options, corpus = opened.options, opened.corpus
+    caps = options.max_docs, options.max_bytes
+    if options.layout is Layout.documents and caps == (None, None):
+        survey = survey_in_parallel(corpus, opened.blocks, unusable_of(corpus), opened.workers)
+    else:
+        with Progress("reading") as progress:
+            blocks = numbered(corpus, opened.blocks) if options.layout is Layout.packed else opened.blocks
+            survey = survey_in_order(corpus, blocks, *caps, progress.update)
+    if options.layout is Layout.documents:
+        survey = replace(survey, sha256=digest_of(survey.blocks))
     survey.left_out.check(options.source, survey.bytes, options.max_loss, corpus.hint(survey.left_out))
     if not survey.documents:
-        caps = {"max_docs": options.max_docs, "max_bytes": options.max_bytes}
-        limits = " and ".join(f"{name}={cap}" for name, cap in caps.items() if cap)
+        limits = " and ".join(f"{name}={cap}" for name, cap in zip(("max_docs", "max_bytes"), caps, strict=True) if cap)
         left_out = f" (left out: {describe_left_out(survey.left_out.reasons)})" if survey.left_out.count else ""
         raise UserError(
             f"{options.source}: empty corpus: no document with text in {len(corpus.paths)} file(s)"
@@ -167,10 +210,6 @@ def _survey(corpus: Corpus, blocks: list[Block], options: PrepareOptions) -> Sur
             + left_out
         )
     return survey
-
-
-def _workers(options: PrepareOptions) -> int:
-    return available_cores() if options.workers is None else options.workers
 
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
@@ -182,7 +221,7 @@ def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
         raise UserError(f"{name} exceeds max_vocab={options.max_vocab}")
 
 
-def _inputs(
+def inputs_of(
     options: PrepareOptions, corpus: Corpus, survey: Survey, given: TextTokenizer | None
 ) -> dict[str, str | int | float | None]:
     """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
@@ -202,7 +241,7 @@ def _inputs(
     }
 
 
-def _check_out(out: Path, options: PrepareOptions) -> None:
+def check_out(out: Path, options: PrepareOptions) -> None:
     """Refuse, before anything is read, to write over anything but a corpus."""
     if not occupied(out):
         return
@@ -237,27 +276,30 @@ def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> Cor
     return summary
 
 
-def _write(
-    corpus: Corpus, survey: Survey, given: TextTokenizer | None, options: PrepareOptions, place: LocalPlace
-) -> tuple[BlockWriter, list[BlockRecord]]:
+def make_writer(opened: Opened, place: LocalPlace, tokenizer: TextTokenizer, division: Division) -> BlockWriter:
+    """Make the writer of the blocks."""
+    return BlockWriter(
+        corpus=opened.corpus,
+        tokenizer=tokenizer,
+        division=division,
+        splits=(Split.train, Split.val) if opened.options.val_fraction else (Split.train,),
+        seed=opened.options.seed,
+        layout=opened.options.layout,
+        shard_bytes=SHARD_BYTES,
+        batch_bytes=ENCODE_BATCH_BYTES,
+        place=place,
+    )
+
+
+def _write(opened: Opened, survey: Survey, place: LocalPlace) -> tuple[BlockWriter, list[BlockRecord]]:
     """Write the blocks. Where a split gets no sample, divide anew and write again."""
-    with Progress("loading libraries"):
-        importlib.import_module("streaming")  # and torch: seconds
+    corpus, options = opened.corpus, opened.options
     division = Division(options.val_fraction)
-    asked = (Split.train, Split.val) if options.val_fraction else (Split.train,)
     for margin in (*RETRY_MARGINS, None):
-        writer = BlockWriter(
-            corpus=corpus,
-            tokenizer=given or _train(corpus, survey, division, options),
-            division=division,
-            splits=asked,
-            seed=options.seed,
-            layout=options.layout,
-            shard_bytes=SHARD_BYTES,
-            batch_bytes=ENCODE_BATCH_BYTES,
-            place=place,
-        )
-        records = write_blocks(writer, survey, _workers(options))
+        tokenizer = opened.given or _train(corpus, survey, division, options)
+        writer = make_writer(opened, place, tokenizer, division)
+        asked = writer.splits
+        records = write_blocks(writer, survey, opened.workers)
         tokens = {split.value: tokens_of(records, split.value) for split in asked}
         if all(count >= options.sample_tokens for count in tokens.values()):
             return writer, records
@@ -274,6 +316,8 @@ def _write(
 
 def write_blocks(writer: BlockWriter, survey: Survey, workers: int) -> list[BlockRecord]:
     """Write the blocks that are not there yet; return the records of all, in order."""
+    with Progress("loading libraries"):
+        importlib.import_module("streaming")  # and torch: seconds; processes are forked with it
     positions = [0, *accumulate(block.bytes for block in survey.blocks)]
     jobs = [BlockJob(block, position) for block, position in zip(survey.blocks, positions, strict=False)]
     records = {job.number: record for job in jobs if (record := writer.finished(job))}
