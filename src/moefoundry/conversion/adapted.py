@@ -109,7 +109,8 @@ class MergedTensors:
             return stored.read(name, *ranges)
         if name not in self._adapters.names:
             return self._base.read(name, *ranges)
-        *leading, rows, _ = [*ranges, *((0, size) for size in self.specs[name].shape[len(ranges) :])]
+        limits = [*ranges, *((0, size) for size in self.specs[name].shape[len(ranges) :])]
+        leading, rows, columns = limits[:-2], limits[-2], limits[-1]
         module = self._adapters.names[name]
         magnitude = f"{module}.magnitude.weight"
         merged = adapted(
@@ -119,7 +120,6 @@ class MergedTensors:
             self._adapters.scale,
             stored.read(magnitude, rows) if magnitude in stored.specs else None,
         )
-        columns = ranges[-1] if len(ranges) == len(self.specs[name].shape) else (0, merged.shape[-1])
         return merged[..., slice(*columns)].to(self.specs[name].dtype)
 
     def rows(self, name: str) -> Iterator[Tensor]:
