@@ -1,8 +1,9 @@
-"""What transformers 5 does, in a process of its own: ``python -m tests.conversion.transformers5 save|load|write DIR``.
+"""What transformers 5 does, in a process of its own: ``python -m tests.conversion.transformers5 ACTION DIR``.
 
     save   DIR/{family}-{variant}          a model of each family in each variant, saved with random weights
            DIR/{family}-{variant}-fused    the same, with its experts in one tensor, as they are in memory
     load   every directory of DIR
+    adapt  DIR/*/exported, with the adapters in DIR/*/peft
     write  text with each, as users do; and each directory's tokenizer, saved anew, to {name}/tokenizer5
 
 All write ``DIR/results.pt``: logits and greedy tokens of each model by name; what was missing or unexpected of each; or
@@ -59,6 +60,17 @@ def load(directory: Path) -> None:
     torch.save(results, directory / "results.pt")
 
 
+def adapt(directory: Path) -> None:
+    from peft import PeftModel
+
+    results = {}
+    for path in sorted(path for path in directory.iterdir() if path.is_dir()):
+        model = AutoModelForCausalLM.from_pretrained(path / "exported", dtype=torch.float32, **OPTIONS)
+        with torch.no_grad():
+            results[path.name] = {"logits": PeftModel.from_pretrained(model, path / "peft").eval()(ids()).logits}
+    torch.save(results, directory / "results.pt")
+
+
 def write(directory: Path) -> None:
     results = {}
     for path in sorted(path for path in directory.iterdir() if (path / "config.json").exists()):
@@ -71,4 +83,4 @@ def write(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"save": save, "load": load, "write": write}[sys.argv[1]](Path(sys.argv[2]))
+    {"save": save, "load": load, "adapt": adapt, "write": write}[sys.argv[1]](Path(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,13 @@ class Weights(StrEnum):
     ema = "ema"
 
 
-def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETransformer:
+def load_model(checkpoint: Path, weights: Weights = Weights.trained, base_place: str | None = None) -> MoETransformer:
     """Load the model of a checkpoint in fp32 on the CPU, in evaluation mode.
+
+    Args:
+        checkpoint: The checkpoint.
+        weights: Values to take for the parameters; of a checkpoint of adapters, for these.
+        base_place: Where the base of the adapters is now; None is where it was.
 
     Raises:
         UserError: It cannot be read, or lacks the average; or it has adapters, and their base is not to be had.
@@ -39,9 +45,8 @@ def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETrans
         apply_lora(model, lora)
     model.to_empty(device="cpu")
     names, tensors = stored_names(checkpoint, model, weights), model.state_dict()
-    stored_here = trained_names(model)
-    trained = {name: tensor for name, tensor in tensors.items() if lora is None or name in stored_here}
-    with using(checkpoint), base_at(checkpoint) as base:
+    trained = tensors if lora is None else {name: tensors[name] for name in _held(checkpoint, model, names)}
+    with using(checkpoint), base_at(checkpoint, base_place) as base:
         if base is not None:
             frozen = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items() if name not in trained}
             read_into(base, frozen)
@@ -51,6 +56,12 @@ def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETrans
         unloaded(model)
         model.requires_grad_(True)
     return model.eval()
+
+
+def _held(checkpoint: Path, model: MoETransformer, names: Mapping[str, str]) -> list[str]:
+    """List what a checkpoint of adapters holds of its model; buffers that it lacks are as in its base."""
+    stored, buffers = stored_shapes(checkpoint), {name for name, _ in model.named_buffers()}
+    return sorted(name for name in trained_names(model) if names[name] in stored or name not in buffers)
 
 
 def stored_names(directory: Path, model: MoETransformer, weights: Weights) -> dict[str, str]:
