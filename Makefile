@@ -60,7 +60,8 @@ quickstart: setup ## train a small MoE on this machine's Python standard library
 	$(BIN)/moefoundry prepare stdlib data/quickstart
 	threads=$$(( $$(nproc) / $(PROCESSES) )); \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))} \
-	$(BIN)/composer -n $(PROCESSES) scripts/train.py configs/quickstart.yaml run_name=quickstart autoresume=true $(ARGS)
+	$(BIN)/composer -n $(PROCESSES) scripts/train.py configs/quickstart.yaml run_name=quickstart autoresume=true \
+		icl_tasks=configs/tasks/quickstart.yaml $(ARGS)
 
 test: setup lint ## lint, then every test that is not slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -37,9 +37,11 @@ from moefoundry.checkpoint.state import RunState
 from moefoundry.checkpoint.store import Retention
 from moefoundry.config import Compute, ConfigError, LoaderConfig, Recipe, UserError, flatten
 from moefoundry.config.making import make_part, make_parts
+from moefoundry.config.tasks import TASKS_KEY
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
+from moefoundry.evaluation.tasks.callback import IclTasks
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_counts
 from moefoundry.mesh import Meshes
 from moefoundry.model.losses import build_losses
@@ -96,8 +98,8 @@ def assemble(recipe: Recipe) -> Trainer:
         model=ComposerMoECausalLM(model),
         optimizers=make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe),
         train_dataloader=train_data,
-        eval_dataloader=eval_data and Evaluator(label="eval", dataloader=eval_data),
-        eval_interval=recipe.eval_interval if eval_data else 0,
+        eval_dataloader=(evaluators := build_evaluators(recipe, eval_data)),
+        eval_interval=recipe.eval_interval if evaluators else 0,
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         callbacks=build_callbacks(recipe, model, metrics_file, digests, start),
@@ -167,6 +169,15 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
     return DataSpec(loader, batch_transforms=counting, get_num_tokens_in_batch=count_tokens)
 
 
+def build_evaluators(recipe: Recipe, eval_data: DataSpec | None) -> list[Evaluator]:
+    """Build what Composer evaluates; one without data lets it come to :class:`IclTasks` where there are only these."""
+    if eval_data is not None:
+        return [Evaluator(label="eval", dataloader=eval_data)]
+    if recipe.icl_tasks is None:
+        return []
+    return [Evaluator(label=TASKS_KEY, dataloader=[], metric_names=[], device_eval_microbatch_size=1)]
+
+
 def build_callbacks(
     recipe: Recipe, model: MoETransformer, metrics_file: MetricsFile, digests: Mapping[str, str], start: Start | None
 ) -> list[Callback]:
@@ -185,6 +196,7 @@ def build_callbacks(
         Phase.OBSERVE: [
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
             build_expert_bias(model),
+            IclTasks(recipe) if recipe.icl_tasks is not None else None,
             *make_parts("callbacks", Callback, recipe.callbacks, recipe),
         ],
         Phase.STOP: [StopOnSignal()],

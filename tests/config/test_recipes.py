@@ -9,9 +9,11 @@ from moefoundry import config
 from moefoundry.config import Recipe, load_recipe, schema, schema_attention, schema_model, schema_monitors, schema_parts
 from moefoundry.config.reference import reference
 from moefoundry.config.spec import plain
+from moefoundry.config.tasks import read_tasks
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+TASKS = sorted((ROOT / "configs" / "tasks").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in TASKS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -20,6 +22,11 @@ def test_every_recipe_loads(path):
     assert recipe.run_name == path.stem
     ranks = recipe.mesh.replicate * recipe.mesh.shard
     assert load_recipe(path, world_size=ranks if ranks > 0 else 2)  # a mesh of its own, or any
+
+
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_of_tasks_loads(path):
+    assert all((ROOT / task.dataset_uri).is_file() for task in read_tasks(str(path)))
 
 
 def test_every_schema_class_is_exported():

@@ -72,6 +72,7 @@ from moefoundry.config.schema_parts import (
     TokenizerConfig,
     WarmupConfig,
 )
+from moefoundry.config.schema_tasks import TaskConfig
 
 # fmt: off
 __all__ = [
@@ -83,8 +84,9 @@ __all__ = [
     "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig",
     "Moments", "MtpConfig", "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem",
     "QkNorm", "Recipe", "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction",
-    "SpeedMonitorConfig", "SystemMonitorConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig",
-    "WarmupConfig", "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten",
-    "key", "load_layers", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
+    "SpeedMonitorConfig", "SystemMonitorConfig", "TaskConfig", "TensorBoardConfig", "TokenizerConfig", "UserError",
+    "WandbConfig", "WarmupConfig", "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes",
+    "dump_recipe", "flatten", "key", "load_layers", "load_recipe", "recipe_of", "redact_argument", "redacted",
+    "split_arguments",
 ]
 # fmt: on

@@ -25,6 +25,7 @@ from moefoundry.config.schema_parts import (
     WarmupConfig,
 )
 from moefoundry.config.spec import describe, every_key, missing, show_leaf
+from moefoundry.config.tasks import problems_of, read_gauntlet, read_tasks
 from moefoundry.config.urls import path_problem, url_problem
 
 HELD_OUT_LOSS = "metrics/eval/LanguageCrossEntropy"
@@ -298,6 +299,16 @@ def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         near = "".join(difflib.get_close_matches(wanted, measured, 1))
         message = f"{wanted!r} is no loss that this run measures"
         yield Problem("save_keep_best", message, allowed=", ".join(measured), suggestion=near)
+
+
+@rule("icl_tasks", "eval_gauntlet")
+def _tasks(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    if recipe.icl_tasks is not None:
+        yield from problems_of(recipe.icl_tasks, read_tasks)
+    if recipe.eval_gauntlet is not None:
+        yield from problems_of(recipe.eval_gauntlet, read_gauntlet)
+        if recipe.icl_tasks is None:
+            yield Problem("eval_gauntlet", "averages tasks, but icl_tasks is null", allowed="null")
 
 
 @rule("save_num_checkpoints_to_keep")

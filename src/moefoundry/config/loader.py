@@ -7,7 +7,6 @@ dataclasses; then check across keys, those whose values are sound.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,13 +17,12 @@ from moefoundry.config.advice import KEYS_OF_RANKS, fitting_overrides
 from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
-from moefoundry.config.field import REQUIRED
 from moefoundry.config.files import read_layers
 from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import OVERRIDE, Layers, leaves_of
 from moefoundry.config.overrides import add_overrides
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import Spec, chosen_class, plain, show, specs
+from moefoundry.config.spec import filled, show
 from moefoundry.config.versions import FORMAT_VERSION, VERSION_KEY, upgraded
 
 OVERRIDES = "overrides"
@@ -139,38 +137,4 @@ def _refuse_llm_foundry(tree: dict[str, Any], source: str) -> None:
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """Add every missing key of the schema to ``tree``; interpolations stay as they are written."""
-    return _fill(Recipe(), tree)
-
-
-def _fill(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
-    """Add the missing keys of ``default`` (a schema object) to ``tree`` at every depth; unknown keys stay."""
-    filled = {}
-    for name, spec in specs(type(default)).items():
-        value = getattr(default, name)
-        if name not in tree:
-            if value is not REQUIRED:
-                filled[name] = _fill(value, {}) if dataclasses.is_dataclass(value) else plain(value)
-            elif (first := _first(tree.get(spec.first_of), name)) is not None:
-                filled[name] = first
-        elif isinstance(tree[name], dict) and spec.entry:
-            filled[name] = {
-                each: _fill(spec.entry(), below) if isinstance(below, dict) else below
-                for each, below in tree[name].items()
-            }
-        elif isinstance(tree[name], dict) and (cls := _usable_class(spec, tree[name], value)):
-            filled[name] = _fill(value if type(value) is cls else cls(), tree[name])
-        else:
-            filled[name] = tree[name]
-    return filled | {name: value for name, value in tree.items() if name not in filled}
-
-
-def _first(mappings: Any, name: str) -> Any:
-    """Find the value of ``name`` in the first of several mappings; None if there is none."""
-    first = next(iter(mappings.values()), None) if isinstance(mappings, dict) else None
-    return first.get(name) if isinstance(first, dict) else None
-
-
-def _usable_class(spec: Spec, tree: dict[str, Any], default: Any) -> Any:
-    """Find the class as :func:`chosen_class` does; for a part that the builder will refuse, what all parts have."""
-    cls = chosen_class(spec, tree, default)
-    return spec.kind if cls is None and spec.is_mapping and spec.variants is None else cls
+    return filled(Recipe(), tree)

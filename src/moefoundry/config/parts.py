@@ -27,6 +27,14 @@ from moefoundry.config.schema_parts import (
     OptimizerConfig,
     SchedulerConfig,
 )
+from moefoundry.config.schema_tasks import (
+    CodeTaskConfig,
+    GenerationTaskConfig,
+    LanguageModelingConfig,
+    MultipleChoiceConfig,
+    SchemaConfig,
+    TaskConfig,
+)
 from moefoundry.config.signatures import part_of_class
 from moefoundry.registry import Part, Table
 
@@ -134,6 +142,19 @@ _TABLES = (
             "router_entropy": Part(LossConfig, "moefoundry.model.losses:router_entropy"),
         },
         LossConfig,
+    ),
+    Table(
+        "icl_task_types",
+        {
+            "multiple_choice": Part(MultipleChoiceConfig, "moefoundry.evaluation.tasks.choice:MultipleChoice"),
+            "schema": Part(SchemaConfig, "moefoundry.evaluation.tasks.choice:Schema"),
+            "language_modeling": Part(LanguageModelingConfig, "moefoundry.evaluation.tasks.modeling:LanguageModeling"),
+            "generation_task_with_answers": Part(
+                GenerationTaskConfig, "moefoundry.evaluation.tasks.generated:GenerationWithAnswers"
+            ),
+            "code_evaluation": Part(CodeTaskConfig, "moefoundry.evaluation.tasks.code:CodeEvaluation"),
+        },
+        TaskConfig,
     ),
     Table(
         "attention_kinds",

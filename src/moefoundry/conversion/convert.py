@@ -160,7 +160,9 @@ def export_hf(
             write_json(staging / CONFIG, config | special)
             difference = None
             if tolerance is not None:
-                difference = verify_logits(staging, load_model(directory, weights, base), tolerance, dtype.torch)
+                difference = verify_logits(
+                    staging, load_model(directory, weights, base_place=base), tolerance, dtype.torch
+                )
     return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, difference)
 
 

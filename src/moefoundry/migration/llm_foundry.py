@@ -32,6 +32,12 @@ from moefoundry.migration.training import (
 
 KIND = "LLM Foundry"
 NUMBERS = ("optimizer.lr", "optimizer.weight_decay", "model.peft_config.lora_alpha", "model.peft_config.lora_dropout")
+TASK_KEYS = (
+    "icl_tasks",
+    "icl_seq_len",
+    "icl_subset_num_batches",
+    "eval_gauntlet",
+)  # the same here, with all below them
 FOR_LLM_FOUNDRY = {
     "use_auth_token": "nothing is downloaded",
     "trust_remote_code": "no code of a model runs",
@@ -144,6 +150,6 @@ def _move_top(draft: Draft, path: str, section: str) -> None:
     if draft.old[path] in (None, {}, []):
         draft.silence(path)
     elif fate.ours or path == section:
-        draft.move(path) if fate.ours else draft.drop(path, fate.text)
+        draft.move(path, new=path if section in TASK_KEYS else "") if fate.ours else draft.drop(path, fate.text)
     else:
         draft.drop(path, fate.text)
