@@ -54,6 +54,7 @@ class RunState:
         data_digests: Digests of the run's data.
         averages: Averages of the parameters; None without ``ema``.
         metrics: Gives the metrics of this batch that decide which checkpoints are kept, by name.
+        source_tokens: Tokens of each source of the training data so far.
     """
 
     recipe: dict[str, Any]
@@ -61,6 +62,7 @@ class RunState:
     data_digests: Mapping[str, str]
     averages: Averages | None = None
     metrics: Callable[[], Mapping[str, float]] = dict
+    source_tokens: dict[str, int] = field(default_factory=dict)
     _generators: dict[str, Tensor] = field(default_factory=dict)  # to be put back when the first batch is read
 
     def __post_init__(self) -> None:
@@ -85,6 +87,7 @@ class RunState:
             "lr": state.optimizers[0].param_groups[0]["lr"],
             "data": {**data, "epoch": state.timestamp.epoch.value},
             "data_digests": dict(self.data_digests),
+            "source_tokens": dict(self.source_tokens),
             "world_size": self._world_size,
             "recipe": self.recipe,
         }
@@ -130,6 +133,7 @@ class RunState:
             self.averages.restart()
         if not weights_only:
             _restore_position(state, document)
+            self.source_tokens |= document.get("source_tokens", {})
         return {"store": report.store_seconds, "exchange": report.exchange_seconds, **seconds}
 
     def restore_generators(self) -> None:

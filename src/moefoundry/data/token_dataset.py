@@ -45,7 +45,7 @@ class TokenDataset(GuardedDataset):
         fim: Fill-in-the-middle, which ``config`` may ask for.
 
     Attributes:
-        sources: The streams, in the recipe's order.
+        sources: The streams, in the order of their names.
 
     Raises:
         UserError: The samples have another length, or were packed otherwise; there are fewer than one global batch and
