@@ -404,7 +404,7 @@ def composer_parts() -> list[list[str]]:
         problems("callbacks.early_stopper={monitr: x, patience: 2ba}"),
         problems("callbacks.runtime_estimator.skip_batches=few", "callbacks.runtime_estimatr={}"),
         problems("algorithms={seq_length_warmup: {duration: two, max_seq_length: 8, minimum: 3}}"),
-        problems("scheduler={name: step_scheduler, step_size: 10, gama: 0.5}", "loggers.file_logger.bufer_size=1"),
+        problems("scheduler={name: step_scheduler, step_size: 10, gama: 0.5}", "loggers.cometml_logger.log_cod=true"),
         problems("scheduler={name: multi_step_scheduler, milestones: [5ba, 10]}"),
     ]
     scheduler = "scheduler={name: step_scheduler, step_size: 10ba, timing: composer}"
@@ -437,7 +437,7 @@ def test_arguments_of_composers_parts_are_checked_by_their_signatures() -> None:
         "scheduler.step_size: got 10 (an integer); allowed: a duration: an integer and ba, ep, tok or sp, or a part of "
         "the run such as 0.05dur",
         "scheduler.gama: unknown key of name 'step_scheduler'; did you mean 'scheduler.gamma'?",
-        "loggers.file_logger.bufer_size: unknown key; did you mean 'loggers.file_logger.buffer_size'?",
+        "loggers.cometml_logger.log_cod: unknown key; did you mean 'loggers.cometml_logger.log_code'?",
     ]
     assert [problem.partition(":")[0] for problem in milestones] == ["scheduler.milestones[1]"]
     assert stopper == [

@@ -17,6 +17,7 @@ from composer.utils import dist, get_device
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
 from moefoundry import composer_patches
+from moefoundry.adapters import apply_lora
 from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.console import Console
 from moefoundry.callbacks.data import DataMonitor
@@ -147,6 +148,8 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     dtype = torch.bfloat16 if recipe.precision.compute == Compute.bf16 else torch.float32
     check_backend(recipe.model.moe, recipe.model.d_model, place, dtype)
     model = meta_model(recipe.model)
+    if recipe.lora is not None:
+        apply_lora(model, recipe.lora)
     model.use_losses(build_losses(recipe.losses))
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     return model
@@ -214,6 +217,7 @@ def build_checkpointing(
         mesh={"replicate": degrees.replicate, "shard": degrees.shard, "expert": degrees.expert},
         data_digests=digests,
         averages=ema,
+        base=start.base if start else None,
         metrics=dict if best is None else partial(metrics_file.values, (best,)),
         source_tokens=source_tokens,
     )
@@ -222,9 +226,10 @@ def build_checkpointing(
 
 
 def build_expert_bias(model: MoETransformer) -> ExpertBias | None:
-    """Build the callback that moves the experts' biases; None where they stay as they are."""
+    """Build the callback that moves the experts' biases; None where they stay as they are, as frozen routers do."""
     balance, routers = model.cfg.moe.balance, [layer.router for layer in moe_layers(model)]
-    if not routers or not balance.bias_update_rate:
+    frozen = not any(router.gate.weight.requires_grad for router in routers)
+    if frozen or not balance.bias_update_rate:
         return None
     return ExpertBias(routers, balance.bias_update_rate, balance.bias_freeze_at)
 

@@ -59,10 +59,14 @@ def build_adamw(model: nn.Module, cfg: AdamWConfig, moments: Moments = Moments.f
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group parameters by mesh and weight decay; weight matrices decay, norms, biases and embeddings do not."""
+    """Group the parameters that train by mesh and weight decay.
+
+    Weight matrices decay; norms, biases and embeddings do not.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and id(p) not in embeddings]
-    plain = [p for p in model.parameters() if p.dim() <= 1 or id(p) in embeddings]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 and id(p) not in embeddings]
+    plain = [p for p in trained if p.dim() <= 1 or id(p) in embeddings]
     groups: list[dict[str, Any]] = [{"params": params, "weight_decay": weight_decay} for params in by_mesh(decayed)]
     return groups + [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
 

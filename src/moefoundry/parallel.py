@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
+from moefoundry.adapters import Adapter, init_adapters
 from moefoundry.config import ActivationCheckpointing, Fp8Recipe, PrecisionConfig
 from moefoundry.mesh import MeshDegrees, Meshes
 from moefoundry.model.init import init_weights
@@ -83,14 +84,16 @@ def materialize(model: MoETransformer, device: torch.device | str, seed: int) ->
     """Allocate this rank's shard on ``device`` and give it its initial weights."""
     model.to_empty(device=device)
     init_weights(model, model.cfg.init.std, seed)
+    init_adapters(model, seed)
 
 
 def _divide_experts(model: MoETransformer, meshes: Meshes) -> None:
     """Give each rank of the expert axis its share of every layer's experts, and each layer its dispatcher."""
     for layer in moe_layers(model):
-        for name, weight in layer.experts.named_parameters():
-            share = distribute_tensor(weight.detach(), meshes.expert, [Shard(0)])
-            layer.experts.register_parameter(name, nn.Parameter(share))
+        for module in layer.experts.modules():  # adapters, too
+            for name, weight in module.named_parameters(recurse=False):
+                share = distribute_tensor(weight.detach(), meshes.expert, [Shard(0)])
+                module.register_parameter(name, nn.Parameter(share, requires_grad=weight.requires_grad))
         dispatcher = _dispatcher(model.cfg.moe.num_experts, meshes)
         dispatcher.codec = codec_of_rows(layer.experts)
         layer.dispatcher = dispatcher
@@ -105,10 +108,10 @@ def _dispatcher(num_experts: int, meshes: Meshes) -> AllToAllDispatcher:
 
 def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing) -> None:
     """Checkpoint each block's ``forward`` itself; a wrapper module would change the parameters' names."""
-    options: dict[str, Any] = {
-        "use_reentrant": False,
-        "preserve_rng_state": model.cfg.moe.router.input_jitter > 0,  # nothing else draws random numbers
-    }
+    draws = model.cfg.moe.router.input_jitter > 0 or any(
+        isinstance(module, Adapter) and module.dropout.p > 0 for module in model.modules()
+    )
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
     if mode == ActivationCheckpointing.selective:
         options["context_fn"] = keeping(KEPT_OPS)
     for block in model.blocks:

@@ -9,7 +9,8 @@ the dtype of the matrix products' operands. The router's gate, norms, softmax an
                     multiplied in fp32: BF16's rounding on CPUs that multiply BF16 slowly or not at all. The embedding
                     and the inside of attention stay fp32.
 
-``precision.fp8.recipe`` changes the products of every Linear and of the experts, except ``precision.fp8.exclude``:
+``precision.fp8.recipe`` changes the products of every Linear and of the experts, except ``precision.fp8.exclude``;
+adapters (``lora``) are computed beside them as ``precision.compute`` says:
 
     deepseek_v3     tiles and blocks, FP8 inputs kept for backward, FP8 dispatch (docs/fp8.md)
     rowwise         one scale for each row along K, nothing kept in FP8; for comparison, without kernels
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from moefoundry.adapters import AdaptedExperts, ExpertAdapter, LinearAdapter, Magnitude, has_adapter
 from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
 from moefoundry.model.transformer import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
@@ -39,6 +41,7 @@ from moefoundry.ops.fp8 import (
     Granularity,
     coarse_linear,
     fp8_feed_forward,
+    fp8_frozen_grouped_linear,
     fp8_kept_linear,
     fp8_linear,
     fp8_mixture,
@@ -89,7 +92,7 @@ def full_precision_modules(model: nn.Module, cfg: PrecisionConfig) -> list[nn.Mo
     """List modules whose parameters must not be cast; each becomes an FSDP unit that stays fp32."""
     if cfg.compute != Compute.bf16:
         return []
-    return [module for module in model.modules() if isinstance(module, Router)]
+    return [module for module in model.modules() if isinstance(module, Router | Magnitude)]
 
 
 class EmulatedLinear(nn.Linear):
@@ -98,10 +101,7 @@ class EmulatedLinear(nn.Linear):
     operand_dtype: torch.dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        out = F.linear(
-            round_operand(input, self.operand_dtype), round_operand(self.weight, self.operand_dtype), self.bias
-        )
-        return round_gradient(out, self.operand_dtype)
+        return _rounded_linear(input, self.weight, self.bias, dtype=self.operand_dtype)
 
 
 class Fp8Linear(nn.Linear):
@@ -192,7 +192,9 @@ def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:
         if type(module) is GroupedExperts:
             module.__class__ = Fp8Experts
             cast(Fp8Experts, module).fp8_backend = backend
-        elif type(module) is FeedForward and whole:
+        elif isinstance(module, AdaptedExperts):
+            module.mixture = RowMixture(partial(fp8_frozen_grouped_linear, backend=backend))
+        elif type(module) is FeedForward and whole and not has_adapter(module):
             module.__class__ = Fp8FeedForward
             cast(Fp8FeedForward, module).backend = backend
         elif isinstance(module, Router):
@@ -218,11 +220,19 @@ def _emulate(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, GroupedExperts):
             module.mixture = RowMixture(_emulated(module.product, dtype))
+        elif isinstance(module, ExpertAdapter):
+            module.product = _emulated(module.product, dtype)
+        elif isinstance(module, LinearAdapter):
+            module.product = partial(_rounded_linear, dtype=dtype)
         elif isinstance(module, OutputHead):
             module.operand_dtype = dtype
         elif type(module) is nn.Linear and id(module) not in gates:
             module.__class__ = EmulatedLinear
             cast(EmulatedLinear, module).operand_dtype = dtype
+
+
+def _rounded_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, dtype: torch.dtype) -> Tensor:
+    return round_gradient(F.linear(round_operand(x, dtype), round_operand(weight, dtype), bias), dtype)
 
 
 def _emulated(grouped_linear: GroupedLinear, dtype: torch.dtype) -> GroupedLinear:

@@ -29,7 +29,7 @@ Mesh = tuple[int, int, int]
 
 def state_on(mesh: Mesh, num_experts: int = 4) -> dict[str, Tensor]:
     """Model and AdamW state of this rank; what they hold depends on a tensor's name alone, not on the mesh."""
-    from moefoundry.checkpoint.state import model_tensors, optimizer_tensors
+    from moefoundry.checkpoint.state import optimizer_tensors, trained_tensors
 
     cfg = tiny_config(n_layers=2)
     model = meta_model(replace(cfg, moe=replace(cfg.moe, num_experts=num_experts)))
@@ -42,7 +42,7 @@ def state_on(mesh: Mesh, num_experts: int = 4) -> dict[str, Tensor]:
         for name, tensor in slots.items():
             _, parameter, slot = name.split("/")
             local(tensor).copy_(torch.tensor(5.0) if slot == "step" else len(slot) * local(parameters[parameter]))
-    return {**model_tensors(model), **slots}
+    return {**trained_tensors(model), **slots}
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ def whole_tensors(recipe: Recipe, build_or_train: str) -> dict[str, Tensor]:
     from torch.distributed.tensor import DTensor
 
     from moefoundry import build as parts
-    from moefoundry.checkpoint.state import model_tensors, optimizer_tensors
+    from moefoundry.checkpoint.state import optimizer_tensors, trained_tensors
     from moefoundry.trainer import train
 
     trainer = train(recipe) if build_or_train == "train" else parts.build_trainer(recipe)
     state = trainer.state
-    tensors = {**model_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0])}
+    tensors = {**trained_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0])}
     return {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
         for name, tensor in tensors.items()

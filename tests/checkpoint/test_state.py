@@ -14,11 +14,11 @@ from moefoundry.checkpoint.manifest import Manifest
 from moefoundry.checkpoint.save import write
 from moefoundry.checkpoint.state import (
     RunState,
-    model_tensors,
     optimizer_tensors,
     restore_rng,
     rng_tensors,
     to_jsonable,
+    trained_tensors,
 )
 from moefoundry.config import UserError
 
@@ -35,7 +35,7 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def test_tensors_have_names_and_share_memory() -> None:
     model, optimizer = trained()
-    parameters = model_tensors(model)
+    parameters = trained_tensors(model)
     assert parameters.keys() == {"model/0.weight", "model/0.bias", "model/1.weight"}
     slots = optimizer_tensors(model, optimizer)
     names = {"0.weight", "0.bias", "1.weight"}
@@ -48,11 +48,11 @@ def test_tensors_have_names_and_share_memory() -> None:
 
 def test_a_fresh_optimizer_gets_state_without_changing_anything() -> None:
     model, _ = trained()
-    before = {name: tensor.clone() for name, tensor in model_tensors(model).items()}
+    before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
     slots = optimizer_tensors(model, optimizer)
     assert len(slots) == 9
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model_tensors(model).items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained_tensors(model).items())
     assert [group["lr"] for group in optimizer.param_groups] == [0.1]
     assert all(parameter.grad is None for parameter in model.parameters())
 

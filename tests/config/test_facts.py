@@ -9,8 +9,16 @@ from tests.conftest import QUICKSTART
 FREE = (
     "format_version",
     *("run_name", "run_dir", "autoresume", "load_path", "load_weights_only", "allow_batch_size_change", "max_duration"),
-    *("scheduler.timing", "mesh.", "model.moe.backend", "activation_checkpointing", "device_train_microbatch_size"),
-    *("device_eval_batch_size", "eval_interval", "save_", "dist_timeout", "nonfinite", "progress_bar"),
+    *("scheduler.timing", "mesh.", "model.moe.backend", "lora.base", "activation_checkpointing"),
+    *(
+        "device_train_microbatch_size",
+        "device_eval_batch_size",
+        "eval_interval",
+        "save_",
+        "dist_timeout",
+        "nonfinite",
+        "progress_bar",
+    ),
     *("log_to_console", "console_log_interval", "callbacks.", "loggers."),
     *("train_loader.num_workers", "eval_loader.num_workers", "tokenizer.name"),
     *("train_loader.dataset.validate_hash", "eval_loader.dataset.validate_hash"),

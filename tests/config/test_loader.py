@@ -360,6 +360,8 @@ def required_beside(path: str) -> dict[str, Any]:
     """Further keys of a recipe in which the key ``path`` stands alone."""
     if path == "model.ffn_hidden_size":
         return {"model.n_dense_layers": 0}
+    if path == "lora.base":
+        return {"load_path": "runs/base"}
     yarn = {"model.attention.yarn.factor": 4, "model.attention.yarn.original_max_seq_len": 64}
     return yarn if path.startswith("model.attention.yarn.") else {}
 
@@ -446,7 +448,8 @@ def test_a_path_may_begin_at_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     paths = [path for path, spec in walk(Recipe) if spec.path]
     assert {path.rpartition(".")[2] for path in paths} == {
-        *("run_dir", "name", "local", "remote", "load_path", "save_remote", "log_dir", "tracking_uri"),
+        *("run_dir", "name", "local", "remote", "load_path", "save_remote", "log_dir", "tracking_uri", "base"),
+        "filename",
     }
     of_streams = [path for path in paths if ANY_NAME in path.split(".")]
     for some in (of_streams, [path for path in paths if path not in of_streams]):

@@ -417,7 +417,7 @@ def save_trained(recipe: Recipe) -> None:
 
 def save_on_mesh(directory: Path, cfg: ModelConfig, degrees: tuple[int, int, int] | None) -> None:
     """A checkpoint of the initial weights of seed 0, as a run on this mesh saves it."""
-    from moefoundry.checkpoint.state import model_tensors
+    from moefoundry.checkpoint.state import trained_tensors
     from moefoundry.config import MeshConfig, PrecisionConfig
     from moefoundry.foundry import ComposerMoECausalLM
     from moefoundry.mesh import build_meshes, resolve_degrees
@@ -428,7 +428,7 @@ def save_on_mesh(directory: Path, cfg: ModelConfig, degrees: tuple[int, int, int
     parallelize(model, meshes, PrecisionConfig())
     materialize(model, "cpu", 0)
     recipe = {key: value for key, value in flatten(Recipe(model=cfg)).items() if key.startswith("model.")}
-    write(directory, model_tensors(ComposerMoECausalLM(model)), dict.fromkeys(STATE_KEYS, 0) | {"recipe": recipe})
+    write(directory, trained_tensors(ComposerMoECausalLM(model)), dict.fromkeys(STATE_KEYS, 0) | {"recipe": recipe})
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

@@ -10,6 +10,9 @@ from typing import Any
 from streaming import StreamingDataLoader
 
 from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
+from moefoundry.data.blocks import plan_blocks
+from moefoundry.data.corpus import Corpus
+from moefoundry.data.survey import Survey, survey_in_order
 
 SEQ_LEN = 16
 VOCAB = 280
@@ -29,6 +32,11 @@ def tokens_of(loader: StreamingDataLoader, batches: int | None = None) -> list[l
     taken = [batch["input_ids"].tolist() for _, batch in zip(range(batches or 10**6), iterator, strict=False)]
     del iterator
     return taken
+
+
+def scan(corpus: Corpus, **caps: int) -> Survey:
+    """A survey of ``corpus`` in one block."""
+    return survey_in_order(corpus, plan_blocks(corpus, 1 << 30), **caps)
 
 
 def flip_bit(file: Path) -> None:

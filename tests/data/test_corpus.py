@@ -10,6 +10,7 @@ from moefoundry.data.corpus import Document, open_corpus
 from moefoundry.data.formats import CorpusFormat
 from moefoundry.data.left_out import Reason
 from moefoundry.data.splits import Split, split_of, unit_hash
+from tests.data.shards import scan
 
 
 def write(root: Path, files: dict[str, str | bytes]) -> Path:
@@ -43,7 +44,7 @@ def test_blank_and_undecodable_files_are_left_out_and_reported(tmp_path: Path) -
         ("latin.txt:1", Reason.bad_bytes, 4),
         ("latin.txt", Reason.blank, 4),
     ]
-    assert corpus.scan().left_out.count == 3
+    assert scan(corpus).left_out.count == 3
 
 
 def test_jsonl_documents_are_lines(tmp_path: Path) -> None:
@@ -93,18 +94,18 @@ def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
 def test_scan_caps_take_the_first_documents(tmp_path: Path) -> None:
     root = write(tmp_path, {f"{name}.txt": name * 4 for name in "abcd"})
     corpus = open_corpus(str(root))
-    assert corpus.scan().documents == 4
-    assert corpus.scan(max_docs=3).documents == 3
-    capped = corpus.scan(max_bytes=11)
+    assert scan(corpus).documents == 4
+    assert scan(corpus, max_docs=3).documents == 3
+    capped = scan(corpus, max_bytes=11)
     assert (capped.documents, capped.bytes) == (2, 8)
-    assert capped.sha256 == corpus.scan(max_docs=2).sha256 != corpus.scan().sha256
+    assert capped.sha256 == scan(corpus, max_docs=2).sha256 != scan(corpus).sha256
 
 
 def test_scan_digest_follows_content_and_names_not_place(tmp_path: Path) -> None:
-    one = open_corpus(str(write(tmp_path / "one", {"a.txt": "x", "b.txt": "yz"}))).scan()
-    moved = open_corpus(str(write(tmp_path / "two", {"a.txt": "x", "b.txt": "yz"}))).scan()
-    shifted = open_corpus(str(write(tmp_path / "three", {"a.txt": "xy", "b.txt": "z"}))).scan()
-    renamed = open_corpus(str(write(tmp_path / "four", {"a.txt": "x", "c.txt": "yz"}))).scan()
+    one = scan(open_corpus(str(write(tmp_path / "one", {"a.txt": "x", "b.txt": "yz"}))))
+    moved = scan(open_corpus(str(write(tmp_path / "two", {"a.txt": "x", "b.txt": "yz"}))))
+    shifted = scan(open_corpus(str(write(tmp_path / "three", {"a.txt": "xy", "b.txt": "z"}))))
+    renamed = scan(open_corpus(str(write(tmp_path / "four", {"a.txt": "x", "c.txt": "yz"}))))
     assert one == moved
     assert len({one.sha256, shifted.sha256, renamed.sha256}) == 3
 

@@ -121,7 +121,7 @@ def test_nothing_that_could_be_read_offers_no_leave(options: PrepareOptions, tmp
 def test_a_corpus_that_changes_while_it_is_read_is_refused(
     options: PrepareOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scan = prepare_module._scan
+    scan = prepare_module._survey
 
     def scan_then_grow(*args):
         found = scan(*args)
@@ -129,7 +129,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(
             file.write("and more\n")
         return found
 
-    monkeypatch.setattr(prepare_module, "_scan", scan_then_grow)
+    monkeypatch.setattr(prepare_module, "_survey", scan_then_grow)
     with pytest.raises(UserError, match="in: changed while it was read"):
         prepare(options)
     assert not options.out.exists()

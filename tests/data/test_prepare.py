@@ -18,9 +18,10 @@ from moefoundry.cli.main import main
 from moefoundry.cli.prepare import describe
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
+from moefoundry.data.assembly import unigram_entropy
 from moefoundry.data.corpus import open_corpus
 from moefoundry.data.options import PrepareOptions
-from moefoundry.data.prepare import prepare, unigram_entropy
+from moefoundry.data.prepare import prepare
 from moefoundry.data.splits import split_of
 from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer, train_tokenizer

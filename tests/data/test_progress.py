@@ -32,16 +32,16 @@ def test_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], mo
         return capsys.readouterr().err
 
     with Progress("tokenizing", 4_000_000) as progress:
-        progress.update(1_000_000)
-        wait_for(r"^tokenizing: 25% of 4\.00MB, \d+ s\n", shown)
+        progress.update(20, 1_000_000)
+        wait_for(r"^tokenizing: 25% of 4\.00MB, 20 documents, [\d.]+ MB/s, \d+ s, \d+ s left\n", shown)
     with Progress("reading") as progress:
         wait_for(r"reading: \d+ s\n", shown)
-        progress.update(3000)
-        wait_for(r"reading: 3\.00kB, \d+ s\n", shown)
+        progress.update(1, 3000)
+        wait_for(r"reading: 3\.00kB, 1 documents, [\d.]+ MB/s, \d+ s\n", shown)
     shown()
     monkeypatch.setattr(module, "LINE_SECONDS", 60.0)
     with Progress("quick", 10) as progress:
-        progress.update(10)
+        progress.update(1, 10)
     assert shown() == ""
 
 
@@ -50,8 +50,8 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr("sys.stderr", terminal)
     with Progress("tokenizing", 4_000_000) as progress:
-        progress.update(1_000_000)
-        wait_for("25%", terminal.getvalue)
+        progress.update(20, 1_000_000)
+        wait_for(r"25%.*MB/s, 20 documents", terminal.getvalue)
     assert "\n" not in terminal.getvalue()
 
 

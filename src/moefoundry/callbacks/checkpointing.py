@@ -87,8 +87,10 @@ class Checkpointing(Callback):
         logger.log_traces({"start": begun})
         logger.log_metrics({f"resume/{part}_seconds": seconds for part, seconds in parts.items()})
         self._resume_seconds = {}
-        if dist.get_global_rank() == 0 and is_downloaded(checkpoint):
-            shutil.rmtree(checkpoint)  # every rank has read it: loading ends with a collective
+        base = self.start.base
+        for directory in {checkpoint, *([base.checkpoint] if base else [])}:
+            if dist.get_global_rank() == 0 and is_downloaded(directory):
+                shutil.rmtree(directory)  # every rank has read it: loading ends with a collective
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self.saver.finish()

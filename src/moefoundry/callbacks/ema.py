@@ -113,7 +113,7 @@ class _Staging:
 
 
 class Ema(Callback):
-    """Averages the parameters; buffers are not averaged.
+    """Averages the parameters that train; buffers are not averaged.
 
     The averages begin as the initial or loaded parameters, or as the averages of the checkpoint that the run begins
     with. With ``evaluate``, they take the place of the parameters during evaluation.
@@ -123,7 +123,8 @@ class Ema(Callback):
         self.cfg = cfg
 
     def init(self, state: State, logger: Logger) -> None:
-        self._names: dict[str, nn.Parameter] = dict(state.model.named_parameters(remove_duplicate=False))
+        named = state.model.named_parameters(remove_duplicate=False)
+        self._names: dict[str, nn.Parameter] = {name: parameter for name, parameter in named if parameter.requires_grad}
         self._parameters = list(dict.fromkeys(self._names.values()))  # tied ones once
         self._average = ParameterAverage(self._shards(), self.cfg.decay)
 

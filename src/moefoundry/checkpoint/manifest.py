@@ -46,6 +46,9 @@ WEIGHTS_ONLY = "weights_only"
 """Marks the state of a checkpoint without optimizer and position: besides it, only ``recipe`` is there, with
 the keys of ``model``. A run that starts from it trains from its first batch on."""
 
+BASE = "base"
+"""Key of ``state.json`` in a checkpoint that lacks the weights that do not train: where those are (``base.py``)."""
+
 
 class HashRange(NamedTuple):
     """Bytes of a file with a hash of their own: ``length`` bytes from ``offset`` on; XXH3's 64 bits in hex."""

@@ -6,13 +6,15 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from moefoundry.checkpoint.base import find_base
 from moefoundry.checkpoint.lease import make_directory
 from moefoundry.checkpoint.manifest import damage, read_state, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_downloaded
-from moefoundry.checkpoint.start import Start, check_start
+from moefoundry.checkpoint.start import Start, check_architecture, check_start
 from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
 from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 from moefoundry.config.spec import is_free_on_resume, show_leaf
@@ -149,16 +151,26 @@ def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> S
         checkpoint = find_remote(recipe.load_path, cache) if is_url(path) else find_checkpoint(path)
         if checkpoint is None:
             raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
-    if checkpoint is None:
+    if checkpoint is None and recipe.lora is None:
         return None
     try:
+        if checkpoint is None:
+            return _with_base(Start(Path(), own=False, weights_only=True), recipe, None, cache)
         if own and newest is None:
             _check_uploaded(recipe, checkpoint)
-        return check_start(checkpoint, own, recipe, digests)
+        start = check_start(checkpoint, own, recipe, digests)
+        return start if recipe.lora is None else _with_base(start, recipe, checkpoint, cache)
     except UserError:
-        if is_downloaded(checkpoint):
+        if checkpoint is not None and is_downloaded(checkpoint):
             shutil.rmtree(checkpoint)
         raise
+
+
+def _with_base(start: Start, recipe: Recipe, checkpoint: Path | None, cache: Path) -> Start:
+    """Add the base of the run's adapters to how it begins; without a ``checkpoint``, it begins with the base."""
+    base = find_base(recipe, checkpoint, cache / "base")
+    check_architecture(base.checkpoint, read_state(base.checkpoint)["recipe"], flatten(recipe))
+    return replace(start, base=base, checkpoint=base.checkpoint if checkpoint is None else checkpoint)
 
 
 def _check_uploaded(recipe: Recipe, uploaded: Path) -> None:

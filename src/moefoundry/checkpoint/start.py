@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefoundry.checkpoint.manifest import WEIGHTS_ONLY, read_state
+from moefoundry.checkpoint.base import Base
+from moefoundry.checkpoint.manifest import BASE, WEIGHTS_ONLY, read_state
 from moefoundry.config import Moments, Recipe, UserError, flatten
 from moefoundry.config.schema_data import StreamConfig
 from moefoundry.config.spec import is_architecture, is_free_on_resume, show_leaf
@@ -30,6 +31,9 @@ TOKENIZER = "tokenizer"
 ABSENT = "(absent)"
 COUNTERS = {"ba": "batch", "ep": "epoch", "tok": "token", "sp": "sample"}
 
+ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets", "lora.use_rslora", "lora.dora", "lora.train_router")
+"""Keys that decide what adapters are."""
+
 ORDER = ("train_loader.dataset.shuffle", "train_loader.drop_last", "train_loader.dataset.max_seq_len")
 ROWS = tuple(f"train_loader.dataset.{name}" for name in ("packing", "fim", "streams"))
 """Keys, and mappings, on which a position within an epoch depends, beside the size of the global batch."""
@@ -44,12 +48,14 @@ class Start:
         own: True if the run saved it, in ``run_dir`` or ``save_remote``; False if it is ``load_path``'s.
         weights_only: True if its weights are taken, and all else begins anew.
         schedule_changes: Differences from the schedule of the checkpoint's recipe, for a message; empty without any.
+        base: Checkpoint of the weights that do not train; None where all train.
     """
 
     checkpoint: Path
     own: bool = True
     weights_only: bool = False
     schedule_changes: str = ""
+    base: Base | None = None
 
 
 def data_digests(recipe: Recipe) -> dict[str, str]:
@@ -102,9 +108,13 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
     """
     document = read_state(checkpoint)
     saved, here = document["recipe"], flatten(recipe)
-    if differing := _other_architecture(saved, here):
-        raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
-    if document.get(WEIGHTS_ONLY) or (recipe.load_weights_only and not own):
+    has_adapters = BASE in document
+    if has_adapters and recipe.lora is None:
+        merging = f"merge them into their base first: moefoundry convert merge {checkpoint}"
+        raise UserError(f"{checkpoint} has adapters alone; {merging}, or train them on: lora.rank={saved['lora.rank']}")
+    check_architecture(checkpoint, saved, here, ADAPTERS if has_adapters else ())
+    begins_anew = recipe.lora is not None and not has_adapters
+    if document.get(WEIGHTS_ONLY) or begins_anew or (recipe.load_weights_only and not own):
         return Start(checkpoint, own, weights_only=True)
     if not own:
         _check_something_is_left(checkpoint, document["timestamp"] or {}, recipe.max_duration)
@@ -120,6 +130,24 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
     if seeds[0] is not None and seeds[0] != seeds[1] and here[ORDER[0]]:
         _note(f"{SHUFFLE_SEED}: {seeds[1]}; the data go on in the order of {checkpoint}, that of {seeds[0]}")
     return Start(checkpoint, own, schedule_changes=_schedule_changes(saved, here, document.get("lr")))
+
+
+def check_architecture(
+    checkpoint: Path, saved: Mapping[str, Any], own: Mapping[str, Any], further: Sequence[str] = ()
+) -> None:
+    """Check that a checkpoint's flat recipe ``saved`` has the architecture of ``own``, and the same ``further`` keys.
+
+    Raises:
+        UserError: It has another; names the keys.
+    """
+    differing = _other_architecture(saved, own)
+    differing += [
+        f"{key}: {show_leaf(saved.get(key))} there, {show_leaf(own.get(key))} here"
+        for key in further
+        if saved.get(key) != own.get(key)
+    ]
+    if differing:
+        raise UserError(f"{checkpoint} is a checkpoint of another architecture:\n  " + "\n  ".join(differing))
 
 
 def _other_architecture(saved: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:

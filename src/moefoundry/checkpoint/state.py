@@ -2,11 +2,12 @@
 
 Tensors carry the names of the single-process model whatever the mesh, so any mesh can read them:
 
-    model/{parameter}             parameters and persistent buffers
+    model/{parameter}             parameters that train, and persistent buffers
     optimizer/{parameter}/{slot}  exp_avg, exp_avg_sq, step
     ema/{parameter}               moving average, where the recipe has ``ema``
     rng/{rank}/{generator}        generator state of each rank: torch, cuda, numpy, python
 
+Where some parameters do not train, a checkpoint names the one that has them (``base.py``), and a resume reads both.
 Nothing else is stored as a tensor and nothing at all as a pickle: hyperparameters come from the recipe, positions and
 counters are JSON. The state of Python's and NumPy's generators is packed into integer tensors for that reason. A
 schedule has no state: the learning rate follows from the recipe and the position.
@@ -27,8 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from moefoundry.checkpoint.load import load, read_index
-from moefoundry.checkpoint.manifest import Origin, read_state, recipe_digest
+from moefoundry.adapters import adapter_names, start_magnitudes
+from moefoundry.checkpoint.base import Base
+from moefoundry.checkpoint.load import Index, load, read_index
+from moefoundry.checkpoint.manifest import BASE, Origin, read_state, recipe_digest
 from moefoundry.checkpoint.ranks import on_rank_zero, rank
 from moefoundry.config import UserError
 
@@ -54,6 +57,7 @@ class RunState:
         data_digests: Digests of the run's data.
         averages: Averages of the parameters; None without ``ema``.
         metrics: Gives the metrics of this batch that decide which checkpoints are kept, by name.
+        base: Checkpoint of the parameters that do not train; None where all train.
         source_tokens: Tokens of each source of the training data so far.
     """
 
@@ -62,6 +66,7 @@ class RunState:
     data_digests: Mapping[str, str]
     averages: Averages | None = None
     metrics: Callable[[], Mapping[str, float]] = dict
+    base: Base | None = None
     source_tokens: dict[str, int] = field(default_factory=dict)
     _generators: dict[str, Tensor] = field(default_factory=dict)  # to be put back when the first batch is read
 
@@ -72,7 +77,7 @@ class RunState:
     def tensors(self, state: State) -> dict[str, Tensor]:
         """Collect the tensors of a checkpoint, sharing memory with the run where that is possible."""
         return {
-            **model_tensors(state.model),
+            **trained_tensors(state.model),
             **optimizer_tensors(state.model, state.optimizers[0]),
             **rng_tensors(rank()),
             **(self.averages.tensors() if self.averages else {}),
@@ -90,6 +95,7 @@ class RunState:
             "source_tokens": dict(self.source_tokens),
             "world_size": self._world_size,
             "recipe": self.recipe,
+            **({BASE: self.base.document()} if self.base else {}),
         }
 
     def origin(self, batch: int) -> Origin:
@@ -109,15 +115,21 @@ class RunState:
         Raises:
             UserError: As :func:`moefoundry.checkpoint.load.load`.
         """
+        seconds: dict[str, float] = {}
+        if self.base is not None:
+            begun = time.perf_counter()
+            _load_base(state.model, self.base.checkpoint)
+            seconds["base"] = time.perf_counter() - begun
+            if checkpoint == self.base.checkpoint:
+                if self.averages:
+                    self.averages.restart()
+                return seconds
         document, index = on_rank_zero(lambda: read_state(checkpoint)), read_index(checkpoint)
-        buffers = {f"model/{name}" for name, _ in state.model.named_buffers()}
-        model = model_tensors(state.model)
-        tensors = {name: tensor for name, tensor in model.items() if name in index.tensors or name not in buffers}
+        tensors = _stored_or_no_buffer(trained_tensors(state.model), index, state.model)
         averaged = any(name.startswith("ema/") for name in index.tensors)
         if self.averages and averaged:
             tensors |= self.averages.tensors()
         own: dict[str, Tensor] = {}
-        seconds: dict[str, float] = {}
         if not weights_only:
             begun = time.perf_counter()
             tensors |= optimizer_tensors(state.model, state.optimizers[0])
@@ -153,9 +165,25 @@ def _restore_position(state: State, document: Mapping[str, Any]) -> None:
     state.dataset_resumption["train"] = True
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """List the tensors of the model, sharing memory with it."""
-    return {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """List the parameters of the model that train, and its buffers, sharing memory with it."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {f"model/{name}": tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def _load_base(model: nn.Module, checkpoint: Path) -> None:
+    """Load all but the adapters."""
+    adapters = adapter_names(model)
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items() if name not in adapters}
+    index = read_index(checkpoint)
+    load(index, _stored_or_no_buffer(tensors, index, model))
+    start_magnitudes(model)
+
+
+def _stored_or_no_buffer(tensors: Mapping[str, Tensor], index: Index, model: nn.Module) -> dict[str, Tensor]:
+    """Leave out the buffers that a checkpoint lacks."""
+    buffers = {f"model/{name}" for name, _ in model.named_buffers()}
+    return {name: tensor for name, tensor in tensors.items() if name in index.tensors or name not in buffers}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Read the model of a checkpoint on one device, its config and its tokenizer."""
+"""Read the model of a checkpoint on one device, its config and its tokenizer; adapters are merged into their base."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from moefoundry.adapters import apply_lora, merge, trained_names, unloaded
+from moefoundry.checkpoint.base import base_at
 from moefoundry.checkpoint.format import read_metadata, stored_tensors
 from moefoundry.checkpoint.load import read_into
-from moefoundry.checkpoint.manifest import STATE_FILE, read_state
+from moefoundry.checkpoint.manifest import BASE, STATE_FILE, read_state
 from moefoundry.checkpoint.store import TOKENIZER, find_checkpoint, using
-from moefoundry.config import ConfigError, ModelConfig, UserError
+from moefoundry.config import ConfigError, LoraConfig, ModelConfig, UserError
 from moefoundry.config.build import Builder
 from moefoundry.data.tokenizer_files import has_tokenizer
 from moefoundry.model.transformer import MoETransformer, meta_model
+
+PREFIX = "model/model."
+"""Prefix of a parameter's name in a checkpoint: Composer's model holds ours under ``model``."""
 
 
 class Weights(StrEnum):
@@ -27,12 +32,24 @@ def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETrans
     """Load the model of a checkpoint in fp32 on the CPU, in evaluation mode.
 
     Raises:
-        UserError: It cannot be read, or lacks the average.
+        UserError: It cannot be read, or lacks the average; or it has adapters, and their base is not to be had.
     """
-    model = meta_model(read_model_config(checkpoint)).to_empty(device="cpu")
-    names = stored_names(checkpoint, model, weights)
-    with using(checkpoint):
-        read_into(checkpoint, {names[name]: tensor for name, tensor in model.state_dict().items()})
+    model, lora = meta_model(read_model_config(checkpoint)), read_lora_config(checkpoint)
+    if lora is not None:
+        apply_lora(model, lora)
+    model.to_empty(device="cpu")
+    names, tensors = stored_names(checkpoint, model, weights), model.state_dict()
+    stored_here = trained_names(model)
+    trained = {name: tensor for name, tensor in tensors.items() if lora is None or name in stored_here}
+    with using(checkpoint), base_at(checkpoint) as base:
+        if base is not None:
+            frozen = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items() if name not in trained}
+            read_into(base, frozen)
+        read_into(checkpoint, {names[name]: tensor for name, tensor in trained.items()})
+    if lora is not None:
+        merge(model)
+        unloaded(model)
+        model.requires_grad_(True)
     return model.eval()
 
 
@@ -54,6 +71,23 @@ def read_model_config(directory: Path) -> ModelConfig:
     Raises:
         UserError: As :func:`read_state`; or its keys are not those of this release.
     """
+    cfg: ModelConfig = _section(directory, "model", ModelConfig)
+    return cfg
+
+
+def read_lora_config(directory: Path) -> LoraConfig | None:
+    """Read the config of the adapters that a checkpoint holds; None where it holds whole weights.
+
+    Raises:
+        UserError: As :func:`read_model_config`.
+    """
+    if BASE not in read_state(directory):
+        return None
+    cfg: LoraConfig = _section(directory, "lora", LoraConfig)
+    return cfg
+
+
+def _section(directory: Path, name: str, cls: type) -> Any:
     tree: dict[str, Any] = {}
     for key, value in read_state(directory)["recipe"].items():
         *parents, leaf = key.split(".")
@@ -62,7 +96,7 @@ def read_model_config(directory: Path) -> ModelConfig:
             node = node.setdefault(parent, {})
         node[leaf] = value
     builder = Builder()
-    cfg: ModelConfig = builder.build(ModelConfig, tree.get("model", {}), "model")
+    cfg = builder.build(cls, tree.get(name, {}), name)
     if builder.problems:
         raise ConfigError(builder.problems, str(directory / STATE_FILE))
     return cfg

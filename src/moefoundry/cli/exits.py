@@ -138,6 +138,20 @@ def hide_secrets() -> None:
     warnings.formatwarning = lambda *args, **options: redact(plain(*args, **options))
 
 
+def hide_arguments() -> None:
+    """Hide secrets in the arguments of this process: in Python, and in its title, which every user can read."""
+    from moefoundry.config.overrides import redact_argument
+
+    for arguments in (sys.argv, sys.orig_argv):
+        hidden = [redact_argument(argument) for argument in arguments]
+        if hidden != arguments:
+            arguments[:] = hidden
+            os.environ.setdefault("SPT_NOENV", "1")  # the title takes no room of the environment
+            from setproctitle import setproctitle
+
+            setproctitle(" ".join(sys.orig_argv))
+
+
 def _record(*args: Any, **options: Any) -> logging.LogRecord:
     from moefoundry.config.spec import redact
 

@@ -15,12 +15,13 @@ from collections.abc import Sequence
 import click
 
 from moefoundry.cli.arguments import Group
-from moefoundry.cli.exits import ended_by_sigterm, exit_status, hide_secrets, refuse_other_text
+from moefoundry.cli.exits import ended_by_sigterm, exit_status, hide_arguments, hide_secrets, refuse_other_text
 from moefoundry.version import __version__
 
 COMMANDS = {
     "checkpoint": "List, verify, show and delete checkpoints.",
     "convert": "Convert from and to Hugging Face.",
+    "estimate": "Time of a step and length of a run on N devices.",
     "eval": "Run code tasks with a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "init": "Write a commented recipe to start from.",
@@ -75,6 +76,7 @@ def _run(argv: list[str]) -> int:
     try:
         with commands.make_context("moefoundry", argv) as context:
             hide_secrets()
+            hide_arguments()
             with ended_by_sigterm():
                 return commands.invoke(context) or 0
     except click.exceptions.Exit as end:  # of --help and --version

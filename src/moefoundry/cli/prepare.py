@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 @click.option("--max-docs", type=int, metavar="N", help="Use only the first N documents.")
 @click.option("--max-bytes", type=int, metavar="N", help="Use only the first documents of N bytes in all.")
 @click.option("--seed", type=int, metavar="N", help="Decides which files are held out (default 17).")
+@click.option("--workers", type=int, metavar="N", help="Processes (default: the cores). The result is always the same.")
 @click.option("--overwrite", is_flag=True, help="Replace a corpus that was prepared differently.")
 @json_option
 def command(format: str | None, bad_bytes: str | None, layout: str | None, as_json: bool, **options: Any) -> int:

@@ -60,7 +60,6 @@ def _train(recipe: Recipe, world_size: int, arguments: list[str]) -> int:
     from moefoundry.config import redact_argument
     from moefoundry.trainer import stopped_by, train
 
-    sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
     trainer = train(recipe, command=[*_command(world_size, sys.argv[0]), *map(redact_argument, arguments)])
     return EXIT_STOPPED if stopped_by(trainer) else 0
 
@@ -70,10 +69,8 @@ def _train_foundry(recipe: FoundryRecipe, world_size: int, allow_code_paths: boo
 
     check_foundry_recipe(recipe, world_size, allow_code_paths)  # before what takes seconds to import
 
-    from moefoundry.config import redact_argument
     from moefoundry.llm_foundry.run import run
 
-    sys.argv[1:] = map(redact_argument, sys.argv[1:])  # trackers keep it
     run(recipe, _rank())
     return 0
 

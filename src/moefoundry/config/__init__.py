@@ -16,6 +16,7 @@ from moefoundry.config.schema_attention import (
     QkNorm,
     YarnConfig,
 )
+from moefoundry.config.schema_lora import LoraConfig
 from moefoundry.config.schema_model import (
     Assignment,
     AuxLossScope,
@@ -31,12 +32,15 @@ from moefoundry.config.schema_model import (
 )
 from moefoundry.config.schema_monitors import (
     CallbacksConfig,
+    CometConfig,
+    FileLoggerConfig,
     LoggersConfig,
     LRMonitorConfig,
     MemoryMonitorConfig,
     MLflowConfig,
     ReportConfig,
     SpeedMonitorConfig,
+    SystemMonitorConfig,
     TensorBoardConfig,
     WandbConfig,
 )
@@ -72,15 +76,15 @@ from moefoundry.config.schema_parts import (
 # fmt: off
 __all__ = [
     "REQUIRED", "ActivationCheckpointing", "AdamWConfig", "AlgorithmsConfig", "Assignment", "AttentionBias",
-    "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "Compute", "ConfigError",
-    "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "EmaConfig", "Fp8Backend",
-    "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig", "LRMonitorConfig",
-    "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LossConfig", "LossesConfig", "MLflowConfig",
-    "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig", "Moments", "MtpConfig",
-    "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe",
-    "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig",
-    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice",
-    "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_recipe",
-    "recipe_of", "redact_argument", "redacted", "split_arguments",
+    "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "CometConfig", "Compute",
+    "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "EmaConfig",
+    "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig",
+    "LRMonitorConfig", "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LoraConfig", "LossConfig",
+    "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig",
+    "Moments", "MtpConfig", "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem",
+    "QkNorm", "Recipe", "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction",
+    "SpeedMonitorConfig", "SystemMonitorConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig",
+    "WarmupConfig", "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten",
+    "key", "load_layers", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
+from moefoundry.config.lora_rules import lora_problems
 from moefoundry.config.making import chosen_parts
 from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
 from moefoundry.config.schema import Recipe
@@ -251,13 +252,15 @@ def _places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
             yield Problem(path, f"{show_leaf(place)}: {problem}")
 
 
-@rule("run_dir", "tokenizer", "train_loader", "eval_loader", "loggers.tensorboard")
+@rule("run_dir", "tokenizer", "train_loader", "eval_loader", "loggers.tensorboard", "loggers.file_logger")
 def _local_places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Check what is read and written as files of this machine."""
     paths = {"run_dir": recipe.run_dir, "tokenizer.name": recipe.tokenizer.name}
     paths |= {f"{path}.local": source.local for path, source in _sources(recipe)}
     if recipe.loggers.tensorboard is not None:
         paths["loggers.tensorboard.log_dir"] = recipe.loggers.tensorboard.log_dir
+    if recipe.loggers.file_logger is not None:
+        paths["loggers.file_logger.filename"] = recipe.loggers.file_logger.filename
     for path, value in paths.items():
         if problem := path_problem(value):
             cure = "; checkpoints are uploaded with save_remote" if path == "run_dir" else ""
@@ -327,6 +330,11 @@ def _kept_checkpoints(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Keep the newest checkpoint in any case."""
     if recipe.save_num_checkpoints_to_keep == 0:
         yield Problem("save_num_checkpoints_to_keep", "got 0", allowed="a positive integer, or -1 to keep all")
+
+
+@rule("lora", "load_path", "model.moe.backend", "precision.compute")
+def _adapters(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from lora_problems(recipe)
 
 
 @rule("load_weights_only", "load_path")

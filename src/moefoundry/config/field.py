@@ -12,6 +12,7 @@ BATCHES = r"[1-9]\d{0,17}ba"
 NAME = r"(?!\.{1,2}\Z)[\w.\-]+"
 SPLIT = r"[\w.\-/]*"
 ENTRY = r"[\w\-]+"
+TARGET = r"(attention|dense|shared_experts|experts)(\.\w+)?"
 TEXT = r"(?s).+"
 TAG = r"(?s).{1,64}"
 MAX_SEED = 2**32 - 1  # of NumPy's generators
@@ -22,6 +23,7 @@ PATTERN_HINTS = {
     SPLIT: "letters, digits, '_', '-', '.' and '/'",
     ENTRY: "letters, digits, '_' and '-'",
     NAME: "letters, digits, '_', '-' and '.', but not '.' or '..'",
+    TARGET: "attention, dense, shared_experts or experts, or a weight of one such as attention.q_proj",
     TEXT: "text, not empty",
     TAG: "texts of 1 to 64 characters",
     DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",

@@ -8,10 +8,13 @@ from functools import partial
 from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, MlaConfig
 from moefoundry.config.schema_model import RouterConfig
 from moefoundry.config.schema_monitors import (
+    CometConfig,
+    FileLoggerConfig,
     LRMonitorConfig,
     MemoryMonitorConfig,
     MLflowConfig,
     SpeedMonitorConfig,
+    SystemMonitorConfig,
     TensorBoardConfig,
     WandbConfig,
 )
@@ -63,7 +66,6 @@ COMPOSER_ALGORITHMS = {
 
 COMPOSER_LOGGERS = {
     "cometml_logger": "CometMLLogger",
-    "file_logger": "FileLogger",
     "mosaicml_logger": "MosaicMLLogger",
     "neptune_logger": "NeptuneLogger",
     "slack_logger": "SlackLogger",
@@ -98,6 +100,7 @@ _TABLES = (
             "speed_monitor": Part(SpeedMonitorConfig, "moefoundry.callbacks.speed:SpeedMonitor"),
             "lr_monitor": Part(LRMonitorConfig, "moefoundry.callbacks.speed:LRMonitor"),
             "memory_monitor": Part(MemoryMonitorConfig, "moefoundry.callbacks.speed:MemoryMonitor"),
+            "system_monitor": Part(SystemMonitorConfig, "moefoundry.callbacks.system:SystemMonitor"),
             **_composers("callbacks", COMPOSER_CALLBACKS),
         },
     ),
@@ -105,9 +108,11 @@ _TABLES = (
     Table(
         "loggers",
         {
-            "wandb": Part(WandbConfig, "moefoundry.callbacks.trackers:wandb"),
-            "tensorboard": Part(TensorBoardConfig, "moefoundry.callbacks.trackers:tensorboard"),
-            "mlflow": Part(MLflowConfig, "moefoundry.callbacks.trackers:mlflow"),
+            "wandb": Part(WandbConfig, "moefoundry.callbacks.tracker_clients:wandb"),
+            "tensorboard": Part(TensorBoardConfig, "moefoundry.callbacks.tracker_clients:tensorboard"),
+            "mlflow": Part(MLflowConfig, "moefoundry.callbacks.tracker_clients:mlflow"),
+            "comet": Part(CometConfig, "moefoundry.callbacks.tracker_clients:comet"),
+            "file_logger": Part(FileLoggerConfig, "moefoundry.callbacks.tracker_clients:file_logger"),
             **_composers("loggers", COMPOSER_LOGGERS),
         },
     ),

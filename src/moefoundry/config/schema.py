@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, REQUIRED, key
+from moefoundry.config.schema_lora import LoraConfig
 from moefoundry.config.schema_model import ModelConfig
 from moefoundry.config.schema_monitors import (
     CallbacksConfig,
@@ -86,6 +87,11 @@ class Recipe:
         ),
     )
     model: ModelConfig = key(ModelConfig, "The model.")
+    lora: LoraConfig | None = key(
+        None,
+        "Low-rank adapters that are trained in place of the weights; null trains all weights.",
+        renamed_from=("adapter", "lora_config", "peft", "peft_config"),
+    )
     mesh: MeshConfig = key(
         MeshConfig,
         "The device mesh.",

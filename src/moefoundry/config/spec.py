@@ -353,17 +353,27 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _WANDB_KEY = re.compile(r"\b[0-9a-f]{40}\b")  # so is a commit of git, which elsewhere may be shown
+_NAME = r"""(?:[\w.-]{0,64}[_.-])?(?:api_?key|(?:access|secret|private|account)_?key|passw(?:or)?d|passphrase|secret
+    |(?:api|auth|access|bearer|bot|hf|refresh|session)_?token|credentials?)"""
+_SECRET_KEY = re.compile(rf"token|{_NAME}", re.IGNORECASE | re.VERBOSE)
+_ASSIGNED = re.compile(  # api_key=planted, {api_key: planted}; but not `api_key: unknown key` of an error
+    rf"""( \b{_NAME}["']?\s*=\s* | [{{,]\s*["']?{_NAME}["']?\s*:\s* )
+    (?! null\b | None\b | [$({{[] ) (?: "[^"]*" | '[^']*' | [^\s,}}\]"'&]+ )""",
+    re.IGNORECASE | re.VERBOSE,
+)
 REDACTED = "(secret)"
 
 
 def redact(text: str, path: str = "") -> str:
-    """Hide what looks like a token of a well-known service, wherever in a recipe it was pasted.
+    """Hide what looks like a token of a well-known service, and what stands under a key such as ``api_token``.
 
     Args:
         text: Text that is about to be shown or kept.
         path: Its key, where it is the value of one.
     """
-    text = _TOKEN.sub(REDACTED, text)
+    if text and _SECRET_KEY.fullmatch(path.rpartition(".")[2]):
+        return REDACTED
+    text = _ASSIGNED.sub(rf"\1{REDACTED}", _TOKEN.sub(REDACTED, text))
     return _WANDB_KEY.sub(REDACTED, text) if path.startswith("loggers.") else text
 
 

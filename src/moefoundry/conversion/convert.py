@@ -25,6 +25,7 @@ from moefoundry.checkpoint.manifest import WEIGHTS_ONLY, read_state
 from moefoundry.checkpoint.out_of_core import ShardValues, StoredTensors, write_shards
 from moefoundry.checkpoint.store import TOKENIZER, using
 from moefoundry.checkpoint.weights import (
+    PREFIX,
     Weights,
     load_model,
     named_checkpoint,
@@ -52,9 +53,6 @@ from moefoundry.data.tokenizer_files import (
 from moefoundry.model.transformer import MoETransformer, meta_model
 
 RECIPE = "recipe.yaml"
-PREFIX = "model/model."
-"""Prefix of a parameter's name in a checkpoint: Composer's model holds ours under ``model``."""
-
 DEFAULT_MAX_SEQ_LEN = 4096  # where neither config nor recipe says; it bounds nothing that is computed
 SHARD_BYTES = 5 * 10**9
 

@@ -16,9 +16,8 @@ import re
 import stat
 import sysconfig
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +35,7 @@ from moefoundry.data.formats import (
 )
 from moefoundry.data.left_out import OF_RECORDS, LeftOut, Reason
 from moefoundry.data.reading import DAMAGES, BadBytes, NotTextError, decode, open_bytes
-from moefoundry.data.records import PARQUET_MAGIC, Record, hint, json_records, parquet_records, text_of
+from moefoundry.data.records import Record, Slice, hint, is_parquet, json_records, parquet_records, text_of
 
 STDLIB = "stdlib"
 
@@ -75,23 +74,6 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class CorpusScan:
-    """Result of one pass over a corpus.
-
-    Attributes:
-        documents: Number of documents within the caps, the first of the stream.
-        bytes: UTF-8 size of these.
-        left_out: Losses.
-        sha256: Digest of every admitted document's id and text, in order.
-    """
-
-    documents: int
-    bytes: int
-    left_out: LeftOut
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Corpus:
     """An opened corpus; build it with :func:`open_corpus`.
 
@@ -113,21 +95,26 @@ class Corpus:
     unusable: tuple[tuple[str, Reason, int | None], ...] = ()
     ignored: tuple[tuple[str, int], ...] = ()
 
-    def documents(self, report: Report = lambda name, reason, size: None) -> Iterator[Document]:
+    def documents(
+        self, report: Report = lambda name, reason, size: None, parts: Iterable[Slice] | None = None
+    ) -> Iterator[Document]:
         """Stream the documents in order, one file (one line for JSONL) in memory at a time.
 
         Args:
             report: Called with each part that is left out.
+            parts: Parts of files to read; the whole corpus if None.
         """
         read = self._records if self.format in RECORD_FORMATS else self._whole
-        for path in self.paths:
+        for part in map(Slice, self.paths) if parts is None else parts:
             try:
-                yield from read(path, report)
+                yield from read(part, report)
             except DAMAGES as error:
                 unreadable = isinstance(error, OSError) and error.errno is not None
-                report(path, Reason.unreadable if unreadable else Reason.damaged, _size(self.root / path))
+                size = _size(self.root / part.path)
+                report(part.path, Reason.unreadable if unreadable else Reason.damaged, size)
 
-    def _whole(self, path: str, report: Report) -> Iterator[Document]:
+    def _whole(self, part: Slice, report: Report) -> Iterator[Document]:
+        path = part.path
         with open_bytes(self.root / path) as stream:
             data = stream.read()
         try:
@@ -140,10 +127,10 @@ class Corpus:
         else:
             report(path, Reason.blank, len(data))
 
-    def _records(self, path: str, report: Report) -> Iterator[Document]:
-        for record in self._records_of(self.root / path):
+    def _records(self, part: Slice, report: Report) -> Iterator[Document]:
+        for record in self._records_of(part):
             text = text_of(record.value, self.text_key, self.bad_bytes)
-            name = f"{path}:{record.number}"
+            name = f"{part.path}:{record.number}"
             if isinstance(text, Reason):
                 report(name, text, record.size)
             elif text and not text.isspace():
@@ -151,46 +138,19 @@ class Corpus:
             else:
                 report(name, Reason.blank, record.size)
 
-    def _records_of(self, file: Path) -> Iterator[Record]:
-        with open(file, "rb") as stream:
-            is_parquet = stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
-        return parquet_records(file, self.text_key) if is_parquet else json_records(file, self.bad_bytes)
-
-    def scan(
-        self,
-        max_docs: int | None = None,
-        max_bytes: int | None = None,
-        progress: Callable[[int], None] = lambda size: None,
-    ) -> CorpusScan:
-        """Read the corpus once, for its size and its digest.
-
-        Args:
-            max_docs: Stop after this many documents.
-            max_bytes: Stop before the document that would exceed this many bytes of UTF-8.
-            progress: Called with the bytes of each document.
-        """
-        digest = hashlib.sha256()
-        documents = total_bytes = 0
-        left_out = LeftOut()
-        for item in self.unusable:
-            left_out.add(*item)
-        for document in islice(self.documents(left_out.add), max_docs):
-            data = document.text.encode()
-            if max_bytes is not None and total_bytes + len(data) > max_bytes:
-                break
-            documents += 1
-            total_bytes += len(data)
-            add_to_digest(digest, document, data)
-            progress(len(data))
-        return CorpusScan(documents, total_bytes, left_out, digest.hexdigest())
+    def _records_of(self, part: Slice) -> Iterator[Record]:
+        file = self.root / part.path
+        if is_parquet(file):
+            return parquet_records(file, self.text_key, part)
+        return json_records(file, self.bad_bytes, part)
 
     def hint(self, left_out: LeftOut) -> str:
         """Advise how to read the records that have no text; empty if there are none, or no advice."""
         names = [left["first"][0] for reason, left in left_out.reasons.items() if reason in OF_RECORDS]
         if not names:
             return ""
-        file = self.root / names[0].rpartition(":")[0]
-        return hint(self._records_of(file), file, self.text_key)
+        path = names[0].rpartition(":")[0]
+        return hint(self._records_of(Slice(path)), self.root / path, self.text_key)
 
 
 def add_to_digest(digest: hashlib._Hash, document: Document, data: bytes) -> None:

@@ -7,6 +7,7 @@ unknown, as of a directory that may not be read, it is allowed only if any loss 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -60,6 +61,19 @@ class LeftOut:
         left["bytes"] = None if size is None or left["bytes"] is None else left["bytes"] + size
         if len(left["first"]) < NAMED:
             left["first"].append(name)
+
+    def add_all(self, others: LeftOut, renamed: Callable[[str], str] = str) -> None:
+        """Count what was left out behind this.
+
+        Args:
+            others: Losses to add.
+            renamed: Gives the name of one of them that is listed.
+        """
+        for reason, other in others.reasons.items():
+            left = self.reasons.setdefault(reason, Left(count=0, bytes=0, first=[]))
+            left["count"] += other["count"]
+            left["bytes"] = None if None in (other["bytes"], left["bytes"]) else left["bytes"] + other["bytes"]
+            left["first"] += [renamed(name) for name in other["first"][: NAMED - len(left["first"])]]
 
     @property
     def count(self) -> int:

@@ -39,6 +39,7 @@ class PrepareOptions:
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
         layout: Packed samples of ``max_seq_len`` tokens, or documents of any length, which are packed when read.
+        workers: Processes; the number of cores if None. The result is the same for any number.
     """
 
     source: str
@@ -58,6 +59,7 @@ class PrepareOptions:
     seed: int = 17
     overwrite: bool = False
     layout: Layout = Layout.packed
+    workers: int | None = None
 
     @property
     def sample_tokens(self) -> int:
@@ -102,6 +104,6 @@ def check_numbers(options: PrepareOptions) -> None:
         raise UserError(f"max_loss={options.max_loss}: a share, from 0 to 1")
     if options.tokenizer is None:
         check_trainable(options.vocab_size)
-    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes)):
+    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes), ("workers", options.workers)):
         if cap is not None and cap < 1:
             raise UserError(f"{name}={cap}: at least 1")

@@ -14,51 +14,61 @@ OUT appears when it is complete (:mod:`moefoundry.data.staging`). The result is 
 options alone, so a second run has nothing to do, and a run that would give something else refuses instead of replacing
 data that may be in use.
 
-The corpus is read several times (digest, tokenizer, each split) rather than held in memory; reading is far cheaper
-than tokenizing.
+The corpus is read several times (digest, tokenizer, tokens) rather than held in memory; reading is far cheaper than
+tokenizing. It is cut into blocks (:mod:`moefoundry.data.blocks`), which processes turn into shards independently of
+each other (:mod:`moefoundry.data.writing`) in a hidden directory beside OUT. A run that is ended, by whatever it may
+be, leaves the finished blocks there, and the same command goes on with the others.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from moefoundry.config.errors import UserError
-from moefoundry.data.corpus import Corpus, CorpusScan, Document, add_to_digest, open_corpus
-from moefoundry.data.identity import corpus_digest, stream_digest
-from moefoundry.data.left_out import describe_left_out
+from moefoundry.data.assembly import OUTPUTS, Facts, join, pack_samples, tokens_of
+from moefoundry.data.blocks import Block, numbered, plan_blocks
+from moefoundry.data.corpus import Corpus, Document, open_corpus
+from moefoundry.data.left_out import LeftOut, describe_left_out
 from moefoundry.data.options import PrepareOptions, check_numbers, expanded
-from moefoundry.data.packing import ended, pack
+from moefoundry.data.places import LocalPlace
 from moefoundry.data.progress import Progress
 from moefoundry.data.splits import Division, Split, by_position, moved, unit_hash
-from moefoundry.data.staging import clear_abandoned, occupied, staged
+from moefoundry.data.staging import clear_abandoned, occupied
 from moefoundry.data.summary import (
     CORPUS_FILE,
     FORMAT_VERSIONS,
     LENGTHS_FILE,
     CorpusSummary,
     Layout,
-    SplitSummary,
     read_corpus_summary,
 )
+from moefoundry.data.survey import (
+    Survey,
+    Surveyed,
+    digest_of,
+    documents_of,
+    joined,
+    survey_block,
+    survey_in_order,
+    unusable_of,
+)
 from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from moefoundry.version import __version__
+from moefoundry.data.workers import available_cores, run_jobs
+from moefoundry.data.writing import BlockJob, BlockRecord, BlockWriter
 
-OUTPUTS = {"tokenizer", "train", "val", CORPUS_FILE}
-HASHES = ["sha1", "xxh64"]  # of every shard, in its index; sorted, as MDSWriter demands
 SHARD_BYTES = 1 << 24  # 16 MiB: a few seconds of download, and enough shards to shuffle across
+BLOCK_BYTES = 1 << 25  # 32 MiB of files: a few seconds of work, and one or two shards
 TOKENIZER_SAMPLE_BYTES = 1 << 27  # 128 MiB of text; merges hardly change beyond, memory and time do
-ENCODE_BATCH_BYTES = 1 << 22  # text handed to the tokenizer's threads at once
+ENCODE_BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once, which makes about 50 times as much of it
 RETRY_MARGINS = (1.2, 2.0, 4.0)  # text for a sample, over that of an average one, where a split got none
 
 
@@ -100,53 +110,67 @@ def _prepare(options: PrepareOptions) -> PreparedSummary:
     corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     _check_vocab(given, options)
-    scan = _scan(corpus, options)
-    inputs = _inputs(options, corpus, scan, given)
+    survey = _survey(corpus, plan_blocks(corpus, BLOCK_BYTES), options)
+    inputs = _inputs(options, corpus, survey, given)
     existing = _existing(out, inputs, options)
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
 
-    with staged(out, replace=options.overwrite) as directory:
-        directory.mkdir()
-        written = _write(corpus, scan, given, options, directory)
-        digests = {name: split.sha256 for name, split in written.splits.items()}
-        summary = CorpusSummary(
-            format_version=FORMAT_VERSIONS[options.layout],
-            moefoundry_version=__version__,
-            source=options.source,
-            max_seq_len=options.sample_tokens if options.layout is Layout.packed else None,
-            vocab_size=written.tokenizer.vocab_size,
-            eos_token=written.tokenizer.eos_token,
-            eos_id=written.tokenizer.eos_id,
-            tokenizer_sha256=written.tokenizer.sha256,
-            skipped=scan.left_out.count,
-            inputs=inputs,
-            splits=written.splits,
-            sha256=corpus_digest(written.tokenizer.sha256, written.tokenizer.eos_id, digests),
-            left_out=scan.left_out.reasons,
-            left_out_share=scan.left_out.share(scan.bytes),
-            division=asdict(written.division),
-            layout=options.layout,
-        )
-        summary.write(directory)
+    place = LocalPlace(out.parent / f".{out.name}.blocks")
+    with _work(place, out, keep=len(survey.blocks) > 1):
+        writer, records = _write(corpus, survey, given, options, place)
+        facts = Facts(options, inputs, survey.left_out, survey.bytes, writer.tokenizer, writer.division, SHARD_BYTES)
+        assemble = join if options.layout is Layout.documents else pack_samples
+        summary = assemble(place, records, facts, out)
     return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
 
 
-def _scan(corpus: Corpus, options: PrepareOptions) -> CorpusScan:
+@contextmanager
+def _work(place: LocalPlace, out: Path, keep: bool) -> Iterator[None]:
+    """Lock the place of the blocks, and remove it at the end; after an error, only if there is nothing to ``keep``."""
+    try:
+        with place.locked():
+            try:
+                yield
+            except BaseException:
+                if not (keep and any(name.endswith(".json") for name in place.names())):
+                    shutil.rmtree(place.directory, ignore_errors=True)
+                raise
+            shutil.rmtree(place.directory, ignore_errors=True)
+    except OSError as error:
+        name = error.filename if isinstance(error.filename, str) else str(out)
+        raise UserError(f"{out}: cannot be written: {error.strerror or error} ({name})") from error
+
+
+def _survey(corpus: Corpus, blocks: list[Block], options: PrepareOptions) -> Survey:
     """Read the corpus once; refuse one without text, or of which too much cannot be read."""
     with Progress("reading") as progress:
-        scan = corpus.scan(options.max_docs, options.max_bytes, progress.update)
-    scan.left_out.check(options.source, scan.bytes, options.max_loss, corpus.hint(scan.left_out))
-    if not scan.documents:
+        if options.layout is Layout.packed:
+            survey = survey_in_order(
+                corpus, numbered(corpus, blocks), options.max_docs, options.max_bytes, progress.update
+            )
+        elif options.max_docs is not None or options.max_bytes is not None:
+            survey = survey_in_order(corpus, blocks, options.max_docs, options.max_bytes, progress.update)
+            survey = replace(survey, sha256=digest_of(survey.blocks))
+        else:
+            found: list[tuple[Surveyed, LeftOut]] = []
+            run_jobs(partial(survey_block, corpus), blocks, _workers(options), progress.update, found.append)
+            survey = joined(corpus, sorted(found, key=lambda item: item[0].block.number), unusable_of(corpus))
+    survey.left_out.check(options.source, survey.bytes, options.max_loss, corpus.hint(survey.left_out))
+    if not survey.documents:
         caps = {"max_docs": options.max_docs, "max_bytes": options.max_bytes}
         limits = " and ".join(f"{name}={cap}" for name, cap in caps.items() if cap)
-        left_out = f" (left out: {describe_left_out(scan.left_out.reasons)})" if scan.left_out.count else ""
+        left_out = f" (left out: {describe_left_out(survey.left_out.reasons)})" if survey.left_out.count else ""
         raise UserError(
             f"{options.source}: empty corpus: no document with text in {len(corpus.paths)} file(s)"
             + f"{limits and ' within '}{limits}"
             + left_out
         )
-    return scan
+    return survey
+
+
+def _workers(options: PrepareOptions) -> int:
+    return available_cores() if options.workers is None else options.workers
 
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
@@ -159,16 +183,16 @@ def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
 
 
 def _inputs(
-    options: PrepareOptions, corpus: Corpus, scan: CorpusScan, given: TextTokenizer | None
+    options: PrepareOptions, corpus: Corpus, survey: Survey, given: TextTokenizer | None
 ) -> dict[str, str | int | float | None]:
     """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
     packed = options.layout is Layout.packed
     return {
         "format_version": FORMAT_VERSIONS[options.layout],
         "format": corpus.format.value,
-        "documents": scan.documents,
-        "bytes": scan.bytes,
-        "documents_sha256": scan.sha256,
+        "documents": survey.documents,
+        "bytes": survey.bytes,
+        "documents_sha256": survey.sha256,
         "max_seq_len": options.sample_tokens if packed else None,
         "vocab_size": None if given else options.vocab_size,
         "tokenizer_sha256": given.sha256 if given else None,
@@ -213,162 +237,81 @@ def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> Cor
     return summary
 
 
-@dataclass(frozen=True)
-class _Written:
-    tokenizer: TextTokenizer
-    splits: dict[str, SplitSummary]
-    division: Division
-
-
 def _write(
-    corpus: Corpus, scan: CorpusScan, given: TextTokenizer | None, options: PrepareOptions, directory: Path
-) -> _Written:
-    """Write the tokenizer and the splits. Where a split gets no sample, divide anew and write again."""
+    corpus: Corpus, survey: Survey, given: TextTokenizer | None, options: PrepareOptions, place: LocalPlace
+) -> tuple[BlockWriter, list[BlockRecord]]:
+    """Write the blocks. Where a split gets no sample, divide anew and write again."""
     with Progress("loading libraries"):
         importlib.import_module("streaming")  # and torch: seconds
     division = Division(options.val_fraction)
-    asked = [Split.train, Split.val] if options.val_fraction else [Split.train]
+    asked = (Split.train, Split.val) if options.val_fraction else (Split.train,)
     for margin in (*RETRY_MARGINS, None):
-        tokenizer = given or _train(corpus, scan, division, options)
-        splits = {}
-        with Progress("tokenizing", scan.bytes * len(asked)) as progress:
-            for split in asked:
-                documents = _documents(corpus, scan, division, split, options, progress)
-                splits[split.value] = _write_split(_Counted(tokenizer, documents), options, directory / split.value)
-        if all(split.samples for split in splits.values()):
-            tokenizer.save(directory / "tokenizer")
-            return _Written(tokenizer, splits, division)
-        tokens = sum(split.tokens for split in splits.values())
-        if margin is None or tokens < len(asked) * options.sample_tokens:
-            raise UserError(_too_little(scan, splits, tokens, options))
-        for split in asked:
-            shutil.rmtree(directory / split.value)
-        needed_bytes = margin * options.sample_tokens * scan.bytes / tokens
-        everything = islice(corpus.documents(), scan.documents)
+        writer = BlockWriter(
+            corpus=corpus,
+            tokenizer=given or _train(corpus, survey, division, options),
+            division=division,
+            splits=asked,
+            seed=options.seed,
+            layout=options.layout,
+            shard_bytes=SHARD_BYTES,
+            batch_bytes=ENCODE_BATCH_BYTES,
+            place=place,
+        )
+        records = write_blocks(writer, survey, _workers(options))
+        tokens = {split.value: tokens_of(records, split.value) for split in asked}
+        if all(count >= options.sample_tokens for count in tokens.values()):
+            return writer, records
+        total = sum(tokens.values())
+        if margin is None or total < len(asked) * options.sample_tokens:
+            raise UserError(_too_little(survey, tokens, options))
+        needed_bytes = margin * options.sample_tokens * survey.bytes / total
+        everything = _documents(corpus, survey)
         division = moved(everything, options.val_fraction, options.seed, needed_bytes) or by_position(
-            scan.bytes, options.val_fraction, needed_bytes
+            survey.bytes, options.val_fraction, needed_bytes
         )
     raise AssertionError("the last attempt returns or raises")
 
 
-def _too_little(scan: CorpusScan, splits: dict[str, SplitSummary], tokens: int, options: PrepareOptions) -> str:
-    empty = " and ".join(name for name, split in splits.items() if not split.samples)
+def write_blocks(writer: BlockWriter, survey: Survey, workers: int) -> list[BlockRecord]:
+    """Write the blocks that are not there yet; return the records of all, in order."""
+    positions = [0, *accumulate(block.bytes for block in survey.blocks)]
+    jobs = [BlockJob(block, position) for block, position in zip(survey.blocks, positions, strict=False)]
+    records = {job.number: record for job in jobs if (record := writer.finished(job))}
+    missing = [job for job in jobs if job.number not in records]
+    with Progress("tokenizing", sum(job.surveyed.bytes for job in missing)) as progress:
+        done = lambda record: records.update({record.number: record})  # noqa: E731
+        run_jobs(writer.write, missing, workers, progress.update, done)
+    return [records[job.number] for job in jobs]
+
+
+def _too_little(survey: Survey, tokens: dict[str, int], options: PrepareOptions) -> str:
+    empty = " and ".join(name for name, count in tokens.items() if count < options.sample_tokens)
     lower = f" max_seq_len={options.sample_tokens}; add text, or lower that"
     return (
-        f"{options.source}: no sample for {empty}: {scan.documents} document(s) have {tokens} tokens in all, and each "
-        f"of {' and '.join(splits)} needs"
+        f"{options.source}: no sample for {empty}: {survey.documents} document(s) have {sum(tokens.values())} tokens "
+        f"in all, and each of {' and '.join(tokens)} needs"
         + (lower if options.layout is Layout.packed else " a document; add text")
-        + (", or hold nothing out: val_fraction=0" if len(splits) > 1 else "")
+        + (", or hold nothing out: val_fraction=0" if len(tokens) > 1 else "")
     )
 
 
-def _documents(
-    corpus: Corpus, scan: CorpusScan, division: Division, split: Split, options: PrepareOptions, progress: Progress
-) -> Iterator[Document]:
-    """Yield the admitted documents of one split.
+def _documents(corpus: Corpus, survey: Survey, progress: Progress | None = None) -> Iterator[Document]:
+    """Yield the admitted documents.
 
     Raises:
-        UserError: The corpus has changed since it was scanned.
+        UserError: The corpus has changed since it was surveyed.
     """
-    digest = hashlib.sha256()
-
-    def unchanged() -> Iterator[Document]:
-        for document in islice(corpus.documents(), scan.documents):
-            data = document.text.encode()
-            add_to_digest(digest, document, data)
-            yield document
-            progress.update(len(data))
-        if digest.hexdigest() != scan.sha256:
-            raise UserError(f"{options.source}: changed while it was read; prepare it when nothing writes to it")
-
-    return division.divide(unchanged(), split, options.seed)
+    for block in survey.blocks:
+        yield from documents_of(corpus, block, progress.update if progress else lambda documents, size: None)
 
 
-def _train(corpus: Corpus, scan: CorpusScan, division: Division, options: PrepareOptions) -> TextTokenizer:
+def _train(corpus: Corpus, survey: Survey, division: Division, options: PrepareOptions) -> TextTokenizer:
     """Train the tokenizer on the training split, or on an even sample of it where it is large."""
-    share = min(1.0, TOKENIZER_SAMPLE_BYTES / scan.bytes)
-    with Progress("learning the tokenizer", scan.bytes) as progress:
+    share = min(1.0, TOKENIZER_SAMPLE_BYTES / survey.bytes)
+    with Progress("learning the tokenizer", survey.bytes) as progress:
         texts = (
             document.text
-            for document in _documents(corpus, scan, division, Split.train, options, progress)
-            if unit_hash(f"tokenizer\0{document.doc_id}", options.seed) < share
+            for split, document in division.divide(_documents(corpus, survey, progress), options.seed)
+            if split is Split.train and unit_hash(f"tokenizer\0{document.doc_id}", options.seed) < share
         )
         return train_tokenizer(texts, options.vocab_size)
-
-
-class _Counted:
-    """Token documents of one split, counted as they pass."""
-
-    def __init__(self, tokenizer: TextTokenizer, documents: Iterable[Document]) -> None:
-        self.tokenizer = tokenizer
-        self._source = documents
-        self.documents = self.bytes = self.tokens = 0
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        for texts in _batches(document.text for document in self._source):
-            for text, ids in zip(texts, self.tokenizer.encode_batch(texts), strict=True):
-                self.documents += 1
-                self.bytes += len(text.encode())
-                self.tokens += len(ids) + 1  # and the end-of-text token
-                yield ids
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group texts into lists of about :data:`ENCODE_BATCH_BYTES` characters."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= ENCODE_BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _write_split(documents: _Counted, options: PrepareOptions, directory: Path) -> SplitSummary:
-    """Write the documents into MDS shards, packed or one a sample."""
-    from streaming import MDSWriter
-
-    tokenizer = documents.tokenizer
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    packed = options.layout is Layout.packed
-    column = f"ndarray:{np.dtype(dtype).name}" + (f":{options.sample_tokens}" if packed else "")
-    if packed:
-        samples = pack(documents, eos_id=tokenizer.eos_id, seq_len=options.sample_tokens, dtype=dtype)
-    else:
-        samples = ended(documents, eos_id=tokenizer.eos_id, dtype=dtype)
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
-    lengths = []
-    with MDSWriter(columns={"tokens": column}, out=str(directory), hashes=HASHES, size_limit=SHARD_BYTES) as writer:
-        for sample in samples:
-            writer.write({"tokens": sample})
-            counts += np.bincount(sample, minlength=tokenizer.vocab_size)
-            lengths.append(len(sample))
-    return SplitSummary(
-        documents=documents.documents,
-        bytes=documents.bytes,
-        tokens=documents.tokens,
-        samples=len(lengths),
-        dropped_tokens=documents.tokens - sum(lengths),
-        unigram_entropy_nats=unigram_entropy(counts),
-        sha256=stream_digest(directory),
-        unknown_tokens=0 if (unknown := tokenizer.unknown_id) is None else int(counts[unknown]),
-        lengths_sha256=None if packed else _write_lengths(directory / LENGTHS_FILE, lengths),
-    )
-
-
-def _write_lengths(file: Path, lengths: list[int]) -> str:
-    """Write the lengths of the samples; return the SHA-256, in hex, of the file."""
-    np.save(file, np.array(lengths, np.int32))
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def unigram_entropy(counts: NDArray[np.int64]) -> float:
-    """Compute the entropy in nats of the distribution proportional to ``counts``; 0.0 if all are zero."""
-    seen = counts[counts > 0].astype(np.float64)
-    if not seen.size:
-        return 0.0
-    probabilities = seen / seen.sum()
-    return float(-(probabilities * np.log(probabilities)).sum())

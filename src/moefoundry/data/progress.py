@@ -14,7 +14,7 @@ BAR_SECONDS = 1.0
 
 
 class Progress:
-    """Progress of one stage, in bytes of text; a stage that ends at once prints nothing.
+    """Progress of one stage, in documents and bytes of text; a stage that ends at once prints nothing.
 
     Args:
         stage: Name of the stage.
@@ -22,15 +22,16 @@ class Progress:
     """
 
     def __init__(self, stage: str, total: int | None = None) -> None:
-        self._stage, self._total, self._done = stage, total, 0
+        self._stage, self._total, self._done, self._documents = stage, total, 0, 0
         self._start = time.monotonic()
         self._bar = tqdm(total=total, desc=stage, unit="B", unit_scale=True, disable=None, leave=False)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
 
-    def update(self, size: int) -> None:
-        """Count ``size`` bytes more."""
+    def update(self, documents: int, size: int) -> None:
+        """Count ``documents`` and ``size`` bytes more."""
         self._done += size
+        self._documents += documents
         self._bar.update(size)
 
     def __enter__(self) -> Progress:
@@ -49,13 +50,20 @@ class Progress:
             if self._bar.disable:
                 print(self._line(), file=sys.stderr, flush=True)
             else:
-                self._bar.refresh()  # so that the clock moves where no bytes do
+                documents = f"{self._documents:,} documents" if self._documents else ""
+                self._bar.set_postfix_str(documents)  # and the clock moves where no bytes do
 
     def _line(self) -> str:
-        parts = [f"{time.monotonic() - self._start:.0f} s"]
+        seconds = time.monotonic() - self._start
+        parts = []
         if self._total:
             share = min(self._done / self._total, 1.0)
-            parts.insert(0, f"{share:.0%} of {tqdm.format_sizeof(self._total, 'B')}")
+            parts.append(f"{share:.0%} of {tqdm.format_sizeof(self._total, 'B')}")
         elif self._done:
-            parts.insert(0, tqdm.format_sizeof(self._done, "B"))
+            parts.append(tqdm.format_sizeof(self._done, "B"))
+        if self._done:
+            parts += [f"{self._documents:,} documents", f"{self._done / seconds / 1e6:.1f} MB/s"]
+        parts.append(f"{seconds:.0f} s")
+        if self._total and 0 < self._done < self._total:
+            parts.append(f"{seconds * (self._total - self._done) / self._done:.0f} s left")
         return f"{self._stage}: {', '.join(parts)}"

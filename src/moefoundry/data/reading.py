@@ -21,6 +21,7 @@ from typing import BinaryIO, cast
 
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".bz2", ".xz")
 HEAD_BYTES = 4096
+COUNT_BYTES = 1 << 20
 
 
 class DamagedError(Exception):
@@ -79,6 +80,16 @@ def open_bytes(file: Path) -> BinaryIO:
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(open(file, "rb"), "r"), "zstd"))
     return open(file, "rb")
+
+
+def is_plain(file: Path) -> bool:
+    """Tell if a file is not compressed.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    with open_bytes(file) as stream:
+        return isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO)
 
 
 def read_head(file: Path) -> bytes:
@@ -140,3 +151,25 @@ def lines(file: Path) -> Iterator[bytes]:
         else:
             text = stream.read().decode(encoding, "moefoundry.mark")
             yield from (line.encode(errors="surrogateescape") for line in text.split("\n"))
+
+
+def lines_between(file: Path, start: int, stop: int) -> Iterator[bytes]:
+    """Yield the lines of an uncompressed file in UTF-8 that begin at the bytes from ``start`` up to ``stop``."""
+    with open(file, "rb") as stream:
+        at = stream.seek(max(start - 1, 0))
+        if start:
+            at += len(stream.readline())  # the rest of the line before
+        while at < stop and (line := stream.readline()):
+            yield line
+            at += len(line)
+
+
+def count_lines(file: Path, start: int, stop: int) -> int:
+    """Count the lines of an uncompressed file in UTF-8 that begin at the bytes from ``start`` up to ``stop``."""
+    count = int(start == 0 < stop)
+    with open(file, "rb") as stream:
+        at = stream.seek(max(start - 1, 0))
+        while at < stop - 1 and (data := stream.read(min(COUNT_BYTES, stop - 1 - at))):
+            count += data.count(b"\n")
+            at += len(data)
+    return count

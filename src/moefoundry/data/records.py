@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moefoundry.data.left_out import OF_RECORDS, Reason
-from moefoundry.data.reading import BadBytes, DamagedError, encoding_of, lines, open_bytes, read_head
+from moefoundry.data.reading import (
+    BadBytes,
+    DamagedError,
+    encoding_of,
+    lines,
+    lines_between,
+    open_bytes,
+    read_head,
+)
 
 PARQUET_MAGIC = b"PAR1"
 BAD_JSON = (ValueError, RecursionError)
@@ -36,26 +44,52 @@ class Record(NamedTuple):
     value: Any
 
 
-def json_records(file: Path, bad_bytes: BadBytes) -> Iterator[Record]:
+class Slice(NamedTuple):
+    """Part of a file whose records are read; by default, the whole file.
+
+    Attributes:
+        path: Path relative to the corpus.
+        start, stop: The records that begin between these places: bytes of JSON Lines, row groups of Parquet. None is
+            the end.
+        first: Number of the first record.
+    """
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    first: int = 1
+
+
+def json_records(file: Path, bad_bytes: BadBytes, part: Slice) -> Iterator[Record]:
     """Yield the records of a file of JSON: one a line, an array of them, or (``.json``) some that span lines.
+
+    Args:
+        file: The file.
+        bad_bytes: Treatment of bytes that are not text.
+        part: The part to read. Only files with :func:`one_a_line` and no compression can be divided.
 
     Raises:
         Exception: Any of :data:`moefoundry.data.reading.DAMAGES`.
     """
-    head = read_head(file)
-    encoding = encoding_of(head)
-    start = head.decode(encoding, "replace").lstrip()
     one_value = ".json" in file.suffixes
-    if _over_lines(start, one_value):
+    if part.stop is None and not one_a_line(file):
+        encoding = encoding_of(read_head(file))
         with open_bytes(file) as stream:
             values = _values(_text(stream.read(), encoding, bad_bytes))
         first = next(values, None)
         if one_value or first is None or not isinstance(first.value, Reason):
             yield from itertools.chain([first] if first else [], values)
             return
-    for number, line in enumerate(lines(file), start=1):
+    found = lines(file) if part.stop is None else lines_between(file, part.start, part.stop)
+    for number, line in enumerate(found, start=part.first):
         if line.strip():
             yield Record(number, len(line), _parse(_text(line, "utf-8", bad_bytes)))
+
+
+def one_a_line(file: Path) -> bool:
+    """Tell if a file of JSON has one value a line, by its beginning."""
+    head = read_head(file)
+    return not _over_lines(head.decode(encoding_of(head), "replace").lstrip(), ".json" in file.suffixes)
 
 
 def _over_lines(start: str, single: bool) -> bool:
@@ -92,8 +126,32 @@ def _next_value(text: str, at: int) -> int:
     return at
 
 
-def parquet_records(file: Path, text_key: str) -> Iterator[Record]:
-    """Yield the rows of a Parquet file, with the one column that the text is in.
+def is_parquet(file: Path) -> bool:
+    """Tell a Parquet file by its first bytes."""
+    with open(file, "rb") as stream:
+        return stream.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC
+
+
+def row_groups(file: Path) -> list[tuple[int, int]] | None:
+    """List the rows and bytes of the row groups of a Parquet file; None of another file.
+
+    Raises:
+        DamagedError: It begins as such a file and cannot be read.
+    """
+    if not is_parquet(file):
+        return None
+    import pyarrow.parquet  # tenths of a second
+
+    try:
+        metadata = pyarrow.parquet.read_metadata(file)
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    except pyarrow.ArrowException as error:
+        raise DamagedError(str(error)) from error
+    return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def parquet_records(file: Path, text_key: str, part: Slice) -> Iterator[Record]:
+    """Yield the rows of some row groups of a Parquet file, with the one column that the text is in.
 
     Without that column it yields the first row alone, with the size of the file.
 
@@ -103,12 +161,12 @@ def parquet_records(file: Path, text_key: str) -> Iterator[Record]:
     import pyarrow.parquet  # tenths of a second
 
     try:
-        yield from _rows(file, text_key)
+        yield from _rows(file, text_key, part)
     except pyarrow.ArrowException as error:
         raise DamagedError(str(error)) from error
 
 
-def _rows(file: Path, text_key: str) -> Iterator[Record]:
+def _rows(file: Path, text_key: str, part: Slice) -> Iterator[Record]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
@@ -116,11 +174,12 @@ def _rows(file: Path, text_key: str) -> Iterator[Record]:
         column = text_key if text_key in names else text_key.split(".")[0]
         if column not in names:
             first = next(table.iter_batches(1), None)
-            if first is not None:
+            if first is not None and part.start == 0:
                 yield Record(1, file.stat().st_size, first.to_pylist()[0])
             return
-        rows = (row for batch in table.iter_batches(1024, columns=[column]) for row in batch.column(0))
-        for number, row in enumerate(rows, start=1):
+        groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
+        batches = table.iter_batches(1024, row_groups=groups, columns=[column])
+        for number, row in enumerate((row for batch in batches for row in batch.column(0)), start=part.first):
             try:
                 value = row.as_py()
             except UnicodeDecodeError:

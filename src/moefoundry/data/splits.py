@@ -39,19 +39,24 @@ class Division:
     val_fraction: float
     train_bytes: int | None = None
 
-    def divide(self, documents: Iterable[Document], split: Split, seed: int) -> Iterator[Document]:
-        """Yield the documents of a split, in order; by position, also a part of one."""
+    def divide(self, documents: Iterable[Document], seed: int, position: int = 0) -> Iterator[tuple[Split, Document]]:
+        """Yield each document with its split, in order; by position, also the two parts of one.
+
+        Args:
+            documents: Consecutive documents of the corpus.
+            seed: Decides the split where the position does not.
+            position: Bytes of UTF-8 text before them.
+        """
         if self.train_bytes is None:
-            yield from (document for document in documents if split_of(document, self.val_fraction, seed) is split)
+            yield from ((split_of(document, self.val_fraction, seed), document) for document in documents)
             return
-        position = 0
         for document in documents:
             size = len(document.text.encode())
             cut = _cut(document.text, self.train_bytes - position)
             position += size
-            text = document.text[:cut] if split is Split.train else document.text[cut:]
-            if text and not text.isspace():
-                yield document._replace(text=text)
+            for split, text in ((Split.train, document.text[:cut]), (Split.val, document.text[cut:])):
+                if text and not text.isspace():
+                    yield split, document._replace(text=text)
 
 
 def split_of(document: Document, val_fraction: float, seed: int) -> Split:

@@ -8,6 +8,7 @@ are drawn on the CPU, so that all devices agree.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -38,19 +39,27 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
         elif parameter.dim() == 1:
             parameter.zero_()
         else:
-            _fill_normal(name, parameter, std, seed)
+            fill_by_row(name, parameter, seed, lambda row, draw: row.normal_(0.0, std, generator=draw))
     for buffer in model.buffers():
         buffer.zero_()
 
 
-def _fill_normal(name: str, parameter: Tensor, std: float, seed: int) -> None:
+def fill_by_row(name: str, parameter: Tensor, seed: int, fill: Callable[[Tensor, torch.Generator], Tensor]) -> None:
+    """Fill a parameter slice by slice along its first dim; a rank draws only the slices that it holds.
+
+    Args:
+        name: The parameter's name, which with the seed determines every value.
+        parameter: Of at least two dims, sharded or not.
+        seed: Seed of the model.
+        fill: Fills one slice, fp32 on the CPU, from a generator.
+    """
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     rows, *others = (_owned(parameter, dim) for dim in range(parameter.dim()))
     generator = torch.Generator()
     for index, row in zip(rows, local, strict=True):
         digest = hashlib.sha256(f"{seed}/{name}/{index}".encode()).digest()
         generator.manual_seed(int.from_bytes(digest[:8], "little"))
-        values = torch.empty(parameter.shape[1:], dtype=torch.float32).normal_(0.0, std, generator=generator)
+        values = fill(torch.empty(parameter.shape[1:], dtype=torch.float32), generator)
         row.copy_(values[tuple(slice(part.start, part.stop) for part in others)])
 
 

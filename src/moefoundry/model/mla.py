@@ -62,7 +62,7 @@ class MultiHeadLatentAttention(Attention):
     @torch.compiler.disable  # it cannot trace selective checkpointing
     def _attend_twice(self, *inputs: Any) -> Tensor:
         """Run :meth:`_attend` without a cache; the backward pass runs it again, except attention itself."""
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing draws numbers
+        options: dict[str, Any] = {"use_reentrant": False}  # the state of random numbers is kept: adapters draw some
         return checkpoint(self._attend, *inputs, None, context_fn=keeping(ATTENTION_OPS), **options)
 
     def _attend(

@@ -56,14 +56,15 @@ class GroupedExperts(nn.Module):
 
     def local_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down of this rank's experts."""
-        return self._local(self.gate_proj), self._local(self.up_proj), self._local(self.down_proj)
+        return local_experts(self.gate_proj), local_experts(self.up_proj), local_experts(self.down_proj)
 
-    def _local(self, weight: Tensor) -> Tensor:
-        """Take this rank's experts.
 
-        If G ranks share the experts, these see the tokens of all G ranks: their gradient is a sum where every other
-        gradient is a mean over ranks, so it is divided by G.
-        """
-        if not isinstance(weight, DTensor):
-            return weight
-        return scale_gradient(weight.to_local(), 1 / weight.device_mesh.size())
+def local_experts(weight: Tensor) -> Tensor:
+    """Take this rank's experts of a stacked weight.
+
+    If G ranks share the experts, these see the tokens of all G ranks: their gradient is a sum where every other
+    gradient is a mean over ranks, so it is divided by G.
+    """
+    if not isinstance(weight, DTensor):
+        return weight
+    return scale_gradient(weight.to_local(), 1 / weight.device_mesh.size())

@@ -19,6 +19,7 @@ class ParameterCounts:
         routed_experts: Parameters of all routed experts.
         embedding: Parameters of the input embedding, also counted in the others.
         mtp: Parameters of multi-token prediction, which only training uses.
+        frozen: Parameters that do not train, of ``total`` and ``mtp``: with ``lora`` all but the adapters.
     """
 
     total: int
@@ -26,10 +27,12 @@ class ParameterCounts:
     routed_experts: int
     embedding: int
     mtp: int = 0
+    frozen: int = 0
 
     def __str__(self) -> str:
+        part = f", {_short(self.total + self.mtp - self.frozen)} trained" if self.frozen else ""
         further = f", and {_short(self.mtp)} for multi-token prediction" if self.mtp else ""
-        return f"{_short(self.total)} parameters, {_short(self.active)} active{further}"
+        return f"{_short(self.total)} parameters, {_short(self.active)} active{part}{further}"
 
 
 def count_parameters(cfg: ModelConfig) -> ParameterCounts:
@@ -50,6 +53,7 @@ def parameter_counts(model: MoETransformer) -> ParameterCounts:
         routed_experts=routed,
         embedding=model.embed_tokens.weight.numel(),
         mtp=mtp,
+        frozen=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
     )
 
 

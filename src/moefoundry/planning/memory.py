@@ -1,7 +1,7 @@
 """Memory of the rank that needs most: permanent, exactly, and transient, as an estimate.
 
-Permanent are this rank's shards of fp32 parameters, gradients and optimizer state. Transient memory is largest at one
-of these moments of a micro-batch:
+Permanent are this rank's shards of fp32 parameters, and of gradients and optimizer state of those that train. Transient
+memory is largest at one of these moments of a micro-batch:
 
     the loss            all saved activations, the logits of a chunk, the output head's gradient in fp32
     block i backward    saved activations of blocks up to i and the working set of i; block i gathered, and the one
@@ -59,8 +59,8 @@ class Memory:
 
     Attributes:
         parameters: fp32 shards, with FSDP's padding; exact.
-        gradients: Reduced gradients, as the parameters; exact.
-        optimizer: AdamW's two moments, without padding; exact.
+        gradients: Reduced gradients, as the parameters that train; exact.
+        optimizer: AdamW's two moments of these, without padding; exact.
         peak: Transient memory at its largest moment; an estimate.
         host: Memory of the CPU: the moving average, and page-locked copies of the parameters; exact.
     """
@@ -90,15 +90,17 @@ def memory(
         sequences: Sequences of the largest micro-batch of a rank.
     """
     owned = sum(local_numel(parameter) for parameter in model.parameters())
+    trained = sum(local_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     stored = sum(unit.shard_numel for unit in units) if units else owned
+    reduced = sum(unit.trained_shard_numel for unit in units) if units else trained
     moment_bytes = FP32 if recipe.precision.optimizer_moments == Moments.fp32 else 2
     moments = transients(blocks, units, recipe, sequences)
     return Memory(
         parameters=FP32 * stored,
-        gradients=FP32 * stored,
-        optimizer=2 * moment_bytes * owned,
+        gradients=FP32 * reduced,
+        optimizer=2 * moment_bytes * trained,
         peak=max(moments, key=lambda moment: moment.total),
-        host=2 * FP32 * owned if recipe.ema else 0,
+        host=2 * FP32 * trained if recipe.ema else 0,
     )
 
 
@@ -120,7 +122,7 @@ def transients(
     saved = [sequences * b.positions * a.saved for b, a in zip(blocks, activations, strict=True)]
     working = [sequences * b.positions * a.working for b, a in zip(blocks, activations, strict=True)]
     tokens = sequences * recipe.max_seq_len
-    head, heads = cfg.vocab_size * cfg.d_model, 1 + cfg.mtp.depth
+    head, heads = 0 if recipe.lora else cfg.vocab_size * cfg.d_model, 1 + cfg.mtp.depth  # elements that have a gradient
     narrow = c if c < FP32 else 0  # bytes of an fp32 element's copy in the compute dtype
     loss = Transient(
         "the loss",
@@ -133,12 +135,12 @@ def transients(
         Transient(
             f"backward of {block.name}",
             gathered_parameters=_gathered([*root, *units_of[i], *(units_of[i - 1] if i else [])]),
-            unreduced_gradients=head * c + _gathered(units_of[i]) + _in_reduction(units_of[i]),
+            unreduced_gradients=head * c + _gradients(units_of[i]) + _in_reduction(units_of[i]),
             activations=sum(saved[: i + 1]) + working[i],
         )
         for i, block in reversed(list(enumerate(blocks)))
     ]
-    end = Transient("the end of the backward pass", 0, _gathered(root) + _in_reduction(root), 0)
+    end = Transient("the end of the backward pass", 0, _gradients(root) + _in_reduction(root), 0)
     return [loss, *backward, end]
 
 
@@ -146,6 +148,10 @@ def _gathered(units: Iterable[Unit]) -> int:
     return sum(unit.gathered for unit in units)
 
 
+def _gradients(units: Iterable[Unit]) -> int:
+    return sum(unit.gradients for unit in units)
+
+
 def _in_reduction(units: Iterable[Unit]) -> int:
     """Compute the largest input and output of a reduction; FSDP keeps one at a time."""
-    return max((unit.reduce_input + unit.shard_numel * unit.reduce_bytes for unit in units), default=0)
+    return max((unit.reduce_input + unit.trained_shard_numel * unit.reduce_bytes for unit in units), default=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from moefoundry.adapters import apply_lora
 from moefoundry.config import Recipe
 from moefoundry.mesh import MeshDegrees, build_meshes, resolve_degrees
 from moefoundry.model.transformer import MoETransformer, meta_model
@@ -104,6 +105,8 @@ def micro_batches(recipe: Recipe, world_size: int) -> list[int]:
 def build_sharded(recipe: Recipe, degrees: MeshDegrees) -> MoETransformer:
     """Build the model on meta, sharded as in training; on one rank that computes in fp32 it is not sharded."""
     model = meta_model(recipe.model)
+    if recipe.lora is not None:
+        apply_lora(model, recipe.lora)
     meshes = build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
     return model

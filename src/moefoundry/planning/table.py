@@ -39,7 +39,7 @@ def _memory(plan: Plan, memory_gb: float) -> list[str]:
     ]
     verdict = "fits" if plan.fits(memory_gb) else "does not fit"
     return [
-        *_columns([("memory of a rank", "GiB", ""), *((name, _gib(size), note) for name, size, note in rows if size)]),
+        *columns([("memory of a rank", "GiB", ""), *((name, _gib(size), note) for name, size, note in rows if size)]),
         f"{verdict} {memory_gb:g} GB ({_gib(memory_gb * 1e9)} GiB)",
         *([f"and of the host's memory, for the moving average: {_gib(memory.host)} GiB"] if memory.host else []),
     ]
@@ -60,14 +60,14 @@ def _traffic(plan: Plan) -> list[str]:
         )
         for entry in plan.traffic
     ]
-    return _columns([header, *rows])
+    return columns([header, *rows])
 
 
 def _gib(size: float) -> str:
     return f"{size / GIB:,.3f}"
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Align rows in columns: numbers to the right, words to the left, by the first row below the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     to_the_right = [column[1][-1:].isdigit() for column in zip(*rows, strict=True)]

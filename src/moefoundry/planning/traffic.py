@@ -81,11 +81,15 @@ class Ledger:
     def add_unit(self, unit: Unit, micro_batches: int) -> None:
         """Add the collectives of an FSDP unit."""
         if unit.shards > 1:
-            others = (unit.shards - 1) * unit.shard_numel
-            self.add("all_gather", unit.axis, others * unit.param_bytes, unit.gathers * micro_batches)
-            self.add("reduce_scatter", unit.axis, others * unit.reduce_bytes, micro_batches)
-        if unit.copies > 1:
-            self.add_all_reduce(REPLICATE, unit.shard_numel * unit.reduce_bytes)
+            others = unit.shards - 1
+            self.add(
+                "all_gather", unit.axis, others * unit.shard_numel * unit.param_bytes, unit.gathers * micro_batches
+            )
+            if unit.trained_shard_numel:
+                reduced = others * unit.trained_shard_numel * unit.reduce_bytes
+                self.add("reduce_scatter", unit.axis, reduced, micro_batches)
+        if unit.copies > 1 and unit.trained_shard_numel:
+            self.add_all_reduce(REPLICATE, unit.trained_shard_numel * unit.reduce_bytes)
 
     def add_exchange(self, routed: Routed, layers: int, runs: int) -> None:
         """Add the exchanges of ``layers`` MoE layers, with ``runs`` forward passes each before the backward pass."""
@@ -119,7 +123,7 @@ class Ledger:
                 ranks=self.ranks(axis),
                 calls=self.calls[collective, axis],
                 sent=sent,
-                across_nodes=sent * most_remote_peers(self.groups[axis], gpus_per_node) // (self.ranks(axis) - 1),
+                across_nodes=sent * most_remote_peers(self.groups[axis], gpus_per_node) // max(1, self.ranks(axis) - 1),
             )
             for (collective, axis), sent in self.sent.items()
         ]

@@ -31,6 +31,7 @@ class Unit:
         copies: Number of copies.
         shard_numel: Elements of a rank's share, padded.
         full_numel: Elements of the whole; for experts, those of one ``expert`` rank.
+        trained_shard_numel, trained_full_numel: Of those, the elements of parameters that train.
         param_bytes: Bytes of a gathered element.
         reduce_bytes: Bytes of an element in the reduction.
         gathers: All-gathers in a micro-batch.
@@ -42,19 +43,26 @@ class Unit:
     copies: int
     shard_numel: int
     full_numel: int
+    trained_shard_numel: int
+    trained_full_numel: int
     param_bytes: int
     reduce_bytes: int
     gathers: int
 
     @property
     def gathered(self) -> int:
-        """Bytes of the whole in the compute dtype: parameters, or autograd's gradients."""
+        """Bytes of the parameters in the compute dtype."""
         return self.full_numel * self.param_bytes
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of autograd's gradients, in the compute dtype."""
+        return self.trained_full_numel * self.param_bytes
 
     @property
     def reduce_input(self) -> int:
         """Bytes of the input of the reduce-scatter."""
-        return self.shards * self.shard_numel * self.reduce_bytes
+        return self.shards * self.trained_shard_numel * self.reduce_bytes
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ def _unit(name: str, group: Any) -> Unit:
     param_dtype = policy.param_dtype or torch.float32
     # The root stays gathered after the forward pass, since the backward pass begins with it.
     reshards = name != "" and group.post_forward_mesh_info is not None
+    trained = [parameter for parameter in parameters if parameter.sharded_param.requires_grad]
     return Unit(
         name=name,
         axis=mesh.mesh.mesh_dim_names[mesh.shard_mesh_dim],
@@ -110,6 +119,8 @@ def _unit(name: str, group: Any) -> Unit:
         copies=mesh.mesh.size() // mesh.shard_mesh_size,
         shard_numel=sum(parameter.padded_sharded_param_size.numel() for parameter in parameters),
         full_numel=sum(parameter._orig_size.numel() for parameter in parameters),
+        trained_shard_numel=sum(parameter.padded_sharded_param_size.numel() for parameter in trained),
+        trained_full_numel=sum(parameter._orig_size.numel() for parameter in trained),
         param_bytes=param_dtype.itemsize,
         reduce_bytes=(policy.reduce_dtype or param_dtype).itemsize,
         gathers=0 if mesh.shard_mesh_size == 1 else 1 + reshards,

@@ -45,6 +45,23 @@ def fp8_kept_linear(x: Tensor, weight_OI: Tensor, backend: Backend | None = None
     return _KeptLinear.apply(x, weight_OI, quantize_rows_once(x, backend), backend)
 
 
+@torch.compiler.disable
+def fp8_frozen_grouped_linear(
+    rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Tensor, backend: Backend | None = None
+) -> Tensor:
+    """Compute :func:`~moefoundry.ops.grouped_linear.grouped_linear` of weights that do not train.
+
+    Only the weights are kept for backward.
+
+    Args:
+        rows_RI: [R, I], float32, bfloat16 or float16, in the order of their experts.
+        weight_EOI: Weights in the layout of ``nn.Linear``, quantized at each call; they get no gradient.
+        tokens_per_expert_E: int64 [E]; sums to R.
+        backend: The backend to use; None chooses by device.
+    """
+    return _FrozenGroups.apply(rows_RI, weight_EOI, tokens_per_expert_E, backend)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(
@@ -92,3 +109,20 @@ class _KeptLinear(Function):
         x_RI = dequantize(QuantizedTensor(values, scales, Tile.ROW, ctx.shape), grad_RO.dtype, ctx.backend)
         grad_x_RI = (grad_RO @ weight_OI.to(grad_RO.dtype)).to(ctx.dtype)
         return grad_x_RI, (grad_RO.T @ x_RI).to(weight_OI.dtype), None, None
+
+
+class _FrozenGroups(Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor, backend: Backend | None) -> Tensor:
+        ctx.save_for_backward(weight_EOI, counts_E)
+        ctx.backend = backend
+        weight = quantize(weight_EOI, Tile.BLOCK, backend=backend)
+        return fprop(quantize_rows_once(rows_RI, backend), weight, counts_E, rows_RI.dtype, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, None, None, None]:
+        weight_EOI, counts_E = ctx.saved_tensors
+        weight = quantize(weight_EOI, Tile.BLOCK, backend=ctx.backend)
+        grad_rows = quantize(grad_RO.contiguous(), Tile.ROW, backend=ctx.backend)
+        return dgrad(grad_rows, weight, counts_E, grad_RO.dtype, ctx.backend), None, None, None

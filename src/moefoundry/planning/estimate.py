@@ -1,0 +1,217 @@
+"""Estimate of a step's time and of a run's length, on devices that are not there.
+
+A roofline: products take their FLOPs over a share of the peak, other operations their bytes over a share of the
+memory's bandwidth, collectives their bytes over a share of the slower of link and network, and a call's latency. A
+block that launches its kernels more slowly than they run takes the time of the launches. FSDP's collectives are hidden
+behind the rest of the step up to a share; exchanges of tokens are not. Experts are used evenly.
+
+The shares are one set of constants for all devices, models and meshes. ``benchmarks/estimates.py`` compares them with
+published runs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from moefoundry.config import ActivationCheckpointing, Compute, Recipe
+from moefoundry.mesh import resolve_degrees
+from moefoundry.planning.devices import Accelerator
+from moefoundry.planning.plan import Plan, build_sharded, make_plan
+from moefoundry.planning.traffic import Traffic
+from moefoundry.planning.units import compute_dtype, planned_blocks
+from moefoundry.planning.work import Work, block_work, head_work
+from moefoundry.planning.world import fake_world
+
+SHARE_OF_PEAK = {"linear": 0.5, "experts": 0.57, "attention": 0.42}
+"""Shares of the peak that products reach."""
+
+FP8_SHARE = 0.75
+"""Factor of those shares for FP8 products, with their casts and scales."""
+
+MEMORY_SHARE, LINK_SHARE, NETWORK_SHARE = 0.42, 0.65, 0.82
+HIDDEN_SHARE = 0.7
+"""Share of the step's computation behind which FSDP's collectives hide."""
+
+CALL_SECONDS = 20e-6
+"""Latency of a collective."""
+
+LAUNCH_SECONDS, LAUNCHES = 4.5e-6, 125
+"""A kernel's launch, and the launches of a block in one pass (``tests/model/step_counts.json``)."""
+
+OPTIMIZER_BYTES = 16
+"""Bytes of fp32 parameters and gradients that AdamW reads and writes for an element, beside its moments."""
+
+PASSES = {ActivationCheckpointing.none: 3, ActivationCheckpointing.selective: 3, ActivationCheckpointing.full: 4}
+"""Forward passes that the products of a block cost: a backward pass counts as two."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of an optimizer step of the slowest rank, by kind; they add up.
+
+    Attributes:
+        products: Products with dense weights, and of attention.
+        experts: Products with the experts' weights.
+        other: Norms, routing, activations, and whatever else moves memory.
+        launches: Time in which the device waits for launches.
+        exchange: Exchange of tokens among the ranks of ``mesh.expert``.
+        sharding: Collectives of FSDP that nothing hides.
+        optimizer: The optimizer's update.
+    """
+
+    products: float
+    experts: float
+    other: float
+    launches: float
+    exchange: float
+    sharding: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the step."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Speed of a run.
+
+    Attributes:
+        plan: Memory and traffic of the same recipe and mesh.
+        device: The accelerator.
+        step: Time of a step.
+        flops_per_token: FLOPs of the model, forward and backward, without recomputation.
+        mfu: Model FLOPs utilization: those FLOPs a second, as a share of the peak of the products' format.
+        run_tokens: Tokens of the whole run; None if its length is given in epochs.
+    """
+
+    plan: Plan
+    device: Accelerator
+    step: StepTime
+    flops_per_token: float
+    mfu: float
+    run_tokens: int | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second of one device."""
+        return self.plan.tokens_per_step / self.step.total
+
+    @property
+    def days(self) -> float | None:
+        """Days of the whole run; None if its length is not known."""
+        if self.run_tokens is None:
+            return None
+        return self.run_tokens / (self.tokens_per_second * self.plan.mesh.world_size) / 86400
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to plain values."""
+        return {
+            **self.plan.to_json(self.device.memory_gb),
+            "device": asdict(self.device),
+            "seconds": asdict(self.step) | {"step": self.step.total},
+            "tokens_per_second": {
+                "device": self.tokens_per_second,
+                "all": self.tokens_per_second * self.plan.mesh.world_size,
+            },
+            "flops_per_token": self.flops_per_token,
+            "mfu": self.mfu,
+            "run_tokens": self.run_tokens,
+            "days": self.days,
+        }
+
+
+def estimate(recipe: Recipe, world_size: int, device: Accelerator) -> Estimate:
+    """Estimate the speed of ``recipe`` on ``world_size`` devices.
+
+    Raises:
+        ConfigError: The mesh does not fit the world size.
+    """
+    plan = make_plan(recipe, world_size, device.linked_devices)
+    degrees = resolve_degrees(recipe.mesh, world_size, device.linked_devices)
+    c = compute_dtype(recipe.precision).itemsize
+    with fake_world(world_size):
+        model = build_sharded(recipe, degrees)
+        seq_len = recipe.max_seq_len
+        shares = [block.positions / seq_len for block in planned_blocks(model, seq_len)]
+        works = [_scaled(block_work(recipe.model, b, seq_len, c), s) for b, s in zip(model.blocks, shares, strict=True)]
+        head = head_work(model)
+    peak = _peak(recipe, device)
+    step = _step(recipe, device, plan, works, head, peak)
+    flops = 3 * (sum(work.flops for work in works) + head.flops)
+    mfu = flops * plan.tokens_per_step / (step.total * peak)
+    return Estimate(plan, device, step, flops, mfu, _run_tokens(recipe))
+
+
+def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work], head: Work, peak: float) -> StepTime:
+    tokens, passes = plan.tokens_per_step, PASSES[recipe.activation_checkpointing]
+    bandwidth = MEMORY_SHARE * device.memory_tb_per_s * 1e12
+    narrow = FP8_SHARE if recipe.precision.fp8.recipe else 1.0
+    linear = sum(work.linear for work in works) * passes / (peak * SHARE_OF_PEAK["linear"] * narrow)
+    head_seconds = 3 * head.linear / (_bf16(device) * SHARE_OF_PEAK["linear"])
+    attention = sum(work.attention for work in works) * (passes + 0.5) / (_bf16(device) * SHARE_OF_PEAK["attention"])
+    experts = sum(work.experts for work in works) * passes / (peak * SHARE_OF_PEAK["experts"] * narrow)
+    reads = plan.micro_batches * passes * _expert_bytes(recipe, plan, works) / bandwidth
+    recomputed = 1 if recipe.activation_checkpointing != ActivationCheckpointing.none else 0
+    moved = sum(work.moved for work in works) * (3 + recomputed) / bandwidth
+    computed = tokens * (linear + head_seconds + attention + moved) + max(tokens * experts, reads)
+    launched = plan.micro_batches * len(works) * passes * LAUNCHES * LAUNCH_SECONDS * 2 / 3
+    exchange = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective == "all_to_all")
+    sharding = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective != "all_to_all")
+    moments = plan.memory.optimizer
+    optimizer = (OPTIMIZER_BYTES * plan.memory.parameters // 4 + 2 * moments) / bandwidth
+    return StepTime(
+        products=tokens * (linear + head_seconds + attention),
+        experts=max(tokens * experts, reads),
+        other=tokens * moved,
+        launches=max(0.0, launched - computed),
+        exchange=exchange,
+        sharding=max(0.0, sharding - HIDDEN_SHARE * computed),
+        optimizer=optimizer,
+    )
+
+
+def _scaled(work: Work, share: float) -> Work:
+    return Work(*(share * value for value in (work.linear, work.experts, work.attention, work.moved)))
+
+
+def _bf16(device: Accelerator) -> float:
+    return device.bf16_tflops * 1e12
+
+
+def _peak(recipe: Recipe, device: Accelerator) -> float:
+    """Give the peak of the products' format; fp32 runs as TF32, at half the rate of BF16."""
+    if recipe.precision.fp8.recipe:
+        return device.fp8_tflops * 1e12
+    return _bf16(device) * (0.5 if recipe.precision.compute == Compute.fp32 else 1.0)
+
+
+def _expert_bytes(recipe: Recipe, plan: Plan, works: Sequence[Work]) -> float:
+    """Bytes of the experts' weights that a pass over all blocks reads on one rank."""
+    moe, sparse = recipe.model.moe, sum(work.experts > 0 for work in works)
+    elements = 3 * moe.expert_hidden_size * recipe.model.d_model * moe.num_experts / plan.mesh.expert
+    return sparse * elements * compute_dtype(recipe.precision).itemsize
+
+
+def _seconds(entry: Traffic, device: Accelerator) -> float:
+    """Time of a collective in a step: the slower of link and network, and the latency of its calls.
+
+    Collectives in rings use the network of every rank of the group on a node; exchanges send each pair's rows directly.
+    """
+    remote = entry.across_nodes * (entry.ranks - 1) / entry.sent if entry.sent else 0.0
+    on_node = max(1.0, entry.ranks - remote)
+    across = entry.across_nodes / (1.0 if entry.collective == "all_to_all" else on_node)
+    inside = (entry.sent - entry.across_nodes) / (LINK_SHARE * device.link_gb_per_s * 1e9)
+    return max(inside, across / (NETWORK_SHARE * device.network_gb_per_s * 1e9)) + entry.calls * CALL_SECONDS
+
+
+def _run_tokens(recipe: Recipe) -> int | None:
+    found = re.fullmatch(r"(\d+)(tok|ba|sp)", recipe.max_duration)
+    if not found:
+        return None
+    tokens = recipe.max_seq_len * {"tok": 0, "sp": 1, "ba": recipe.global_train_batch_size}[found[2]]
+    return int(found[1]) * (tokens or 1)

@@ -1,0 +1,112 @@
+"""Estimates: FLOPs against torch's own counter, times against closed forms, and speeds against published runs."""
+
+import json
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.estimates import ratios
+from moefoundry.cli.main import main
+from moefoundry.config import load_recipe
+from moefoundry.model.transformer import meta_model
+from moefoundry.parallel import materialize
+from moefoundry.planning.devices import ACCELERATORS
+from moefoundry.planning.estimate import Estimate, estimate
+from moefoundry.planning.work import block_work, head_work
+from tests.conftest import QUICKSTART
+
+H100 = ACCELERATORS["h100"]
+SMALL = ["mesh={replicate: 2, shard: 4, expert: 2}", "global_train_batch_size=16", "precision.compute=bf16"]
+MLA = "model.attention={kind: mla, n_heads: 4, q_lora_rank: 32, kv_lora_rank: 16, v_head_dim: 24}"
+
+
+def estimated(*overrides: str, device=H100, world_size: int = 8) -> Estimate:
+    return estimate(load_recipe(QUICKSTART, [*SMALL, *overrides], world_size=world_size), world_size, device)
+
+
+@pytest.mark.parametrize("attention", ["model.attention.n_kv_heads=2", MLA])
+def test_flops_are_those_that_torch_counts(attention: str) -> None:
+    cfg, seq_len = load_recipe(QUICKSTART, [attention, "model.moe.backend=loop"]).model, 64
+    model = meta_model(cfg).eval()
+    materialize(model, "cpu", 17)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, seq_len, dtype=torch.int64))
+    works = [block_work(cfg, block, seq_len, 4) for block in model.blocks]
+    counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
+    of_attention = sum(flops for name, flops in counted.items() if "bmm" in name)
+    products = sum(work.linear + work.experts for work in works) + head_work(model).linear
+    assert seq_len * products == sum(counted.values()) - of_attention
+    # The counter counts every pair of positions; half of them, and the diagonal, are seen.
+    ours = seq_len * sum(work.attention for work in works)
+    assert ours == pytest.approx(of_attention * (seq_len + 1) / (2 * seq_len))
+
+
+def test_a_window_and_recomputation_cost_what_they_should() -> None:
+    plain, recomputed = estimated(), estimated("activation_checkpointing=full")
+    assert recomputed.flops_per_token == plain.flops_per_token, "work that is done twice is no work of the model"
+    assert recomputed.step.experts == pytest.approx(plain.step.experts * 4 / 3)
+    windowed = estimated("model.attention.sliding_window=16")
+    cfg, seq_len = load_recipe(QUICKSTART, []).model, 512
+    seen = (16 * 17 / 2 + (seq_len - 16) * 16) / seq_len
+    saved = 3 * cfg.n_layers * 4 * cfg.attention.projection_widths(cfg.d_model)[0] * ((seq_len + 1) / 2 - seen)
+    assert plain.flops_per_token - windowed.flops_per_token == pytest.approx(saved)
+
+
+def test_times_follow_the_device() -> None:
+    base = estimated()
+    assert base.step.total == pytest.approx(sum(asdict(base.step).values()))
+    nodes_of_2 = estimated(device=replace(H100, linked_devices=1))
+    assert nodes_of_2.step.exchange > 1.5 * base.step.exchange, "rows that leave a node take the network"
+    faster = estimated(device=replace(H100, bf16_tflops=2 * H100.bf16_tflops))
+    assert faster.step.products == pytest.approx(base.step.products / 2)
+    assert faster.mfu < base.mfu
+
+
+def test_the_length_of_the_run() -> None:
+    tokens = estimated("max_duration=8388608tok")
+    batches = estimated("max_duration=1024ba")
+    assert tokens.run_tokens == batches.run_tokens == 1024 * 16 * 512
+    seconds = 1024 * batches.step.total
+    assert batches.days == pytest.approx(seconds / 86400)
+    assert estimated("max_duration=1ep").days is None
+
+
+def test_the_command(tmp_path: Path, capsys) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text("\n".join(f"{name}: {value}" for name, value in asdict(H100).items()))
+    command = ["estimate", str(QUICKSTART), *SMALL, "--world-size", "8"]
+    assert main([*command, "--gpu", str(own), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"]["step"] == pytest.approx(estimated().step.total)
+    assert main([*command, "--price", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "tokens/s a device" in out
+    assert "at 2 a device and hour" in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "unknown; known are a100, h100"),
+        ("bf16_tflops: 1", "fp8_tflops, link_gb_per_s"),
+        ("- 1", "no mapping"),
+    ],
+)
+def test_an_unknown_device_is_one_line(text: str | None, message: str, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "mine.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert main(["estimate", str(QUICKSTART), "--world-size", "1", "--gpu", str(file)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_published_runs() -> None:
+    found = [ratio for _, _, ratio in ratios()]
+    assert statistics.median(abs(ratio - 1) for ratio in found) < 0.3
+    assert all(0.5 < ratio < 2 for ratio in found)
