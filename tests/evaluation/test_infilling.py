@@ -52,9 +52,9 @@ def test_special_tokens_in_the_text_are_text(tokenizer: PromptTokenizer) -> None
     assert ids.dtype == torch.int64
     assert (ids == infiller.sentinels.suffix).sum() == 1
     assert tokenizer.backend.encode_special_tokens, "as it was"
-    with pytest.raises(UserError, match="suffix='.*udcff': not UTF-8"):
+    with pytest.raises(UserError, match=r"suffix='.*udcff': not UTF-8"):
         infiller.prompt("", "\udcff")
-    with pytest.raises(UserError, match="^here: the tokenizer has no <a> and no <b> and no <c>"):
+    with pytest.raises(UserError, match=r"^here: the tokenizer has no <a> and no <b> and no <c>"):
         Infiller(tokenizer, "here", {f"{FIM}.sentinels": ["<a>", "<b>", "<c>"]})
 
 
