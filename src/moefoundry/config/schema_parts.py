@@ -176,9 +176,9 @@ class DatasetConfig:
 
     @property
     def sources(self) -> dict[str, StreamConfig]:
-        """The streams by name, each with its split; data that are no stream have the name ""."""
+        """The streams in the order of their names, each with its split; data that are no stream have the name ""."""
         sources = self.streams or {"": StreamConfig(local=self.local, remote=self.remote)}
-        return {name: replace(each, split=each.split or self.split) for name, each in sources.items()}
+        return {name: replace(each, split=each.split or self.split) for name, each in sorted(sources.items())}
 
 
 def _eval_dataset() -> DatasetConfig:

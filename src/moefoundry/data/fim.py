@@ -33,6 +33,7 @@ from moefoundry.config.schema_data import FimConfig, FimFormat, FimSplit
 from moefoundry.data.tokenizer import FIM_TOKENS
 
 SENTINELS = 3
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 SPARE_TOKENS = 8
 """Tokens that a document divided between characters may gain."""
 
@@ -178,6 +179,8 @@ class FillInTheMiddle:
         """Divide between characters; None if the parts do not fit, or do not give the text back."""
         assert self._backend is not None, "documents are divided between characters"
         text = self._backend.decode(tokens.tolist(), skip_special_tokens=False)
+        if REPLACEMENT in text:  # parts of characters, which do not come back
+            return None
         begin, end = int(low * (len(text) + 1)), int(high * (len(text) + 1))
         parts = [
             self._backend.encode(part, add_special_tokens=False).ids

@@ -4,7 +4,7 @@ B batch of one rank, S ``max_seq_len``, G global batch (B x ranks). A batch is `
 int64 [B, S]}`` with equal contents: the shift by one is the model's. Where documents are told apart, ``"sequence_id":
 int64 [B, S]`` (LLM Foundry's name) counts those of a sample from 0; the end-of-text token belongs to the one it ends.
 Rows of documents (:mod:`moefoundry.data.token_dataset`) always have it, with -1 where room is left at the end. With
-several streams ``"source": int64 [B]`` is the stream of each row, in the recipe's order.
+several streams ``"source": int64 [B]`` is the stream of each row, in the order of their names.
 
 Order (mosaicml-streaming's elastic determinism). Samples are permuted by the seed and the epoch alone, then dealt out:
 global batch ``i`` is the samples ``i*G .. (i+1)*G`` of the permutation, whatever the number of ranks, nodes and

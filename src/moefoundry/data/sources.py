@@ -86,7 +86,7 @@ class DocumentSource:
         fim: Fill-in-the-middle; None leaves documents as they are.
 
     Attributes:
-        plan: That of this epoch; at first that of the documents as they are.
+        plan: That of this epoch; before the first, with ``fim``, one of as many rows, but for very few.
     """
 
     def __init__(
@@ -107,7 +107,11 @@ class DocumentSource:
         self._fim: FillInTheMiddle | None = None
         self._planned = lengths
         self._epoch: tuple[int, int] | None = None
-        self.plan: PackingPlan = PACKERS[method](lengths, seq_len)
+        self.plan: PackingPlan
+        if fim is None:
+            self.plan = PACKERS[method](lengths, seq_len)
+        else:
+            self.begin_epoch(0, seed=0)  # not the run's, which a checkpoint may replace
 
     @property
     def rows(self) -> int:

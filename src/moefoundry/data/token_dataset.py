@@ -3,8 +3,8 @@
 The library permutes the samples of an epoch and deals them out, see :mod:`moefoundry.data.loader`. Here its samples are
 rows: of data that were packed when they were prepared, the samples themselves; of documents, what a packing plan says
 (:mod:`moefoundry.data.sources`). A stream is drawn from as the library's ``proportion``, ``repeat`` and ``choose`` say,
-counted in rows, and every row is of one stream. An epoch takes as many rows of a stream as its documents fill: with
-fill-in-the-middle, whose sentinels fill a few more, some are left out, others in every epoch.
+counted in rows, and every row is of one stream. All epochs have as many rows. With fill-in-the-middle, documents fill
+a row more in one epoch, and a row less in another: then one is left out, or read twice.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TokenDataset(GuardedDataset):
         fim: Fill-in-the-middle, which ``config`` may ask for.
 
     Attributes:
-        sources: The streams, in the recipe's order.
+        sources: The streams, in the order of their names.
 
     Raises:
         UserError: The samples have another length, or were packed otherwise; there are fewer than one global batch and
@@ -90,6 +90,7 @@ class TokenDataset(GuardedDataset):
         ]
         self.drop_last = drop_last
         self._repeats: NDArray[np.bool_] | None = None
+        self._epoch = 0
         if not config.shuffle:
             self._begin_epoch(0)
         choices = rows_of_an_epoch(list(config.sources.values()), self._rows(), self.shuffle_seed)
@@ -131,6 +132,7 @@ class TokenDataset(GuardedDataset):
 
     def _begin_epoch(self, epoch: int) -> None:
         """Plan an epoch. Without a shuffle every epoch is the same."""
+        self._epoch = epoch
         for source in self.sources:
             source.begin_epoch(epoch if self.shuffle else 0, self.shuffle_seed)
 
@@ -171,14 +173,21 @@ class TokenDataset(GuardedDataset):
 
     def _share_work(self, sample_ids: NDArray[np.int64]) -> Any:
         """Share the rows of all, ``[node, rank, worker, batch, row]``; called in one process of a node."""
-        self._repeats = None if self.drop_last else _repeated(sample_ids)
+        self._repeats = self._repeated(sample_ids)
         return super()._share_work(sample_ids)
 
     def _attach_work(self) -> Any:
         """Receive the rows of all, and more behind them; called in the other processes of a node."""
         work = super()._attach_work()
-        self._repeats = None if self.drop_last else _repeated(work[0])
+        self._repeats = self._repeated(work[0])
         return work
+
+    def _repeated(self, sample_ids: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Mark rows that come more often than the epoch has them, so that each rank has as many batches."""
+        if self.drop_last:
+            return None
+        _, rows = self.resample_streams(self._epoch)
+        return _beyond(sample_ids, np.bincount(rows, minlength=self.size))
 
     def _locate(self, row: int) -> tuple[int, int, NDArray[np.int64]]:
         """Find the stream of a row, its number within the stream, and its samples in the numbering of all streams."""
@@ -258,11 +267,13 @@ def cut(choices: NDArray[np.int64], excess: int) -> NDArray[np.int64]:
     return choices
 
 
-def _repeated(sample_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Mark, in the same shape, the samples that occur earlier already."""
-    repeated = np.ones(sample_ids.size, bool)
-    repeated[np.unique(sample_ids, return_index=True)[1]] = False
-    return repeated.reshape(sample_ids.shape)
+def _beyond(sample_ids: NDArray[np.int64], times: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Mark, in the same shape, where a sample has come as often as ``times`` says already."""
+    flat = sample_ids.ravel()
+    order = np.argsort(flat, kind="stable")
+    earlier = np.empty(flat.size, np.int64)
+    earlier[order] = np.arange(flat.size) - np.searchsorted(flat[order], flat[order])
+    return (earlier >= times[flat]).reshape(sample_ids.shape)
 
 
 def number_documents(tokens_S: Tensor, eos_id: int) -> Tensor:

@@ -37,7 +37,7 @@ TASK_KEYS = (
     "icl_seq_len",
     "icl_subset_num_batches",
     "eval_gauntlet",
-)  # the same here, with all below them
+)
 FOR_LLM_FOUNDRY = {
     "use_auth_token": "nothing is downloaded",
     "trust_remote_code": "no code of a model runs",
