@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.config import ModelConfig, MtpConfig
 from moefoundry.conversion.families import FAMILIES
 from moefoundry.conversion.safetensors_io import SafetensorsReader
+from moefoundry.conversion.tensor_map import Dtype, TensorMap
 from moefoundry.data.tokenizer import train_tokenizer
-from tests.conversion.families.models import VARIANTS, add_prediction_module, their_tensors, transformers_model
+from moefoundry.model.transformer import meta_model
+from tests.conversion.families.models import OLDER, VARIANTS, add_prediction_module, their_tensors, transformers_model
 
 FP8_BLOCK = 128
 
@@ -29,7 +32,20 @@ def family_config(family: str, variant: str = "plain", mtp_depth: int = 0) -> Mo
 
 def family_tensors(family: str, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Tensors as they are published: buffers in fp32, whatever the parameters; modules that predict further tokens
-    with their copies of embedding and head; and those without elements."""
+    with their copies of embedding and head; and those without elements. Where this environment's transformers has no
+    such model, they have the shapes of our map, which the newer transformers is compared with elsewhere."""
+    if family not in OLDER:
+        names = TensorMap(FAMILIES[family], cfg)
+        specs = names.their_specs(
+            {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in meta_model(cfg).state_dict().items()}, Dtype.keep
+        )
+        draw = torch.Generator().manual_seed(0)
+        return {
+            name: (0.2 * torch.randn(spec.shape, generator=draw) + ("norm" in name and len(spec.shape) == 1)).to(
+                torch.float32 if name.endswith("e_score_correction_bias") else dtype
+            )
+            for name, spec in specs.items()
+        }
     model = transformers_model(family, cfg)
     for _ in range(cfg.mtp.depth):
         add_prediction_module(model)

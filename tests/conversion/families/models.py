@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
 from moefoundry.config import (
@@ -27,8 +29,8 @@ from moefoundry.config import (
 )
 from moefoundry.conversion.families import FAMILIES, Piece
 from moefoundry.model.transformer import MoETransformer
+from tests.conversion.transformers5 import VOCAB, randomize
 
-VOCAB, LENGTH = 61, 24
 YARN = YarnConfig(factor=4.0, original_max_seq_len=32)
 GQA = GqaConfig(n_heads=4, n_kv_heads=2)
 MLA = MlaConfig(
@@ -135,14 +137,35 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
     },
 }
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
+OLDER = [family for family in VARIANTS if family in CONFIG_MAPPING_NAMES]
+"""Families that the transformers of this environment has, too."""
+OLDER_CASES = [(family, variant) for family, variant in CASES if family in OLDER]
+
+SIZES = {  # without these there is no model
+    "dbrx": {"d_model", "n_heads", "n_layers", "vocab_size", "attn_config", "ffn_config"},
+    "deepseek_v3": {
+        *("first_k_dense_replace", "kv_lora_rank", "n_group", "n_routed_experts", "num_experts_per_tok"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "routed_scaling_factor", "topk_group", "v_head_dim"),
+    },
+}
+COMMON_SIZES = {
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok"),
+}
+
+
+def sizes(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Its keys without which there is no model."""
+    found = {key: config[key] for key in SIZES.get(family, set()) | COMMON_SIZES if key in config}
+    if family == "dbrx":
+        found["attn_config"] = {"clip_qkv": 8}
+        needed = ("ffn_hidden_size", "moe_num_experts", "moe_top_k")
+        found["ffn_config"] = {key: config["ffn_config"][key] for key in needed}
+    return found
 
 
 def transformers_model(family: str, cfg: ModelConfig, attention: str = "eager") -> PreTrainedModel:
-    """Transformers' model of ``cfg``, with random weights: those of norms about 1, expert biases in [0, 0.5].
-
-    With positive biases no score is below 0, the value that transformers' DeepSeek gives to experts outside a token's
-    groups (here, as in DeepSeek's own code, it is minus infinity).
-    """
+    """The model of this environment's transformers, with random weights."""
     config = FAMILIES[family].write_config(cfg, max_seq_len=64, torch_dtype="float32")
     whole_queries = config.get("q_lora_rank", 0) is None
     if whole_queries:  # transformers 4.51 builds no such model; its attention with nothing before `q_b_proj` is that
@@ -166,16 +189,6 @@ def add_prediction_module(model: PreTrainedModel) -> None:
     layer.shared_head.norm = DeepseekV3RMSNorm(width, eps)
     randomize(layer, seed=len(layers))
     layers.append(layer.eval())
-
-
-def randomize(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("e_score_correction_bias"):
-                tensor.uniform_(0.0, 0.5, generator=generator)
-            else:
-                tensor.normal_(1.0 if "norm" in name and tensor.dim() == 1 else 0.0, 0.2, generator=generator)
 
 
 def their_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -212,3 +225,13 @@ def our_model(family: str, cfg: ModelConfig, theirs: dict[str, Tensor]) -> MoETr
         for _, our, their in blocks(FAMILIES[family].pieces(cfg), our_tensors(model), theirs):
             our.copy_(their)
     return model
+
+
+def assert_covered_once(pieces: list[Piece], ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    counts = [{name: torch.zeros(tensor.shape) for name, tensor in side.items()} for side in (ours, theirs)]
+    for piece, our, their in blocks(iter(pieces), *counts):
+        assert our.shape == their.shape, piece
+        our += 1
+        their += 1
+    for side in counts:
+        assert {name for name, count in side.items() if (count != 1).any()} == set()

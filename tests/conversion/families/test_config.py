@@ -24,25 +24,17 @@ from tests.conversion.families.models import (
     GQA,
     MLA,
     NOT_NORMALIZED,
+    OLDER,
+    OLDER_CASES,
     VARIANTS,
     YARN,
     deepseek,
     experts,
+    sizes,
     sparse,
 )
 from tests.conversion.families.published import PUBLISHED
 
-SIZES = {  # without these there is no model
-    "dbrx": {"d_model", "n_heads", "n_layers", "vocab_size", "attn_config", "ffn_config"},
-    "deepseek_v3": {
-        *("first_k_dense_replace", "kv_lora_rank", "n_group", "n_routed_experts", "num_experts_per_tok"),
-        *("qk_nope_head_dim", "qk_rope_head_dim", "routed_scaling_factor", "topk_group", "v_head_dim"),
-    },
-}
-COMMON = {
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok"),
-}
 BIASED = replace(VARIANTS["olmoe"]["plain"], moe=replace(experts(), balance=BalanceConfig(bias_update_rate=0.1)))
 DEALT = replace(VARIANTS["qwen3_moe"]["plain"], moe=experts(RouterConfig(assignment=Assignment.uniform)))
 
@@ -68,7 +60,7 @@ def test_a_written_config_reads_back_equal(family: str, variant: str) -> None:
     assert family_of(config).read_config(config) == cfg
 
 
-@pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(("family", "variant"), OLDER_CASES, ids=["-".join(case) for case in OLDER_CASES])
 def test_what_transformers_saves_reads_back_equal(family: str, variant: str) -> None:
     """Its files have more keys than ours, and defaults filled in."""
     config = written(family, variant)
@@ -76,18 +68,12 @@ def test_what_transformers_saves_reads_back_equal(family: str, variant: str) -> 
     assert FAMILIES[family].read_config(saved) == VARIANTS[family][variant]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OLDER)
 def test_keys_left_out_have_transformers_defaults(family: str) -> None:
-    config = written(family)
-    sizes = {key: config[key] for key in SIZES.get(family, set()) | COMMON if key in config}
-    if family == "dbrx":
-        sizes["attn_config"] = {"clip_qkv": 8}
-        sizes["ffn_config"] = {
-            key: config["ffn_config"][key] for key in ("ffn_hidden_size", "moe_num_experts", "moe_top_k")
-        }
-    filled = json.loads(AutoConfig.for_model(family, **sizes).to_json_string(use_diff=True))
-    assert filled.keys() > sizes.keys()
-    assert FAMILIES[family].read_config({"model_type": family, **sizes}) == FAMILIES[family].read_config(filled)
+    given = sizes(family, written(family))
+    filled = json.loads(AutoConfig.for_model(family, **given).to_json_string(use_diff=True))
+    assert filled.keys() > given.keys()
+    assert FAMILIES[family].read_config({"model_type": family, **given}) == FAMILIES[family].read_config(filled)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
