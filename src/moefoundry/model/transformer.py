@@ -73,6 +73,7 @@ class Block(nn.Module):
         self.attention_norm = build_norm(cfg.d_model, cfg.norm)
         self.attention = build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
+        self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.dense_width)
             if layer_index < cfg.n_dense_layers or layer_index in cfg.dense_layers
@@ -83,11 +84,16 @@ class Block(nn.Module):
         self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """Compute [B, S, D] -> [B, S, D], and the routing statistics if the block has experts."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + multiplied(self.attention(self.attention_norm(x_BSD), context, cache), self.residual)
         if isinstance(self.ffn, MoELayer):
             out_BSD, stats = self.ffn(self.ffn_norm(x_BSD))
-            return x_BSD + out_BSD, stats
-        return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
+            return x_BSD + multiplied(out_BSD, self.residual), stats
+        return x_BSD + multiplied(self.ffn(self.ffn_norm(x_BSD)), self.residual), None
+
+
+def multiplied(x: Tensor, factor: float) -> Tensor:
+    """Multiply by a constant, without a kernel where that changes nothing."""
+    return x if factor == 1 else x * factor
 
 
 class OutputHead(nn.Linear):
@@ -95,12 +101,15 @@ class OutputHead(nn.Linear):
 
     Attributes:
         operand_dtype: Dtype to which a precision policy rounds operands; None does not round.
+        divisor: Divides the logits; applied to the hidden states, which are fewer.
     """
 
     operand_dtype: torch.dtype | None = None
+    divisor: float = 1.0
 
     def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
         """Compute logits [B, S, V], or with ``targets_BS`` the sum of the cross entropies, a scalar."""
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
         if targets_BS is None:
             return self._logits(hidden_BSD)
         return linear_cross_entropy(
@@ -109,6 +118,7 @@ class OutputHead(nn.Linear):
 
     def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Sum each loss over the targets, [len(losses)]; logits of one chunk of tokens exist at a time."""
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
         chunks = zip(
             hidden_BSD.flatten(0, 1).split(CHUNK_TOKENS), targets_BS.flatten().split(CHUNK_TOKENS), strict=True
         )
@@ -153,6 +163,7 @@ class MoETransformer(nn.Module):
         )
         self.norm = build_norm(cfg.d_model, cfg.norm)
         self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=False)
+        self.lm_head.divisor = cfg.multipliers.logits_divisor
         self.mtp: Sequence[MTPModule] = nn.ModuleList(  # type: ignore[assignment]  # as above
             MTPModule(cfg, Block(cfg, cfg.n_layers + index)) for index in range(cfg.mtp.depth)
         )
@@ -220,7 +231,7 @@ class MoETransformer(nn.Module):
             sequence_id = None
         elif sequence_id is None:
             raise ValueError("model.document_masking is on: the model needs sequence_id, int64 [B, S], too")
-        x_BSD = embedded_BSD = self.embed_tokens(input_ids_BS)
+        x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
         context = attention_context(self.cfg, input_ids_BS, sequence_id, 0 if cache is None else cache.length)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[RoutingStats] = []
