@@ -92,8 +92,9 @@ lint: setup ## style, types, layer order, Dockerfile
 bench: setup ## the comparisons of benchmarks/
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-docs: setup ## regenerate the recipe reference and the pictures
+docs: setup oracle ## regenerate the recipe reference, the table of families and the pictures
 	$(BIN)/python -m moefoundry.config.reference docs/recipe.md
+	$(BIN)/python docs/families.py
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python docs/mesh.py
 

@@ -176,7 +176,7 @@ def _load(hf: Path, cfg: ModelConfig, fp8_as: torch.dtype) -> Any:
         found = {name: tensors.read(name) for name in tensors.specs}
         return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=found, **OPTIONS)
     model = _build(config)
-    split = SplitExperts(SafetensorsReader(hf, fp8_as=fp8_as), family.pieces(cfg))
+    split = SplitExperts(SafetensorsReader(hf, fp8_as=fp8_as), family, cfg)
     query = "q_proj" if _without_query_rank(cfg) else "q_b_proj"
     stored = {name: name.replace("q_b_proj", query) for name in model.state_dict()}
     values = {name: split.read(there) for name, there in stored.items() if there in split.specs}

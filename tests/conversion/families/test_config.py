@@ -81,8 +81,8 @@ def test_published_configs_are_read(name: str) -> None:
     family = family_of(PUBLISHED[name])
     cfg = family.read_config(PUBLISHED[name])
     assert family.fits(cfg) == []
-    assert family_for(cfg) is family
-    assert family.max_seq_len(PUBLISHED[name]) in (4096, 8192, 32768, 163840)
+    assert family_for(cfg) is family or family.name == "glm4_moe_lite"  # which says the same as deepseek_v3
+    assert family.max_seq_len(PUBLISHED[name]) in (4096, 8192, 32768, 131072, 163840, 196608, 202752)
     assert family.read_config(family.write_config(cfg, 1)) == cfg
 
 
@@ -115,7 +115,7 @@ def test_sparse_steps_and_dense_layers_of_qwen() -> None:
         ("mixtral", {"new_option": 3}, "new_option: got 3, and this key is not known here"),
         ("mixtral", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.quant_method"),
         ("llama", {"mlp_bias": True}, "mlp_bias: got true; allowed: false"),
-        ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 'rope_scaling.rope_type: got "llama3"'),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, 'rope_scaling.rope_type: got "dynamic"'),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 8.0}}, 'rope_scaling.type: got "linear"'),
         ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: missing"),
         (
@@ -164,11 +164,12 @@ def test_all_problems_of_a_config_are_named_at_once() -> None:
 
 
 def test_an_unknown_model_type_is_named_with_those_there_are() -> None:
-    for other in ("qwen2_moe", "deepseek_v2", "jamba"):  # whose names are near to some here, and whose models are not
-        with pytest.raises(UserError, match=rf"model_type '{other}' is not among the families: llama, .*, dbrx$"):
+    for other in ("qwen2_vl", "deepseek_vl", "jamba"):  # whose names are near to some here, and whose models are not
+        with pytest.raises(UserError, match=rf"model_type '{other}' is not among the families: llama, .*, dbrx, .*$"):
             family_of({"model_type": other})
-    with pytest.raises(UserError, match=r"dbrx; did you mean 'qwen3_moe'\?"):
+    with pytest.raises(UserError, match=r"; did you mean 'qwen3_moe'\?"):
         family_of({"model_type": "Qwen3-MoE"})
+    assert family_of({"model_type": "kimi_k2"}).name == "deepseek_v3"
     with pytest.raises(UserError, match="model_type None"):
         family_of({})
 
