@@ -214,9 +214,9 @@ def _build(config: Any) -> Any:
 def _main(hf: str, out: str, stored_as: str, fp8_as: str) -> None:
     from moefoundry.conversion.hf_directory import open_hf
 
-    dtypes = [None if name == NONE else getattr(torch, name) for name in (stored_as, fp8_as)]
+    rounded = None if stored_as == NONE else getattr(torch, stored_as)
     try:
-        found = _run_here(Path(hf), open_hf(Path(hf)).cfg, *dtypes)
+        found = _run_here(Path(hf), open_hf(Path(hf)).cfg, rounded, getattr(torch, fp8_as))
     except UserError as error:
         sys.exit(f"error: {error}")
     blocks = {f"hidden.{index}": values.contiguous() for index, values in enumerate(found.hidden)}

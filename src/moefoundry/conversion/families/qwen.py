@@ -33,7 +33,7 @@ class Qwen2(Llama):
         "sliding_window": 4096,
         "max_window_layers": 28,
     }
-    bias_of_key = None
+    bias_of_key: ClassVar[AttentionBias | None] = None
     qkv_bias: ClassVar[AttentionBias | None] = AttentionBias.qkv
     qk_norm: ClassVar[QkNorm] = QkNorm.none
 
