@@ -21,6 +21,7 @@ from moefoundry.checkpoint.lease import held
 from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.run_dir import store_of
 from moefoundry.config import Recipe, advice, flatten
+from moefoundry.conversion.families import exports_as
 from moefoundry.evaluation.generation import complete
 from moefoundry.model.transformer import MoETransformer
 
@@ -52,6 +53,7 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         if dist.get_global_rank() == 0:
             for problem in advice(recipe):
                 print(f"warning: {problem}", file=sys.stderr, flush=True)
+            print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
         trainer.logger.log_hyperparameters(flatten(recipe))
         timestamp, max_duration = trainer.state.timestamp, trainer.state.max_duration
         if max_duration is None or timestamp < max_duration:

@@ -106,7 +106,9 @@ def test_an_empty_file_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match=rf"{path}: is empty; allowed: a mapping of keys to values$"):
         load_recipe(path)
     found = problems_of(path=write(tmp_path, "{}"))
-    assert {key for key, spec in every_key().items() if spec.required and ".yarn." not in key} >= set(found)
+    optional = (".yarn.", ".llama3_rope.")
+    required = {key for key, spec in every_key().items() if spec.required and not any(part in key for part in optional)}
+    assert required >= set(found)
     assert all(problem.message.startswith("missing: ") for problem in found.values())
 
 
@@ -362,8 +364,9 @@ def required_beside(path: str) -> dict[str, Any]:
         return {"model.n_dense_layers": 0}
     if path == "lora.base":
         return {"load_path": "runs/base"}
-    yarn = {"model.attention.yarn.factor": 4, "model.attention.yarn.original_max_seq_len": 64}
-    return yarn if path.startswith("model.attention.yarn.") else {}
+    extensions = {"yarn": ("factor", "original_max_seq_len"), "llama3_rope": ("factor",)}
+    mapping = path.rpartition(".")[0]
+    return {f"{mapping}.{key}": 64 for key in extensions.get(mapping.rpartition(".")[2], ())}
 
 
 @pytest.mark.parametrize(("path", "spec", "tags"), leaves())

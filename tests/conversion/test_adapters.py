@@ -25,12 +25,13 @@ from moefoundry.conversion.convert import consolidate, export_hf, import_hf, mer
 from moefoundry.conversion.peft import export_peft
 from moefoundry.conversion.peft_import import import_peft, write_adapters
 from moefoundry.conversion.peft_names import ExpertKind
+from moefoundry.conversion.reference import newer_transformers
 from moefoundry.model.transformer import MoETransformer
 from tests.conversion.families.models import VOCAB
 from tests.conversion.hf import family_config, write_hf
+from tests.conversion.oracle import SCRIPT, needs_oracle
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-ROOT = Path(__file__).parents[2]
 CASES = [("mixtral", "plain"), ("olmoe", "clipped"), ("qwen3_moe", "dense_between"), ("deepseek_v3", "plain")]
 LINEARS = ["attention", "dense", "shared_experts"]
 LORA = LoraConfig(rank=4, alpha=6.0)
@@ -223,10 +224,7 @@ def test_dora_of_peft(tmp_path: Path, with_peft: Any) -> None:
     assert_same(load_model(tmp_path / "again")(ids()), model(ids()))
 
 
-@pytest.mark.skipif(
-    "MOEFOUNDRY_TRANSFORMERS5" not in os.environ,
-    reason="MOEFOUNDRY_TRANSFORMERS5 does not name a directory that transformers 5 is installed in",
-)
+@needs_oracle
 @torch.no_grad()
 def test_peft_in_transformers_5_computes_the_same(tmp_path: Path) -> None:
     """Experts are fused there."""
@@ -237,9 +235,9 @@ def test_peft_in_transformers_5_computes_the_same(tmp_path: Path) -> None:
         export_peft(tmp_path / family / "adapters", tmp_path / family / "peft", family)
         export_hf(tmp_path / family / "base", tmp_path / family / "exported", family)
         expected[family] = model(ids())
-    path = os.pathsep.join([os.environ["MOEFOUNDRY_TRANSFORMERS5"], str(ROOT), *sys.path])
-    command = [sys.executable, "-m", "tests.conversion.transformers5", "adapt", str(tmp_path)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True)
+    path = os.pathsep.join([str(newer_transformers()), *sys.path])
+    command = [sys.executable, str(SCRIPT), "adapt", str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     results = torch.load(tmp_path / "results.pt")
     for family, logits in expected.items():
         assert_same(results[family]["logits"], logits)

@@ -230,4 +230,8 @@ def _weights(ema: bool) -> Weights:
 
 
 def _tell(summary: Summary, as_json: bool) -> None:
-    print(json.dumps(asdict(summary), indent=2, default=str) if as_json else summary)
+    if not as_json:
+        print(summary)
+        return
+    difference = None if summary.parity is None else summary.parity.logits
+    print(json.dumps({**asdict(summary), "max_difference": difference}, indent=2, default=str))

@@ -150,9 +150,19 @@ def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     elif (width // heads) % 2:
         message = f"the head width model.d_model / n_heads = {width} / {heads} = {width // heads} is odd"
         yield Problem(path, message, allowed=EVEN)
+    if attention.rotary_fraction < 1 and (turned := attention.rotary_dim(width)) % 2 | (turned == 0):
+        message = f"{attention.rotary_fraction} of a head of {attention.head_width(width)} is {turned}"
+        yield Problem("model.attention.rotary_fraction", message, allowed=EVEN)
     if heads % attention.n_kv_heads:
         message = f"n_heads {heads} is not divisible by {attention.n_kv_heads} key-value heads"
         yield Problem("model.attention.n_kv_heads", message, allowed=divisors(heads))
+
+
+@rule("model.moe.shared_expert_gate", "model.moe.num_shared_experts")
+def _gate_of_nothing(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    if recipe.model.moe.shared_expert_gate and not recipe.model.moe.num_shared_experts:
+        message = "true, but model.moe.num_shared_experts is 0"
+        yield Problem("model.moe.shared_expert_gate", message, allowed="false")
 
 
 @rule("model.attention")
@@ -160,6 +170,13 @@ def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     attention, yarn = recipe.model.attention, recipe.model.attention.yarn
     if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
         yield Problem("model.attention.qk_rope_head_dim", f"{attention.qk_rope_head_dim} is odd", allowed=EVEN)
+    bands = attention.llama3_rope
+    if yarn is not None and bands is not None:
+        yield Problem("model.attention.llama3_rope", "on, and model.attention.yarn is on, too", allowed="one of them")
+    if bands is not None and bands.high_freq_factor <= bands.low_freq_factor:
+        message = f"{bands.high_freq_factor} is not more than low_freq_factor, {bands.low_freq_factor}"
+        allowed = f"above {bands.low_freq_factor}"
+        yield Problem("model.attention.llama3_rope.high_freq_factor", message, allowed=allowed)
     if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
         message = f"{yarn.beta_fast} rotations are not more than model.attention.yarn.beta_slow, {yarn.beta_slow}"
         yield Problem("model.attention.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")

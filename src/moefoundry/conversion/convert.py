@@ -39,7 +39,7 @@ from moefoundry.config.versions import VERSION_KEY
 from moefoundry.conversion.adapted import Tensors, weights_of
 from moefoundry.conversion.families import FAMILIES, Family, family_for
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
-from moefoundry.conversion.parity import verify_logits
+from moefoundry.conversion.parity import Parity, verify_outputs
 from moefoundry.conversion.safetensors_io import write_file, write_safetensors
 from moefoundry.conversion.starting_recipe import starting_recipe, with_balance
 from moefoundry.conversion.tensor_map import Dtype, TensorMap
@@ -68,21 +68,21 @@ class Summary:
         path: File or directory written.
         num_tensors, nbytes: Number and size of the tensors written.
         has_tokenizer: True if a tokenizer came with it; None where none is expected.
-        max_difference: Largest difference of logits; None where they were not compared.
+        parity: Differences from transformers' outputs; None where they were not compared.
     """
 
     path: Path
     num_tensors: int
     nbytes: int
     has_tokenizer: bool | None = None
-    max_difference: float | None = None
+    parity: Parity | None = None
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.num_tensors} tensors, {self.nbytes / GIB:.2f} GiB"
         if self.has_tokenizer is False:
             text += "; no tokenizer"
-        if self.max_difference is not None:
-            text += f"; verified, logits differ by at most {self.max_difference:.1e}"
+        if self.parity is not None:
+            text += f"; {self.parity}"
         return text
 
 
@@ -109,10 +109,10 @@ def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: floa
         balanced = with_balance(source.family, source.cfg, source.config)
         write_recipe(staging, balanced, source, output)
         import_tokenizer(hf, staging / TOKENIZER)
-        difference = None
+        parity = None
         if tolerance is not None:
-            difference = verify_logits(hf, load_model(staging), tolerance, dtype.torch, dtype.torch or torch.bfloat16)
-    return Summary(output, len(specs), nbytes_of(specs), tokenizer, difference)
+            parity = verify_outputs(hf, load_model(staging), tolerance, dtype.torch, dtype.torch or torch.bfloat16)
+    return Summary(output, len(specs), nbytes_of(specs), tokenizer, parity)
 
 
 def export_hf(
@@ -158,12 +158,11 @@ def export_hf(
             write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
             special = export_tokenizer(tokenizer or directory / TOKENIZER, staging)
             write_json(staging / CONFIG, config | special)
-            difference = None
+            parity = None
             if tolerance is not None:
-                difference = verify_logits(
-                    staging, load_model(directory, weights, base_place=base), tolerance, dtype.torch
-                )
-    return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, difference)
+                model = load_model(directory, weights, base_place=base)
+                parity = verify_outputs(staging, model, tolerance, dtype.torch)
+    return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, parity)
 
 
 def merge_adapters(

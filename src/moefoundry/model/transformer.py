@@ -23,7 +23,7 @@ from moefoundry.model.context import AttentionContext, attention_context
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
-from moefoundry.model.output_head import OutputHead
+from moefoundry.model.output_head import OutputHead, multiplied
 from moefoundry.model.padding import RealTokens
 from moefoundry.model.preferences import log_probs_of_pairs
 from moefoundry.model.targets import count_targets, shifted_targets
@@ -75,6 +75,7 @@ class Block(nn.Module):
         self.attention_norm = build_norm(cfg.d_model, cfg.norm)
         self.attention = build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
+        self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.dense_width)
             if layer_index < cfg.n_dense_layers or layer_index in cfg.dense_layers
@@ -92,11 +93,11 @@ class Block(nn.Module):
 
         ``real_T`` tells tokens from padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them.
         """
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + multiplied(self.attention(self.attention_norm(x_BSD), context, cache), self.residual)
         if isinstance(self.ffn, MoELayer):
             out_BSD, stats = self.ffn(self.ffn_norm(x_BSD), real_T)
-            return x_BSD + out_BSD, stats
-        return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
+            return x_BSD + multiplied(out_BSD, self.residual), stats
+        return x_BSD + multiplied(self.ffn(self.ffn_norm(x_BSD)), self.residual), None
 
 
 def meta_model(cfg: ModelConfig) -> MoETransformer:
@@ -133,6 +134,7 @@ class MoETransformer(nn.Module):
         )
         self.norm = build_norm(cfg.d_model, cfg.norm)
         self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=False)
+        self.lm_head.divisor = cfg.multipliers.logits_divisor
         self.mtp: Sequence[MTPModule] = nn.ModuleList(  # type: ignore[assignment]  # as above
             MTPModule(cfg, Block(cfg, cfg.n_layers + index)) for index in range(cfg.mtp.depth)
         )
@@ -211,7 +213,7 @@ class MoETransformer(nn.Module):
         documents = sequence_id if masked else None
         real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
         real_T = None if real is None else real.places()
-        x_BSD = embedded_BSD = self.embed_tokens(input_ids_BS)
+        x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
         context = attention_context(self.cfg, input_ids_BS, documents, 0 if cache is None else cache.length)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[RoutingStats] = []
