@@ -6,7 +6,16 @@ import pytest
 import yaml
 
 from moefoundry import config
-from moefoundry.config import Recipe, load_recipe, schema, schema_attention, schema_model, schema_monitors, schema_parts
+from moefoundry.config import (
+    Recipe,
+    load_recipe,
+    schema,
+    schema_attention,
+    schema_lora,
+    schema_model,
+    schema_monitors,
+    schema_parts,
+)
 from moefoundry.config.reference import reference
 from moefoundry.config.spec import plain
 from moefoundry.config.tasks import read_tasks
@@ -30,7 +39,7 @@ def test_every_file_of_tasks_loads(path):
 
 
 def test_every_schema_class_is_exported():
-    for module in (schema, schema_attention, schema_model, schema_monitors, schema_parts):
+    for module in (schema, schema_attention, schema_lora, schema_model, schema_monitors, schema_parts):
         classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
         own = {name for name, value in classes.items() if value.__module__ == module.__name__}
         assert own

@@ -129,6 +129,39 @@ def test_some_experts_weights_in_one_parameter(tmp_path: Path, targets: list[str
     assert_same(load_model(tmp_path / "again")(ids()), model(ids()))
 
 
+@torch.no_grad()
+def test_fused_adapters_that_peft_has_trained(tmp_path: Path) -> None:
+    """Gate and up then share their A; ranks differ from layer to layer."""
+    make(tmp_path, "olmoe", "plain", replace(LORA, targets=["attention.q_proj"]))
+    generator = torch.Generator().manual_seed(5)
+    base = load_model(tmp_path / "base").state_dict()
+    name = "layers.1.ffn.experts"
+    experts, width, d_model = base[f"{name}.gate_proj"].shape
+    rank, prefix = 6, "base_model.model.model.layers.1"
+    tensors = {
+        f"{prefix}.mlp.experts.lora_A.weight": torch.randn(experts * rank, d_model, generator=generator),
+        f"{prefix}.mlp.experts.lora_B.weight": torch.randn(2 * width, rank * experts, generator=generator),
+        f"{prefix}.self_attn.q_proj.lora_A.weight": torch.randn(2, d_model, generator=generator),
+        f"{prefix}.self_attn.q_proj.lora_B.weight": torch.randn(d_model, 2, generator=generator),
+    }
+    (tmp_path / "peft").mkdir()
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_parameters": ["mlp.experts.gate_up_proj"]}
+    config |= {"rank_pattern": {"gate_up_proj": rank}, "alpha_pattern": {"gate_up_proj": 12}}
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    import_peft(tmp_path / "peft", tmp_path / "base", tmp_path / "imported")
+    found = load_model(tmp_path / "imported").state_dict()
+    a, b, a_q, b_q = tensors.values()
+    both = torch.einsum("ore,eri->eoi", b.reshape(2 * width, rank, experts), a.reshape(experts, rank, d_model)) * 12 / 6
+    changed = {
+        f"{name}.gate_proj": both[:, :width],
+        f"{name}.up_proj": both[:, width:],
+        "layers.1.attention.q_proj.weight": b_q @ a_q * 3 / 2,
+    }
+    for weight, value in base.items():
+        torch.testing.assert_close(found[weight], value + changed.get(weight, 0), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("family", "lora", "kind", "words"),
     [
