@@ -94,10 +94,11 @@ def assemble(recipe: Recipe) -> Trainer:
     materialize(model, torch_device(device), recipe.seed)
     metrics_file = MetricsFile(run_dir)
     trainer = composer_patches.MeshTrainer(
-        model=ComposerMoECausalLM(model),
+        model=ComposerMoECausalLM(model, stream_names(recipe.eval_loader)),
         optimizers=make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe),
         train_dataloader=train_data,
         eval_dataloader=eval_data and Evaluator(label="eval", dataloader=eval_data),
+        eval_subset_num_batches=recipe.eval_subset_num_batches,
         eval_interval=recipe.eval_interval if eval_data else 0,
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
@@ -151,6 +152,7 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     if recipe.lora is not None:
         apply_lora(model, recipe.lora)
     model.use_losses(build_losses(recipe.losses))
+    model.tells_rows_apart = bool(stream_names(recipe.train_loader) or stream_names(recipe.eval_loader))
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     return model
 
@@ -165,6 +167,11 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
         tokenizer=Path(recipe.tokenizer.name),
     )
     return DataSpec(loader, batch_transforms=with_target_counts, get_num_tokens_in_batch=count_tokens)
+
+
+def stream_names(cfg: LoaderConfig | None) -> list[str]:
+    """List the streams of a loader in the order in which its batches number them; empty if they do not."""
+    return list(cfg.dataset.sources) if cfg is not None and cfg.dataset.streams else []
 
 
 def build_callbacks(
@@ -184,7 +191,7 @@ def build_callbacks(
         Phase.GRADIENTS: [gradient_norm],
         Phase.CHECK: [FiniteCheck(gradient_norm, recipe.nonfinite)],
         Phase.OBSERVE: [
-            DataMonitor(list(filter(None, recipe.train_loader.dataset.sources)), source_tokens),
+            DataMonitor(stream_names(recipe.train_loader), source_tokens),
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
             build_expert_bias(model),
             *make_parts("callbacks", Callback, recipe.callbacks, recipe),

@@ -28,7 +28,7 @@ from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
-from moefoundry.ops.cross_entropy import CHUNK_TOKENS, linear_cross_entropy, softmax_dtype
+from moefoundry.ops.cross_entropy import CHUNK_TOKENS, linear_cross_entropies, linear_cross_entropy, softmax_dtype
 from moefoundry.ops.rounding import round_gradient, round_operand
 
 
@@ -43,6 +43,8 @@ class CausalLMLosses(NamedTuple):
         tokens_per_expert: int64 [L, E], one row for each MoE layer; in training, multi-token prediction's come last.
         dropped_slots: int64 [L], slots that a capacity dropped.
         router_entropy: [L], nats.
+        lm_of_rows: [B], sums of the cross entropy over the targets of each row, without gradient; None if the model
+            does not tell rows apart.
         of_targets, of_tokens: The recipe's ``losses`` by name, times their weights: means over targets, and sums over
             MoE layers of means over tokens. Empty in evaluation.
     """
@@ -57,6 +59,7 @@ class CausalLMLosses(NamedTuple):
     router_entropy: Tensor
     of_targets: dict[str, Tensor]
     of_tokens: dict[str, Tensor]
+    lm_of_rows: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -107,6 +110,13 @@ class OutputHead(nn.Linear):
             hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
         )
 
+    def sum_and_rows(self, hidden_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the cross entropies, as ``forward`` does, and those of each row, [B], without gradient."""
+        total, losses_T = linear_cross_entropies(
+            hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
+        )
+        return total, losses_T.view_as(targets_BS).sum(dim=1)
+
     def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Sum each loss over the targets, [len(losses)]; logits of one chunk of tokens exist at a time."""
         chunks = zip(
@@ -137,12 +147,14 @@ class MoETransformer(nn.Module):
 
     Attributes:
         step_counts: Set for ``aux_loss_scope: global_batch``; the training loop calls its ``begin_step``.
+        tells_rows_apart: Give the loss of each row, too.
         logits_losses, router_losses: The recipe's ``losses``; :meth:`use_losses` sets them.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.tells_rows_apart = False
         self.logits_losses: list[NamedLoss] = []
         self.router_losses: list[NamedLoss] = []
         global_balance = cfg.moe.balance.aux_loss_scope == AuxLossScope.global_batch
@@ -233,14 +245,18 @@ class MoETransformer(nn.Module):
             return self.lm_head(hidden_BSD)
         targets_BS = shifted_targets(labels_BS, sequence_id)
         num_targets = count_targets(targets_BS).sum()
-        lm = self.lm_head(hidden_BSD, targets_BS) / num_targets.clamp(min=1)
+        if self.tells_rows_apart:
+            lm, lm_of_rows = self.lm_head.sum_and_rows(hidden_BSD, targets_BS)
+        else:
+            lm, lm_of_rows = self.lm_head(hidden_BSD, targets_BS), None
+        lm = lm / num_targets.clamp(min=1)
         of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
         mtp = torch.zeros_like(lm)
         if self.training and self.mtp:
             further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, sequence_id)
             mtp = further * self.cfg.mtp.loss_weight / (len(self.mtp) * num_targets.clamp(min=1))
             stats += further_stats
-        return self._losses(lm, mtp, of_targets, num_targets, stats)
+        return self._losses(lm, mtp, of_targets, num_targets, stats)._replace(lm_of_rows=lm_of_rows)
 
     def _of_targets(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: Tensor) -> dict[str, Tensor]:
         named = self.logits_losses if self.training else []
