@@ -309,9 +309,7 @@ def _datasets(recipe: Recipe) -> Iterator[tuple[str, DatasetConfig]]:
 @rule("eval_subset_num_batches")
 def _evaluated_batches(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if not recipe.eval_subset_num_batches:
-        yield Problem(
-            "eval_subset_num_batches", "0 evaluates nothing", allowed="-1, or at least 1; or eval_loader=null"
-        )
+        yield Problem("eval_subset_num_batches", "0 evaluates nothing", allowed="-1, or at least 1")
 
 
 @rule("ema", "eval_loader")
