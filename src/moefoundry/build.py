@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -166,6 +167,9 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
         documents_of=Path(recipe.tokenizer.name) if recipe.model.document_masking else None,
         tokenizer=Path(recipe.tokenizer.name),
     )
+    if dist.get_global_rank() == 0:
+        for line in loader.dataset.describe_packing():
+            print(f"packing: {line}", file=sys.stderr, flush=True)
     return DataSpec(loader, batch_transforms=with_target_counts, get_num_tokens_in_batch=count_tokens)
 
 
