@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
@@ -96,10 +97,11 @@ def assemble(recipe: Recipe) -> Trainer:
     materialize(model, torch_device(device), recipe.seed)
     metrics_file = MetricsFile(run_dir)
     trainer = composer_patches.MeshTrainer(
-        model=ComposerMoECausalLM(model),
+        model=ComposerMoECausalLM(model, stream_names(recipe.eval_loader)),
         optimizers=make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe),
         train_dataloader=train_data,
         eval_dataloader=(evaluators := build_evaluators(recipe, eval_data)),
+        eval_subset_num_batches=recipe.eval_subset_num_batches,
         eval_interval=recipe.eval_interval if evaluators else 0,
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
@@ -153,6 +155,7 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     if recipe.lora is not None:
         apply_lora(model, recipe.lora)
     model.use_losses(build_losses(recipe.losses))
+    model.tells_rows_apart = bool(stream_names(recipe.train_loader) or stream_names(recipe.eval_loader))
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     return model
 
@@ -166,6 +169,9 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
         documents_of=Path(recipe.tokenizer.name) if recipe.model.document_masking else None,
         tokenizer=Path(recipe.tokenizer.name),
     )
+    if dist.get_global_rank() == 0:
+        for line in loader.dataset.describe_packing():
+            print(f"packing: {line}", file=sys.stderr, flush=True)
     counting = partial(with_counts, document_masking=recipe.model.document_masking)
     return DataSpec(loader, batch_transforms=counting, get_num_tokens_in_batch=count_tokens)
 
@@ -177,6 +183,11 @@ def build_evaluators(recipe: Recipe, eval_data: DataSpec | None) -> list[Evaluat
     if recipe.icl_tasks is None:
         return []
     return [Evaluator(label=TASKS_KEY, dataloader=[], metric_names=[], device_eval_microbatch_size=1)]
+
+
+def stream_names(cfg: LoaderConfig | None) -> list[str]:
+    """List the streams of a loader in the order in which its batches number them; empty if they do not."""
+    return list(cfg.dataset.sources) if cfg is not None and cfg.dataset.streams else []
 
 
 def build_callbacks(
@@ -196,7 +207,7 @@ def build_callbacks(
         Phase.GRADIENTS: [gradient_norm],
         Phase.CHECK: [FiniteCheck(gradient_norm, recipe.nonfinite)],
         Phase.OBSERVE: [
-            DataMonitor(list(filter(None, recipe.train_loader.dataset.sources)), source_tokens),
+            DataMonitor(stream_names(recipe.train_loader), source_tokens),
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
             build_expert_bias(model),
             IclTasks(recipe) if recipe.icl_tasks is not None else None,

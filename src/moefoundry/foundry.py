@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,24 @@ class LanguageCrossEntropy(Metric):
         return self.total / self.count
 
 
+class SourceCrossEntropy(LanguageCrossEntropy):
+    """The same over the targets of one source.
+
+    Args:
+        source: Its number in batches.
+    """
+
+    def __init__(self, source: int) -> None:
+        super().__init__()
+        self.source = source
+
+
 class ComposerMoECausalLM(ComposerModel):
     """Adapts :class:`MoETransformer`: its losses by name, so that Composer logs ``loss/train/lm`` and the others.
+
+    Args:
+        model: The model.
+        eval_sources: Sources of the evaluation data, in the order of their numbers; each gets a metric of its own.
 
     Attributes:
         targets_per_sample: Mean number of targets of a sample of the global batch (see :class:`CountTargets`).
@@ -53,9 +69,10 @@ class ComposerMoECausalLM(ComposerModel):
             None, losses are means over their micro-batch.
     """
 
-    def __init__(self, model: MoETransformer) -> None:
+    def __init__(self, model: MoETransformer, eval_sources: Sequence[str] = ()) -> None:
         super().__init__()
         self.model = model
+        self.eval_sources = eval_sources
         self.targets_per_sample: Tensor | None = None
 
     def forward(self, batch: Batch) -> CausalLMLosses:
@@ -76,10 +93,19 @@ class ComposerMoECausalLM(ComposerModel):
         return self(batch) if outputs is None else outputs
 
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
-        return {} if is_train else {"LanguageCrossEntropy": LanguageCrossEntropy()}
+        if is_train:
+            return {}
+        sources = {f"LanguageCrossEntropy/{name}": SourceCrossEntropy(n) for n, name in enumerate(self.eval_sources)}
+        return {"LanguageCrossEntropy": LanguageCrossEntropy(), **sources}
 
     def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> None:
-        metric.update(outputs.lm, outputs.num_targets)
+        if isinstance(metric, SourceCrossEntropy):
+            assert outputs.lm_of_rows is not None, "the model of several sources tells rows apart"
+            own_B = batch["source"] == metric.source
+            num_targets = batch["num_targets"][own_B].sum()
+            metric.update(outputs.lm_of_rows[own_B].double().sum() / num_targets.clamp(min=1), num_targets)
+        else:
+            metric.update(outputs.lm, outputs.num_targets)
 
 
 class PreferenceAccuracy(Metric):

@@ -14,6 +14,7 @@ FREE = (
         "device_train_microbatch_size",
         "device_eval_batch_size",
         "eval_interval",
+        "eval_subset_num_batches",
         "save_",
         "dist_timeout",
         "nonfinite",

@@ -211,7 +211,7 @@ def test_streams_are_drawn_from_as_their_keys_say(
         for name, weights in zip(("text", "code"), keys, strict=True)
     }
     loader = build(replace(config_of(mixture / "text", streams=streams), drop_last=False), batch_size=1)
-    text, code = (source.rows for source in loader.dataset.sources)
+    code, text = (source.rows for source in loader.dataset.sources)  # in the order of their names
     batches = list(loader)
     counts = Counter(int(batch["source"]) for batch in batches)
     expected = {
@@ -219,18 +219,19 @@ def test_streams_are_drawn_from_as_their_keys_say(
         (2, 1): (2 * text, code),
         (12, 0.5): (12, code // 2),
     }[shares]
-    assert [counts[0], counts[1]] == pytest.approx(expected, abs=1)
+    assert [counts[1], counts[0]] == pytest.approx(expected, abs=1)
     assert len(batches) == len(loader) == sum(counts.values())
-    seen = Counter(tuple(batch["input_ids"][0].tolist()) for batch in batches if int(batch["source"]) == 0)
+    seen = Counter(tuple(batch["input_ids"][0].tolist()) for batch in batches if int(batch["source"]) == 1)
     if shares == (2, 1):
         assert set(seen.values()) <= {2, 4}, "each row comes twice"
+        assert all((batch["labels"] != IGNORE_INDEX).any() for batch in batches), "and counts twice"
     elif shares == (12, 0.5):
         assert len(seen) > 9, "none comes twice before every other has come"
     backend = load_tokenizer(mixture / "text" / "tokenizer").backend
     for batch in batches:
-        text = backend.decode(batch["input_ids"][batch["sequence_id"] >= 0].tolist())
-        assert ("l" in text or "i" in text or "n" in text) <= (int(batch["source"]) == 0)
-        assert ("x" in text or "=" in text) <= (int(batch["source"]) == 1)
+        text_of_row = backend.decode(batch["input_ids"][batch["sequence_id"] >= 0].tolist())
+        assert any(letter in text_of_row for letter in "lin") <= (int(batch["source"]) == 1)
+        assert any(letter in text_of_row for letter in "x=") <= (int(batch["source"]) == 0)
 
 
 def test_documents_and_packed_samples_may_be_mixed(mixture: Path, build: Callable) -> None:
@@ -240,9 +241,9 @@ def test_documents_and_packed_samples_may_be_mixed(mixture: Path, build: Callabl
     for batch in build(config, batch_size=1, documents_of=mixture / "text" / "tokenizer"):
         rows[int(batch["source"])] += tokens_of_rows([batch])
     packed = json.loads((mixture / "packed" / "corpus.json").read_text())["splits"]["train"]["samples"]
-    assert len(rows[0]) == packed
+    assert len(rows[1]) == packed
     stream = itertools.chain(*documents_in(mixture / "code" / "train"))
-    assert sorted(itertools.chain(*rows[1])) == sorted(stream)
+    assert sorted(itertools.chain(*rows[0])) == sorted(stream)
 
 
 def instruction_data(out: Path, tokenizer_of: Path) -> Path:
@@ -350,7 +351,7 @@ def test_streams_that_do_not_go_together_are_named(mixture: Path, build: Callabl
         (tmp_path / "in" / f"{number}.txt").write_text("other words\n" * 9)
     prepare(PrepareOptions(str(tmp_path / "in"), other, vocab_size=270, val_fraction=0, layout=Layout.documents))
     streams = {"text": StreamConfig(local=str(mixture / "text")), "other": StreamConfig(local=str(other))}
-    with pytest.raises(UserError, match=r"has another tokenizer than loader\.dataset\.streams\.text; one"):
+    with pytest.raises(UserError, match=r"has another tokenizer than loader\.dataset\.streams\.other; one"):
         build(config_of(mixture / "text", streams=streams))
     weights = "{a: {local: x, repeat: 1, choose: 2}, b: {local: y, proportion: 1}}"
     with pytest.raises(ConfigError) as raised:

@@ -4,6 +4,9 @@
     loss/train/{total,lm,balance,z,mtp}     means over the tokens of the global batch, nats; total is the sum
     grad_norm                               before clipping
     lr                                      learning rate
+    data/wait_seconds                       until every rank had its batch
+    data/padding                            share of positions without a token, where rows may have such
+    tokens/SOURCE, loss/train/source/SOURCE with several streams: tokens from the beginning on, and mean loss
     throughput/tokens_per_sec               all ranks
     moe/{max_violation,router_entropy,dropped_fraction,expert_bias_max_abs}
     moe/load/layer{i}                       list of E shares

@@ -96,9 +96,12 @@ def next_command(command: Sequence[str], max_duration: str) -> str:
 
 
 def unigram_entropy(recipe: Recipe) -> float | None:
-    """Read the entropy of the held-out split's token frequencies, nats a token, as ``moefoundry prepare`` wrote it."""
+    """Read the entropy of the held-out split's token frequencies, nats a token, as ``moefoundry prepare`` wrote it.
+
+    There is none of several streams together.
+    """
     loader = recipe.eval_loader
-    if loader is None or not (Path(loader.dataset.local) / CORPUS_FILE).exists():
+    if loader is None or loader.dataset.streams or not (Path(loader.dataset.local) / CORPUS_FILE).exists():
         return None
     split = read_corpus_summary(loader.dataset.local).splits.get(loader.dataset.split)
     return split.unigram_entropy_nats if split else None

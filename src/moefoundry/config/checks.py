@@ -324,6 +324,12 @@ def _datasets(recipe: Recipe) -> Iterator[tuple[str, DatasetConfig]]:
         yield "eval_loader.dataset", recipe.eval_loader.dataset
 
 
+@rule("eval_subset_num_batches")
+def _evaluated_batches(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    if not recipe.eval_subset_num_batches:
+        yield Problem("eval_subset_num_batches", "0 evaluates nothing", allowed="-1, or at least 1")
+
+
 @rule("ema", "eval_loader")
 def _evaluated_average(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if recipe.ema is not None and recipe.ema.evaluate and recipe.eval_loader is None:

@@ -183,6 +183,13 @@ class Recipe:
             "evaluation_strategy": "eval_interval says when; eval_loader=null never does",
         },
     )
+    eval_subset_num_batches: int = key(
+        -1,
+        "Batches of each rank that an evaluation takes, the first; -1 takes all.",
+        ge=-1,
+        free_on_resume=True,
+        renamed_from=("eval_iters",),
+    )
     global_train_batch_size: int = key(
         REQUIRED,
         "Sequences of one optimizer step, over all ranks.",

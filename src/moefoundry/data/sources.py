@@ -26,7 +26,7 @@ PACKERS = {PackingMethod.concat: concatenated, PackingMethod.best_fit: best_fit}
 
 @dataclass(frozen=True)
 class FimTools:
-    """What fill-in-the-middle needs beside the documents."""
+    """Needs of fill-in-the-middle beside the documents."""
 
     cfg: FimConfig
     tokenizer: Tokenizer

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moefoundry.model.losses import NamedLoss, sums_over_targets
-from moefoundry.ops.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX, linear_cross_entropy, softmax_dtype
+from moefoundry.ops.cross_entropy import (
+    CHUNK_TOKENS,
+    IGNORE_INDEX,
+    linear_cross_entropies,
+    linear_cross_entropy,
+    softmax_dtype,
+)
 from moefoundry.ops.rounding import round_gradient, round_operand
 
 
@@ -49,6 +55,14 @@ class OutputHead(nn.Linear):
         return linear_cross_entropy(
             hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
         )
+
+    def sum_and_rows(self, hidden_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the cross entropies, as ``forward`` does, and those of each row, [B], without gradient."""
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
+        total, losses_T = linear_cross_entropies(
+            hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
+        )
+        return total, losses_T.view_as(targets_BS).sum(dim=1)
 
     def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Sum each loss over the targets, [len(losses)]."""
