@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moefoundry.cli.arguments import flags_of, former_option, json_option, local_path, options_named, required
+from moefoundry.cli.arguments import flags_of, former_option, json_option, local_path, options_named, place, required
 
 if TYPE_CHECKING:
     from moefoundry.data.parts import PartSummary
@@ -24,8 +24,10 @@ MERGE = "merge"
 
 @click.command("prepare")
 @click.argument("source", metavar="SOURCE", help="A file or directory, `stdlib`, or `merge`.")
-@click.argument("out", type=local_path, metavar="OUT", required=False, callback=required, help="Directory to make.")
-@former_option("-o", "--output", name="out", kind=local_path, hidden=False, metavar="OUT", help="The same as OUT.")
+@click.argument(
+    "out", type=place, metavar="OUT", required=False, callback=required, help="Directory to make, or a URL."
+)
+@former_option("-o", "--output", name="out", kind=place, hidden=False, metavar="OUT", help="The same as OUT.")
 @click.option(
     "--layout",
     type=click.Choice(["packed", "documents"]),
