@@ -56,9 +56,7 @@ def test_a_store_gets_what_a_directory_gets(options: PrepareOptions, tmp_path: P
     assert stored(str(options.out), tmp_path / "copy") == tree(tmp_path / "local")
     assert prepare(options).up_to_date
     assert not list((tmp_path / "temporary").rglob("*.mds")), "nothing stays here"
-    with pytest.raises(
-        UserError, match=r"memory://.*/out: holds another corpus; differs in .*seed \(17 there, 18 now\)"
-    ):
+    with pytest.raises(UserError, match=r"memory://.*/out: holds another corpus; .*seed \(17 there, 18 now\)"):
         prepare(replace(options, seed=18))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from moefoundry.config.errors import UserError
 from moefoundry.data.assembly import OUTPUTS
-from moefoundry.data.blocks import Block, plan_blocks
+from moefoundry.data.blocks import Block, block_size, plan_blocks
 from moefoundry.data.corpus import Corpus, open_corpus
 from moefoundry.data.options import PrepareOptions, check_numbers
 from moefoundry.data.staging import clear_abandoned, occupied
@@ -59,7 +59,7 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
 
     Args:
         options: The options, with every path expanded.
-        block_bytes: Bytes of files in a block.
+        block_bytes: Bytes of files in a block, at most.
 
     Raises:
         UserError: Bad options or input, or ``out`` holds something else.
@@ -72,7 +72,7 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
     corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     _check_vocab(given, options)
-    return Opened(options, out, corpus, plan_blocks(corpus, block_bytes), given, stored)
+    return Opened(options, out, corpus, plan_blocks(corpus, block_size(corpus, block_bytes)), given, stored)
 
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:

@@ -58,7 +58,7 @@ from moefoundry.data.workers import run_jobs
 from moefoundry.data.writing import BlockJob, BlockRecord, BlockWriter
 
 SHARD_BYTES = 1 << 24  # 16 MiB: a few seconds of download, and enough shards to shuffle across
-BLOCK_BYTES = 1 << 25  # 32 MiB of files: a few seconds of work, and one or two shards
+BLOCK_BYTES = 1 << 25  # 32 MiB of files at most: seconds of work, and one or two shards
 TOKENIZER_SAMPLE_BYTES = 1 << 27  # 128 MiB of text; merges hardly change beyond, memory and time do
 ENCODE_BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once, which makes about 50 times as much of it
 RETRY_MARGINS = (1.2, 2.0, 4.0)  # text for a sample, over that of an average one, where a split got none
