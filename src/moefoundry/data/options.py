@@ -43,7 +43,7 @@ class PrepareOptions:
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
         layout: Packed samples of ``max_seq_len`` tokens, or documents of any length, which are packed when read.
-        workers: Processes; the number of cores if None. The result is the same for any number.
+        workers: Processes, or 0 for this one alone; the number of cores if None. The result is always the same.
     """
 
     source: str
@@ -135,6 +135,8 @@ def check_numbers(options: PrepareOptions) -> None:
         raise UserError(f"max_loss={options.max_loss}: a share, from 0 to 1")
     if options.tokenizer is None:
         check_trainable(options.vocab_size)
-    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes), ("workers", options.workers)):
+    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes)):
         if cap is not None and cap < 1:
             raise UserError(f"{name}={cap}: at least 1")
+    if options.workers is not None and options.workers < 0:
+        raise UserError(f"workers={options.workers}: at least 0 (this process alone)")

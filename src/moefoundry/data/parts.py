@@ -87,7 +87,7 @@ def prepare_part(options: PrepareOptions, part: Part) -> PartSummary:
         UserError: Bad options or input; ``out`` exists; or nothing of the part can be read.
     """
     options = expanded(options)
-    _check_part(options, part)
+    check_part(options, part)
     opened = open_all(options, prepare.BLOCK_BYTES)
     assert opened.given is not None
     if (opened.out / CORPUS_FILE).exists() and not options.overwrite:
@@ -130,7 +130,12 @@ def part_named(text: str) -> Part:
     return Part(int(match[1]), int(match[2]))
 
 
-def _check_part(options: PrepareOptions, part: Part) -> None:
+def check_part(options: PrepareOptions, part: Part) -> None:
+    """Refuse options that parts cannot have.
+
+    Raises:
+        UserError: Names the first.
+    """
     if isinstance(options.out, str):
         raise UserError(f"part={part}: OUT is a directory that the machines of all parts see, not a URL")
     if options.layout is not Layout.documents:
