@@ -21,7 +21,7 @@ from moefoundry.data.tokenizer import train_tokenizer
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareOptions:
     """A corpus of several blocks, one of whose lines is left out in each of two of them."""
-    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", 8000)
+    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", 32_000)
     lines = [json.dumps({"text": f"text {number}: " + "word " * (number % 13 + 1)}) for number in range(200)]
     lines[20] = lines[150] = lines[151] = lines[152] = "{torn"
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
@@ -141,7 +141,7 @@ def test_a_ray_cluster_whose_worker_is_killed(options: PrepareOptions, tmp_path:
 KILLER = """
 import os, signal
 import moefoundry.data.prepare as prepare
-prepare.BLOCK_BYTES = 8000
+prepare.BLOCK_BYTES = 32_000
 import moefoundry.data.ray_tasks as ray_tasks
 from moefoundry.data.writing import BlockWriter
 write = BlockWriter.write

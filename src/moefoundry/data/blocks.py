@@ -32,11 +32,11 @@ class Block:
 
 
 WANTED_BLOCKS = 64  # a number that many processes share evenly
-SMALLEST_PART = 8
+SMALLEST_PART = 32
 
 
 def block_size(corpus: Corpus, most: int) -> int:
-    """Choose the bytes of a block: those of a small corpus are smaller, down to an eighth of ``most``."""
+    """Choose the bytes of a block: those of a small corpus are smaller, down to a thirty-second of ``most``."""
     total = sum(size_of(corpus.root / path) for path in corpus.paths)
     return min(most, max(most // SMALLEST_PART, total // WANTED_BLOCKS))
 

@@ -217,7 +217,7 @@ def _parts(place: LocalPlace, out: Path) -> list[_PartRecord]:
 
 
 def _differences(one: _PartRecord, other: _PartRecord) -> list[str]:
-    pairs = [("files of the source", one.plan, other.plan)]
+    pairs: list[tuple[str, Any, Any]] = [("files of the source", one.plan, other.plan)]
     pairs += [(key, value, other.inputs.get(key)) for key, value in one.inputs.items() if key not in OF_THE_WHOLE]
     return [f"{name}: {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
