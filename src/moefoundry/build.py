@@ -31,7 +31,6 @@ from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.callbacks.trackers import build_trackers, note_entries, start_trackers, try_trackers
 from moefoundry.checkpoint.ranks import on_rank_zero, together
-from moefoundry.checkpoint.remote import Remote
 from moefoundry.checkpoint.run_dir import DOWNLOADS, claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.save import Saver, retain_and_upload
 from moefoundry.checkpoint.start import Start, data_digests
@@ -43,6 +42,7 @@ from moefoundry.config.tasks import TASKS_KEY
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
+from moefoundry.data.stores import Remote
 from moefoundry.evaluation.tasks.callback import IclTasks
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_counts
 from moefoundry.mesh import Meshes

@@ -23,7 +23,7 @@ def texts(place: Path, text_key: str = "text") -> list[str]:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     rows = [{"text": text, "data": {"body": text.upper()}, "id": 1} for text in TEXTS]
-    Dataset.from_list(rows).save_to_disk(tmp_path / "saved", num_shards=3)
+    Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"), num_shards=3)
     return tmp_path / "saved"
 
 
@@ -46,7 +46,7 @@ def test_caches_beside_the_data_are_no_text(saved: Path) -> None:
 
 def test_one_of_several_splits_is_to_be_named(tmp_path: Path) -> None:
     parts = {name: Dataset.from_dict({"text": [name]}) for name in ("train", "test")}
-    DatasetDict(parts).save_to_disk(tmp_path / "both")
+    DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
     with pytest.raises(UserError, match=r"both: has the splits train, test; name one, such as .*both/train"):
         open_corpus(str(tmp_path / "both"))
     assert texts(tmp_path / "both" / "test") == ["test"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,13 +21,13 @@ from moefoundry.data.tokenizer import train_tokenizer
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PrepareOptions:
     """A corpus of several blocks, one of whose lines is left out in each of two of them."""
-    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", 32_000)
     lines = [json.dumps({"text": f"text {number}: " + "word " * (number % 13 + 1)}) for number in range(200)]
     lines[20] = lines[150] = lines[151] = lines[152] = "{torn"
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
     train_tokenizer(["text word 0123456789"], 270).save(tmp_path / "tokenizer")
     options = PrepareOptions(str(tmp_path / "in.jsonl"), tmp_path / "out", tokenizer=tmp_path / "tokenizer")
-    return replace(options, layout=Layout.documents, val_fraction=0.2, max_loss=0.05, workers=1)
+    return replace(options, layout=Layout.documents, val_fraction=0.2, max_loss=0.05, workers=0)
 
 
 def tree(directory: Path) -> dict[str, str]:
@@ -34,9 +35,9 @@ def tree(directory: Path) -> dict[str, str]:
     return {str(file.relative_to(directory)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-@pytest.mark.parametrize("count", [1, 3, 50])
+@pytest.mark.parametrize("count", [1, 3, 20])
 def test_parts_in_any_order_are_the_whole(options: PrepareOptions, tmp_path: Path, count: int) -> None:
-    """With 50 parts some are empty."""
+    """With 20 parts some are empty."""
     prepare(replace(options, out=tmp_path / "whole"))
     for number in reversed(range(1, count + 1)):
         prepare_part(options, Part(number, count))
@@ -118,3 +119,37 @@ def test_the_command_line(options: PrepareOptions, capsys: pytest.CaptureFixture
     assert "out: prepared (vocabulary" in capsys.readouterr().out
     assert main([*line, "--part=1/2", f"--tokenizer={options.tokenizer}"]) == 2
     assert "out: is there already; choose another OUT, or --overwrite" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_whose_worker_is_killed(options: PrepareOptions, tmp_path: Path) -> None:
+    """The first attempt at the third part kills its process, with a block of it written."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    from moefoundry.data.ray_tasks import prepare_with_ray
+
+    prepare(replace(options, out=tmp_path / "whole"))
+    once = tmp_path / "killed"
+    (tmp_path / "sitecustomize.py").write_text(KILLER.format(once=str(once)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+        prepared = prepare_with_ray(options, "local")
+    assert once.exists(), "a worker was killed"
+    assert not prepared.up_to_date
+    assert tree(options.out) == tree(tmp_path / "whole")
+
+
+KILLER = """
+import os, signal
+import moefoundry.data.prepare as prepare
+prepare.BLOCK_BYTES = 32_000
+import moefoundry.data.ray_tasks as ray_tasks
+from moefoundry.data.writing import BlockWriter
+write = BlockWriter.write
+def write_or_die(self, job, advance):
+    record = write(self, job, advance)
+    if job.number == 3 and not os.path.exists({once!r}):
+        open({once!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return record
+BlockWriter.write = write_or_die
+"""

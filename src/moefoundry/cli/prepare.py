@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moefoundry.cli.arguments import flags_of, former_option, json_option, local_path, options_named, required
+from moefoundry.cli.arguments import flags_of, former_option, json_option, local_path, options_named, place, required
 
 if TYPE_CHECKING:
     from moefoundry.data.parts import PartSummary
@@ -24,8 +24,10 @@ MERGE = "merge"
 
 @click.command("prepare")
 @click.argument("source", metavar="SOURCE", help="A file or directory, `stdlib`, or `merge`.")
-@click.argument("out", type=local_path, metavar="OUT", required=False, callback=required, help="Directory to make.")
-@former_option("-o", "--output", name="out", kind=local_path, hidden=False, metavar="OUT", help="The same as OUT.")
+@click.argument(
+    "out", type=place, metavar="OUT", required=False, callback=required, help="Directory to make, or a URL."
+)
+@former_option("-o", "--output", name="out", kind=place, hidden=False, metavar="OUT", help="The same as OUT.")
 @click.option(
     "--layout",
     type=click.Choice(["packed", "documents"]),
@@ -52,10 +54,17 @@ MERGE = "merge"
 @click.option("--seed", type=int, metavar="N", help="Decides which files are held out (default 17).")
 @click.option("--workers", type=int, metavar="N", help="Processes (default: the cores). The result is always the same.")
 @click.option("--part", metavar="I/N", help="Prepare the I-th of N parts; `prepare merge OUT` joins them.")
+@click.option("--ray", metavar="ADDRESS", help="Do the work on a Ray cluster: auto, ray://HOST:PORT or local.")
 @click.option("--overwrite", is_flag=True, help="Replace a corpus that was prepared differently.")
 @json_option
 def command(
-    format: str | None, bad_bytes: str | None, layout: str | None, part: str | None, as_json: bool, **options: Any
+    format: str | None,
+    bad_bytes: str | None,
+    layout: str | None,
+    part: str | None,
+    ray: str | None,
+    as_json: bool,
+    **options: Any,
 ) -> int:
     """Tokenize a corpus and write it as shards that training streams.
 
@@ -79,10 +88,10 @@ def command(
     options |= {"format": CorpusFormat(format) if format else None, "bad_bytes": bad_bytes and BadBytes(bad_bytes)}
     options |= {"layout": layout and Layout(layout)}
     given = {name: value for name, value in options.items() if value is not None}
-    flags = flags_of(*PrepareOptions.__dataclass_fields__, "part") | {"globs": "--glob"}
+    flags = flags_of(*PrepareOptions.__dataclass_fields__, "part", "ray") | {"globs": "--glob"}
     try:
         with _stop_signals(), options_named(flags):
-            result, text = _run(given, part)
+            result, text = _run(given, part, ray)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
         print(f"error: stopped by {signal.Signals(number).name}; OUT was not written", file=sys.stderr)
@@ -91,15 +100,22 @@ def command(
     return 0
 
 
-def _run(given: dict[str, Any], part: str | None) -> tuple[PreparedSummary | PartSummary, str]:
+def _run(given: dict[str, Any], part: str | None, ray: str | None) -> tuple[PreparedSummary | PartSummary, str]:
     """Do what the options ask for; return the result, and the same for a person."""
     from moefoundry.config.errors import UserError
     from moefoundry.data.options import PrepareOptions
     from moefoundry.data.parts import merge_parts, part_named, prepare_part
     from moefoundry.data.prepare import prepare
+    from moefoundry.data.ray_tasks import prepare_with_ray
 
+    if part and ray:
+        raise UserError(f"part={part}: not with ray=..., which prepares all parts")
     if given["source"] == MERGE:
-        others = {name for name, value in (given | {"part": part}).items() if value} - {"source", "out", "overwrite"}
+        others = {name for name, value in (given | {"part": part, "ray": ray}).items() if value} - {
+            "source",
+            "out",
+            "overwrite",
+        }
         if others:
             raise UserError(
                 f"`{MERGE} OUT` joins parts, and takes no {', '.join(f'{name}=...' for name in sorted(others))}"
@@ -107,7 +123,8 @@ def _run(given: dict[str, Any], part: str | None) -> tuple[PreparedSummary | Par
         merged = merge_parts(given["out"], given["overwrite"])
         return merged, describe(merged)
     if part is None:
-        prepared = prepare(PrepareOptions(**given))
+        options = PrepareOptions(**given)
+        prepared = prepare_with_ray(options, ray) if ray else prepare(options)
         return prepared, describe(prepared)
     done = prepare_part(PrepareOptions(**given), part_named(part))
     text = f"{given['out']}: part {part} is finished ({done.blocks:,} blocks, {done.documents:,} documents, "

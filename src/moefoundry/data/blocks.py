@@ -31,6 +31,24 @@ class Block:
     slices: tuple[Slice, ...]
 
 
+WANTED_BLOCKS = 64  # a number that many processes share evenly
+SMALLEST_PART = 32
+
+
+def block_size(corpus: Corpus, most: int) -> int:
+    """Choose the bytes of a block: those of a small corpus are smaller, down to a thirty-second of ``most``."""
+    total = sum(size_of(corpus.root / path) for path in corpus.paths)
+    return min(most, max(most // SMALLEST_PART, total // WANTED_BLOCKS))
+
+
+def size_of(file: Path) -> int:
+    """Return the size of a file; 0 if it cannot be had, which is reported when the file is read."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
 def plan_blocks(corpus: Corpus, block_bytes: int) -> list[Block]:
     """Cut a corpus into blocks of at least ``block_bytes`` of its files, but for the last one."""
     blocks: list[Block] = []
@@ -49,8 +67,8 @@ def plan_blocks(corpus: Corpus, block_bytes: int) -> list[Block]:
 def _pieces(corpus: Corpus, path: str, block_bytes: int) -> Iterator[tuple[Slice, int]]:
     """Yield the parts of a file with their bytes."""
     file = corpus.root / path
+    size = size_of(file)
     try:
-        size = file.stat().st_size
         dividable = corpus.format in RECORD_FORMATS and size > block_bytes and is_plain(file)
         rows = row_groups(file) if dividable else None
         by_lines = dividable and rows is None and not is_arrow(file)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from moefoundry.config.errors import UserError
+from moefoundry.config.urls import is_url, resolved, url_problem
 from moefoundry.data.corpus import url_scheme
 from moefoundry.data.formats import CorpusFormat
 from moefoundry.data.left_out import MAX_LOSS
@@ -26,7 +27,7 @@ class PrepareOptions:
 
     Attributes:
         source: File, directory or ``stdlib``.
-        out: Directory to make.
+        out: Directory to make; a string may be a URL.
         max_seq_len: Tokens a sample; :data:`PACKED_LENGTH` if None. Documents have none.
         vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
         tokenizer: A Hugging Face tokenizer directory to use instead of training one.
@@ -42,11 +43,11 @@ class PrepareOptions:
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
         layout: Packed samples of ``max_seq_len`` tokens, or documents of any length, which are packed when read.
-        workers: Processes; the number of cores if None. The result is the same for any number.
+        workers: Processes, or 0 for this one alone; the number of cores if None. The result is always the same.
     """
 
     source: str
-    out: Path
+    out: Path | str
     max_seq_len: int | None = None
     vocab_size: int = 4096
     tokenizer: Path | None = None
@@ -100,20 +101,20 @@ class Part:
 
 
 def expanded(options: PrepareOptions) -> PrepareOptions:
-    """Resolve ``~`` in every path.
+    """Resolve ``~`` in every path, and ``file://`` in ``out``.
 
     Raises:
-        UserError: ``out`` is a URL.
+        UserError: ``out`` is no place.
     """
-    if scheme := url_scheme(str(options.out)):
-        raise UserError(
-            f"{scheme}://...: OUT is a local directory; upload it when it is complete, and name that place as "
-            "dataset.remote"
-        )
+    out = str(options.out)
+    if isinstance(options.out, Path) and (scheme := url_scheme(out)):
+        raise UserError(f"{scheme}://...: a URL is given as a string, not as a Path")
+    if problem := url_problem(out):
+        raise UserError(f"out={options.out}: {problem}")
     return replace(
         options,
         source=os.path.expanduser(options.source),
-        out=Path(os.path.expanduser(options.out)),
+        out=out if is_url(resolved(out)) else Path(resolved(out)),
         tokenizer=Path(os.path.expanduser(options.tokenizer)) if options.tokenizer else None,
     )
 
@@ -134,6 +135,8 @@ def check_numbers(options: PrepareOptions) -> None:
         raise UserError(f"max_loss={options.max_loss}: a share, from 0 to 1")
     if options.tokenizer is None:
         check_trainable(options.vocab_size)
-    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes), ("workers", options.workers)):
+    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes)):
         if cap is not None and cap < 1:
             raise UserError(f"{name}={cap}: at least 1")
+    if options.workers is not None and options.workers < 0:
+        raise UserError(f"workers={options.workers}: at least 0 (this process alone)")

@@ -21,21 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import UserError
+from moefoundry.data import prepare
 from moefoundry.data.assembly import Facts, join, tokens_of
 from moefoundry.data.left_out import Left, LeftOut
+from moefoundry.data.opening import check_out, inputs_of, open_all
 from moefoundry.data.options import Part, PrepareOptions, expanded
 from moefoundry.data.places import LocalPlace
-from moefoundry.data.prepare import (
-    SHARD_BYTES,
-    PreparedSummary,
-    check_out,
-    inputs_of,
-    make_writer,
-    open_all,
-    place_of,
-    working,
-    write_blocks,
-)
+from moefoundry.data.prepare import PreparedSummary, make_writer, place_of, working, write_blocks
 from moefoundry.data.splits import Division
 from moefoundry.data.summary import CORPUS_FILE, Layout
 from moefoundry.data.survey import digest_of_digests, survey_in_parallel, unusable_of
@@ -95,8 +87,8 @@ def prepare_part(options: PrepareOptions, part: Part) -> PartSummary:
         UserError: Bad options or input; ``out`` exists; or nothing of the part can be read.
     """
     options = expanded(options)
-    _check_part(options, part)
-    opened = open_all(options)
+    check_part(options, part)
+    opened = open_all(options, prepare.BLOCK_BYTES)
     assert opened.given is not None
     if (opened.out / CORPUS_FILE).exists() and not options.overwrite:
         raise UserError(f"{options.out}: is there already; choose another OUT, or overwrite=True")
@@ -138,7 +130,14 @@ def part_named(text: str) -> Part:
     return Part(int(match[1]), int(match[2]))
 
 
-def _check_part(options: PrepareOptions, part: Part) -> None:
+def check_part(options: PrepareOptions, part: Part) -> None:
+    """Refuse options that parts cannot have.
+
+    Raises:
+        UserError: Names the first.
+    """
+    if isinstance(options.out, str):
+        raise UserError(f"part={part}: OUT is a directory that the machines of all parts see, not a URL")
     if options.layout is not Layout.documents:
         raise UserError(f"part={part}: parts are documents, which are packed when they are read: layout=documents")
     if options.tokenizer is None:
@@ -189,7 +188,7 @@ def merge_parts(out: Path, overwrite: bool = False) -> PreparedSummary:
         inputs = parts[0].inputs | dict(zip(OF_THE_WHOLE, whole, strict=True))
         options = replace(options, source=parts[0].source)
         division = Division(parts[0].inputs["val_fraction"])
-        facts = Facts(options, inputs, left_out, nbytes, tokenizer, division, SHARD_BYTES)
+        facts = Facts(options, inputs, left_out, nbytes, tokenizer, division, prepare.SHARD_BYTES)
         summary = join(place, records, facts, real)
     return PreparedSummary(out, summary, up_to_date=False)
 
@@ -218,7 +217,7 @@ def _parts(place: LocalPlace, out: Path) -> list[_PartRecord]:
 
 
 def _differences(one: _PartRecord, other: _PartRecord) -> list[str]:
-    pairs = [("files of the source", one.plan, other.plan)]
+    pairs: list[tuple[str, Any, Any]] = [("files of the source", one.plan, other.plan)]
     pairs += [(key, value, other.inputs.get(key)) for key, value in one.inputs.items() if key not in OF_THE_WHOLE]
     return [f"{name}: {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs]
 

@@ -23,7 +23,6 @@ be, leaves the finished blocks there, and the same command goes on with the othe
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,22 +32,18 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import UserError
-from moefoundry.data.assembly import OUTPUTS, Facts, join, pack_samples, tokens_of
-from moefoundry.data.blocks import Block, numbered, plan_blocks
-from moefoundry.data.corpus import Corpus, Document, open_corpus
+from moefoundry.data.assembly import Facts, join, pack_samples, tokens_of
+from moefoundry.data.blocks import numbered
+from moefoundry.data.corpus import Corpus, Document
 from moefoundry.data.left_out import describe_left_out
-from moefoundry.data.options import PrepareOptions, check_numbers, expanded
+from moefoundry.data.opening import Opened, existing_corpus, finished_before, inputs_of, open_all
+from moefoundry.data.options import PrepareOptions, expanded
 from moefoundry.data.places import LocalPlace
 from moefoundry.data.progress import Progress
 from moefoundry.data.splits import Division, Split, by_position, moved, unit_hash
-from moefoundry.data.staging import clear_abandoned, occupied
 from moefoundry.data.summary import (
-    CORPUS_FILE,
-    FORMAT_VERSIONS,
-    LENGTHS_FILE,
     CorpusSummary,
     Layout,
-    read_corpus_summary,
 )
 from moefoundry.data.survey import (
     Survey,
@@ -58,12 +53,12 @@ from moefoundry.data.survey import (
     survey_in_parallel,
     unusable_of,
 )
-from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from moefoundry.data.workers import available_cores, run_jobs
+from moefoundry.data.tokenizer import TextTokenizer, train_tokenizer
+from moefoundry.data.workers import run_jobs
 from moefoundry.data.writing import BlockJob, BlockRecord, BlockWriter
 
 SHARD_BYTES = 1 << 24  # 16 MiB: a few seconds of download, and enough shards to shuffle across
-BLOCK_BYTES = 1 << 25  # 32 MiB of files: a few seconds of work, and one or two shards
+BLOCK_BYTES = 1 << 25  # 32 MiB of files at most: seconds of work, and one or two shards
 TOKENIZER_SAMPLE_BYTES = 1 << 27  # 128 MiB of text; merges hardly change beyond, memory and time do
 ENCODE_BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once, which makes about 50 times as much of it
 RETRY_MARGINS = (1.2, 2.0, 4.0)  # text for a sample, over that of an average one, where a split got none
@@ -74,56 +69,16 @@ class PreparedSummary:
     """Result of :func:`prepare`.
 
     Attributes:
-        out: The directory.
+        out: The directory, or its URL.
         corpus: Summary of its content.
         up_to_date: True if it was there already, and nothing was written.
         ignored: Number of files of each suffix in the source that are of other kinds than the corpus.
     """
 
-    out: Path
+    out: Path | str
     corpus: CorpusSummary
     up_to_date: bool
     ignored: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Opened:
-    """Options and what they name, before any text is read.
-
-    Attributes:
-        options: The options, with every path expanded.
-        out: Real path of the directory to make.
-        corpus: The corpus.
-        blocks: Its blocks.
-        given: The tokenizer to use; None if one is to be trained.
-    """
-
-    options: PrepareOptions
-    out: Path
-    corpus: Corpus
-    blocks: list[Block]
-    given: TextTokenizer | None
-
-    @property
-    def workers(self) -> int:
-        """Processes to use."""
-        return available_cores() if self.options.workers is None else self.options.workers
-
-
-def open_all(options: PrepareOptions) -> Opened:
-    """Check the options and open what they name.
-
-    Raises:
-        UserError: Bad options or input, or ``out`` holds something else.
-    """
-    check_numbers(options)
-    out = Path(os.path.realpath(options.out))
-    clear_abandoned(out)
-    check_out(out, options)
-    corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
-    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    _check_vocab(given, options)
-    return Opened(options, out, corpus, plan_blocks(corpus, BLOCK_BYTES), given)
 
 
 def prepare(options: PrepareOptions) -> PreparedSummary:
@@ -134,7 +89,7 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
     """
     options = expanded(options)
     try:
-        return _prepare(open_all(options))
+        return _prepare(open_all(options, BLOCK_BYTES))
     except OSError as error:
         raise UserError(f"{error.filename or options.out}: {error.strerror or error}") from error
 
@@ -143,17 +98,25 @@ def _prepare(opened: Opened) -> PreparedSummary:
     options, corpus, given = opened.options, opened.corpus, opened.given
     survey = _survey(opened)
     inputs = inputs_of(options, corpus, survey, given)
-    existing = _existing(opened.out, inputs, options)
+    existing = existing_corpus(opened, inputs)
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
+    summary = finished_before(opened, inputs) or _make(opened, survey, inputs)
+    if opened.stored:
+        opened.stored.upload(opened.out)
+        shutil.rmtree(opened.out.parent, ignore_errors=True)
+    return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
 
+
+def _make(opened: Opened, survey: Survey, inputs: dict[str, Any]) -> CorpusSummary:
+    """Make the directory."""
+    options = opened.options
     place = place_of(opened.out)
     with _work(place, opened.out, keep=len(survey.blocks) > 1):
         writer, records = _write(opened, survey, place)
         facts = Facts(options, inputs, survey.left_out, survey.bytes, writer.tokenizer, writer.division, SHARD_BYTES)
         assemble = join if options.layout is Layout.documents else pack_samples
-        summary = assemble(place, records, facts, opened.out)
-    return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
+        return assemble(place, records, facts, opened.out)
 
 
 def place_of(out: Path) -> LocalPlace:
@@ -210,70 +173,6 @@ def _survey(opened: Opened) -> Survey:
             + left_out
         )
     return survey
-
-
-def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
-    """Refuse a vocabulary above the limit before any work; a trained one has at most ``vocab_size`` tokens."""
-    name, size = f"vocab_size={options.vocab_size}", options.vocab_size
-    if given is not None:
-        name, size = (f"{options.tokenizer}: the tokenizer's vocabulary of {given.vocab_size}", given.vocab_size)
-    if options.max_vocab is not None and size > options.max_vocab:
-        raise UserError(f"{name} exceeds max_vocab={options.max_vocab}")
-
-
-def inputs_of(
-    options: PrepareOptions, corpus: Corpus, survey: Survey, given: TextTokenizer | None
-) -> dict[str, str | int | float | None]:
-    """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
-    packed = options.layout is Layout.packed
-    return {
-        "format_version": FORMAT_VERSIONS[options.layout],
-        "format": corpus.format.value,
-        "documents": survey.documents,
-        "bytes": survey.bytes,
-        "documents_sha256": survey.sha256,
-        "max_seq_len": options.sample_tokens if packed else None,
-        "vocab_size": None if given else options.vocab_size,
-        "tokenizer_sha256": given.sha256 if given else None,
-        "eos_token": given.eos_token if given else None,
-        "val_fraction": options.val_fraction,
-        "seed": options.seed,
-    }
-
-
-def check_out(out: Path, options: PrepareOptions) -> None:
-    """Refuse, before anything is read, to write over anything but a corpus."""
-    if not occupied(out):
-        return
-    if not (out / CORPUS_FILE).is_file():
-        raise UserError(f"{options.out}: exists and is not a prepared corpus (no {CORPUS_FILE}); choose another OUT")
-    foreign = sorted({entry.name for entry in out.iterdir()} - OUTPUTS)
-    if options.overwrite and foreign:
-        raise UserError(f"{options.out}: not overwritten, as it also holds {', '.join(foreign)}")
-
-
-def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> CorpusSummary | None:
-    """Return the corpus in ``out`` if it is the one asked for; None if one has to be written.
-
-    Raises:
-        UserError: ``out`` holds another corpus, and is not to be overwritten.
-    """
-    if options.overwrite or not (out / CORPUS_FILE).is_file():
-        return None
-    summary = read_corpus_summary(out)
-    names = sorted(inputs.keys() | summary.inputs.keys())
-    differing = [
-        f"{name} ({summary.inputs.get(name)} there, {inputs.get(name)} now)"
-        for name in names
-        if summary.inputs.get(name) != inputs.get(name)
-    ]
-    needed = ["tokenizer/tokenizer.json", *(f"{name}/index.json" for name in summary.splits)]
-    if summary.layout is Layout.documents:
-        needed += [f"{name}/{LENGTHS_FILE}" for name in summary.splits]
-    differing += [f"{name} (missing there)" for name in needed if not (out / name).is_file()]
-    if differing:
-        raise UserError(f"{options.out}: holds another corpus; differs in {', '.join(differing)}; or overwrite=True")
-    return summary
 
 
 def make_writer(opened: Opened, place: LocalPlace, tokenizer: TextTokenizer, division: Division) -> BlockWriter:

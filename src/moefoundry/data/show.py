@@ -25,7 +25,7 @@ BAR = 40  # columns
 
 
 class Part(StrEnum):
-    """What a token is part of."""
+    """Part of a document that a token belongs to, or the border behind it."""
 
     text = "text"
     border = "border"
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
     Attributes:
         text: Their text.
-        part: What they are part of.
+        part: Part that they belong to.
         ignored: True if they are not to be predicted.
     """
 
