@@ -39,7 +39,7 @@ class LoadedTask:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the tasks have in common.
+    """Sizes that the tasks have in common.
 
     Attributes:
         batch_size: Sequences of one forward pass of one rank, for tasks without a ``batch_size``.
