@@ -389,7 +389,7 @@ def required_beside(path: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("path", "spec", "tags"), leaves())
 @pytest.mark.parametrize("wrong", ["a mapping", "a scalar", "a list"])
 def test_row21_every_leaf_of_the_schema_is_typed(path, spec: Spec, tags, wrong):
-    scalar = 12345 if spec.kind in (str, list) or issubclass(spec.kind, StrEnum) else "some words"
+    scalar = 12345 if spec.kind in (str, list, object) or issubclass(spec.kind, StrEnum) else "some words"
     value = {"a mapping": {"x": 1}, "a list": ["x", {"y": 2}], "a scalar": scalar}[wrong]
     layers = layered({})
     for key, leaf in {
@@ -400,7 +400,7 @@ def test_row21_every_leaf_of_the_schema_is_typed(path, spec: Spec, tags, wrong):
     with pytest.raises(ConfigError) as caught:
         recipe_of(layers)
     found = [problem.path for problem in caught.value.problems]
-    own = [where for where in found if where == path or where.startswith(f"{path}[")]
+    own = [where for where in found if where == path or where.startswith((f"{path}[", f"{path}."))]
     assert own
     # Nothing else, but that a mapping above may not be available yet.
     assert all(where in own or path.startswith(f"{where}.") for where in found), found
