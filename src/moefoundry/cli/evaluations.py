@@ -154,6 +154,8 @@ def _length(evaluated: EvaluatedModel, request: Request) -> int:
 
 def _loader(request: Request, directory: Path) -> LoaderConfig:
     length = request.max_seq_len or read_corpus_summary(directory).max_seq_len
+    if length is None:
+        raise UserError(f"{directory}: holds documents of any length: give --max-seq-len N")
     data = DatasetConfig(local=str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
     return LoaderConfig(dataset=data, drop_last=False)
 
