@@ -104,6 +104,7 @@ def test_ranks_change_nothing(
     assert found[1] == {}, "one rank speaks"
 
 
+@pytest.mark.slow
 def test_bad_names_are_one_line(trained: Trained, tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(trained.hf), "--harness", "no_such_task", "--harness-include", str(tasks)]) == 2
     assert "--harness no_such_task: no such task" in capsys.readouterr().err.splitlines()[-1]

@@ -20,8 +20,8 @@ MIXTRAL = (
     "model.n_dense_layers=0",
     "model.ffn_hidden_size=null",
     "model.moe.num_shared_experts=0",
-    "max_duration=60ba",
-    "eval_interval=30ba",
+    "max_duration=40ba",
+    "eval_interval=20ba",
     "optimizer.lr=2e-2",
 )
 """Changes of the tiny recipe to a model that transformers has, and that learns."""
@@ -127,6 +127,6 @@ def train_and_export(overrides: Callable[..., list[str]], root: Path) -> Trained
     changes = [*MIXTRAL, f"icl_tasks={tasks}", f"eval_gauntlet={tasks}", "icl_seq_len=256", "callbacks.report={}"]
     recipe = load_recipe(None, overrides(root / "run", *changes))
     run = run_recipe(recipe)
-    checkpoint = root / "run" / "checkpoints" / "ba60"
+    checkpoint = root / "run" / "checkpoints" / "ba40"
     export_hf(checkpoint, root / "hf")
     return Trained(run, checkpoint, root / "hf", tasks, recipe.train_loader.dataset.local)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ OF_CODE = ("allow_code_execution", "samples", "max_new_tokens", "temperature", "
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be evaluated, and how; arguments of the command.
+    """Arguments of the command: the kind of evaluation, and its limits.
 
     Attributes:
         batch_size: Sequences of one forward pass of one rank.
@@ -80,7 +82,7 @@ class Request:
 @ema_option
 @device_option
 @json_option
-def command(source: str, ema: bool, device: str | None, mesh: str | None, as_json: bool, **options: Any) -> None:
+def command(source: str, ema: bool, device: str | None, mesh: str | None, as_json: bool, **options: Any) -> int:
     """Evaluate in-context tasks, a held-out loss, tasks of lm-evaluation-harness, or HumanEval.
 
     Without any of these it evaluates the held-out split and the tasks of the checkpoint's own recipe. Started with
@@ -102,12 +104,21 @@ def command(source: str, ema: bool, device: str | None, mesh: str | None, as_jso
     world_size = join_world(os.environ)
 
     from moefoundry.cli.evaluations import check, evaluate, print_found, shared_world
+    from moefoundry.config.errors import EXIT_USER_ERROR, UserError
     from moefoundry.pretrained import evaluated_at
 
-    with options_named(flags):
-        check(request)
-        meshes, place = shared_world(mesh, device) if world_size > 1 else (None, device_named(device))
-        with evaluated_at(source, meshes=meshes, device=place, ema=ema) as evaluated:
-            found = evaluate(evaluated, request)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
+    try:
+        with options_named(flags):
+            check(request)
+            meshes, place = shared_world(mesh, device) if world_size > 1 else (None, device_named(device))
+            with evaluated_at(source, meshes=meshes, device=place, ema=ema) as evaluated:
+                found = evaluate(evaluated, request)
+    except UserError:
+        if int(os.environ.get("RANK", 0)) == 0:
+            raise
+        time.sleep(1)  # launchers end every rank when one ends: let the one that speaks do so
+        return EXIT_USER_ERROR
     if int(os.environ.get("RANK", 0)) == 0:
         print_found(found) if not as_json else print(json.dumps(found, indent=2))
+    return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,6 @@ def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes, torch.de
 
 def evaluate(evaluated: EvaluatedModel, request: Request) -> Found:
     """Evaluate what is asked for; every rank calls it."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is as it should be here
     found: Found = {"checkpoint": evaluated.name}
     if request.humaneval is not None:
         return found | _humaneval(evaluated, request, request.humaneval)
@@ -156,6 +154,8 @@ def _length(evaluated: EvaluatedModel, request: Request) -> int:
 
 def _loader(request: Request, directory: Path) -> LoaderConfig:
     length = request.max_seq_len or read_corpus_summary(directory).max_seq_len
+    if length is None:
+        raise UserError(f"{directory}: holds documents of any length: give --max-seq-len N")
     data = DatasetConfig(local=str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
     return LoaderConfig(dataset=data, drop_last=False)
 

@@ -354,8 +354,9 @@ def _tasks(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if recipe.icl_tasks is not None:
         yield from problems_of(recipe.icl_tasks, read_tasks)
     if recipe.eval_gauntlet is not None:
-        yield from problems_of(recipe.eval_gauntlet, read_gauntlet)
-        if recipe.icl_tasks is None:
+        found = [*problems_of(recipe.eval_gauntlet, read_gauntlet)]
+        yield from found
+        if recipe.icl_tasks is None and not found:
             yield Problem("eval_gauntlet", "averages tasks, but icl_tasks is null", allowed="null")
 
 

@@ -21,7 +21,7 @@ class Metric(StrEnum):
 
 @dataclass
 class TaskConfig:
-    """What every task has."""
+    """Keys that every task has."""
 
     label: str = key(REQUIRED, "Name of the task in metrics.", pattern=NAME)
     icl_task_type: str = key(REQUIRED, "Type of the task.", table="icl_task_types")

@@ -140,7 +140,8 @@ class BatchedModel:
             if all(text.ended for text in texts):  # of this rank
                 ids, cache = [[0]], KVCache(len(self.model.layers))
             logits_BV = self.model(torch.tensor(ids, device=self.device), cache=cache)[:, -1]
-            ids = [[text.step(logits_V)] for text, logits_V in zip(texts, logits_BV, strict=False)]
+            likeliest = logits_BV.argmax(dim=-1).tolist()  # of all at once: the host waits for the device
+            ids = [[text.step(*each)] for text, *each in zip(texts, logits_BV, likeliest, strict=False)]
         return [text.new for text in texts]
 
     def _anyone(self, goes_on: bool) -> bool:
@@ -160,14 +161,15 @@ class _Text:
         self.new: list[int] = []
         self.ended = prompt.max_new_tokens < 1
 
-    def step(self, logits_V: Tensor) -> int:
+    def step(self, logits_V: Tensor, likeliest: int) -> int:
         """Give the token that the model reads next: of the prompt, or else of its own; any once the text has ended."""
         self.length += 1
         if self.length <= len(self.prompt.tokens):
             return self.prompt.tokens[self.length - 1]
         if self.ended:
             return 0
-        self.new.append(int(self.prompt.choose(logits_V)))
+        choose = self.prompt.choose
+        self.new.append(likeliest if choose is most_likely else int(choose(logits_V)))
         self.ended = len(self.new) == self.prompt.max_new_tokens or self.prompt.has_ended(self.new)
         return self.new[-1]
 

@@ -25,7 +25,7 @@ from moefoundry.evaluation.prompts import PromptTokenizer
 MAX_NEW_TOKENS = 256  # of a task that names no number
 
 
-class HarnessModel(TemplateLM):  # type: ignore[misc]  # the package carries no types
+class HarnessModel(TemplateLM):
     """Answers the harness's requests.
 
     Args:

@@ -41,7 +41,7 @@ def _read(file: Path, shown: str) -> list[Example]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{shown}: cannot be read: {reason}") from None
-    examples = []
+    examples: list[Example] = []
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: texts may hold other ends of lines
         if not line.strip():
             continue

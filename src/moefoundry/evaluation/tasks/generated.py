@@ -49,16 +49,14 @@ class GenerationWithAnswers:
         def context(example: Example, preceding: str) -> list[int]:
             return prompts.fitted(prompts.context(preceding, question(example, preceding)), new_tokens)
 
+        def prompt(ids: list[int], number: int) -> Prompt:
+            def ended(new: list[int]) -> bool:
+                return prompts.tokenizer.has_ended(ids, new, cfg.early_stopping_criteria)
+
+            return Prompt(ids, new_tokens, ended, drawn(cfg.generation_kwargs, f"{cfg.label} {number}"))
+
         contexts = evaluation.made(solved, context)
-        rows = [
-            Prompt(
-                ids,
-                new_tokens,
-                lambda new, ids=ids: prompts.tokenizer.has_ended(ids, new, cfg.early_stopping_criteria),
-                drawn(cfg.generation_kwargs, f"{cfg.label} {number}"),
-            )
-            for number, ids in enumerate(contexts)
-        ]
+        rows = [prompt(ids, number) for number, ids in enumerate(contexts)]
         texts = [
             prompts.tokenizer.text_after(ids, new)
             for ids, new in zip(contexts, evaluation.model.complete(rows, evaluation.label), strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class LoadedTask:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the tasks have in common.
+    """Sizes that the tasks have in common.
 
     Attributes:
         batch_size: Sequences of one forward pass of one rank, for tasks without a ``batch_size``.
@@ -81,7 +82,7 @@ def load_tasks(configs: Sequence[TaskConfig]) -> list[LoadedTask]:
             known = ", ".join(task.metrics)
             message = f"{unknown[0]}: no metric of {cfg.icl_task_type}; allowed: {known}"
             raise UserError(f"icl_tasks: {cfg.label}: metric_names: {message}")
-        loaded.append(LoadedTask(cfg, task, on_rank_zero(lambda cfg=cfg: _by_category(cfg))))
+        loaded.append(LoadedTask(cfg, task, on_rank_zero(partial(_by_category, cfg))))
     return loaded
 
 
