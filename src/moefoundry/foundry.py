@@ -14,11 +14,12 @@ from composer.utils import dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from moefoundry.config import AuxLossScope, ConfigError, Problem, load_recipe
+from moefoundry.config import AuxLossScope, ConfigError, Problem, UserError, load_recipe
 from moefoundry.model.padding import count_at_depths
 from moefoundry.model.preferences import dpo_losses, reward_margins
 from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer, meta_model
+from moefoundry.ops.cross_entropy import IGNORE_INDEX
 from moefoundry.parallel import materialize
 
 Batch = Mapping[str, Any]
@@ -179,6 +180,10 @@ class CountTargets(Callback):
         model.tokens_per_sample = counts[2:].double() / counts[1] if len(counts) > 2 else None
 
 
+ICL_METRICS = (
+    *("InContextLearningLMAccuracy", "InContextLearningMultipleChoiceAccuracy"),
+    *("InContextLearningLMExpectedCalibrationError", "InContextLearningMCExpectedCalibrationError"),
+)
 NOT_OF_THE_MODEL = (
     *("run_name=llm-foundry", "max_seq_len=4096", "train_loader.dataset.local=none", "optimizer.lr=1"),
     *("scheduler.t_warmup=0ba", "max_duration=1ba", "global_train_batch_size=1"),
@@ -190,7 +195,7 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
     """``model.name: moe_causal_lm`` in a recipe of LLM Foundry's own, which finds it by its entry point.
 
     Args:
-        tokenizer: Not used; LLM Foundry hands it to every model.
+        tokenizer: Kept for LLM Foundry's checkpointer; the model does without it.
         seed: Seed of the initial weights.
         model: Keys of this project's ``model`` mapping.
 
@@ -208,6 +213,38 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
         transformer = meta_model(cfg)
         materialize(transformer, "cpu", seed)
         super().__init__(transformer)
+        self.tokenizer = tokenizer
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        """Return those of training, which LLM Foundry also evaluates by; in evaluation those of its ICL tasks, too."""
+        metrics = super().get_metrics(is_train=False)
+        if is_train:
+            return metrics
+        from llmfoundry.eval import metrics as icl
+
+        return metrics | {name: getattr(icl, name)() for name in ICL_METRICS}
+
+    def eval_forward(self, batch: Mapping[str, Any], outputs: CausalLMLosses | None = None) -> Any:
+        """Compute losses; of a batch of an ICL task logits, [B, S, V].
+
+        Raises:
+            UserError: The task wants generated text.
+        """
+        if batch.get("mode") == "generate":
+            raise UserError("icl_tasks: moe_causal_lm generates no text here; export it, and evaluate hf_causal_lm")
+        if batch.get("mode") == "icl_task":
+            return self.model(batch["input_ids"])
+        return super().eval_forward(batch, outputs)
+
+    def update_metric(self, batch: Mapping[str, Any], outputs: Any, metric: Metric) -> dict[str, Any]:
+        """Update a metric; return what it says of each sample of an ICL task."""
+        if batch.get("mode") != "icl_task":
+            super().update_metric(batch, outputs, metric)
+            return {}
+        targets_BS = batch["labels"].roll(-1, dims=1)
+        targets_BS[:, -1] = IGNORE_INDEX
+        said: dict[str, Any] = metric.update(batch=batch, outputs=outputs, labels=targets_BS) or {}
+        return said and said | {"metric_name": [type(metric).__name__] * len(targets_BS)}
 
     def forward(self, batch: Batch) -> CausalLMLosses:
         """Compute the losses; LLM Foundry tells padding by ``attention_mask``, bool or int [B, S].

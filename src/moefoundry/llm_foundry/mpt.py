@@ -23,7 +23,7 @@ from torch.func import functional_call
 from moefoundry.config import AuxLossScope, ConfigError, MoEConfig, Problem, load_recipe
 from moefoundry.foundry import NOT_OF_THE_MODEL
 from moefoundry.moe.experts import GroupedExperts
-from moefoundry.moe.layer import MoELayer
+from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.moe.router import Router
 
 FFN_TYPE = "moefoundry_moe"
@@ -34,6 +34,7 @@ class MoEFFN(nn.Module):
 
     Attributes:
         losses: Balance and z loss of the last forward pass in training, weighted; None once they are taken.
+        routing: Statistics of that pass.
         taken: The model adds ``losses`` to its own. Without it, training is refused.
         real_T: Places of the tokens that are no padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them; the
             model sets it before each forward pass of the block.
@@ -48,6 +49,7 @@ class MoEFFN(nn.Module):
             residual._is_residual = True  # LLM Foundry divides its initial weights
         self.cfg = cfg
         self.losses: tuple[Tensor, Tensor] | None = None
+        self.routing: RoutingStats | None = None
         self.taken = False
         self.real_T: Tensor | None = None
 
@@ -63,6 +65,7 @@ class MoEFFN(nn.Module):
         if self.training and torch._C._current_graph_task_id() == -1:  # not a recomputation in backward
             weights = self.cfg.balance
             self.losses = weights.aux_loss_weight * stats.balance_loss, weights.z_loss_weight * stats.z_loss
+            self.routing = stats
         return out.view_as(x).to(x.dtype)
 
     def _compute(self, x_BSD: Tensor, real_T: Tensor | None) -> Any:
