@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "Run code tasks with a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "init": "Write a commented recipe to start from.",
+    "migrate": "Turn another project's recipe into one of this project.",
     "plan": "Memory and traffic of a recipe on N ranks.",
     "prepare": "Turn text into token shards.",
     "train": "Train a recipe on this rank.",
