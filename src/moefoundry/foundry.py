@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import torch
@@ -13,7 +12,7 @@ from composer.utils import dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from moefoundry.config import AuxLossScope, ConfigError, Problem, load_recipe
+from moefoundry.config import AuxLossScope, ConfigError, Problem, load_model
 from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer, meta_model
 from moefoundry.parallel import materialize
@@ -88,13 +87,6 @@ class CountTargets(Callback):
         state.model.targets_per_sample = counts[0] / counts[1]
 
 
-NOT_OF_THE_MODEL = (
-    *("run_name=llm-foundry", "max_seq_len=4096", "train_loader.dataset.local=none", "optimizer.lr=1"),
-    *("scheduler.t_warmup=0ba", "max_duration=1ba", "global_train_batch_size=1"),
-)
-"""Required keys of a recipe here that LLM Foundry's own recipe has instead; nothing reads them."""
-
-
 class FoundryMoECausalLM(ComposerMoECausalLM):
     """``model.name: moe_causal_lm`` in a recipe of LLM Foundry's own, which finds it by its entry point.
 
@@ -108,7 +100,7 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
     """
 
     def __init__(self, tokenizer: object = None, seed: int = 17, **model: object) -> None:
-        cfg = load_recipe(None, [*NOT_OF_THE_MODEL, f"model={json.dumps(model)}"]).model
+        cfg = load_model(model)
         balance = cfg.moe.balance
         if balance.bias_update_rate or balance.aux_loss_scope == AuxLossScope.global_batch:
             key = "bias_update_rate" if balance.bias_update_rate else "aux_loss_scope"
