@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from composer.utils import dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from moefoundry.config import AuxLossScope, ConfigError, Problem, UserError, load_recipe
+from moefoundry.config import AuxLossScope, ConfigError, Problem, UserError, load_model
 from moefoundry.model.padding import count_at_depths
 from moefoundry.model.preferences import dpo_losses, reward_margins
 from moefoundry.model.targets import count_targets, shifted_targets
@@ -184,11 +183,6 @@ ICL_METRICS = (
     *("InContextLearningLMAccuracy", "InContextLearningMultipleChoiceAccuracy"),
     *("InContextLearningLMExpectedCalibrationError", "InContextLearningMCExpectedCalibrationError"),
 )
-NOT_OF_THE_MODEL = (
-    *("run_name=llm-foundry", "max_seq_len=4096", "train_loader.dataset.local=none", "optimizer.lr=1"),
-    *("scheduler.t_warmup=0ba", "max_duration=1ba", "global_train_batch_size=1"),
-)
-"""Required keys of a recipe here that LLM Foundry's own recipe has instead; nothing reads them."""
 
 
 class FoundryMoECausalLM(ComposerMoECausalLM):
@@ -204,7 +198,7 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
     """
 
     def __init__(self, tokenizer: object = None, seed: int = 17, **model: object) -> None:
-        cfg = load_recipe(None, [*NOT_OF_THE_MODEL, f"model={json.dumps(model)}"]).model
+        cfg = load_model(model)
         balance = cfg.moe.balance
         if balance.bias_update_rate or balance.aux_loss_scope == AuxLossScope.global_batch:
             key = "bias_update_rate" if balance.bias_update_rate else "aux_loss_scope"

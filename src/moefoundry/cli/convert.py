@@ -81,23 +81,42 @@ def _verification(function: Callable[..., Any]) -> Callable[..., Any]:
 @command.command("import", short_help="Hugging Face directory -> weights-only checkpoint.")
 @_hf_input
 @_checkpoint_output
+@click.option("--recipe", type=local_path, metavar="FILE", help="LLM Foundry's recipe of a checkpoint of Composer.")
 @_dtype
 @click.option("--base", metavar="CHECKPOINT", help="Base of the adapters, where HF_DIR is a directory of peft's.")
 @_verification
 @json_option
 def import_(
-    source: str, output: Path, dtype: str, base: str | None, verify: bool, tolerance: float, as_json: bool
+    source: str,
+    output: Path,
+    recipe: Path | None,
+    dtype: str,
+    base: str | None,
+    verify: bool,
+    tolerance: float,
+    as_json: bool,
 ) -> None:
     """Write a weights-only checkpoint with the tensors of a Hugging Face directory, and a recipe that trains them.
 
-    A directory of peft's becomes a checkpoint of adapters on top of --base.
+    A directory of peft's becomes a checkpoint of adapters on top of --base. A checkpoint of Composer's trainer, a .pt
+    file or a directory of shards, is taken in place of the directory: an MPT of LLM Foundry that can be expressed here,
+    or this project's own model. Shards do not tell their model: --recipe does.
     """
     from moefoundry.checkpoint.fetch import checkpoint_at, directory_at
     from moefoundry.conversion.convert import import_hf
     from moefoundry.conversion.peft import CONFIG_FILE
     from moefoundry.conversion.peft_import import import_peft
     from moefoundry.conversion.tensor_map import Dtype
+    from moefoundry.migration.composer_checkpoint import is_foreign
+    from moefoundry.migration.import_foreign import import_foreign
 
+    if is_foreign(Path(source)):
+        if verify:
+            raise click.UsageError("--verify compares with transformers, which has no such model")
+        _tell(import_foreign(Path(source), output, Dtype(dtype), recipe), as_json)
+        return
+    if recipe is not None:
+        raise click.UsageError("--recipe is for checkpoints of Composer")
     with directory_at(source) as hf:
         if not (hf / CONFIG_FILE).is_file():
             if base is not None:

@@ -5,7 +5,7 @@ from moefoundry.config.checks import check_recipe
 from moefoundry.config.dump import annotated, diff_recipes, dump_recipe, flatten, redacted
 from moefoundry.config.errors import ConfigError, DataError, Problem, UserError
 from moefoundry.config.field import REQUIRED, key
-from moefoundry.config.loader import load_layers, load_recipe, recipe_of
+from moefoundry.config.loader import load_layers, load_model, load_recipe, recipe_of
 from moefoundry.config.overrides import redact_argument, split_arguments
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import (
@@ -88,7 +88,7 @@ __all__ = [
     "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
     "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SystemMonitorConfig", "TaskConfig",
     "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice",
-    "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_recipe",
-    "recipe_of", "redact_argument", "redacted", "split_arguments",
+    "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_model",
+    "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on

@@ -7,8 +7,9 @@ dataclasses; then check across keys, those whose values are sound.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,15 @@ from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import OVERRIDE, Layers, leaves_of
 from moefoundry.config.overrides import add_overrides
 from moefoundry.config.schema import Recipe
+from moefoundry.config.schema_model import ModelConfig
 from moefoundry.config.spec import filled, show
 from moefoundry.config.versions import FORMAT_VERSION, VERSION_KEY, upgraded
 
+NOT_OF_THE_MODEL = (
+    *("run_name=llm-foundry", "max_seq_len=4096", "train_loader.dataset.local=none", "optimizer.lr=1"),
+    *("scheduler.t_warmup=0ba", "max_duration=1ba", "global_train_batch_size=1"),
+)
+"""Required keys of a recipe that :func:`load_model` does without; nothing reads them."""
 OVERRIDES = "overrides"
 """Name of a recipe without a file."""
 NO_RECIPE = "moefoundry init writes a recipe to start from; configs/quickstart.yaml is a small one"
@@ -49,6 +56,18 @@ def load_recipe(
         ConfigError: With every problem found.
     """
     return recipe_of(load_layers(path, overrides, stored), world_size, check=not stored)
+
+
+def load_model(keys: Mapping[str, Any]) -> ModelConfig:
+    """Check the keys of ``model`` alone, where another project's recipe has all others.
+
+    Args:
+        keys: Keys of the mapping ``model``, plain.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    return load_recipe(None, [*NOT_OF_THE_MODEL, f"model={json.dumps(keys)}"]).model
 
 
 def load_layers(path: str | Path | None = None, overrides: Sequence[str] = (), stored: bool = False) -> Layers:

@@ -20,9 +20,10 @@ from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.out_of_core import ShardValues, row_ranges
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.config.errors import first_few
-from moefoundry.conversion.families.family import Family, Piece
+from moefoundry.conversion.families.family import Piece
 from moefoundry.model.transformer import meta_model
 
+ROTARY = ("rotary_emb.inv_freq", "rotary_embedding.inv_freq")
 NAMED = 4  # tensors of each kind of error
 
 
@@ -47,6 +48,16 @@ class Source(Protocol):
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor: ...
 
 
+class Pieces(Protocol):
+    """The tensors of another project's model, in pieces of ours; ``Family`` explains the methods."""
+
+    def pieces(self, cfg: ModelConfig) -> Iterator[Piece]: ...
+
+    def copies(self, cfg: ModelConfig) -> dict[str, str]: ...
+
+    def empty_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]: ...
+
+
 class TensorMap:
     """Our tensors and a family's, for one model.
 
@@ -57,7 +68,7 @@ class TensorMap:
         unused: Tensors of the family for parts that the model lacks: name -> shape.
     """
 
-    def __init__(self, family: Family, cfg: ModelConfig) -> None:
+    def __init__(self, family: Pieces, cfg: ModelConfig) -> None:
         model = meta_model(cfg)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._buffers = {name for name, _ in model.named_buffers()}
@@ -99,7 +110,7 @@ class TensorMap:
         known = {
             name: spec
             for name, spec in specs.items()
-            if name not in self.unused and not name.endswith("rotary_emb.inv_freq")  # older transformers stored these
+            if name not in self.unused and not name.endswith(ROTARY)  # older transformers stored these
         }
         check_tensors(known, self.their_shapes | copied, where)
 

@@ -7,7 +7,6 @@ tells them what is padding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -20,8 +19,7 @@ from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moefoundry.config import AuxLossScope, ConfigError, MoEConfig, Problem, load_recipe
-from moefoundry.foundry import NOT_OF_THE_MODEL
+from moefoundry.config import AuxLossScope, ConfigError, MoEConfig, Problem, load_model
 from moefoundry.moe.experts import GroupedExperts
 from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.moe.router import Router
@@ -109,7 +107,7 @@ def build_moe_ffn(
     layer = {"d_model": d_model, "vocab_size": 2, "n_layers": 1, "n_dense_layers": 0, "moe": moe}
     layer["attention"] = {"n_heads": 1, "n_kv_heads": 1}
     try:
-        cfg = load_recipe(None, [*NOT_OF_THE_MODEL, f"model={json.dumps(layer)}"]).model.moe
+        cfg = load_model(layer).moe
     except ConfigError as error:
         raise ConfigError([_in_ffn_config(problem) for problem in error.problems]) from None
     balance = cfg.balance

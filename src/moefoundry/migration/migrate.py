@@ -25,7 +25,7 @@ def migrate_recipe(path: Path, world_size: int = 1) -> Migration:
     Raises:
         UserError: It cannot be read, or is none of these.
     """
-    written, tree = _read(path)
+    written, tree = read_tree(path)
     if llm_foundry.is_llm_foundrys(tree):
         return llm_foundry.migrate(path, written, tree)
     if axolotl.is_axolotls(tree):
@@ -38,8 +38,12 @@ def migrate_recipe(path: Path, world_size: int = 1) -> Migration:
     raise UserError(f"{path}: no recipe of LLM Foundry (model.name), Composer (max_duration) or axolotl (base_model)")
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a file as OmegaConf does: as it is written, and with interpolations resolved."""
+def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a file as OmegaConf does: as it is written, and with interpolations resolved.
+
+    Raises:
+        UserError: It cannot be read, is no mapping, or an interpolation cannot be resolved.
+    """
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
