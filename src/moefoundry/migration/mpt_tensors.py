@@ -46,7 +46,7 @@ class MptTensors:
         """Map tensors that repeat another to it."""
         return {"lm_head.weight": "transformer.wte.weight"} if cfg.tie_embeddings else {}
 
-    def empty_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def unused_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         """There are no tensors without elements."""
         return {}
 
@@ -101,6 +101,6 @@ class OurTensors:
         """Map tensors that repeat another to it."""
         return {"lm_head.weight": "embed_tokens.weight"} if cfg.tie_embeddings else {}
 
-    def empty_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def unused_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         """There are no tensors without elements."""
         return {}
