@@ -155,8 +155,10 @@ def test_a_local_hugging_face_model_becomes_its_family(tmp_path: Path) -> None:
     found, recipe = native(tmp_path, recipes.recipe(model | {"pretrained": True}))
     assert (recipe.model.moe.num_experts, recipe.model.attention.rope_theta) == (4, 5e5)
     assert (recipe.load_path, recipe.load_weights_only) == ("weights/old", True)
+    assert recipe.lora is not None
+    assert (recipe.lora.rank, recipe.lora.alpha) == (8, 16)
     assert f"weights: moefoundry convert import {hf} -o weights/old" in found.notes
-    _, recipe = native(tmp_path, recipes.recipe(model | {"pretrained": False}))
+    _, recipe = native(tmp_path, recipes.recipe(model | {"pretrained": False, "peft_config": None}))
     assert recipe.load_path is None
     found, _ = moved(tmp_path, recipes.recipe(model | {"pretrained_model_name_or_path": "org/model"}))
     assert found.target.startswith("LLM Foundry")
