@@ -40,7 +40,7 @@ from moefoundry.config.making import make_part, make_parts
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
-from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_target_counts
+from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_counts
 from moefoundry.mesh import Meshes
 from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import MoETransformer, meta_model
@@ -162,7 +162,8 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
         model_vocab_size=recipe.model.vocab_size,
         documents_of=Path(recipe.tokenizer.name) if recipe.model.document_masking else None,
     )
-    return DataSpec(loader, batch_transforms=with_target_counts, get_num_tokens_in_batch=count_tokens)
+    counting = partial(with_counts, document_masking=recipe.model.document_masking)
+    return DataSpec(loader, batch_transforms=counting, get_num_tokens_in_batch=count_tokens)
 
 
 def build_callbacks(
