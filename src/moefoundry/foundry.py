@@ -16,6 +16,7 @@ from torchmetrics import Metric
 
 from moefoundry.config import AuxLossScope, ConfigError, Problem, load_recipe
 from moefoundry.model.padding import count_at_depths
+from moefoundry.model.preferences import dpo_losses, reward_margins
 from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer, meta_model
 from moefoundry.parallel import materialize
@@ -79,6 +80,64 @@ class ComposerMoECausalLM(ComposerModel):
 
     def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> None:
         metric.update(outputs.lm, outputs.num_targets)
+
+
+class PreferenceAccuracy(Metric):
+    """Share of the pairs of the split whose chosen response has the larger reward."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, margins_B: Tensor, counted_B: Tensor) -> None:
+        self.right += ((margins_B > 0) & counted_B).sum()
+        self.count += counted_B.sum()
+
+    def compute(self) -> Tensor:
+        return self.right / self.count
+
+
+class ComposerDPO(ComposerMoECausalLM):
+    """Trains by direct preference optimization: rows are pairs, and have the log-probabilities of the reference.
+
+    ``loss/train/dpo`` is in the total in place of ``loss/train/lm``, which is logged alone. It is a mean over the pairs
+    of the global batch: every row has one, and Composer weights micro-batches by rows.
+
+    Args:
+        model: The model that is trained.
+        beta: Scale of the rewards.
+    """
+
+    def __init__(self, model: MoETransformer, beta: float) -> None:
+        super().__init__(model)
+        model.pairs = True
+        self.beta = beta
+
+    def margins(self, outputs: CausalLMLosses, batch: Batch) -> Tensor:
+        """Compute the reward margins of the pairs of a micro-batch, [B]."""
+        assert outputs.log_probs is not None, "set by the model of pairs"
+        return reward_margins(outputs.log_probs, batch["reference"], self.beta)
+
+    def loss(self, outputs: CausalLMLosses, batch: Batch) -> dict[str, Tensor]:
+        assert outputs.log_probs is not None, "set by the model of pairs"
+        losses = super().loss(outputs, batch)
+        lm = losses.pop("lm").detach()
+        del losses["total"]
+        dpo = dpo_losses(outputs.log_probs, batch["reference"], self.beta).mean()
+        return {"total": sum(losses.values(), start=dpo), "dpo": dpo, "lm": lm, **losses}
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        metrics = super().get_metrics(is_train)
+        return metrics if is_train else metrics | {"PreferenceAccuracy": PreferenceAccuracy()}
+
+    def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> None:
+        if not isinstance(metric, PreferenceAccuracy):
+            super().update_metric(batch, outputs, metric)
+            return
+        metric.update(self.margins(outputs, batch), batch["num_targets"] > 0)  # a row read twice has no targets
 
 
 class CountTargets(Callback):

@@ -81,7 +81,7 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: 
     norm = torch.stack([expected[name].norm() for name in of_weights]).norm()
     for name, value in expected.items():
         scale = norm if name in of_weights else value.double().norm()
-        error = (got[name] - value).double().norm() / scale
+        error = (got[name] - value).double().norm() / scale.clamp(min=1e-9)
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 

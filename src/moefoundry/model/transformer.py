@@ -15,22 +15,21 @@ from typing import NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moefoundry.config import AuxLossScope, ModelConfig
 from moefoundry.model.attention import build_attention
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
-from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, sums_over_targets, values_of, weighted
+from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
+from moefoundry.model.output_head import OutputHead
 from moefoundry.model.padding import RealTokens
+from moefoundry.model.preferences import log_probs_of_pairs
 from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
-from moefoundry.ops.cross_entropy import CHUNK_TOKENS, linear_cross_entropy, softmax_dtype
-from moefoundry.ops.rounding import round_gradient, round_operand
 
 
 class CausalLMLosses(NamedTuple):
@@ -46,6 +45,7 @@ class CausalLMLosses(NamedTuple):
         router_entropy: [L], nats.
         of_targets, of_tokens: The recipe's ``losses`` by name, times their weights: means over targets, and sums over
             MoE layers of means over tokens. Empty in evaluation.
+        log_probs: [B, 2], log-probabilities of the responses of pairs, where the model is to give them.
     """
 
     lm: Tensor
@@ -58,6 +58,7 @@ class CausalLMLosses(NamedTuple):
     router_entropy: Tensor
     of_targets: dict[str, Tensor]
     of_tokens: dict[str, Tensor]
+    log_probs: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -98,42 +99,6 @@ class Block(nn.Module):
         return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
 
 
-class OutputHead(nn.Linear):
-    """The output projection; it also computes the loss, without all logits at once.
-
-    Attributes:
-        operand_dtype: Dtype to which a precision policy rounds operands; None does not round.
-    """
-
-    operand_dtype: torch.dtype | None = None
-
-    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """Compute logits [B, S, V], or with ``targets_BS`` the sum of the cross entropies, a scalar."""
-        if targets_BS is None:
-            return self._logits(hidden_BSD)
-        return linear_cross_entropy(
-            hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
-        )
-
-    def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Sum each loss over the targets, [len(losses)]; logits of one chunk of tokens exist at a time."""
-        chunks = zip(
-            hidden_BSD.flatten(0, 1).split(CHUNK_TOKENS), targets_BS.flatten().split(CHUNK_TOKENS), strict=True
-        )
-
-        def of_chunk(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-            logits_NV = self._logits(hidden_ND)
-            return sums_over_targets(losses, logits_NV.to(softmax_dtype(logits_NV.dtype)), targets_N)
-
-        return torch.stack([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum(dim=0)
-
-    def _logits(self, hidden_BSD: Tensor) -> Tensor:
-        if self.operand_dtype is None:
-            return super().forward(hidden_BSD)
-        operands = (round_operand(x, self.operand_dtype) for x in (hidden_BSD, self.weight))
-        return round_gradient(nn.functional.linear(*operands), self.operand_dtype)
-
-
 def meta_model(cfg: ModelConfig) -> MoETransformer:
     """Build the model without values."""
     with torch.device("meta"):
@@ -149,6 +114,7 @@ class MoETransformer(nn.Module):
             those that each module of multi-token prediction has. The training loop sets it where batches may be padded:
             with it, every token of the global batch counts equally, as ranks and micro-batches are averaged by their
             samples. With None, losses are means over the tokens of their micro-batch.
+        pairs: Rows are pairs of documents, and their log-probabilities are wanted, too.
         logits_losses, router_losses: The recipe's ``losses``; :meth:`use_losses` sets them.
     """
 
@@ -160,6 +126,7 @@ class MoETransformer(nn.Module):
         global_balance = cfg.moe.balance.aux_loss_scope == AuxLossScope.global_batch
         self.step_counts = StepCounts(None) if global_balance else None
         self.tokens_per_sample: Tensor | None = None
+        self.pairs = False
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.layers: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # typed as what it holds
             Block(cfg, index) for index in range(cfg.n_layers)
@@ -257,14 +224,18 @@ class MoETransformer(nn.Module):
             return self.lm_head(hidden_BSD)
         targets_BS = shifted_targets(labels_BS, documents)
         num_targets = count_targets(targets_BS).sum()
-        lm = self.lm_head(hidden_BSD, targets_BS) / num_targets.clamp(min=1)
+        lm, log_probs_B2 = self.lm_head(hidden_BSD, targets_BS, each=self.pairs), None
+        if self.pairs:
+            assert documents is not None, "document_masking tells pairs apart"
+            lm, log_probs_B2 = lm.sum(), log_probs_of_pairs(lm, documents)
+        lm = lm / num_targets.clamp(min=1)
         of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
         mtp = torch.zeros_like(lm)
         if self.training and self.mtp:
             further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, documents, real)
             mtp = further * self.cfg.mtp.loss_weight / (len(self.mtp) * num_targets.clamp(min=1))
             stats += further_stats
-        return self._losses(lm, mtp, of_targets, num_targets, self._weighted(stats, real))
+        return self._losses(lm, mtp, of_targets, num_targets, self._weighted(stats, real), log_probs_B2)
 
     def _of_targets(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: Tensor) -> dict[str, Tensor]:
         named = self.logits_losses if self.training else []
@@ -310,6 +281,7 @@ class MoETransformer(nn.Module):
         of_targets: dict[str, Tensor],
         num_targets: Tensor,
         stats: list[RoutingStats],
+        log_probs_B2: Tensor | None,
     ) -> CausalLMLosses:
         weights = self.cfg.moe.balance
         none = lm.new_zeros(())
@@ -329,6 +301,7 @@ class MoETransformer(nn.Module):
             router_entropy=torch.stack([s.router_entropy for s in stats]) if stats else none.new_zeros((0,)),
             of_targets=of_targets,
             of_tokens=self._of_tokens(stats),
+            log_probs=log_probs_B2,
         )
 
     def _of_tokens(self, stats: list[RoutingStats]) -> dict[str, Tensor]:
