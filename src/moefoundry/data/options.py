@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 from moefoundry.config.errors import UserError
 from moefoundry.data.corpus import url_scheme
 from moefoundry.data.formats import CorpusFormat
+from moefoundry.data.instructions import TargetResponses, TooLong
 from moefoundry.data.left_out import MAX_LOSS
 from moefoundry.data.reading import BadBytes
 from moefoundry.data.summary import Layout
 from moefoundry.data.tokenizer import check_trainable
 
 PACKED_LENGTH = 512
+
+
+class Kind(StrEnum):
+    """Kinds of documents."""
+
+    text = "text"
+    instructions = "instructions"
+    preferences = "preferences"
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,11 @@ class PrepareOptions:
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
         layout: Packed samples of ``max_seq_len`` tokens, or documents of any length, which are packed when read.
+        kind: Texts; or records of instructions or preferences, which are stored as documents, with targets.
+        target_responses, target_prompts: Tokens of instructions that are to be predicted; see
+            :class:`~moefoundry.data.instructions.Targets`.
+        max_tokens: Tokens of a record's document, at most; None is any number.
+        too_long: Treatment of records with more.
         workers: Processes; the number of cores if None. The result is the same for any number.
     """
 
@@ -59,6 +74,11 @@ class PrepareOptions:
     seed: int = 17
     overwrite: bool = False
     layout: Layout = Layout.packed
+    kind: Kind = Kind.text
+    target_responses: TargetResponses = TargetResponses.last
+    target_prompts: str = "none"
+    max_tokens: int | None = None
+    too_long: TooLong = TooLong.truncate
     workers: int | None = None
 
     @property
@@ -82,6 +102,7 @@ def expanded(options: PrepareOptions) -> PrepareOptions:
         )
     return replace(
         options,
+        layout=options.layout if options.kind is Kind.text else Layout.documents,
         source=os.path.expanduser(options.source),
         out=Path(os.path.expanduser(options.out)),
         tokenizer=Path(os.path.expanduser(options.tokenizer)) if options.tokenizer else None,
@@ -104,6 +125,7 @@ def check_numbers(options: PrepareOptions) -> None:
         raise UserError(f"max_loss={options.max_loss}: a share, from 0 to 1")
     if options.tokenizer is None:
         check_trainable(options.vocab_size)
-    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes), ("workers", options.workers)):
+    for name in ("max_docs", "max_bytes", "max_tokens", "workers"):
+        cap = getattr(options, name)
         if cap is not None and cap < 1:
             raise UserError(f"{name}={cap}: at least 1")

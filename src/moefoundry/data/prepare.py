@@ -35,8 +35,10 @@ from typing import Any
 
 from moefoundry.config.errors import UserError
 from moefoundry.data.assembly import OUTPUTS, Facts, join, pack_samples, tokens_of
-from moefoundry.data.blocks import Block, numbered, plan_blocks
+from moefoundry.data.blocks import Block, name_in_file, numbered, plan_blocks
 from moefoundry.data.corpus import Corpus, Document, open_corpus
+from moefoundry.data.encoding import RecordEncoder
+from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.left_out import LeftOut, describe_left_out
 from moefoundry.data.options import PrepareOptions, check_numbers, expanded
 from moefoundry.data.places import LocalPlace
@@ -107,19 +109,25 @@ def _prepare(options: PrepareOptions) -> PreparedSummary:
     out = Path(os.path.realpath(options.out))
     clear_abandoned(out)
     _check_out(out, options)
-    corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
+    encoder = RecordEncoder.of(options)
+    text_key = options.text_key if encoder is None else None
+    corpus = open_corpus(options.source, options.format, options.globs, text_key, options.bad_bytes, leave=out)
+    if encoder is not None and corpus.format not in RECORD_FORMATS:
+        raise UserError(f"{options.source}: {corpus.format} has no records; {encoder.kind} are JSON Lines or Parquet")
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     _check_vocab(given, options)
     survey = _survey(corpus, plan_blocks(corpus, BLOCK_BYTES), options)
-    inputs = _inputs(options, corpus, survey, given)
+    inputs = _inputs(options, corpus, survey, given) | ({} if encoder is None else encoder.inputs())
     existing = _existing(out, inputs, options)
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
 
     place = LocalPlace(out.parent / f".{out.name}.blocks")
     with _work(place, out, keep=len(survey.blocks) > 1):
-        writer, records = _write(corpus, survey, given, options, place)
-        facts = Facts(options, inputs, survey.left_out, survey.bytes, writer.tokenizer, writer.division, SHARD_BYTES)
+        writer, records = _write(corpus, survey, given, options, place, encoder)
+        left_out, kept_bytes = _left_out(corpus, survey, records)
+        left_out.check(options.source, kept_bytes, options.max_loss, "")
+        facts = Facts(options, inputs, left_out, kept_bytes, writer.tokenizer, writer.division, SHARD_BYTES)
         assemble = join if options.layout is Layout.documents else pack_samples
         summary = assemble(place, records, facts, out)
     return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
@@ -167,6 +175,17 @@ def _survey(corpus: Corpus, blocks: list[Block], options: PrepareOptions) -> Sur
             + left_out
         )
     return survey
+
+
+def _left_out(corpus: Corpus, survey: Survey, records: list[BlockRecord]) -> tuple[LeftOut, int]:
+    """Add up what was left out when the corpus was read, and when it was written; and count the bytes that were not."""
+    left_out = LeftOut()
+    left_out.add_all(survey.left_out)
+    lost = 0
+    for surveyed, record in zip(survey.blocks, records, strict=True):
+        left_out.add_all(LeftOut(record.left_out), partial(name_in_file, corpus.root, surveyed.block))
+        lost += sum(left["bytes"] for left in record.left_out.values())
+    return left_out, survey.bytes - lost
 
 
 def _workers(options: PrepareOptions) -> int:
@@ -238,7 +257,12 @@ def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> Cor
 
 
 def _write(
-    corpus: Corpus, survey: Survey, given: TextTokenizer | None, options: PrepareOptions, place: LocalPlace
+    corpus: Corpus,
+    survey: Survey,
+    given: TextTokenizer | None,
+    options: PrepareOptions,
+    place: LocalPlace,
+    encoder: RecordEncoder | None,
 ) -> tuple[BlockWriter, list[BlockRecord]]:
     """Write the blocks. Where a split gets no sample, divide anew and write again."""
     with Progress("loading libraries"):
@@ -256,6 +280,7 @@ def _write(
             shard_bytes=SHARD_BYTES,
             batch_bytes=ENCODE_BATCH_BYTES,
             place=place,
+            records=encoder,
         )
         records = write_blocks(writer, survey, _workers(options))
         tokens = {split.value: tokens_of(records, split.value) for split in asked}
@@ -266,9 +291,10 @@ def _write(
             raise UserError(_too_little(survey, tokens, options))
         needed_bytes = margin * options.sample_tokens * survey.bytes / total
         everything = _documents(corpus, survey)
-        division = moved(everything, options.val_fraction, options.seed, needed_bytes) or by_position(
-            survey.bytes, options.val_fraction, needed_bytes
-        )
+        shifted = moved(everything, options.val_fraction, options.seed, needed_bytes)
+        if shifted is None and encoder is not None:  # a record cannot be cut in two
+            raise UserError(_too_little(survey, tokens, options))
+        division = shifted or by_position(survey.bytes, options.val_fraction, needed_bytes)
     raise AssertionError("the last attempt returns or raises")
 
 
