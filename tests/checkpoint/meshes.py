@@ -29,7 +29,7 @@ Mesh = tuple[int, int, int]
 
 def state_on(mesh: Mesh, num_experts: int = 4) -> dict[str, Tensor]:
     """Model and AdamW state of this rank; what they hold depends on a tensor's name alone, not on the mesh."""
-    from moefoundry.checkpoint.state import trained_tensors, optimizer_tensors
+    from moefoundry.checkpoint.state import optimizer_tensors, trained_tensors
 
     cfg = tiny_config(n_layers=2)
     model = meta_model(replace(cfg, moe=replace(cfg.moe, num_experts=num_experts)))

@@ -16,7 +16,7 @@ def whole_tensors(recipe: Recipe, build_or_train: str) -> dict[str, Tensor]:
     from torch.distributed.tensor import DTensor
 
     from moefoundry import build as parts
-    from moefoundry.checkpoint.state import trained_tensors, optimizer_tensors
+    from moefoundry.checkpoint.state import optimizer_tensors, trained_tensors
     from moefoundry.trainer import train
 
     trainer = train(recipe) if build_or_train == "train" else parts.build_trainer(recipe)

@@ -14,11 +14,11 @@ from moefoundry.checkpoint.manifest import Manifest
 from moefoundry.checkpoint.save import write
 from moefoundry.checkpoint.state import (
     RunState,
-    trained_tensors,
     optimizer_tensors,
     restore_rng,
     rng_tensors,
     to_jsonable,
+    trained_tensors,
 )
 from moefoundry.config import UserError
 

@@ -89,7 +89,7 @@ def watched(recipe: Recipe, fault: Callable[[], None]) -> dict[str, Any]:
     """Train with a fault; the error, and whether the third step changed weights, optimizer or expert bias."""
     from composer.core import Callback
 
-    from moefoundry.checkpoint.state import trained_tensors, optimizer_tensors
+    from moefoundry.checkpoint.state import optimizer_tensors, trained_tensors
     from moefoundry.trainer import train
 
     class Watch(Callback):
