@@ -27,6 +27,7 @@ COMMANDS = {
     "init": "Write a commented recipe to start from.",
     "plan": "Memory and traffic of a recipe on N ranks.",
     "prepare": "Turn text into token shards.",
+    "reference": "Score preference data with a frozen reference, for dpo.",
     "train": "Train a recipe on this rank.",
     "validate": "Check a recipe, on any machine.",
 }
