@@ -21,10 +21,12 @@ from moefoundry.version import __version__
 COMMANDS = {
     "checkpoint": "List, verify, show and delete checkpoints.",
     "convert": "Convert from and to Hugging Face.",
+    "data": "Look at prepared data.",
     "estimate": "Time of a step and length of a run on N devices.",
     "eval": "Run code tasks with a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "init": "Write a commented recipe to start from.",
+    "migrate": "Turn another project's recipe into one of this project.",
     "plan": "Memory and traffic of a recipe on N ranks.",
     "prepare": "Turn text into token shards.",
     "reference": "Score preference data with a frozen reference, for dpo.",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moefoundry.data.arrow import is_arrow
 from moefoundry.data.corpus import Corpus
 from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.reading import DAMAGES, count_lines, encoding_of, is_plain, read_head
@@ -29,6 +30,24 @@ class Block:
 
     number: int
     slices: tuple[Slice, ...]
+
+
+WANTED_BLOCKS = 64  # a number that many processes share evenly
+SMALLEST_PART = 32
+
+
+def block_size(corpus: Corpus, most: int) -> int:
+    """Choose the bytes of a block: those of a small corpus are smaller, down to a thirty-second of ``most``."""
+    total = sum(size_of(corpus.root / path) for path in corpus.paths)
+    return min(most, max(most // SMALLEST_PART, total // WANTED_BLOCKS))
+
+
+def size_of(file: Path) -> int:
+    """Return the size of a file; 0 if it cannot be had, which is reported when the file is read."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def plan_blocks(corpus: Corpus, block_bytes: int) -> list[Block]:
@@ -49,11 +68,12 @@ def plan_blocks(corpus: Corpus, block_bytes: int) -> list[Block]:
 def _pieces(corpus: Corpus, path: str, block_bytes: int) -> Iterator[tuple[Slice, int]]:
     """Yield the parts of a file with their bytes."""
     file = corpus.root / path
+    size = size_of(file)
     try:
-        size = file.stat().st_size
         dividable = corpus.format in RECORD_FORMATS and size > block_bytes and is_plain(file)
         rows = row_groups(file) if dividable else None
-        by_lines = dividable and rows is None and encoding_of(read_head(file)) == "utf-8" and one_a_line(file)
+        by_lines = dividable and rows is None and not is_arrow(file)
+        by_lines = by_lines and encoding_of(read_head(file)) == "utf-8" and one_a_line(file)
     except DAMAGES:  # reported when it is read
         yield Slice(path), 0
         return

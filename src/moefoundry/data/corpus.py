@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moefoundry.config.errors import UserError
+from moefoundry.data.arrow import arrow_records, is_arrow, of_data_set
 from moefoundry.data.files import Entry, Report, check_patterns, matches, usable, walk
 from moefoundry.data.formats import (
     JSON_SUFFIX,
@@ -142,6 +143,8 @@ class Corpus:
         file = self.root / part.path
         if is_parquet(file):
             return parquet_records(file, self.text_key, part)
+        if is_arrow(file):
+            return arrow_records(file, self.text_key)
         return json_records(file, self.bad_bytes, part)
 
     def hint(self, left_out: LeftOut) -> str:
@@ -224,6 +227,8 @@ def _open_directory(
         chosen = _of_format(entries, format)
         wanted = f"no file of {format} ({' '.join(SUFFIXES[format])}); other files need globs=..."
     paths = tuple(usable(chosen, place, report))
+    if format is CorpusFormat.arrow:
+        paths = tuple(of_data_set(place, paths))
     if not paths and not unusable:
         raise UserError(f"{place}: empty corpus: {wanted}")
     format = format or (format_of_files(place, paths, CorpusFormat.source) if paths else CorpusFormat.source)

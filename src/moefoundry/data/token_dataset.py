@@ -145,8 +145,8 @@ class TokenDataset(GuardedDataset):
             source.begin_epoch(epoch if self.shuffle else 0, self.shuffle_seed)
 
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """List the rows of an epoch, in order, and the sizes of the runs of them that lie in one shard."""
-        if all(isinstance(source, PackedSource) for source in self.sources):
+        """List the rows of an epoch as before the shuffle, and the sizes of the runs of them that lie in one shard."""
+        if len(self.sources) == 1 and isinstance(self.sources[0], PackedSource):
             return super().resample_streams(epoch, stream_id)  # type: ignore[no-any-return]
         rng = np.random.default_rng([self.shuffle_seed, epoch if self.shuffle else 0])
         first_shards = np.append(self.sample_offset_per_shard, self.num_samples)
@@ -161,6 +161,11 @@ class TokenDataset(GuardedDataset):
                 units.append(np.diff(np.flatnonzero(np.diff(shards, prepend=-1, append=-1))))
                 rows.append(part + begin)
             begin += source.rows
+        if not self.shuffle:  # streams side by side, so that the first rows are of all of them
+            places = np.concatenate(
+                [(np.arange(stream.choose) + 0.5) / max(stream.choose, 1) for stream in self.streams]
+            )
+            rows = [np.concatenate(rows)[np.argsort(places, kind="stable")]]
         return np.concatenate(units).astype(np.int64), np.concatenate(rows).astype(np.int64)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
