@@ -135,10 +135,11 @@ class ComposerDPO(ComposerMoECausalLM):
     Args:
         model: The model that is trained.
         beta: Scale of the rewards.
+        eval_sources: As in the base class.
     """
 
-    def __init__(self, model: MoETransformer, beta: float) -> None:
-        super().__init__(model)
+    def __init__(self, model: MoETransformer, beta: float, eval_sources: Sequence[str] = ()) -> None:
+        super().__init__(model, eval_sources)
         model.pairs = True
         self.beta = beta
 

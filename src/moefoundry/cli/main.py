@@ -29,6 +29,7 @@ COMMANDS = {
     "migrate": "Turn another project's recipe into one of this project.",
     "plan": "Memory and traffic of a recipe on N ranks.",
     "prepare": "Turn text into token shards.",
+    "reference": "Score preference data with a frozen reference, for dpo.",
     "train": "Train a recipe on this rank.",
     "validate": "Check a recipe, on any machine.",
 }

@@ -12,6 +12,7 @@ from moefoundry.config.field import MAX_SEED
 from moefoundry.config.lora_rules import lora_problems
 from moefoundry.config.making import chosen_parts
 from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
+from moefoundry.config.preference_rules import preference_problems
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
 from moefoundry.config.schema_data import StreamConfig
@@ -336,10 +337,16 @@ def _evaluated_average(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("ema.evaluate", "true, but eval_loader is null", allowed="false")
 
 
-@rule("save_keep_best", "eval_loader", "model.mtp.depth", "losses")
+@rule("dpo", "model.document_masking", "model.mtp.depth", "train_loader", "eval_loader")
+def _preferences(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from preference_problems(recipe)
+
+
+@rule("save_keep_best", "eval_loader", "model.mtp.depth", "losses", "dpo")
 def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Accept only metrics that the run measures and that are better when they are lower."""
-    names = ["total", "lm", "balance", "z"] + (["mtp"] if recipe.model.mtp.depth else [])
+    optional = ["mtp"] * (recipe.model.mtp.depth > 0) + ["dpo"] * (recipe.dpo is not None)
+    names = ["total", "lm", "balance", "z", *optional]
     names += [name for name, _ in chosen_parts("losses", recipe.losses)]
     measured = [HELD_OUT_LOSS] * (recipe.eval_loader is not None) + [f"loss/train/{name}" for name in names]
     wanted = recipe.save_keep_best

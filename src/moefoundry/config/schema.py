@@ -24,6 +24,7 @@ from moefoundry.config.schema_parts import (
     AdamWConfig,
     AlgorithmsConfig,
     CosineWithWarmupConfig,
+    DpoConfig,
     EmaConfig,
     LoaderConfig,
     LossesConfig,
@@ -140,6 +141,9 @@ class Recipe:
         renamed_from=("lr_scheduler",),
     )
     losses: LossesConfig = key(LossesConfig, "Further losses of training.", table="losses", tag="")
+    dpo: DpoConfig | None = key(
+        None, "Direct preference optimization on pairs of responses, in place of the cross entropy."
+    )
     algorithms: AlgorithmsConfig = key(AlgorithmsConfig, "Changes to the training loop.", table="algorithms", tag="")
     nonfinite: NonFinite = key(
         NonFinite.stop,

@@ -12,6 +12,8 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.assembly import OUTPUTS
 from moefoundry.data.blocks import Block, block_size, plan_blocks
 from moefoundry.data.corpus import Corpus, open_corpus
+from moefoundry.data.encoding import RecordEncoder
+from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.options import PrepareOptions, check_numbers
 from moefoundry.data.staging import clear_abandoned, occupied
 from moefoundry.data.stored import StoredCorpus
@@ -39,6 +41,7 @@ class Opened:
         blocks: Its blocks.
         given: The tokenizer to use; None if one is to be trained.
         stored: The place in a store; None if ``out`` is to stay.
+        encoder: Encoder of records; None encodes text.
     """
 
     options: PrepareOptions
@@ -47,6 +50,7 @@ class Opened:
     blocks: list[Block]
     given: TextTokenizer | None
     stored: StoredCorpus | None
+    encoder: RecordEncoder | None = None
 
     @property
     def workers(self) -> int:
@@ -69,10 +73,14 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
     out = Path(os.path.realpath(stored.local if stored else options.out))
     clear_abandoned(out)
     check_out(out, options)
-    corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
+    encoder = RecordEncoder.of(options)
+    text_key = options.text_key if encoder is None else None
+    corpus = open_corpus(options.source, options.format, options.globs, text_key, options.bad_bytes, leave=out)
+    if encoder is not None and corpus.format not in RECORD_FORMATS:
+        raise UserError(f"{options.source}: {corpus.format} has no records, and {encoder.kind} are records")
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     _check_vocab(given, options)
-    return Opened(options, out, corpus, plan_blocks(corpus, block_size(corpus, block_bytes)), given, stored)
+    return Opened(options, out, corpus, plan_blocks(corpus, block_size(corpus, block_bytes)), given, stored, encoder)
 
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
