@@ -20,6 +20,7 @@ from moefoundry import composer_patches
 from moefoundry.adapters import apply_lora
 from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.console import Console
+from moefoundry.callbacks.data import DataMonitor
 from moefoundry.callbacks.ema import Ema
 from moefoundry.callbacks.expert_bias import ExpertBias
 from moefoundry.callbacks.health import FiniteCheck, GradientNorm
@@ -40,7 +41,7 @@ from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
 from moefoundry.data.stores import Remote
-from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_target_counts
+from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_counts
 from moefoundry.mesh import Meshes
 from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import MoETransformer, meta_model
@@ -161,8 +162,10 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
         batch_size=batch_size,
         model_vocab_size=recipe.model.vocab_size,
         documents_of=Path(recipe.tokenizer.name) if recipe.model.document_masking else None,
+        tokenizer=Path(recipe.tokenizer.name),
     )
-    return DataSpec(loader, batch_transforms=with_target_counts, get_num_tokens_in_batch=count_tokens)
+    counting = partial(with_counts, document_masking=recipe.model.document_masking)
+    return DataSpec(loader, batch_transforms=counting, get_num_tokens_in_batch=count_tokens)
 
 
 def build_callbacks(
@@ -172,6 +175,7 @@ def build_callbacks(
     clipping = recipe.algorithms.gradient_clipping
     gradient_norm = GradientNorm(clipping.clipping_threshold if clipping else None)
     ema = Ema(recipe.ema) if recipe.ema else None
+    source_tokens: dict[str, int] = {}
     phases: dict[Phase, list[Callback | None]] = {
         Phase.PREPARE: [
             CountTargets(),
@@ -181,19 +185,25 @@ def build_callbacks(
         Phase.GRADIENTS: [gradient_norm],
         Phase.CHECK: [FiniteCheck(gradient_norm, recipe.nonfinite)],
         Phase.OBSERVE: [
+            DataMonitor(list(filter(None, recipe.train_loader.dataset.sources)), source_tokens),
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
             build_expert_bias(model),
             *make_parts("callbacks", Callback, recipe.callbacks, recipe),
         ],
         Phase.STOP: [StopOnSignal()],
-        Phase.SAVE: [build_checkpointing(recipe, metrics_file, digests, start, ema)],
+        Phase.SAVE: [build_checkpointing(recipe, metrics_file, digests, start, ema, source_tokens)],
         Phase.AVERAGE: [ema],
     }
     return [callback for phase in Phase for callback in phases[phase] if callback]
 
 
 def build_checkpointing(
-    recipe: Recipe, metrics_file: MetricsFile, digests: Mapping[str, str], start: Start | None, ema: Ema | None
+    recipe: Recipe,
+    metrics_file: MetricsFile,
+    digests: Mapping[str, str],
+    start: Start | None,
+    ema: Ema | None,
+    source_tokens: dict[str, int],
 ) -> Checkpointing:
     """Build the callback that saves, and the state that it saves."""
     every, best = recipe.save_keep_every, recipe.save_keep_best
@@ -210,6 +220,7 @@ def build_checkpointing(
         averages=ema,
         base=start.base if start else None,
         metrics=dict if best is None else partial(metrics_file.values, (best,)),
+        source_tokens=source_tokens,
     )
     saver = Saver(store, partial(retain_and_upload, store, retention, recipe.save_remote))
     return Checkpointing(run, saver, recipe.save_interval, recipe.save_async, start)

@@ -12,6 +12,7 @@ from moefoundry.checkpoint.manifest import STATE_FILE, WEIGHTS_ONLY, Origin, com
 from moefoundry.checkpoint.run_dir import claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.start import Start, check_start, data_digests
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
+from moefoundry.config.versions import FORMAT_VERSION
 from tests.conftest import QUICKSTART
 
 MakeRecipe = Callable[..., Recipe]
@@ -233,7 +234,8 @@ def test_digests_are_of_content(tiny_recipe: MakeRecipe, tiny_corpus: Path, tmp_
 def test_a_checkpoint_of_a_later_release_is_refused(recipe: MakeRecipe) -> None:
     later = save(recipe("a"), recipe=flatten(recipe("a")) | {"format_version": 99})
     message = (
-        f"{later}/state.json: checkpoint of a later release: recipe of format_version 99; this release reads 1 to 2"
+        f"{later}/state.json: checkpoint of a later release: recipe of format_version 99; "
+        f"this release reads 1 to {FORMAT_VERSION}"
     )
     assert refusal(recipe("b", f"load_path={later}")) == message
 

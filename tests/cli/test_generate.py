@@ -41,6 +41,33 @@ def test_text_is_that_of_the_ranks_that_trained(run: Run, capsys) -> None:
     assert generate(capsys, run.run_dir / "checkpoints" / "ba2") == text
 
 
+def test_a_gap_is_filled(run: Run, capsys) -> None:
+    place = str(run.run_dir)
+    gap = [
+        "generate",
+        place,
+        "--prefix",
+        "def first",
+        "--suffix",
+        "\nreturn",
+        "--max-new-tokens",
+        "6",
+        "--device",
+        "cpu",
+    ]
+    assert main(gap) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("def first")
+    assert text.endswith("\nreturn\n")
+    assert main([*gap, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prefix"], found["suffix"]) == ("def first", "\nreturn")
+    assert f"{found['prefix']}{found['completion']}{found['suffix']}\n" == text
+    for wrong in (["generate", place], [*gap, "--prompt", "x"]):
+        assert main(wrong) == 2
+        assert "give --prompt, or --prefix and --suffix" in capsys.readouterr().err
+
+
 def test_sampling_options(run: Run, capsys) -> None:
     greedy = generate(capsys, run.run_dir)
     assert generate(capsys, run.run_dir, "--temperature", "0.7", "--top-k", "1") == greedy

@@ -24,6 +24,8 @@ FREE = (
     *("train_loader.dataset.validate_hash", "eval_loader.dataset.validate_hash"),
     *("train_loader.dataset.local", "train_loader.dataset.remote", "train_loader.dataset.split"),
     *("eval_loader.dataset.local", "eval_loader.dataset.remote", "eval_loader.dataset.split"),
+    *(f"train_loader.dataset.streams.NAME.{key}" for key in ("local", "remote", "split")),
+    *(f"eval_loader.dataset.streams.NAME.{key}" for key in ("local", "remote", "split")),
 )
 NOT_ARCHITECTURE = (
     *("model.init.", "model.document_masking", "model.moe.router.input_jitter", "model.moe.balance."),

@@ -31,7 +31,7 @@ from moefoundry.config.checks import RULES
 from moefoundry.config.field import DURATION, INTERVAL
 from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import Layers, leaves_of
-from moefoundry.config.spec import Spec, every_key, plain, specs, walk
+from moefoundry.config.spec import ANY_NAME, Spec, every_key, plain, specs, walk
 from moefoundry.config.urls import naming_problem
 from moefoundry.config.yaml_reader import StrictDumper, parse_yaml
 from tests.conftest import QUICK, QUICKSTART
@@ -380,7 +380,7 @@ def test_row21_every_leaf_of_the_schema_is_typed(path, spec: Spec, tags, wrong):
     with pytest.raises(ConfigError) as caught:
         recipe_of(layers)
     found = [problem.path for problem in caught.value.problems]
-    own = [where for where in found if where == path or where.startswith(f"{path}[")]
+    own = [where for where in found if where == path or where.startswith((f"{path}[", f"{path}."))]
     assert own
     # Nothing else, but that a mapping above may not be available yet.
     assert all(where in own or path.startswith(f"{where}.") for where in found), found
@@ -451,8 +451,10 @@ def test_a_path_may_begin_at_the_home_directory(monkeypatch, tmp_path):
         *("run_dir", "name", "local", "remote", "load_path", "save_remote", "log_dir", "tracking_uri", "base"),
         "filename",
     }
-    leaves = flatten(load_recipe(None, [*QUICK, *(f"{path}=~/a~ b/c" for path in paths)]))
-    assert {leaves[path] for path in paths} == {f"{tmp_path}/a~ b/c"}
+    of_streams = [path for path in paths if ANY_NAME in path.split(".")]
+    for some in (of_streams, [path for path in paths if path not in of_streams]):
+        leaves = flatten(load_recipe(None, [*QUICK, *(f"{path}=~/a~ b/c" for path in some)]))
+        assert {leaves[path] for path in some} == {f"{tmp_path}/a~ b/c"}
     recipe = load_recipe(
         write_small(tmp_path, "train_loader: {dataset: {local: ~/data, remote: s3://a/~b}}\nload_path: ~")
     )

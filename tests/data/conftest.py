@@ -43,10 +43,9 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     loaders: list[StreamingDataLoader] = []
 
     def builder(
-        config: LoaderConfig, *, batch_size: int = 4, model_vocab_size: int = VOCAB, documents_of: Path | None = None
+        config: LoaderConfig, *, batch_size: int = 4, model_vocab_size: int = VOCAB, **tokenizers: Path | None
     ) -> StreamingDataLoader:
-        options = {"batch_size": batch_size, "model_vocab_size": model_vocab_size, "documents_of": documents_of}
-        loaders.append(build_loader(config, **options))
+        loaders.append(build_loader(config, batch_size=batch_size, model_vocab_size=model_vocab_size, **tokenizers))
         return loaders[-1]
 
     yield builder

@@ -22,8 +22,10 @@ from streaming.base.storage.download import LocalDownloader
 
 from moefoundry.config import DataError, LoaderConfig, Recipe, UserError
 from moefoundry.data import guard
-from moefoundry.data.guard import GuardedDataset, NodeFailure, remove_stale_segments
+from moefoundry.data import segments as shared
+from moefoundry.data.guard import GuardedDataset
 from moefoundry.data.loader import build_loader
+from moefoundry.data.segments import NodeFailure, remove_stale_segments
 from tests.data.shards import VOCAB, config_of, flip_bit, fork_workers, tokens_of
 from tests.distributed import captured_output, run_distributed
 from tests.train.runs import run_recipe
@@ -239,7 +241,7 @@ def segments() -> set[str]:
     from streaming.base.shared import prefix
 
     first = next(prefix._each_prefix_int())
-    return {path.name for number in range(first, first + 10) for path in guard.SEGMENTS.glob(f"{number:06}_*")}
+    return {path.name for number in range(first, first + 10) for path in shared.SEGMENTS.glob(f"{number:06}_*")}
 
 
 def in_child(config: LoaderConfig, killed: bool) -> int:
@@ -353,27 +355,27 @@ def test_row16_ranks_agree_on_a_number_while_other_runs_come_and_go(corpus: Path
 
 
 def test_row16_a_number_that_any_name_begins_is_not_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SEGMENTS", tmp_path / "segments")
+    monkeypatch.setattr(shared, "SEGMENTS", tmp_path / "segments")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "segments").mkdir()
     for name in ("segments/000003_locals", "segments/000004_moefoundry", "000005_cache_filelock", "segments/000007_x"):
         (tmp_path / name).touch()
-    assert [guard._free_number(first) for first in (2, 3, 5, 7)] == [2, 6, 6, 8]
+    assert [shared.free_number(first) for first in (2, 3, 5, 7)] == [2, 6, 6, 8]
 
 
 def test_row16_who_stays_while_he_starts_is_not_waited_for_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard, "SEGMENTS", tmp_path)
-    monkeypatch.setattr(guard, "PATIENCE", 0.05)
-    with guard._sole_starter(), pytest.raises(UserError, match=f"{tmp_path}: a process has locked it"):
-        guard._sole_starter().__enter__()
-    with guard._sole_starter():
+    monkeypatch.setattr(shared, "SEGMENTS", tmp_path)
+    monkeypatch.setattr(shared, "PATIENCE", 0.05)
+    with shared.sole_starter(), pytest.raises(UserError, match=f"{tmp_path}: a process has locked it"):
+        shared.sole_starter().__enter__()
+    with shared.sole_starter():
         pass
 
 
 def test_row16_only_what_no_process_holds_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "SEGMENTS", tmp_path)
+    monkeypatch.setattr(shared, "SEGMENTS", tmp_path)
     for number in ("000001", "000002", "000003"):
         (tmp_path / f"{number}_locals").write_text("segment")
     dead, living = tmp_path / "000001_moefoundry", tmp_path / "000002_moefoundry"

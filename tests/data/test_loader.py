@@ -14,7 +14,8 @@ from streaming.base.batching import generate_work
 from streaming.base.world import World
 
 from moefoundry.config import LoaderConfig, Recipe, UserError
-from moefoundry.data.loader import build_loader, number_documents
+from moefoundry.data.loader import build_loader
+from moefoundry.data.token_dataset import number_documents
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 from tests.data.shards import SEQ_LEN, VOCAB, config_of, fork_workers, tokens_of
 from tests.distributed import run_distributed

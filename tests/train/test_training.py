@@ -122,7 +122,7 @@ def test_values_do_not_depend_on_ranks_and_micro_batches(tiny_recipe: Tiny, tmp_
 
 def ignore_many_labels() -> None:
     """Samples differ in how many of their targets count: from nearly none to all."""
-    from moefoundry.data.loader import TokenDataset
+    from moefoundry.data.token_dataset import TokenDataset
 
     get_item = TokenDataset.get_item
 

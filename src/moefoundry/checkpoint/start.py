@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moefoundry.checkpoint.base import Base
 from moefoundry.checkpoint.manifest import BASE, WEIGHTS_ONLY, read_state
-from moefoundry.config import LoaderConfig, Moments, Recipe, UserError, flatten
-from moefoundry.config.spec import is_architecture, show_leaf
+from moefoundry.config import Moments, Recipe, UserError, flatten
+from moefoundry.config.schema_data import StreamConfig
+from moefoundry.config.spec import is_architecture, is_free_on_resume, show_leaf
 from moefoundry.config.versions import without_effect
-from moefoundry.data.fit import directory_of
+from moefoundry.data.fit import directory_of, sources_of
 from moefoundry.data.identity import INDEX_FILE, read_shards, stream_digest
 
 MOMENTS = "precision.optimizer_moments"
@@ -27,13 +28,15 @@ SHUFFLE_SEED = "train_loader.dataset.shuffle_seed"
 TRAINING_DATA = "train_loader.dataset"
 HELD_OUT_DATA = "eval_loader.dataset"
 TOKENIZER = "tokenizer"
+ABSENT = "(absent)"
 COUNTERS = {"ba": "batch", "ep": "epoch", "tok": "token", "sp": "sample"}
 
 ADAPTERS = ("lora.rank", "lora.alpha", "lora.targets", "lora.use_rslora", "lora.dora", "lora.train_router")
 """Keys that decide what adapters are."""
 
-ORDER = ("train_loader.dataset.shuffle", "train_loader.drop_last")
-"""Keys on which a position within an epoch depends, beside the size of the global batch."""
+ORDER = ("train_loader.dataset.shuffle", "train_loader.drop_last", "train_loader.dataset.max_seq_len")
+ROWS = tuple(f"train_loader.dataset.{name}" for name in ("packing", "fim", "streams"))
+"""Keys, and mappings, on which a position within an epoch depends, beside the size of the global batch."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def data_digests(recipe: Recipe) -> dict[str, str]:
     Raises:
         UserError: The index of a stream is absent or damaged.
     """
-    places = {key: Path(loader.dataset.local, loader.dataset.split) for key, loader in _streams(recipe).items()}
+    places = {key: Path(source.local, str(source.split)) for key, source in _streams(recipe)}
     return {key: stream_digest(place) for key, place in places.items()} | _tokenizer_digest(recipe)
 
 
@@ -74,16 +77,19 @@ def known_digests(recipe: Recipe) -> dict[str, str]:
         UserError: The index of a stream is damaged.
     """
     digests = {}
-    for key, loader in _streams(recipe).items():
-        path = directory_of(loader.dataset)
-        if path is not None and Path(path, loader.dataset.split, INDEX_FILE).is_file():
-            digests[key] = stream_digest(Path(path, loader.dataset.split))
+    for key, source in _streams(recipe):
+        path = directory_of(source)
+        if path is not None and Path(path, str(source.split), INDEX_FILE).is_file():
+            digests[key] = stream_digest(Path(path, str(source.split)))
     return digests | _tokenizer_digest(recipe)
 
 
-def _streams(recipe: Recipe) -> dict[str, LoaderConfig]:
-    loaders = {TRAINING_DATA: recipe.train_loader, HELD_OUT_DATA: recipe.eval_loader}
-    return {key: loader for key, loader in loaders.items() if loader is not None}
+def _streams(recipe: Recipe) -> Iterator[tuple[str, StreamConfig]]:
+    """Yield each stream of samples with its key."""
+    loaders = {"train_loader": recipe.train_loader, "eval_loader": recipe.eval_loader}
+    for name, loader in loaders.items():
+        if loader is not None:
+            yield from sources_of(loader, name)
 
 
 def _tokenizer_digest(recipe: Recipe) -> dict[str, str]:
@@ -177,10 +183,11 @@ def _check_order(checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, 
             f"global_train_batch_size: {sizes[1]}, and {checkpoint} was written with {sizes[0]}; the rest of its epoch "
             "would be other samples, some of them twice; allow_batch_size_change=true accepts that"
         )
-    for key in ORDER:
-        if saved.get(key, here[key]) != here[key]:
+    for key in (*ORDER, *(key for key in {**here, **saved} if key.startswith(ROWS) and not is_free_on_resume(key))):
+        if saved.get(key, here[key] if key in ORDER else ABSENT) != here.get(key, ABSENT):
+            now, there = (show_leaf(recipe[key]) if key in recipe else ABSENT for recipe in (here, saved))
             raise UserError(
-                f"{key}: {show_leaf(here[key])}, and {checkpoint} was written with {show_leaf(saved[key])}; the rest "
+                f"{key}: {now}, and {checkpoint} was written with {there}; the rest "
                 "of its epoch would be other samples; begin a new phase with its weights instead: "
                 "load_weights_only=true"
             )
@@ -195,7 +202,7 @@ def _check_data(
             continue
         place = here["tokenizer.name"] if key == TOKENIZER else _place(here, key)
         what = f"{key}: {place} is not what {checkpoint} was saved with"
-        if key == HELD_OUT_DATA and not own:
+        if key.startswith(HELD_OUT_DATA) and not own:
             _note(f"{what}; held-out losses are not to be compared")
             continue
         where = " in another run_dir" if own else ""
@@ -221,7 +228,8 @@ def _check_data_without_digests(checkpoint: Path, document: Mapping[str, Any], h
 
 def _place(recipe: Mapping[str, Any], key: str) -> str:
     """Give the place of the stream ``key`` of a flat recipe."""
-    return f"{recipe.get(f'{key}.remote') or recipe.get(f'{key}.local')}/{recipe.get(f'{key}.split')}"
+    split = recipe.get(f"{key}.split") or recipe.get(f"{key.partition('.streams.')[0]}.split")
+    return f"{recipe.get(f'{key}.remote') or recipe.get(f'{key}.local')}/{split}"
 
 
 def _schedule_changes(saved: Mapping[str, Any], here: Mapping[str, Any], last_rate: float | None) -> str:

@@ -58,6 +58,7 @@ class RunState:
         averages: Averages of the parameters; None without ``ema``.
         metrics: Gives the metrics of this batch that decide which checkpoints are kept, by name.
         base: Checkpoint of the parameters that do not train; None where all train.
+        source_tokens: Tokens of each source of the training data so far.
     """
 
     recipe: dict[str, Any]
@@ -66,6 +67,7 @@ class RunState:
     averages: Averages | None = None
     metrics: Callable[[], Mapping[str, float]] = dict
     base: Base | None = None
+    source_tokens: dict[str, int] = field(default_factory=dict)
     _generators: dict[str, Tensor] = field(default_factory=dict)  # to be put back when the first batch is read
 
     def __post_init__(self) -> None:
@@ -90,6 +92,7 @@ class RunState:
             "lr": state.optimizers[0].param_groups[0]["lr"],
             "data": {**data, "epoch": state.timestamp.epoch.value},
             "data_digests": dict(self.data_digests),
+            "source_tokens": dict(self.source_tokens),
             "world_size": self._world_size,
             "recipe": self.recipe,
             **({BASE: self.base.document()} if self.base else {}),
@@ -142,6 +145,7 @@ class RunState:
             self.averages.restart()
         if not weights_only:
             _restore_position(state, document)
+            self.source_tokens |= document.get("source_tokens", {})
         return {"store": report.store_seconds, "exchange": report.exchange_seconds, **seconds}
 
     def restore_generators(self) -> None:

@@ -138,12 +138,13 @@ def _complete_recipe(context: click.Context, parameter: click.Parameter, incompl
     """Keys, then the values that a name, a boolean or null may be; and files for the first word."""
     from click.shell_completion import CompletionItem
 
-    from moefoundry.config.spec import every_key
+    from moefoundry.config.spec import ANY_NAME, every_key
 
     words = []
     for key, spec in every_key().items():
         names = ["true", "false"] if spec.kind is bool else [*spec.kind] if _is_enum(spec.kind) else []
-        words += [f"{key}={value}" for value in ["", *names, *["null"] * spec.optional]]
+        if ANY_NAME not in key.split("."):
+            words += [f"{key}={value}" for value in ["", *names, *["null"] * spec.optional]]
     items = [CompletionItem(word) for word in words if word.startswith(incomplete)]
     return items if items and incomplete else [CompletionItem(incomplete, type="file")]
 

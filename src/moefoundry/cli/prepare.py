@@ -33,6 +33,27 @@ MERGE = "merge"
     type=click.Choice(["packed", "documents"]),
     help="Samples of one length (default packed), or documents, which are packed when they are read.",
 )
+@click.option(
+    "--instructions",
+    "kind",
+    flag_value="instructions",
+    help="SOURCE has records of prompts and responses.",
+)
+@click.option(
+    "--preferences", "kind", flag_value="preferences", help="SOURCE has records of a prompt, chosen and rejected."
+)
+@click.option(
+    "--target-responses",
+    type=click.Choice(["last", "all"]),
+    help="Instructions: predict the last response of a conversation (default last), or all.",
+)
+@click.option("--target-prompts", metavar="WHICH", help="Instructions: prompts to predict: none, all, or length>=N.")
+@click.option("--max-tokens", type=int, metavar="N", help="Tokens of a record at most (default: any number).")
+@click.option(
+    "--too-long",
+    type=click.Choice(["truncate", "drop", "error"]),
+    help="Records of more: truncate them (default truncate), drop them, or stop.",
+)
 @click.option("--max-seq-len", type=int, metavar="N", help="Tokens of a packed sample (default 512).")
 @click.option("--vocab-size", type=int, metavar="N", help="Size of the vocabulary to train (default 4096).")
 @click.option("--tokenizer", type=local_path, metavar="DIR", help="Hugging Face tokenizer to use; none is trained.")
@@ -81,12 +102,15 @@ def command(
     SIGTERM.
     """
     from moefoundry.data.formats import CorpusFormat
-    from moefoundry.data.options import PrepareOptions
+    from moefoundry.data.instructions import TargetResponses, TooLong
+    from moefoundry.data.options import Kind, PrepareOptions
     from moefoundry.data.reading import BadBytes
     from moefoundry.data.summary import Layout
 
     options |= {"format": CorpusFormat(format) if format else None, "bad_bytes": bad_bytes and BadBytes(bad_bytes)}
     options |= {"layout": layout and Layout(layout)}
+    for name, choice in (("kind", Kind), ("target_responses", TargetResponses), ("too_long", TooLong)):
+        options[name] = options[name] and choice(options[name])
     given = {name: value for name, value in options.items() if value is not None}
     flags = flags_of(*PrepareOptions.__dataclass_fields__, "part", "ray") | {"globs": "--glob"}
     try:
@@ -171,6 +195,9 @@ def describe(prepared: PreparedSummary) -> str:
         lines.append(
             f"  held out with --val-fraction {corpus.division['val_fraction']:.3g}, for a sample in each split"
         )
+    if cut := sum(split.truncated_documents for split in corpus.splits.values()):
+        tokens = sum(split.truncated_tokens for split in corpus.splits.values())
+        lines.append(f"  truncated: {cut:,} documents, by {tokens:,} tokens")
     if corpus.left_out:
         share = f", {describe_share(corpus.left_out_share)} of the bytes" if corpus.left_out_share != 0 else ""
         lines.append(f"  left out{share}: {describe_left_out(corpus.left_out)}")

@@ -13,14 +13,17 @@ from __future__ import annotations
 import difflib
 import math
 import operator
+import re
 from collections.abc import Iterator
 from enum import StrEnum
 from functools import cache
 from typing import Any
 
 from moefoundry.config.errors import Problem
+from moefoundry.config.field import ENTRY, PATTERN_HINTS
 from moefoundry.config.layers import EXTENDS
 from moefoundry.config.spec import (
+    ANY_NAME,
     INVALID,
     Elsewhere,
     Spec,
@@ -87,6 +90,8 @@ class Builder:
             result = None if spec.optional else self._fail(path, "null is not allowed", describe(spec))
         elif spec.is_mapping:
             result = self._mapping(spec, value, path)
+        elif spec.entry:
+            result = self._entries(spec, value, path)
         elif spec.item:
             result = self._list(spec, value, path)
         else:
@@ -109,6 +114,21 @@ class Builder:
         if spec.variants is None:  # what all of them have can be checked
             self.build(spec.kind, {**value, spec.tag: INVALID}, path)
         return INVALID
+
+    def _entries(self, spec: Spec, value: Any, path: str) -> Any:
+        """Build a mapping whose keys are names that its author chose."""
+        if not isinstance(value, dict) or not value:
+            return self._fail(path, f"got {show(value)}" if value else "is empty", describe(spec))
+        built = {}
+        for name, below in value.items():
+            where = join(path, name)
+            if not re.fullmatch(ENTRY, name):
+                self._fail(where, f"{show(name)} is no name", PATTERN_HINTS[ENTRY])
+            elif not isinstance(below, dict):
+                self._fail(where, f"got {show(below)}", "a mapping")
+            else:
+                built[name] = self.build(spec.entry, below, where)
+        return built
 
     def _class(self, spec: Spec, value: dict[str, Any], path: str) -> Any:
         """Find the class as :func:`chosen_class` does, and list what is wrong with the tag."""
@@ -215,8 +235,10 @@ class Builder:
 def _by_name() -> dict[str, list[str]]:
     """Map the last part of a key to the keys that end in it."""
     leaves: dict[str, list[str]] = {}
-    for known in every_key():
-        leaves.setdefault(known.rpartition(".")[2], []).append(known)
+    for known in sorted(every_key(), key=lambda known: ANY_NAME in known.split(".")):
+        name = known.rpartition(".")[2]
+        if name not in leaves or ANY_NAME not in known.split("."):  # a key of an entry only if none has its name
+            leaves.setdefault(name, []).append(known)
     return leaves
 
 

@@ -14,6 +14,7 @@ from moefoundry.config.making import chosen_parts
 from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
+from moefoundry.config.schema_data import StreamConfig
 from moefoundry.config.schema_parts import (
     AdamWConfig,
     Compute,
@@ -245,7 +246,7 @@ def _batch(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
 def _places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Check what may be a URL by the rule that readers follow."""
     places = {"load_path": recipe.load_path, "save_remote": recipe.save_remote}
-    remotes = {f"{path}.remote": dataset.remote for path, dataset in _datasets(recipe)}
+    remotes = {f"{path}.remote": source.remote for path, source in _sources(recipe)}
     for path, place in {**places, **remotes}.items():
         if place is not None and (problem := url_problem(place, for_data=path in remotes)):
             yield Problem(path, f"{show_leaf(place)}: {problem}")
@@ -255,7 +256,7 @@ def _places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 def _local_places(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Check what is read and written as files of this machine."""
     paths = {"run_dir": recipe.run_dir, "tokenizer.name": recipe.tokenizer.name}
-    paths |= {f"{path}.local": dataset.local for path, dataset in _datasets(recipe)}
+    paths |= {f"{path}.local": source.local for path, source in _sources(recipe)}
     if recipe.loggers.tensorboard is not None:
         paths["loggers.tensorboard.log_dir"] = recipe.loggers.tensorboard.log_dir
     if recipe.loggers.file_logger is not None:
@@ -272,6 +273,30 @@ def _sequence_length(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         if dataset.max_seq_len != recipe.max_seq_len:
             message = f"{dataset.max_seq_len} is not the recipe's max_seq_len"
             yield Problem(f"{path}.max_seq_len", message, allowed=str(recipe.max_seq_len))
+
+
+@rule("train_loader.dataset", "eval_loader.dataset")
+def _weights_of_streams(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    """Rows of a stream are counted in one way, and shares of an epoch leave no other counts beside them."""
+    for path, dataset in _datasets(recipe):
+        streams = dataset.streams or {}
+        weights = {name: (each.proportion, each.repeat, each.choose) for name, each in streams.items()}
+        for name, given in weights.items():
+            if sum(weight is not None for weight in given) > 1:
+                yield Problem(f"{path}.streams.{name}", "has more than one of proportion, repeat and choose")
+        if len({given[0] is None for given in weights.values()}) > 1:
+            lacking = [name for name, given in weights.items() if given[0] is None]
+            message = f"proportion is of all streams or of none, and {', '.join(lacking)} has none"
+            yield Problem(f"{path}.streams", message)
+        if streams and dataset.remote is not None:
+            yield Problem(f"{path}.remote", "where there are streams, each has its own", allowed="null")
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[str, StreamConfig]]:
+    """Yield each loader's streams, or else what it reads, with the path of its keys."""
+    for path, dataset in _datasets(recipe):
+        for name, source in dataset.sources.items():
+            yield f"{path}.streams.{name}" if name else path, source
 
 
 def _datasets(recipe: Recipe) -> Iterator[tuple[str, DatasetConfig]]:

@@ -11,6 +11,7 @@ INTERVAL = r"[1-9]\d{0,17}(ba|ep|tok|sp)"
 BATCHES = r"[1-9]\d{0,17}ba"
 NAME = r"(?!\.{1,2}\Z)[\w.\-]+"
 SPLIT = r"[\w.\-/]*"
+ENTRY = r"[\w\-]+"
 TARGET = r"(attention|dense|shared_experts|experts)(\.\w+)?"
 TEXT = r"(?s).+"
 TAG = r"(?s).{1,64}"
@@ -20,6 +21,7 @@ MAX_FACTOR = 1e6  # of a loss or of weights; far below what overflows in a gradi
 MAX_TIMEOUT = 366 * 86400  # a year; the libraries' own counters end far above
 PATTERN_HINTS = {
     SPLIT: "letters, digits, '_', '-', '.' and '/'",
+    ENTRY: "letters, digits, '_' and '-'",
     NAME: "letters, digits, '_', '-' and '.', but not '.' or '..'",
     TARGET: "attention, dense, shared_experts or experts, or a weight of one such as attention.q_proj",
     TEXT: "text, not empty",
@@ -55,6 +57,7 @@ def key(
     instead_of: dict[str, str] | None = None,
     other_values: dict[str, str] | None = None,
     table: str | None = None,
+    first_of: str = "",
 ) -> Any:
     """Declare a recipe field.
 
@@ -82,6 +85,7 @@ def key(
         table: The table of parts (:mod:`moefoundry.config.parts`) from which a string is a name. A mapping with a
             ``tag`` of that table has the keys of the part that it names; with ``tag=""`` each of its keys is the name
             of a part, and a mapping of that part's keys.
+        first_of: A key beside this one that maps names to mappings: where this key is absent, it is the first one's.
     """
     bounds = {"ge": ge, "gt": gt, "le": le, "lt": lt}
     metadata = {
@@ -101,6 +105,7 @@ def key(
         "instead_of": instead_of or {},
         "other_values": other_values or {},
         "table": table,
+        "first_of": first_of,
     }
     if isinstance(default, Callable):  # type: ignore[arg-type]
         return field(default_factory=default, metadata=metadata)

@@ -150,11 +150,24 @@ def _fill(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
         if name not in tree:
             if value is not REQUIRED:
                 filled[name] = _fill(value, {}) if dataclasses.is_dataclass(value) else plain(value)
+            elif (first := _first(tree.get(spec.first_of), name)) is not None:
+                filled[name] = first
+        elif isinstance(tree[name], dict) and spec.entry:
+            filled[name] = {
+                each: _fill(spec.entry(), below) if isinstance(below, dict) else below
+                for each, below in tree[name].items()
+            }
         elif isinstance(tree[name], dict) and (cls := _usable_class(spec, tree[name], value)):
             filled[name] = _fill(value if type(value) is cls else cls(), tree[name])
         else:
             filled[name] = tree[name]
     return filled | {name: value for name, value in tree.items() if name not in filled}
+
+
+def _first(mappings: Any, name: str) -> Any:
+    """Find the value of ``name`` in the first of several mappings; None if there is none."""
+    first = next(iter(mappings.values()), None) if isinstance(mappings, dict) else None
+    return first.get(name) if isinstance(first, dict) else None
 
 
 def _usable_class(spec: Spec, tree: dict[str, Any], default: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from moefoundry.config.parts import TABLES
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import Spec, describe, elsewhere, every_key, is_free_on_resume, plain, show, specs
+from moefoundry.config.spec import ANY_NAME, Spec, describe, elsewhere, every_key, is_free_on_resume, plain, show, specs
 
 HEADER = """\
 # Recipe reference
@@ -65,6 +65,8 @@ def _sections(default: Any, path: str, title: str) -> Iterator[str]:
             for tag, cls in variants.items():
                 heading = f"`{full}`" + (f" with `{spec.tag}: {tag}`" if tag else "")
                 nested.append((value if type(value) is cls else cls(), f"{full}.", heading))
+        if spec.entry:
+            nested.append((spec.entry(), f"{full}.{ANY_NAME}.", f"`{full}.{ANY_NAME}`"))
     yield "\n".join([*rows, ""]) if len(rows) > 2 else "No keys: write `{}`.\n"
     if (table := TABLES.get(path.rstrip("."))) is not None:
         others = ", ".join(f"`{name}`" for name in table.listed if name not in specs(type(default)))
@@ -84,8 +86,8 @@ def _names_elsewhere() -> str:
 
 def _type(spec: Spec) -> str:
     names = {int: "integer", float: "number", str: "string", bool: "boolean"}
-    if spec.is_mapping:
-        name = "mapping"
+    if spec.is_mapping or spec.entry:
+        name = "mapping" if spec.is_mapping else "mappings by name"
     elif spec.table is not None:
         name = "name"
     else:
@@ -109,7 +111,11 @@ def _allowed(spec: Spec) -> str:
         return f"{values} in this release"
     if spec.variants:
         return f"`{spec.tag}`: " + ", ".join(f"`{tag}`" for tag in spec.variants)
-    plain_type = spec.is_mapping or not (spec.bounds or spec.pattern or spec.length or _type(spec).startswith("name"))
+    plain_type = (
+        spec.is_mapping
+        or spec.entry
+        or not (spec.bounds or spec.pattern or spec.length or _type(spec).startswith("name"))
+    )
     return "" if plain_type else _cell(describe(spec))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moefoundry.config.field import DURATION, MAX_FACTOR, MAX_SEED, REQUIRED, SPLIT, key
+from moefoundry.config.schema_data import FimConfig, PackingConfig, StreamConfig
 
 # ------------------------------------------------------------------------------------------------- mesh and precision
 
@@ -134,14 +135,15 @@ class TokenizerConfig:
 
 @dataclass
 class DatasetConfig:
-    """Packed samples of one split."""
+    """Data of one split."""
 
     local: str = key(
         REQUIRED,
-        "Directory written by `moefoundry prepare`.",
+        "Directory written by `moefoundry prepare`; where there are streams, that of the first.",
         customary="data/NAME",
         path=True,
         free_on_resume=True,
+        first_of="streams",
         renamed_from=("data_local", "dataset_path", "data_path"),
     )
     remote: str | None = key(
@@ -154,12 +156,29 @@ class DatasetConfig:
     split: str = key("train", "Sub-directory of local and remote.", pattern=SPLIT, free_on_resume=True)
     shuffle: bool = key(True, "Shuffle samples.")
     shuffle_seed: int = key("${seed}", "Seed of the shuffle.", ge=0, le=MAX_SEED)
-    max_seq_len: int = key("${max_seq_len}", "Tokens a sample; must be what the data were packed to.", ge=2)
+    max_seq_len: int = key(
+        "${max_seq_len}",
+        "Tokens a row; where the data were packed when they were prepared, what they were packed to.",
+        ge=2,
+    )
+    packing: PackingConfig = key(
+        PackingConfig,
+        "How documents are packed; data that were packed when they were prepared stay as they are.",
+        renamed_from=("packing_strategy",),
+    )
+    fim: FimConfig | None = key(None, "Fill-in-the-middle; null leaves documents as they are.")
+    streams: dict[str, StreamConfig] | None = key(None, "Several sources, by name, in place of local and remote.")
     validate_hash: str | None = key(
         "xxh64",
         "Hash in the index that each shard is checked against before it is first read; null compares sizes.",
         free_on_resume=True,
     )
+
+    @property
+    def sources(self) -> dict[str, StreamConfig]:
+        """The streams in the order of their names, each with its split; data that are no stream have the name ""."""
+        sources = self.streams or {"": StreamConfig(local=self.local, remote=self.remote)}
+        return {name: replace(each, split=each.split or self.split) for name, each in sorted(sources.items())}
 
 
 def _eval_dataset() -> DatasetConfig:

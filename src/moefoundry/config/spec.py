@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
-from moefoundry.config.field import PATTERN_HINTS, key
+from moefoundry.config.field import ENTRY, PATTERN_HINTS, key
 from moefoundry.config.parts import TABLES
 from moefoundry.config.schema import Recipe
 from moefoundry.registry import Part, PartError, Table
@@ -30,9 +30,10 @@ class Spec:
     """One key of one mapping.
 
     Attributes:
-        kind: ``int``, ``float``, ``bool``, ``str``, a ``StrEnum``, a dataclass, ``list`` (then ``item`` is set), or
-            ``object``, which is any value.
+        kind: ``int``, ``float``, ``bool``, ``str``, a ``StrEnum``, a dataclass, ``list`` (then ``item`` is set),
+            ``dict`` (then ``entry`` is set), or ``object``, which is any value.
         item: The type of a list's elements, else None.
+        entry: The dataclass of each mapping in a mapping whose keys are names that its author chooses, else None.
         optional: Null is accepted.
         variants: Those of the field and those listed in ``table``; None where all of them have the same keys.
 
@@ -42,6 +43,7 @@ class Spec:
     name: str
     kind: Any
     item: Any
+    entry: Any
     optional: bool
     doc: str
     required: bool
@@ -59,6 +61,7 @@ class Spec:
     instead_of: dict[str, str]
     other_values: dict[str, str]
     table: Table | None
+    first_of: str
 
     @property
     def is_mapping(self) -> bool:
@@ -86,10 +89,11 @@ def _specs(cls: Any) -> dict[str, Spec]:
     for field in dataclasses.fields(cls):
         kind, optional = _split_optional(hints[field.name])
         item = get_args(kind)[0] if get_origin(kind) is list else None
+        entry = get_args(kind)[1] if get_origin(kind) is dict else None
         facts = {**field.metadata, "table": TABLES.get(field.metadata["table"] or "")}
         if facts["table"] is not None and facts["tag"] and dataclasses.is_dataclass(kind):
             facts["variants"] = _listed_variants(facts["table"], kind)
-        result[field.name] = Spec(field.name, list if item else kind, item, optional, **facts)
+        result[field.name] = Spec(field.name, get_origin(kind) or kind, item, entry, optional, **facts)
     return result
 
 
@@ -114,6 +118,12 @@ def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Spec]]:
         if spec.is_mapping:
             for child in (spec.variants or {"": spec.kind}).values():
                 yield from walk(child, f"{path}.")
+        if spec.entry:
+            yield from walk(spec.entry, f"{path}.{ANY_NAME}.")
+
+
+ANY_NAME = "NAME"
+"""Stands in the paths of :func:`every_key` for a name that the author of a recipe chooses."""
 
 
 @cache
@@ -151,9 +161,18 @@ def elsewhere() -> dict[str, Elsewhere]:
     return found
 
 
+def known_path(path: str) -> str:
+    """Put :data:`ANY_NAME` in place of the names in a dotted path that an author chose."""
+    known, names = every_key(), path.split(".")
+    for end in range(1, len(names)):
+        if (spec := known.get(".".join(names[:end]))) is not None and spec.entry:
+            names[end] = ANY_NAME
+    return ".".join(names)
+
+
 def _lineage(path: str) -> Iterator[Spec]:
     """Yield the key of a dotted path and those above it, as far as the schema has them."""
-    known, names = every_key(), path.split(".")
+    known, names = every_key(), known_path(path).split(".")
     return (known[above] for end in range(1, len(names) + 1) if (above := ".".join(names[:end])) in known)
 
 
@@ -235,6 +254,7 @@ def _restored(cls: type, kind: str, names: list[str], values: dict[str, Any]) ->
 
 def find_key(path: str) -> Spec | None:
     """Find the key of this path, of the schema or of a part that the path names."""
+    path = known_path(path)
     parent, _, rest = path.partition(".")
     name, _, leaf = rest.partition(".")
     table = spec.table if (spec := specs(Recipe).get(parent)) is not None and not spec.tag else None
@@ -266,6 +286,8 @@ def describe(spec: Spec, kind: Any = None) -> str:
     bounds = " and ".join(f"{_SIGNS[name]} {show(bound)}" for name, bound in spec.bounds.items())
     if spec.is_mapping:
         text = "a mapping"
+    elif spec.entry:
+        text = f"a mapping of one or more names ({PATTERN_HINTS[ENTRY]}) to mappings"
     elif kind is list:
         items = PATTERN_HINTS[spec.pattern] if spec.pattern else f"{nouns} {bounds}"
         text = f"a list of {spec.length or ''} {items}".replace("  ", " ").rstrip()
@@ -293,6 +315,8 @@ def plain(value: Any) -> Any:
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, list):
         return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: plain(entry) for name, entry in value.items()}
     return str(value) if isinstance(value, StrEnum) else value
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 VERSION_KEY = "format_version"
 
 ADDED: dict[int, dict[str, dict[str, Any]]] = {
@@ -33,6 +33,16 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
             "precision.fp8.exclude": ["lm_head", "*.router.gate"],
             "precision.fp8.backend": None,
             "scheduler.timing": "composer",
+        },
+    },
+    2: {
+        **{
+            f"{loader}.dataset.max_seq_len": {
+                f"{loader}.dataset.packing.method": "concat",
+                f"{loader}.dataset.fim": None,
+                f"{loader}.dataset.streams": None,
+            }
+            for loader in ("train_loader", "eval_loader")
         },
     },
 }

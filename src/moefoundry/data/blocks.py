@@ -7,6 +7,7 @@ bytes, and one of Parquet by its row groups; other files stay whole, compressed 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,8 +116,9 @@ def numbered(corpus: Corpus, blocks: list[Block]) -> list[Block]:
 
 def name_in_file(root: Path, block: Block, name: str) -> str:
     """Turn the name of a record, whose number counts from the start of a block's part, into that in its file."""
-    path, _, number = name.rpartition(":")
     for part in block.slices:
-        if part.path == path and part.start and part.first == 1:  # those of Parquet know their first row
-            return f"{path}:{count_lines(root / path, 0, part.start) + int(number)}"
+        found = re.match(rf"{re.escape(part.path)}:(\d+)", name)
+        if found and part.start and part.first == 1:  # those of Parquet know their first row
+            number = count_lines(root / part.path, 0, part.start) + int(found[1])
+            return f"{part.path}:{number}{name[found.end() :]}"
     return name

@@ -6,17 +6,18 @@ shard is checked when it is first read (``guard.py``). Data behind a URL are not
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from collections.abc import Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from moefoundry.config.errors import ConfigError, Problem, UserError
 from moefoundry.config.schema import Recipe
+from moefoundry.config.schema_data import PackingMethod, StreamConfig
 from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.identity import INDEX_FILE, read_shards
-from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary
+from moefoundry.data.summary import CORPUS_FILE, LENGTHS_FILE, CorpusSummary, Layout, SplitSummary, read_corpus_summary
 
 
 def check_data(recipe: Recipe, world_size: int = 1) -> None:
@@ -35,10 +36,8 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
     }
     found: list[Problem] = []
     for key, loader in _loaders(recipe).items():
-        if loader.dataset.remote is None:
-            found += loader_problems(loader, key, recipe.model.vocab_size, batches[key])
-        elif path := directory_of(loader.dataset):
-            found += _remote_problems(loader, key, path, recipe.model.vocab_size, batches[key])
+        found += loader_problems(loader, key, recipe.model.vocab_size, batches[key], remote=True)
+        found += fim_problems(loader, key, Path(recipe.tokenizer.name))
     found += report_problems(recipe)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))  # both loaders may have the same problem
@@ -46,17 +45,21 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
 
 def all_absent(recipe: Recipe) -> list[Problem]:
     """List the data of a recipe, where none of them are on this machine; empty where any are."""
-    read = {path: key for key, loader in reversed(_loaders(recipe).items()) if (path := directory_of(loader.dataset))}
+    read = {
+        path: (where, source, loader.dataset.max_seq_len)
+        for key, loader in reversed(_loaders(recipe).items())
+        for where, source in sources_of(loader, key)
+        if (path := directory_of(source))
+    }
     tokenizer = Path(recipe.tokenizer.name)
     if tokenizer.exists() or any(Path(path).exists() for path in read):
         return []
     absent = []
-    for path, key in read.items():
-        dataset = _loaders(recipe)[key].dataset
-        if dataset.remote is None:
-            absent.append(Problem(f"{key}.dataset.local", _how_to_make(dataset, recipe.model.vocab_size)))
+    for path, (where, source, max_seq_len) in read.items():
+        if source.remote is None:
+            absent.append(Problem(f"{where}.local", _how_to_make(source, max_seq_len, recipe.model.vocab_size)))
         else:
-            absent.append(Problem(f"{key}.dataset.remote", f"{path}: no such directory"))
+            absent.append(Problem(f"{where}.remote", f"{path}: no such directory"))
     if recipe.callbacks.report is not None and not any(tokenizer.is_relative_to(path) for path in read):
         absent.append(Problem("tokenizer.name", f"{tokenizer}: no such directory"))
     return absent
@@ -67,15 +70,23 @@ def _loaders(recipe: Recipe) -> dict[str, LoaderConfig]:
     return {key: loader for key, loader in loaders.items() if loader is not None}
 
 
-def directory_of(dataset: DatasetConfig) -> str | None:
+def directory_of(source: StreamConfig) -> str | None:
     """Return the directory of the data themselves; None if a URL names them."""
-    if dataset.remote is None:
-        return dataset.local
-    remote = resolved(dataset.remote)
+    if source.remote is None:
+        return source.local
+    remote = resolved(source.remote)
     return None if is_url(remote) else remote
 
 
-def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int) -> Iterator[Problem]:
+def sources_of(cfg: LoaderConfig, key: str) -> Iterator[tuple[str, StreamConfig]]:
+    """Yield each source of a loader with its key; ``key`` is the loader's."""
+    for name, source in cfg.dataset.sources.items():
+        yield f"{key}.dataset.streams.{name}" if name else f"{key}.dataset", source
+
+
+def loader_problems(
+    cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int, remote: bool = False
+) -> Iterator[Problem]:
     """Find what is wrong with a loader of local data.
 
     Args:
@@ -83,55 +94,130 @@ def loader_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_b
         key: Its key in the recipe.
         model_vocab_size: Rows of the embedding.
         global_batch: Samples of a batch of all ranks.
+        remote: Look at remote data, too, as far as they are in a directory.
     """
-    yield from _corpus_problems(cfg, key, model_vocab_size, global_batch)
-    if Path(cfg.dataset.local, cfg.dataset.split).is_dir():
-        yield from _shard_problems(cfg.dataset, f"{key}.dataset")
+    summaries: dict[str, CorpusSummary] = {}
+    for where, source in sources_of(cfg, key):
+        path = directory_of(source)
+        if path is None or (source.remote is not None and not remote):
+            continue
+        found = list(_source_problems(cfg, where, source, path, model_vocab_size))
+        yield from found
+        if not found and Path(path, CORPUS_FILE).is_file():
+            summaries[where] = read_corpus_summary(path)
+    if len(summaries) < len(cfg.dataset.sources):
+        return
+    (first, reference), *others = summaries.items()
+    for where, summary in others:
+        if summary.tokenizer_sha256 != reference.tokenizer_sha256:
+            yield Problem(f"{where}.local", f"has another tokenizer than {first}; one model reads one")
+    place = ", ".join(f"{directory_of(source)}/{source.split}" for _, source in sources_of(cfg, key))
+    splits = [
+        (summary, summary.splits[str(source.split)])
+        for summary, source in zip(summaries.values(), cfg.dataset.sources.values(), strict=True)
+    ]
+    rows = sum(
+        fewest_rows(split, cfg.dataset) if summary.layout is Layout.documents else split.samples
+        for summary, split in splits
+    )
+    unweighted = all(source.proportion is source.repeat is source.choose for source in cfg.dataset.sources.values())
+    if cfg.drop_last and unweighted and (message := too_few_samples(place, rows, global_batch)):
+        yield Problem("global_train_batch_size" if key == "train_loader" else "device_eval_batch_size", message)
 
 
-def _corpus_problems(cfg: LoaderConfig, key: str, model_vocab_size: int, global_batch: int) -> Iterator[Problem]:
-    """Find what ``corpus.json`` tells; arguments as of :func:`loader_problems`."""
-    dataset, local = cfg.dataset, Path(cfg.dataset.local)
-    where, place = f"{key}.dataset", local / dataset.split
+def fewest_rows(split: SplitSummary, dataset: DatasetConfig) -> int:
+    """Count the rows that the documents of a split fill at least."""
+    if dataset.packing.method == PackingMethod.pairs:
+        return split.documents // 2
+    filled = -(-split.tokens // dataset.max_seq_len)
+    return max(filled, split.documents) if dataset.packing.method == PackingMethod.none else filled
+
+
+def _source_problems(
+    cfg: LoaderConfig, where: str, source: StreamConfig, path: str, model_vocab_size: int
+) -> Iterator[Problem]:
+    """Find what is wrong with one source, at the key ``where``, whose data are in ``path``.
+
+    Where remote data lack the small files, since only shards were copied, it is found as samples are read.
+    """
+    index = Path(path, str(source.split), INDEX_FILE)
+    if source.remote is None:
+        yield from _corpus_problems(cfg, f"{where}.local", where, source, Path(path), model_vocab_size)
+        if index.parent.is_dir():
+            yield from _shard_problems(index, where, cfg.dataset.validate_hash)
+    elif not index.is_file():
+        yield Problem(f"{where}.remote", f"{index}: no such file")
+    elif Path(path, CORPUS_FILE).is_file():
+        yield from _corpus_problems(cfg, f"{where}.remote", where, source, Path(path), model_vocab_size)
+
+
+def _corpus_problems(
+    cfg: LoaderConfig, key: str, where: str, source: StreamConfig, local: Path, model_vocab_size: int
+) -> Iterator[Problem]:
+    """Find what ``corpus.json`` tells: of the data in ``local``, which ``key`` names, a key of ``where``."""
+    dataset, name = cfg.dataset, str(source.split)
     if not local.exists():
-        yield Problem(f"{where}.local", _how_to_make(dataset, model_vocab_size))
+        yield Problem(key, _how_to_make(source, dataset.max_seq_len, model_vocab_size))
         return
     try:
         summary = read_corpus_summary(local)
     except UserError as error:
-        yield Problem(f"{where}.local", str(error))
+        yield Problem(key, str(error))
         return
-    if summary.max_seq_len != dataset.max_seq_len:
-        message = f"{local}: packed to max_seq_len {summary.max_seq_len}, and the recipe's max_seq_len is "
-        message += f"{dataset.max_seq_len}; change the recipe, or prepare the data again"
-        yield Problem(f"{where}.max_seq_len", message)
+    loader = where.partition(".")[0]
+    if summary.layout is Layout.packed:
+        if summary.max_seq_len != dataset.max_seq_len:
+            message = f"{local}: packed to max_seq_len {summary.max_seq_len}, and the recipe's max_seq_len is "
+            message += f"{dataset.max_seq_len}; change the recipe, or prepare the data again"
+            yield Problem(f"{loader}.dataset.max_seq_len", message)
+        if message := packed_already(str(local), dataset):
+            yield Problem(f"{loader}.dataset.{'packing.method' if dataset.fim is None else 'fim'}", message)
     if summary.vocab_size > model_vocab_size:
         message = f"{local}: its vocabulary of {summary.vocab_size} exceeds the model's vocab_size {model_vocab_size}"
         yield Problem("model.vocab_size", message)
-    if dataset.split not in summary.splits:
+    if name not in summary.splits:
         nothing_held_out = "" if "val" in summary.splits else " (val_fraction=0; eval_loader=null evaluates nothing)"
-        message = f"{local}: no split {dataset.split!r}; it has {', '.join(summary.splits)}{nothing_held_out}"
+        message = f"{local}: no split {name!r}; it has {', '.join(summary.splits)}{nothing_held_out}"
         yield Problem(f"{where}.split", message)
-    elif not (samples := summary.splits[dataset.split].samples):
-        yield Problem(f"{where}.split", f"{place}: no samples")
-    elif cfg.drop_last and (message := too_few_samples(str(place), samples, global_batch)):
-        batch = "global_train_batch_size" if key == "train_loader" else "device_eval_batch_size"
-        yield Problem(batch, message)
+    elif not summary.splits[name].samples:
+        yield Problem(f"{where}.split", f"{local / name}: no samples")
+    elif message := _other_lengths(local / name, summary.splits[name].lengths_sha256):
+        yield Problem(key, message)
 
 
-def _remote_problems(cfg: LoaderConfig, key: str, path: str, vocab_size: int, global_batch: int) -> Iterator[Problem]:
-    """Find what is wrong with a loader of remote data in a directory.
+def _other_lengths(directory: Path, sha256: str | None) -> str:
+    """Describe lengths of documents that are not what ``corpus.json`` says; empty if they are, or there are none."""
+    file = directory / LENGTHS_FILE
+    if sha256 is None:
+        return ""
+    if not file.is_file():
+        return f"{file}: no such file; prepare the data again"
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    return "" if found == sha256 else f"{file}: damaged: not what {CORPUS_FILE} says; prepare the data again"
 
-    Where that lacks the small files, since only shards were copied, it is found as samples are read.
-    """
-    index = Path(path, cfg.dataset.split, INDEX_FILE)
-    if not index.is_file():
-        yield Problem(f"{key}.dataset.remote", f"{index}: no such file")
-    elif Path(path, CORPUS_FILE).is_file():
-        there = replace(cfg, dataset=replace(cfg.dataset, local=path, remote=None))
-        for problem in _corpus_problems(there, key, vocab_size, global_batch):
-            at_remote = problem.path == f"{key}.dataset.local"
-            yield replace(problem, path=f"{key}.dataset.remote") if at_remote else problem
+
+def packed_already(place: str, dataset: DatasetConfig) -> str:
+    """Describe what a dataset asks for that data packed at preparation cannot give; empty if that is nothing."""
+    method = f"packing.method={dataset.packing.method} packs documents"
+    asked = "fill-in-the-middle reorders documents" if dataset.fim is not None else method
+    if dataset.fim is None and dataset.packing.method == PackingMethod.concat:
+        return ""
+    return f"{place}: {asked}, and these data were packed when they were prepared; prepare them with --layout documents"
+
+
+def fim_problems(cfg: LoaderConfig, key: str, tokenizer: Path) -> Iterator[Problem]:
+    """Find a tokenizer without the special tokens that a loader's fill-in-the-middle needs."""
+    if cfg.dataset.fim is None:
+        return
+
+    from moefoundry.data.fim import Sentinels
+    from moefoundry.data.tokenizer import open_backend
+
+    try:
+        Sentinels.of(open_backend(tokenizer), tokenizer, cfg.dataset.fim.sentinels)
+    except UserError as error:
+        yield Problem(f"{key}.dataset.fim", str(error))
 
 
 def another_length(place: str, encodings: Collection[str], max_seq_len: int) -> str:
@@ -197,19 +283,18 @@ def report_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("callbacks.report.prompt", message, allowed="text of at least one token")
 
 
-def _how_to_make(dataset: DatasetConfig, model_vocab_size: int) -> str:
-    command = ["moefoundry", "prepare", "stdlib", dataset.local]
-    command += ["--max-seq-len", str(dataset.max_seq_len), "--vocab-size", str(model_vocab_size)]
+def _how_to_make(source: StreamConfig, max_seq_len: int, model_vocab_size: int) -> str:
+    command = ["moefoundry", "prepare", "stdlib", source.local]
+    command += ["--max-seq-len", str(max_seq_len), "--vocab-size", str(model_vocab_size)]
     return (
-        f"{Path(dataset.local)}: no such directory (the recipe's dataset.local); make it with: {shlex.join(command)} "
+        f"{Path(source.local)}: no such directory (the recipe's dataset.local); make it with: {shlex.join(command)} "
         "(or your own text in place of stdlib)"
     )
 
 
-def _shard_problems(dataset: DatasetConfig, where: str) -> Iterator[Problem]:
-    """Find shards of the index that are missing or truncated, which would end the run when it reads them."""
-    directory = Path(dataset.local, dataset.split)
-    file = directory / INDEX_FILE
+def _shard_problems(file: Path, where: str, algorithm: str | None) -> Iterator[Problem]:
+    """Find shards of the index ``file`` that are missing or truncated, which would end the run when it reads them."""
+    directory = file.parent
     try:
         shards = read_shards(directory)
     except UserError as error:
@@ -223,6 +308,6 @@ def _shard_problems(dataset: DatasetConfig, where: str) -> Iterator[Problem]:
         elif path.stat().st_size != info["bytes"]:
             size = f"{path.stat().st_size} bytes of {info['bytes']}"
             yield Problem(f"{where}.local", f"{path}: truncated shard: {size}")
-        elif message := missing_hash(file, info["basename"], info["hashes"], dataset.validate_hash):
-            yield Problem(f"{where}.validate_hash", message)
+        elif message := missing_hash(file, info["basename"], info["hashes"], algorithm):
+            yield Problem(f"{where.partition('.')[0]}.dataset.validate_hash", message)
             return  # the other shards lack it, too

@@ -11,6 +11,8 @@ another version is installed than :data:`TESTED`. The library's own behaviour, a
 - Only a download is validated. A shard that lies there already is not, not even the corrupt download that ended the
   run before. Here every shard starts as "remote", and "preparing" it checks its hash (:class:`CheckedStream`): in the
   prefetch thread, ahead of its first sample, and once a node, as the library's own states see to.
+- A sample is taken to lie in one shard, which is prepared ahead of it. Here a sample may be made of several
+  (:meth:`GuardedDataset.shards_of`), and is made only when each of them is checked.
 - A cached index is never compared with the remote one. Here it is, at the start.
 - Segments of shared memory that a killed run has left make its cache "in use" for ever. Here a run that starts removes
   those of dead runs of this program (:func:`remove_stale_segments`).
@@ -24,19 +26,13 @@ launchers end every rank when one ends.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
-import os
-import time
 import uuid
 import warnings
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
-from tempfile import gettempdir
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -44,7 +40,7 @@ import streaming
 from numpy.typing import NDArray
 from streaming import Stream, StreamingDataset
 from streaming.base import dataset as library
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.constant import LOCALS, TICK
 from streaming.base.dataset import _ShardState
 from streaming.base.distributed import all_gather_object, barrier
 from streaming.base.format import FileInfo, Reader, get_index_basename
@@ -57,16 +53,21 @@ from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.urls import resolved
 from moefoundry.data import downloads as downloads
 from moefoundry.data.fit import missing_hash
+from moefoundry.data.identity import holds_documents
 from moefoundry.data.patience import unless_silent
+from moefoundry.data.segments import (
+    MARKER,
+    NodeFailure,
+    free_number,
+    remove_stale_segments,
+    segments_directory,
+    sole_starter,
+)
+from moefoundry.data.summary import LENGTHS_FILE
 
 TESTED = "0.13.0"
-MARKER = "moefoundry"  # follows the number that begins the names of a dataset's segments
-SEGMENTS = Path("/dev/shm")
 FIRST_SILENCE = 30.0
 """Seconds that a store may take for the index, when a run starts."""
-
-PATIENCE = 60.0
-"""Seconds to wait for others that start; each takes well under one."""
 
 
 def check_version() -> None:
@@ -90,6 +91,7 @@ class CheckedStream(Stream):
         super().__init__(local=resolved(local), remote=remote and resolved(remote), split=split)
         self.algorithm = algorithm
         self.directory = Path(resolved(local), split)
+        self.place = f"{remote or local}/{split}"
 
     def get_shards(self, world: World, allow_unsafe_types: bool) -> list[Reader]:
         """Read the shards of the index. Collective: an error of one node is raised on all.
@@ -98,7 +100,7 @@ class CheckedStream(Stream):
             UserError: There is no index, it cannot be read, it differs from the remote one, or lacks the hash.
         """
         if self.remote is not None:
-            problems = all_gather_object(self._fetch_index() if world.is_local_leader else None)
+            problems = all_gather_object(self._fetch_small_files() if world.is_local_leader else None)
             if (problem := next(filter(None, problems), None)) is not None:
                 raise UserError(problem)
         index = self.directory / get_index_basename()
@@ -112,13 +114,24 @@ class CheckedStream(Stream):
                 raise UserError(message)
         return shards
 
-    def _fetch_index(self) -> str | None:
-        """Download the remote index, once a node; return the problem with it, if any."""
-        name = get_index_basename()
+    def _fetch_small_files(self) -> str | None:
+        """Download the remote index, and the lengths of documents; return the problem with them, if any."""
+        problem = self._fetch(get_index_basename())
+        if problem is None and holds_documents(self.directory) and not (self.directory / LENGTHS_FILE).exists():
+            problem = self._fetch(LENGTHS_FILE)
+        return problem
+
+    def _fetch(self, name: str) -> str | None:
+        """Download a file, once a node; return the problem with it, if any."""
         here, there = self.directory / name, f"{self.remote}/{self.split}/{name}"
         fresh = self.directory / f"{name}.{uuid.uuid4().hex}"  # nodes may share the directory
+        partial = fresh.with_name(f"{fresh.name}.tmp")
+
+        def progress() -> int:
+            return partial.stat().st_size if partial.exists() else 0
+
         try:
-            unless_silent(lambda: self._download_file(name, fresh.name), lambda: 0, FIRST_SILENCE)
+            unless_silent(lambda: self._download_file(name, fresh.name), progress, FIRST_SILENCE)
         except Exception as error:  # every store has its own
             return f"{there}: cannot be downloaded: {' '.join(str(error).split()) or repr(error)}"
         if not here.exists():
@@ -163,143 +176,30 @@ class CheckedStream(Stream):
                 raise ValueError(f"corrupt shard: its {self.algorithm} is not the one in the index")
 
 
-class NodeFailure:
-    """Flag of the library "a background thread has failed", shared by all processes of a node, with the reason.
-
-    A file that is empty until something fails. It lies beside the dataset's segments of shared memory, under their
-    number; while the process that created it lives, a lock on it says that the segments are in use.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("a+b", buffering=0)
-
-    def __reduce__(self) -> tuple[type[NodeFailure], tuple[Path]]:
-        return type(self), (self.path,)  # DataLoader workers that are not forked get it pickled
-
-    @classmethod
-    def create(cls, path: Path) -> NodeFailure:
-        """Create the file; it is locked by the time that it can be seen. Removed when the process ends."""
-        hidden = path.with_name(f".{path.name}")
-        hidden.unlink(missing_ok=True)
-        failure = cls(hidden)
-        fcntl.flock(failure._file, fcntl.LOCK_EX)
-        failure.path = hidden.rename(path)
-        weakref.finalize(failure, _remove_in, os.getpid(), path)
-        return failure
-
-    def set(self, reason: str = "a shard could not be read") -> None:
-        """Note a failure. One write is atomic, and the first counts."""
-        self._file.write(f"{reason}\n".encode())
-
-    def is_set(self) -> bool:
-        """Tell if anything has failed in any process of the node."""
-        return os.fstat(self._file.fileno()).st_size > 0
-
-    def raise_if_set(self) -> None:
-        """Do nothing unless something has failed.
-
-        Raises:
-            DataError: Gives the reason of the first failure.
-        """
-        if self.is_set():
-            reasons = os.pread(self._file.fileno(), os.fstat(self._file.fileno()).st_size, 0)
-            raise DataError(reasons.decode().partition("\n")[0])
-
-
-def _remove_in(process: int, path: Path) -> None:
-    if os.getpid() == process:  # not in its forked workers
-        path.unlink(missing_ok=True)
-
-
-def _segments_directory() -> Path:
-    """Return the directory of shared memory; where there is none (macOS), only the flag is a file, a temporary one."""
-    return SEGMENTS if SEGMENTS.is_dir() else Path(gettempdir())
-
-
-@contextmanager
-def _sole_starter() -> Iterator[None]:
-    """Let one process of the machine at a time, of any user, run the body.
-
-    The lock is one of the directory itself, which every user may open; a file for it could belong to another. The body
-    must not be collective: of two jobs that share two nodes, each could hold the lock that the other waits for.
-
-    Raises:
-        UserError: Another process holds the lock too long.
-    """
-    path = _segments_directory()
-    directory = os.open(path, os.O_RDONLY)
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while not _try_lock(directory):
-            if time.monotonic() > deadline:
-                raise UserError(f"{path}: a process has locked it for {PATIENCE:.0f} seconds; `fuser {path}` names it")
-            time.sleep(0.005)
-        try:
-            yield
-        finally:
-            fcntl.flock(directory, fcntl.LOCK_UN)  # closing alone would leave it to a process forked meanwhile
-    finally:
-        os.close(directory)
-
-
-def _try_lock(file: int) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _free_number(first: int) -> int:
-    """Find the first number that begins no name of a segment, of a flag or of the library's lock files."""
-    directories = {_segments_directory(), Path(gettempdir())}
-    taken = {path.name.partition("_")[0] for directory in directories for path in directory.glob("[0-9]*_*")}
-    return next(number for number in count(first) if f"{number:06}" not in taken)
-
-
-def remove_stale_segments() -> None:
-    """Remove the shared memory of dead runs of this program.
-
-    A run's segments are told by the file of its :class:`NodeFailure`, whose lock the kernel drops when the process
-    dies, however it dies. Segments without such a file are of other programs, or of another user, and stay.
-    """
-    for path in _segments_directory().glob(f"[0-9]*_{MARKER}"):
-        try:
-            with path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    continue  # replaced by another run's since it was opened
-                for name in SHM_TO_CLEAN:
-                    path.with_name(path.name.replace(MARKER, name)).unlink(missing_ok=True)
-                path.unlink()
-        except OSError:  # locked: its run lives; gone; or not ours to open
-            continue
-
-
 class GuardedDataset(StreamingDataset):
-    """A ``StreamingDataset`` of one :class:`CheckedStream` whose epochs are complete, or raise.
+    """A ``StreamingDataset`` of :class:`CheckedStream` objects whose epochs are complete, or raise.
 
     Construction is collective. Every rank makes it at the same point, in a process group if there are several.
 
     Args:
-        stream: Data to read.
+        streams: Data to read.
         options: Options of ``StreamingDataset``.
 
     Raises:
         UserError: As :meth:`CheckedStream.get_shards`; or the cache is in use.
     """
 
-    def __init__(self, stream: CheckedStream, **options: Any) -> None:
+    def __init__(self, streams: Sequence[CheckedStream], **options: Any) -> None:
         check_version()
         original, library.get_shm_prefix = library.get_shm_prefix, self._register
         try:
-            super().__init__(streams=[stream], **options)
+            super().__init__(streams=list(streams), **options)
         except ValueError as error:
             if "Reused local directory" not in str(error):
                 raise
+            caches = " or ".join(str(stream.directory) for stream in streams if stream.remote is not None)
             raise UserError(
-                f"{stream.directory}: the cache of another run on this machine; choose another dataset.local "
+                f"{caches}: the cache of another run on this machine; choose another dataset.local "
                 "(if no other run is alive, another program has left /dev/shm/*_locals: remove it)"
             ) from error
         finally:
@@ -333,11 +233,11 @@ class GuardedDataset(StreamingDataset):
         taken: int | Exception | None = None
         if world.is_local_leader:
             try:
-                with _sole_starter():
+                with sole_starter():
                     remove_stale_segments()
-                    taken = _free_number(_check_and_find_retrying(local, remote, LOCALS, retry))
+                    taken = free_number(_check_and_find_retrying(local, remote, LOCALS, retry))
                     # the flag first: segments that a killed run leaves without one would stay
-                    self._event: Any = NodeFailure.create(_segments_directory() / _get_path(taken, MARKER))
+                    self._event: Any = NodeFailure.create(segments_directory() / _get_path(taken, MARKER))
                     content = _pack_locals(local, taken)
                     segment = SharedMemory(_get_path(taken, LOCALS), True, len(content))
                     segment.buf[: len(content)] = content
@@ -350,7 +250,7 @@ class GuardedDataset(StreamingDataset):
         assert isinstance(number, int)
         if not world.is_local_leader:
             segment = SharedMemory(_get_path(number, LOCALS), False)
-            self._event = NodeFailure(_segments_directory() / _get_path(number, MARKER))
+            self._event = NodeFailure(segments_directory() / _get_path(number, MARKER))
         return number, segment
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -366,13 +266,55 @@ class GuardedDataset(StreamingDataset):
             yield sample
         self._event.raise_if_set()
         if delivered != self._expected:
-            there = self.streams[0].directory
+            there = ", ".join(str(stream.directory) for stream in self.streams)
             raise DataError(f"{there}: the epoch ended after {delivered} of {self._expected} samples")
 
     def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         sample_ids = super()._get_work(epoch, sample_in_epoch)
         self._expected = int((sample_ids != -1).sum())
         return sample_ids
+
+    def shards_of(self, sample_id: int) -> Sequence[int]:
+        """List the shards that a sample is made of."""
+        return (int(self.spanner[sample_id][0]),)
+
+    def check_shards(self, shard_ids: Sequence[int]) -> None:
+        """Prepare the shards that are not; return when all are, by whichever process.
+
+        Raises:
+            DataError: Some process of the node cannot have a shard.
+        """
+        for shard_id in shard_ids:
+            while self._shard_states[shard_id] != _ShardState.LOCAL:
+                self._event.raise_if_set()
+                self.prepare_shard(shard_id)
+
+    def _prepare_thread(self, it: Any) -> None:
+        """Prepare the shards of the next samples; another process may have begun with one."""
+        while self._goes_on(it, it.prepare_index):
+            sample_id = it.sample_ids[it.prepare_index]
+            for shard_id in self.shards_of(sample_id) if sample_id != -1 else ():
+                if self._shard_states[shard_id] == _ShardState.REMOTE:
+                    self.prepare_shard(shard_id, blocking=False)
+            it.prepare_index += 1
+        it.on_exit()
+
+    def _ready_thread(self, it: Any) -> None:
+        """Wait until the shards of the next samples are prepared."""
+        while self._goes_on(it, it.ready_index):
+            sample_id = it.sample_ids[it.ready_index]
+            self.check_shards(self.shards_of(sample_id) if sample_id != -1 else ())
+            it.ready_index += 1
+        it.on_exit()
+
+    def _goes_on(self, it: Any, index: int) -> bool:
+        """Wait until a thread at the sample ``index`` is no more than ``predownload`` ahead; False if it has to end."""
+        assert self.predownload is not None, "the library gives it a default"
+        while not (it.should_exit() or self._event.is_set() or index == it.total):
+            if index - it.yield_index <= self.predownload:
+                return True
+            sleep(TICK)
+        return False
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """Return one sample; see ``StreamingDataset``.

@@ -17,6 +17,9 @@ from typing import Any
 from moefoundry.config.errors import UserError
 
 INDEX_FILE = "index.json"
+TOKENS = "tokens"
+TARGETS = "targets"
+"""Names of the columns of tokens and, of instruction data, of what says which of them are to be predicted."""
 
 
 def read_shards(directory: Path) -> list[dict[str, Any]]:
@@ -31,6 +34,33 @@ def read_shards(directory: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
     return shards
+
+
+def column_encodings(directory: Path) -> dict[str, set[str]]:
+    """Map the columns of a stream's samples to their encodings in its shards, such as ``ndarray:uint16:512``.
+
+    Raises:
+        UserError: The index is absent or damaged, or has no tokens.
+    """
+    found: dict[str, set[str]] = {}
+    try:
+        for shard in read_shards(directory):
+            for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
+                found.setdefault(name, set()).add(encoding)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory / INDEX_FILE}: cannot be read: {error!r}") from error
+    if TOKENS not in found:
+        raise UserError(f"{directory / INDEX_FILE}: samples without {TOKENS}; not what `moefoundry prepare` writes")
+    return found
+
+
+def holds_documents(directory: Path) -> bool:
+    """Tell whether the samples of a stream are documents of any length, which are packed when they are read.
+
+    Raises:
+        UserError: The index is absent or damaged.
+    """
+    return all(encoding.count(":") == 1 for encoding in column_encodings(directory)[TOKENS])
 
 
 def stream_digest(directory: Path) -> str:

@@ -12,6 +12,8 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.assembly import OUTPUTS
 from moefoundry.data.blocks import Block, block_size, plan_blocks
 from moefoundry.data.corpus import Corpus, open_corpus
+from moefoundry.data.encoding import RecordEncoder
+from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.options import PrepareOptions, check_numbers
 from moefoundry.data.staging import clear_abandoned, occupied
 from moefoundry.data.stored import StoredCorpus
@@ -39,6 +41,7 @@ class Opened:
         blocks: Its blocks.
         given: The tokenizer to use; None if one is to be trained.
         stored: The place in a store; None if ``out`` is to stay.
+        encoder: Encoder of records; None for texts.
     """
 
     options: PrepareOptions
@@ -47,6 +50,7 @@ class Opened:
     blocks: list[Block]
     given: TextTokenizer | None
     stored: StoredCorpus | None
+    encoder: RecordEncoder | None
 
     @property
     def workers(self) -> int:
@@ -69,10 +73,14 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
     out = Path(os.path.realpath(stored.local if stored else options.out))
     clear_abandoned(out)
     check_out(out, options)
-    corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
+    encoder = RecordEncoder.of(options)
+    text_key = options.text_key if encoder is None else None
+    corpus = open_corpus(options.source, options.format, options.globs, text_key, options.bad_bytes, leave=out)
+    if encoder is not None and corpus.format not in RECORD_FORMATS:
+        raise UserError(f"{options.source}: {corpus.format} has no records; {encoder.kind} are JSON Lines or tables")
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     _check_vocab(given, options)
-    return Opened(options, out, corpus, plan_blocks(corpus, block_size(corpus, block_bytes)), given, stored)
+    return Opened(options, out, corpus, plan_blocks(corpus, block_size(corpus, block_bytes)), given, stored, encoder)
 
 
 def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
@@ -84,14 +92,13 @@ def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
         raise UserError(f"{name} exceeds max_vocab={options.max_vocab}")
 
 
-def inputs_of(
-    options: PrepareOptions, corpus: Corpus, survey: Survey, given: TextTokenizer | None
-) -> dict[str, str | int | float | None]:
+def inputs_of(opened: Opened, survey: Survey) -> dict[str, Any]:
     """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
+    options, given = opened.options, opened.given
     packed = options.layout is Layout.packed
     return {
         "format_version": FORMAT_VERSIONS[options.layout],
-        "format": corpus.format.value,
+        "format": opened.corpus.format.value,
         "documents": survey.documents,
         "bytes": survey.bytes,
         "documents_sha256": survey.sha256,
@@ -101,6 +108,7 @@ def inputs_of(
         "eos_token": given.eos_token if given else None,
         "val_fraction": options.val_fraction,
         "seed": options.seed,
+        **(opened.encoder.inputs() if opened.encoder else {}),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +13,7 @@ from moefoundry.config.errors import UserError
 from moefoundry.config.urls import is_url, resolved, url_problem
 from moefoundry.data.corpus import url_scheme
 from moefoundry.data.formats import CorpusFormat
+from moefoundry.data.instructions import TargetResponses, TooLong
 from moefoundry.data.left_out import MAX_LOSS
 from moefoundry.data.reading import BadBytes
 from moefoundry.data.summary import Layout
@@ -19,6 +21,14 @@ from moefoundry.data.tokenizer import check_trainable
 
 T = TypeVar("T")
 PACKED_LENGTH = 512
+
+
+class Kind(StrEnum):
+    """Kinds of documents."""
+
+    text = "text"
+    instructions = "instructions"
+    preferences = "preferences"
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,11 @@ class PrepareOptions:
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
         layout: Packed samples of ``max_seq_len`` tokens, or documents of any length, which are packed when read.
+        kind: Texts; or records of instructions or preferences, which are stored as documents, with targets.
+        target_responses, target_prompts: Tokens of instructions that are to be predicted; see
+            :class:`~moefoundry.data.instructions.Targets`.
+        max_tokens: Tokens of a record's document, at most; None is any number.
+        too_long: Treatment of records with more.
         workers: Processes, or 0 for this one alone; the number of cores if None. The result is always the same.
     """
 
@@ -63,6 +78,11 @@ class PrepareOptions:
     seed: int = 17
     overwrite: bool = False
     layout: Layout = Layout.packed
+    kind: Kind = Kind.text
+    target_responses: TargetResponses = TargetResponses.last
+    target_prompts: str = "none"
+    max_tokens: int | None = None
+    too_long: TooLong = TooLong.truncate
     workers: int | None = None
 
     @property
@@ -113,6 +133,7 @@ def expanded(options: PrepareOptions) -> PrepareOptions:
         raise UserError(f"out={options.out}: {problem}")
     return replace(
         options,
+        layout=options.layout if options.kind is Kind.text else Layout.documents,
         source=os.path.expanduser(options.source),
         out=out if is_url(resolved(out)) else Path(resolved(out)),
         tokenizer=Path(os.path.expanduser(options.tokenizer)) if options.tokenizer else None,
@@ -135,7 +156,8 @@ def check_numbers(options: PrepareOptions) -> None:
         raise UserError(f"max_loss={options.max_loss}: a share, from 0 to 1")
     if options.tokenizer is None:
         check_trainable(options.vocab_size)
-    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes)):
+    for name in ("max_docs", "max_bytes", "max_tokens"):
+        cap = getattr(options, name)
         if cap is not None and cap < 1:
             raise UserError(f"{name}={cap}: at least 1")
     if options.workers is not None and options.workers < 0:

@@ -27,15 +27,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import UserError
 from moefoundry.data.assembly import Facts, join, pack_samples, tokens_of
-from moefoundry.data.blocks import numbered
+from moefoundry.data.blocks import name_in_file, numbered
 from moefoundry.data.corpus import Corpus, Document
-from moefoundry.data.left_out import describe_left_out
+from moefoundry.data.left_out import LeftOut, describe_left_out
 from moefoundry.data.opening import Opened, existing_corpus, finished_before, inputs_of, open_all
 from moefoundry.data.options import PrepareOptions, expanded
 from moefoundry.data.places import LocalPlace
@@ -95,9 +96,9 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
 
 
 def _prepare(opened: Opened) -> PreparedSummary:
-    options, corpus, given = opened.options, opened.corpus, opened.given
+    options, corpus = opened.options, opened.corpus
     survey = _survey(opened)
-    inputs = inputs_of(options, corpus, survey, given)
+    inputs = inputs_of(opened, survey)
     existing = existing_corpus(opened, inputs)
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
@@ -114,7 +115,9 @@ def _make(opened: Opened, survey: Survey, inputs: dict[str, Any]) -> CorpusSumma
     place = place_of(opened.out)
     with _work(place, opened.out, keep=len(survey.blocks) > 1):
         writer, records = _write(opened, survey, place)
-        facts = Facts(options, inputs, survey.left_out, survey.bytes, writer.tokenizer, writer.division, SHARD_BYTES)
+        left_out, kept_bytes = left_out_of(opened.corpus, survey, records)
+        left_out.check(options.source, kept_bytes, options.max_loss, "")
+        facts = Facts(options, inputs, left_out, kept_bytes, writer.tokenizer, writer.division, SHARD_BYTES)
         assemble = join if options.layout is Layout.documents else pack_samples
         return assemble(place, records, facts, opened.out)
 
@@ -175,6 +178,17 @@ def _survey(opened: Opened) -> Survey:
     return survey
 
 
+def left_out_of(corpus: Corpus, survey: Survey, records: list[BlockRecord]) -> tuple[LeftOut, int]:
+    """Add up what was left out when the corpus was read, and when it was written; and count the bytes that were not."""
+    left_out = LeftOut()
+    left_out.add_all(survey.left_out)
+    lost = 0
+    for surveyed, record in zip(survey.blocks, records, strict=True):
+        left_out.add_all(LeftOut(record.left_out), partial(name_in_file, corpus.root, surveyed.block))
+        lost += sum(left["bytes"] for left in record.left_out.values())
+    return left_out, survey.bytes - lost
+
+
 def make_writer(opened: Opened, place: LocalPlace, tokenizer: TextTokenizer, division: Division) -> BlockWriter:
     """Make the writer of the blocks."""
     return BlockWriter(
@@ -187,6 +201,7 @@ def make_writer(opened: Opened, place: LocalPlace, tokenizer: TextTokenizer, div
         shard_bytes=SHARD_BYTES,
         batch_bytes=ENCODE_BATCH_BYTES,
         place=place,
+        records=opened.encoder,
     )
 
 
@@ -207,9 +222,10 @@ def _write(opened: Opened, survey: Survey, place: LocalPlace) -> tuple[BlockWrit
             raise UserError(_too_little(survey, tokens, options))
         needed_bytes = margin * options.sample_tokens * survey.bytes / total
         everything = _documents(corpus, survey)
-        division = moved(everything, options.val_fraction, options.seed, needed_bytes) or by_position(
-            survey.bytes, options.val_fraction, needed_bytes
-        )
+        shifted = moved(everything, options.val_fraction, options.seed, needed_bytes)
+        if shifted is None and opened.encoder is not None:  # a record cannot be cut in two
+            raise UserError(_too_little(survey, tokens, options))
+        division = shifted or by_position(survey.bytes, options.val_fraction, needed_bytes)
     raise AssertionError("the last attempt returns or raises")
 
 

@@ -1,0 +1,124 @@
+"""Training on two streams of documents with fill-in-the-middle: exact resumption, and counts that follow the run."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moefoundry.config import Recipe, UserError, flatten
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare
+from moefoundry.data.summary import Layout
+from tests.train.runs import Run, run_recipe
+
+Tiny = Callable[..., Recipe]
+TOKENS = ("tokens/code", "tokens/text")
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Corpora ``code`` and ``text`` of one tokenizer; an epoch of both has 5 or so batches of 8 rows of 64 tokens."""
+    root = tmp_path_factory.mktemp("streams")
+    for name in ("code", "text"):
+        (root / "in" / name).mkdir(parents=True)
+    for number in range(60):
+        (root / "in" / "code" / f"{number}.py").write_text(f"def f{number}(a):\n    return a + {number}\n" * 2)
+        (root / "in" / "text" / f"{number}.txt").write_text(
+            f"It is said that {number} is a number.\n" * (number % 4 + 1)
+        )
+    code = PrepareOptions(
+        str(root / "in" / "code"), root / "code", vocab_size=384, val_fraction=0.2, layout=Layout.documents
+    )
+    prepare(code)
+    source, tokenizer = str(root / "in" / "text"), root / "code" / "tokenizer"
+    prepare(replace(code, source=source, out=root / "text", tokenizer=tokenizer))
+    return root
+
+
+@pytest.fixture(scope="module")
+def recipe(streams: Path, tiny_recipe: Tiny) -> Tiny:
+    """``recipe(run_dir, "key=value", ...)``: trains on both streams, and evaluates on both."""
+    weights = f"code: {{local: {streams}/code, proportion: 0.7}}, text: {{local: {streams}/text, proportion: 0.3}}"
+    held_out = f"code: {{local: {streams}/code}}, text: {{local: {streams}/text}}"
+    keys = (
+        f"train_loader.dataset.streams={{{weights}}}",
+        "train_loader.dataset.fim={rate: 0.5, format: mixed, split: characters}",
+        "train_loader.dataset.packing.method=best_fit",
+        f"eval_loader.dataset.streams={{{held_out}}}",
+        f"tokenizer.name={streams}/code/tokenizer",
+        "model.document_masking=true",
+        *("max_duration=12ba", "save_interval=2ba", "save_num_checkpoints_to_keep=-1", "eval_interval=6ba"),
+    )
+    return lambda run_dir, *changes: tiny_recipe(run_dir, *keys, *changes)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_recipe(recipe(tmp_path_factory.mktemp("whole")), 2)
+
+
+def checkpoint(run: Run, batch: int) -> str:
+    return f"load_path={run.run_dir / 'checkpoints' / f'ba{batch}'}"
+
+
+def test_a_resumed_run_is_the_run_that_never_stopped(recipe: Tiny, tmp_path: Path, whole: Run) -> None:
+    """In the middle of the second epoch, to every digit, losses and tokens of each source."""
+    resumed = run_recipe(recipe(tmp_path, checkpoint(whole, 8)), 2)
+    assert resumed.exact() == whole.exact(9)
+    for key in TOKENS:
+        assert resumed.column(key) == {batch: count for batch, count in whole.column(key).items() if batch > 8}
+
+
+def test_tokens_of_sources_do_not_depend_on_the_mesh(recipe: Tiny, tmp_path: Path, whole: Run) -> None:
+    resumed = run_recipe(recipe(tmp_path, checkpoint(whole, 4), "train_loader.num_workers=1"), 1)
+    for key in TOKENS:
+        counts = whole.column(key)
+        assert resumed.column(key) == {batch: count for batch, count in counts.items() if batch > 4}
+        assert sorted(counts.values()) == list(counts.values())
+    padding = whole.column("data/padding")
+    tokens = sum(whole.column(key)[12] for key in TOKENS)
+    assert tokens == pytest.approx(sum((1 - share) * 8 * 64 for share in padding.values()))
+    assert 0.5 < whole.column("tokens/code")[12] / tokens < 0.85
+    assert all(0 < seconds < 60 for seconds in whole.column("data/wait_seconds").values())
+    assert len(whole.column("data/wait_seconds")) == 12
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ("train_loader.dataset.packing.method=concat", "train_loader.dataset.packing.method: 'concat'"),
+        ("train_loader.dataset.fim.rate=0.1", "train_loader.dataset.fim.rate: 0.1"),
+        ("train_loader.dataset.fim=null", "train_loader.dataset.fim: null"),
+        ("train_loader.dataset.streams.code.proportion=1", "train_loader.dataset.streams.code.proportion: 1.0"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_rows(recipe: Tiny, tmp_path: Path, whole: Run, change: str, path: str) -> None:
+    from moefoundry.checkpoint.run_dir import open_run
+    from moefoundry.checkpoint.start import data_digests
+
+    made = recipe(tmp_path / "run", checkpoint(whole, 8), change)
+    with pytest.raises(UserError) as raised:
+        open_run(made, data_digests(made))
+    assert str(raised.value).startswith(f"{path}, and {whole.run_dir}/checkpoints/ba8 was written with ")
+    assert "the rest of its epoch would be other samples" in str(raised.value)
+
+
+def test_streams_may_lie_elsewhere_and_not_be_others(recipe: Tiny, tmp_path: Path, whole: Run, streams: Path) -> None:
+    from moefoundry.checkpoint.run_dir import open_run
+    from moefoundry.checkpoint.start import data_digests
+
+    (tmp_path / "link").symlink_to(streams)
+    training, held_out = "train_loader.dataset.streams", "eval_loader.dataset.streams"
+    moved = recipe(tmp_path / "a", checkpoint(whole, 8), f"{training}.code.local={tmp_path}/link/code")
+    digests = data_digests(moved)
+    assert set(digests) == {
+        *(f"{key}.{name}" for key in (training, held_out) for name in ("code", "text")),
+        "tokenizer",
+    }
+    open_run(moved, digests)
+    swapped = (f"{training}.code.local={streams}/text", f"{training}.text.local={streams}/code")
+    other = recipe(tmp_path / "b", checkpoint(whole, 8), *swapped)
+    with pytest.raises(UserError, match=rf"^{training}\.code: .*/text/train is not what .* was saved with"):
+        open_run(other, data_digests(other))
+    assert f"{training}.text.proportion" in flatten(other)
