@@ -8,8 +8,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from moefoundry.config.errors import UserError
 from moefoundry.config.schema_data import FimConfig, FimFormat, FimSplit
-from moefoundry.data.fim import SPELLINGS, Draws, FillInTheMiddle, Sentinels, restored
-from moefoundry.data.tokenizer import train_tokenizer
+from moefoundry.data.fim import SPELLINGS, Draws, FillInTheMiddle, Sentinels, restored, with_sentinels
+from moefoundry.data.tokenizer import load_tokenizer, train_tokenizer
 
 S = Sentinels(prefix=1000, suffix=1001, middle=1002)
 EOS = 0
@@ -152,3 +152,26 @@ def test_a_tokenizer_without_sentinels_is_named(tokenizer: Tokenizer) -> None:
         Sentinels.of(other, "t", ["<FIM_BEGIN>", "<b>", "<c>"])
     names = [name.upper() for name in SPELLINGS[0]]
     assert Sentinels.of(other, "t", names) == Sentinels.of(tokenizer, "t")
+
+
+def test_sentinels_are_added_to_a_tokenizer_that_has_none(tmp_path: Path) -> None:
+    given = train_tokenizer(TEXTS * 20, 300)
+    assert with_sentinels(given) is given, "it has them"
+    text = given.files["tokenizer.json"].decode()
+    for name in SPELLINGS[0]:
+        text = text.replace(name, name.upper())
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|endoftext|>", "additional_special_tokens": ["<x>"]}'
+    )
+    bare = load_tokenizer(tmp_path)
+    made = with_sentinels(bare)
+    assert made.vocab_size == bare.vocab_size + 3
+    assert made.encode_batch(TEXTS)[0].tolist() == bare.encode_batch(TEXTS)[0].tolist()
+    made.save(tmp_path / "made")
+    again = load_tokenizer(tmp_path / "made")
+    assert (again.sha256, again.eos_id) == (made.sha256, bare.eos_id)
+    sentinels = Sentinels.of(again.backend, tmp_path)
+    assert [sentinels.prefix, sentinels.suffix, sentinels.middle] == list(range(bare.vocab_size, bare.vocab_size + 3))
+    assert again.backend.encode("<fim_hole>").ids != [sentinels.suffix], "what a text spells out is text"
+    assert with_sentinels(again) is again

@@ -84,6 +84,27 @@ def test_tokens_of_sources_do_not_depend_on_the_mesh(recipe: Tiny, tmp_path: Pat
     assert len(whole.column("data/wait_seconds")) == 12
 
 
+def test_losses_by_source_add_up(recipe: Tiny, tmp_path: Path, whole: Run) -> None:
+    """Of training and of held-out data; and on one rank they are those of two."""
+    alone = run_recipe(recipe(tmp_path, "device_train_microbatch_size=8"), 1)
+    for name in ("code", "text"):
+        for prefix in ("loss/train/source/", "metrics/eval/LanguageCrossEntropy/"):
+            losses = alone.column(prefix + name)
+            assert losses == pytest.approx({batch: whole.column(prefix + name)[batch] for batch in losses}, rel=1e-4)
+    of_sources = [alone.column(f"loss/train/source/{name}") for name in ("code", "text")]
+    whole_batch = alone.column("loss/train/lm")
+    both = of_sources[0].keys() & of_sources[1].keys()
+    assert both
+    for batch in both:
+        first, second = sorted(losses[batch] for losses in of_sources)
+        assert first <= whole_batch[batch] <= second
+    for batch in of_sources[0].keys() - both:
+        assert of_sources[0][batch] == pytest.approx(whole_batch[batch], rel=1e-6)
+    held_out = [alone.column(f"metrics/eval/LanguageCrossEntropy{name}")[6] for name in ("/code", "", "/text")]
+    assert sorted(held_out) in (held_out, held_out[::-1])
+    assert held_out[0] != held_out[2]
+
+
 @pytest.mark.parametrize(
     ("change", "path"),
     [
@@ -122,3 +143,15 @@ def test_streams_may_lie_elsewhere_and_not_be_others(recipe: Tiny, tmp_path: Pat
     with pytest.raises(UserError, match=rf"^{training}\.code: .*/text/train is not what .* was saved with"):
         open_run(other, data_digests(other))
     assert f"{training}.text.proportion" in flatten(other)
+
+
+def test_an_evaluation_may_take_the_first_batches_alone(recipe: Tiny, tmp_path: Path) -> None:
+    """The same ones again and again, of both streams; with loader processes that are stopped before they are done."""
+    steps = ("max_duration=4ba", "eval_interval=1ba", "optimizer.lr=1e-30", "device_eval_batch_size=1")
+    some = run_recipe(recipe(tmp_path / "some", *steps, "eval_subset_num_batches=4", "eval_loader.num_workers=1"), 1)
+    every = run_recipe(recipe(tmp_path / "every", *steps), 1)
+    for source in ("", "/code", "/text"):
+        losses = some.column(f"metrics/eval/LanguageCrossEntropy{source}")
+        assert len(losses) == 4
+        assert max(losses.values()) - min(losses.values()) < 1e-6
+        assert losses[4] != pytest.approx(every.column(f"metrics/eval/LanguageCrossEntropy{source}")[4], abs=1e-6)

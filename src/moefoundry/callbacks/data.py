@@ -1,4 +1,4 @@
-"""The data of each batch: how long training waits for them, how much is padding, and which source they are of."""
+"""The data of each batch: the time that training waits for them, their padding, and their sources."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from composer.utils import dist
 
 
 class DataMonitor(Callback):
-    """Logs ``data/wait_seconds`` of every batch, ``data/padding`` and ``tokens/SOURCE``.
+    """Logs ``data/wait_seconds`` of every batch, ``data/padding``, ``tokens/SOURCE`` and ``loss/train/source/SOURCE``.
 
     The time is that until every rank has its batch. ``data/padding`` is the share of positions without a token, where
-    rows may have such. ``tokens/SOURCE`` counts the tokens of a source from the beginning of the run.
+    rows may have such. ``tokens/SOURCE`` counts the tokens of a source from the beginning of the run. The loss is the
+    mean cross entropy over the targets of a source in the global batch; there is none where the batch has none of it.
 
     Args:
         sources: Names of the streams, in the order in which batches number them; empty if there is one without a name.
@@ -26,6 +27,7 @@ class DataMonitor(Callback):
         self.sources = sources
         self.tokens = tokens
         self._start = 0.0
+        self._sums = torch.zeros(2, len(sources), dtype=torch.float64)  # of losses and of targets, by source
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         self._start = time.perf_counter()
@@ -51,3 +53,19 @@ class DataMonitor(Callback):
         for source, number in zip(self.sources, of_sources, strict=True):
             self.tokens[source] = self.tokens.get(source, 0) + number
             logger.log_metrics({f"tokens/{source}": self.tokens[source]})
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Add up the losses of a micro-batch."""
+        if self.sources:
+            self._sums = self._sums.to(state.batch["source"].device)
+            of_rows = torch.stack([state.outputs.lm_of_rows, state.batch["num_targets"]]).double()
+            self._sums.index_add_(1, state.batch["source"], of_rows)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if not self.sources:
+            return
+        dist.all_reduce(self._sums)
+        for source, (loss, targets) in zip(self.sources, self._sums.T.tolist(), strict=True):
+            if targets:
+                logger.log_metrics({f"loss/train/source/{source}": loss / targets})
+        self._sums.zero_()

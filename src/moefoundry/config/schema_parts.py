@@ -190,14 +190,7 @@ class LoaderConfig:
     """Reading of one split."""
 
     name: str = key("text", "Loader kind.", available=("text",))
-    dataset: DatasetConfig = key(
-        DatasetConfig,
-        "What is read.",
-        instead_of=dict.fromkeys(
-            ("eval_subset_num_batches", "eval_iters"),
-            "all of eval_loader is evaluated; fewer samples are another split",
-        ),
-    )
+    dataset: DatasetConfig = key(DatasetConfig, "What is read.")
     drop_last: bool = key(True, "Drop the last incomplete batch.")
     num_workers: int = key(
         0,
@@ -368,6 +361,13 @@ class LossConfig:
         ge=-MAX_FACTOR,
         le=MAX_FACTOR,
     )
+
+
+@dataclass
+class DpoConfig:
+    """Direct preference optimization."""
+
+    beta: float = key(0.1, "Scale of the rewards; a smaller one leaves the reference sooner.", gt=0, le=MAX_FACTOR)
 
 
 @dataclass

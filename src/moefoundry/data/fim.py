@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from moefoundry.config.errors import UserError
 from moefoundry.config.schema_data import FimConfig, FimFormat, FimSplit
-from moefoundry.data.tokenizer import FIM_TOKENS
+from moefoundry.data.tokenizer import FIM_TOKENS, TextTokenizer, with_special_tokens
 
 SENTINELS = 3
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -80,6 +80,12 @@ class Sentinels:
             f"{place}: the tokenizer has no special tokens for fill-in-the-middle, such as {', '.join(SPELLINGS[1])}; "
             "name its own in dataset.fim.sentinels, add them (`moefoundry prepare --add-fim-tokens`), or fim=null"
         )
+
+
+def with_sentinels(tokenizer: TextTokenizer) -> TextTokenizer:
+    """Add the special tokens of fill-in-the-middle to a tokenizer, unless it has those of a known one."""
+    names = (set(tokenizer.backend.get_vocab(with_added_tokens=True)) >= set(spelling) for spelling in SPELLINGS)
+    return tokenizer if any(names) else with_special_tokens(tokenizer, FIM_TOKENS)
 
 
 class Draws:

@@ -41,7 +41,7 @@ class Opened:
         blocks: Its blocks.
         given: The tokenizer to use; None if one is to be trained.
         stored: The place in a store; None if ``out`` is to stay.
-        encoder: Encoder of records; None for texts.
+        encoder: Encoder of records; None encodes text.
     """
 
     options: PrepareOptions
@@ -50,7 +50,7 @@ class Opened:
     blocks: list[Block]
     given: TextTokenizer | None
     stored: StoredCorpus | None
-    encoder: RecordEncoder | None
+    encoder: RecordEncoder | None = None
 
     @property
     def workers(self) -> int:
@@ -77,7 +77,7 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
     text_key = options.text_key if encoder is None else None
     corpus = open_corpus(options.source, options.format, options.globs, text_key, options.bad_bytes, leave=out)
     if encoder is not None and corpus.format not in RECORD_FORMATS:
-        raise UserError(f"{options.source}: {corpus.format} has no records; {encoder.kind} are JSON Lines or tables")
+        raise UserError(f"{options.source}: {corpus.format} has no records, and {encoder.kind} are records")
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     _check_vocab(given, options)
     return Opened(options, out, corpus, plan_blocks(corpus, block_size(corpus, block_bytes)), given, stored, encoder)

@@ -31,7 +31,7 @@ PACKERS = {
 
 @dataclass(frozen=True)
 class FimTools:
-    """What fill-in-the-middle needs beside the documents."""
+    """Needs of fill-in-the-middle beside the documents."""
 
     cfg: FimConfig
     tokenizer: Tokenizer

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moefoundry.config.errors import UserError
 
@@ -166,6 +166,19 @@ def load_tokenizer(directory: Path) -> TextTokenizer:
     if backend.token_to_id(eos_token) is None:
         raise UserError(f"{directory}: the eos_token {eos_token!r} is not in the vocabulary of tokenizer.json")
     return _for_plain_text(backend, eos_token, files)
+
+
+def with_special_tokens(tokenizer: TextTokenizer, names: Sequence[str]) -> TextTokenizer:
+    """Add special tokens to a tokenizer; the ids of those that it lacks follow its largest."""
+    backend = Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
+    others = [name for name in names if name not in config.get("additional_special_tokens", [])]
+    config["additional_special_tokens"] = [*config.get("additional_special_tokens", []), *others]
+    files = {"tokenizer.json": backend.to_str(pretty=True).encode(), "tokenizer_config.json": _to_json(config)}
+    backend.no_truncation()
+    backend.no_padding()
+    return _for_plain_text(backend, tokenizer.eos_token, tokenizer.files | files)
 
 
 def open_backend(directory: Path) -> Tokenizer:

@@ -9,8 +9,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moefoundry.model.losses import NamedLoss, sums_over_targets
-from moefoundry.ops.cross_entropy import CHUNK_TOKENS, IGNORE_INDEX, linear_cross_entropy, softmax_dtype
+from moefoundry.ops.cross_entropy import (
+    CHUNK_TOKENS,
+    IGNORE_INDEX,
+    linear_cross_entropies,
+    linear_cross_entropy,
+    softmax_dtype,
+)
 from moefoundry.ops.rounding import round_gradient, round_operand
+
+
+def multiplied(x: Tensor, factor: float) -> Tensor:
+    """Multiply by a constant, without a kernel where that changes nothing."""
+    return x if factor == 1 else x * factor
 
 
 class OutputHead(nn.Linear):
@@ -18,9 +29,11 @@ class OutputHead(nn.Linear):
 
     Attributes:
         operand_dtype: Dtype to which a precision policy rounds operands; None does not round.
+        divisor: Divides the logits; applied to the hidden states, which are fewer.
     """
 
     operand_dtype: torch.dtype | None = None
+    divisor: float = 1.0
 
     def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, each: bool = False) -> Tensor:
         """Compute logits or cross entropy.
@@ -34,6 +47,7 @@ class OutputHead(nn.Linear):
             Without targets logits [B, S, V]; with them the sum of the cross entropies, a scalar; with ``each`` [B, S],
             0 where there is no target. Nats, fp32 or wider.
         """
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
         if targets_BS is None:
             return self._logits(hidden_BSD)
         if each:
@@ -42,12 +56,21 @@ class OutputHead(nn.Linear):
             hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
         )
 
+    def sum_and_rows(self, hidden_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the cross entropies, as ``forward`` does, and those of each row, [B], without gradient."""
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
+        total, losses_T = linear_cross_entropies(
+            hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
+        )
+        return total, losses_T.view_as(targets_BS).sum(dim=1)
+
     def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
         """Sum each loss over the targets, [len(losses)]."""
 
         def of_chunk(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
             return sums_over_targets(losses, logits_NV, targets_N)
 
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
         return torch.stack(self._by_chunk(of_chunk, hidden_BSD, targets_BS)).sum(dim=0)
 
     def _by_chunk(

@@ -40,6 +40,17 @@ def linear_cross_entropy(
     Returns:
         Scalar, fp32 (float64 for float64 operands); divide by the number of labels that are not ignored.
     """
+    return linear_cross_entropies(hidden_TD, weight_VD, labels_T, chunk_tokens, operand_dtype)[0]
+
+
+def linear_cross_entropies(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    labels_T: Tensor,
+    chunk_tokens: int = CHUNK_TOKENS,
+    operand_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`linear_cross_entropy`, and the summands [T], which have no gradient; 0 where there is no label."""
     if not torch.is_grad_enabled():  # needs_input_grad is true of a parameter even then
         hidden_TD, weight_VD = hidden_TD.detach(), weight_VD.detach()
     return _LinearCrossEntropy.apply(hidden_TD, weight_VD, labels_T, chunk_tokens, operand_dtype)
@@ -69,8 +80,9 @@ class _LinearCrossEntropy(Function):
         labels_T: Tensor,
         chunk_tokens: int,
         operand_dtype: torch.dtype | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=softmax_dtype(hidden_TD.dtype), device=hidden_TD.device)
+        losses_T = total.new_empty(labels_T.shape)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden_TD = torch.empty_like(hidden_TD) if want_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if want_weight else None
@@ -82,7 +94,9 @@ class _LinearCrossEntropy(Function):
             kept = labels != IGNORE_INDEX
             target = labels.where(kept, 0).unsqueeze(1)
             log_z = logits.logsumexp(dim=1, keepdim=True)
-            total += ((log_z - logits.gather(1, target)).squeeze(1) * kept).sum()
+            losses = (log_z - logits.gather(1, target)).squeeze(1) * kept
+            losses_T[rows] = losses
+            total += losses.sum()
             if not (want_hidden or want_weight):
                 continue
             grad_logits = logits.sub_(log_z).exp_()  # softmax, in the memory of the logits
@@ -98,11 +112,12 @@ class _LinearCrossEntropy(Function):
                     grad_weight_VD += grad_logits.T @ hidden
         ctx.weight_dtype = weight_VD.dtype
         ctx.save_for_backward(grad_hidden_TD, grad_weight_VD)
-        return total
+        ctx.mark_non_differentiable(losses_T)
+        return total, losses_T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden_TD, grad_weight_VD = ctx.saved_tensors
         if grad_hidden_TD is not None:
             grad_hidden_TD = grad_hidden_TD * grad.to(grad_hidden_TD.dtype)
