@@ -92,14 +92,13 @@ def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
         raise UserError(f"{name} exceeds max_vocab={options.max_vocab}")
 
 
-def inputs_of(
-    options: PrepareOptions, corpus: Corpus, survey: Survey, given: TextTokenizer | None
-) -> dict[str, str | int | float | None]:
+def inputs_of(opened: Opened, survey: Survey) -> dict[str, Any]:
     """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
+    options, given = opened.options, opened.given
     packed = options.layout is Layout.packed
     return {
         "format_version": FORMAT_VERSIONS[options.layout],
-        "format": corpus.format.value,
+        "format": opened.corpus.format.value,
         "documents": survey.documents,
         "bytes": survey.bytes,
         "documents_sha256": survey.sha256,
@@ -109,6 +108,7 @@ def inputs_of(
         "eos_token": given.eos_token if given else None,
         "val_fraction": options.val_fraction,
         "seed": options.seed,
+        **(opened.encoder.inputs() if opened.encoder else {}),
     }
 
 
