@@ -74,7 +74,7 @@ def model_of(state: State) -> Any:
 
 @dataclass
 class Exported:
-    """What LLM Foundry's checkpointer needs of a model that it saves.
+    """Model as LLM Foundry's checkpointer saves it.
 
     Attributes:
         cfg: The model.
