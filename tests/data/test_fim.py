@@ -161,9 +161,8 @@ def test_sentinels_are_added_to_a_tokenizer_that_has_none(tmp_path: Path) -> Non
     for name in SPELLINGS[0]:
         text = text.replace(name, name.upper())
     (tmp_path / "tokenizer.json").write_text(text)
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"eos_token": "<|endoftext|>", "additional_special_tokens": ["<x>"]}'
-    )
+    config = '{"eos_token": "<|endoftext|>", "additional_special_tokens": ["<x>"]}'
+    (tmp_path / "tokenizer_config.json").write_text(config)
     bare = load_tokenizer(tmp_path)
     made = with_sentinels(bare)
     assert made.vocab_size == bare.vocab_size + 3
