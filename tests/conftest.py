@@ -3,7 +3,7 @@
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -100,3 +100,20 @@ def tiny_overrides(tiny_corpus: Path) -> Callable[..., list[str]]:
 def tiny_recipe(tiny_overrides: Callable[..., list[str]]) -> Callable[..., Recipe]:
     """``tiny_recipe(run_dir, "key=value", ...)``: that recipe."""
     return lambda run_dir, *changes: load_recipe(None, tiny_overrides(run_dir, *changes))
+
+
+@pytest.fixture
+def s3() -> Iterator[dict[str, str]]:
+    """Environment in which Composer's client finds a server with an empty bucket, ``s3://bucket``."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    endpoint = "http://{}:{}".format(*server.get_host_and_port())
+    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    names = ("aws_access_key_id", "aws_secret_access_key", "region_name")
+    client = boto3.client("s3", endpoint_url=endpoint, **dict(zip(names, keys.values(), strict=True)))
+    client.create_bucket(Bucket="bucket")
+    yield {**keys, "S3_ENDPOINT_URL": endpoint}
+    server.stop()

@@ -89,10 +89,13 @@ def test_preparations_in_the_pages_succeed(tmp_path: Path, capsys: pytest.Captur
     prepare = [words for _, words in commands() if words[:2] == ["moefoundry", "prepare"]]
     shown = [words[4:] for words in prepare if "[" not in "".join(words)]
     assert len(shown) >= 2
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(f'{{"prompt": "{number} and ", "response": "{number}"}}\n' for number in range(200)))
     for number, options in enumerate(shown):
         if "--tokenizer" in options:
             options[options.index("--tokenizer") + 1] = str(tmp_path / "0" / "tokenizer")
-        assert main(["prepare", str(text), str(tmp_path / f"{number}"), *options]) == 0
+        source = chats if "--instructions" in options else text
+        assert main(["prepare", str(source), str(tmp_path / f"{number}"), *options]) == 0
         assert " 0 samples" not in capsys.readouterr().out
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moefoundry.config import ConfigError
-from moefoundry.foundry import FoundryMoECausalLM, LanguageCrossEntropy, count_tokens, with_target_counts
+from moefoundry.foundry import FoundryMoECausalLM, LanguageCrossEntropy, count_tokens, with_counts
 
 TINY = {
     "vocab_size": 64,
@@ -41,7 +41,7 @@ def test_cross_entropy_metric_weighs_batches_by_their_targets() -> None:
 
 def test_tokens_that_are_predicted_leave_out_the_first_and_the_ignored() -> None:
     labels = torch.tensor([[1, 2, -100, 4], [5, -100, -100, 8]])
-    counts = count_tokens(with_target_counts({"input_ids": torch.zeros(2, 4, dtype=torch.int64), "labels": labels}))
+    counts = count_tokens(with_counts({"input_ids": torch.zeros(2, 4, dtype=torch.int64), "labels": labels}))
     assert counts == {"total": 8, "loss_generating": 3}
 
 

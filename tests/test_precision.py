@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefoundry.config import Compute, MoEConfig, PrecisionConfig
-from moefoundry.model.transformer import OutputHead
+from moefoundry.model.output_head import OutputHead
 from moefoundry.moe.experts import GroupedExperts
 from moefoundry.moe.router import Router
 from moefoundry.ops.grouped_linear import grouped_linear

@@ -31,7 +31,6 @@ from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.callbacks.trackers import build_trackers, note_entries, start_trackers, try_trackers
 from moefoundry.checkpoint.ranks import on_rank_zero, together
-from moefoundry.checkpoint.remote import Remote
 from moefoundry.checkpoint.run_dir import DOWNLOADS, claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.save import Saver, retain_and_upload
 from moefoundry.checkpoint.start import Start, data_digests
@@ -42,7 +41,8 @@ from moefoundry.config.making import make_part, make_parts
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
-from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_target_counts
+from moefoundry.data.stores import Remote
+from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_counts
 from moefoundry.mesh import Meshes
 from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import MoETransformer, meta_model
@@ -170,7 +170,8 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
     if dist.get_global_rank() == 0:
         for line in loader.dataset.describe_packing():
             print(f"packing: {line}", file=sys.stderr, flush=True)
-    return DataSpec(loader, batch_transforms=with_target_counts, get_num_tokens_in_batch=count_tokens)
+    counting = partial(with_counts, document_masking=recipe.model.document_masking)
+    return DataSpec(loader, batch_transforms=counting, get_num_tokens_in_batch=count_tokens)
 
 
 def stream_names(cfg: LoaderConfig | None) -> list[str]:

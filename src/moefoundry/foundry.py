@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from composer.core import Callback, State
@@ -14,13 +15,15 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from moefoundry.config import AuxLossScope, ConfigError, Problem, load_recipe
+from moefoundry.model.padding import count_at_depths
+from moefoundry.model.preferences import dpo_losses, reward_margins
 from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer, meta_model
 from moefoundry.parallel import materialize
 
-Batch = Mapping[str, Tensor]
-"""``input_ids`` and ``labels``, int64 [B, S], with ``model.document_masking`` also ``sequence_id``, int64 [B, S]; in
-training and evaluation ``num_targets``, int64 [B] (:func:`with_target_counts`)."""
+Batch = Mapping[str, Any]
+"""``input_ids`` and ``labels``, int64 [B, S]; where documents or padding are told ``sequence_id``, int64 [B, S]; in
+training and evaluation what :func:`with_counts` adds."""
 
 
 class LanguageCrossEntropy(Metric):
@@ -73,7 +76,8 @@ class ComposerMoECausalLM(ComposerModel):
         self.targets_per_sample: Tensor | None = None
 
     def forward(self, batch: Batch) -> CausalLMLosses:
-        return self.model(batch["input_ids"], batch["labels"], sequence_id=batch.get("sequence_id"))
+        documents, tokens_of_rows = batch.get("sequence_id"), batch.get("tokens_of_rows")
+        return self.model(batch["input_ids"], batch["labels"], sequence_id=documents, tokens_of_rows=tokens_of_rows)
 
     def loss(self, outputs: CausalLMLosses, batch: Batch) -> dict[str, Tensor]:
         share: Tensor | float = 1.0  # of the global batch's targets, in units of what as many samples of it have
@@ -104,14 +108,75 @@ class ComposerMoECausalLM(ComposerModel):
             metric.update(outputs.lm, outputs.num_targets)
 
 
+class PreferenceAccuracy(Metric):
+    """Share of the pairs of the split whose chosen response has the larger reward."""
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("right", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, margins_B: Tensor, counted_B: Tensor) -> None:
+        self.right += ((margins_B > 0) & counted_B).sum()
+        self.count += counted_B.sum()
+
+    def compute(self) -> Tensor:
+        return self.right / self.count
+
+
+class ComposerDPO(ComposerMoECausalLM):
+    """Trains by direct preference optimization: rows are pairs, and have the log-probabilities of the reference.
+
+    ``loss/train/dpo`` is in the total in place of ``loss/train/lm``, which is logged alone. It is a mean over the pairs
+    of the global batch: every row has one, and Composer weights micro-batches by rows.
+
+    Args:
+        model: The model that is trained.
+        beta: Scale of the rewards.
+    """
+
+    def __init__(self, model: MoETransformer, beta: float) -> None:
+        super().__init__(model)
+        model.pairs = True
+        self.beta = beta
+
+    def margins(self, outputs: CausalLMLosses, batch: Batch) -> Tensor:
+        """Compute the reward margins of the pairs of a micro-batch, [B]."""
+        assert outputs.log_probs is not None, "set by the model of pairs"
+        return reward_margins(outputs.log_probs, batch["reference"], self.beta)
+
+    def loss(self, outputs: CausalLMLosses, batch: Batch) -> dict[str, Tensor]:
+        assert outputs.log_probs is not None, "set by the model of pairs"
+        losses = super().loss(outputs, batch)
+        lm = losses.pop("lm").detach()
+        del losses["total"]
+        dpo = dpo_losses(outputs.log_probs, batch["reference"], self.beta).mean()
+        return {"total": sum(losses.values(), start=dpo), "dpo": dpo, "lm": lm, **losses}
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        metrics = super().get_metrics(is_train)
+        return metrics if is_train else metrics | {"PreferenceAccuracy": PreferenceAccuracy()}
+
+    def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> None:
+        if not isinstance(metric, PreferenceAccuracy):
+            super().update_metric(batch, outputs, metric)
+            return
+        metric.update(self.margins(outputs, batch), batch["num_targets"] > 0)  # a row read twice has no targets
+
+
 class CountTargets(Callback):
-    """Tells the model, before each step, how many targets the global batch has."""
+    """Tells the model, before each step, how many targets the global batch has, and how many tokens that are real."""
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        num_targets_B = state.batch["num_targets"]
+        num_targets_B, model = state.batch["num_targets"], state.model.model
         counts = torch.stack([num_targets_B.sum(), num_targets_B.new_tensor(len(num_targets_B))])
+        if "sequence_id" in state.batch:
+            counts = torch.cat([counts, count_at_depths(state.batch["sequence_id"], 1 + len(model.mtp))])
         dist.all_reduce(counts)
         state.model.targets_per_sample = counts[0] / counts[1]
+        model.tokens_per_sample = counts[2:].double() / counts[1] if len(counts) > 2 else None
 
 
 NOT_OF_THE_MODEL = (
@@ -144,13 +209,39 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
         materialize(transformer, "cpu", seed)
         super().__init__(transformer)
 
+    def forward(self, batch: Batch) -> CausalLMLosses:
+        """Compute the losses; LLM Foundry tells padding by ``attention_mask``, bool or int [B, S].
+
+        Raises:
+            ValueError: There is padding before the tokens of a sequence.
+        """
+        if "attention_mask" not in batch:
+            return super().forward(batch)
+        padding_BS = ~batch["attention_mask"].bool()
+        if bool((padding_BS[:, :-1] & ~padding_BS[:, 1:]).any()):
+            raise ValueError("attention_mask: padding stands before tokens; pad on the right (tokenizer padding_side)")
+        documents = batch.get("sequence_id", torch.zeros_like(batch["input_ids"]))
+        return super().forward({**batch, "sequence_id": documents.masked_fill(padding_BS, -1)})
+
 
 def count_tokens(batch: Batch) -> dict[str, int]:
-    """Count the tokens of a batch as Composer's ``DataSpec`` wants them: all, and those that are predicted."""
-    return {"total": batch["input_ids"].numel(), "loss_generating": int(batch["num_targets"].sum())}
+    """Count the tokens of a batch as Composer's ``DataSpec`` wants them: all but padding, and those predicted."""
+    total = sum(batch["tokens_of_rows"]) if "tokens_of_rows" in batch else batch["input_ids"].numel()
+    return {"total": total, "loss_generating": int(batch["num_targets"].sum())}
 
 
-def with_target_counts(batch: Batch) -> dict[str, Tensor]:
-    """Add ``num_targets``, the number of targets of each sample: counted once, for all that go by it."""
-    targets_BS = shifted_targets(batch["labels"], batch.get("sequence_id"))
-    return {**batch, "num_targets": count_targets(targets_BS)}
+def with_counts(batch: Batch, document_masking: bool = True) -> dict[str, Any]:
+    """Count once, while the batch is on the CPU, what others go by.
+
+    Args:
+        batch: As :data:`Batch`.
+        document_masking: The model's; with it, the last token of a document predicts nothing.
+
+    Returns:
+        The batch with ``num_targets``, int64 [B], targets of each sample; and where there is a ``sequence_id`` with
+        ``tokens_of_rows``, a list of the tokens of each sample that are no padding.
+    """
+    documents = batch.get("sequence_id")
+    targets_BS = shifted_targets(batch["labels"], documents if document_masking else None)
+    counted = {**batch, "num_targets": count_targets(targets_BS)}
+    return counted if documents is None else counted | {"tokens_of_rows": (documents >= 0).sum(dim=1).tolist()}

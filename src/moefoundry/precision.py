@@ -31,7 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moefoundry.adapters import AdaptedExperts, ExpertAdapter, LinearAdapter, Magnitude, has_adapter
 from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
-from moefoundry.model.transformer import OutputHead
+from moefoundry.model.output_head import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.mixture import RowMixture
 from moefoundry.moe.router import Router

@@ -11,11 +11,11 @@ import torch
 
 from moefoundry.checkpoint.fetch import checkpoint_at, directory_at
 from moefoundry.checkpoint.manifest import read_state
-from moefoundry.checkpoint.remote import Remote
 from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint, tokenizer_of
 from moefoundry.config import UserError
 from moefoundry.config.urls import is_url, resolved, url_problem
 from moefoundry.conversion.convert import load_hf
+from moefoundry.data.stores import Remote
 from moefoundry.data.tokenizer_files import CONFIG
 from moefoundry.evaluation.generation import Choice, generate, most_likely
 from moefoundry.evaluation.prompts import NO_TOKENIZER, PromptTokenizer

@@ -202,13 +202,13 @@ def test_a_loss_is_better_or_worse_by_what_it_differs() -> None:
 
 
 def mean_over_targets() -> list[float]:
-    from moefoundry.foundry import LanguageCrossEntropy, count_tokens, with_target_counts
+    from moefoundry.foundry import LanguageCrossEntropy, count_tokens, with_counts
 
     metric = LanguageCrossEntropy()
     metric.update(torch.tensor(2.0), torch.tensor(3))
     metric.update(torch.tensor(4.0), torch.tensor(1))
     batch = {"input_ids": torch.zeros(2, 4), "labels": torch.tensor([[5, 1, -100, 2], [-100, -100, -100, 3]])}
-    assert count_tokens(with_target_counts(batch)) == {"total": 8, "loss_generating": 3}
+    assert count_tokens(with_counts(batch)) == {"total": 8, "loss_generating": 3}
     return metric.compute().item()
 
 

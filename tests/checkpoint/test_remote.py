@@ -13,35 +13,19 @@ import oci
 import pytest
 import torch
 
-from moefoundry.checkpoint import remote
 from moefoundry.checkpoint.load import read_into
 from moefoundry.checkpoint.manifest import STATE_KEYS
-from moefoundry.checkpoint.remote import Remote, find_remote, is_downloaded, local_file, upload_checkpoint
+from moefoundry.checkpoint.remote import find_remote, is_downloaded, local_file, upload_checkpoint
 from moefoundry.checkpoint.save import write
 from moefoundry.config import Recipe, UserError
+from moefoundry.data import stores
 from moefoundry.data.patience import unless_silent
+from moefoundry.data.stores import Remote
 from tests.distributed import run_distributed
 from tests.train.runs import run_recipe
 
 STATE = dict.fromkeys(STATE_KEYS, 0)
 Tiny = Callable[..., Recipe]
-
-
-@pytest.fixture
-def s3() -> Iterator[dict[str, str]]:
-    """Environment in which Composer's client finds a server with an empty bucket, ``s3://bucket``."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    endpoint = "http://{}:{}".format(*server.get_host_and_port())
-    keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    names = ("aws_access_key_id", "aws_secret_access_key", "region_name")
-    client = boto3.client("s3", endpoint_url=endpoint, **dict(zip(names, keys.values(), strict=True)))
-    client.create_bucket(Bucket="bucket")
-    yield {**keys, "S3_ENDPOINT_URL": endpoint}
-    server.stop()
 
 
 @pytest.fixture
@@ -52,7 +36,7 @@ def memory(tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 0.001)
 
 
 def saved(root: Path, batch: int) -> Path:
@@ -107,7 +91,7 @@ class Failing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, verb: str, name: str, times: int, error: Exception) -> None:
         self.calls = 0
-        original: Callable[..., None] = getattr(remote._FsspecStore, verb)
+        original: Callable[..., None] = getattr(stores._FsspecStore, verb)
 
         def unreliable(store: Any, *args: Any) -> None:
             if any(str(argument).endswith(name) for argument in args):
@@ -116,7 +100,7 @@ class Failing:
                     raise error
             original(store, *args)
 
-        monkeypatch.setattr(remote._FsspecStore, verb, unreliable)
+        monkeypatch.setattr(stores._FsspecStore, verb, unreliable)
 
 
 def test_row20_a_store_that_fails_twice_is_asked_again(
@@ -140,7 +124,7 @@ def test_row20_an_upload_that_fails_for_good_is_no_checkpoint(
     failing = Failing(monkeypatch, "upload", name, 99, ConnectionResetError("reset"))
     with pytest.raises(UserError, match=rf"{memory}/ba4/.*{name}: cannot upload \(attempts: 6\): reset"):
         upload_checkpoint(saved(tmp_path, 4), memory)
-    assert failing.calls == remote.ATTEMPTS
+    assert failing.calls == stores.ATTEMPTS
     found = find_remote(memory, tmp_path / "cache")
     assert found is not None
     assert found.name == "ba2", "the latest that is complete"
@@ -196,14 +180,14 @@ def test_wrapped_errors_and_missing_credentials_are_known_too() -> None:
 
     wrapped = boto3.exceptions.S3UploadFailedError("failed")
     wrapped.__context__ = Answer("response", 403)
-    assert remote.is_permanent(wrapped)
-    assert remote.is_permanent(botocore.exceptions.NoCredentialsError())
-    assert remote.is_permanent(NotImplementedError())
-    assert not remote.is_permanent(botocore.exceptions.EndpointConnectionError(endpoint_url="http://host"))
+    assert stores.is_permanent(wrapped)
+    assert stores.is_permanent(botocore.exceptions.NoCredentialsError())
+    assert stores.is_permanent(NotImplementedError())
+    assert not stores.is_permanent(botocore.exceptions.EndpointConnectionError(endpoint_url="http://host"))
     throttled = botocore.exceptions.ClientError(
         {"Error": {"Code": "RequestTimeout"}, "ResponseMetadata": {"HTTPStatusCode": 400}}, "PutObject"
     )
-    assert not remote.is_permanent(throttled)
+    assert not stores.is_permanent(throttled)
 
 
 def test_a_store_is_tried_once_when_a_run_starts(
@@ -213,9 +197,9 @@ def test_a_store_is_tried_once_when_a_run_starts(
         Remote(url).try_writing()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a place", "other place"]
     assert not list(tmp_path.glob("*/*")), "what was written is removed"
-    monkeypatch.setattr(remote, "FIRST_SILENCE", 0.1)
-    failing = Failing(monkeypatch, "upload", remote.PROBE, 99, ConnectionResetError("reset"))
-    with pytest.raises(UserError, match=rf"{memory}/{remote.PROBE}: cannot upload \(attempts: 1\): reset"):
+    monkeypatch.setattr(stores, "FIRST_SILENCE", 0.1)
+    failing = Failing(monkeypatch, "upload", stores.PROBE, 99, ConnectionResetError("reset"))
+    with pytest.raises(UserError, match=rf"{memory}/{stores.PROBE}: cannot upload \(attempts: 1\): reset"):
         Remote(memory).try_writing()
     assert failing.calls == 1
     for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "S3_ENDPOINT_URL": silence}.items():
@@ -233,7 +217,7 @@ def test_passwords_are_hidden_in_what_a_store_says(memory: str) -> None:
 
 def test_waits_grow(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(remote, "FIRST_WAIT", 1.0)
+    monkeypatch.setattr(stores, "FIRST_WAIT", 1.0)
     monkeypatch.setattr("tenacity.nap.time.sleep", waits.append)
     Failing(monkeypatch, "upload", "name", 99, ConnectionResetError("reset"))
     with pytest.raises(UserError):
@@ -353,8 +337,8 @@ def silence() -> Iterator[str]:
 def test_row20_a_store_that_never_answers_is_given_up(
     tmp_path: Path, silence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "LONGEST_SILENCE", 0.1)
-    monkeypatch.setattr(remote, "ATTEMPTS", 2)
+    monkeypatch.setattr(stores, "LONGEST_SILENCE", 0.1)
+    monkeypatch.setattr(stores, "ATTEMPTS", 2)
     for name, value in {
         "AWS_ACCESS_KEY_ID": "id",
         "AWS_SECRET_ACCESS_KEY": "secret",
@@ -387,11 +371,11 @@ def test_what_has_come_is_counted_wherever_a_client_puts_it(tmp_path: Path) -> N
     partial = tmp_path / "file.1-0.partial"
     (tmp_path / "file.1-0.partial.part").write_bytes(bytes(3))
     folder = tmp_path / "file.1-0.partialfolder"
-    before = remote._size_of(partial)
+    before = stores._size_of(partial)
     folder.mkdir()
     (folder / "part-0").write_bytes(bytes(5))
-    assert remote._size_of(partial) == before + folder.stat().st_size + 5
-    assert remote._size_of(tmp_path / "file.1-1.partial") == 0
+    assert stores._size_of(partial) == before + folder.stat().st_size + 5
+    assert stores._size_of(tmp_path / "file.1-1.partial") == 0
 
 
 def through_s3(environment: dict[str, str], root: Path, url: str) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data import workers as workers_module
-from moefoundry.data.blocks import plan_blocks
+from moefoundry.data.blocks import SMALLEST_PART, plan_blocks
 from moefoundry.data.corpus import open_corpus
 from moefoundry.data.options import PrepareOptions
 from moefoundry.data.prepare import prepare
@@ -66,7 +66,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(prepare_module, "BLOCK_BYTES", SMALLEST_PART * BLOCK)
 
 
 @pytest.fixture
@@ -192,8 +192,7 @@ def test_a_run_that_was_killed_goes_on(
         return write(self, job, advance)
 
     monkeypatch.setattr(BlockWriter, "write", counted)
-    monkeypatch.setattr(prepare_module, "available_cores", lambda: 0)  # so that the calls are seen here
-    prepare(json_lines)
+    prepare(replace(json_lines, workers=0))  # so that the calls are seen here
     assert finished >= {"00000.json", "00001.json", "00002.json"}
     assert 1 in written, "a damaged block is made again"
     assert not {0, 2} & set(written), "and one that is whole is not"

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from moefoundry.cli.prepare import describe
 from moefoundry.config.errors import UserError
 from moefoundry.data import corpus as corpus_module
+from moefoundry.data import opening
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data.left_out import LeftOut, Reason, one_line
 from moefoundry.data.options import PrepareOptions
@@ -94,7 +95,7 @@ def test_places_without_permission_are_one_line(options: PrepareOptions, monkeyp
         with pytest.raises(UserError, match=r"in: cannot be read: Permission denied$"):
             prepare(options)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "load_tokenizer", lambda place: refuse(place / "tokenizer.json"))
+        patch.setattr(opening, "load_tokenizer", lambda place: refuse(place / "tokenizer.json"))
         with pytest.raises(UserError, match=r"given/tokenizer\.json: Permission denied$"):
             prepare(replace(options, tokenizer=Path("given")))
     long = "x" * 300

@@ -185,7 +185,7 @@ def test_given_tokenizer_is_copied_and_wide_vocabularies_fit(options: PrepareOpt
         ),
         ({"max_seq_len": 10_000, "val_fraction": 0}, "no sample for train: .* max_seq_len=10000; add text, or lower"),
         ({"source": "s3://user:secret@bucket/text"}, r"^s3://\.\.\.: not a local path; copy the corpus"),
-        ({"out": Path("s3://user:secret@bucket/text")}, r"^s3://\.\.\.: OUT is a local directory"),
+        ({"out": Path("s3://user:secret@bucket/text")}, r"^s3://\.\.\.: a URL is given as a string"),
         ({"max_loss": 1.5}, r"max_loss=1\.5: a share, from 0 to 1"),
         ({"max_bytes": 1}, "empty corpus: no document with text .* within max_bytes=1"),
         ({"tokenizer": Path("no/tokenizer")}, r"no/tokenizer/tokenizer\.json: no such file"),

@@ -76,7 +76,7 @@ def test_nested_keys(tmp_path: Path) -> None:
         ),
         (
             {"messages": [{"role": "user", "content": "hi"}]},
-            "lists at messages, such as of messages: write each as one",
+            "lists at messages, such as of messages: prepare those as instructions",
         ),
         ({"n": 1}, ""),
     ],

@@ -61,7 +61,7 @@ def test_a_signal_leaves_nothing_behind(
     monkeypatch.setattr(module.shutil, "rmtree", remove_under_fire)
     before = signal.getsignal(number)
     assert main(args) == 128 + number
-    assert capsys.readouterr().err == f"error: stopped by {number.name}; nothing was written\n"
+    assert capsys.readouterr().err == f"error: stopped by {number.name}; OUT was not written\n"
     assert any(".partial-" in name for name in seen[0])
     assert names(options.out.parent) == ["in"]
     assert signal.getsignal(number) == before

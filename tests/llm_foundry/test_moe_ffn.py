@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.distributed import run_distributed
+from tests.llm_foundry import recipes
 
 
 def pieces() -> None:
@@ -63,5 +64,46 @@ def pieces() -> None:
     assert not biased.moe.router.expert_bias.any(), "to_empty leaves it undefined"
 
 
+def padding() -> None:
+    """Raise if padding changes what an MPT computes of the tokens, or is counted in the balance loss."""
+    import torch
+
+    from moefoundry.llm_foundry.mpt import MoEMPTCausalLM
+
+    torch.manual_seed(0)
+    small = recipes.mpt(init_device="cpu", max_seq_len=16, loss_fn="torch_crossentropy", ffn_config=recipes.OURS)
+    model = MoEMPTCausalLM(tokenizer=None, attn_config={"attn_impl": "torch"}, **small)
+    lengths = [16, 5, 9]
+    mask = torch.arange(16) < torch.tensor(lengths).unsqueeze(1)
+    ids = torch.randint(384, (3, 16))
+
+    def run(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~mask, -100)}
+        outputs = model(batch)
+        losses = model.loss(outputs, batch)
+        return outputs.logits, torch.stack([losses["balance"], losses["z"]])
+
+    logits, losses = run(ids, mask)
+    losses.sum().backward()
+    gate = model.model.transformer.blocks[0].ffn.moe.router.gate.weight
+    grad, gate.grad = gate.grad, None
+    expected = torch.zeros(2)
+    for row, length in enumerate(lengths):
+        alone = run(ids[row : row + 1, :length], mask[row : row + 1, :length])
+        torch.testing.assert_close(logits[row, :length], alone[0][0], rtol=0, atol=1e-5)
+        expected = expected + alone[1] * length / sum(lengths)
+    expected.sum().backward()
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, gate.grad, rtol=1e-4, atol=1e-7)
+    counted = run(ids, torch.ones_like(mask))[1]
+    assert not torch.allclose(counted, losses, rtol=1e-3)
+
+
+def both() -> None:
+    """One after the other: the imports take long."""
+    pieces()
+    padding()
+
+
 def test_pieces() -> None:
-    run_distributed(pieces, 1, timeout=120)
+    run_distributed(both, 1, timeout=120)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, YarnConfig
-from moefoundry.foundry import ComposerMoECausalLM, count_tokens, with_target_counts
+from moefoundry.foundry import ComposerMoECausalLM, count_tokens, with_counts
 from moefoundry.model.targets import shifted_targets
 from moefoundry.model.transformer import MoETransformer
 from tests.model.tiny import batch, gradients, tiny_config, tiny_model
@@ -113,5 +113,5 @@ def test_composer_model_and_token_count_leave_the_borders_out() -> None:
     batch = {"input_ids": IDS, "labels": IDS, "sequence_id": SEQUENCE_ID}
     losses = ComposerMoECausalLM(model).eval_forward(batch)
     assert torch.equal(losses.lm, model(IDS, IDS, sequence_id=SEQUENCE_ID).lm)
-    assert count_tokens(with_target_counts(batch)) == {"total": 48, "loss_generating": int(losses.num_targets)}
+    assert count_tokens(with_counts(batch)) == {"total": 48, "loss_generating": int(losses.num_targets)}
     assert losses.num_targets == 48 - 7  # the last of each document predicts nothing

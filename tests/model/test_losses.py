@@ -40,7 +40,7 @@ def expected_losses(model: MoETransformer, ids: Tensor, labels: Tensor) -> tuple
 
 @pytest.mark.parametrize("chunk", [7, 1024])
 def test_losses_and_gradients_are_those_of_all_logits_at_once(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("moefoundry.model.transformer.CHUNK_TOKENS", chunk)
+    monkeypatch.setattr("moefoundry.model.output_head.CHUNK_TOKENS", chunk)
     ids, labels = batch(), batch().clone()
     labels[0, 3:6] = IGNORE_INDEX
     model, plain = tiny_model(tiny_config()), tiny_model(tiny_config())

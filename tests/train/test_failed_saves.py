@@ -20,8 +20,9 @@ STEPS = ("max_duration=6ba", "save_interval=2ba", "eval_loader=null")
 def train_on_a_full_disk(arguments: list[str], file: str | None) -> tuple[int, str]:
     """The command line's status and standard error of a rank. The disk is full when ``file`` is written; without one,
     the store of uploads is gone after the start."""
-    from moefoundry.checkpoint import remote, save
+    from moefoundry.checkpoint import save
     from moefoundry.cli.main import main
+    from moefoundry.data import stores
 
     write_file = save.write_file
 
@@ -33,11 +34,11 @@ def train_on_a_full_disk(arguments: list[str], file: str | None) -> tuple[int, s
     save.write_file = write  # type: ignore[assignment]
 
     def upload(store: object, path: Path, name: str) -> None:
-        if name != remote.PROBE:
+        if name != stores.PROBE:
             raise ConnectionResetError("reset")
 
-    remote._FsspecStore.upload, remote._FsspecStore.remove = upload, lambda store, name: None  # type: ignore[assignment]
-    remote.FIRST_WAIT = 0.0
+    stores._FsspecStore.upload, stores._FsspecStore.remove = upload, lambda store, name: None  # type: ignore[assignment]
+    stores.FIRST_WAIT = 0.0
     with captured_output() as texts:
         status = main(["train", *arguments])
     return status, texts[1]

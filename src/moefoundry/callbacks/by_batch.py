@@ -14,9 +14,9 @@ from typing import Any
 from composer.core import Event, State
 from composer.loggers import Logger, LoggerDestination
 
-from moefoundry.checkpoint.remote import one_line
 from moefoundry.config import UserError
 from moefoundry.config.spec import redact
+from moefoundry.data.stores import one_line
 
 ENDS = (Event.BATCH_CHECKPOINT, Event.EVAL_END, Event.FIT_END)
 """Events at which every metric of a batch is known, but for an evaluation that follows the last batch."""

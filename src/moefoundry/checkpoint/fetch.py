@@ -12,9 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE, Manifest, damage
-from moefoundry.checkpoint.remote import Remote, find_remote, is_downloaded, local_file, note_origin
+from moefoundry.checkpoint.remote import find_remote, is_downloaded, local_file, note_origin
 from moefoundry.config import UserError
 from moefoundry.config.urls import is_url, resolved, url_problem
+from moefoundry.data.stores import Remote
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from moefoundry.version import __version__
 COMMANDS = {
     "checkpoint": "List, verify, show and delete checkpoints.",
     "convert": "Convert from and to Hugging Face.",
+    "data": "Look at prepared data.",
     "estimate": "Time of a step and length of a run on N devices.",
     "eval": "Run code tasks with a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",

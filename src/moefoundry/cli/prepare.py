@@ -12,28 +12,57 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moefoundry.cli.arguments import flags_of, former_option, json_option, local_path, options_named, required
+from moefoundry.cli.arguments import flags_of, former_option, json_option, local_path, options_named, place, required
 
 if TYPE_CHECKING:
+    from moefoundry.data.parts import PartSummary
     from moefoundry.data.prepare import PreparedSummary
+
+MERGE = "merge"
+"""Word in the place of a source that joins the parts of OUT."""
 
 
 @click.command("prepare")
-@click.argument("source", metavar="SOURCE", help="A file or directory, or `stdlib`.")
-@click.argument("out", type=local_path, metavar="OUT", required=False, callback=required, help="Directory to make.")
-@former_option("-o", "--output", name="out", kind=local_path, hidden=False, metavar="OUT", help="The same as OUT.")
+@click.argument("source", metavar="SOURCE", help="A file or directory, `stdlib`, or `merge`.")
+@click.argument(
+    "out", type=place, metavar="OUT", required=False, callback=required, help="Directory to make, or a URL."
+)
+@former_option("-o", "--output", name="out", kind=place, hidden=False, metavar="OUT", help="The same as OUT.")
 @click.option(
     "--layout",
     type=click.Choice(["packed", "documents"]),
     help="Samples of one length (default packed), or documents, which are packed when they are read.",
 )
+@click.option(
+    "--instructions",
+    "kind",
+    flag_value="instructions",
+    help="SOURCE has records of prompts and responses.",
+)
+@click.option(
+    "--preferences", "kind", flag_value="preferences", help="SOURCE has records of a prompt, chosen and rejected."
+)
+@click.option(
+    "--target-responses",
+    type=click.Choice(["last", "all"]),
+    help="Instructions: predict the last response of a conversation (default last), or all.",
+)
+@click.option("--target-prompts", metavar="WHICH", help="Instructions: prompts to predict: none, all, or length>=N.")
+@click.option("--max-tokens", type=int, metavar="N", help="Tokens of a record at most (default: any number).")
+@click.option(
+    "--too-long",
+    type=click.Choice(["truncate", "drop", "error"]),
+    help="Records of more: truncate them (default truncate), drop them, or stop.",
+)
 @click.option("--max-seq-len", type=int, metavar="N", help="Tokens of a packed sample (default 512).")
 @click.option("--vocab-size", type=int, metavar="N", help="Size of the vocabulary to train (default 4096).")
 @click.option("--tokenizer", type=local_path, metavar="DIR", help="Hugging Face tokenizer to use; none is trained.")
 @click.option("--max-vocab", type=int, metavar="N", help="Refuse a larger vocabulary (the model's).")
-@click.option("--format", type=click.Choice(["text", "jsonl", "source", "parquet"]), help="Inferred if not given.")
+@click.option(
+    "--format", type=click.Choice(["text", "jsonl", "source", "parquet", "arrow"]), help="Inferred if not given."
+)
 @click.option("--glob", "globs", multiple=True, metavar="PATTERN", help="Files to take, such as **/*.rs; repeatable.")
-@click.option("--text-key", metavar="KEY", help="JSONL, Parquet: key of the text, such as data.text (default text).")
+@click.option("--text-key", metavar="KEY", help="Records: key of the text, such as data.text (default text).")
 @click.option(
     "--bad-bytes",
     type=click.Choice(["drop", "replace"]),
@@ -45,37 +74,85 @@ if TYPE_CHECKING:
 @click.option("--max-bytes", type=int, metavar="N", help="Use only the first documents of N bytes in all.")
 @click.option("--seed", type=int, metavar="N", help="Decides which files are held out (default 17).")
 @click.option("--workers", type=int, metavar="N", help="Processes (default: the cores). The result is always the same.")
+@click.option("--part", metavar="I/N", help="Prepare the I-th of N parts; `prepare merge OUT` joins them.")
+@click.option("--ray", metavar="ADDRESS", help="Do the work on a Ray cluster: auto, ray://HOST:PORT or local.")
 @click.option("--overwrite", is_flag=True, help="Replace a corpus that was prepared differently.")
 @json_option
-def command(format: str | None, bad_bytes: str | None, layout: str | None, as_json: bool, **options: Any) -> int:
+def command(
+    format: str | None,
+    bad_bytes: str | None,
+    layout: str | None,
+    part: str | None,
+    ray: str | None,
+    as_json: bool,
+    **options: Any,
+) -> int:
     """Tokenize a corpus and write it as shards that training streams.
 
-    SOURCE holds text (.txt, .md), JSON Lines or Parquet, or is a source tree, compressed (.gz, .zst, .bz2, .xz) or not;
-    the word `stdlib` is the source of this Python's standard library. OUT gets tokenizer/, train/, val/ and
-    corpus.json. A second run with the same input and options does nothing.
+    SOURCE holds text (.txt, .md), JSON Lines, Parquet or a data set that Hugging Face's datasets saved to disk, or is a
+    source tree, compressed (.gz, .zst, .bz2, .xz) or not; the word `stdlib` is the source of this Python's standard
+    library. OUT gets tokenizer/, train/, val/ and corpus.json. A second run with the same input and options does
+    nothing.
+
+    Several machines that see OUT share the work: each prepares a part with `--part I/N`, 1/N to N/N, and afterwards
+    `moefoundry prepare merge OUT` joins them. A run that was ended goes on where it was when it is started again.
 
     Input that cannot be read (bad bytes, lines that are no JSON, records without text) is left out and named; beyond 1%
     of the bytes (--max-loss) it is an error. Exit status: 0 done, 2 an error you can put right, 130 Ctrl-C, 143
     SIGTERM.
     """
     from moefoundry.data.formats import CorpusFormat
-    from moefoundry.data.options import PrepareOptions
-    from moefoundry.data.prepare import prepare
+    from moefoundry.data.instructions import TargetResponses, TooLong
+    from moefoundry.data.options import Kind, PrepareOptions
     from moefoundry.data.reading import BadBytes
     from moefoundry.data.summary import Layout
 
     options |= {"format": CorpusFormat(format) if format else None, "bad_bytes": bad_bytes and BadBytes(bad_bytes)}
     options |= {"layout": layout and Layout(layout)}
+    for name, choice in (("kind", Kind), ("target_responses", TargetResponses), ("too_long", TooLong)):
+        options[name] = options[name] and choice(options[name])
     given = {name: value for name, value in options.items() if value is not None}
+    flags = flags_of(*PrepareOptions.__dataclass_fields__, "part", "ray") | {"globs": "--glob"}
     try:
-        with _stop_signals(), options_named(flags_of(*PrepareOptions.__dataclass_fields__) | {"globs": "--glob"}):
-            prepared = prepare(PrepareOptions(**given))
+        with _stop_signals(), options_named(flags):
+            result, text = _run(given, part, ray)
     except KeyboardInterrupt as error:
         number = error.args[0] if error.args else signal.SIGINT
-        print(f"error: stopped by {signal.Signals(number).name}; nothing was written", file=sys.stderr)
+        print(f"error: stopped by {signal.Signals(number).name}; OUT was not written", file=sys.stderr)
         return 128 + number
-    print(json.dumps(asdict(prepared), indent=2, default=str) if as_json else describe(prepared))
+    print(json.dumps(asdict(result), indent=2, default=str) if as_json else text)
     return 0
+
+
+def _run(given: dict[str, Any], part: str | None, ray: str | None) -> tuple[PreparedSummary | PartSummary, str]:
+    """Do what the options ask for; return the result, and the same for a person."""
+    from moefoundry.config.errors import UserError
+    from moefoundry.data.options import PrepareOptions
+    from moefoundry.data.parts import merge_parts, part_named, prepare_part
+    from moefoundry.data.prepare import prepare
+    from moefoundry.data.ray_tasks import prepare_with_ray
+
+    if part and ray:
+        raise UserError(f"part={part}: not with ray=..., which prepares all parts")
+    if given["source"] == MERGE:
+        others = {name for name, value in (given | {"part": part, "ray": ray}).items() if value} - {
+            "source",
+            "out",
+            "overwrite",
+        }
+        if others:
+            raise UserError(
+                f"`{MERGE} OUT` joins parts, and takes no {', '.join(f'{name}=...' for name in sorted(others))}"
+            )
+        merged = merge_parts(given["out"], given["overwrite"])
+        return merged, describe(merged)
+    if part is None:
+        options = PrepareOptions(**given)
+        prepared = prepare_with_ray(options, ray) if ray else prepare(options)
+        return prepared, describe(prepared)
+    done = prepare_part(PrepareOptions(**given), part_named(part))
+    text = f"{given['out']}: part {part} is finished ({done.blocks:,} blocks, {done.documents:,} documents, "
+    return done, text + f"{done.tokens:,} tokens); when all are: moefoundry prepare {MERGE} {given['out']}"
 
 
 @contextmanager
@@ -118,6 +195,9 @@ def describe(prepared: PreparedSummary) -> str:
         lines.append(
             f"  held out with --val-fraction {corpus.division['val_fraction']:.3g}, for a sample in each split"
         )
+    if cut := sum(split.truncated_documents for split in corpus.splits.values()):
+        tokens = sum(split.truncated_tokens for split in corpus.splits.values())
+        lines.append(f"  truncated: {cut:,} documents, by {tokens:,} tokens")
     if corpus.left_out:
         share = f", {describe_share(corpus.left_out_share)} of the bytes" if corpus.left_out_share != 0 else ""
         lines.append(f"  left out{share}: {describe_left_out(corpus.left_out)}")

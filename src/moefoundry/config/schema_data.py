@@ -13,6 +13,8 @@ class PackingMethod(StrEnum):
 
     concat = "concat"
     best_fit = "best_fit"
+    none = "none"
+    pairs = "pairs"
 
 
 @dataclass
@@ -21,7 +23,8 @@ class PackingConfig:
 
     method: PackingMethod = key(
         PackingMethod.concat,
-        "concat joins documents and cuts every max_seq_len tokens; best_fit cuts only documents longer than that.",
+        "concat joins documents and cuts every max_seq_len tokens; best_fit cuts only documents longer than that; none "
+        "makes a row of each document; pairs makes one of a chosen and a rejected response, for dpo.",
         instead_of={
             "packing_ratio": "there is no ratio to find: train_loader.dataset.packing.method=best_fit fills rows",
         },

@@ -197,6 +197,8 @@ def _summary(
         sha256=stream_digest(directory),
         unknown_tokens=0 if unknown is None else int(counts[unknown]),
         lengths_sha256=lengths_sha256,
+        truncated_documents=sum(block.truncated[0] for block in blocks),
+        truncated_tokens=sum(block.truncated[1] for block in blocks),
     )
 
 

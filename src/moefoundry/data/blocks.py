@@ -7,10 +7,12 @@ bytes, and one of Parquet by its row groups; other files stay whole, compressed 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from moefoundry.data.arrow import is_arrow
 from moefoundry.data.corpus import Corpus
 from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.reading import DAMAGES, count_lines, encoding_of, is_plain, read_head
@@ -28,6 +30,24 @@ class Block:
 
     number: int
     slices: tuple[Slice, ...]
+
+
+WANTED_BLOCKS = 64  # a number that many processes share evenly
+SMALLEST_PART = 32
+
+
+def block_size(corpus: Corpus, most: int) -> int:
+    """Choose the bytes of a block: those of a small corpus are smaller, down to a thirty-second of ``most``."""
+    total = sum(size_of(corpus.root / path) for path in corpus.paths)
+    return min(most, max(most // SMALLEST_PART, total // WANTED_BLOCKS))
+
+
+def size_of(file: Path) -> int:
+    """Return the size of a file; 0 if it cannot be had, which is reported when the file is read."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
 
 
 def plan_blocks(corpus: Corpus, block_bytes: int) -> list[Block]:
@@ -48,11 +68,12 @@ def plan_blocks(corpus: Corpus, block_bytes: int) -> list[Block]:
 def _pieces(corpus: Corpus, path: str, block_bytes: int) -> Iterator[tuple[Slice, int]]:
     """Yield the parts of a file with their bytes."""
     file = corpus.root / path
+    size = size_of(file)
     try:
-        size = file.stat().st_size
         dividable = corpus.format in RECORD_FORMATS and size > block_bytes and is_plain(file)
         rows = row_groups(file) if dividable else None
-        by_lines = dividable and rows is None and encoding_of(read_head(file)) == "utf-8" and one_a_line(file)
+        by_lines = dividable and rows is None and not is_arrow(file)
+        by_lines = by_lines and encoding_of(read_head(file)) == "utf-8" and one_a_line(file)
     except DAMAGES:  # reported when it is read
         yield Slice(path), 0
         return
@@ -95,8 +116,9 @@ def numbered(corpus: Corpus, blocks: list[Block]) -> list[Block]:
 
 def name_in_file(root: Path, block: Block, name: str) -> str:
     """Turn the name of a record, whose number counts from the start of a block's part, into that in its file."""
-    path, _, number = name.rpartition(":")
     for part in block.slices:
-        if part.path == path and part.start and part.first == 1:  # those of Parquet know their first row
-            return f"{path}:{count_lines(root / path, 0, part.start) + int(number)}"
+        found = re.match(rf"{re.escape(part.path)}:(\d+)", name)
+        if found and part.start and part.first == 1:  # those of Parquet know their first row
+            number = count_lines(root / part.path, 0, part.start) + int(found[1])
+            return f"{part.path}:{number}{name[found.end() :]}"
     return name

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moefoundry.config.errors import UserError
+from moefoundry.data.arrow import arrow_records, is_arrow, of_data_set
 from moefoundry.data.files import Entry, Report, check_patterns, matches, usable, walk
 from moefoundry.data.formats import (
     JSON_SUFFIX,
@@ -81,7 +82,7 @@ class Corpus:
         root: Directory that relative paths start from.
         format: Format of the documents.
         paths: Relative POSIX paths, sorted.
-        text_key: JSONL and Parquet only: the key that holds the text.
+        text_key: JSONL and Parquet only: the key that holds the text; None takes the record itself, as JSON.
         bad_bytes: Treatment of bytes that are not text.
         unusable: Name, reason and bytes of entries that are not readable files.
         ignored: Number of files of each other suffix.
@@ -90,7 +91,7 @@ class Corpus:
     root: Path
     format: CorpusFormat
     paths: tuple[str, ...]
-    text_key: str = "text"
+    text_key: str | None = "text"
     bad_bytes: BadBytes = BadBytes.drop
     unusable: tuple[tuple[str, Reason, int | None], ...] = ()
     ignored: tuple[tuple[str, int], ...] = ()
@@ -142,12 +143,14 @@ class Corpus:
         file = self.root / part.path
         if is_parquet(file):
             return parquet_records(file, self.text_key, part)
+        if is_arrow(file):
+            return arrow_records(file, self.text_key)
         return json_records(file, self.bad_bytes, part)
 
     def hint(self, left_out: LeftOut) -> str:
         """Advise how to read the records that have no text; empty if there are none, or no advice."""
         names = [left["first"][0] for reason, left in left_out.reasons.items() if reason in OF_RECORDS]
-        if not names:
+        if not names or self.text_key is None:
             return ""
         path = names[0].rpartition(":")[0]
         return hint(self._records_of(Slice(path)), self.root / path, self.text_key)
@@ -163,7 +166,7 @@ def open_corpus(
     source: str,
     format: CorpusFormat | None = None,
     globs: tuple[str, ...] = (),
-    text_key: str = "text",
+    text_key: str | None = "text",
     bad_bytes: BadBytes = BadBytes.drop,
     leave: Path | None = None,
 ) -> Corpus:
@@ -173,7 +176,7 @@ def open_corpus(
         source: A file, a directory, or ``stdlib`` (``./stdlib`` is the directory of that name).
         format: Format of the documents; inferred if None.
         globs: Patterns relative to ``source``; without a format, files that are no records are a source tree.
-        text_key: JSONL and Parquet only: the key that holds the text.
+        text_key: As in :class:`Corpus`.
         bad_bytes: Treatment of bytes that are not text.
         leave: A directory inside ``source`` that is no part of it.
 
@@ -205,7 +208,7 @@ def _open_directory(
     place: Path,
     format: CorpusFormat | None,
     globs: tuple[str, ...],
-    text_key: str,
+    text_key: str | None,
     bad_bytes: BadBytes,
     leave: Path | None,
 ) -> Corpus:
@@ -224,6 +227,8 @@ def _open_directory(
         chosen = _of_format(entries, format)
         wanted = f"no file of {format} ({' '.join(SUFFIXES[format])}); other files need globs=..."
     paths = tuple(usable(chosen, place, report))
+    if format is CorpusFormat.arrow:
+        paths = tuple(of_data_set(place, paths))
     if not paths and not unusable:
         raise UserError(f"{place}: empty corpus: {wanted}")
     format = format or (format_of_files(place, paths, CorpusFormat.source) if paths else CorpusFormat.source)

@@ -17,7 +17,7 @@ from moefoundry.config.schema_data import PackingMethod, StreamConfig
 from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.identity import INDEX_FILE, read_shards
-from moefoundry.data.summary import CORPUS_FILE, LENGTHS_FILE, CorpusSummary, Layout, read_corpus_summary
+from moefoundry.data.summary import CORPUS_FILE, LENGTHS_FILE, CorpusSummary, Layout, SplitSummary, read_corpus_summary
 
 
 def check_data(recipe: Recipe, world_size: int = 1) -> None:
@@ -117,12 +117,20 @@ def loader_problems(
         for summary, source in zip(summaries.values(), cfg.dataset.sources.values(), strict=True)
     ]
     rows = sum(
-        -(-split.tokens // cfg.dataset.max_seq_len) if summary.layout is Layout.documents else split.samples
+        fewest_rows(split, cfg.dataset) if summary.layout is Layout.documents else split.samples
         for summary, split in splits
     )
     unweighted = all(source.proportion is source.repeat is source.choose for source in cfg.dataset.sources.values())
     if cfg.drop_last and unweighted and (message := too_few_samples(place, rows, global_batch)):
         yield Problem("global_train_batch_size" if key == "train_loader" else "device_eval_batch_size", message)
+
+
+def fewest_rows(split: SplitSummary, dataset: DatasetConfig) -> int:
+    """Count the rows that the documents of a split fill at least."""
+    if dataset.packing.method == PackingMethod.pairs:
+        return split.documents // 2
+    filled = -(-split.tokens // dataset.max_seq_len)
+    return max(filled, split.documents) if dataset.packing.method == PackingMethod.none else filled
 
 
 def _source_problems(
@@ -191,7 +199,8 @@ def _other_lengths(directory: Path, sha256: str | None) -> str:
 
 def packed_already(place: str, dataset: DatasetConfig) -> str:
     """Describe what a dataset asks for that data packed at preparation cannot give; empty if that is nothing."""
-    asked = "fill-in-the-middle reorders documents" if dataset.fim is not None else "best_fit packs documents"
+    method = f"packing.method={dataset.packing.method} packs documents"
+    asked = "fill-in-the-middle reorders documents" if dataset.fim is not None else method
     if dataset.fim is None and dataset.packing.method == PackingMethod.concat:
         return ""
     return f"{place}: {asked}, and these data were packed when they were prepared; prepare them with --layout documents"

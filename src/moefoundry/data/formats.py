@@ -13,7 +13,7 @@ from moefoundry.data.records import PARQUET_MAGIC
 
 
 class CorpusFormat(StrEnum):
-    """``text`` and ``source`` have a document a file, ``jsonl`` and ``parquet`` one a record.
+    """``text`` and ``source`` have a document a file, ``jsonl``, ``parquet`` and ``arrow`` one a record.
 
     ``stdlib`` is ``source`` with a fixed place and fixed exclusions.
     """
@@ -22,15 +22,17 @@ class CorpusFormat(StrEnum):
     jsonl = "jsonl"
     source = "source"
     parquet = "parquet"
+    arrow = "arrow"
     stdlib = "stdlib"
 
 
-RECORD_FORMATS = frozenset({CorpusFormat.jsonl, CorpusFormat.parquet})
+RECORD_FORMATS = frozenset({CorpusFormat.jsonl, CorpusFormat.parquet, CorpusFormat.arrow})
 SUFFIXES = {
     CorpusFormat.text: (".txt", ".md"),
     CorpusFormat.jsonl: (".jsonl", ".ndjson"),
     CorpusFormat.source: (".py",),
     CorpusFormat.parquet: (".parquet",),
+    CorpusFormat.arrow: (".arrow",),
 }
 FORMAT_OF_SUFFIX = {suffix: format for format, suffixes in SUFFIXES.items() for suffix in suffixes}
 JSON_SUFFIX = ".json"

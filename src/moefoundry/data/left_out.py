@@ -32,6 +32,8 @@ class Reason(StrEnum):
     no_key = "without the text key"
     null = "null"
     not_string = "not a string"
+    bad_record = "no such record"
+    too_long = "too long"
 
 
 HARMLESS = frozenset({Reason.blank, Reason.special})

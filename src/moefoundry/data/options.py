@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
+from typing import TypeVar
 
 from moefoundry.config.errors import UserError
+from moefoundry.config.urls import is_url, resolved, url_problem
 from moefoundry.data.corpus import url_scheme
 from moefoundry.data.formats import CorpusFormat
+from moefoundry.data.instructions import TargetResponses, TooLong
 from moefoundry.data.left_out import MAX_LOSS
 from moefoundry.data.reading import BadBytes
 from moefoundry.data.summary import Layout
 from moefoundry.data.tokenizer import check_trainable
 
+T = TypeVar("T")
 PACKED_LENGTH = 512
+
+
+class Kind(StrEnum):
+    """Kinds of documents."""
+
+    text = "text"
+    instructions = "instructions"
+    preferences = "preferences"
 
 
 @dataclass(frozen=True)
@@ -23,7 +37,7 @@ class PrepareOptions:
 
     Attributes:
         source: File, directory or ``stdlib``.
-        out: Directory to make.
+        out: Directory to make; a string may be a URL.
         max_seq_len: Tokens a sample; :data:`PACKED_LENGTH` if None. Documents have none.
         vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
         tokenizer: A Hugging Face tokenizer directory to use instead of training one.
@@ -39,11 +53,16 @@ class PrepareOptions:
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
         layout: Packed samples of ``max_seq_len`` tokens, or documents of any length, which are packed when read.
-        workers: Processes; the number of cores if None. The result is the same for any number.
+        kind: Texts; or records of instructions or preferences, which are stored as documents, with targets.
+        target_responses, target_prompts: Tokens of instructions that are to be predicted; see
+            :class:`~moefoundry.data.instructions.Targets`.
+        max_tokens: Tokens of a record's document, at most; None is any number.
+        too_long: Treatment of records with more.
+        workers: Processes, or 0 for this one alone; the number of cores if None. The result is always the same.
     """
 
     source: str
-    out: Path
+    out: Path | str
     max_seq_len: int | None = None
     vocab_size: int = 4096
     tokenizer: Path | None = None
@@ -59,6 +78,11 @@ class PrepareOptions:
     seed: int = 17
     overwrite: bool = False
     layout: Layout = Layout.packed
+    kind: Kind = Kind.text
+    target_responses: TargetResponses = TargetResponses.last
+    target_prompts: str = "none"
+    max_tokens: int | None = None
+    too_long: TooLong = TooLong.truncate
     workers: int | None = None
 
     @property
@@ -69,21 +93,49 @@ class PrepareOptions:
         return PACKED_LENGTH if self.max_seq_len is None else self.max_seq_len
 
 
-def expanded(options: PrepareOptions) -> PrepareOptions:
-    """Resolve ``~`` in every path.
+@dataclass(frozen=True)
+class Part:
+    """Part of the blocks of a corpus.
+
+    Attributes:
+        number: Number of the part, from 1.
+        count: Number of parts.
 
     Raises:
-        UserError: ``out`` is a URL.
+        UserError: There is no such part.
     """
-    if scheme := url_scheme(str(options.out)):
-        raise UserError(
-            f"{scheme}://...: OUT is a local directory; upload it when it is complete, and name that place as "
-            "dataset.remote"
-        )
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise UserError(f"part={self}: the first of N parts is 1/N, and the last N/N")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def of(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items of this part, consecutive ones; each belongs to one part."""
+        return items[len(items) * (self.number - 1) // self.count : len(items) * self.number // self.count]
+
+
+def expanded(options: PrepareOptions) -> PrepareOptions:
+    """Resolve ``~`` in every path, and ``file://`` in ``out``.
+
+    Raises:
+        UserError: ``out`` is no place.
+    """
+    out = str(options.out)
+    if isinstance(options.out, Path) and (scheme := url_scheme(out)):
+        raise UserError(f"{scheme}://...: a URL is given as a string, not as a Path")
+    if problem := url_problem(out):
+        raise UserError(f"out={options.out}: {problem}")
     return replace(
         options,
+        layout=options.layout if options.kind is Kind.text else Layout.documents,
         source=os.path.expanduser(options.source),
-        out=Path(os.path.expanduser(options.out)),
+        out=out if is_url(resolved(out)) else Path(resolved(out)),
         tokenizer=Path(os.path.expanduser(options.tokenizer)) if options.tokenizer else None,
     )
 
@@ -104,6 +156,9 @@ def check_numbers(options: PrepareOptions) -> None:
         raise UserError(f"max_loss={options.max_loss}: a share, from 0 to 1")
     if options.tokenizer is None:
         check_trainable(options.vocab_size)
-    for name, cap in (("max_docs", options.max_docs), ("max_bytes", options.max_bytes), ("workers", options.workers)):
+    for name in ("max_docs", "max_bytes", "max_tokens"):
+        cap = getattr(options, name)
         if cap is not None and cap < 1:
             raise UserError(f"{name}={cap}: at least 1")
+    if options.workers is not None and options.workers < 0:
+        raise UserError(f"workers={options.workers}: at least 0 (this process alone)")

@@ -9,6 +9,7 @@ the same one, and there is no state to save. No token is lost and none comes twi
   document. Those go, the longest first, into the row with the least room that holds them (best-fit decreasing). It
   works within windows of the stored order, of :data:`WINDOW_TOKENS` each, so that the documents of a row lie in few
   shards, and time grows linearly. Documents of one length are placed together: steps are counted in different lengths.
+- :func:`alone` gives each document a row, or as many as it fills. :func:`in_pairs` gives one to each two.
 
 A plan takes 12 bytes for each piece, and 8 for each row.
 """
@@ -22,6 +23,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from moefoundry.config.errors import UserError
 
 WINDOW_TOKENS = 1 << 26
 """Tokens of a window of :func:`best_fit`, 8192 rows of 8192: about eight shards of the size that `prepare` writes."""
@@ -118,6 +121,44 @@ def best_fit(lengths: NDArray[np.integer[Any]], seq_len: int, window_tokens: int
     order = np.argsort(rows, kind="stable")
     starts, stops = starts[order].astype(np.int32), stops[order].astype(np.int32)
     return PackingPlan(seq_len, documents[order], starts, stops, _splits(rows[order]))
+
+
+def alone(lengths: NDArray[np.integer[Any]], seq_len: int) -> PackingPlan:
+    """Make rows of one document each; a longer one is cut.
+
+    Args:
+        lengths: Tokens of each document, at least 1.
+        seq_len: Tokens of a row.
+    """
+    documents, numbers = _pieces(-(-lengths // seq_len))
+    starts = numbers * seq_len
+    stops = np.minimum(lengths[documents], starts + seq_len)
+    splits = np.arange(len(documents) + 1)
+    return PackingPlan(seq_len, documents, starts.astype(np.int32), stops.astype(np.int32), splits)
+
+
+def in_pairs(lengths: NDArray[np.integer[Any]], seq_len: int) -> PackingPlan:
+    """Make rows of two whole documents each: 0 and 1, 2 and 3, ...
+
+    Args:
+        lengths: Tokens of each document, at least 1.
+        seq_len: Tokens of a row.
+
+    Raises:
+        UserError: The number of documents is odd, or a pair is longer than a row.
+    """
+    if len(lengths) % 2:
+        raise UserError(f"{len(lengths)} documents are no pairs; prepare the data with --preferences")
+    longest = int(lengths.reshape(-1, 2).sum(axis=1).max())
+    if longest > seq_len:
+        raise UserError(
+            f"a pair has {longest} tokens, and a row max_seq_len={seq_len}; raise that, or prepare the data with "
+            f"--max-tokens {seq_len // 2}"
+        )
+    documents = np.arange(len(lengths))
+    splits = np.arange(0, len(lengths) + 1, 2)
+    starts, stops = np.zeros(len(lengths), np.int32), np.asarray(lengths).astype(np.int32)
+    return PackingPlan(seq_len, documents, starts, stops, splits)
 
 
 def _pieces(counts: NDArray[np.integer[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:

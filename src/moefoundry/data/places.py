@@ -5,6 +5,7 @@ A name is a relative path, such as ``train/shard.00003.00000.mds``. A file gets 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from moefoundry.config.errors import UserError
 
 LOCK_FILE = "lock"
+UNLOCKABLE = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # file systems without locks
 SCRATCH = "scratch-"
 PATIENCE = 10.0
 """Seconds to wait for a lock: processes of a run that was killed hold it until their next report."""
@@ -61,6 +63,10 @@ class LocalPlace:
                 return file
         except (BlockingIOError, FileNotFoundError):
             pass  # held by another process, or removed by it meanwhile
+        except OSError as error:
+            if error.errno in UNLOCKABLE:
+                return file
+            raise
         os.close(file)
         return None
 

@@ -23,7 +23,6 @@ be, leaves the finished blocks there, and the same command goes on with the othe
 from __future__ import annotations
 
 import importlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,39 +33,33 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import UserError
-from moefoundry.data.assembly import OUTPUTS, Facts, join, pack_samples, tokens_of
-from moefoundry.data.blocks import Block, numbered, plan_blocks
-from moefoundry.data.corpus import Corpus, Document, open_corpus
+from moefoundry.data.assembly import Facts, join, pack_samples, tokens_of
+from moefoundry.data.blocks import name_in_file, numbered
+from moefoundry.data.corpus import Corpus, Document
 from moefoundry.data.left_out import LeftOut, describe_left_out
-from moefoundry.data.options import PrepareOptions, check_numbers, expanded
+from moefoundry.data.opening import Opened, existing_corpus, finished_before, inputs_of, open_all
+from moefoundry.data.options import PrepareOptions, expanded
 from moefoundry.data.places import LocalPlace
 from moefoundry.data.progress import Progress
 from moefoundry.data.splits import Division, Split, by_position, moved, unit_hash
-from moefoundry.data.staging import clear_abandoned, occupied
 from moefoundry.data.summary import (
-    CORPUS_FILE,
-    FORMAT_VERSIONS,
-    LENGTHS_FILE,
     CorpusSummary,
     Layout,
-    read_corpus_summary,
 )
 from moefoundry.data.survey import (
     Survey,
-    Surveyed,
     digest_of,
     documents_of,
-    joined,
-    survey_block,
     survey_in_order,
+    survey_in_parallel,
     unusable_of,
 )
-from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
-from moefoundry.data.workers import available_cores, run_jobs
+from moefoundry.data.tokenizer import TextTokenizer, train_tokenizer
+from moefoundry.data.workers import run_jobs
 from moefoundry.data.writing import BlockJob, BlockRecord, BlockWriter
 
 SHARD_BYTES = 1 << 24  # 16 MiB: a few seconds of download, and enough shards to shuffle across
-BLOCK_BYTES = 1 << 25  # 32 MiB of files: a few seconds of work, and one or two shards
+BLOCK_BYTES = 1 << 25  # 32 MiB of files at most: seconds of work, and one or two shards
 TOKENIZER_SAMPLE_BYTES = 1 << 27  # 128 MiB of text; merges hardly change beyond, memory and time do
 ENCODE_BATCH_BYTES = 1 << 20  # text handed to the tokenizer at once, which makes about 50 times as much of it
 RETRY_MARGINS = (1.2, 2.0, 4.0)  # text for a sample, over that of an average one, where a split got none
@@ -77,13 +70,13 @@ class PreparedSummary:
     """Result of :func:`prepare`.
 
     Attributes:
-        out: The directory.
+        out: The directory, or its URL.
         corpus: Summary of its content.
         up_to_date: True if it was there already, and nothing was written.
         ignored: Number of files of each suffix in the source that are of other kinds than the corpus.
     """
 
-    out: Path
+    out: Path | str
     corpus: CorpusSummary
     up_to_date: bool
     ignored: tuple[tuple[str, int], ...] = ()
@@ -97,69 +90,85 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
     """
     options = expanded(options)
     try:
-        return _prepare(options)
+        return _prepare(open_all(options, BLOCK_BYTES))
     except OSError as error:
         raise UserError(f"{error.filename or options.out}: {error.strerror or error}") from error
 
 
-def _prepare(options: PrepareOptions) -> PreparedSummary:
-    check_numbers(options)
-    out = Path(os.path.realpath(options.out))
-    clear_abandoned(out)
-    _check_out(out, options)
-    corpus = open_corpus(options.source, options.format, options.globs, options.text_key, options.bad_bytes, leave=out)
-    given = load_tokenizer(options.tokenizer) if options.tokenizer else None
-    _check_vocab(given, options)
-    survey = _survey(corpus, plan_blocks(corpus, BLOCK_BYTES), options)
-    inputs = _inputs(options, corpus, survey, given)
-    existing = _existing(out, inputs, options)
+def _prepare(opened: Opened) -> PreparedSummary:
+    options, corpus = opened.options, opened.corpus
+    survey = _survey(opened)
+    inputs = inputs_of(opened, survey)
+    existing = existing_corpus(opened, inputs)
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
-
-    place = LocalPlace(out.parent / f".{out.name}.blocks")
-    with _work(place, out, keep=len(survey.blocks) > 1):
-        writer, records = _write(corpus, survey, given, options, place)
-        facts = Facts(options, inputs, survey.left_out, survey.bytes, writer.tokenizer, writer.division, SHARD_BYTES)
-        assemble = join if options.layout is Layout.documents else pack_samples
-        summary = assemble(place, records, facts, out)
+    summary = finished_before(opened, inputs) or _make(opened, survey, inputs)
+    if opened.stored:
+        opened.stored.upload(opened.out)
+        shutil.rmtree(opened.out.parent, ignore_errors=True)
     return PreparedSummary(options.out, summary, up_to_date=False, ignored=corpus.ignored)
+
+
+def _make(opened: Opened, survey: Survey, inputs: dict[str, Any]) -> CorpusSummary:
+    """Make the directory."""
+    options = opened.options
+    place = place_of(opened.out)
+    with _work(place, opened.out, keep=len(survey.blocks) > 1):
+        writer, records = _write(opened, survey, place)
+        left_out, kept_bytes = left_out_of(opened.corpus, survey, records)
+        left_out.check(options.source, kept_bytes, options.max_loss, "")
+        facts = Facts(options, inputs, left_out, kept_bytes, writer.tokenizer, writer.division, SHARD_BYTES)
+        assemble = join if options.layout is Layout.documents else pack_samples
+        return assemble(place, records, facts, opened.out)
+
+
+def place_of(out: Path) -> LocalPlace:
+    """Return the place where the blocks of the corpus ``out`` are put together."""
+    return LocalPlace(out.parent / f".{out.name}.blocks")
 
 
 @contextmanager
 def _work(place: LocalPlace, out: Path, keep: bool) -> Iterator[None]:
     """Lock the place of the blocks, and remove it at the end; after an error, only if there is nothing to ``keep``."""
+    with working(out), place.locked():
+        try:
+            yield
+        except BaseException:
+            if not (keep and any(name.endswith(".json") for name in place.names())):
+                shutil.rmtree(place.directory, ignore_errors=True)
+            raise
+        shutil.rmtree(place.directory, ignore_errors=True)
+
+
+@contextmanager
+def working(out: Path) -> Iterator[None]:
+    """Name ``out`` in the errors of files.
+
+    Raises:
+        UserError: The body raised an ``OSError``.
+    """
     try:
-        with place.locked():
-            try:
-                yield
-            except BaseException:
-                if not (keep and any(name.endswith(".json") for name in place.names())):
-                    shutil.rmtree(place.directory, ignore_errors=True)
-                raise
-            shutil.rmtree(place.directory, ignore_errors=True)
+        yield
     except OSError as error:
         name = error.filename if isinstance(error.filename, str) else str(out)
         raise UserError(f"{out}: cannot be written: {error.strerror or error} ({name})") from error
 
 
-def _survey(corpus: Corpus, blocks: list[Block], options: PrepareOptions) -> Survey:
+def _survey(opened: Opened) -> Survey:
     """Read the corpus once; refuse one without text, or of which too much cannot be read."""
-    with Progress("reading") as progress:
-        if options.layout is Layout.packed:
-            survey = survey_in_order(
-                corpus, numbered(corpus, blocks), options.max_docs, options.max_bytes, progress.update
-            )
-        elif options.max_docs is not None or options.max_bytes is not None:
-            survey = survey_in_order(corpus, blocks, options.max_docs, options.max_bytes, progress.update)
-            survey = replace(survey, sha256=digest_of(survey.blocks))
-        else:
-            found: list[tuple[Surveyed, LeftOut]] = []
-            run_jobs(partial(survey_block, corpus), blocks, _workers(options), progress.update, found.append)
-            survey = joined(corpus, sorted(found, key=lambda item: item[0].block.number), unusable_of(corpus))
+    options, corpus = opened.options, opened.corpus
+    caps = options.max_docs, options.max_bytes
+    if options.layout is Layout.documents and caps == (None, None):
+        survey = survey_in_parallel(corpus, opened.blocks, unusable_of(corpus), opened.workers)
+    else:
+        with Progress("reading") as progress:
+            blocks = numbered(corpus, opened.blocks) if options.layout is Layout.packed else opened.blocks
+            survey = survey_in_order(corpus, blocks, *caps, progress.update)
+    if options.layout is Layout.documents:
+        survey = replace(survey, sha256=digest_of(survey.blocks))
     survey.left_out.check(options.source, survey.bytes, options.max_loss, corpus.hint(survey.left_out))
     if not survey.documents:
-        caps = {"max_docs": options.max_docs, "max_bytes": options.max_bytes}
-        limits = " and ".join(f"{name}={cap}" for name, cap in caps.items() if cap)
+        limits = " and ".join(f"{name}={cap}" for name, cap in zip(("max_docs", "max_bytes"), caps, strict=True) if cap)
         left_out = f" (left out: {describe_left_out(survey.left_out.reasons)})" if survey.left_out.count else ""
         raise UserError(
             f"{options.source}: empty corpus: no document with text in {len(corpus.paths)} file(s)"
@@ -169,95 +178,42 @@ def _survey(corpus: Corpus, blocks: list[Block], options: PrepareOptions) -> Sur
     return survey
 
 
-def _workers(options: PrepareOptions) -> int:
-    return available_cores() if options.workers is None else options.workers
+def left_out_of(corpus: Corpus, survey: Survey, records: list[BlockRecord]) -> tuple[LeftOut, int]:
+    """Add up what was left out when the corpus was read, and when it was written; and count the bytes that were not."""
+    left_out = LeftOut()
+    left_out.add_all(survey.left_out)
+    lost = 0
+    for surveyed, record in zip(survey.blocks, records, strict=True):
+        left_out.add_all(LeftOut(record.left_out), partial(name_in_file, corpus.root, surveyed.block))
+        lost += sum(left["bytes"] for left in record.left_out.values())
+    return left_out, survey.bytes - lost
 
 
-def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
-    """Refuse a vocabulary above the limit before any work; a trained one has at most ``vocab_size`` tokens."""
-    name, size = f"vocab_size={options.vocab_size}", options.vocab_size
-    if given is not None:
-        name, size = (f"{options.tokenizer}: the tokenizer's vocabulary of {given.vocab_size}", given.vocab_size)
-    if options.max_vocab is not None and size > options.max_vocab:
-        raise UserError(f"{name} exceeds max_vocab={options.max_vocab}")
+def make_writer(opened: Opened, place: LocalPlace, tokenizer: TextTokenizer, division: Division) -> BlockWriter:
+    """Make the writer of the blocks."""
+    return BlockWriter(
+        corpus=opened.corpus,
+        tokenizer=tokenizer,
+        division=division,
+        splits=(Split.train, Split.val) if opened.options.val_fraction else (Split.train,),
+        seed=opened.options.seed,
+        layout=opened.options.layout,
+        shard_bytes=SHARD_BYTES,
+        batch_bytes=ENCODE_BATCH_BYTES,
+        place=place,
+        records=opened.encoder,
+    )
 
 
-def _inputs(
-    options: PrepareOptions, corpus: Corpus, survey: Survey, given: TextTokenizer | None
-) -> dict[str, str | int | float | None]:
-    """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
-    packed = options.layout is Layout.packed
-    return {
-        "format_version": FORMAT_VERSIONS[options.layout],
-        "format": corpus.format.value,
-        "documents": survey.documents,
-        "bytes": survey.bytes,
-        "documents_sha256": survey.sha256,
-        "max_seq_len": options.sample_tokens if packed else None,
-        "vocab_size": None if given else options.vocab_size,
-        "tokenizer_sha256": given.sha256 if given else None,
-        "eos_token": given.eos_token if given else None,
-        "val_fraction": options.val_fraction,
-        "seed": options.seed,
-    }
-
-
-def _check_out(out: Path, options: PrepareOptions) -> None:
-    """Refuse, before anything is read, to write over anything but a corpus."""
-    if not occupied(out):
-        return
-    if not (out / CORPUS_FILE).is_file():
-        raise UserError(f"{options.out}: exists and is not a prepared corpus (no {CORPUS_FILE}); choose another OUT")
-    foreign = sorted({entry.name for entry in out.iterdir()} - OUTPUTS)
-    if options.overwrite and foreign:
-        raise UserError(f"{options.out}: not overwritten, as it also holds {', '.join(foreign)}")
-
-
-def _existing(out: Path, inputs: dict[str, Any], options: PrepareOptions) -> CorpusSummary | None:
-    """Return the corpus in ``out`` if it is the one asked for; None if one has to be written.
-
-    Raises:
-        UserError: ``out`` holds another corpus, and is not to be overwritten.
-    """
-    if options.overwrite or not (out / CORPUS_FILE).is_file():
-        return None
-    summary = read_corpus_summary(out)
-    names = sorted(inputs.keys() | summary.inputs.keys())
-    differing = [
-        f"{name} ({summary.inputs.get(name)} there, {inputs.get(name)} now)"
-        for name in names
-        if summary.inputs.get(name) != inputs.get(name)
-    ]
-    needed = ["tokenizer/tokenizer.json", *(f"{name}/index.json" for name in summary.splits)]
-    if summary.layout is Layout.documents:
-        needed += [f"{name}/{LENGTHS_FILE}" for name in summary.splits]
-    differing += [f"{name} (missing there)" for name in needed if not (out / name).is_file()]
-    if differing:
-        raise UserError(f"{options.out}: holds another corpus; differs in {', '.join(differing)}; or overwrite=True")
-    return summary
-
-
-def _write(
-    corpus: Corpus, survey: Survey, given: TextTokenizer | None, options: PrepareOptions, place: LocalPlace
-) -> tuple[BlockWriter, list[BlockRecord]]:
+def _write(opened: Opened, survey: Survey, place: LocalPlace) -> tuple[BlockWriter, list[BlockRecord]]:
     """Write the blocks. Where a split gets no sample, divide anew and write again."""
-    with Progress("loading libraries"):
-        importlib.import_module("streaming")  # and torch: seconds
+    corpus, options = opened.corpus, opened.options
     division = Division(options.val_fraction)
-    asked = (Split.train, Split.val) if options.val_fraction else (Split.train,)
     for margin in (*RETRY_MARGINS, None):
-        writer = BlockWriter(
-            corpus=corpus,
-            tokenizer=given or _train(corpus, survey, division, options),
-            division=division,
-            splits=asked,
-            seed=options.seed,
-            layout=options.layout,
-            shard_bytes=SHARD_BYTES,
-            batch_bytes=ENCODE_BATCH_BYTES,
-            place=place,
-        )
-        records = write_blocks(writer, survey, _workers(options))
+        tokenizer = opened.given or _train(corpus, survey, division, options)
+        writer = make_writer(opened, place, tokenizer, division)
+        asked = writer.splits
+        records = write_blocks(writer, survey, opened.workers)
         tokens = {split.value: tokens_of(records, split.value) for split in asked}
         if all(count >= options.sample_tokens for count in tokens.values()):
             return writer, records
@@ -266,14 +222,17 @@ def _write(
             raise UserError(_too_little(survey, tokens, options))
         needed_bytes = margin * options.sample_tokens * survey.bytes / total
         everything = _documents(corpus, survey)
-        division = moved(everything, options.val_fraction, options.seed, needed_bytes) or by_position(
-            survey.bytes, options.val_fraction, needed_bytes
-        )
+        shifted = moved(everything, options.val_fraction, options.seed, needed_bytes)
+        if shifted is None and opened.encoder is not None:  # a record cannot be cut in two
+            raise UserError(_too_little(survey, tokens, options))
+        division = shifted or by_position(survey.bytes, options.val_fraction, needed_bytes)
     raise AssertionError("the last attempt returns or raises")
 
 
 def write_blocks(writer: BlockWriter, survey: Survey, workers: int) -> list[BlockRecord]:
     """Write the blocks that are not there yet; return the records of all, in order."""
+    with Progress("loading libraries"):
+        importlib.import_module("streaming")  # and torch: seconds; processes are forked with it
     positions = [0, *accumulate(block.bytes for block in survey.blocks)]
     jobs = [BlockJob(block, position) for block, position in zip(survey.blocks, positions, strict=False)]
     records = {job.number: record for job in jobs if (record := writer.finished(job))}

@@ -150,8 +150,8 @@ def row_groups(file: Path) -> list[tuple[int, int]] | None:
     return [(group.num_rows, group.total_byte_size) for group in groups]
 
 
-def parquet_records(file: Path, text_key: str, part: Slice) -> Iterator[Record]:
-    """Yield the rows of some row groups of a Parquet file, with the one column that the text is in.
+def parquet_records(file: Path, text_key: str | None, part: Slice) -> Iterator[Record]:
+    """Yield the rows of some row groups of a Parquet file, with the one column that the text is in, or (None) with all.
 
     Without that column it yields the first row alone, with the size of the file.
 
@@ -166,18 +166,23 @@ def parquet_records(file: Path, text_key: str, part: Slice) -> Iterator[Record]:
         raise DamagedError(str(error)) from error
 
 
-def _rows(file: Path, text_key: str, part: Slice) -> Iterator[Record]:
+def _rows(file: Path, text_key: str | None, part: Slice) -> Iterator[Record]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(file) as table:
         names = table.schema_arrow.names
+        groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
+        if text_key is None:
+            whole = (row for batch in table.iter_batches(1024, row_groups=groups) for row in batch.to_pylist())
+            for number, row in enumerate(whole, start=part.first):
+                yield Record(number, len(str(row)), row)
+            return
         column = text_key if text_key in names else text_key.split(".")[0]
         if column not in names:
             first = next(table.iter_batches(1), None)
             if first is not None and part.start == 0:
                 yield Record(1, file.stat().st_size, first.to_pylist()[0])
             return
-        groups = range(part.start, table.num_row_groups if part.stop is None else part.stop)
         batches = table.iter_batches(1024, row_groups=groups, columns=[column])
         for number, row in enumerate((row for batch in batches for row in batch.column(0)), start=part.first):
             try:
@@ -187,14 +192,14 @@ def _rows(file: Path, text_key: str, part: Slice) -> Iterator[Record]:
             yield Record(number, len(str(value)), {column: value})
 
 
-def text_of(value: Any, text_key: str, bad_bytes: BadBytes) -> str | Reason:
-    """Return the text of a record, or the reason why it has none."""
+def text_of(value: Any, text_key: str | None, bad_bytes: BadBytes) -> str | Reason:
+    """Return the text of a record, or the reason why it has none; without a key the record itself, as JSON."""
     if isinstance(value, Reason):
         return value
     if not isinstance(value, dict):
         return Reason.not_json
-    found: Any = value
-    for key in [text_key] if text_key in value else text_key.split("."):
+    found: Any = json.dumps(value, ensure_ascii=False, default=str) if text_key is None else value
+    for key in () if text_key is None else [text_key] if text_key in value else text_key.split("."):
         if not isinstance(found, dict) or key not in found:
             return Reason.no_key
         found = found[key]
@@ -220,10 +225,7 @@ def hint(records: Iterable[Record], file: Path, text_key: str) -> str:
         return f"{file.name} has strings at {', '.join(strings[:8])}: name the one that is text: text_key=..."
     lists = [key for key, value in first.items() if isinstance(value, list)]
     if lists:
-        return (
-            f"{file.name} has lists at {', '.join(lists[:8])}, such as of messages: "
-            "write each as one string first, with the tokenizer's chat template"
-        )
+        return f"{file.name} has lists at {', '.join(lists[:8])}, such as of messages: prepare those as instructions"
     return ""
 
 

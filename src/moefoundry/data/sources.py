@@ -15,13 +15,18 @@ from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema_data import FimConfig, PackingMethod
 from moefoundry.data.fim import Draws, FillInTheMiddle, Sentinels
 from moefoundry.data.identity import TOKENS, read_shards
-from moefoundry.data.packing_plan import PackingPlan, best_fit, concatenated
+from moefoundry.data.packing_plan import PackingPlan, alone, best_fit, concatenated, in_pairs
 from moefoundry.data.summary import LENGTHS_FILE
 
 Sample = Mapping[str, NDArray[Any]]
 """``tokens`` [n] and, of instruction data, ``targets`` [n], 1 where the token is to be predicted."""
 
-PACKERS = {PackingMethod.concat: concatenated, PackingMethod.best_fit: best_fit}
+PACKERS = {
+    PackingMethod.concat: concatenated,
+    PackingMethod.best_fit: best_fit,
+    PackingMethod.none: alone,
+    PackingMethod.pairs: in_pairs,
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,10 @@ class DocumentSource:
         self._epoch: tuple[int, int] | None = None
         self.plan: PackingPlan
         if fim is None:
-            self.plan = PACKERS[method](lengths, seq_len)
+            try:
+                self.plan = PACKERS[method](lengths, seq_len)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from None
         else:
             self.begin_epoch(0, seed=0)  # not the run's, which a checkpoint may replace
 

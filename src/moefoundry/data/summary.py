@@ -45,6 +45,7 @@ class SplitSummary:
             model that ignores context.
         sha256: Digest of the samples and their order; see :mod:`moefoundry.data.identity`.
         unknown_tokens: Tokens of the samples that stand for text which the tokenizer does not know.
+        truncated_documents, truncated_tokens: Records that were cut to the most tokens, and the tokens cut off.
         lengths_sha256: Documents only: SHA-256, in hex, of ``lengths.npy``, the tokens of each sample.
     """
 
@@ -57,6 +58,8 @@ class SplitSummary:
     sha256: str
     unknown_tokens: int = 0
     lengths_sha256: str | None = None
+    truncated_documents: int = 0
+    truncated_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ class CorpusSummary:
         if self.layout is Layout.packed:
             del record["layout"]
             for split in record["splits"].values():
-                del split["lengths_sha256"]
+                for later in ("lengths_sha256", "truncated_documents", "truncated_tokens"):
+                    del split[later]
         (directory / CORPUS_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 

@@ -16,7 +16,8 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.blocks import Block, name_in_file
 from moefoundry.data.corpus import Corpus, Document, add_to_digest
 from moefoundry.data.left_out import LeftOut
-from moefoundry.data.workers import Advance
+from moefoundry.data.progress import Progress
+from moefoundry.data.workers import Advance, run_jobs
 
 
 @dataclass(frozen=True)
@@ -121,16 +122,33 @@ def survey_block(corpus: Corpus, block: Block, advance: Advance) -> tuple[Survey
     return Surveyed(block, documents, size, digest.hexdigest()), left_out
 
 
-def joined(corpus: Corpus, found: Sequence[tuple[Surveyed, LeftOut]], left_out: LeftOut) -> Survey:
-    """Join the results of :func:`survey_block`, in the order of the blocks, with what was ``left_out`` before."""
+def survey_in_parallel(corpus: Corpus, blocks: Sequence[Block], left_out: LeftOut, workers: int) -> Survey:
+    """Read blocks in several processes.
+
+    Args:
+        corpus: The corpus.
+        blocks: Blocks of it.
+        left_out: Losses to which those of the blocks are added.
+        workers: Processes, as in :func:`~moefoundry.data.workers.run_jobs`.
+    """
+    found: list[tuple[Surveyed, LeftOut]] = []
+    with Progress("reading") as progress:
+        run_jobs(partial(survey_block, corpus), blocks, workers, progress.update, found.append)
+    found.sort(key=lambda item: item[0].block.number)
     for surveyed, own in found:
         left_out.add_all(own, partial(name_in_file, corpus.root, surveyed.block))
-    return Survey(tuple(surveyed for surveyed, _ in found), left_out, digest_of(surveyed for surveyed, _ in found))
+    read = tuple(surveyed for surveyed, _ in found)
+    return Survey(read, left_out, digest_of(read))
 
 
 def digest_of(blocks: Iterable[Surveyed]) -> str:
     """Compute the SHA-256, in hex, of the digests of blocks."""
-    return hashlib.sha256("".join(f"{block.documents} {block.sha256}\n" for block in blocks).encode()).hexdigest()
+    return digest_of_digests((block.documents, block.sha256) for block in blocks)
+
+
+def digest_of_digests(blocks: Iterable[tuple[int, str]]) -> str:
+    """Compute the same from the number of documents and the digest of each block."""
+    return hashlib.sha256("".join(f"{documents} {sha256}\n" for documents, sha256 in blocks).encode()).hexdigest()
 
 
 def unusable_of(corpus: Corpus) -> LeftOut:

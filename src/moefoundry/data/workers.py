@@ -59,10 +59,9 @@ def run_jobs(
             for _ in range(min(workers, len(jobs))):
                 here, there = context.Pipe()
                 arguments = (function, jobs, there, [*processes, here])
-                process = context.Process(target=_serve, args=arguments, daemon=True)
-                process.start()
+                processes[here] = context.Process(target=_serve, args=arguments, daemon=True)
+                processes[here].start()
                 there.close()
-                processes[here] = process
         _deal_out(len(jobs), processes, advance, done)
     finally:
         for process in processes.values():
@@ -80,8 +79,8 @@ def _deal_out(
     for connection in processes:
         connection.send(next(numbers))
     while busy:
-        for connection in wait(list(busy)):
-            assert isinstance(connection, Connection)
+        ready = set(wait(list(busy)))
+        for connection in busy & ready:
             try:
                 kind, value = connection.recv()
             except (EOFError, ConnectionResetError):

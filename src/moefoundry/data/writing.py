@@ -15,16 +15,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moefoundry.data.corpus import Corpus
+from moefoundry.data.corpus import Corpus, Document
+from moefoundry.data.encoding import RecordEncoder, Refused, Stored, encode_texts
 from moefoundry.data.identity import read_shards
+from moefoundry.data.left_out import Left, LeftOut
 from moefoundry.data.places import LocalPlace
 from moefoundry.data.splits import Division, Split
 from moefoundry.data.summary import Layout
@@ -65,6 +67,7 @@ class BlockSplit:
         tokens: Their tokens, end-of-text tokens included.
         shards: Their shards, as in the index of a stream; none where they are to be packed.
         files: Size and SHA-1 of the other files, by name.
+        truncated: Records that were cut, and the tokens cut off.
     """
 
     documents: int
@@ -72,6 +75,7 @@ class BlockSplit:
     tokens: int
     shards: list[dict[str, Any]]
     files: dict[str, tuple[int, str]]
+    truncated: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,13 @@ class BlockRecord:
         number: Place of the block in the corpus, from 0.
         key: Digest of all that decides its content.
         splits: Documents of each split.
+        left_out: Records that gave no document, by reason; their names count from the start of the block.
     """
 
     number: int
     key: str
     splits: dict[str, BlockSplit]
+    left_out: dict[str, Left] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class BlockWriter:
         shard_bytes: Size of a shard.
         batch_bytes: Characters that are handed to the tokenizer at once.
         place: Where the files go.
+        records: Encoder of records; None encodes text.
     """
 
     corpus: Corpus
@@ -114,6 +121,7 @@ class BlockWriter:
     shard_bytes: int
     batch_bytes: int
     place: LocalPlace
+    records: RecordEncoder | None = None
 
     def key(self, job: BlockJob) -> str:
         """Compute the digest of all that decides the content of a block."""
@@ -127,6 +135,7 @@ class BlockWriter:
             "tokenizer": [self.tokenizer.sha256, self.tokenizer.eos_id],
             "layout": self.layout,
             "shard_bytes": self.shard_bytes,
+            **({} if self.records is None else self.records.inputs()),
         }
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -149,25 +158,32 @@ class BlockWriter:
         """
         with self.place.scratch() as scratch:
             sinks = {split: self._sink(scratch / split.value) for split in self.splits}
-            for batch in _batches(self._texts(job, advance), self.batch_bytes):
-                encoded = self.tokenizer.encode_batch([text for _, text in batch])
-                for (split, text), ids in zip(batch, encoded, strict=True):
-                    sinks[split].write(text, ids)
+            left_out = LeftOut()
+            for batch in _batches(self._documents(job, advance), self.batch_bytes):
+                for (split, document), found in zip(batch, self._encode(batch), strict=True):
+                    size = len(document.text.encode())
+                    if isinstance(found, Refused):
+                        left_out.add(f"{document.doc_id} ({found.message})", found.reason, size)
+                    else:
+                        sinks[split].write(size, found)
             splits = {split.value: sink.finish(split, job.number, self.place) for split, sink in sinks.items()}
-            record = BlockRecord(job.number, self.key(job), splits)
+            record = BlockRecord(job.number, self.key(job), splits, left_out.reasons)
             file = scratch / "record"
             file.write_text(json.dumps(asdict(record)))
             self.place.put(file, _record_name(job.number))
         return record
 
-    def _texts(self, job: BlockJob, advance: Advance) -> Iterator[tuple[Split, str]]:
-        documents = documents_of(self.corpus, job.surveyed, advance)
-        divided = self.division.divide(documents, self.seed, job.position)
-        return ((split, document.text) for split, document in divided)
+    def _documents(self, job: BlockJob, advance: Advance) -> Iterator[tuple[Split, Document]]:
+        return self.division.divide(documents_of(self.corpus, job.surveyed, advance), self.seed, job.position)
+
+    def _encode(self, batch: list[tuple[Split, Document]]) -> Sequence[list[Stored] | Refused]:
+        if self.records is None:
+            return encode_texts(self.tokenizer, [document.text for _, document in batch])
+        return [self.records.encode(document.text, document.doc_id) for _, document in batch]
 
     def _sink(self, directory: Path) -> _Sink:
         kind = _Shards if self.layout is Layout.documents else _Tokens
-        return kind(self.tokenizer, directory, self.shard_bytes)
+        return kind(self.tokenizer, directory, self.shard_bytes, with_targets=self.records is not None)
 
 
 def read_record(place: LocalPlace, number: int) -> BlockRecord | None:
@@ -179,6 +195,7 @@ def read_record(place: LocalPlace, number: int) -> BlockRecord | None:
             fields["number"],
             fields["key"],
             {name: BlockSplit(**split) for name, split in fields["splits"].items()},
+            {reason: Left(left) for reason, left in fields["left_out"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -206,25 +223,27 @@ def token_dtype(tokenizer: TextTokenizer) -> type[np.uint16] | type[np.uint32]:
 class _Sink:
     """Documents of one split of a block, on their way to disk."""
 
-    def __init__(self, tokenizer: TextTokenizer, directory: Path, shard_bytes: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, directory: Path, shard_bytes: int, *, with_targets: bool) -> None:
         directory.mkdir()
         self.directory = directory
         self.dtype = token_dtype(tokenizer)
-        self._eos = np.array([tokenizer.eos_id], self.dtype)
+        self._truncated = np.zeros(2, np.int64)
         self._counts = np.zeros(tokenizer.vocab_size, np.int64)
         self._lengths: list[int] = []
         self._bytes = 0
         self._pending: list[NDArray[Any]] = []
 
-    def write(self, text: str, ids: NDArray[np.int64]) -> None:
-        """Take one document."""
-        tokens = np.concatenate([ids.astype(self.dtype), self._eos])
-        self._lengths.append(len(tokens))
-        self._bytes += len(text.encode())
-        self._pending.append(tokens)
-        if len(self._pending) == COUNTED_TOGETHER:
-            self._flush()
-        self._store(tokens)
+    def write(self, size: int, documents: Sequence[Stored]) -> None:
+        """Take the documents of one text of so many bytes."""
+        self._bytes += size
+        for document in documents:
+            tokens = document.tokens.astype(self.dtype)
+            self._lengths.append(len(tokens))
+            self._truncated += (document.cut > 0, document.cut)
+            self._pending.append(tokens)
+            if len(self._pending) == COUNTED_TOGETHER:
+                self._flush()
+            self._store(tokens, document.targets)
 
     def _flush(self) -> None:
         if self._pending:
@@ -241,9 +260,11 @@ class _Sink:
         shards = self._shards(number, split, place)
         for name, file in files.items():
             place.put(file, name)
-        return BlockSplit(len(self._lengths), self._bytes, sum(self._lengths), shards, described)
+        documents, tokens = self._truncated.tolist()
+        counts = len(self._lengths), self._bytes, sum(self._lengths)
+        return BlockSplit(*counts, shards, described, (documents, tokens))
 
-    def _store(self, tokens: NDArray[Any]) -> None:
+    def _store(self, tokens: NDArray[Any], targets: NDArray[np.uint8] | None) -> None:
         raise NotImplementedError
 
     def _files(self, number: int, split: Split) -> dict[str, Path]:
@@ -259,15 +280,16 @@ COUNTED_TOGETHER = 1024  # documents
 class _Shards(_Sink):
     """A sample each, in MDS shards."""
 
-    def __init__(self, tokenizer: TextTokenizer, directory: Path, shard_bytes: int) -> None:
+    def __init__(self, tokenizer: TextTokenizer, directory: Path, shard_bytes: int, *, with_targets: bool) -> None:
         from streaming import MDSWriter
 
-        super().__init__(tokenizer, directory, shard_bytes)
-        column = {"tokens": f"ndarray:{np.dtype(self.dtype).name}"}
-        self._writer = MDSWriter(columns=column, out=str(directory / "mds"), hashes=HASHES, size_limit=shard_bytes)
+        super().__init__(tokenizer, directory, shard_bytes, with_targets=with_targets)
+        columns = {"tokens": f"ndarray:{np.dtype(self.dtype).name}"}
+        columns |= {"targets": "ndarray:uint8"} if with_targets else {}
+        self._writer = MDSWriter(columns=columns, out=str(directory / "mds"), hashes=HASHES, size_limit=shard_bytes)
 
-    def _store(self, tokens: NDArray[Any]) -> None:
-        self._writer.write({"tokens": tokens})
+    def _store(self, tokens: NDArray[Any], targets: NDArray[np.uint8] | None) -> None:
+        self._writer.write({"tokens": tokens} if targets is None else {"tokens": tokens, "targets": targets})
 
     def _shards(self, number: int, split: Split, place: LocalPlace) -> list[dict[str, Any]]:
         self._writer.finish()
@@ -283,11 +305,11 @@ class _Shards(_Sink):
 class _Tokens(_Sink):
     """Tokens in a row, for packing."""
 
-    def __init__(self, tokenizer: TextTokenizer, directory: Path, shard_bytes: int) -> None:
-        super().__init__(tokenizer, directory, shard_bytes)
+    def __init__(self, tokenizer: TextTokenizer, directory: Path, shard_bytes: int, *, with_targets: bool) -> None:
+        super().__init__(tokenizer, directory, shard_bytes, with_targets=with_targets)
         self._stream = (directory / "tokens").open("wb", buffering=1 << 20)
 
-    def _store(self, tokens: NDArray[Any]) -> None:
+    def _store(self, tokens: NDArray[Any], targets: NDArray[np.uint8] | None) -> None:
         self._stream.write(tokens.data)
 
     def _files(self, number: int, split: Split) -> dict[str, Path]:
@@ -300,13 +322,13 @@ def _described(file: Path) -> tuple[int, str]:
         return file.stat().st_size, hashlib.file_digest(stream, "sha1").hexdigest()
 
 
-def _batches(texts: Iterable[tuple[Split, str]], batch_bytes: int) -> Iterator[list[tuple[Split, str]]]:
-    """Group texts into lists of about ``batch_bytes`` characters."""
-    batch: list[tuple[Split, str]] = []
+def _batches(documents: Iterable[tuple[Split, Document]], batch_bytes: int) -> Iterator[list[tuple[Split, Document]]]:
+    """Group documents into lists of about ``batch_bytes`` characters."""
+    batch: list[tuple[Split, Document]] = []
     size = 0
-    for item in texts:
+    for item in documents:
         batch.append(item)
-        size += len(item[1])
+        size += len(item[1].text)
         if size >= batch_bytes:
             yield batch
             batch, size = [], 0

@@ -1,7 +1,8 @@
 """``ffn_type: moefoundry_moe`` inside an MPT of LLM Foundry, which finds it by the entry points of this package.
 
 A builder of FFNs returns a module of one tensor, and MPT's loss knows the balance loss of MegaBlocks alone. So
-``mpt_causal_lm`` is an entry point, too: LLM Foundry's own model, whose loss has what its MoE layers add.
+``mpt_causal_lm`` is an entry point, too: LLM Foundry's own model, whose loss has what its MoE layers add, and which
+tells them what is padding.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from llmfoundry.models.layers.blocks import MPTBlock
 from llmfoundry.models.layers.ffn import resolve_ffn_hidden_size
 from llmfoundry.models.mpt.modeling_mpt import ComposerMPTCausalLM
 from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper
@@ -33,6 +35,8 @@ class MoEFFN(nn.Module):
     Attributes:
         losses: Balance and z loss of the last forward pass in training, weighted; None once they are taken.
         taken: The model adds ``losses`` to its own. Without it, training is refused.
+        real_T: Places of the tokens that are no padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them; the
+            model sets it before each forward pass of the block.
     """
 
     def __init__(self, d_model: int, cfg: MoEConfig, device: str | None) -> None:
@@ -45,6 +49,7 @@ class MoEFFN(nn.Module):
         self.cfg = cfg
         self.losses: tuple[Tensor, Tensor] | None = None
         self.taken = False
+        self.real_T: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute [B, S, D] -> [B, S, D], or [T, D] -> [T, D] where padding was removed.
@@ -54,24 +59,24 @@ class MoEFFN(nn.Module):
         """
         if self.training and not self.taken:
             raise RuntimeError(f"ffn_type {FFN_TYPE}: only model.name mpt_causal_lm adds its balance loss in training")
-        out, stats = self._compute(x if x.dim() == 3 else x.unsqueeze(0))
+        out, stats = self._compute(x, self.real_T) if x.dim() == 3 else self._compute(x.unsqueeze(0), None)
         if self.training and torch._C._current_graph_task_id() == -1:  # not a recomputation in backward
             weights = self.cfg.balance
             self.losses = weights.aux_loss_weight * stats.balance_loss, weights.z_loss_weight * stats.z_loss
         return out.view_as(x).to(x.dtype)
 
-    def _compute(self, x_BSD: Tensor) -> Any:
+    def _compute(self, x_BSD: Tensor, real_T: Tensor | None) -> Any:
         """Run the layer; under autocast with its dtype, but for the gate, which computes in fp32."""
         device = x_BSD.device.type
         if not torch.is_autocast_enabled(device):
-            return self.moe(x_BSD)
+            return self.moe(x_BSD, real_T)
         dtype = torch.get_autocast_dtype(device)
         weights = {
             name: weight if name.startswith("router.") else weight.to(dtype)
             for name, weight in self.moe.named_parameters()
         }
         with torch.autocast(device, enabled=False):
-            return functional_call(self.moe, weights, (x_BSD.to(dtype),))
+            return functional_call(self.moe, weights, (x_BSD.to(dtype), real_T))
 
 
 def build_moe_ffn(
@@ -152,13 +157,40 @@ def init_moe(
     return True
 
 
+class PaddingTeller:
+    """Hook before the forward pass of MPT's blocks: gives their :class:`MoEFFN` the places of the real tokens.
+
+    They are found once for all blocks, for which the host waits. A recomputation in backward finds them again.
+    """
+
+    def __init__(self) -> None:
+        self._found: tuple[Tensor, Tensor | None] | None = None  # of the last mask
+
+    def __call__(self, block: MPTBlock, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        block.ffn.real_T = self._places(options.get("attention_mask"), inputs[0].shape[1])
+
+    def _places(self, mask_BL: Tensor | None, length: int) -> Tensor | None:
+        if mask_BL is None:
+            return None
+        if self._found is None or self._found[0] is not mask_BL:
+            real = mask_BL[:, -length:].flatten()  # with a cache, the mask also has the tokens in it
+            self._found = mask_BL, None if bool(real.all()) else real.nonzero().flatten()
+        return self._found[1]
+
+
 class MoEMPTCausalLM(ComposerMPTCausalLM):
-    """LLM Foundry's ``mpt_causal_lm``; if some FFNs are :class:`MoEFFN`, their losses are added and logged by name."""
+    """LLM Foundry's ``mpt_causal_lm``; if some FFNs are :class:`MoEFFN`, their losses are added and logged by name.
+
+    Padding, which ``attention_mask`` tells, is neither routed nor counted by them.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        for layer in self._moe_layers():
-            layer.taken = True
+        teller = PaddingTeller()
+        for block in self.modules():
+            if isinstance(block, MPTBlock) and isinstance(block.ffn, MoEFFN):
+                block.ffn.taken = True
+                block.register_forward_pre_hook(teller, with_kwargs=True)
 
     def _moe_layers(self) -> list[MoEFFN]:
         return [module for module in self.modules() if isinstance(module, MoEFFN)]

@@ -38,7 +38,7 @@ class MTPModule(nn.Module):
         self.norm = build_norm(cfg.d_model, cfg.norm)
 
     def forward(
-        self, hidden_BSD: Tensor, embedded_BSD: Tensor, context: AttentionContext
+        self, hidden_BSD: Tensor, embedded_BSD: Tensor, context: AttentionContext, real_T: Tensor | None = None
     ) -> tuple[Tensor, Tensor, RoutingStats]:
         """Predict one token further.
 
@@ -46,10 +46,12 @@ class MTPModule(nn.Module):
             hidden_BSD: Output of the module before, at positions i.
             embedded_BSD: Embeddings of tokens i + k.
             context: Context of positions i.
+            real_T: Positions i of which i and i + k are no padding, as :class:`~moefoundry.moe.layer.MoELayer` takes
+                them.
 
         Returns:
             [B, S, D] for the next module, the same after the norm for the output head, and the block's statistics.
         """
         parts = self.embedding_norm(embedded_BSD), self.hidden_norm(hidden_BSD)
-        hidden_BSD, stats = self.block(self.proj(torch.cat(parts, dim=-1)), context)
+        hidden_BSD, stats = self.block(self.proj(torch.cat(parts, dim=-1)), context, None, real_T)
         return hidden_BSD, self.norm(hidden_BSD), stats

@@ -15,21 +15,21 @@ from typing import NamedTuple, Self, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from moefoundry.config import AuxLossScope, ModelConfig
 from moefoundry.model.attention import build_attention
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
-from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, sums_over_targets, values_of, weighted
+from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
+from moefoundry.model.output_head import OutputHead
+from moefoundry.model.padding import RealTokens
+from moefoundry.model.preferences import log_probs_of_pairs
 from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
-from moefoundry.ops.cross_entropy import CHUNK_TOKENS, linear_cross_entropies, linear_cross_entropy, softmax_dtype
-from moefoundry.ops.rounding import round_gradient, round_operand
 
 
 class CausalLMLosses(NamedTuple):
@@ -47,6 +47,7 @@ class CausalLMLosses(NamedTuple):
             does not tell rows apart.
         of_targets, of_tokens: The recipe's ``losses`` by name, times their weights: means over targets, and sums over
             MoE layers of means over tokens. Empty in evaluation.
+        log_probs: [B, 2], log-probabilities of the responses of pairs, where the model is to give them.
     """
 
     lm: Tensor
@@ -60,6 +61,7 @@ class CausalLMLosses(NamedTuple):
     of_targets: dict[str, Tensor]
     of_tokens: dict[str, Tensor]
     lm_of_rows: Tensor | None = None
+    log_probs: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -83,57 +85,21 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None
+        self,
+        x_BSD: Tensor,
+        context: AttentionContext,
+        cache: LayerCache | None = None,
+        real_T: Tensor | None = None,
     ) -> tuple[Tensor, RoutingStats | None]:
-        """Compute [B, S, D] -> [B, S, D], and the routing statistics if the block has experts."""
+        """Compute [B, S, D] -> [B, S, D], and the routing statistics if the block has experts.
+
+        ``real_T`` tells tokens from padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them.
+        """
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
         if isinstance(self.ffn, MoELayer):
-            out_BSD, stats = self.ffn(self.ffn_norm(x_BSD))
+            out_BSD, stats = self.ffn(self.ffn_norm(x_BSD), real_T)
             return x_BSD + out_BSD, stats
         return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
-
-
-class OutputHead(nn.Linear):
-    """The output projection; it also computes the loss, without all logits at once.
-
-    Attributes:
-        operand_dtype: Dtype to which a precision policy rounds operands; None does not round.
-    """
-
-    operand_dtype: torch.dtype | None = None
-
-    def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """Compute logits [B, S, V], or with ``targets_BS`` the sum of the cross entropies, a scalar."""
-        if targets_BS is None:
-            return self._logits(hidden_BSD)
-        return linear_cross_entropy(
-            hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
-        )
-
-    def sum_and_rows(self, hidden_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum the cross entropies, as ``forward`` does, and those of each row, [B], without gradient."""
-        total, losses_T = linear_cross_entropies(
-            hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
-        )
-        return total, losses_T.view_as(targets_BS).sum(dim=1)
-
-    def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
-        """Sum each loss over the targets, [len(losses)]; logits of one chunk of tokens exist at a time."""
-        chunks = zip(
-            hidden_BSD.flatten(0, 1).split(CHUNK_TOKENS), targets_BS.flatten().split(CHUNK_TOKENS), strict=True
-        )
-
-        def of_chunk(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-            logits_NV = self._logits(hidden_ND)
-            return sums_over_targets(losses, logits_NV.to(softmax_dtype(logits_NV.dtype)), targets_N)
-
-        return torch.stack([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]).sum(dim=0)
-
-    def _logits(self, hidden_BSD: Tensor) -> Tensor:
-        if self.operand_dtype is None:
-            return super().forward(hidden_BSD)
-        operands = (round_operand(x, self.operand_dtype) for x in (hidden_BSD, self.weight))
-        return round_gradient(nn.functional.linear(*operands), self.operand_dtype)
 
 
 def meta_model(cfg: ModelConfig) -> MoETransformer:
@@ -148,6 +114,11 @@ class MoETransformer(nn.Module):
     Attributes:
         step_counts: Set for ``aux_loss_scope: global_batch``; the training loop calls its ``begin_step``.
         tells_rows_apart: Give the loss of each row, too.
+        tokens_per_sample: float64 [1 + MTP depth]; mean number of real tokens of a sample of the global batch, and of
+            those that each module of multi-token prediction has. The training loop sets it where batches may be padded:
+            with it, every token of the global batch counts equally, as ranks and micro-batches are averaged by their
+            samples. With None, losses are means over the tokens of their micro-batch.
+        pairs: Rows are pairs of documents, and their log-probabilities are wanted, too.
         logits_losses, router_losses: The recipe's ``losses``; :meth:`use_losses` sets them.
     """
 
@@ -159,6 +130,8 @@ class MoETransformer(nn.Module):
         self.router_losses: list[NamedLoss] = []
         global_balance = cfg.moe.balance.aux_loss_scope == AuxLossScope.global_batch
         self.step_counts = StepCounts(None) if global_balance else None
+        self.tokens_per_sample: Tensor | None = None
+        self.pairs = False
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.layers: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # typed as what it holds
             Block(cfg, index) for index in range(cfg.n_layers)
@@ -198,11 +171,17 @@ class MoETransformer(nn.Module):
         labels_BS: None = None,
         *,
         sequence_id: Tensor | None = None,
+        tokens_of_rows: Sequence[int] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, input_ids_BS: Tensor, labels_BS: Tensor, *, sequence_id: Tensor | None = None
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor,
+        *,
+        sequence_id: Tensor | None = None,
+        tokens_of_rows: Sequence[int] | None = None,
     ) -> CausalLMLosses: ...
     def forward(
         self,
@@ -210,6 +189,7 @@ class MoETransformer(nn.Module):
         labels_BS: Tensor | None = None,
         *,
         sequence_id: Tensor | None = None,
+        tokens_of_rows: Sequence[int] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor | CausalLMLosses:
         """Run the model.
@@ -218,8 +198,10 @@ class MoETransformer(nn.Module):
             input_ids_BS: int64 [B, S].
             labels_BS: int64 [B, S], usually ``input_ids_BS`` itself; shifted here, so that position s predicts label
                 s + 1. ``IGNORE_INDEX`` is no target.
-            sequence_id: int64 [B, S], ascending, the same for the tokens of a document. Required with
-                ``document_masking``, which computes each document as if it were alone; ignored otherwise.
+            sequence_id: int64 [B, S]; the tokens of a document have the same number, ascending in a row, and padding at
+                its end has -1 and ``IGNORE_INDEX`` as label. Required with ``document_masking``, which computes each
+                document as if it were alone; otherwise it tells padding only, which is never routed or counted.
+            tokens_of_rows: Tokens of each row that are no padding; None counts them, for which the host waits.
             cache: Cache of the tokens before these, to which these are added; each row is one document then.
 
         Returns:
@@ -228,35 +210,47 @@ class MoETransformer(nn.Module):
         Raises:
             ValueError: ``document_masking`` without ``sequence_id`` or a cache.
         """
-        if not self.cfg.document_masking or cache is not None:
-            sequence_id = None
-        elif sequence_id is None:
+        masked = self.cfg.document_masking and cache is None
+        if masked and sequence_id is None:
             raise ValueError("model.document_masking is on: the model needs sequence_id, int64 [B, S], too")
+        documents = sequence_id if masked else None
+        real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
+        real_T = None if real is None else real.places()
         x_BSD = embedded_BSD = self.embed_tokens(input_ids_BS)
-        context = attention_context(self.cfg, input_ids_BS, sequence_id, 0 if cache is None else cache.length)
+        context = attention_context(self.cfg, input_ids_BS, documents, 0 if cache is None else cache.length)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[RoutingStats] = []
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            x_BSD, layer_stats = layer(x_BSD, context, layer_cache)
+            x_BSD, layer_stats = layer(x_BSD, context, layer_cache, real_T)
             if layer_stats is not None:
                 stats.append(layer_stats)
         hidden_BSD = self.norm(x_BSD)
         if labels_BS is None:
             return self.lm_head(hidden_BSD)
-        targets_BS = shifted_targets(labels_BS, sequence_id)
+        targets_BS = shifted_targets(labels_BS, documents)
         num_targets = count_targets(targets_BS).sum()
-        if self.tells_rows_apart:
-            lm, lm_of_rows = self.lm_head.sum_and_rows(hidden_BSD, targets_BS)
-        else:
-            lm, lm_of_rows = self.lm_head(hidden_BSD, targets_BS), None
+        lm, lm_of_rows, log_probs_B2 = self._cross_entropy(hidden_BSD, targets_BS, documents)
         lm = lm / num_targets.clamp(min=1)
         of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
         mtp = torch.zeros_like(lm)
         if self.training and self.mtp:
-            further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, sequence_id)
+            further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, documents, real)
             mtp = further * self.cfg.mtp.loss_weight / (len(self.mtp) * num_targets.clamp(min=1))
             stats += further_stats
-        return self._losses(lm, mtp, of_targets, num_targets, stats)._replace(lm_of_rows=lm_of_rows)
+        losses = self._losses(lm, mtp, of_targets, num_targets, self._weighted(stats, real))
+        return losses._replace(lm_of_rows=lm_of_rows, log_probs=log_probs_B2)
+
+    def _cross_entropy(
+        self, hidden_BSD: Tensor, targets_BS: Tensor, documents_BS: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Sum the cross entropy over all targets; and over those of each row, and of each of a pair, where wanted."""
+        if self.pairs:
+            assert documents_BS is not None, "document_masking tells pairs apart"
+            losses_BS = self.lm_head(hidden_BSD, targets_BS, each=True)
+            return losses_BS.sum(), losses_BS.detach().sum(dim=1), log_probs_of_pairs(losses_BS, documents_BS)
+        if self.tells_rows_apart:
+            return *self.lm_head.sum_and_rows(hidden_BSD, targets_BS), None
+        return self.lm_head(hidden_BSD, targets_BS), None, None
 
     def _of_targets(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: Tensor) -> dict[str, Tensor]:
         named = self.logits_losses if self.training else []
@@ -266,20 +260,34 @@ class MoETransformer(nn.Module):
         return weighted(named, sums / num_targets.clamp(min=1))
 
     def _predict_further(
-        self, hidden_BSD: Tensor, embedded_BSD: Tensor, labels_BS: Tensor, sequence_id: Tensor | None
+        self,
+        hidden_BSD: Tensor,
+        embedded_BSD: Tensor,
+        labels_BS: Tensor,
+        documents_BS: Tensor | None,
+        real: RealTokens | None,
     ) -> tuple[Tensor, list[RoutingStats]]:
         """Sum the cross entropy over all modules of multi-token prediction and targets; and list their statistics."""
         if labels_BS.shape[1] <= len(self.mtp):
             raise ValueError(f"sequences of {labels_BS.shape[1]} tokens leave none to model.mtp.depth {len(self.mtp)}")
         sums, stats = [], []
         for depth, module in enumerate(self.mtp, start=1):
-            documents = None if sequence_id is None else sequence_id[:, :-depth]
+            documents = None if documents_BS is None else documents_BS[:, :-depth]
             context = attention_context(self.cfg, labels_BS[:, :-depth], documents)
-            hidden_BSD, normed_BSD, module_stats = module(hidden_BSD[:, :-1], embedded_BSD[:, depth:], context)
-            targets_BS = shifted_targets(labels_BS, sequence_id, shift=depth + 1)[:, :-depth]
+            real_T = None if real is None else real.places(depth)
+            hidden_BSD, normed_BSD, module_stats = module(hidden_BSD[:, :-1], embedded_BSD[:, depth:], context, real_T)
+            targets_BS = shifted_targets(labels_BS, documents_BS, shift=depth + 1)[:, :-depth]
             sums.append(self.lm_head(normed_BSD, targets_BS))
             stats.append(module_stats)
         return torch.stack(sums).sum(), stats
+
+    def _weighted(self, stats: list[RoutingStats], real: RealTokens | None) -> list[RoutingStats]:
+        """Weigh the losses of layers by their tokens, where other micro-batches may have more or fewer."""
+        if self.tokens_per_sample is None or real is None or not self.training:
+            return stats
+        of_main, *of_mtp = real.shares(self.tokens_per_sample)
+        shares = [of_main] * (len(stats) - len(self.mtp)) + of_mtp
+        return [layer.weighted(share) for layer, share in zip(stats, shares, strict=True)]
 
     def _losses(
         self,

@@ -15,8 +15,10 @@ from moefoundry.moe.router import TINY
 from moefoundry.ops.permute import count_by_expert
 
 
-def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: int) -> Tensor:
-    """Compute the load-balance loss, a mean over segments of equally many consecutive tokens.
+def balance_loss(
+    scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: int, segment_of_token_T: Tensor | None = None
+) -> Tensor:
+    """Compute the load-balance loss, a mean over segments, each weighted by its tokens.
 
     For a segment of S tokens: ``sum_e f_e * P_e`` with ``f_e = E / (K * S) * (slots routed to e)`` and ``P_e`` the mean
     score of e (Switch Transformer, arXiv 2101.03961, eq. 4-6; by sequence: DeepSeek-V3, arXiv 2412.19437, eq. 17-20).
@@ -25,17 +27,23 @@ def balance_loss(scores_TE: Tensor, topk_expert_ids_TK: Tensor, num_segments: in
     Args:
         scores_TE: [T, E], differentiable.
         topk_expert_ids_TK: int64 [T, K]; counted, not differentiated.
-        num_segments: 1 takes the whole micro-batch as one segment, B takes each sequence as one; 0 if there are no
+        num_segments: G; 1 takes the whole micro-batch as one segment, B takes each sequence as one; 0 if there are no
             tokens.
+        segment_of_token_T: int64 [T] in [0, G); None is segments of equally many consecutive tokens.
 
     Raises:
-        ValueError: T is not a multiple of ``num_segments``.
+        ValueError: Segments are to be equally long, and T is not a multiple of ``num_segments``.
     """
     num_tokens, num_experts = scores_TE.shape
-    if num_tokens % max(num_segments, 1):
-        raise ValueError(f"{num_tokens} tokens do not split into {num_segments} segments")
     if not num_tokens:
         return scores_TE.sum()
+    if segment_of_token_T is not None:
+        ids_TK = topk_expert_ids_TK + segment_of_token_T.unsqueeze(1) * num_experts
+        counts_GE = count_by_expert(ids_TK, num_segments * num_experts).view(num_segments, num_experts)
+        load_TE = _relative_load(counts_GE, scores_TE.dtype).index_select(0, segment_of_token_T)
+        return mean_over_tokens((load_TE * normalized(scores_TE)).sum(dim=-1))
+    if num_tokens % max(num_segments, 1):
+        raise ValueError(f"{num_tokens} tokens do not split into {num_segments} segments")
     probs_GSE = normalized(scores_TE).reshape(num_segments, -1, num_experts)
     ids_GN = topk_expert_ids_TK.reshape(num_segments, -1)
     segment_offset_G1 = torch.arange(num_segments, device=ids_GN.device).unsqueeze(1) * num_experts
@@ -50,9 +58,13 @@ def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
         mean_probs_GE: [G, E] mean normalized scores, differentiable.
         counts_GE: int64 [G, E], slots of each expert; may count more tokens than the means are taken over.
     """
+    return (_relative_load(counts_GE, mean_probs_GE.dtype) * mean_probs_GE).sum(dim=-1).mean()
+
+
+def _relative_load(counts_GE: Tensor, dtype: torch.dtype) -> Tensor:
+    """Divide each expert's slots by the mean over experts, [G, E]: ``f_e`` of :func:`balance_loss`."""
     slots_G1 = counts_GE.sum(dim=-1, keepdim=True).clamp(min=1)
-    load_GE = counts_GE.to(mean_probs_GE.dtype) * counts_GE.shape[-1] / slots_G1
-    return (load_GE * mean_probs_GE).sum(dim=-1).mean()
+    return counts_GE.to(dtype) * counts_GE.shape[-1] / slots_G1
 
 
 def mean_probs(scores_TE: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Follow one token. The router scores it against every expert and keeps the best K
 those experts. There it becomes a row of each of its experts there; each expert is a SwiGLU over its rows, and the
 results, times the router's weights, are added up. ``combine`` brings the sums back and adds them. The output of the
 shared experts, which see every token, is added. No token is dropped, unless the recipe sets a capacity: then, in
-training, a slot that its expert cannot take is not dispatched, and adds nothing.
+training, a slot that its expert cannot take is not dispatched, and adds nothing. Padding is left out at the very
+beginning: to routing, losses and statistics it is as if it were not there.
 """
 
 from __future__ import annotations
@@ -43,6 +44,16 @@ class RoutingStats(NamedTuple):
     router_entropy: Tensor
     losses: Tensor | None = None
 
+    def weighted(self, weight: Tensor) -> RoutingStats:
+        """Multiply the losses, and the mean scores that a loss is computed from, by a scalar."""
+        weight = weight.to(self.z_loss.dtype)
+        return self._replace(
+            balance_loss=self.balance_loss * weight,
+            z_loss=self.z_loss * weight,
+            mean_probs=self.mean_probs * weight,
+            losses=None if self.losses is None else self.losses * weight,
+        )
+
 
 class MoELayer(nn.Module):
     """Mixture-of-Experts layer: takes the place of a dense FFN, and also returns :class:`RoutingStats`.
@@ -64,9 +75,17 @@ class MoELayer(nn.Module):
         self.aux_loss_scope = cfg.balance.aux_loss_scope
         self.capacity_factor = cfg.capacity_factor
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, RoutingStats]:
-        """Compute the output, [B, S, D] -> [B, S, D], and the statistics of the B * S tokens."""
+    def forward(self, x_BSD: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+        """Compute the output, [B, S, D] -> [B, S, D], and the statistics of the tokens.
+
+        Args:
+            x_BSD: A batch of sequences.
+            real_T: int64 [T], ascending; places of the real tokens among the B * S. The others have no experts, and an
+                output of 0. None is a batch without padding.
+        """
         tokens_TD = x_BSD.flatten(0, 1)
+        if real_T is not None:
+            tokens_TD = tokens_TD.index_select(0, real_T)
         routing: Routing = self.router(tokens_TD)
         kept_TK = None
         if self.capacity_factor is not None and self.training:
@@ -78,16 +97,22 @@ class MoELayer(nn.Module):
         out_TD = self.dispatcher.combine(mixed_PD, metadata)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
-        return out_TD.view_as(x_BSD), self._stats(routing, kept_TK, x_BSD.shape[0])
+        if real_T is not None:
+            out_TD = out_TD.new_zeros(x_BSD.shape[:2].numel(), x_BSD.shape[2]).index_copy(0, real_T, out_TD)
+        sequence_T = None if real_T is None else real_T // x_BSD.shape[1]
+        return out_TD.view_as(x_BSD), self._stats(routing, kept_TK, x_BSD.shape[0], sequence_T)
 
     def _shared(self, tokens_TD: Tensor) -> Tensor | None:
         return None if self.shared_experts is None else self.shared_experts(tokens_TD)
 
-    def _stats(self, routing: Routing, kept_TK: Tensor | None, num_sequences: int) -> RoutingStats:
-        num_segments = num_sequences if self.aux_loss_scope == AuxLossScope.sequence else 1
+    def _stats(
+        self, routing: Routing, kept_TK: Tensor | None, num_sequences: int, sequence_T: Tensor | None
+    ) -> RoutingStats:
+        by_sequence = self.aux_loss_scope == AuxLossScope.sequence
+        segments = (num_sequences, sequence_T) if by_sequence else (1, None)
         tokens_per_expert_E = count_by_expert(routing.topk_expert_ids, routing.scores.shape[1])
         return RoutingStats(
-            balance_loss=balance_loss(routing.scores, routing.topk_expert_ids, num_segments),
+            balance_loss=balance_loss(routing.scores, routing.topk_expert_ids, *segments),
             z_loss=z_loss(routing.router_logits),
             mean_probs=mean_probs(routing.scores),
             tokens_per_expert=tokens_per_expert_E,

@@ -1,0 +1,102 @@
+"""Finetuning from end to end: pre-train, prepare, finetune, generate, export; transformers says the same."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import QUICKSTART, TINY
+from tests.distributed import captured_output, run_distributed
+
+CONFIGS = QUICKSTART.parent
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Is {n} a number?"}, {"role": "assistant", "content": "yes, it is"}]}
+    if n % 2
+    else {"prompt": f"value {n} means ", "response": "nothing"}
+    for n in range(48)
+]
+SAME_MODEL = ("model.n_dense_layers=0", "model.moe.num_shared_experts=0", "model.init.std=0.05")
+"""One that Mixtral's family can be exported to."""
+PROMPT = "value 7 means "
+
+
+def run_all(root: Path, corpus: Path) -> dict[str, Any]:
+    """Every command, one after the other, in one process; the imports take long."""
+    from moefoundry.cli.main import main
+
+    os.chdir(root)
+    (root / "chats.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in CHATS))
+    tiny = [change for change in TINY if not change.startswith(("run_name", "max_duration", "eval_interval"))]
+    tiny += ["progress_bar=false", "log_to_console=false", *SAME_MODEL]
+    tuned = [*tiny, "max_duration=12ep", "eval_interval=6ep", "train_loader.dataset.local=data/chats"]
+    recipe = str(CONFIGS / "finetune/finetune-tiny.yaml")
+    commands = {
+        "pretrain": ["train", *tiny, "run_name=tiny", "max_duration=4ba", f"train_loader.dataset.local={corpus}"],
+        "prepare": ["prepare", "chats.jsonl", "data/chats", "--tokenizer", f"{corpus}/tokenizer", "--instructions"],
+        "finetune": ["train", recipe, *tuned],
+        "unpacked": ["train", recipe, *tuned, "run_name=unpacked", "train_loader.dataset.packing.method=none"],
+        "generate": ["generate", "runs/finetune-tiny", "--prompt", PROMPT, "--max-new-tokens", "12", "--json"],
+        "export": ["convert", "export", "runs/finetune-tiny", "-o", "exported"],
+    }
+    commands["prepare"] += ["--val-fraction", "0.2", "--workers", "1"]
+    commands["unpacked"] += ["eval_loader.dataset.packing.method=none"]
+    found: dict[str, Any] = {}
+    for name, words in commands.items():
+        with captured_output() as texts:
+            found[name] = main(words)
+        found[name] = (found[name], *texts)
+    found["transformers"] = by_transformers(root / "exported")
+    return found
+
+
+def by_transformers(directory: Path) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
+    ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        new = model.generate(ids, max_new_tokens=12, do_sample=False, attention_mask=torch.ones_like(ids))
+    text: str = tokenizer.decode(new[0, ids.shape[1] :], skip_special_tokens=True)
+    return text
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    root = tmp_path_factory.mktemp("finetuning")
+    return root, run_distributed(run_all, 1, root, tiny_corpus, timeout=180)[0]
+
+
+def metrics(root: Path, run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_step_succeeds_and_the_model_answers(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    found = outcomes[1]
+    for name in ("pretrain", "prepare", "finetune", "unpacked", "generate", "export"):
+        assert found[name][0] == 0, found[name]
+    completion = json.loads(found["generate"][1])["completion"]
+    assert completion == "nothing"
+    assert found["transformers"] == completion
+
+
+@pytest.mark.parametrize("run", ["finetune-tiny", "unpacked"])
+def test_the_held_out_loss_falls(outcomes: tuple[Path, dict[str, Any]], run: str) -> None:
+    lines = metrics(outcomes[0], run)
+    held_out = [
+        line["metrics/eval/LanguageCrossEntropy"] for line in lines if "metrics/eval/LanguageCrossEntropy" in line
+    ]
+    assert len(held_out) == 2
+    assert held_out[1] < held_out[0] < lines[0]["loss/train/lm"]
+    assert lines[-1]["loss/train/lm"] < 0.5
+
+
+def test_only_responses_are_predicted(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    corpus = json.loads((outcomes[0] / "data/chats/corpus.json").read_text())
+    assert corpus["inputs"]["kind"] == "instructions"
+    assert sum(split["documents"] for split in corpus["splits"].values()) == len(CHATS)
+    assert not corpus["left_out"]
