@@ -13,6 +13,7 @@ from moefoundry.data.assembly import OUTPUTS
 from moefoundry.data.blocks import Block, block_size, plan_blocks
 from moefoundry.data.corpus import Corpus, open_corpus
 from moefoundry.data.encoding import RecordEncoder
+from moefoundry.data.fim import with_sentinels
 from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.options import PrepareOptions, check_numbers
 from moefoundry.data.staging import clear_abandoned, occupied
@@ -79,6 +80,8 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
     if encoder is not None and corpus.format not in RECORD_FORMATS:
         raise UserError(f"{options.source}: {corpus.format} has no records; {encoder.kind} are JSON Lines or tables")
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    if given is not None and options.add_fim_tokens:
+        given = with_sentinels(given)
     _check_vocab(given, options)
     return Opened(options, out, corpus, plan_blocks(corpus, block_size(corpus, block_bytes)), given, stored, encoder)
 
