@@ -3,11 +3,13 @@
 #   PYTHON      interpreter that creates the environment (default python3.11, else a python3 that is 3.11 or newer)
 #   VENV        where the environment lives (default .venv)
 #   PROCESSES   ranks of the quickstart (default 2)
+#   ORACLE      where the newest transformers lies, which conversions are compared with (default .oracle)
 #   WORKERS     processes that the tests are divided among (default 2; each test may start four ranks more)
 #   ARGS        appended to the command of quickstart, test, test-slow and bench
 
 PYTHON ?= python3.11
 VENV ?= .venv
+ORACLE ?= .oracle
 PROCESSES ?= 2
 WORKERS ?= 2
 ARGS ?=
@@ -19,7 +21,7 @@ PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint bench docs docker clean
+.PHONY: help setup oracle quickstart test test-slow lint bench docs docker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,16 +58,29 @@ setup: ## create the environment and install the locked packages; does nothing w
 	mv "$(STAMP).tmp" "$(STAMP)"; \
 	echo "$(VENV) is ready"
 
+# A directory that Python's path may begin with. It is made beside its place and moved there when it is whole.
+oracle: setup ## install the newest transformers into .oracle, for tests and `convert --verify`; does nothing when up to date
+	@set -eu; \
+	digest="$$(sha256sum < requirements-oracle.lock | cut -d ' ' -f 1)"; \
+	if [ "$$(cat "$(ORACLE)/.stamp" 2>/dev/null)" = "$$digest" ]; then exit 0; fi; \
+	echo "installing requirements-oracle.lock into $(ORACLE)"; \
+	rm -rf "$(ORACLE).tmp"; \
+	$(PIP) install -q --no-deps --target "$(ORACLE).tmp" -r requirements-oracle.lock; \
+	echo "$$digest" > "$(ORACLE).tmp/.stamp"; \
+	rm -rf "$(ORACLE)"; \
+	mv "$(ORACLE).tmp" "$(ORACLE)"
+
 quickstart: setup ## train a small MoE on this machine's Python standard library, on CPU
 	$(BIN)/moefoundry prepare stdlib data/quickstart
 	threads=$$(( $$(nproc) / $(PROCESSES) )); \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( threads > 0 ? threads : 1 ))} \
-	$(BIN)/composer -n $(PROCESSES) scripts/train.py configs/quickstart.yaml run_name=quickstart autoresume=true $(ARGS)
+	$(BIN)/composer -n $(PROCESSES) scripts/train.py configs/quickstart.yaml run_name=quickstart autoresume=true \
+		icl_tasks=configs/tasks/quickstart.yaml $(ARGS)
 
-test: setup lint ## lint, then every test that is not slow
+test: setup oracle lint ## lint, then every test that is not slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-slow: setup ## the slow tests
+test-slow: setup oracle ## the slow tests
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup ## style, types, layer order, Dockerfile
@@ -78,8 +93,9 @@ lint: setup ## style, types, layer order, Dockerfile
 bench: setup ## the comparisons of benchmarks/
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-docs: setup ## regenerate the recipe reference and the pictures
+docs: setup oracle ## regenerate the recipe reference, the table of families and the pictures
 	$(BIN)/python -m moefoundry.config.reference docs/recipe.md
+	$(BIN)/python docs/families.py
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python docs/mesh.py
 

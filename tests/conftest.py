@@ -5,10 +5,14 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from moefoundry.config import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from tests.evaluation.tiny_tasks import Trained
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads than free cores wait for each other, busily
 
@@ -100,6 +104,14 @@ def tiny_overrides(tiny_corpus: Path) -> Callable[..., list[str]]:
 def tiny_recipe(tiny_overrides: Callable[..., list[str]]) -> Callable[..., Recipe]:
     """``tiny_recipe(run_dir, "key=value", ...)``: that recipe."""
     return lambda run_dir, *changes: load_recipe(None, tiny_overrides(run_dir, *changes))
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_overrides: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> "Trained":
+    """A tiny model that has learned a little: its run with tasks, and what it exports."""
+    from tests.evaluation.tiny_tasks import train_and_export
+
+    return train_and_export(tiny_overrides, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture

@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.config import ActivationCheckpointing, MeshConfig, PrecisionConfig
+from moefoundry.adapters import apply_lora
+from moefoundry.config import ActivationCheckpointing, LoraConfig, MeshConfig, PrecisionConfig
 from tests.distributed import run_distributed
 from tests.model.tiny import batch, gradients, meta_model, tiny_config
 
 MODES = ["none", "selective", "full"]
 
 
-def step(mode: str, backend: str | None, sharded: bool = False) -> tuple[Tensor, dict[str, Tensor], int]:
+def step(
+    mode: str, backend: str | None, sharded: bool = False, lora: LoraConfig | None = None
+) -> tuple[Tensor, dict[str, Tensor], int]:
     """The loss and gradients of a step, and how many modules have been compiled by ``backend``."""
     from torch.distributed.tensor import DTensor
 
@@ -24,15 +27,26 @@ def step(mode: str, backend: str | None, sharded: bool = False) -> tuple[Tensor,
 
     meshes = build_meshes(resolve_degrees(MeshConfig(1, 2, 2), 2), "cpu") if sharded else None
     model = meta_model(tiny_config())
+    if lora is not None:
+        apply_lora(model, lora)
     with pytest.MonkeyPatch.context() as patch:
         if backend is not None:
             patch.setattr(torch, "compile", partial(torch.compile, backend=backend))
         parallelize(model, meshes, PrecisionConfig(), ActivationCheckpointing(mode), compile=backend is not None)
         materialize(model, "cpu", 0)
+        move_adapters(model)
         loss = model(batch(), batch()).total
         loss.backward()
     grads = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients(model).items()}
     return loss.detach(), grads, sum(module._compiled_call_impl is not None for module in model.modules())
+
+
+def move_adapters(model: torch.nn.Module) -> None:
+    """Their B is zero at the beginning, and so are the gradients of A then."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".lora.b"):
+                parameter.add_(0.1)
 
 
 def assert_same(step: tuple[Tensor, dict[str, Tensor], int], eager: tuple[Tensor, dict[str, Tensor], int]) -> None:
@@ -46,8 +60,8 @@ def assert_same(step: tuple[Tensor, dict[str, Tensor], int], eager: tuple[Tensor
         assert error <= 1e-5, f"{name}: {error:.1e}"
 
 
-def compare(mode: str, backend: str, sharded: bool = False) -> None:
-    assert_same(step(mode, backend, sharded), step(mode, None, sharded))
+def compare(mode: str, backend: str, sharded: bool = False, lora: LoraConfig | None = None) -> None:
+    assert_same(step(mode, backend, sharded, lora), step(mode, None, sharded, lora))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -57,6 +71,12 @@ def test_compiled_parts_compute_the_same(mode: str) -> None:
 
 def test_compiled_parts_compute_the_same_on_a_mesh() -> None:
     run_distributed(compare, 2, "selective", "aot_eager", True)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one process", "mesh"])
+def test_compiled_parts_with_adapters_compute_the_same(sharded: bool) -> None:
+    lora = LoraConfig(rank=4, dora=True, targets=["attention", "dense", "shared_experts"])
+    run_distributed(compare, 1 + sharded, "full", "aot_eager", sharded, lora)
 
 
 @pytest.mark.slow

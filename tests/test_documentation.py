@@ -91,10 +91,12 @@ def test_preparations_in_the_pages_succeed(tmp_path: Path, capsys: pytest.Captur
     assert len(shown) >= 2
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(f'{{"prompt": "{number} and ", "response": "{number}"}}\n' for number in range(200)))
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(chats.read_text().replace('"response"', '"rejected": "", "chosen"').replace('"", ', '"no", '))
     for number, options in enumerate(shown):
         if "--tokenizer" in options:
             options[options.index("--tokenizer") + 1] = str(tmp_path / "0" / "tokenizer")
-        source = chats if "--instructions" in options else text
+        source = chats if "--instructions" in options else pairs if "--preferences" in options else text
         assert main(["prepare", str(source), str(tmp_path / f"{number}"), *options]) == 0
         assert " 0 samples" not in capsys.readouterr().out
 

@@ -248,6 +248,7 @@ OTHER = "@dataclass\nclass Other:\n    x: int = 0\n"
         ("losses", "losses.mine.weight=1", "losses.mine"),
         ("attention_kinds", "model.attention.kind=mine", "model.attention.kind: mine"),
         ("mixture_backends", "model.moe.backend=mine", "model.moe.backend: mine"),
+        ("icl_task_types", "icl_tasks=[{icl_task_type: mine}]", "icl_tasks[0].icl_task_type: mine"),
     ],
 )
 def test_a_package_that_cannot_be_used_is_named_in_one_line(
@@ -289,6 +290,43 @@ def test_scores_of_another_shape_or_dtype_are_refused(change: Any) -> None:
     router.score = lambda logits_TE: change(logits_TE.softmax(dim=-1))
     with pytest.raises(UserError, match=r"^model\.moe\.router\.score_function: softmax gives scores \[5, .*\[5, 16\]"):
         router(torch.randn(5, 8))
+
+
+TASKS = """
+from dataclasses import dataclass
+from moefoundry.config import TaskConfig, key
+from moefoundry.registry import Part
+
+@dataclass
+class LengthConfig(TaskConfig):
+    longest: int = key(10, "Letters at most.", ge=1)
+
+class Length:
+    usual = ("share",)
+    def __init__(self, cfg):
+        from moefoundry.evaluation.tasks.task import accuracy
+        self.cfg, self.metrics = cfg, {"share": accuracy}
+    def evaluate(self, evaluation):
+        return [{"correct": len(example["text"]) <= self.cfg.longest} for example in evaluation.examples]
+
+part = Part(LengthConfig, Length)
+"""
+
+
+def test_types_of_tasks_of_others(site: Path, tmp_path: Path, tiny_corpus: Path) -> None:
+    from moefoundry.config.tasks import read_tasks
+    from moefoundry.evaluation.prompts import PromptTokenizer
+    from moefoundry.evaluation.tasks.run import Sizes, evaluate_tasks, load_tasks
+    from tests.model.tiny import tiny_config, tiny_model
+
+    install(site, "lengths", {"moefoundry.icl_task_types": {"length": "lengths:part"}}, {"lengths.py": TASKS})
+    (tmp_path / "texts.jsonl").write_text('{"text": "short"}\n{"text": "much longer"}\n')
+    task = {"label": "l", "icl_task_type": "length", "num_fewshot": [0], "dataset_uri": str(tmp_path / "texts.jsonl")}
+    tokenizer = PromptTokenizer.open(tiny_corpus / "tokenizer", 384)
+    results = evaluate_tasks(tiny_model(tiny_config()), tokenizer, load_tasks(read_tasks([task])), Sizes(2, 16))
+    assert results.metrics == {"metrics/l/0-shot/share": 0.5}
+    (problem,) = problems("icl_tasks=[{label: l, icl_task_type: length, num_fewshot: [0], dataset_uri: x, longest: 0}]")
+    assert problem == "icl_tasks[0].longest: got 0; allowed: an integer >= 1"
 
 
 def test_moments_of_another_optimizer_are_not_promised(site: Path) -> None:

@@ -27,9 +27,11 @@ from moefoundry.callbacks.expert_bias import ExpertBias
 from moefoundry.callbacks.health import FiniteCheck, GradientNorm
 from moefoundry.callbacks.learning_rate import LearningRate
 from moefoundry.callbacks.metrics_file import MetricsFile
+from moefoundry.callbacks.preferences import PreferenceMonitor
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.callbacks.trackers import build_trackers, note_entries, start_trackers, try_trackers
+from moefoundry.checkpoint.base import digest_of_tensors
 from moefoundry.checkpoint.ranks import on_rank_zero, together
 from moefoundry.checkpoint.run_dir import DOWNLOADS, claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.save import Saver, retain_and_upload
@@ -38,11 +40,15 @@ from moefoundry.checkpoint.state import RunState
 from moefoundry.checkpoint.store import Retention
 from moefoundry.config import Compute, ConfigError, LoaderConfig, Recipe, UserError, flatten
 from moefoundry.config.making import make_part, make_parts
+from moefoundry.config.tasks import TASKS_KEY
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.data.fit import report_problems
 from moefoundry.data.loader import build_loader
+from moefoundry.data.reference import read_reference
+from moefoundry.data.sources import read_lengths
 from moefoundry.data.stores import Remote
-from moefoundry.foundry import ComposerMoECausalLM, CountTargets, count_tokens, with_counts
+from moefoundry.evaluation.tasks.callback import IclTasks
+from moefoundry.foundry import ComposerDPO, ComposerMoECausalLM, CountTargets, count_tokens, with_counts
 from moefoundry.mesh import Meshes
 from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import MoETransformer, meta_model
@@ -92,15 +98,17 @@ def assemble(recipe: Recipe) -> Trainer:
     model = build_model(recipe, meshes, device)
     digests = on_rank_zero(lambda: data_digests(recipe))
     run_dir, start = open_run(recipe, digests)
+    if recipe.dpo is not None:
+        on_rank_zero(lambda: check_reference(recipe, start))
     materialize(model, torch_device(device), recipe.seed)
     metrics_file = MetricsFile(run_dir)
     trainer = composer_patches.MeshTrainer(
-        model=ComposerMoECausalLM(model, stream_names(recipe.eval_loader)),
+        model=wrapped(recipe, model),
         optimizers=make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe),
         train_dataloader=train_data,
-        eval_dataloader=eval_data and Evaluator(label="eval", dataloader=eval_data),
+        eval_dataloader=(evaluators := build_evaluators(recipe, eval_data)),
         eval_subset_num_batches=recipe.eval_subset_num_batches,
-        eval_interval=recipe.eval_interval if eval_data else 0,
+        eval_interval=recipe.eval_interval if evaluators else 0,
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
         callbacks=build_callbacks(recipe, model, metrics_file, digests, start),
@@ -158,6 +166,30 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
     return model
 
 
+def check_reference(recipe: Recipe, start: Start | None) -> None:
+    """Check that all pairs have been scored, and by the checkpoint that the run begins with.
+
+    Raises:
+        UserError: They have not.
+    """
+    begins = digest_of_tensors(start.checkpoint) if start is not None and not start.own else None
+    for loader in (recipe.train_loader, recipe.eval_loader):
+        for source in () if loader is None else loader.dataset.sources.values():
+            place = Path(source.local, str(source.split))
+            _, of = read_reference(place, len(read_lengths(place)) // 2)
+            if begins is not None and of != begins:
+                raise UserError(
+                    f"{place}: its log-probabilities are of another checkpoint than load_path; compute them again: "
+                    f"moefoundry reference {recipe.load_path} {source.local}"
+                )
+
+
+def wrapped(recipe: Recipe, model: MoETransformer) -> ComposerMoECausalLM:
+    """Wrap the model for Composer, with what it is trained for."""
+    sources = stream_names(recipe.eval_loader)
+    return ComposerMoECausalLM(model, sources) if recipe.dpo is None else ComposerDPO(model, recipe.dpo.beta, sources)
+
+
 def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
     """Build the loader of this rank's batches of ``batch_size`` sequences."""
     loader = build_loader(
@@ -172,6 +204,15 @@ def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
             print(f"packing: {line}", file=sys.stderr, flush=True)
     counting = partial(with_counts, document_masking=recipe.model.document_masking)
     return DataSpec(loader, batch_transforms=counting, get_num_tokens_in_batch=count_tokens)
+
+
+def build_evaluators(recipe: Recipe, eval_data: DataSpec | None) -> list[Evaluator]:
+    """Build what Composer evaluates; one without data lets it come to :class:`IclTasks` where there are only these."""
+    if eval_data is not None:
+        return [Evaluator(label="eval", dataloader=eval_data)]
+    if recipe.icl_tasks is None:
+        return []
+    return [Evaluator(label=TASKS_KEY, dataloader=[], metric_names=[], device_eval_microbatch_size=1)]
 
 
 def stream_names(cfg: LoaderConfig | None) -> list[str]:
@@ -199,6 +240,8 @@ def build_callbacks(
             DataMonitor(stream_names(recipe.train_loader), source_tokens),
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
             build_expert_bias(model),
+            IclTasks(recipe) if recipe.icl_tasks is not None else None,
+            PreferenceMonitor() if recipe.dpo is not None else None,
             *make_parts("callbacks", Callback, recipe.callbacks, recipe),
         ],
         Phase.STOP: [StopOnSignal()],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +13,12 @@ from composer.utils import dist
 from torch import Tensor
 from torchmetrics import Metric
 
-from moefoundry.config import AuxLossScope, ConfigError, Problem, load_recipe
+from moefoundry.config import AuxLossScope, ConfigError, Problem, UserError, load_model
 from moefoundry.model.padding import count_at_depths
 from moefoundry.model.preferences import dpo_losses, reward_margins
 from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer, meta_model
+from moefoundry.ops.cross_entropy import IGNORE_INDEX
 from moefoundry.parallel import materialize
 
 Batch = Mapping[str, Any]
@@ -98,7 +98,7 @@ class ComposerMoECausalLM(ComposerModel):
         sources = {f"LanguageCrossEntropy/{name}": SourceCrossEntropy(n) for n, name in enumerate(self.eval_sources)}
         return {"LanguageCrossEntropy": LanguageCrossEntropy(), **sources}
 
-    def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> None:
+    def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> Any:
         if isinstance(metric, SourceCrossEntropy):
             assert outputs.lm_of_rows is not None, "the model of several sources tells rows apart"
             own_B = batch["source"] == metric.source
@@ -135,10 +135,11 @@ class ComposerDPO(ComposerMoECausalLM):
     Args:
         model: The model that is trained.
         beta: Scale of the rewards.
+        eval_sources: As in the base class.
     """
 
-    def __init__(self, model: MoETransformer, beta: float) -> None:
-        super().__init__(model)
+    def __init__(self, model: MoETransformer, beta: float, eval_sources: Sequence[str] = ()) -> None:
+        super().__init__(model, eval_sources)
         model.pairs = True
         self.beta = beta
 
@@ -179,18 +180,17 @@ class CountTargets(Callback):
         model.tokens_per_sample = counts[2:].double() / counts[1] if len(counts) > 2 else None
 
 
-NOT_OF_THE_MODEL = (
-    *("run_name=llm-foundry", "max_seq_len=4096", "train_loader.dataset.local=none", "optimizer.lr=1"),
-    *("scheduler.t_warmup=0ba", "max_duration=1ba", "global_train_batch_size=1"),
+ICL_METRICS = (
+    *("InContextLearningLMAccuracy", "InContextLearningMultipleChoiceAccuracy"),
+    *("InContextLearningLMExpectedCalibrationError", "InContextLearningMCExpectedCalibrationError"),
 )
-"""Required keys of a recipe here that LLM Foundry's own recipe has instead; nothing reads them."""
 
 
 class FoundryMoECausalLM(ComposerMoECausalLM):
     """``model.name: moe_causal_lm`` in a recipe of LLM Foundry's own, which finds it by its entry point.
 
     Args:
-        tokenizer: Not used; LLM Foundry hands it to every model.
+        tokenizer: Kept for LLM Foundry's checkpointer; the model does without it.
         seed: Seed of the initial weights.
         model: Keys of this project's ``model`` mapping.
 
@@ -199,7 +199,7 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
     """
 
     def __init__(self, tokenizer: object = None, seed: int = 17, **model: object) -> None:
-        cfg = load_recipe(None, [*NOT_OF_THE_MODEL, f"model={json.dumps(model)}"]).model
+        cfg = load_model(model)
         balance = cfg.moe.balance
         if balance.bias_update_rate or balance.aux_loss_scope == AuxLossScope.global_batch:
             key = "bias_update_rate" if balance.bias_update_rate else "aux_loss_scope"
@@ -208,6 +208,38 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
         transformer = meta_model(cfg)
         materialize(transformer, "cpu", seed)
         super().__init__(transformer)
+        self.tokenizer = tokenizer
+
+    def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
+        """Return those of training, which LLM Foundry also evaluates by; in evaluation those of its ICL tasks, too."""
+        metrics = super().get_metrics(is_train=False)
+        if is_train:
+            return metrics
+        from llmfoundry.eval import metrics as icl
+
+        return metrics | {name: getattr(icl, name)() for name in ICL_METRICS}
+
+    def eval_forward(self, batch: Mapping[str, Any], outputs: CausalLMLosses | None = None) -> Any:
+        """Compute losses; of a batch of an ICL task logits, [B, S, V].
+
+        Raises:
+            UserError: The task wants generated text.
+        """
+        if batch.get("mode") == "generate":
+            raise UserError("icl_tasks: moe_causal_lm generates no text here; export it, and evaluate hf_causal_lm")
+        if batch.get("mode") == "icl_task":
+            return self.model(batch["input_ids"])
+        return super().eval_forward(batch, outputs)
+
+    def update_metric(self, batch: Mapping[str, Any], outputs: Any, metric: Metric) -> dict[str, Any]:
+        """Update a metric; return what it says of each sample of an ICL task."""
+        if batch.get("mode") != "icl_task":
+            super().update_metric(batch, outputs, metric)
+            return {}
+        targets_BS = batch["labels"].roll(-1, dims=1)
+        targets_BS[:, -1] = IGNORE_INDEX
+        said: dict[str, Any] = metric.update(batch=batch, outputs=outputs, labels=targets_BS) or {}
+        return said and said | {"metric_name": [type(metric).__name__] * len(targets_BS)}
 
     def forward(self, batch: Batch) -> CausalLMLosses:
         """Compute the losses; LLM Foundry tells padding by ``attention_mask``, bool or int [B, S].

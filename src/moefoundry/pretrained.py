@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moefoundry.data.stores import Remote
 from moefoundry.data.tokenizer_files import CONFIG
 from moefoundry.evaluation.generation import Choice, generate, most_likely
 from moefoundry.evaluation.prompts import NO_TOKENIZER, PromptTokenizer
+from moefoundry.mesh import Meshes
 from moefoundry.model.transformer import MoETransformer
 
 
@@ -115,6 +117,54 @@ def load_checkpoint(
         tokenizer = PromptTokenizer.open(directory, model.cfg.vocab_size) if directory and has_tokenizer else None
         batch = state["timestamp"]["batch"] if "timestamp" in state else 0
         return LoadedCheckpoint(checkpoint.name, model, state["recipe"], batch, tokenizer)
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """Model to be evaluated, on this rank.
+
+    Attributes:
+        name: Directory that it was read from.
+        model: Model in evaluation mode, whole or sharded.
+        tokenizer: Its tokenizer.
+        tokenizer_dir: Directory of the tokenizer.
+        checkpoint: Checkpoint that holds it; None for a Hugging Face directory.
+    """
+
+    name: str
+    model: MoETransformer
+    tokenizer: PromptTokenizer
+    tokenizer_dir: Path
+    checkpoint: Path | None
+
+
+@contextmanager
+def evaluated_at(
+    place: str, *, meshes: Meshes | None, device: torch.device, ema: bool = False
+) -> Iterator[EvaluatedModel]:
+    """Load the model at a place with its tokenizer; every rank calls it.
+
+    Args:
+        place: As in :func:`from_pretrained`.
+        meshes: Meshes to shard the model of a checkpoint on; each rank loads all of a Hugging Face directory.
+        device: Device of this rank.
+        ema: As in :func:`from_pretrained`.
+
+    Raises:
+        UserError: As :func:`from_pretrained`; or there is no tokenizer, or it has tokens that the model lacks.
+    """
+    if _is_hf(place):
+        with directory_at(place) as path:
+            model = from_pretrained(path, device=device, ema=ema)
+            yield EvaluatedModel(place, model, PromptTokenizer.open(path, model.cfg.vocab_size), path, None)
+        return
+    with checkpoint_at(place) as path:
+        checkpoint = named_checkpoint(path)
+        tokenizer = PromptTokenizer.of_checkpoint(checkpoint)
+        directory = tokenizer_of(checkpoint, read_state(checkpoint)["recipe"])
+        assert directory is not None, "its tokenizer has been opened"
+        model = load_model(checkpoint, Weights.ema if ema else Weights.trained, meshes, device)
+        yield EvaluatedModel(str(checkpoint), model, tokenizer, directory, checkpoint)
 
 
 def _is_hf(place: str | Path) -> bool:

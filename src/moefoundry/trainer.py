@@ -21,6 +21,7 @@ from moefoundry.checkpoint.lease import held
 from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.run_dir import store_of
 from moefoundry.config import Recipe, advice, flatten
+from moefoundry.conversion.families import exports_as
 from moefoundry.evaluation.generation import complete
 from moefoundry.model.transformer import MoETransformer
 
@@ -29,6 +30,7 @@ EXPECTED_WARNINGS = (
     "FSDP2 Config/APIs are experimental",
     "torch.distributed is disabled, unavailable or uninitialized",
     "Cannot split tensor of length",  # the last, smaller batch of the held-out split
+    "No batches were evaluated",  # by Composer, where a recipe has only tasks: icl_tasks without eval_loader
     "No batches were trained",  # in the rest of an epoch of which nothing is left to a resumed run
 )
 """About choices that are made here on purpose; a person at the console can do nothing about them."""
@@ -51,6 +53,7 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         if dist.get_global_rank() == 0:
             for problem in advice(recipe):
                 print(f"warning: {problem}", file=sys.stderr, flush=True)
+            print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
         trainer.logger.log_hyperparameters(flatten(recipe))
         timestamp, max_duration = trainer.state.timestamp, trainer.state.max_duration
         if max_duration is None or timestamp < max_duration:

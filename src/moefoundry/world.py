@@ -22,11 +22,16 @@ def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
         return None
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{recipe.run_dir}/nccl_trace_rank_")
+    return join_meshes(degrees, device, recipe.dist_timeout)
+
+
+def join_meshes(degrees: MeshDegrees, device: Device, timeout_seconds: float) -> Meshes:
+    """Join the process group and build the meshes."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        rejoin_world(device, recipe.dist_timeout)
-    dist.initialize_dist(device, recipe.dist_timeout)
+        rejoin_world(device, timeout_seconds)
+    dist.initialize_dist(device, timeout_seconds)
     meshes = build_meshes(degrees, torch_device(device).type)
-    limit_waiting(meshes, recipe.dist_timeout)
+    limit_waiting(meshes, timeout_seconds)
     return meshes
 
 

@@ -106,7 +106,9 @@ def test_an_empty_file_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match=rf"{path}: is empty; allowed: a mapping of keys to values$"):
         load_recipe(path)
     found = problems_of(path=write(tmp_path, "{}"))
-    assert {key for key, spec in every_key().items() if spec.required and ".yarn." not in key} >= set(found)
+    optional = (".yarn.", ".llama3_rope.")
+    required = {key for key, spec in every_key().items() if spec.required and not any(part in key for part in optional)}
+    assert required >= set(found)
     assert all(problem.message.startswith("missing: ") for problem in found.values())
 
 
@@ -250,10 +252,30 @@ def test_enums_list_what_is_allowed():
 
 
 def test_what_is_not_there_yet_is_named():
-    problem = only_problem("icl_tasks=[lambada]")
-    assert problem.path == "icl_tasks"
+    problem = only_problem("train_loader.name=video")
+    assert problem.path == "train_loader.name"
     assert problem.message.endswith("is not available yet")
-    assert problem.allowed == "null"
+    assert problem.allowed == "text"
+
+
+def test_tasks_are_checked_where_they_stand():
+    assert only_problem("icl_tasks=[lambada]").path == "icl_tasks[0]"
+    task = "{label: a, icl_task_type: schema, dataset_uri: x, num_fewshot: [0], shots: 1}"
+    assert only_problem(f"icl_tasks=[{task}]").path == "icl_tasks[0].shots"
+    assert only_problem("icl_tasks=tasks.yaml", "eval_gauntlet={weighting: SIZE}").path == "eval_gauntlet.weighting"
+    assert only_problem("eval_gauntlet=file.yaml").path == "eval_gauntlet"
+    assert only_problem("icl_tasks=s3://bucket/tasks.yaml").message.endswith("must be a path, not a URL")
+    recipe = load_recipe(
+        None, [*QUICK, f"icl_tasks=[{task.replace(', shots: 1', '')}]", "eval_gauntlet={categories: []}"]
+    )
+    assert recipe.icl_tasks[0]["num_fewshot"] == [0]
+    assert load_recipe(None, [*QUICK, *(f"{key}=null" for key in ("icl_tasks", "eval_gauntlet"))]).icl_tasks is None
+
+
+def test_a_recipe_with_tasks_reads_back(tmp_path):
+    task = '{label: a, icl_task_type: schema, dataset_uri: x, num_fewshot: [0], prompt_string: "a\\nb"}'
+    recipe = load_recipe(None, [*QUICK, f"icl_tasks=[{task}]", "eval_gauntlet={averages: {all: []}}"])
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
 
 
 @pytest.mark.parametrize("name", ["mpt_causal_lm", "hf_causal_lm"])
@@ -362,14 +384,15 @@ def required_beside(path: str) -> dict[str, Any]:
         return {"model.n_dense_layers": 0}
     if path == "lora.base":
         return {"load_path": "runs/base"}
-    yarn = {"model.attention.yarn.factor": 4, "model.attention.yarn.original_max_seq_len": 64}
-    return yarn if path.startswith("model.attention.yarn.") else {}
+    extensions = {"yarn": ("factor", "original_max_seq_len"), "llama3_rope": ("factor",)}
+    mapping = path.rpartition(".")[0]
+    return {f"{mapping}.{key}": 64 for key in extensions.get(mapping.rpartition(".")[2], ())}
 
 
 @pytest.mark.parametrize(("path", "spec", "tags"), leaves())
 @pytest.mark.parametrize("wrong", ["a mapping", "a scalar", "a list"])
 def test_row21_every_leaf_of_the_schema_is_typed(path, spec: Spec, tags, wrong):
-    scalar = 12345 if spec.kind in (str, list) or issubclass(spec.kind, StrEnum) else "some words"
+    scalar = 12345 if spec.kind in (str, list, object) or issubclass(spec.kind, StrEnum) else "some words"
     value = {"a mapping": {"x": 1}, "a list": ["x", {"y": 2}], "a scalar": scalar}[wrong]
     layers = layered({})
     for key, leaf in {

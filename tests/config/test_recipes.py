@@ -6,12 +6,23 @@ import pytest
 import yaml
 
 from moefoundry import config
-from moefoundry.config import Recipe, load_recipe, schema, schema_attention, schema_model, schema_monitors, schema_parts
+from moefoundry.config import (
+    Recipe,
+    load_recipe,
+    schema,
+    schema_attention,
+    schema_lora,
+    schema_model,
+    schema_monitors,
+    schema_parts,
+)
 from moefoundry.config.reference import reference
 from moefoundry.config.spec import plain
+from moefoundry.config.tasks import read_tasks
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+TASKS = sorted((ROOT / "configs" / "tasks").glob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path not in TASKS)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -22,8 +33,13 @@ def test_every_recipe_loads(path):
     assert load_recipe(path, world_size=ranks if ranks > 0 else 2)  # a mesh of its own, or any
 
 
+@pytest.mark.parametrize("path", TASKS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_of_tasks_loads(path):
+    assert all((ROOT / task.dataset_uri).is_file() for task in read_tasks(str(path)))
+
+
 def test_every_schema_class_is_exported():
-    for module in (schema, schema_attention, schema_model, schema_monitors, schema_parts):
+    for module in (schema, schema_attention, schema_lora, schema_model, schema_monitors, schema_parts):
         classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
         own = {name for name, value in classes.items() if value.__module__ == module.__name__}
         assert own

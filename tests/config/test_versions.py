@@ -41,9 +41,9 @@ def test_a_recipe_of_the_first_version_means_what_it_meant() -> None:
 def test_no_other_key_that_matters_was_added_without_a_version() -> None:
     """A key that later recipes have and the first had not is in ``ADDED``, is free on resume, or comes with a mapping
     that was null."""
-    attention = ("yarn.", "kv_", "q", "v_")
+    attention = ("yarn.", "llama3_rope.", "kv_", "q", "v_")
     data = (f"{loader}.dataset.{name}." for loader in ("train_loader", "eval_loader") for name in ("fim", "streams"))
-    new_mappings = ("ema.", "lora.", "losses.", *(f"model.attention.{name}" for name in attention), *data)
+    new_mappings = ("dpo.", "ema.", "lora.", "losses.", *(f"model.attention.{name}" for name in attention), *data)
     known = {path for path, spec in every_key().items() if not spec.is_mapping}
     added = {key for key in known - FIRST.keys() if not is_free_on_resume(key) and not key.startswith(new_mappings)}
     assert added <= BESIDE.keys()

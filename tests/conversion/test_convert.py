@@ -30,7 +30,7 @@ from moefoundry.conversion.convert import (
     load_model,
 )
 from moefoundry.conversion.families import FAMILIES
-from moefoundry.conversion.parity import verify_logits
+from moefoundry.conversion.parity import verify_outputs
 from moefoundry.conversion.starting_recipe import Size, peak_rate, with_balance
 from moefoundry.conversion.tensor_map import Dtype
 from moefoundry.data.tokenizer_files import special_token_ids
@@ -140,7 +140,7 @@ def test_transformers_loads_what_is_exported(tmp_path: Path, family: str) -> Non
     hf = write_hf(tmp_path / "hf", family, family_config(family))
     write_tokenizer(tmp_path / "tokenizer")
     summary = import_hf(hf, tmp_path / "checkpoint", tolerance=1e-4)
-    assert summary.max_difference is not None
+    assert summary.parity is not None
     assert summary.has_tokenizer is False
     summary = export_hf(tmp_path / "checkpoint", tmp_path / "back", tokenizer=tmp_path / "tokenizer", tolerance=1e-4)
     assert re.fullmatch(
@@ -168,7 +168,7 @@ def test_a_model_without_compressed_queries_is_verified(tmp_path: Path) -> None:
     wrong = write_hf(tmp_path / "wrong", "deepseek_v3", family_config("deepseek_v3", "moonlight"))
     save_file(contents(wrong) | {"model.layers.0.self_attn.q_proj.weight": zeros}, wrong / "model.safetensors")
     with pytest.raises(UserError, match="logits differ by"):
-        verify_logits(wrong, load_model(tmp_path / "checkpoint"), 1e-4)
+        verify_outputs(wrong, load_model(tmp_path / "checkpoint"), 1e-4)
 
 
 def test_what_transformers_does_not_load_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_published_fp8_weights_are_imported(tmp_path: Path, dtype: Dtype) -> Non
     quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
     (hf / "config.json").write_text(json.dumps(read_json(hf) | {"quantization_config": quantization}))
     summary = import_hf(hf, tmp_path / "checkpoint", dtype, tolerance=1e-3)
-    assert summary.max_difference is not None
+    assert summary.parity is not None
     export_hf(tmp_path / "checkpoint", tmp_path / "back")
     read = contents(tmp_path / "back")
     assert read.keys() == expected.keys()

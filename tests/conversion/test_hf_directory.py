@@ -42,7 +42,7 @@ def test_fused_experts_are_split_exactly_and_verified(tmp_path: Path, family: st
     newer = write_version_5(tmp_path / "newer", family, cfg)
     assert any(name.endswith("gate_up_proj") for name in contents(newer))
     summary = import_hf(newer, tmp_path / "checkpoint", tolerance=1e-4)
-    assert summary.max_difference is not None
+    assert summary.parity is not None
     export_hf(tmp_path / "checkpoint", tmp_path / "back", family)
     assert_same_tensors(tmp_path / "back", write_hf(tmp_path / "older", family, cfg))
 

@@ -183,3 +183,17 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
         (tmp_path / SINGLE_FILE).write_bytes(content[:size])
         with pytest.raises(UserError, match=rf"{SINGLE_FILE}: unreadable safetensors"):
             SafetensorsReader(tmp_path)
+
+
+def test_a_variant_is_read_where_it_is_the_only_one(tmp_path: Path) -> None:
+    values = {"weight": torch.arange(6.0).view(2, 3)}
+    save_file(values, tmp_path / "model.fp16.safetensors")
+    assert torch.equal(SafetensorsReader(tmp_path).read("weight"), values["weight"])
+    index = {"weight_map": {"weight": "model.fp16.safetensors"}}
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"several variants of the weights: model.fp16.safetensors, "):
+        SafetensorsReader(tmp_path)
+    (tmp_path / "model.fp16.safetensors").rename(tmp_path / "part.safetensors")
+    index["weight_map"]["weight"] = "part.safetensors"
+    (tmp_path / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+    assert torch.equal(SafetensorsReader(tmp_path).read("weight"), values["weight"])

@@ -36,7 +36,7 @@ def test_a_family_has_a_recipe_of_its_published_model(
     size, counts = Size.of(recipe.model), count_parameters(recipe.model)
     assert (size.total, size.active) == pytest.approx((counts.total, counts.active), rel=1e-3)
     assert main(["validate", str(path), "--world-size", "64"]) == 0
-    assert f"export: {name}" in capsys.readouterr().out
+    assert f"export: {'deepseek_v3' if name == 'glm4_moe_lite' else name}" in capsys.readouterr().out
 
 
 def test_every_value_of_a_recipe_has_a_comment() -> None:
@@ -56,7 +56,12 @@ def test_sizes_and_balance_are_as_published(name: str) -> None:
     assert balance.aux_loss_weight == pytest.approx(expected.aux_loss_weight)
     assert balance.z_loss_weight == pytest.approx(expected.z_loss_weight)
     assert replace(balance, aux_loss_weight=0, z_loss_weight=0) == replace(expected, aux_loss_weight=0, z_loss_weight=0)
-    if name != "moonlight-16b-a3b":  # another model of DeepSeek-V3's family
+    if name not in (
+        "moonlight-16b-a3b",
+        "kimi-k2-1026b",
+        "deepseek-v2-lite-16b",
+        "glm-4.5-air-106b",
+    ):  # others of theirs
         assert computed(family.read_config(family.published[1])) == computed(recipe.model)
 
 

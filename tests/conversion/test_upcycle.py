@@ -116,19 +116,21 @@ def test_a_dense_model_becomes_a_mixtral(tmp_path: Path) -> None:
     assert contents(tmp_path / "mixtral")["model.layers.0.block_sparse_moe.gate.weight"].dtype == torch.float32
 
 
-def test_a_qwen3_becomes_a_qwen3_moe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("family", "mixture"), [("qwen3", "qwen3_moe"), ("qwen2", "qwen2_moe")])
+def test_a_qwen_becomes_a_mixture_of_qwens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, mixture: str
+) -> None:
     """With some blocks dense, and nothing said beforehand."""
-    hf = write_hf(tmp_path / "hf", "qwen3", family_config("qwen3"))
+    hf = write_hf(tmp_path / "hf", family, family_config(family))
     upcycle(hf, tmp_path / "checkpoint", Upcycling(num_experts=4, top_k=2, layers=frozenset({1})))
     assert capsys.readouterr().err == ""
     export_hf(tmp_path / "checkpoint", tmp_path / "back", tolerance=1e-4)
-    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == "qwen3_moe"
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == mixture
 
 
 @pytest.mark.parametrize(
     ("family", "options", "reason"),
     [
-        ("qwen2", {}, "nearest is mixtral: model.attention.bias: qkv, and mixtral has none"),
         ("qwen3", {"granularity": 2}, "nearest is qwen3_moe: model.moe.router.scale: 2.0, and qwen3_moe has 1.0"),
         (
             "llama",

@@ -1,50 +1,69 @@
-"""What transformers 5 does, in a process of its own: ``python -m tests.conversion.transformers5 save|load|write DIR``.
+"""What the transformers of today computes, in a process of its own: ``transformers5.py save|load|adapt DIR``.
 
-    save   DIR/{family}-{variant}          a model of each family in each variant, saved with random weights
-           DIR/{family}-{variant}-fused    the same, with its experts in one tensor, as they are in memory
-    load   every directory of DIR
-    write  text with each, as users do; and each directory's tokenizer, saved anew, to {name}/tokenizer5
+    save   DIR/cases.json has a config by name: DIR/{name} is its model with random weights, saved; DIR/{name}-gradients
+           holds the gradients under the same names; DIR/{name}-fused the model with its experts in one tensor, as they
+           are in memory, where it is the family's first. It also has sizes by family, to be filled up with defaults.
+    load   every directory of DIR with a config.json is loaded; where it has a tokenizer, text is written with it
+    adapt  every directory of DIR: the model in its "exported" with the adapters in its "peft"
 
-All write ``DIR/results.pt``: logits and greedy tokens of each model by name; what was missing or unexpected of each; or
-the text.
+All write DIR/results.pt: logits, loss and greedy tokens of each model by name; the defaults; what was missing or
+unexpected, and the text. It imports nothing of this project.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moefoundry.conversion.families import FAMILIES
-from tests.conversion.families.models import CASES, VARIANTS, VOCAB, randomize
-
-NEW_TOKENS = 12
+VOCAB, LENGTH, NEW_TOKENS = 61, 24, 12
 PROMPT = "def first<fim_begin>"
 OPTIONS = {"attn_implementation": "eager"}
 
 
-def ids() -> torch.Tensor:
-    return torch.randint(0, VOCAB, (2, 24), generator=torch.Generator().manual_seed(1))
+def sample() -> torch.Tensor:
+    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def randomize(model: torch.nn.Module, seed: int) -> None:
+    """Norms about 1, and expert biases in [0, 0.5]: no score plus bias is below 0, the value that some versions of
+    DeepSeek give to experts outside a token's groups (here, as in DeepSeek's own code, it is minus infinity)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name.endswith("e_score_correction_bias"):
+                tensor.uniform_(0.0, 0.5, generator=generator)
+            else:
+                tensor.normal_(1.0 if "norm" in name and tensor.dim() == 1 else 0.0, 0.2, generator=generator)
 
 
 def results_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     model.eval()
     with torch.no_grad():
-        tokens = model.generate(ids()[:1, :6], max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
-        return {"logits": model(ids()).logits, "tokens": tokens[0, 6:]}
+        tokens = model.generate(sample()[:1, :6], max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
+        return {"logits": model(sample()).logits, "tokens": tokens[0, 6:]}
 
 
 def save(directory: Path) -> None:
-    results = {}
-    for family, variant in CASES:
-        name = f"{family}-{variant}"
-        config = FAMILIES[family].write_config(VARIANTS[family][variant], max_seq_len=64, torch_dtype="float32")
+    asked = json.loads((directory / "cases.json").read_text())
+    results = {"defaults": {}}
+    for family, sizes in asked["defaults"].items():
+        results["defaults"][family] = json.loads(AutoConfig.for_model(family, **sizes).to_json_string(use_diff=True))
+    for name, config in asked["configs"].items():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **OPTIONS)
         randomize(model, seed=0)
         model.tie_weights()
         model.save_pretrained(directory / name)
-        model.save_pretrained(directory / f"{name}-fused", save_original_format=False)
+        if name.endswith("-plain"):
+            model.save_pretrained(directory / f"{name}-fused", save_original_format=False)
         results[name] = results_of(model)
+        loss = model(sample(), labels=sample()).loss
+        loss.backward()
+        results[name]["loss"] = loss.detach()
+        for parameter in model.parameters():
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        model.save_pretrained(directory / f"{name}-gradients")
     torch.save(results, directory / "results.pt")
 
 
@@ -54,21 +73,27 @@ def load(directory: Path) -> None:
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **OPTIONS
         )
-        odd = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
-        results[path.name] = results_of(model) | {"odd": odd}
-    torch.save(results, directory / "results.pt")
-
-
-def write(directory: Path) -> None:
-    results = {}
-    for path in sorted(path for path in directory.iterdir() if (path / "config.json").exists()):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-        inputs = tokenizer(PROMPT, return_tensors="pt")
-        tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-        results[path.name] = {"text": tokenizer.decode(tokens[0])}
+        results[path.name] = {"odd": {kind: sorted(map(str, names)) for kind, names in info.items() if names}}
+        if not (path / "tokenizer.json").exists():
+            results[path.name] |= results_of(model)
+            continue
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=NEW_TOKENS, do_sample=False)
+        results[path.name]["text"] = tokenizer.decode(tokens[0])
         tokenizer.save_pretrained(path / "tokenizer5")
     torch.save(results, directory / "results.pt")
 
 
+def adapt(directory: Path) -> None:
+    from peft import PeftModel
+
+    results = {}
+    for path in sorted(path for path in directory.iterdir() if path.is_dir()):
+        model = AutoModelForCausalLM.from_pretrained(path / "exported", dtype=torch.float32, **OPTIONS)
+        with torch.no_grad():
+            results[path.name] = {"logits": PeftModel.from_pretrained(model, path / "peft").eval()(sample()).logits}
+    torch.save(results, directory / "results.pt")
+
+
 if __name__ == "__main__":
-    {"save": save, "load": load, "write": write}[sys.argv[1]](Path(sys.argv[2]))
+    {"save": save, "load": load, "adapt": adapt}[sys.argv[1]](Path(sys.argv[2]))

@@ -63,6 +63,13 @@ def test_some_solutions_of_human_eval(human_eval: dict[str, Problem]) -> None:
     check_solutions({name: human_eval[name] for name in chosen})
 
 
+def test_solutions_of_the_quickstarts_functions() -> None:
+    problems = read_problems(Path(__file__).parents[2] / "configs" / "tasks" / "functions.jsonl")
+    right = {name: problem.canonical_solution for name, problem in problems.items()}
+    assert share_passed(problems, right) == 1
+    assert share_passed(problems, dict.fromkeys(problems, "    pass\n")) == 0
+
+
 @pytest.mark.slow
 def test_all_solutions_of_human_eval(human_eval: dict[str, Problem]) -> None:
     assert len(human_eval) == 164

@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from moefoundry.checkpoint.weights import load_model
+from moefoundry.migration.import_foreign import import_foreign
 from tests.distributed import captured_output, run_distributed
 from tests.llm_foundry import recipes
+from tests.llm_foundry.moving import Moved, exact, lay_out, walk
 from tests.test_extending import install
 
 Losses = dict[str, list[float]]
@@ -46,11 +49,11 @@ def by_llm_foundry(trees: dict[str, dict[str, Any]]) -> dict[str, Losses]:
     return {name: losses_of(train(OmegaConf.create(tree))) for name, tree in trees.items()}
 
 
-def by_both(
-    trees: dict[str, dict[str, Any]], site: Path, commands: dict[str, list[str]]
-) -> tuple[dict[str, Losses], dict[str, Outcome]]:
+def all_of_one_rank(
+    trees: dict[str, dict[str, Any]], site: Path, commands: dict[str, list[str]], directory: Path
+) -> tuple[dict[str, Losses], dict[str, Outcome], Moved]:
     """One after the other: the imports take long."""
-    return by_llm_foundry(trees), by_command(site, commands)
+    return by_llm_foundry(trees), by_command(site, commands), walk(directory)
 
 
 def by_command(site: Path, commands: dict[str, list[str]]) -> dict[str, Outcome]:
@@ -98,7 +101,7 @@ def trees(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.fixture(scope="module")
 def ours(tiny_corpus: Path) -> dict[str, Any]:
     """Micro-batches of one sequence: their balance losses are those of the same tokens on any number of ranks."""
-    return recipes.recipe(recipes.mpt(ffn_config=recipes.OURS), tiny_corpus, eval_loader=None)
+    return recipes.recipe(recipes.mpt(ffn_config=recipes.OURS), tiny_corpus, eval_loader=None, max_duration="8ba")
 
 
 @pytest.fixture(scope="module")
@@ -142,26 +145,43 @@ def bad(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def on_one_rank(
-    trees: dict[str, dict[str, Any]], site: Path, commands: dict[str, list[str]], bad: dict[str, list[str]]
-) -> tuple[dict[str, Losses], dict[str, Outcome]]:
+    trees: dict[str, dict[str, Any]],
+    site: Path,
+    commands: dict[str, list[str]],
+    bad: dict[str, list[str]],
+    tiny_corpus: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[dict[str, Losses], dict[str, Outcome], Moved]:
     secrets = [f"variables.api_key={SECRET}", f"metadata.note={TOKEN}", "log_config=true", "max_duration=1ba"]
     told = {"ours": commands["ours"], "secrets": [*commands["mpt"], *secrets]}
     fit = {name: fit_by_hand(tree) for name, tree in trees.items()}
-    return run_distributed(by_both, 1, fit, site, told | bad, timeout=120)[0]
+    lay_out(directory := tmp_path_factory.mktemp("moving"), tiny_corpus)
+    return run_distributed(all_of_one_rank, 1, fit, site, told | bad, directory, timeout=120)[0]
 
 
 @pytest.fixture(scope="module")
-def on_one(on_one_rank: tuple[dict[str, Losses], dict[str, Outcome]]) -> dict[str, Outcome]:
+def on_one(on_one_rank: tuple[dict[str, Losses], dict[str, Outcome], Moved]) -> dict[str, Outcome]:
     return on_one_rank[1]
 
 
 @pytest.fixture(scope="module")
-def on_two(site: Path, commands: dict[str, list[str]]) -> list[dict[str, Outcome]]:
-    return run_distributed(by_command, 2, site, commands, timeout=120)
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shards")
+
+
+@pytest.fixture(scope="module")
+def on_two(site: Path, commands: dict[str, list[str]], tiny_corpus: Path, shards: Path) -> list[dict[str, Outcome]]:
+    changes = {
+        "max_duration": "1ba",
+        "save_folder": str(shards / "saved"),
+        "fsdp_config": {"state_dict_type": "sharded"},
+    }
+    saved = recipes.write(shards, recipes.recipe(exact(), tiny_corpus, eval_loader=None, **changes))
+    return run_distributed(by_command, 2, site, commands | {"saved": [saved]}, timeout=120)
 
 
 def test_losses_are_those_of_llm_foundry(
-    on_one_rank: tuple[dict[str, Losses], dict[str, Outcome]], on_two: list[dict[str, Outcome]]
+    on_one_rank: tuple[dict[str, Losses], dict[str, Outcome], Moved], on_two: list[dict[str, Outcome]]
 ) -> None:
     for name, losses in on_one_rank[0].items():
         first, second = (outcomes[name] for outcomes in on_two)
@@ -181,10 +201,27 @@ def test_our_moe_has_equal_losses_on_one_and_two_ranks(
     assert (one.status, two.status) == (0, 0), one.err + two.err
     assert set(one.losses) == {"total", "loss", "balance", "z"}
     for name, values in one.losses.items():
-        assert len(values) == 20
+        assert len(values) == 8
         assert two.losses[name] == pytest.approx(values, rel=1e-4)
     assert min(one.losses["balance"]) > 0
     assert one.losses["total"][-1] < one.losses["total"][0]
+
+
+def test_moving_in_an_afternoon(on_one_rank: tuple[dict[str, Losses], dict[str, Outcome], Moved]) -> None:
+    """The page's commands, and weights that give LLM Foundry's logits."""
+    moved = on_one_rank[2]
+    assert moved.failures == {}
+    assert moved.logits_difference < 1e-5
+    assert "model.ffn_config.moe_num_experts: 4 -> model.moe.num_experts: 4" in moved.report
+
+
+def test_shards_of_two_ranks_are_imported(on_two: list[dict[str, Outcome]], shards: Path) -> None:
+    assert on_two[0]["saved"].status == 0, on_two[0]["saved"].err
+    saved = next(path.parent for path in shards.glob("saved/*/.metadata"))
+    summary = import_foreign(saved, shards / "out", recipe=shards / "recipe.yaml")
+    model = load_model(summary.path)
+    assert model.layers[1].ffn.experts.gate_proj.shape == (4, 64, 32)
+    assert all(weight.isfinite().all() for weight in model.parameters())
 
 
 def test_errors_are_one_line_that_names_the_key(on_one: dict[str, Outcome], bad: dict[str, list[str]]) -> None:

@@ -21,6 +21,11 @@ FAKE_PYTHON = """#!/bin/sh
 case "$1" in -c) exit 0;; --version) echo "Python 3.11.0"; exit 0;; esac
 echo "$@" >> "$LOG"
 case "$*" in *"${FAIL_ON:-no such argument}"*) exit 1;; esac
+previous=
+for argument; do
+    if [ "$previous" = "--target" ]; then mkdir -p "$argument"; fi
+    previous=$argument
+done
 if [ "$1 $2" = "-m venv" ]; then
     for venv; do :; done
     mkdir -p "$venv/bin"; touch "$venv/pyvenv.cfg"; cp "$0" "$venv/bin/python"
@@ -39,6 +44,7 @@ class Project:
         self.python.chmod(0o755)
         shutil.copy(ROOT / "Makefile", tree)
         (tree / "requirements.lock").touch()
+        (tree / "requirements-oracle.lock").touch()
         (tree / "pyproject.toml").touch()
 
     def make(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -156,6 +162,22 @@ def test_moved_environment_is_made_anew(ready: Project) -> None:
     assert ready.calls[0] == "-m venv --clear moved"
 
 
+def test_oracle_is_installed_once_for_each_lock_and_whole(ready: Project) -> None:
+    place, lock = ready.tree / ".oracle", ready.tree / "requirements-oracle.lock"
+    assert ready.make("oracle", FAIL_ON="--target").returncode != 0
+    assert not place.exists()
+    for text in ("transformers==5", "transformers==6"):
+        lock.write_text(text)
+        (place / text).parent.mkdir(exist_ok=True)
+        (place / text).touch()
+        assert ready.make("oracle").returncode == 0
+        assert ready.installs == ["-q --no-deps --target .oracle.tmp -r requirements-oracle.lock"]
+        assert [path.name for path in place.iterdir()] == [".stamp"]
+        assert ready.make("oracle").returncode == 0
+        assert ready.installs == []
+    assert not (ready.tree / ".oracle.tmp").exists()
+
+
 def test_setup_leaves_a_directory_that_is_no_environment_alone(project: Project) -> None:
     precious = project.tree / "env/precious.txt"
     precious.parent.mkdir()
@@ -193,4 +215,6 @@ def test_clean_keeps_environment_runs_and_data(ready: Project) -> None:
 
 def test_help_lists_every_target(project: Project) -> None:
     listed = {line.split()[0] for line in project.make().stdout.splitlines()}
-    assert listed == {"help", "setup", "quickstart", "test", "test-slow", "lint", "bench", "docs", "docker", "clean"}
+    assert listed == {
+        *("help", "setup", "oracle", "quickstart", "test", "test-slow", "lint", "bench", "docs", "docker", "clean")
+    }

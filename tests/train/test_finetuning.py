@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ CHATS = [
 ]
 SAME_MODEL = ("model.n_dense_layers=0", "model.moe.num_shared_experts=0", "model.init.std=0.05")
 """One that Mixtral's family can be exported to."""
+PAIRS = [{"prompt": f"value {n} means ", "chosen": "less", "rejected": "nothing"} for n in range(24)]
 PROMPT = "value 7 means "
 
 
@@ -33,18 +35,27 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
     (root / "chats.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in CHATS))
     tiny = [change for change in TINY if not change.startswith(("run_name", "max_duration", "eval_interval"))]
     tiny += ["progress_bar=false", "log_to_console=false", *SAME_MODEL]
-    tuned = [*tiny, "max_duration=12ep", "eval_interval=6ep", "train_loader.dataset.local=data/chats"]
-    recipe = str(CONFIGS / "finetune/finetune-tiny.yaml")
+    tuned = [*tiny, "max_duration=8ep", "eval_interval=4ep", "optimizer.lr=3e-3"]
+    of_chats = ["train_loader.dataset.local=data/chats"]
+    (root / "pairs.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in PAIRS))
+    recipe, preferences = (str(CONFIGS / "finetune" / f"{name}-tiny.yaml") for name in ("finetune", "dpo"))
+    of_pairs = ["train_loader.dataset.local=data/pairs", "global_train_batch_size=4"]
     commands = {
         "pretrain": ["train", *tiny, "run_name=tiny", "max_duration=4ba", f"train_loader.dataset.local={corpus}"],
         "prepare": ["prepare", "chats.jsonl", "data/chats", "--tokenizer", f"{corpus}/tokenizer", "--instructions"],
-        "finetune": ["train", recipe, *tuned],
-        "unpacked": ["train", recipe, *tuned, "run_name=unpacked", "train_loader.dataset.packing.method=none"],
+        "finetune": ["train", recipe, *tuned, *of_chats],
+        "unpacked": ["train", recipe, *tuned, *of_chats, "run_name=unpacked", "max_duration=2ep", "eval_interval=1ep"],
         "generate": ["generate", "runs/finetune-tiny", "--prompt", PROMPT, "--max-new-tokens", "12", "--json"],
+        "pairs": ["prepare", "pairs.jsonl", "data/pairs", "--tokenizer", f"{corpus}/tokenizer", "--preferences"],
+        "early": ["train", preferences, *tuned, *of_pairs, "run_name=early"],
+        "reference": ["reference", "runs/finetune-tiny", "data/pairs"],
+        "other": ["train", preferences, *tuned, *of_pairs, "run_name=other", "load_path=runs/tiny"],
+        "dpo": ["train", preferences, *tuned, *of_pairs],
         "export": ["convert", "export", "runs/finetune-tiny", "-o", "exported"],
     }
-    commands["prepare"] += ["--val-fraction", "0.2", "--workers", "1"]
-    commands["unpacked"] += ["eval_loader.dataset.packing.method=none"]
+    for name in ("prepare", "pairs"):
+        commands[name] += ["--val-fraction", "0.2", "--workers", "1"]
+    commands["unpacked"] += ["train_loader.dataset.packing.method=none", "eval_loader.dataset.packing.method=none"]
     found: dict[str, Any] = {}
     for name, words in commands.items():
         with captured_output() as texts:
@@ -77,7 +88,7 @@ def metrics(root: Path, run: str) -> list[dict[str, Any]]:
 
 def test_every_step_succeeds_and_the_model_answers(outcomes: tuple[Path, dict[str, Any]]) -> None:
     found = outcomes[1]
-    for name in ("pretrain", "prepare", "finetune", "unpacked", "generate", "export"):
+    for name in ("pretrain", "prepare", "finetune", "unpacked", "generate", "export", "pairs", "reference", "dpo"):
         assert found[name][0] == 0, found[name]
     completion = json.loads(found["generate"][1])["completion"]
     assert completion == "nothing"
@@ -92,7 +103,6 @@ def test_the_held_out_loss_falls(outcomes: tuple[Path, dict[str, Any]], run: str
     ]
     assert len(held_out) == 2
     assert held_out[1] < held_out[0] < lines[0]["loss/train/lm"]
-    assert lines[-1]["loss/train/lm"] < 0.5
 
 
 def test_only_responses_are_predicted(outcomes: tuple[Path, dict[str, Any]]) -> None:
@@ -100,3 +110,22 @@ def test_only_responses_are_predicted(outcomes: tuple[Path, dict[str, Any]]) -> 
     assert corpus["inputs"]["kind"] == "instructions"
     assert sum(split["documents"] for split in corpus["splits"].values()) == len(CHATS)
     assert not corpus["left_out"]
+
+
+def test_preferences_are_learned_from_the_reference_on(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    lines = metrics(outcomes[0], "dpo-tiny")
+    assert lines[0]["loss/train/dpo"] == pytest.approx(math.log(2), rel=1e-5), "the run begins as the reference"
+    assert lines[0]["preference/margin"] == pytest.approx(0, abs=1e-4)
+    assert lines[-1]["loss/train/dpo"] < 0.5
+    assert lines[-1]["preference/margin"] > 0
+    assert lines[-1]["preference/accuracy"] == 1
+    assert lines[-1]["metrics/eval/PreferenceAccuracy"] == 1
+
+
+def test_a_reference_that_is_absent_or_another_is_refused(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    status, _, err = outcomes[1]["early"]
+    assert status == 2
+    assert "reference.json: no such file; dpo needs those of a reference: moefoundry reference CHECKPOINT DATA" in err
+    status, _, err = outcomes[1]["other"]
+    assert status == 2
+    assert "are of another checkpoint than load_path; compute them again: moefoundry reference runs/tiny" in err

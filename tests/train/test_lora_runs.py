@@ -9,6 +9,7 @@ import torch
 
 from moefoundry.checkpoint.out_of_core import StoredTensors
 from moefoundry.checkpoint.weights import load_model
+from moefoundry.cli.main import main
 from moefoundry.config import ConfigError, Recipe, UserError
 from tests.train.runs import Run, run_recipe
 
@@ -67,11 +68,11 @@ def test_frozen_routers_keep_their_bias(whole: Run, base: Path) -> None:
 
 
 def test_resumed_to_the_last_bit(whole: Run, tiny_recipe: Tiny, base: Path, tmp_path: Path) -> None:
-    """From its own checkpoint, and the base, which has been moved."""
+    """From its own checkpoint, and the base, which has been moved into a store."""
     shutil.copytree(whole.run_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "ba4")
     shutil.copytree(base, tmp_path / "moved")
-    places = ("autoresume=true", f"load_path={tmp_path / 'gone'}", f"lora.base={tmp_path / 'moved'}")
+    places = ("autoresume=true", f"load_path={tmp_path / 'gone'}", f"lora.base=file://{tmp_path / 'moved'}")
     resumed = run_recipe(tiny_recipe(tmp_path / "run", *LORA, MESH, *places), 2)
     assert resumed.exact(3) == whole.exact(3)
     last = [StoredTensors(checkpoint(run, 4)) for run in (whole, resumed)]
@@ -107,6 +108,26 @@ def test_the_model_of_a_checkpoint_has_its_adapters_merged(whole: Run, base: Pat
     weight = "layers.1.ffn.experts.gate_proj"
     moved, halfway = ((model.state_dict()[weight] - before.state_dict()[weight]).norm() for model in (after, averaged))
     assert 0 < halfway < moved
+
+
+@torch.no_grad()
+def test_the_whole_way(tiny_recipe: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Train all weights, then adapters; export them merged; and transformers writes what we do, and as verified."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    family = ("model.n_dense_layers=0", "model.moe.num_shared_experts=0", "max_duration=2ba")
+    run_recipe(tiny_recipe(tmp_path / "base", *family))
+    lora = ("lora={rank: 4, alpha: 64, use_rslora: true}", f"load_path={tmp_path / 'base'}")
+    tuned = run_recipe(tiny_recipe(tmp_path / "tuned", *family, *lora))
+    exported = ["-o", str(tmp_path / "exported"), "--merge", "--verify"]
+    assert main(["convert", "export", str(tuned.run_dir), *exported]) == 0
+    assert "verified" in capsys.readouterr().out
+    assert main(["generate", str(tuned.run_dir), "--prompt", "def first", "--max-new-tokens", "8"]) == 0
+    text = capsys.readouterr().out
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    tokens = theirs.generate(**tokenizer("def first", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(tokens[0]).strip() == text.strip()
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def compute(recipe: Recipe, directory: Path) -> None:
     from moefoundry import build as parts
     from moefoundry.callbacks.learning_rate import build_schedule
     from moefoundry.callbacks.metrics_file import MetricsFile
-    from moefoundry.cli.validate import exports_as
+    from moefoundry.conversion.families import exports_as
     from moefoundry.optim import build_adamw
 
     if next(NUMBERS) % 10 == 0:  # to read YAML takes longer than all below

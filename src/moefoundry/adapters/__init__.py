@@ -23,7 +23,7 @@ from moefoundry.adapters.lora import (
     start_magnitudes,
     trained_names,
 )
-from moefoundry.adapters.merge import delta, merge, unloaded, unmerge
+from moefoundry.adapters.merge import adapted, merge, unloaded, unmerge
 
 __all__ = [
     "AdaptedExperts",
@@ -31,9 +31,9 @@ __all__ = [
     "ExpertAdapter",
     "LinearAdapter",
     "Magnitude",
+    "adapted",
     "adapter_names",
     "apply_lora",
-    "delta",
     "has_adapter",
     "init_adapters",
     "merge",

@@ -5,7 +5,7 @@ Shapes: O and I are a weight's output and input width, R the rank, E experts, N 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -76,15 +76,15 @@ def add_adapter(linear: nn.Linear, inputs: tuple[Tensor], out: Tensor) -> Tensor
     With DoRA the sum is multiplied by ``magnitude / |W + scale * B A|``, row by row. As in its paper (section 4.3), the
     length is a constant to the gradient.
     """
-    adapter: Any = linear.lora
+    adapter, bias = cast(LinearAdapter, linear.lora), cast(Tensor | None, linear.bias)
     update = adapter(inputs[0])
     if adapter.magnitude is None:
         return out + update
     weight = linear.weight.detach().float() + adapter.scale * (adapter.b.detach().float() @ adapter.a.detach().float())
     factor_O = adapter.magnitude(torch.linalg.vector_norm(weight, dim=1))
-    if linear.bias is None:
+    if bias is None:
         return (factor_O * (out + update)).to(out.dtype)
-    return (factor_O * (out - linear.bias + update) + linear.bias).to(out.dtype)
+    return (factor_O * (out - bias + update) + bias).to(out.dtype)
 
 
 class ExpertAdapter(Adapter):

@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -84,7 +85,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Adapter):
             bound = module.a.shape[-1] ** -0.5
-            fill_by_row(f"{name}.a", module.a, seed, lambda row, draw, x=bound: row.uniform_(-x, x, generator=draw))
+            fill_by_row(f"{name}.a", module.a, seed, partial(_fill_evenly, bound))
             module.b.zero_()
     start_magnitudes(model)
 
@@ -97,6 +98,10 @@ def start_magnitudes(model: nn.Module) -> None:
         if isinstance(adapter, LinearAdapter) and adapter.magnitude is not None:
             rows, lengths = _local(cast(nn.Linear, linear).weight), _local(adapter.magnitude.weight)
             lengths.copy_(torch.linalg.vector_norm(rows.float(), dim=1))
+
+
+def _fill_evenly(bound: float, row: Tensor, draw: torch.Generator) -> Tensor:
+    return row.uniform_(-bound, bound, generator=draw)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +25,8 @@ def adapted_weights(model: nn.Module) -> Iterator[Adapted]:
         if isinstance(module, AdaptedExperts):
             for name, adapter in module.lora.items():
                 yield Adapted(getattr(module, name), adapter)  # type: ignore[arg-type]  # a ModuleDict of adapters
-        elif isinstance(adapter := getattr(module, "lora", None), LinearAdapter):
-            yield Adapted(module.weight, adapter)  # type: ignore[arg-type]  # of a linear layer
+        elif isinstance(module, nn.Linear) and isinstance(own := getattr(module, "lora", None), LinearAdapter):
+            yield Adapted(module.weight, own)
 
 
 def magnitude_of(adapter: Adapter) -> Tensor | None:
@@ -86,7 +86,7 @@ def unloaded(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, AdaptedExperts):
             del module.lora
-            module.__class__ = GroupedExperts
+            cast(nn.Module, module).__class__ = GroupedExperts
         elif isinstance(getattr(module, "lora", None), LinearAdapter):
             del module.lora
             hooks = module._forward_hooks

@@ -18,7 +18,7 @@ from moefoundry.config import UserError
 from moefoundry.config.spec import redact
 from moefoundry.data.stores import one_line
 
-ENDS = (Event.BATCH_CHECKPOINT, Event.EVAL_END, Event.FIT_END)
+ENDS = (Event.BATCH_CHECKPOINT, Event.EVAL_AFTER_ALL, Event.FIT_END)
 """Events at which every metric of a batch is known, but for an evaluation that follows the last batch."""
 
 

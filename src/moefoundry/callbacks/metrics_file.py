@@ -11,6 +11,8 @@
     moe/{max_violation,router_entropy,dropped_fraction,expert_bias_max_abs}
     moe/load/layer{i}                       list of E shares
     metrics/eval/LanguageCrossEntropy       nats a token, in the batches after which the model was evaluated
+    metrics/LABEL/N-shot/METRIC             in the same batches, of each of the recipe's icl_tasks
+    icl/metrics/eval_gauntlet/NAME          their averages
     resume/{store,exchange,optimizer,data_position}_seconds   in the first batch after a resume, rank 0
     checkpoint/stall_seconds                in the batches after which a checkpoint was written
     memory/peak_host_gib, memory/peak_device_gib
@@ -82,7 +84,7 @@ class MetricsFile(LoggerDestination):
             self._begin = self.path.stat().st_size
         self._write({"batch": state.timestamp.batch.value, **self._pending})
 
-    def eval_end(self, state: State, logger: Logger) -> None:
+    def eval_after_all(self, state: State, logger: Logger) -> None:
         """Complete the last batch's line: an evaluation at the end of training comes after it."""
         if self._written.get("batch") == state.timestamp.batch.value:
             self._write({**self._written, **self._pending})

@@ -1,7 +1,8 @@
-"""The report of a finished run: two plots, a completion, the last checkpoint, and the command that goes on."""
+"""The report of a finished run: plots, scores, a completion, the last checkpoint, and the command that goes on."""
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,10 @@ from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary
 
 LOSS_PLOT = "loss.png"
 LOAD_PLOT = "expert_load.png"
+TASK_PLOT = "tasks.png"
 LOAD_WINDOW = 20  # batches that the load plot averages
 EVAL_KEY = "metrics/eval/LanguageCrossEntropy"
+TASK_METRIC = re.compile(r"metrics/[^/]+/\d+-shot/.+|icl/metrics/.+")
 
 
 @contextmanager
@@ -55,6 +58,7 @@ def write_report(recipe: Recipe, completion: str | None, command: Sequence[str])
     plots: dict[str, Callable[[Path], bool]] = {
         LOSS_PLOT: lambda path: plot_loss(metrics, entropy, path),
         LOAD_PLOT: lambda path: plot_load(metrics, path),
+        TASK_PLOT: lambda path: plot_tasks(metrics, path),
     }
     drawn = {}
     for name, plot in plots.items():
@@ -66,9 +70,10 @@ def write_report(recipe: Recipe, completion: str | None, command: Sequence[str])
         lines.append(f"held-out loss    {losses[-1]:.4f} nats/token")
     if losses and entropy is not None:
         lines.append(f"unigram entropy  {entropy:.4f} nats/token; the model is {compared(losses[-1], entropy)}")
+    lines += [f"task             {name} {values[-1][1]:.4f}" for name, values in task_scores(metrics).items()]
     if completion is not None:
         lines += ["completion", *("    | " + line for line in redacted(completion, "").splitlines())]
-    labels = {LOSS_PLOT: "loss curve", LOAD_PLOT: "expert load"}
+    labels = {LOSS_PLOT: "loss curve", LOAD_PLOT: "expert load", TASK_PLOT: "tasks"}
     lines += [f"{labels[name]:17}{run_dir / name}" for name, done in drawn.items() if done]
     with unless_it_fails("checkpoint"):
         if checkpoint := store_of(run_dir).latest():
@@ -121,6 +126,35 @@ def plot_loss(metrics: list[dict[str, Any]], entropy: float | None, path: Path) 
     axes.set(xlabel="batch", ylabel="cross entropy, nats/token")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def task_scores(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Collect metrics of tasks and averages of them, by name without prefix: batches and values."""
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if TASK_METRIC.fullmatch(name):
+                scores.setdefault(name.removeprefix("icl/").removeprefix("metrics/"), []).append((line["batch"], value))
+    return scores
+
+
+def plot_tasks(metrics: list[dict[str, Any]], path: Path) -> bool:
+    """Plot the metrics of tasks over batches. Returns whether there were any."""
+    scores = task_scores(metrics)
+    if not scores:
+        return False
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3 + 0.25 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    for name, values in scores.items():
+        axes.plot(*zip(*values, strict=True), "o-", label=name)
+    axes.set(xlabel="batch", ylabel="metric of task")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", fontsize="small")
     figure.savefig(path, dpi=120)
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from composer.core import Callback, State
@@ -11,6 +12,23 @@ from composer.utils import dist
 from torch import Tensor
 
 from moefoundry.moe.balance import StepCounts, max_violation
+
+
+class RoutedCounts(Protocol):
+    """Routing of a micro-batch, as in :class:`~moefoundry.model.transformer.CausalLMLosses`.
+
+    Attributes:
+        tokens_per_expert: int64 [L, E].
+        dropped_slots: int64 [L].
+        router_entropy: [L], nats.
+    """
+
+    @property
+    def tokens_per_expert(self) -> Tensor: ...
+    @property
+    def dropped_slots(self) -> Tensor: ...
+    @property
+    def router_entropy(self) -> Tensor: ...
 
 
 class RoutingMonitor(Callback):
@@ -33,7 +51,10 @@ class RoutingMonitor(Callback):
         self._entropy_sum_L: Tensor | None = None
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        losses = state.outputs
+        self.add(state.outputs)
+
+    def add(self, losses: RoutedCounts) -> None:
+        """Count a micro-batch."""
         if self._tokens_per_expert_LE is None or self._dropped_slots_L is None or self._entropy_sum_L is None:
             self._tokens_per_expert_LE = torch.zeros_like(losses.tokens_per_expert)
             self._dropped_slots_L = torch.zeros_like(losses.dropped_slots)

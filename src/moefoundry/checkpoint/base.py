@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def find_base(recipe: Recipe, start: Path | None, cache: Path) -> Base:
             raise UserError(
                 f"lora.base: {start}, the checkpoint of load_path, has whole weights; leave one of them out"
             )
-        return _whole(start)
+        return whole_base(start)
     if recipe.lora.base is not None:
         places = [recipe.lora.base]
     else:
@@ -72,7 +72,7 @@ def find_base(recipe: Recipe, start: Path | None, cache: Path) -> Base:
     problems = []
     for place in places:
         try:
-            return _same(_whole(_checkpoint_of(place, cache)), adapters, place)
+            return _same(whole_base(_checkpoint_of(place, cache)), adapters, place)
         except UserError as error:
             problems.append(str(error))
     raise UserError(
@@ -97,12 +97,15 @@ def base_at(checkpoint: Path, place: str | None = None) -> Iterator[Path | None]
             raise UserError(f"{checkpoint} has whole weights, and no base")
         yield None
         return
-    try:
-        with checkpoint_at(place or adapters["place"]) as path:
-            found = path if is_downloaded(path) else find_checkpoint(str(path))
-            yield _same(_whole(found), adapters, place or adapters["place"]).checkpoint
-    except UserError as error:
-        raise UserError(f"base of the adapters in {checkpoint}: {error}") from error
+    with ExitStack() as stack:
+        try:
+            path = stack.enter_context(checkpoint_at(place or adapters["place"]))
+            found = path if is_downloaded(path) else _newest(path)
+            base = _same(whole_base(found), adapters, place or adapters["place"])
+        except UserError as error:
+            remedy = "with its new place, moefoundry convert merge makes whole weights: --base CHECKPOINT"
+            raise UserError(f"base of the adapters in {checkpoint}: {error}; {remedy}") from error
+        yield base.checkpoint
 
 
 def digest_of_tensors(checkpoint: Path) -> str:
@@ -114,13 +117,26 @@ def digest_of_tensors(checkpoint: Path) -> str:
 
 def _checkpoint_of(place: str, cache: Path) -> Path:
     path = resolved(place)
-    found = find_remote(place, cache) if is_url(path) else find_checkpoint(path)
+    found = find_remote(place, cache) if is_url(path) else _newest(Path(path))
     if found is None:
         raise UserError(f"no complete checkpoint at {place}")
     return found
 
 
-def _whole(checkpoint: Path) -> Base:
+def _newest(path: Path) -> Path:
+    """Find the checkpoint that a directory is, or the newest of the run that it holds."""
+    try:
+        return find_checkpoint(str(path))
+    except UserError:
+        raise UserError(f"no complete checkpoint at {path}") from None
+
+
+def whole_base(checkpoint: Path) -> Base:
+    """Take a checkpoint as a base.
+
+    Raises:
+        UserError: It has adapters alone.
+    """
     if BASE in read_state(checkpoint):
         raise UserError(f"{checkpoint} has adapters alone; merge them first: moefoundry convert merge {checkpoint}")
     return Base(checkpoint, digest_of_tensors(checkpoint))

@@ -12,8 +12,8 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -50,6 +50,7 @@ _METADATA_CLASSES = {
     ("pathlib", "PurePosixPath"),
     ("collections", "OrderedDict"),
 }
+_FOREIGN_CLASSES = {("torch.distributed.checkpoint.metadata", "BytesStorageMetadata")}
 
 
 class TensorSpec(NamedTuple):
@@ -111,9 +112,15 @@ class StoredTensor(NamedTuple):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
+    """Makes objects of the few classes that belong into metadata; ``further`` ones are those of other trainers."""
+
+    def __init__(self, content: bytes, further: Collection[tuple[str, str]] = ()) -> None:
+        super().__init__(io.BytesIO(content))
+        self._further = further
+
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        if is_dtype or (module, name) in _METADATA_CLASSES:
+        if is_dtype or (module, name) in _METADATA_CLASSES or (module, name) in self._further:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong there; refused")
 
@@ -132,6 +139,29 @@ def read_metadata(directory: Path) -> Metadata:
     return parse_metadata(path, content)
 
 
+def read_foreign_metadata(directory: Path) -> dict[str, StoredTensor]:
+    """Read which tensors a checkpoint of another trainer holds; its entries that are no tensors are left out, unread.
+
+    Raises:
+        UserError: The file is missing or damaged, names a class that does not belong there, or a file elsewhere.
+    """
+    path = directory / METADATA_FILE
+    try:
+        metadata: Metadata = _MetadataUnpickler(path.read_bytes(), _FOREIGN_CLASSES).load()
+        entries = metadata.state_dict_metadata
+        metadata.state_dict_metadata = {
+            name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+        }
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise UserError(f"{path}: unreadable checkpoint metadata: {error}") from error
+    tensors = stored_tensors(_checked(path, metadata))
+    for tensor in tensors.values():
+        for place in tensor.shards.values():
+            if PurePath(place.file).name != place.file:
+                raise UserError(f"{path}: {place.file!r} is no file of the checkpoint; refused")
+    return tensors
+
+
 def parse_metadata(path: Path, content: bytes) -> Metadata:
     """Unpickle the metadata ``content``, which was read from ``path``.
 
@@ -139,9 +169,13 @@ def parse_metadata(path: Path, content: bytes) -> Metadata:
         UserError: As :func:`read_metadata`.
     """
     try:
-        metadata: Metadata = _MetadataUnpickler(io.BytesIO(content)).load()
+        metadata: Metadata = _MetadataUnpickler(content).load()
     except Exception as error:  # damaged pickles raise nearly anything
         raise UserError(f"{path}: unreadable checkpoint metadata: {error}") from error
+    return _checked(path, metadata)
+
+
+def _checked(path: Path, metadata: Metadata) -> Metadata:
     try:
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):

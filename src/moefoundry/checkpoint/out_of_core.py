@@ -23,6 +23,7 @@ from moefoundry.checkpoint.format import (
     Box,
     FileRange,
     RangeReader,
+    StoredTensor,
     TensorSpec,
     layout_in,
     read_metadata,
@@ -102,30 +103,21 @@ def progress(specs: Mapping[str, TensorSpec]) -> tqdm:
     return tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
 
 
-class StoredTensors:
-    """The tensors of a checkpoint of any mesh, mapped into memory.
+class ShardedTensors:
+    """Tensors in the files of a distributed checkpoint, mapped into memory.
 
     Args:
         directory: The checkpoint.
-        prefix: Only tensors with this prefix are meant; names here are without it.
-        stored_names: Name here -> whole name there, for tensors that have the values of another.
+        tensors: Where the shards of each tensor lie, by the tensor's name here.
 
     Attributes:
         specs: Shape and dtype of each tensor by name.
-
-    Raises:
-        UserError: The checkpoint is not committed, or its metadata cannot be read or is not what was saved.
     """
 
-    def __init__(self, directory: Path, prefix: str = "", stored_names: Mapping[str, str] | None = None) -> None:
+    def __init__(self, directory: Path, tensors: Mapping[str, StoredTensor]) -> None:
         self._directory = directory
-        stored, self._manifest = stored_tensors(read_metadata(directory)), Manifest.read(directory)
-        self._manifest.check(METADATA_FILE, 0, self._manifest.size(METADATA_FILE))
-        self._checked: set[FileRange] = set()
-        self._stored_names = {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
-        self._stored_names |= stored_names or {}
-        self._tensors = {name: stored[there] for name, there in self._stored_names.items() if there in stored}
-        self.specs = {name: tensor.spec for name, tensor in self._tensors.items()}
+        self._tensors = tensors
+        self.specs = {name: tensor.spec for name, tensor in tensors.items()}
         self._mapped = cache(self._map)
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
@@ -159,9 +151,7 @@ class StoredTensors:
         """Map the values of a stored shard, checked."""
         path = local_file(self._directory, place.file)
         try:
-            if place not in self._checked:  # by reading: of mapped memory, all of it would become resident
-                self._manifest.check(*place, self._stored_names[name])
-                self._checked.add(place)
+            self._check(name, place)
             with path.open("rb") as file:
                 layout = layout_in(
                     RangeReader(file.fileno(), place.offset, place.length), box.sizes, self.specs[name].dtype
@@ -175,3 +165,34 @@ class StoredTensors:
     def _map(self, path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def _check(self, name: str, place: FileRange) -> None:
+        """Check the bytes of a shard, where the checkpoint tells what they are."""
+
+
+class StoredTensors(ShardedTensors):
+    """The tensors of a checkpoint of any mesh, checked as they are read.
+
+    Args:
+        directory: The checkpoint.
+        prefix: Only tensors with this prefix are meant; names here are without it.
+        stored_names: Name here -> whole name there, for tensors that have the values of another.
+
+    Raises:
+        UserError: The checkpoint is not committed, or its metadata cannot be read or is not what was saved.
+    """
+
+    def __init__(self, directory: Path, prefix: str = "", stored_names: Mapping[str, str] | None = None) -> None:
+        stored, self._manifest = stored_tensors(read_metadata(directory)), Manifest.read(directory)
+        self._manifest.check(METADATA_FILE, 0, self._manifest.size(METADATA_FILE))
+        self._checked: set[FileRange] = set()
+        self._stored_names = {name.removeprefix(prefix): name for name in stored if name.startswith(prefix)}
+        self._stored_names |= stored_names or {}
+        super().__init__(
+            directory, {name: stored[there] for name, there in self._stored_names.items() if there in stored}
+        )
+
+    def _check(self, name: str, place: FileRange) -> None:
+        if place not in self._checked:  # by reading: of mapped memory, all of it would become resident
+            self._manifest.check(*place, self._stored_names[name])
+            self._checked.add(place)

@@ -1,10 +1,13 @@
-"""Read the model of a checkpoint on one device, its config and its tokenizer; adapters are merged into their base."""
+"""Read the model of a checkpoint on one device or a mesh, its config and its tokenizer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moefoundry.adapters import apply_lora, merge, trained_names, unloaded
 from moefoundry.checkpoint.base import base_at
@@ -12,10 +15,12 @@ from moefoundry.checkpoint.format import read_metadata, stored_tensors
 from moefoundry.checkpoint.load import read_into
 from moefoundry.checkpoint.manifest import BASE, STATE_FILE, read_state
 from moefoundry.checkpoint.store import TOKENIZER, find_checkpoint, using
-from moefoundry.config import ConfigError, LoraConfig, ModelConfig, UserError
+from moefoundry.config import ConfigError, LoraConfig, ModelConfig, PrecisionConfig, UserError
 from moefoundry.config.build import Builder
 from moefoundry.data.tokenizer_files import has_tokenizer
+from moefoundry.mesh import Meshes
 from moefoundry.model.transformer import MoETransformer, meta_model
+from moefoundry.parallel import parallelize
 
 PREFIX = "model/model."
 """Prefix of a parameter's name in a checkpoint: Composer's model holds ours under ``model``."""
@@ -28,8 +33,23 @@ class Weights(StrEnum):
     ema = "ema"
 
 
-def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETransformer:
-    """Load the model of a checkpoint in fp32 on the CPU, in evaluation mode.
+def load_model(
+    checkpoint: Path,
+    weights: Weights = Weights.trained,
+    meshes: Meshes | None = None,
+    device: torch.device | str = "cpu",
+    base_place: str | None = None,
+) -> MoETransformer:
+    """Load the model of a checkpoint in fp32, in evaluation mode.
+
+    Adapters are merged into their base; on a mesh they stay beside it, which computes the same.
+
+    Args:
+        checkpoint: The checkpoint, of any mesh.
+        weights: Values to take for the parameters; of a checkpoint of adapters, for these.
+        meshes: Meshes to shard it on, on every rank; None loads all of it.
+        device: Device of this rank's share.
+        base_place: Where the base of the adapters is now; None is where it was.
 
     Raises:
         UserError: It cannot be read, or lacks the average; or it has adapters, and their base is not to be had.
@@ -37,20 +57,27 @@ def load_model(checkpoint: Path, weights: Weights = Weights.trained) -> MoETrans
     model, lora = meta_model(read_model_config(checkpoint)), read_lora_config(checkpoint)
     if lora is not None:
         apply_lora(model, lora)
-    model.to_empty(device="cpu")
+    if meshes is not None:
+        parallelize(model, meshes, PrecisionConfig())
+    model.to_empty(device=device)
     names, tensors = stored_names(checkpoint, model, weights), model.state_dict()
-    stored_here = trained_names(model)
-    trained = {name: tensor for name, tensor in tensors.items() if lora is None or name in stored_here}
-    with using(checkpoint), base_at(checkpoint) as base:
+    trained = tensors if lora is None else {name: tensors[name] for name in _held(checkpoint, model, names)}
+    with using(checkpoint), base_at(checkpoint, base_place) as base:
         if base is not None:
             frozen = {f"{PREFIX}{name}": tensor for name, tensor in tensors.items() if name not in trained}
             read_into(base, frozen)
         read_into(checkpoint, {names[name]: tensor for name, tensor in trained.items()})
-    if lora is not None:
+    if lora is not None and meshes is None:
         merge(model)
         unloaded(model)
         model.requires_grad_(True)
     return model.eval()
+
+
+def _held(checkpoint: Path, model: MoETransformer, names: Mapping[str, str]) -> list[str]:
+    """List what a checkpoint of adapters holds of its model; buffers that it lacks are as in its base."""
+    stored, buffers = stored_shapes(checkpoint), {name for name, _ in model.named_buffers()}
+    return sorted(name for name in trained_names(model) if names[name] in stored or name not in buffers)
 
 
 def stored_names(directory: Path, model: MoETransformer, weights: Weights) -> dict[str, str]:
@@ -71,7 +98,7 @@ def read_model_config(directory: Path) -> ModelConfig:
     Raises:
         UserError: As :func:`read_state`; or its keys are not those of this release.
     """
-    cfg: ModelConfig = _section(directory, "model", ModelConfig)
+    cfg: ModelConfig = read_section(directory, "model", ModelConfig)
     return cfg
 
 
@@ -83,11 +110,18 @@ def read_lora_config(directory: Path) -> LoraConfig | None:
     """
     if BASE not in read_state(directory):
         return None
-    cfg: LoraConfig = _section(directory, "lora", LoraConfig)
+    cfg: LoraConfig = read_section(directory, "lora", LoraConfig)
     return cfg
 
 
-def _section(directory: Path, name: str, cls: type) -> Any:
+def read_section(directory: Path, name: str, cls: type) -> Any:
+    """Read one mapping of the recipe that a checkpoint holds; as :func:`read_model_config`.
+
+    Args:
+        directory: The checkpoint.
+        name: Key of the mapping.
+        cls: Its dataclass.
+    """
     tree: dict[str, Any] = {}
     for key, value in read_state(directory)["recipe"].items():
         *parents, leaf = key.split(".")

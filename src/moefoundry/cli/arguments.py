@@ -1,6 +1,6 @@
 """Arguments and options that several commands share, and groups of commands.
 
-``config`` is imported when a value is read: help stays fast.
+``config`` and torch are imported when a value is read: help stays fast.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
+    import torch
     from click.shell_completion import CompletionItem
 
 RECIPE_COMMAND: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
@@ -57,6 +58,31 @@ def recipe_arguments(function: _F) -> _F:
 def json_option(function: _F) -> _F:
     """Add ``--json``, passed on as ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object and nothing else.")(function)
+
+
+def ema_option(function: _F) -> _F:
+    """Add ``--ema``."""
+    return click.option("--ema", is_flag=True, help="Use the moving average of the parameters.")(function)
+
+
+def device_option(function: _F) -> _F:
+    """Add ``--device``, a name for :func:`device_named`."""
+    text = "cpu, cuda, cuda:1, ... (default: a GPU if there is one)."
+    return click.option("--device", metavar="NAME", help=text)(function)
+
+
+def device_named(name: str | None) -> torch.device:
+    """Return a device that works: a GPU by default, where there is one."""
+    import torch
+
+    from moefoundry.config import UserError
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def input_argument(metavar: str, text: str, former: str = "") -> Callable[[_F], _F]:
@@ -188,10 +214,12 @@ def options_named(flags: Mapping[str, str]) -> Iterator[None]:
     Raises:
         UserError: The body raised it.
     """
-    from moefoundry.config.errors import UserError
+    from moefoundry.config.errors import ConfigError, UserError
 
     try:
         yield
+    except ConfigError:  # of keys, which it names
+        raise
     except UserError as error:
         pattern = rf"(?<![\w.])({'|'.join(flags)})=(True\b)?"
         text = re.sub(pattern, lambda match: flags[match[1]] + ("" if match[2] else " "), str(error))

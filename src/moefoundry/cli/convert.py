@@ -21,6 +21,7 @@ from moefoundry.cli.arguments import (
     options_named,
     output_option,
 )
+from moefoundry.config import UserError
 
 if TYPE_CHECKING:
     from moefoundry.checkpoint.weights import Weights
@@ -56,6 +57,8 @@ _checkpoint_input = input_argument(
 )
 _checkpoint_output = output_option("DIR", "Checkpoint directory to make.")
 _ema = click.option("--ema", is_flag=True, help="Take the moving average in place of the trained parameters.")
+_base = click.option("--base", metavar="CHECKPOINT", help="Base of adapters (default: where it was).")
+_family = click.option("--family", metavar="F", help="model_type to export as (default: the first that fits).")
 _dtype = click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16", "keep"]),
@@ -78,24 +81,67 @@ def _verification(function: Callable[..., Any]) -> Callable[..., Any]:
 @command.command("import", short_help="Hugging Face directory -> weights-only checkpoint.")
 @_hf_input
 @_checkpoint_output
+@click.option("--recipe", type=local_path, metavar="FILE", help="LLM Foundry's recipe of a checkpoint of Composer.")
 @_dtype
+@click.option("--base", metavar="CHECKPOINT", help="Base of the adapters, where HF_DIR is a directory of peft's.")
 @_verification
 @json_option
-def import_(source: str, output: Path, dtype: str, verify: bool, tolerance: float, as_json: bool) -> None:
-    """Write a weights-only checkpoint with the tensors of a Hugging Face directory, and a recipe that trains them."""
-    from moefoundry.checkpoint.fetch import directory_at
-    from moefoundry.conversion.convert import import_hf
-    from moefoundry.conversion.tensor_map import Dtype
+def import_(
+    source: str,
+    output: Path,
+    recipe: Path | None,
+    dtype: str,
+    base: str | None,
+    verify: bool,
+    tolerance: float,
+    as_json: bool,
+) -> None:
+    """Write a weights-only checkpoint with the tensors of a Hugging Face directory, and a recipe that trains them.
 
+    A directory of peft's becomes a checkpoint of adapters on top of --base. A checkpoint of Composer's trainer, a .pt
+    file or a directory of shards, is taken in place of the directory: an MPT of LLM Foundry that can be expressed here,
+    or this project's own model. Shards do not tell their model: --recipe does.
+    """
+    from moefoundry.checkpoint.fetch import checkpoint_at, directory_at
+    from moefoundry.conversion.convert import import_hf
+    from moefoundry.conversion.peft import CONFIG_FILE
+    from moefoundry.conversion.peft_import import import_peft
+    from moefoundry.conversion.tensor_map import Dtype
+    from moefoundry.migration.composer_checkpoint import is_foreign
+    from moefoundry.migration.import_foreign import import_foreign
+
+    if is_foreign(Path(source)):
+        if verify:
+            raise click.UsageError("--verify compares with transformers, which has no such model")
+        _tell(import_foreign(Path(source), output, Dtype(dtype), recipe), as_json)
+        return
+    if recipe is not None:
+        raise click.UsageError("--recipe is for checkpoints of Composer")
     with directory_at(source) as hf:
-        _tell(import_hf(hf, output, Dtype(dtype), tolerance if verify else None), as_json)
+        if not (hf / CONFIG_FILE).is_file():
+            if base is not None:
+                raise UserError(f"{hf}: --base is of adapters, and there is no {CONFIG_FILE}")
+            _tell(import_hf(hf, output, Dtype(dtype), tolerance if verify else None), as_json)
+            return
+        if base is None:
+            raise UserError(f"{hf} has adapters; name the checkpoint of their base: --base CHECKPOINT")
+        with checkpoint_at(base) as under:
+            _tell(import_peft(hf, under, output), as_json)
 
 
 @command.command(short_help="Checkpoint -> Hugging Face directory.")
 @_checkpoint_input
 @output_option("HF_DIR", "Directory to make.", former="--hf")
 @_ema
-@click.option("--family", metavar="F", help="model_type to export as (default: the first that fits).")
+@_family
+@click.option("--merge", is_flag=True, help="Of adapters: export the model that they make of their base.")
+@click.option(
+    "--experts",
+    type=click.Choice(["fused", "separate"]),
+    default="fused",
+    help="Of adapters: fused for transformers 5 (default), separate for transformers 4.",
+)
+@_base
 @click.option("--tokenizer", type=local_path, metavar="DIR", help="Tokenizer (default: the run's).")
 @_dtype
 @_shard_size
@@ -106,6 +152,9 @@ def export(
     output: Path,
     ema: bool,
     family: str | None,
+    merge: bool,
+    experts: str,
+    base: str | None,
     tokenizer: Path | None,
     dtype: str,
     max_shard_size: int,
@@ -113,12 +162,18 @@ def export(
     tolerance: float,
     as_json: bool,
 ) -> None:
-    """Write a Hugging Face directory that AutoModelForCausalLM loads."""
+    """Write a Hugging Face directory that AutoModelForCausalLM loads; of adapters, what peft loads on top of one."""
     from moefoundry.checkpoint.fetch import checkpoint_at
+    from moefoundry.checkpoint.weights import named_checkpoint, read_lora_config
     from moefoundry.conversion.convert import export_hf
+    from moefoundry.conversion.peft import export_peft
+    from moefoundry.conversion.peft_names import ExpertKind
     from moefoundry.conversion.tensor_map import Dtype
 
     with checkpoint_at(source) as checkpoint, options_named(flags_of("tokenizer", "family")):
+        if not merge and read_lora_config(named_checkpoint(checkpoint)) is not None:
+            _tell(export_peft(checkpoint, output, family, ExpertKind(experts), _weights(ema)), as_json)
+            return
         summary = export_hf(
             checkpoint,
             output,
@@ -128,23 +183,42 @@ def export(
             tokenizer=tokenizer,
             tolerance=tolerance if verify else None,
             weights=_weights(ema),
+            base=base,
         )
     _tell(summary, as_json)
+
+
+@command.command(short_help="Adapters -> weights-only checkpoint, with their base.")
+@_checkpoint_input
+@_checkpoint_output
+@_ema
+@_base
+@_dtype
+@json_option
+def merge(source: str, output: Path, ema: bool, base: str | None, dtype: str, as_json: bool) -> None:
+    """Write a weights-only checkpoint of a base with adapters merged into it."""
+    from moefoundry.checkpoint.fetch import checkpoint_at
+    from moefoundry.conversion.convert import merge_adapters
+    from moefoundry.conversion.tensor_map import Dtype
+
+    with checkpoint_at(source) as checkpoint:
+        _tell(merge_adapters(checkpoint, output, Dtype(dtype), _weights(ema), base), as_json)
 
 
 @command.command(short_help="Checkpoint -> safetensors with our names.")
 @_checkpoint_input
 @output_option("PATH", "A file *.safetensors, or a directory.")
 @_ema
+@_base
 @_shard_size
 @json_option
-def consolidate(source: str, output: Path, ema: bool, max_shard_size: int, as_json: bool) -> None:
+def consolidate(source: str, output: Path, ema: bool, base: str | None, max_shard_size: int, as_json: bool) -> None:
     """Write the parameters and buffers of a checkpoint as safetensors, under this package's names."""
     from moefoundry.checkpoint.fetch import checkpoint_at
     from moefoundry.conversion.convert import consolidate
 
     with checkpoint_at(source) as checkpoint:
-        _tell(consolidate(checkpoint, output, max_shard_size, _weights(ema)), as_json)
+        _tell(consolidate(checkpoint, output, max_shard_size, _weights(ema), base), as_json)
 
 
 @command.command(short_help="Dense Hugging Face directory -> mixture of experts.")
@@ -175,4 +249,8 @@ def _weights(ema: bool) -> Weights:
 
 
 def _tell(summary: Summary, as_json: bool) -> None:
-    print(json.dumps(asdict(summary), indent=2, default=str) if as_json else summary)
+    if not as_json:
+        print(summary)
+        return
+    difference = None if summary.parity is None else summary.parity.logits
+    print(json.dumps({**asdict(summary), "max_difference": difference}, indent=2, default=str))

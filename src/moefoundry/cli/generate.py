@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moefoundry.cli.arguments import flags_of, input_argument, json_option, options_named
+from moefoundry.cli.arguments import (
+    device_named,
+    device_option,
+    ema_option,
+    flags_of,
+    input_argument,
+    json_option,
+    options_named,
+)
 
 if TYPE_CHECKING:
-    import torch
-
     from moefoundry.evaluation.generation import Choice
 
 
@@ -25,8 +31,8 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=int, metavar="K", help="Draw among the K most likely tokens.")
 @click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest tokens of probability P together.")
 @click.option("--seed", type=int, metavar="S", help="Another seed draws other tokens (default 0).")
-@click.option("--ema", is_flag=True, help="Use the moving average of the parameters.")
-@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
+@ema_option
+@device_option
 @json_option
 def command(
     source: str,
@@ -90,17 +96,3 @@ def _choice(max_new_tokens: int, sampling: dict[str, float | None]) -> Choice:
         return Sampling(**given).choice() if given else most_likely  # type: ignore[arg-type]
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def device_named(name: str | None) -> torch.device:
-    """Return a device that works: a GPU by default, where there is one."""
-    import torch
-
-    from moefoundry.config import UserError
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise UserError(f"device={name}: {str(error).splitlines()[0]}") from error
-    return device

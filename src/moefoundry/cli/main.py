@@ -26,8 +26,10 @@ COMMANDS = {
     "eval": "Run code tasks with a checkpoint.",
     "generate": "Continue a prompt with a checkpoint.",
     "init": "Write a commented recipe to start from.",
+    "migrate": "Turn another project's recipe into one of this project.",
     "plan": "Memory and traffic of a recipe on N ranks.",
     "prepare": "Turn text into token shards.",
+    "reference": "Score preference data with a frozen reference, for dpo.",
     "train": "Train a recipe on this rank.",
     "validate": "Check a recipe, on any machine.",
 }

@@ -32,9 +32,14 @@ def command(
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides, world_size=world_size)
 
+    from moefoundry.conversion.families import exports_as
     from moefoundry.planning.plan import make_plan
     from moefoundry.planning.table import plan_table
 
     plan = make_plan(recipe, world_size, gpus_per_node)
-    print(json.dumps(plan.to_json(memory_gb), indent=2) if as_json else plan_table(plan, memory_gb))
+    export = exports_as(recipe.model)
+    if as_json:
+        print(json.dumps({**plan.to_json(memory_gb), "export": export}, indent=2))
+    else:
+        print(f"{plan_table(plan, memory_gb)}\nexport: {export}")
     return EXIT_NO if exit_code and not plan.fits(memory_gb) else 0

@@ -33,12 +33,7 @@ MERGE = "merge"
     type=click.Choice(["packed", "documents"]),
     help="Samples of one length (default packed), or documents, which are packed when they are read.",
 )
-@click.option(
-    "--instructions",
-    "kind",
-    flag_value="instructions",
-    help="SOURCE has records of prompts and responses.",
-)
+@click.option("--instructions", "kind", flag_value="instructions", help="SOURCE has records of prompts and responses.")
 @click.option(
     "--preferences", "kind", flag_value="preferences", help="SOURCE has records of a prompt, chosen and rejected."
 )

@@ -18,7 +18,7 @@ import click
 from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, recipe_arguments
 
 if TYPE_CHECKING:
-    from moefoundry.config import ModelConfig, Recipe
+    from moefoundry.config import Recipe
     from moefoundry.config.errors import Problem
     from moefoundry.llm_foundry.recipe import FoundryRecipe
 
@@ -58,6 +58,8 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
     notes += [f"note: {problem}" for problem in check_files(recipe, world_size or 1)]
     if notes:
         print("\n".join(notes), file=sys.stderr)
+    from moefoundry.conversion.families import exports_as
+
     if as_json:
         from moefoundry.config.dump import flatten, origins
 
@@ -134,14 +136,6 @@ def _goes_on(recipe: Recipe) -> bool:
     from moefoundry.checkpoint.store import CheckpointStore
 
     return recipe.autoresume and CheckpointStore(Path(recipe.run_dir, "checkpoints")).latest() is not None
-
-
-def exports_as(model: ModelConfig) -> str:
-    """Name the Hugging Face family that has such a model, or the keys that stand in the way of the nearest."""
-    from moefoundry.conversion.families import nearest_family
-
-    family, reasons = nearest_family(model)
-    return family.name if family is not None and not reasons else f"no Hugging Face family: {'; '.join(reasons)}"
 
 
 def _check_names(recipe: Recipe) -> None:

@@ -5,13 +5,14 @@ from moefoundry.config.checks import check_recipe
 from moefoundry.config.dump import annotated, diff_recipes, dump_recipe, flatten, redacted
 from moefoundry.config.errors import ConfigError, DataError, Problem, UserError
 from moefoundry.config.field import REQUIRED, key
-from moefoundry.config.loader import load_layers, load_recipe, recipe_of
+from moefoundry.config.loader import load_layers, load_model, load_recipe, recipe_of
 from moefoundry.config.overrides import redact_argument, split_arguments
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import (
     AttentionBias,
     AttentionConfig,
     GqaConfig,
+    Llama3RopeConfig,
     MlaConfig,
     QkNorm,
     YarnConfig,
@@ -25,6 +26,7 @@ from moefoundry.config.schema_model import (
     ModelConfig,
     MoEConfig,
     MtpConfig,
+    MultipliersConfig,
     NormConfig,
     NormKind,
     RouterConfig,
@@ -53,6 +55,7 @@ from moefoundry.config.schema_parts import (
     ConstantWithWarmupConfig,
     CosineWithWarmupConfig,
     DatasetConfig,
+    DpoConfig,
     EmaConfig,
     Fp8Backend,
     Fp8Config,
@@ -72,19 +75,21 @@ from moefoundry.config.schema_parts import (
     TokenizerConfig,
     WarmupConfig,
 )
+from moefoundry.config.schema_tasks import TaskConfig
 
 # fmt: off
 __all__ = [
     "REQUIRED", "ActivationCheckpointing", "AdamWConfig", "AlgorithmsConfig", "Assignment", "AttentionBias",
     "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "CometConfig", "Compute",
-    "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "EmaConfig",
-    "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig", "InitConfig",
-    "LRMonitorConfig", "LinearDecayWithWarmupConfig", "LoaderConfig", "LoggersConfig", "LoraConfig", "LossConfig",
-    "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig",
-    "Moments", "MtpConfig", "NonFinite", "NormConfig", "NormKind", "OptimizerConfig", "PrecisionConfig", "Problem",
-    "QkNorm", "Recipe", "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction",
-    "SpeedMonitorConfig", "SystemMonitorConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig",
-    "WarmupConfig", "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten",
-    "key", "load_layers", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
+    "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "DpoConfig",
+    "EmaConfig", "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig",
+    "InitConfig", "LRMonitorConfig", "LinearDecayWithWarmupConfig", "Llama3RopeConfig", "LoaderConfig", "LoggersConfig",
+    "LoraConfig", "LossConfig", "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig",
+    "MoEConfig", "ModelConfig", "Moments", "MtpConfig", "MultipliersConfig", "NonFinite", "NormConfig", "NormKind",
+    "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
+    "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SystemMonitorConfig", "TaskConfig",
+    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice",
+    "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_model",
+    "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on

@@ -12,6 +12,7 @@ from moefoundry.config.field import MAX_SEED
 from moefoundry.config.lora_rules import lora_problems
 from moefoundry.config.making import chosen_parts
 from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
+from moefoundry.config.preference_rules import preference_problems
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
 from moefoundry.config.schema_data import StreamConfig
@@ -26,6 +27,7 @@ from moefoundry.config.schema_parts import (
     WarmupConfig,
 )
 from moefoundry.config.spec import describe, every_key, missing, show_leaf
+from moefoundry.config.tasks import problems_of, read_gauntlet, read_tasks
 from moefoundry.config.urls import path_problem, url_problem
 
 HELD_OUT_LOSS = "metrics/eval/LanguageCrossEntropy"
@@ -149,9 +151,19 @@ def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     elif (width // heads) % 2:
         message = f"the head width model.d_model / n_heads = {width} / {heads} = {width // heads} is odd"
         yield Problem(path, message, allowed=EVEN)
+    if attention.rotary_fraction < 1 and (turned := attention.rotary_dim(width)) % 2 | (turned == 0):
+        message = f"{attention.rotary_fraction} of a head of {attention.head_width(width)} is {turned}"
+        yield Problem("model.attention.rotary_fraction", message, allowed=EVEN)
     if heads % attention.n_kv_heads:
         message = f"n_heads {heads} is not divisible by {attention.n_kv_heads} key-value heads"
         yield Problem("model.attention.n_kv_heads", message, allowed=divisors(heads))
+
+
+@rule("model.moe.shared_expert_gate", "model.moe.num_shared_experts")
+def _gate_of_nothing(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    if recipe.model.moe.shared_expert_gate and not recipe.model.moe.num_shared_experts:
+        message = "true, but model.moe.num_shared_experts is 0"
+        yield Problem("model.moe.shared_expert_gate", message, allowed="false")
 
 
 @rule("model.attention")
@@ -159,6 +171,13 @@ def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     attention, yarn = recipe.model.attention, recipe.model.attention.yarn
     if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
         yield Problem("model.attention.qk_rope_head_dim", f"{attention.qk_rope_head_dim} is odd", allowed=EVEN)
+    bands = attention.llama3_rope
+    if yarn is not None and bands is not None:
+        yield Problem("model.attention.llama3_rope", "on, and model.attention.yarn is on, too", allowed="one of them")
+    if bands is not None and bands.high_freq_factor <= bands.low_freq_factor:
+        message = f"{bands.high_freq_factor} is not more than low_freq_factor, {bands.low_freq_factor}"
+        allowed = f"above {bands.low_freq_factor}"
+        yield Problem("model.attention.llama3_rope.high_freq_factor", message, allowed=allowed)
     if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
         message = f"{yarn.beta_fast} rotations are not more than model.attention.yarn.beta_slow, {yarn.beta_slow}"
         yield Problem("model.attention.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")
@@ -318,10 +337,16 @@ def _evaluated_average(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         yield Problem("ema.evaluate", "true, but eval_loader is null", allowed="false")
 
 
-@rule("save_keep_best", "eval_loader", "model.mtp.depth", "losses")
+@rule("dpo", "model.document_masking", "model.mtp.depth", "train_loader", "eval_loader")
+def _preferences(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from preference_problems(recipe)
+
+
+@rule("save_keep_best", "eval_loader", "model.mtp.depth", "losses", "dpo")
 def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Accept only metrics that the run measures and that are better when they are lower."""
-    names = ["total", "lm", "balance", "z"] + (["mtp"] if recipe.model.mtp.depth else [])
+    optional = ["mtp"] * (recipe.model.mtp.depth > 0) + ["dpo"] * (recipe.dpo is not None)
+    names = ["total", "lm", "balance", "z", *optional]
     names += [name for name, _ in chosen_parts("losses", recipe.losses)]
     measured = [HELD_OUT_LOSS] * (recipe.eval_loader is not None) + [f"loss/train/{name}" for name in names]
     wanted = recipe.save_keep_best
@@ -329,6 +354,17 @@ def _metric_of_the_best(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         near = "".join(difflib.get_close_matches(wanted, measured, 1))
         message = f"{wanted!r} is no loss that this run measures"
         yield Problem("save_keep_best", message, allowed=", ".join(measured), suggestion=near)
+
+
+@rule("icl_tasks", "eval_gauntlet")
+def _tasks(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    if recipe.icl_tasks is not None:
+        yield from problems_of(recipe.icl_tasks, read_tasks)
+    if recipe.eval_gauntlet is not None:
+        found = [*problems_of(recipe.eval_gauntlet, read_gauntlet)]
+        yield from found
+        if recipe.icl_tasks is None and not found:
+            yield Problem("eval_gauntlet", "averages tasks, but icl_tasks is null", allowed="null")
 
 
 @rule("save_num_checkpoints_to_keep")

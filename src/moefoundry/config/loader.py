@@ -7,9 +7,9 @@ dataclasses; then check across keys, those whose values are sound.
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,20 @@ from moefoundry.config.advice import KEYS_OF_RANKS, fitting_overrides
 from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
-from moefoundry.config.field import REQUIRED
 from moefoundry.config.files import read_layers
 from moefoundry.config.interpolation import Resolver
 from moefoundry.config.layers import OVERRIDE, Layers, leaves_of
 from moefoundry.config.overrides import add_overrides
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import Spec, chosen_class, plain, show, specs
+from moefoundry.config.schema_model import ModelConfig
+from moefoundry.config.spec import filled, show
 from moefoundry.config.versions import FORMAT_VERSION, VERSION_KEY, upgraded
 
+NOT_OF_THE_MODEL = (
+    *("run_name=llm-foundry", "max_seq_len=4096", "train_loader.dataset.local=none", "optimizer.lr=1"),
+    *("scheduler.t_warmup=0ba", "max_duration=1ba", "global_train_batch_size=1"),
+)
+"""Required keys of a recipe that :func:`load_model` does without; nothing reads them."""
 OVERRIDES = "overrides"
 """Name of a recipe without a file."""
 NO_RECIPE = "moefoundry init writes a recipe to start from; configs/quickstart.yaml is a small one"
@@ -51,6 +56,18 @@ def load_recipe(
         ConfigError: With every problem found.
     """
     return recipe_of(load_layers(path, overrides, stored), world_size, check=not stored)
+
+
+def load_model(keys: Mapping[str, Any]) -> ModelConfig:
+    """Check the keys of ``model`` alone, where another project's recipe has all others.
+
+    Args:
+        keys: Keys of the mapping ``model``, plain.
+
+    Raises:
+        ConfigError: With every problem found.
+    """
+    return load_recipe(None, [*NOT_OF_THE_MODEL, f"model={json.dumps(keys)}"]).model
 
 
 def load_layers(path: str | Path | None = None, overrides: Sequence[str] = (), stored: bool = False) -> Layers:
@@ -139,38 +156,4 @@ def _refuse_llm_foundry(tree: dict[str, Any], source: str) -> None:
 
 def with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
     """Add every missing key of the schema to ``tree``; interpolations stay as they are written."""
-    return _fill(Recipe(), tree)
-
-
-def _fill(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
-    """Add the missing keys of ``default`` (a schema object) to ``tree`` at every depth; unknown keys stay."""
-    filled = {}
-    for name, spec in specs(type(default)).items():
-        value = getattr(default, name)
-        if name not in tree:
-            if value is not REQUIRED:
-                filled[name] = _fill(value, {}) if dataclasses.is_dataclass(value) else plain(value)
-            elif (first := _first(tree.get(spec.first_of), name)) is not None:
-                filled[name] = first
-        elif isinstance(tree[name], dict) and spec.entry:
-            filled[name] = {
-                each: _fill(spec.entry(), below) if isinstance(below, dict) else below
-                for each, below in tree[name].items()
-            }
-        elif isinstance(tree[name], dict) and (cls := _usable_class(spec, tree[name], value)):
-            filled[name] = _fill(value if type(value) is cls else cls(), tree[name])
-        else:
-            filled[name] = tree[name]
-    return filled | {name: value for name, value in tree.items() if name not in filled}
-
-
-def _first(mappings: Any, name: str) -> Any:
-    """Find the value of ``name`` in the first of several mappings; None if there is none."""
-    first = next(iter(mappings.values()), None) if isinstance(mappings, dict) else None
-    return first.get(name) if isinstance(first, dict) else None
-
-
-def _usable_class(spec: Spec, tree: dict[str, Any], default: Any) -> Any:
-    """Find the class as :func:`chosen_class` does; for a part that the builder will refuse, what all parts have."""
-    cls = chosen_class(spec, tree, default)
-    return spec.kind if cls is None and spec.is_mapping and spec.variants is None else cls
+    return filled(Recipe(), tree)

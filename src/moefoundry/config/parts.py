@@ -27,6 +27,14 @@ from moefoundry.config.schema_parts import (
     OptimizerConfig,
     SchedulerConfig,
 )
+from moefoundry.config.schema_tasks import (
+    CodeTaskConfig,
+    GenerationTaskConfig,
+    LanguageModelingConfig,
+    MultipleChoiceConfig,
+    SchemaConfig,
+    TaskConfig,
+)
 from moefoundry.config.signatures import part_of_class
 from moefoundry.registry import Part, Table
 
@@ -136,6 +144,19 @@ _TABLES = (
         LossConfig,
     ),
     Table(
+        "icl_task_types",
+        {
+            "multiple_choice": Part(MultipleChoiceConfig, "moefoundry.evaluation.tasks.choice:MultipleChoice"),
+            "schema": Part(SchemaConfig, "moefoundry.evaluation.tasks.choice:Schema"),
+            "language_modeling": Part(LanguageModelingConfig, "moefoundry.evaluation.tasks.modeling:LanguageModeling"),
+            "generation_task_with_answers": Part(
+                GenerationTaskConfig, "moefoundry.evaluation.tasks.generated:GenerationWithAnswers"
+            ),
+            "code_evaluation": Part(CodeTaskConfig, "moefoundry.evaluation.tasks.code:CodeEvaluation"),
+        },
+        TaskConfig,
+    ),
+    Table(
         "attention_kinds",
         {
             "gqa": Part(GqaConfig, "moefoundry.model.attention:GroupedQueryAttention"),
@@ -172,6 +193,15 @@ _TABLES = (
                 "qwen3_moe": "qwen:Qwen3Moe",
                 "deepseek_v3": "deepseek_v3:DeepseekV3",
                 "dbrx": "dbrx:Dbrx",
+                "qwen2_moe": "qwen2_moe:Qwen2Moe",
+                "granitemoe": "granite_moe:GraniteMoe",
+                "deepseek_v2": "deepseek_v2:DeepseekV2",
+                "dots1": "dots1:Dots1",
+                "solar_open": "dots1:SolarOpen",
+                "glm4_moe": "glm4_moe:Glm4Moe",
+                "glm4_moe_lite": "glm4_moe:Glm4MoeLite",
+                "minimax_m2": "minimax_m2:MinimaxM2",
+                "ernie4_5_moe": "ernie4_5_moe:Ernie45Moe",
             }.items()
         },
         base=None,

@@ -9,7 +9,9 @@ from typing import Any
 
 from moefoundry.config.parts import TABLES
 from moefoundry.config.schema import Recipe
+from moefoundry.config.schema_tasks import BenchmarkConfig, CategoryConfig, GauntletConfig
 from moefoundry.config.spec import ANY_NAME, Spec, describe, elsewhere, every_key, is_free_on_resume, plain, show, specs
+from moefoundry.registry import Part
 
 HEADER = """\
 # Recipe reference
@@ -47,7 +49,17 @@ this.
 
 def reference() -> str:
     """Write the page as Markdown, with a table for each mapping; a mapping with variants has one for each of them."""
-    return "\n".join([HEADER, *_sections(Recipe(), "", "Top level"), _names_elsewhere()])
+    return "\n".join([HEADER, *_sections(Recipe(), "", "Top level"), *_tasks(), _names_elsewhere()])
+
+
+def _tasks() -> Iterator[str]:
+    """Yield the tables of what stands in the lists and mappings that the schema leaves open."""
+    for name, part in TABLES["icl_task_types"].listed.items():
+        if isinstance(part, Part) and part.config is not None:
+            yield from _sections(part.config(), "icl_tasks.", f"A task of `icl_tasks` with `icl_task_type: {name}`")
+    yield from _sections(GauntletConfig(), "eval_gauntlet.", "`eval_gauntlet`")
+    yield from _sections(CategoryConfig(), "eval_gauntlet.categories.", "A category of `eval_gauntlet.categories`")
+    yield from _sections(BenchmarkConfig(), "eval_gauntlet.categories.benchmarks.", "A benchmark of a category")
 
 
 def _sections(default: Any, path: str, title: str) -> Iterator[str]:
@@ -85,13 +97,13 @@ def _names_elsewhere() -> str:
 
 
 def _type(spec: Spec) -> str:
-    names = {int: "integer", float: "number", str: "string", bool: "boolean"}
+    names = {int: "integer", float: "number", str: "string", bool: "boolean", object: "value"}
     if spec.is_mapping or spec.entry:
         name = "mapping" if spec.is_mapping else "mappings by name"
     elif spec.table is not None:
         name = "name"
     else:
-        name = f"list of {names[spec.item]}s" if spec.item else names.get(spec.kind, "name")
+        name = f"list of {names.get(spec.item, 'name')}s" if spec.item else names.get(spec.kind, "name")
     return f"{name} or null" if spec.optional else name
 
 

@@ -24,6 +24,7 @@ from moefoundry.config.schema_parts import (
     AdamWConfig,
     AlgorithmsConfig,
     CosineWithWarmupConfig,
+    DpoConfig,
     EmaConfig,
     LoaderConfig,
     LossesConfig,
@@ -140,6 +141,9 @@ class Recipe:
         renamed_from=("lr_scheduler",),
     )
     losses: LossesConfig = key(LossesConfig, "Further losses of training.", table="losses", tag="")
+    dpo: DpoConfig | None = key(
+        None, "Direct preference optimization on pairs of responses, in place of the cross entropy."
+    )
     algorithms: AlgorithmsConfig = key(AlgorithmsConfig, "Changes to the training loop.", table="algorithms", tag="")
     nonfinite: NonFinite = key(
         NonFinite.stop,
@@ -296,6 +300,23 @@ class Recipe:
         free_on_resume=True,
         renamed_from=("log_freq", "log_interval", "logging_steps"),
     )
-    icl_tasks: list[str] | None = key(
-        None, "In-context tasks to evaluate.", available=(None,), renamed_from=("eval_tasks", "eval_gauntlet")
+    icl_tasks: str | list[object] | None = key(
+        None,
+        "In-context tasks that are evaluated at eval_interval: a list of mappings, or a YAML file with such a list.",
+        free_on_resume=True,
+        renamed_from=("eval_tasks",),
+    )
+    eval_gauntlet: str | dict[str, object] | None = key(
+        None,
+        "Averages of the tasks' accuracies: a mapping, or a YAML file with one.",
+        free_on_resume=True,
+    )
+    icl_seq_len: int | None = key(
+        None, "Tokens of a task's sequences at most; null is max_seq_len.", ge=2, free_on_resume=True
+    )
+    icl_subset_num_batches: int | None = key(
+        None,
+        "Of each task, the first examples alone: this many times device_eval_batch_size; null is all.",
+        ge=1,
+        free_on_resume=True,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moefoundry.config.field import REQUIRED, key
+from moefoundry.config.field import MAX_FACTOR, REQUIRED, key
 
 
 class QkNorm(StrEnum):
@@ -43,6 +43,21 @@ class YarnConfig:
 
 
 @dataclass
+class Llama3RopeConfig:
+    """Context extension of Llama 3.1 and later, whose ``rope_type`` is ``llama3``."""
+
+    factor: float = key(REQUIRED, "How many times longer the context becomes.", customary="8 or 32", ge=1)
+    original_max_seq_len: int = key(
+        8192,
+        "Context length before the extension, in tokens.",
+        ge=1,
+        renamed_from=("original_max_position_embeddings",),
+    )
+    low_freq_factor: float = key(1.0, "Rotations up to which frequencies are divided by the factor.", gt=0)
+    high_freq_factor: float = key(4.0, "Rotations from which frequencies stay as they are.", gt=0)
+
+
+@dataclass
 class AttentionConfig:
     """Keys that every attention kind has; the keys of one kind are in its subclass."""
 
@@ -64,6 +79,10 @@ class AttentionConfig:
     )
     yarn: YarnConfig | None = key(
         None, "Context extension; null leaves the frequencies as they are.", renamed_from=("rope_scaling",)
+    )
+
+    llama3_rope: Llama3RopeConfig | None = key(
+        None, "Context extension of Llama 3.1 and later; null leaves the frequencies as they are."
     )
 
     def rotary_dim(self, d_model: int) -> int:
@@ -100,6 +119,25 @@ class GqaConfig(AttentionConfig):
     bias: AttentionBias = key(
         AttentionBias.none, "Which projections have a bias.", renamed_from=("attention_bias", "qkv_bias")
     )
+    rotary_fraction: float = key(
+        1.0,
+        "Share of each head, from its beginning, that rotary embeddings turn.",
+        gt=0,
+        le=1,
+        renamed_from=("partial_rotary_factor", "rotary_pct", "rotary_percent"),
+    )
+    rotary_interleaved: bool = key(
+        False,
+        "Elements 2i and 2i + 1 of a head turn together, not i and i + half the width.",
+        renamed_from=("rope_interleaved", "rope_interleave"),
+    )
+    softmax_scale: float | None = key(
+        None,
+        "Factor of the products of queries and keys; null is head_dim ** -0.5.",
+        gt=0,
+        le=MAX_FACTOR,
+        renamed_from=("attention_multiplier", "attn_scale"),
+    )
     clip_qkv: float | None = key(None, "Clamps queries, keys and values to [-clip_qkv, clip_qkv].", gt=0)
     sliding_window: int | None = key(
         None,
@@ -108,11 +146,15 @@ class GqaConfig(AttentionConfig):
         renamed_from=("sliding_window_size",),
     )
 
-    def rotary_dim(self, d_model: int) -> int:
+    def head_width(self, d_model: int) -> int:
+        """Width of a head."""
         return self.head_dim or d_model // self.n_heads
 
+    def rotary_dim(self, d_model: int) -> int:
+        return int(self.head_width(d_model) * self.rotary_fraction)
+
     def projection_widths(self, d_model: int) -> tuple[int, int]:
-        return self.n_heads * self.rotary_dim(d_model), self.n_kv_heads * self.rotary_dim(d_model)
+        return self.n_heads * self.head_width(d_model), self.n_kv_heads * self.head_width(d_model)
 
     @property
     def window(self) -> int | None:

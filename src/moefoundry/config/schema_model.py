@@ -193,6 +193,9 @@ class MoEConfig:
             "shared experts are as wide as routed ones; model.moe.num_shared_experts counts them",
         ),
     )
+    shared_expert_gate: bool = key(
+        False, "Multiply the shared experts' output by the sigmoid of a linear map of the token."
+    )
     router: RouterConfig = key(RouterConfig, "Routing.", table="router_scores", tag="score_function")
     balance: BalanceConfig = key(BalanceConfig, "Load balancing.", architecture=False)
     capacity_factor: float | None = key(
@@ -234,6 +237,25 @@ class MtpConfig:
         0, "Multi-token-prediction modules.", ge=0, renamed_from=("num_nextn_predict_layers", "num_mtp_modules")
     )
     loss_weight: float = key(0.3, "Weight of the multi-token-prediction loss.", ge=0, le=MAX_FACTOR, architecture=False)
+
+
+@dataclass
+class MultipliersConfig:
+    """Constant factors; 1 changes nothing."""
+
+    embedding: float = key(
+        1.0, "Multiplies the embeddings.", gt=0, le=MAX_FACTOR, renamed_from=("embedding_multiplier",)
+    )
+    residual: float = key(
+        1.0,
+        "Multiplies what attention and FFN add to the residual stream.",
+        gt=0,
+        le=MAX_FACTOR,
+        renamed_from=("residual_multiplier",),
+    )
+    logits_divisor: float = key(
+        1.0, "Divides the logits.", gt=0, le=MAX_FACTOR, renamed_from=("logits_scaling", "logit_scale")
+    )
 
 
 @dataclass
@@ -308,6 +330,7 @@ class ModelConfig:
         architecture=False,
         renamed_from=("attn_uses_sequence_id",),
     )
+    multipliers: MultipliersConfig = key(MultipliersConfig, "Constant factors.")
     moe: MoEConfig = key(MoEConfig, "Mixture of experts.", renamed_from=("ffn_config", "moe_args"))
     mtp: MtpConfig = key(MtpConfig, "Multi-token prediction.")
 

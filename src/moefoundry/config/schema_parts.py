@@ -364,6 +364,13 @@ class LossConfig:
 
 
 @dataclass
+class DpoConfig:
+    """Direct preference optimization."""
+
+    beta: float = key(0.1, "Scale of the rewards; a smaller one leaves the reference sooner.", gt=0, le=MAX_FACTOR)
+
+
+@dataclass
 class LossesConfig:
     """Further losses of training."""
 

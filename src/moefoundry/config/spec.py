@@ -11,7 +11,7 @@ from enum import StrEnum
 from functools import cache
 from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
-from moefoundry.config.field import ENTRY, PATTERN_HINTS, key
+from moefoundry.config.field import ENTRY, PATTERN_HINTS, REQUIRED, key
 from moefoundry.config.parts import TABLES
 from moefoundry.config.schema import Recipe
 from moefoundry.registry import Part, PartError, Table
@@ -318,6 +318,43 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: plain(entry) for name, entry in value.items()}
     return str(value) if isinstance(value, StrEnum) else value
+
+
+def filled(default: Any, tree: dict[str, Any]) -> dict[str, Any]:
+    """Add the missing keys of ``default`` (a schema object) to ``tree`` at every depth.
+
+    Unknown keys stay, and required ones stay missing.
+    """
+    result = {}
+    for name, spec in specs(type(default)).items():
+        value = getattr(default, name)
+        if name not in tree:
+            if value is not REQUIRED:
+                result[name] = filled(value, {}) if dataclasses.is_dataclass(value) else plain(value)
+            elif (first := _first(tree.get(spec.first_of), name)) is not None:
+                result[name] = first
+        elif isinstance(tree[name], dict) and spec.entry:
+            result[name] = {
+                each: filled(spec.entry(), below) if isinstance(below, dict) else below
+                for each, below in tree[name].items()
+            }
+        elif isinstance(tree[name], dict) and (cls := _usable_class(spec, tree[name], value)):
+            result[name] = filled(value if type(value) is cls else cls(), tree[name])
+        else:
+            result[name] = tree[name]
+    return result | {name: value for name, value in tree.items() if name not in result}
+
+
+def _first(mappings: Any, name: str) -> Any:
+    """Find the value of ``name`` in the first of several mappings; None if there is none."""
+    first = next(iter(mappings.values()), None) if isinstance(mappings, dict) else None
+    return first.get(name) if isinstance(first, dict) else None
+
+
+def _usable_class(spec: Spec, tree: dict[str, Any], default: Any) -> Any:
+    """Find the class as :func:`chosen_class` does; for a part that the builder will refuse, what all parts have."""
+    cls = chosen_class(spec, tree, default)
+    return spec.kind if cls is None and spec.is_mapping and spec.variants is None else cls
 
 
 def architecture_of(value: Any) -> Any:

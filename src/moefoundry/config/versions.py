@@ -44,6 +44,18 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
             }
             for loader in ("train_loader", "eval_loader")
         },
+        "model.d_model": {
+            "model.multipliers.embedding": 1.0,
+            "model.multipliers.residual": 1.0,
+            "model.multipliers.logits_divisor": 1.0,
+        },
+        "model.attention.n_heads": {"model.attention.llama3_rope": None},
+        "model.attention.n_kv_heads": {
+            "model.attention.rotary_fraction": 1.0,
+            "model.attention.rotary_interleaved": False,
+            "model.attention.softmax_scale": None,
+        },
+        "model.moe.num_experts": {"model.moe.shared_expert_gate": False},
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

@@ -3,6 +3,7 @@
     import       HF directory  -> weights-only checkpoint, which a run's ``load_path`` may name
     export       checkpoint    -> HF directory, which ``AutoModelForCausalLM`` loads
     consolidate  checkpoint    -> safetensors with our names
+    merge        adapters      -> weights-only checkpoint, with their base
 
 Everything is checked before anything is written, what is written gets its final name when it is complete, and nothing
 is overwritten. Memory is needed for a block (see ``tensor_map.py``), whatever the model's size.
@@ -14,7 +15,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,30 +23,32 @@ import torch
 
 from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.manifest import WEIGHTS_ONLY, read_state
-from moefoundry.checkpoint.out_of_core import ShardValues, StoredTensors, write_shards
-from moefoundry.checkpoint.store import TOKENIZER, using
+from moefoundry.checkpoint.out_of_core import ShardValues, write_shards
+from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.checkpoint.weights import (
     PREFIX,
     Weights,
     load_model,
     named_checkpoint,
+    read_lora_config,
     read_model_config,
-    stored_names,
     tokenizer_of,
 )
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
 from moefoundry.config.versions import VERSION_KEY
+from moefoundry.conversion.adapted import Tensors, weights_of
 from moefoundry.conversion.families import FAMILIES, Family, family_for
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
-from moefoundry.conversion.parity import verify_logits
+from moefoundry.conversion.parity import Parity, verify_outputs
 from moefoundry.conversion.safetensors_io import write_file, write_safetensors
 from moefoundry.conversion.starting_recipe import starting_recipe, with_balance
-from moefoundry.conversion.tensor_map import Dtype, TensorMap, check_tensors
+from moefoundry.conversion.tensor_map import Dtype, TensorMap
 from moefoundry.data.json_files import write_json
 from moefoundry.data.staging import GIB, staged
 from moefoundry.data.tokenizer_files import (
     CONFIG,
     check_importable,
+    copy_tokenizer,
     export_tokenizer,
     has_tokenizer,
     import_tokenizer,
@@ -65,21 +68,21 @@ class Summary:
         path: File or directory written.
         num_tensors, nbytes: Number and size of the tensors written.
         has_tokenizer: True if a tokenizer came with it; None where none is expected.
-        max_difference: Largest difference of logits; None where they were not compared.
+        parity: Differences from transformers' outputs; None where they were not compared.
     """
 
     path: Path
     num_tensors: int
     nbytes: int
     has_tokenizer: bool | None = None
-    max_difference: float | None = None
+    parity: Parity | None = None
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.num_tensors} tensors, {self.nbytes / GIB:.2f} GiB"
         if self.has_tokenizer is False:
             text += "; no tokenizer"
-        if self.max_difference is not None:
-            text += f"; verified, logits differ by at most {self.max_difference:.1e}"
+        if self.parity is not None:
+            text += f"; {self.parity}"
         return text
 
 
@@ -106,10 +109,10 @@ def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: floa
         balanced = with_balance(source.family, source.cfg, source.config)
         write_recipe(staging, balanced, source, output)
         import_tokenizer(hf, staging / TOKENIZER)
-        difference = None
+        parity = None
         if tolerance is not None:
-            difference = verify_logits(hf, load_model(staging), tolerance, dtype.torch, dtype.torch or torch.bfloat16)
-    return Summary(output, len(specs), nbytes_of(specs), tokenizer, difference)
+            parity = verify_outputs(hf, load_model(staging), tolerance, dtype.torch, dtype.torch or torch.bfloat16)
+    return Summary(output, len(specs), nbytes_of(specs), tokenizer, parity)
 
 
 def export_hf(
@@ -121,6 +124,7 @@ def export_hf(
     tokenizer: Path | None = None,
     tolerance: float | None = None,
     weights: Weights = Weights.trained,
+    base: str | None = None,
 ) -> Summary:
     """Write a Hugging Face directory that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load.
 
@@ -133,6 +137,7 @@ def export_hf(
         tokenizer: Directory of the tokenizer; None is the checkpoint's own, or that of its run.
         tolerance: As in :func:`import_hf`.
         weights: Values to take for the parameters.
+        base: Where the base of a checkpoint of adapters is now; they are merged into it. None is where it was.
 
     Raises:
         UserError: The family cannot hold the model (with the reasons), a tensor, the average or the tokenizer is
@@ -140,29 +145,79 @@ def export_hf(
     """
     directory = named_checkpoint(checkpoint)
     recipe, cfg = read_state(directory)["recipe"], read_model_config(directory)
-    family = _family(family_name, cfg)
+    family = chosen_family(family_name, cfg)
     names = TensorMap(family, cfg)
-    ours = open_checkpoint(directory, meta_model(cfg), weights)
-    specs = names.their_specs(ours.specs, dtype)
-    config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
     tokenizer = tokenizer or tokenizer_of(directory, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise UserError(f"no tokenizer at {tokenizer}; name its directory: tokenizer=...")
-    with using(directory), staged(hf, nbytes_of(specs)) as staging:
-        staging.mkdir()
-        write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
-        special = export_tokenizer(tokenizer or directory / TOKENIZER, staging)
-        write_json(staging / CONFIG, config | special)
-        difference = (
-            None
-            if tolerance is None
-            else verify_logits(staging, load_model(directory, weights), tolerance, dtype.torch)
-        )
-    return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, difference)
+    with weights_of(directory, weights, base) as ours:
+        specs = names.their_specs(ours.specs, dtype)
+        config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
+        with staged(hf, nbytes_of(specs)) as staging:
+            staging.mkdir()
+            write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
+            special = export_tokenizer(tokenizer or directory / TOKENIZER, staging)
+            write_json(staging / CONFIG, config | special)
+            parity = None
+            if tolerance is not None:
+                model = load_model(directory, weights, base_place=base)
+                parity = verify_outputs(staging, model, tolerance, dtype.torch)
+    return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, parity)
+
+
+def merge_adapters(
+    checkpoint: Path,
+    output: Path,
+    dtype: Dtype = Dtype.keep,
+    weights: Weights = Weights.trained,
+    base: str | None = None,
+) -> Summary:
+    """Write a weights-only checkpoint of whole weights: adapters merged into their base.
+
+    Args:
+        checkpoint: A checkpoint of adapters, or the run that holds it.
+        output: Checkpoint directory to make.
+        dtype: Type of the stored parameters; ``keep`` is the base's.
+        weights: Values to take for the adapters.
+        base: As in :func:`export_hf`.
+
+    Raises:
+        UserError: The checkpoint has no adapters, a tensor or the base is missing, or ``output`` exists.
+    """
+    directory = named_checkpoint(checkpoint)
+    if read_lora_config(directory) is None:
+        raise UserError(f"{directory} has whole weights: there is nothing to merge")
+    recipe, cfg = read_state(directory)["recipe"], read_model_config(directory)
+    with weights_of(directory, weights, base) as ours:
+        buffers = {name for name, _ in meta_model(cfg).named_buffers()}
+        specs = {
+            name: spec if name in buffers else TensorSpec(spec.shape, dtype.torch or spec.dtype)
+            for name, spec in ours.specs.items()
+        }
+        with staged(output, nbytes_of(specs)) as staging:
+            staging.mkdir()
+            write_weights(staging, cfg, specs, _shards(ours, specs), recipe.get("max_seq_len"))
+            tokenizer = tokenizer_of(directory, recipe)
+            if tokenizer is not None and tokenizer.is_dir():
+                copy_tokenizer(tokenizer, staging / TOKENIZER)
+    return Summary(output, len(specs), nbytes_of(specs), tokenizer is not None)
+
+
+def _shards(ours: Tensors, specs: Mapping[str, TensorSpec]) -> Iterator[ShardValues]:
+    """Yield the values of tensors in the dtypes of ``specs``, a range of rows at a time."""
+    for name, spec in specs.items():
+        first = 0
+        for values in ours.rows(name):
+            yield ShardValues(name, (first, *(0 for _ in values.shape[1:]))[: values.dim()], values.to(spec.dtype))
+            first += len(values) if values.dim() else 0
 
 
 def consolidate(
-    checkpoint: Path, output: Path, max_shard_bytes: int = SHARD_BYTES, weights: Weights = Weights.trained
+    checkpoint: Path,
+    output: Path,
+    max_shard_bytes: int = SHARD_BYTES,
+    weights: Weights = Weights.trained,
+    base: str | None = None,
 ) -> Summary:
     """Write the parameters and buffers of a checkpoint as safetensors, under the names of ``MoETransformer``.
 
@@ -171,23 +226,24 @@ def consolidate(
         output: A file ``*.safetensors``, or a directory, which may be given shards.
         max_shard_bytes: Largest size of a shard.
         weights: Values to take for the parameters.
+        base: As in :func:`export_hf`.
 
     Raises:
         UserError: A tensor or the average is missing, ``output`` exists, or it is one file and all would not fit.
     """
-    directory = named_checkpoint(checkpoint)
-    ours = open_checkpoint(directory, meta_model(read_model_config(directory)), weights)
-    size = nbytes_of(ours.specs)
     one_file = output.suffix == ".safetensors"
-    if one_file and size > max_shard_bytes:
-        raise UserError(f"{output}: {size / GIB:.2f} GiB exceed one shard; name a directory, or allow a larger shard")
-    with using(directory), staged(output, size) as staging:
-        if one_file:
-            write_file(staging, ours.specs, ours.rows)
-        else:
-            staging.mkdir()
-            write_safetensors(staging, ours.specs, ours.rows, max_shard_bytes)
-    return Summary(output, len(ours.specs), size)
+    with weights_of(named_checkpoint(checkpoint), weights, base) as ours:
+        size = nbytes_of(ours.specs)
+        if one_file and size > max_shard_bytes:
+            problem = f"{size / GIB:.2f} GiB exceed one shard; name a directory, or allow a larger shard"
+            raise UserError(f"{output}: {problem}")
+        with staged(output, size) as staging:
+            if one_file:
+                write_file(staging, ours.specs, ours.rows)
+            else:
+                staging.mkdir()
+                write_safetensors(staging, ours.specs, ours.rows, max_shard_bytes)
+        return Summary(output, len(ours.specs), size)
 
 
 def load_hf(hf: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> MoETransformer:
@@ -216,14 +272,6 @@ def load_hf(hf: Path, dtype: torch.dtype = torch.float32, device: torch.device |
     return model.eval()
 
 
-def open_checkpoint(directory: Path, model: MoETransformer, weights: Weights) -> StoredTensors:
-    """Open the parameters and buffers of a checkpoint, checked against the shapes of its model."""
-    names = stored_names(directory, model, weights)
-    ours = StoredTensors(directory, PREFIX, names)
-    check_tensors(ours.specs, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, directory)
-    return ours
-
-
 def write_weights(
     staging: Path,
     cfg: ModelConfig,
@@ -248,7 +296,12 @@ def write_recipe(staging: Path, cfg: ModelConfig, source: HfDirectory, output: P
     (staging / RECIPE).write_text(starting_recipe(cfg, output.name, title, source.max_seq_len, weights))
 
 
-def _family(name: str | None, cfg: ModelConfig) -> Family:
+def chosen_family(name: str | None, cfg: ModelConfig) -> Family:
+    """Find the family of this name, or the first that has such a model.
+
+    Raises:
+        UserError: There is none.
+    """
     if name is None:
         return family_for(cfg)
     if name not in FAMILIES:

@@ -3,20 +3,19 @@
     experts.gate_up_proj  [E, 2F, D]   experts.{e}.gate_proj.weight [F, D] above experts.{e}.up_proj.weight [F, D]
     experts.down_proj     [E, D, F]    experts.{e}.down_proj.weight [D, F]
 
-Its models have them so in memory, and may be saved so; Mixtral's are under ``mlp`` then, and not ``block_sparse_moe``.
+Its models have them so in memory, and may be saved so; some have other names then (``Family.names_in_memory``).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import Tensor
 
 from moefoundry.checkpoint.format import TensorSpec
-from moefoundry.config import UserError
-from moefoundry.conversion.families.family import Piece
+from moefoundry.config import ModelConfig, UserError
+from moefoundry.conversion.families.family import Family, Piece
 from moefoundry.conversion.safetensors_io import SafetensorsReader
 
 EXPERT = re.compile(r"(.+)\.experts\.\d+\.\w+\.weight")
@@ -37,7 +36,7 @@ class SplitExperts:
 
     Args:
         tensors: Tensors of the files.
-        pieces: Pieces of the model, which have the names of its experts.
+        family, cfg: Family and model, which say the names of the experts.
 
     Attributes:
         specs: Shapes and dtypes by name.
@@ -46,12 +45,17 @@ class SplitExperts:
         UserError: A fused tensor does not hold as many experts as the model has.
     """
 
-    def __init__(self, tensors: SafetensorsReader, pieces: Iterable[Piece]) -> None:
+    def __init__(self, tensors: SafetensorsReader, family: Family, cfg: ModelConfig) -> None:
         self._tensors = tensors
         self._parts: dict[str, _Part] = {}
         self._renamed: dict[str, str] = {}
-        for piece in pieces:
-            if piece.expert is not None and (match := EXPERT.fullmatch(piece.hf_name)):
+        self._in_memory = family.names_in_memory
+        for piece in family.pieces(cfg):
+            if piece.hf_name in tensors.specs:
+                continue
+            if other := next((name for name in self._others(piece.hf_name) if name in tensors.specs), ""):
+                self._renamed[piece.hf_name] = other
+            elif piece.expert is not None and (match := EXPERT.fullmatch(piece.hf_name)):
                 self._find(piece, piece.expert, match[1])
         self._check_counts()
         taken = {part.fused for part in self._parts.values()} | set(self._renamed.values())
@@ -69,18 +73,20 @@ class SplitExperts:
         start, stop = ranges[0] if ranges else (0, rows)
         return self._tensors.read(fused, (expert, expert + 1), (first + start, first + stop), *ranges[1:])[0]
 
+    def _others(self, name: str) -> list[str]:
+        """Other names that a tensor or module may have."""
+        return [name.replace(part, other) for part, other in self._in_memory.items() if part in name]
+
     def _find(self, piece: Piece, expert: int, module: str) -> None:
         """Note the place of an expert's weight, if a fused tensor has it."""
         fused_name, part, parts = ROW_PART[piece.name.rpartition(".")[2]]
         stored = self._tensors.specs
-        for there in (module, module.replace("block_sparse_moe", "mlp")):
-            spec = stored.get(f"{there}.experts.{fused_name}")
+        for there in (f"{module}.experts", *self._others(f"{module}.experts")):
+            spec = stored.get(f"{there}.{fused_name}")
             if spec is None or len(spec.shape) != 3:
                 continue
             rows = spec.shape[1] // parts
-            self._parts[piece.hf_name] = _Part(f"{there}.experts.{fused_name}", expert, part * rows, rows)
-            if there != module and f"{there}.gate.weight" in stored:
-                self._renamed[f"{module}.gate.weight"] = f"{there}.gate.weight"
+            self._parts[piece.hf_name] = _Part(f"{there}.{fused_name}", expert, part * rows, rows)
 
     def _check_counts(self) -> None:
         wanted: dict[str, set[int]] = {}

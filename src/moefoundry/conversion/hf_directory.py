@@ -62,7 +62,7 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
     declared = family.read_config({key: value for key, value in config.items() if key != "quantization_config"})
     stored = SafetensorsReader(path, block, fp8_as or torch.bfloat16)
     cfg, notes = _with_the_prediction_modules_there(declared, stored.specs)
-    tensors = SplitExperts(stored, family.pieces(cfg))
+    tensors = SplitExperts(stored, family, cfg)
     names = TensorMap(family, cfg)
     names.check_theirs(tensors.specs, path)
     names.check_copies(tensors, path)

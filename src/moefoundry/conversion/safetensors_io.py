@@ -2,6 +2,7 @@
 
     model.safetensors                        or, in shards,
     model-00001-of-00002.safetensors ...     and model.safetensors.index.json: {"weight_map": {tensor: file}}
+    model.fp16.safetensors, model.safetensors.index.fp16.json    the same in a variant; read where it is the only one
 
 Files are mapped, so reading a slice costs its pages. They are written in one pass: the header, which says where each
 tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as their products.
@@ -70,11 +71,11 @@ class SafetensorsReader:
         self._fp8_as = fp8_as
         self._files: dict[str, Any] = {}
         self.specs: dict[str, TensorSpec] = {}
-        weight_map = _weight_map(directory)
+        weight_map, single = _weight_map(directory)
         missing = sorted({file for file in weight_map.values() if not (directory / file).is_file()})
         if missing:
             raise UserError(f"{directory}: shards of the index are missing: {first_few(missing)}")
-        for file in sorted(set(weight_map.values())) or [SINGLE_FILE]:
+        for file in sorted(set(weight_map.values())) or [single]:
             self._open(directory / file)
         absent = [name for name in weight_map if name not in self.specs]
         if absent:
@@ -125,9 +126,9 @@ class SafetensorsReader:
         return scales
 
 
-def _weight_map(directory: Path) -> dict[str, str]:
-    """Read the file of each tensor from the index; empty where one file holds all."""
-    index = directory / INDEX_FILE
+def _weight_map(directory: Path) -> tuple[dict[str, str], str]:
+    """Read the file of each tensor from the index; or name the file that holds all, beside an empty map."""
+    index, single = _named_as_variants(directory)
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
@@ -138,15 +139,32 @@ def _weight_map(directory: Path) -> dict[str, str]:
         outside = sorted(str(name) for name in names if name.is_absolute() or ".." in name.parts)
         if outside:
             raise UserError(f"{index}: files outside the directory are refused: {first_few(outside)}")
-        return weight_map
-    if (directory / SINGLE_FILE).is_file():
-        return {}
+        return weight_map, SINGLE_FILE
+    if single.is_file():
+        return {}, single.name
     if pickles := sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)):
         raise UserError(
             f"{directory}: holds pickled weights ({pickles[0]}), which could run any code and are never read; "
             "convert them to safetensors where you trust them"
         )
     raise UserError(f"{directory}: no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def _named_as_variants(directory: Path) -> tuple[Path, Path]:
+    """Find the index and the single file, which may have a variant's name if nothing has the plain one.
+
+    Raises:
+        UserError: There are several variants.
+    """
+    index, single = directory / INDEX_FILE, directory / SINGLE_FILE
+    if index.is_file() or single.is_file():
+        return index, single
+    variants = [*directory.glob("model.safetensors.index.*.json"), *directory.glob("model.*.safetensors")]
+    if len(variants) > 1:
+        names = first_few(sorted(path.name for path in variants))
+        raise UserError(f"{directory}: several variants of the weights: {names}; leave one of them there")
+    (found,) = variants or [single]
+    return (found, single) if found.suffix == ".json" else (index, found)
 
 
 def write_safetensors(

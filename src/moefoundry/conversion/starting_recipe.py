@@ -160,7 +160,7 @@ def starting_recipe(
     keys = {
         "run_name": (name, "a run writes to runs/RUN_NAME"),
         "max_seq_len": (length, f"tokens a sequence, as the data are prepared{_longest(max_seq_len, length)}"),
-        **{path: (value, _meaning(path)) for path, value in _stated(cfg, "model")},
+        **{path: (value, _meaning(path)) for path, value in stated(cfg, "model")},
         **(odd if (cfg.d_model | cfg.moe.expert_hidden_size) % 8 else {}),
         "precision.compute": ("bf16", "matrix products; master weights stay fp32. On a CPU: fp32"),
         "activation_checkpointing": (checkpointing, "what the backward pass recomputes: none, selective, full"),
@@ -184,20 +184,29 @@ def commented(keys: Comments) -> str:
     """YAML of dotted keys, in the schema's order, each on its line with a comment.
 
     Args:
-        keys: Dotted key -> (value, comment).
+        keys: Dotted key -> (value, comment). A key of a part stands where the schema has the mapping of such parts. An
+            empty comment is left out.
     """
     order = {path: number for number, path in enumerate(every_key())}
     lines: list[str] = []
     open_mappings: tuple[str, ...] = ()
-    for path in sorted(keys, key=lambda path: order[path]):
+    for path in sorted(keys, key=lambda path: _place(path, order)):
         *parents, leaf = path.split(".")
         shared = sum(1 for _ in _while_equal(parents, open_mappings))
         lines += [f"{'  ' * depth}{parents[depth]}:" for depth in range(shared, len(parents))]
         open_mappings = tuple(parents)
         value, comment = keys[path]
         text = f"{'  ' * len(parents)}{leaf}: {scalar(plain(value))}"
-        lines.append(f"{text:<{COLUMN}}  # {comment}")
+        lines.append(f"{text:<{COLUMN}}  # {comment}" if comment else text)
     return "".join(f"{line}\n" for line in lines)
+
+
+def _place(path: str, order: Mapping[str, int]) -> tuple[int, str]:
+    """Find the place of a key in the schema; one that it does not have stands behind its mapping."""
+    if path in order:
+        return order[path], ""
+    mapping = path.rpartition(".")[0]
+    return _place(mapping, order)[0] if mapping else len(order), path
 
 
 def _while_equal(left: list[str], right: tuple[str, ...]) -> Iterator[str]:
@@ -207,13 +216,13 @@ def _while_equal(left: list[str], right: tuple[str, ...]) -> Iterator[str]:
         yield one
 
 
-def _stated(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+def stated(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """Keys below a schema object that are required, have another value than their default, or are always shown."""
     defaults = type(value)()
     for field, spec in zip(fields(value), specs(type(value)).values(), strict=True):
         own, key = getattr(value, field.name), join(path, field.name)
         if is_dataclass(own):
-            yield from _stated(own, key)
+            yield from stated(own, key)
         elif spec.required or own != getattr(defaults, field.name) or (own is not None and SHOWN.match(key)):
             yield key, own
 

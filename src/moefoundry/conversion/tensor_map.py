@@ -20,9 +20,10 @@ from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.out_of_core import ShardValues, row_ranges
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.config.errors import first_few
-from moefoundry.conversion.families.family import Family, Piece
+from moefoundry.conversion.families.family import Piece
 from moefoundry.model.transformer import meta_model
 
+ROTARY = ("rotary_emb.inv_freq", "rotary_embedding.inv_freq")
 NAMED = 4  # tensors of each kind of error
 
 
@@ -47,6 +48,16 @@ class Source(Protocol):
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor: ...
 
 
+class Pieces(Protocol):
+    """The tensors of another project's model, in pieces of ours; ``Family`` explains the methods."""
+
+    def pieces(self, cfg: ModelConfig) -> Iterator[Piece]: ...
+
+    def copies(self, cfg: ModelConfig) -> dict[str, str]: ...
+
+    def unused_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]: ...
+
+
 class TensorMap:
     """Our tensors and a family's, for one model.
 
@@ -54,15 +65,15 @@ class TensorMap:
         shapes: Shapes of our tensors, by name in ``MoETransformer.state_dict()``.
         their_shapes: Shapes of the family's.
         copies: Tensors of the family that repeat another: name -> the other's.
-        empty: Tensors of the family without elements: name -> shape.
+        unused: Tensors of the family for parts that the model lacks: name -> shape.
     """
 
-    def __init__(self, family: Family, cfg: ModelConfig) -> None:
+    def __init__(self, family: Pieces, cfg: ModelConfig) -> None:
         model = meta_model(cfg)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self._buffers = {name for name, _ in model.named_buffers()}
         self.copies = family.copies(cfg)
-        self.empty = family.empty_tensors(cfg)
+        self.unused = family.unused_tensors(cfg)
         self._ours: dict[str, list[Piece]] = defaultdict(list)
         self._theirs: dict[str, list[Piece]] = defaultdict(list)
         for piece in family.pieces(cfg):
@@ -73,7 +84,7 @@ class TensorMap:
                 replace(piece, name="lm_head.weight") for piece in self._ours["embed_tokens.weight"]
             ]
         for pieces in self._theirs.values():
-            pieces.sort(key=lambda piece: piece.rows or (0, 0))
+            pieces.sort(key=lambda piece: (piece.part or 0, piece.rows or (0, 0)))
         self.their_shapes = {name: self._their_shape(pieces) for name, pieces in self._theirs.items()}
 
     def _block_shape(self, piece: Piece) -> tuple[int, ...]:
@@ -82,6 +93,9 @@ class TensorMap:
 
     def _their_shape(self, pieces: list[Piece]) -> tuple[int, ...]:
         shapes = [self._block_shape(piece)[:: -1 if piece.transposed else 1] for piece in pieces]
+        if pieces[0].part is not None:
+            rows = sum(shape[0] for piece, shape in zip(pieces, shapes, strict=True) if piece.part == 0)
+            return (1 + max(piece.part or 0 for piece in pieces), rows, *shapes[0][1:])
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
     # -------------------------------------------------------------------------------------------------- theirs to ours
@@ -96,7 +110,7 @@ class TensorMap:
         known = {
             name: spec
             for name, spec in specs.items()
-            if name not in self.empty and not name.endswith("rotary_emb.inv_freq")  # older transformers stored these
+            if name not in self.unused and not name.endswith(ROTARY)  # older transformers stored these
         }
         check_tensors(known, self.their_shapes | copied, where)
 
@@ -138,7 +152,11 @@ class TensorMap:
             return
         first = piece.rows[0] if piece.rows else 0
         for start, stop in row_ranges(TensorSpec(shape, spec.dtype)):
-            yield start, theirs.read(piece.hf_name, (first + start, first + stop))
+            rows = first + start, first + stop
+            if piece.part is None:
+                yield start, theirs.read(piece.hf_name, rows)
+            else:
+                yield start, theirs.read(piece.hf_name, (piece.part, piece.part + 1), rows)[0]
 
     # -------------------------------------------------------------------------------------------------- ours to theirs
 
@@ -152,12 +170,14 @@ class TensorMap:
             sources = [piece.name for piece in self._theirs[name]]
             specs[name] = TensorSpec(shape, self._dtype(sources[0], (ours[source] for source in sources), dtype))
         copies = {name: specs[other] for name, other in self.copies.items() if name != "lm_head.weight"}
-        dtype_of_empty = next(iter(specs.values())).dtype
-        return specs | copies | {name: TensorSpec(shape, dtype_of_empty) for name, shape in self.empty.items()}
+        dtype_of_unused = next(iter(specs.values())).dtype
+        return specs | copies | {name: TensorSpec(shape, dtype_of_unused) for name, shape in self.unused.items()}
 
     def their_blocks(self, name: str, ours: Source, spec: TensorSpec) -> Iterator[Tensor]:
         """Yield the values of one tensor of the family, cut into rows."""
-        for piece in self._theirs.get(self.copies.get(name, name), []):  # none of one without elements
+        if name in self.unused:
+            yield torch.zeros(spec.shape, dtype=spec.dtype)
+        for piece in self._theirs.get(self.copies.get(name, name), []):
             shape = self._block_shape(piece)
             expert = [] if piece.expert is None else [(piece.expert, piece.expert + 1)]
             if piece.transposed or not shape:

@@ -25,7 +25,7 @@ from moefoundry.data import prepare
 from moefoundry.data.assembly import Facts, join, tokens_of
 from moefoundry.data.left_out import Left, LeftOut
 from moefoundry.data.opening import check_out, inputs_of, open_all
-from moefoundry.data.options import Part, PrepareOptions, expanded
+from moefoundry.data.options import Kind, Part, PrepareOptions, expanded
 from moefoundry.data.places import LocalPlace
 from moefoundry.data.prepare import PreparedSummary, left_out_of, make_writer, place_of, working, write_blocks
 from moefoundry.data.splits import Division
@@ -142,6 +142,8 @@ def check_part(options: PrepareOptions, part: Part) -> None:
     """
     if isinstance(options.out, str):
         raise UserError(f"part={part}: OUT is a directory that the machines of all parts see, not a URL")
+    if options.kind is not Kind.text:
+        raise UserError(f"part={part}: {options.kind} are prepared at once")
     if options.layout is not Layout.documents:
         raise UserError(f"part={part}: parts are documents, which are packed when they are read: layout=documents")
     if options.tokenizer is None:

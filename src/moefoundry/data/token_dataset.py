@@ -20,11 +20,12 @@ from streaming.base.world import World
 from torch import Tensor
 
 from moefoundry.config.errors import DataError, UserError
-from moefoundry.config.schema_data import StreamConfig
+from moefoundry.config.schema_data import PackingMethod, StreamConfig
 from moefoundry.config.schema_parts import DatasetConfig
 from moefoundry.data.fit import another_length, packed_already, too_few_samples
 from moefoundry.data.guard import CheckedStream, GuardedDataset
 from moefoundry.data.identity import TARGETS, TOKENS, column_encodings, holds_documents
+from moefoundry.data.reference import RECORD, read_reference
 from moefoundry.data.sources import DocumentSource, FimTools, PackedSource, Source, read_lengths
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 
@@ -32,9 +33,9 @@ from moefoundry.ops.cross_entropy import IGNORE_INDEX
 class TokenDataset(GuardedDataset):
     """Rows of tokens as tensors. Construction is collective: every rank makes it at the same point.
 
-    A row is ``input_ids``, ``labels`` and, of documents or with an ``eos_id``, ``sequence_id``, int64 [S] each; and
-    with several streams ``source``, an int64 scalar. Room left at the end of a row has ``sequence_id`` -1 and the label
-    ``IGNORE_INDEX``.
+    A row is ``input_ids``, ``labels`` and, of documents or with an ``eos_id``, ``sequence_id``, int64 [S] each; with
+    several streams ``source``, an int64 scalar; and of pairs that a reference has scored ``reference``, float32 [2].
+    Room left at the end of a row has ``sequence_id`` -1 and the label ``IGNORE_INDEX``.
 
     Args:
         config: Data to read.
@@ -88,6 +89,7 @@ class TokenDataset(GuardedDataset):
             self._source(name, stream, samples, config, fim)
             for name, stream, samples in zip(config.sources, streams, self.samples_per_stream.tolist(), strict=True)
         ]
+        self.references = [self._reference(*each, config) for each in zip(self.sources, streams, strict=True)]
         self.drop_last = drop_last
         self._repeats: NDArray[np.bool_] | None = None
         self._epoch = 0
@@ -109,6 +111,12 @@ class TokenDataset(GuardedDataset):
         if message := packed_already(stream.place, config):
             raise UserError(message)
         return PackedSource(name, stream.place, samples, self.max_seq_len)
+
+    def _reference(self, source: Source, stream: CheckedStream, config: DatasetConfig) -> NDArray[np.float32] | None:
+        """Read the log-probabilities of pairs, [rows, 2], if they have been computed."""
+        if config.packing.method != PackingMethod.pairs or not (stream.directory / RECORD).is_file():
+            return None
+        return read_reference(stream.directory, source.rows)[0]
 
     def _rows(self) -> NDArray[np.int64]:
         return np.array([source.rows for source in self.sources])
@@ -139,7 +147,7 @@ class TokenDataset(GuardedDataset):
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """List the rows of an epoch as before the shuffle, and the sizes of the runs of them that lie in one shard."""
         if len(self.sources) == 1 and isinstance(self.sources[0], PackedSource):
-            return super().resample_streams(epoch, stream_id)  # type: ignore[no-any-return]
+            return super().resample_streams(epoch, stream_id)
         rng = np.random.default_rng([self.shuffle_seed, epoch if self.shuffle else 0])
         first_shards = np.append(self.sample_offset_per_shard, self.num_samples)
         begin, units, rows = 0, [], []
@@ -218,6 +226,8 @@ class TokenDataset(GuardedDataset):
             for index, sample in enumerate(samples.tolist())
         ]
         made = self._row(pieces, source)
+        if (reference := self.references[number]) is not None:
+            made |= {"reference": torch.from_numpy(reference[row])}
         return made | {"source": torch.tensor(number)} if self.several else made
 
     def _row(self, pieces: list[Mapping[str, NDArray[Any]]], source: Source) -> dict[str, Tensor]:

@@ -97,9 +97,9 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
         file.writelines(json.dumps(asdict(result)) + "\n" for result in results)
 
 
-def cut(completion: str) -> str:
-    """Return a completion up to the first of :data:`STOP_SEQUENCES`."""
-    return completion[: min((at for stop in STOP_SEQUENCES if (at := completion.find(stop)) >= 0), default=None)]
+def cut(completion: str, stops: Iterable[str] = STOP_SEQUENCES) -> str:
+    """Return a completion up to the first of ``stops``."""
+    return completion[: min((at for stop in stops if (at := completion.find(stop)) >= 0), default=None)]
 
 
 def run_samples(

@@ -58,7 +58,9 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
     def choice(self) -> Choice:
-        """Return a function that draws one token a call."""
+        """Return a function that draws one token a call; with temperature 0 it is :func:`most_likely`."""
+        if self.temperature == 0:
+            return most_likely
         generator = torch.Generator().manual_seed(self.seed)
         return lambda logits_V: torch.multinomial(self.probabilities(logits_V), 1, generator=generator)[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -85,3 +85,16 @@ class PromptTokenizer:
                 shown = text
         if text != shown:
             yield text[len(shown) :]
+
+    def text_after(self, prompt_ids: Sequence[int], new_ids: Iterable[int]) -> str:
+        """Give the text of new tokens behind a prompt, up to an end token."""
+        kept = takewhile(lambda token: token not in self.end_ids, new_ids)
+        text: str = self.backend.decode([*prompt_ids, *kept])
+        return text[len(self.backend.decode([*prompt_ids])) :]
+
+    def has_ended(self, prompt_ids: Sequence[int], new_ids: Sequence[int], stops: Sequence[str]) -> bool:
+        """Tell whether the last of the new tokens ends a text, or one of the ``stops`` stands in it."""
+        if new_ids[-1] in self.end_ids:
+            return True
+        text = self.text_after(prompt_ids, new_ids) if stops else ""
+        return any(stop in text for stop in stops)

@@ -130,7 +130,7 @@ def _fit_fsdp(changes: _Changes) -> None:
     config = changes.tree.get("fsdp_config")
     if config is None:
         return
-    strategy = config.get("sharding_strategy", "FULL_SHARD")
+    strategy = str(config.get("sharding_strategy") or "FULL_SHARD")
     if strategy == "NO_SHARD":
         changes.put("fsdp_config", None, "sharding_strategy NO_SHARD is plain data parallelism: DDP")
         return

@@ -7,7 +7,6 @@ tells them what is padding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -20,10 +19,9 @@ from llmfoundry.models.utils.param_init_fns import stacked_param_init_helper
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moefoundry.config import AuxLossScope, ConfigError, MoEConfig, Problem, load_recipe
-from moefoundry.foundry import NOT_OF_THE_MODEL
+from moefoundry.config import AuxLossScope, ConfigError, MoEConfig, Problem, load_model
 from moefoundry.moe.experts import GroupedExperts
-from moefoundry.moe.layer import MoELayer
+from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.moe.router import Router
 
 FFN_TYPE = "moefoundry_moe"
@@ -34,6 +32,7 @@ class MoEFFN(nn.Module):
 
     Attributes:
         losses: Balance and z loss of the last forward pass in training, weighted; None once they are taken.
+        routing: Statistics of that pass.
         taken: The model adds ``losses`` to its own. Without it, training is refused.
         real_T: Places of the tokens that are no padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them; the
             model sets it before each forward pass of the block.
@@ -48,6 +47,7 @@ class MoEFFN(nn.Module):
             residual._is_residual = True  # LLM Foundry divides its initial weights
         self.cfg = cfg
         self.losses: tuple[Tensor, Tensor] | None = None
+        self.routing: RoutingStats | None = None
         self.taken = False
         self.real_T: Tensor | None = None
 
@@ -63,6 +63,7 @@ class MoEFFN(nn.Module):
         if self.training and torch._C._current_graph_task_id() == -1:  # not a recomputation in backward
             weights = self.cfg.balance
             self.losses = weights.aux_loss_weight * stats.balance_loss, weights.z_loss_weight * stats.z_loss
+            self.routing = stats
         return out.view_as(x).to(x.dtype)
 
     def _compute(self, x_BSD: Tensor, real_T: Tensor | None) -> Any:
@@ -106,7 +107,7 @@ def build_moe_ffn(
     layer = {"d_model": d_model, "vocab_size": 2, "n_layers": 1, "n_dense_layers": 0, "moe": moe}
     layer["attention"] = {"n_heads": 1, "n_kv_heads": 1}
     try:
-        cfg = load_recipe(None, [*NOT_OF_THE_MODEL, f"model={json.dumps(layer)}"]).model.moe
+        cfg = load_model(layer).moe
     except ConfigError as error:
         raise ConfigError([_in_ffn_config(problem) for problem in error.problems]) from None
     balance = cfg.balance

@@ -72,10 +72,10 @@ def read_foundry_recipe(path: str | None, overrides: Sequence[str] = ()) -> Foun
         return None
     if bad := [word for word in overrides if "=" not in word]:
         raise ConfigError([Problem(word, "an override is written key=value") for word in bad], path)
-    return FoundryRecipe(path, _resolved(config, path))
+    return FoundryRecipe(path, resolved(config, path))
 
 
-def _resolved(config: Any, path: str) -> dict[str, Any]:
+def resolved(config: Any, path: str) -> dict[str, Any]:
     """Resolve interpolations. The environment is not read: LLM Foundry takes ``oc.env`` away, too."""
     assert isinstance(config, DictConfig)
     known = OmegaConf.has_resolver("oc.env")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AttentionBias, GqaConfig, ModelConfig, QkNorm
@@ -9,7 +10,7 @@ from moefoundry.config.making import make_part
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext, attend
 from moefoundry.model.norm import RMSNorm
-from moefoundry.model.rope import rotate
+from moefoundry.model.rope import Rotation, rotate, rotate_interleaved
 
 
 class Attention(nn.Module):
@@ -48,7 +49,9 @@ class GroupedQueryAttention(Attention):
     def __init__(self, cfg: GqaConfig, model: ModelConfig) -> None:
         super().__init__()
         d_model, norm_eps = model.d_model, model.norm.eps
-        self.head_dim = cfg.rotary_dim(d_model)
+        self.head_dim, self.rotary_dim = cfg.head_width(d_model), cfg.rotary_dim(d_model)
+        self.turn = rotate_interleaved if cfg.rotary_interleaved else rotate
+        self.scale = cfg.softmax_scale
         self.clip_qkv = cfg.clip_qkv
         width, kv_width = cfg.projection_widths(d_model)
         qkv_bias = cfg.bias != AttentionBias.none
@@ -64,12 +67,19 @@ class GroupedQueryAttention(Attention):
             self.k_norm = RMSNorm(self.head_dim if per_head else kv_width, norm_eps)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        q_BHSd = rotate(self._heads(self.q_proj(x_BSD), self.q_norm), context.rotation)
-        k_BHLd = rotate(self._heads(self.k_proj(x_BSD), self.k_norm), context.rotation)
+        q_BHSd = self._rotate(self._heads(self.q_proj(x_BSD), self.q_norm), context.rotation)
+        k_BHLd = self._rotate(self._heads(self.k_proj(x_BSD), self.k_norm), context.rotation)
         v_BHLd = self._heads(self.v_proj(x_BSD), None)
         if cache is not None:
             k_BHLd, v_BHLd = cache.append(k_BHLd, v_BHLd)
-        return self.o_proj(attend(q_BHSd, k_BHLd, v_BHLd, context))
+        return self.o_proj(attend(q_BHSd, k_BHLd, v_BHLd, context, self.scale))
+
+    def _rotate(self, x_BHSd: Tensor, rotation: Rotation) -> Tensor:
+        """Turn the first ``rotary_dim`` elements of each head (all but GLM-4.5 and MiniMax turn whole heads)."""
+        if self.rotary_dim == self.head_dim:
+            return self.turn(x_BHSd, rotation)
+        turned, rest = x_BHSd.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        return torch.cat([self.turn(turned, rotation), rest], dim=-1)
 
     def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """[B, S, H * d] -> [B, H, S, d], normalized over as many elements as the norm has weights, and clamped."""

@@ -19,14 +19,21 @@ from moefoundry.ops.cross_entropy import (
 from moefoundry.ops.rounding import round_gradient, round_operand
 
 
+def multiplied(x: Tensor, factor: float) -> Tensor:
+    """Multiply by a constant, without a kernel where that changes nothing."""
+    return x if factor == 1 else x * factor
+
+
 class OutputHead(nn.Linear):
     """The output projection.
 
     Attributes:
         operand_dtype: Dtype to which a precision policy rounds operands; None does not round.
+        divisor: Divides the logits; applied to the hidden states, which are fewer.
     """
 
     operand_dtype: torch.dtype | None = None
+    divisor: float = 1.0
 
     def forward(self, hidden_BSD: Tensor, targets_BS: Tensor | None = None, each: bool = False) -> Tensor:
         """Compute logits or cross entropy.
@@ -40,6 +47,7 @@ class OutputHead(nn.Linear):
             Without targets logits [B, S, V]; with them the sum of the cross entropies, a scalar; with ``each`` [B, S],
             0 where there is no target. Nats, fp32 or wider.
         """
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
         if targets_BS is None:
             return self._logits(hidden_BSD)
         if each:
@@ -50,6 +58,7 @@ class OutputHead(nn.Linear):
 
     def sum_and_rows(self, hidden_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the cross entropies, as ``forward`` does, and those of each row, [B], without gradient."""
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
         total, losses_T = linear_cross_entropies(
             hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
         )
@@ -61,6 +70,7 @@ class OutputHead(nn.Linear):
         def of_chunk(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
             return sums_over_targets(losses, logits_NV, targets_N)
 
+        hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
         return torch.stack(self._by_chunk(of_chunk, hidden_BSD, targets_BS)).sum(dim=0)
 
     def _by_chunk(

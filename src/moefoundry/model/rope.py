@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864) in both conventions, and YaRN, its extension to longer contexts.
+"""Rotary position embedding (arXiv 2104.09864) in both conventions, and its extensions to longer contexts.
 
     rotate              pairs (x[i], x[i + d/2]), as Hugging Face's Llama family
     rotate_interleaved  pairs (x[2i], x[2i + 1]), as DeepSeek's published weights
@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from moefoundry.config import AttentionConfig, YarnConfig
+from moefoundry.config import AttentionConfig, Llama3RopeConfig, YarnConfig
 
 
 class Rotation:
@@ -35,12 +35,14 @@ def rotation(positions: Tensor, width: int, cfg: AttentionConfig) -> Rotation:
     Args:
         positions: int64 [S], or [B, S].
         width: d, even.
-        cfg: Has the base of the frequencies, and YaRN's factors.
+        cfg: Has the base of the frequencies, and the factors of an extension.
     """
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
     frequencies, magnitude = 1.0 / cfg.rope_theta**exponents, 1.0
     if cfg.yarn is not None:
         frequencies, magnitude = _extended(frequencies, cfg.rope_theta, cfg.yarn), _magnitude(cfg.yarn)
+    if cfg.llama3_rope is not None:
+        frequencies = _divided_where_slow(frequencies, cfg.llama3_rope)
     angles = positions.unsqueeze(-1).float() * frequencies
     if positions.dim() == 2:
         angles = angles.unsqueeze(1)  # the same for all heads
@@ -90,6 +92,13 @@ def _extended(frequencies: Tensor, theta: float, yarn: YarnConfig) -> Tensor:
     steps = torch.arange(len(frequencies), device=frequencies.device, dtype=torch.float32) - low
     slow = (steps / max(high - low, 0.001)).clamp(0, 1)
     return frequencies / yarn.factor * slow + frequencies * (1 - slow)
+
+
+def _divided_where_slow(frequencies: Tensor, cfg: Llama3RopeConfig) -> Tensor:
+    """Change frequencies as Llama 3.1 does: by their rotations over the original context, with a ramp in between."""
+    rotations = cfg.original_max_seq_len / (2 * math.pi / frequencies)
+    fast = ((rotations - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)).clamp(0, 1)
+    return (1 - fast) * frequencies / cfg.factor + fast * frequencies
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from moefoundry.model.context import AttentionContext, attention_context
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
-from moefoundry.model.output_head import OutputHead
+from moefoundry.model.output_head import OutputHead, multiplied
 from moefoundry.model.padding import RealTokens
 from moefoundry.model.preferences import log_probs_of_pairs
 from moefoundry.model.targets import count_targets, shifted_targets
@@ -60,8 +60,8 @@ class CausalLMLosses(NamedTuple):
     router_entropy: Tensor
     of_targets: dict[str, Tensor]
     of_tokens: dict[str, Tensor]
-    lm_of_rows: Tensor | None = None
     log_probs: Tensor | None = None
+    lm_of_rows: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -78,6 +78,7 @@ class Block(nn.Module):
         self.attention_norm = build_norm(cfg.d_model, cfg.norm)
         self.attention = build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
+        self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.dense_width)
             if layer_index < cfg.n_dense_layers or layer_index in cfg.dense_layers
@@ -95,11 +96,11 @@ class Block(nn.Module):
 
         ``real_T`` tells tokens from padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them.
         """
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), context, cache)
+        x_BSD = x_BSD + multiplied(self.attention(self.attention_norm(x_BSD), context, cache), self.residual)
         if isinstance(self.ffn, MoELayer):
             out_BSD, stats = self.ffn(self.ffn_norm(x_BSD), real_T)
-            return x_BSD + out_BSD, stats
-        return x_BSD + self.ffn(self.ffn_norm(x_BSD)), None
+            return x_BSD + multiplied(out_BSD, self.residual), stats
+        return x_BSD + multiplied(self.ffn(self.ffn_norm(x_BSD)), self.residual), None
 
 
 def meta_model(cfg: ModelConfig) -> MoETransformer:
@@ -113,12 +114,12 @@ class MoETransformer(nn.Module):
 
     Attributes:
         step_counts: Set for ``aux_loss_scope: global_batch``; the training loop calls its ``begin_step``.
-        tells_rows_apart: Give the loss of each row, too.
         tokens_per_sample: float64 [1 + MTP depth]; mean number of real tokens of a sample of the global batch, and of
             those that each module of multi-token prediction has. The training loop sets it where batches may be padded:
             with it, every token of the global batch counts equally, as ranks and micro-batches are averaged by their
             samples. With None, losses are means over the tokens of their micro-batch.
         pairs: Rows are pairs of documents, and their log-probabilities are wanted, too.
+        tells_rows_apart: Give the loss of each row, too.
         logits_losses, router_losses: The recipe's ``losses``; :meth:`use_losses` sets them.
     """
 
@@ -138,6 +139,7 @@ class MoETransformer(nn.Module):
         )
         self.norm = build_norm(cfg.d_model, cfg.norm)
         self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=False)
+        self.lm_head.divisor = cfg.multipliers.logits_divisor
         self.mtp: Sequence[MTPModule] = nn.ModuleList(  # type: ignore[assignment]  # as above
             MTPModule(cfg, Block(cfg, cfg.n_layers + index)) for index in range(cfg.mtp.depth)
         )
@@ -216,7 +218,7 @@ class MoETransformer(nn.Module):
         documents = sequence_id if masked else None
         real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
         real_T = None if real is None else real.places()
-        x_BSD = embedded_BSD = self.embed_tokens(input_ids_BS)
+        x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
         context = attention_context(self.cfg, input_ids_BS, documents, 0 if cache is None else cache.length)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[RoutingStats] = []
@@ -229,7 +231,7 @@ class MoETransformer(nn.Module):
             return self.lm_head(hidden_BSD)
         targets_BS = shifted_targets(labels_BS, documents)
         num_targets = count_targets(targets_BS).sum()
-        lm, lm_of_rows, log_probs_B2 = self._cross_entropy(hidden_BSD, targets_BS, documents)
+        lm, log_probs_B2, lm_of_rows = self._cross_entropy(hidden_BSD, targets_BS, documents)
         lm = lm / num_targets.clamp(min=1)
         of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
         mtp = torch.zeros_like(lm)
@@ -237,19 +239,20 @@ class MoETransformer(nn.Module):
             further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, documents, real)
             mtp = further * self.cfg.mtp.loss_weight / (len(self.mtp) * num_targets.clamp(min=1))
             stats += further_stats
-        losses = self._losses(lm, mtp, of_targets, num_targets, self._weighted(stats, real))
-        return losses._replace(lm_of_rows=lm_of_rows, log_probs=log_probs_B2)
+        losses = self._losses(lm, mtp, of_targets, num_targets, self._weighted(stats, real), log_probs_B2)
+        return losses._replace(lm_of_rows=lm_of_rows)
 
     def _cross_entropy(
-        self, hidden_BSD: Tensor, targets_BS: Tensor, documents_BS: Tensor | None
+        self, hidden_BSD: Tensor, targets_BS: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Sum the cross entropy over all targets; and over those of each row, and of each of a pair, where wanted."""
+        """Sum the cross entropy over all targets; give pairs' log-probabilities [B, 2] and rows' sums [B] if wanted."""
         if self.pairs:
-            assert documents_BS is not None, "document_masking tells pairs apart"
-            losses_BS = self.lm_head(hidden_BSD, targets_BS, each=True)
-            return losses_BS.sum(), losses_BS.detach().sum(dim=1), log_probs_of_pairs(losses_BS, documents_BS)
+            assert documents is not None, "document_masking tells pairs apart"
+            each_BS = self.lm_head(hidden_BSD, targets_BS, each=True)
+            return each_BS.sum(), log_probs_of_pairs(each_BS, documents), each_BS.detach().sum(dim=1)
         if self.tells_rows_apart:
-            return *self.lm_head.sum_and_rows(hidden_BSD, targets_BS), None
+            total, of_rows_B = self.lm_head.sum_and_rows(hidden_BSD, targets_BS)
+            return total, None, of_rows_B
         return self.lm_head(hidden_BSD, targets_BS), None, None
 
     def _of_targets(self, hidden_BSD: Tensor, targets_BS: Tensor, num_targets: Tensor) -> dict[str, Tensor]:
@@ -296,6 +299,7 @@ class MoETransformer(nn.Module):
         of_targets: dict[str, Tensor],
         num_targets: Tensor,
         stats: list[RoutingStats],
+        log_probs_B2: Tensor | None,
     ) -> CausalLMLosses:
         weights = self.cfg.moe.balance
         none = lm.new_zeros(())
@@ -315,6 +319,7 @@ class MoETransformer(nn.Module):
             router_entropy=torch.stack([s.router_entropy for s in stats]) if stats else none.new_zeros((0,)),
             of_targets=of_targets,
             of_tokens=self._of_tokens(stats),
+            log_probs=log_probs_B2,
         )
 
     def _of_tokens(self, stats: list[RoutingStats]) -> dict[str, Tensor]:

@@ -28,6 +28,17 @@ class FeedForward(nn.Module):
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
+class TokenGate(nn.Linear):
+    """Sigmoid of a linear map of each token to one number (Qwen2-MoE); no precision policy narrows it."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__(d_model, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute [..., D] -> [..., 1]."""
+        return torch.sigmoid(super().forward(x))
+
+
 class GroupedExperts(nn.Module):
     """E SwiGLU experts with stacked weights, each in the layout of ``nn.Linear``.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moefoundry.config import AuxLossScope, MoEConfig
 from moefoundry.moe.balance import balance_loss, mean_over_tokens, mean_probs, router_entropy, z_loss
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
-from moefoundry.moe.experts import FeedForward, GroupedExperts
+from moefoundry.moe.experts import FeedForward, GroupedExperts, TokenGate
 from moefoundry.moe.router import Router, Routing, within_capacity
 from moefoundry.ops.permute import count_by_expert
 
@@ -70,6 +70,7 @@ class MoELayer(nn.Module):
         self.shared_experts = (
             FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
         )
+        self.shared_gate = TokenGate(d_model) if cfg.shared_expert_gate else None
         self.dispatcher: TokenDispatcher = LocalDispatcher(cfg.num_experts)
         self.router_losses: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
         self.aux_loss_scope = cfg.balance.aux_loss_scope
@@ -103,7 +104,10 @@ class MoELayer(nn.Module):
         return out_TD.view_as(x_BSD), self._stats(routing, kept_TK, x_BSD.shape[0], sequence_T)
 
     def _shared(self, tokens_TD: Tensor) -> Tensor | None:
-        return None if self.shared_experts is None else self.shared_experts(tokens_TD)
+        if self.shared_experts is None:
+            return None
+        out_TD = self.shared_experts(tokens_TD)
+        return out_TD if self.shared_gate is None else self.shared_gate(tokens_TD) * out_TD
 
     def _stats(
         self, routing: Routing, kept_TK: Tensor | None, num_sequences: int, sequence_T: Tensor | None

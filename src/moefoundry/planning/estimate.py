@@ -19,9 +19,10 @@ from typing import Any
 from moefoundry.config import ActivationCheckpointing, Compute, Recipe
 from moefoundry.mesh import resolve_degrees
 from moefoundry.planning.devices import Accelerator
-from moefoundry.planning.plan import Plan, build_sharded, make_plan
+from moefoundry.planning.outline import Outline, ShardedOutline
+from moefoundry.planning.plan import Plan, plan_of
 from moefoundry.planning.traffic import Traffic
-from moefoundry.planning.units import compute_dtype, planned_blocks
+from moefoundry.planning.units import compute_dtype
 from moefoundry.planning.work import Work, block_work, head_work
 from moefoundry.planning.world import fake_world
 
@@ -131,16 +132,20 @@ def estimate(recipe: Recipe, world_size: int, device: Accelerator) -> Estimate:
     Raises:
         ConfigError: The mesh does not fit the world size.
     """
-    plan = make_plan(recipe, world_size, device.linked_devices)
-    degrees = resolve_degrees(recipe.mesh, world_size, device.linked_devices)
-    c = compute_dtype(recipe.precision).itemsize
+    degrees, outline = resolve_degrees(recipe.mesh, world_size, device.linked_devices), Outline(recipe)
     with fake_world(world_size):
-        model = build_sharded(recipe, degrees)
-        seq_len = recipe.max_seq_len
-        shares = [block.positions / seq_len for block in planned_blocks(model, seq_len)]
-        works = [_scaled(block_work(recipe.model, b, seq_len, c), s) for b, s in zip(model.blocks, shares, strict=True)]
-        head = head_work(model)
-    peak = _peak(recipe, device)
+        sharded = outline.shard(recipe, degrees)
+    return estimate_of(recipe, device, plan_of(recipe, degrees, device.linked_devices, outline, sharded), sharded)
+
+
+def estimate_of(recipe: Recipe, device: Accelerator, plan: Plan, sharded: ShardedOutline) -> Estimate:
+    """Estimate the speed of a plan, whose model is ``sharded``."""
+    c, seq_len = compute_dtype(recipe.precision).itemsize, recipe.max_seq_len
+    works = [
+        _scaled(block_work(recipe.model, block, seq_len, c), planned.positions / seq_len)
+        for block, planned in zip(sharded.blocks, sharded.planned_blocks(seq_len), strict=True)
+    ]
+    head, peak = head_work(sharded.model), _peak(recipe, device)
     step = _step(recipe, device, plan, works, head, peak)
     flops = 3 * (sum(work.flops for work in works) + head.flops)
     mfu = flops * plan.tokens_per_step / (step.total * peak)

@@ -19,13 +19,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-from torch.distributed.tensor import DTensor
-
 from moefoundry.config import Fp8Recipe, Moments, Recipe
-from moefoundry.model.transformer import MoETransformer
 from moefoundry.ops.cross_entropy import CHUNK_TOKENS
 from moefoundry.planning.activations import FP32, block_activations
+from moefoundry.planning.outline import ShardedOutline
 from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
 
 
@@ -77,24 +74,19 @@ class Memory:
         return self.parameters + self.gradients + self.optimizer + self.peak.total
 
 
-def memory(
-    model: MoETransformer, blocks: Sequence[PlannedBlock], units: Sequence[Unit], recipe: Recipe, sequences: int
-) -> Memory:
-    """Compute the memory of a model that ``parallelize`` has transformed.
+def memory(outline: ShardedOutline, recipe: Recipe, sequences: int) -> Memory:
+    """Compute the memory of a sharded model.
 
     Args:
-        model: The model on meta, sharded or not.
-        blocks: Its blocks.
-        units: Its FSDP units; none if it is not sharded.
+        outline: The model.
         recipe: The recipe that trains it.
         sequences: Sequences of the largest micro-batch of a rank.
     """
-    owned = sum(local_numel(parameter) for parameter in model.parameters())
-    trained = sum(local_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    units, owned, trained = outline.units, outline.owned, outline.trained
     stored = sum(unit.shard_numel for unit in units) if units else owned
     reduced = sum(unit.trained_shard_numel for unit in units) if units else trained
     moment_bytes = FP32 if recipe.precision.optimizer_moments == Moments.fp32 else 2
-    moments = transients(blocks, units, recipe, sequences)
+    moments = transients(outline.planned_blocks(recipe.max_seq_len), units, recipe, sequences)
     return Memory(
         parameters=FP32 * stored,
         gradients=FP32 * reduced,
@@ -102,11 +94,6 @@ def memory(
         peak=max(moments, key=lambda moment: moment.total),
         host=2 * FP32 * trained if recipe.ema else 0,
     )
-
-
-def local_numel(parameter: nn.Parameter) -> int:
-    """Count the elements of this rank's share."""
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 def transients(

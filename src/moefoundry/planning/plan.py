@@ -9,15 +9,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moefoundry.adapters import apply_lora
 from moefoundry.config import Recipe
-from moefoundry.mesh import MeshDegrees, build_meshes, resolve_degrees
-from moefoundry.model.transformer import MoETransformer, meta_model
-from moefoundry.parallel import needs_mesh, parallelize
-from moefoundry.planning.describe import ParameterCounts, parameter_counts
+from moefoundry.mesh import MeshDegrees, resolve_degrees
+from moefoundry.planning.describe import ParameterCounts
 from moefoundry.planning.memory import Memory, memory
+from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.traffic import Traffic, step_traffic
-from moefoundry.planning.units import fsdp_units, planned_blocks
 from moefoundry.planning.world import fake_world
 
 
@@ -73,25 +70,30 @@ def make_plan(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> Plan:
     Raises:
         ConfigError: The mesh does not fit the world size.
     """
-    degrees = resolve_degrees(recipe.mesh, world_size, gpus_per_node)
-    batches = micro_batches(recipe, world_size)
+    degrees, outline = resolve_degrees(recipe.mesh, world_size, gpus_per_node), Outline(recipe)
     with fake_world(world_size):
-        model = build_sharded(recipe, degrees)
-        blocks, units = planned_blocks(model, recipe.max_seq_len), fsdp_units(model)
-        held = memory(model, blocks, units, recipe, max(batches))
-        counts = parameter_counts(model)
+        sharded = outline.shard(recipe, degrees)
+    return plan_of(recipe, degrees, gpus_per_node, outline, sharded)
+
+
+def plan_of(
+    recipe: Recipe, degrees: MeshDegrees, gpus_per_node: int, outline: Outline, sharded: ShardedOutline
+) -> Plan:
+    """Plan a recipe whose model is sharded already; arguments as of :func:`make_plan`."""
+    batches = micro_batches(recipe, degrees.world_size)
     tokens, moe = max(batches) * recipe.max_seq_len, recipe.model.moe
+    blocks = sharded.planned_blocks(recipe.max_seq_len)
     return Plan(
         run_name=recipe.run_name,
         gpus_per_node=gpus_per_node,
         mesh=degrees,
-        parameters=counts,
+        parameters=outline.counts,
         micro_batches=len(batches),
         tokens_per_micro_batch=tokens,
         tokens_per_step=sum(batches) * recipe.max_seq_len,
         rows_per_expert=tokens * moe.top_k * degrees.expert / moe.num_experts,
-        memory=held,
-        traffic=step_traffic(recipe, degrees, blocks, units, batches, gpus_per_node),
+        memory=memory(sharded, recipe, max(batches)),
+        traffic=step_traffic(recipe, degrees, blocks, sharded.units, batches, gpus_per_node),
     )
 
 
@@ -100,13 +102,3 @@ def micro_batches(recipe: Recipe, world_size: int) -> list[int]:
     sequences = recipe.global_train_batch_size // world_size
     full, rest = divmod(sequences, recipe.device_train_microbatch_size)
     return [recipe.device_train_microbatch_size] * full + [rest] * (rest > 0)
-
-
-def build_sharded(recipe: Recipe, degrees: MeshDegrees) -> MoETransformer:
-    """Build the model on meta, sharded as in training; on one rank that computes in fp32 it is not sharded."""
-    model = meta_model(recipe.model)
-    if recipe.lora is not None:
-        apply_lora(model, recipe.lora)
-    meshes = build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None
-    parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
-    return model

@@ -15,8 +15,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from moefoundry.config import PrecisionConfig
-from moefoundry.model.transformer import MoETransformer
-from moefoundry.moe.layer import MoELayer
 from moefoundry.precision import mixed_precision
 
 
@@ -78,17 +76,6 @@ class PlannedBlock:
     name: str
     sparse: bool
     positions: int
-
-
-def planned_blocks(model: MoETransformer, seq_len: int) -> list[PlannedBlock]:
-    """List the blocks in order; those of multi-token prediction are last, each with one position less."""
-    depth, last = len(model.mtp), len(model.layers)
-    names = [f"layers.{i}" for i in range(last)] + [f"mtp.{i}" for i in range(depth)]
-    lost = [0] * last + list(range(1, depth + 1))
-    return [
-        PlannedBlock(name, isinstance(block.ffn, MoELayer), seq_len - less)
-        for name, block, less in zip(names, model.blocks, lost, strict=True)
-    ]
 
 
 def compute_dtype(precision: PrecisionConfig) -> torch.dtype:

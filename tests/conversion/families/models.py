@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer, DeepseekV3RMSNorm
 
 from moefoundry.config import (
     AttentionBias,
     AttentionConfig,
+    BalanceConfig,
     GqaConfig,
     InitConfig,
+    Llama3RopeConfig,
     MlaConfig,
     ModelConfig,
     MoEConfig,
+    MultipliersConfig,
     NormConfig,
     NormKind,
     QkNorm,
@@ -27,8 +32,8 @@ from moefoundry.config import (
 )
 from moefoundry.conversion.families import FAMILIES, Piece
 from moefoundry.model.transformer import MoETransformer
+from tests.conversion.transformers5 import VOCAB, randomize
 
-VOCAB, LENGTH = 61, 24
 YARN = YarnConfig(factor=4.0, original_max_seq_len=32)
 GQA = GqaConfig(n_heads=4, n_kv_heads=2)
 MLA = MlaConfig(
@@ -58,20 +63,33 @@ def experts(router: RouterConfig | None = None, num_experts: int = 8, top_k: int
     )
 
 
+def gated(router: RouterConfig, shared: int) -> MoEConfig:
+    return replace(experts(router, shared=shared), shared_expert_gate=True)
+
+
+def ernie(shared: int = 0, **changes: object) -> ModelConfig:
+    moe = replace(experts(shared=shared), balance=BalanceConfig(bias_update_rate=0.001))
+    sizes = {"n_layers": 3, "n_dense_layers": 1, "ffn_hidden_size": 48, "moe": moe}
+    return model_config(replace(GQA, rotary_interleaved=True), **(sizes | changes))
+
+
 def deepseek(
-    attention: MlaConfig = MLA,
+    attention: AttentionConfig = MLA,
     shared: int = 1,
     num_groups: int = 1,
     top_k_groups: int = 1,
     normalize: bool = True,
+    router: RouterConfig | None = None,
     **changes: object,
 ) -> ModelConfig:
-    router = RouterConfig(ScoreFunction.sigmoid, normalize, 2.5, num_groups, top_k_groups)
+    router = router or RouterConfig(ScoreFunction.sigmoid, normalize, 2.5, num_groups, top_k_groups)
     sizes = {"n_layers": 3, "n_dense_layers": 1, "ffn_hidden_size": 48, "moe": experts(router, shared=shared)}
     return model_config(attention, **(sizes | changes))
 
 
+SIGMOID = RouterConfig(ScoreFunction.sigmoid)
 NOT_NORMALIZED = RouterConfig(normalize_topk=False)
+GREEDY = replace(NOT_NORMALIZED, scale=2.0)
 QWEN2 = replace(GQA, bias=AttentionBias.qkv)
 QWEN3 = replace(GQA, qk_norm=QkNorm.head, head_dim=12)
 OLMOE = replace(GQA, qk_norm=QkNorm.full)
@@ -84,6 +102,7 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
         "biased": dense(replace(GQA, bias=AttentionBias.all)),
         "head_dim": dense(replace(GQA, head_dim=12, n_kv_heads=1)),
         "yarn": dense(replace(GQA, yarn=YARN)),
+        "llama3": dense(replace(GQA, llama3_rope=Llama3RopeConfig(8.0, 16, 1.0, 4.0))),
     },
     "qwen2": {
         "plain": dense(QWEN2),
@@ -133,16 +152,95 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
         "clipped": sparse(replace(GQA, clip_qkv=0.7, n_kv_heads=4, rope_theta=5e5), **DBRX),
         "not_normalized": sparse(replace(GQA, clip_qkv=8.0, n_kv_heads=1), NOT_NORMALIZED, **DBRX),
     },
+    "qwen2_moe": {
+        "plain": sparse(QWEN2, moe=gated(NOT_NORMALIZED, shared=2)),
+        "normalized": sparse(QWEN2, moe=gated(RouterConfig(), shared=1), tie_embeddings=True),
+        "dense_between": sparse(
+            QWEN2, n_layers=4, n_dense_layers=1, dense_layers=[2], ffn_hidden_size=48, moe=gated(RouterConfig(), 1)
+        ),
+        "no_shared": sparse(QWEN2),
+    },
+    "granitemoe": {
+        "plain": sparse(replace(GQA, softmax_scale=0.2), multipliers=MultipliersConfig(3.0, 0.5, 1.5)),
+        "biased": sparse(replace(GQA, bias=AttentionBias.all), tie_embeddings=True),
+        "yarn": sparse(replace(GQA, yarn=YARN)),
+    },
+    "deepseek_v2": {
+        "plain": deepseek(replace(MLA, q_lora_rank=None), router=GREEDY, shared=2),
+        "groups": deepseek(router=replace(GREEDY, scale=16.0, num_groups=4, top_k_groups=2)),
+        "yarn": deepseek(replace(MLA, yarn=replace(YARN, mscale=0.7, mscale_all_dim=0.7)), router=GREEDY),
+    },
+    "glm4_moe": {
+        "plain": deepseek(replace(QWEN2, rotary_fraction=0.5, head_dim=12)),
+        "normed": deepseek(replace(QWEN3, bias=AttentionBias.qkv, rotary_fraction=0.5), num_groups=4, top_k_groups=2),
+        "whole": deepseek(GQA, shared=2, tie_embeddings=True, norm=NormConfig(eps=1e-5)),
+        "yarn": deepseek(replace(QWEN2, rotary_fraction=0.5, yarn=YARN)),
+    },
+    "glm4_moe_lite": {
+        "plain": deepseek(),
+        "dense_between": deepseek(n_dense_layers=2, dense_layers=[3], n_layers=5),
+        "yarn": deepseek(replace(MLA, yarn=DEEPSEEK_YARN)),
+    },
+    "dots1": {
+        "plain": deepseek(QWEN3, shared=2),
+        "all_sparse": deepseek(QWEN3, n_dense_layers=0, ffn_hidden_size=None, normalize=False),
+        "biased": deepseek(replace(QWEN3, bias=AttentionBias.all), num_groups=4, top_k_groups=2),
+    },
+    "solar_open": {
+        "plain": deepseek(replace(GQA, head_dim=12), n_dense_layers=0, ffn_hidden_size=None),
+        "biased": deepseek(QWEN2, n_dense_layers=0, ffn_hidden_size=None, tie_embeddings=True),
+        "yarn": deepseek(replace(GQA, yarn=YARN), n_dense_layers=0, ffn_hidden_size=None),
+    },
+    "minimax_m2": {
+        "plain": sparse(replace(OLMOE, head_dim=12, rotary_fraction=0.5), SIGMOID),
+        "whole": sparse(replace(OLMOE, head_dim=12), SIGMOID, tie_embeddings=True),
+    },
+    "ernie4_5_moe": {
+        "plain": ernie(shared=2, tie_embeddings=True),
+        "between": ernie(n_layers=4, dense_layers=[3]),
+        "all_sparse": ernie(n_dense_layers=0, ffn_hidden_size=None),
+    },
 }
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
+OLDER = [family for family in VARIANTS if family in CONFIG_MAPPING_NAMES]
+"""Families that the transformers of this environment has, too."""
+OLDER_CASES = [(family, variant) for family, variant in CASES if family in OLDER]
+
+LATENT = {
+    *("n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+}
+SIZES = {  # without these there is no model
+    "dbrx": {"d_model", "n_heads", "n_layers", "vocab_size", "attn_config", "ffn_config"},
+    "deepseek_v3": {
+        *("first_k_dense_replace", "kv_lora_rank", "n_group", "n_routed_experts", "num_experts_per_tok"),
+        *("qk_nope_head_dim", "qk_rope_head_dim", "routed_scaling_factor", "topk_group", "v_head_dim"),
+    },
+    "qwen2_moe": {"shared_expert_intermediate_size"},
+    "deepseek_v2": LATENT,
+    "glm4_moe_lite": LATENT,
+    "glm4_moe": {"n_routed_experts", "head_dim"},
+    "dots1": {"n_routed_experts", "head_dim"},
+    "solar_open": {"n_routed_experts"},
+    "ernie4_5_moe": {"moe_num_experts", "moe_k"},
+}
+COMMON_SIZES = {
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok"),
+}
+
+
+def sizes(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Its keys without which there is no model."""
+    found = {key: config[key] for key in SIZES.get(family, set()) | COMMON_SIZES if key in config}
+    if family == "dbrx":
+        found["attn_config"] = {"clip_qkv": 8}
+        needed = ("ffn_hidden_size", "moe_num_experts", "moe_top_k")
+        found["ffn_config"] = {key: config["ffn_config"][key] for key in needed}
+    return found
 
 
 def transformers_model(family: str, cfg: ModelConfig, attention: str = "eager") -> PreTrainedModel:
-    """Transformers' model of ``cfg``, with random weights: those of norms about 1, expert biases in [0, 0.5].
-
-    With positive biases no score is below 0, the value that transformers' DeepSeek gives to experts outside a token's
-    groups (here, as in DeepSeek's own code, it is minus infinity).
-    """
+    """The model of this environment's transformers, with random weights."""
     config = FAMILIES[family].write_config(cfg, max_seq_len=64, torch_dtype="float32")
     whole_queries = config.get("q_lora_rank", 0) is None
     if whole_queries:  # transformers 4.51 builds no such model; its attention with nothing before `q_b_proj` is that
@@ -168,16 +266,6 @@ def add_prediction_module(model: PreTrainedModel) -> None:
     layers.append(layer.eval())
 
 
-def randomize(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name.endswith("e_score_correction_bias"):
-                tensor.uniform_(0.0, 0.5, generator=generator)
-            else:
-                tensor.normal_(1.0 if "norm" in name and tensor.dim() == 1 else 0.0, 0.2, generator=generator)
-
-
 def their_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Parameters and buffers of transformers' model, by the names of a checkpoint. Tensors without elements (of no
     shared experts) are left out, and so is a tied head."""
@@ -201,7 +289,8 @@ def blocks(
     """Each piece with its two blocks, in our orientation."""
     for piece in pieces:
         our = ours[piece.name] if piece.expert is None else ours[piece.name][piece.expert]
-        their = theirs[piece.hf_name] if piece.rows is None else theirs[piece.hf_name][slice(*piece.rows)]
+        their = theirs[piece.hf_name] if piece.part is None else theirs[piece.hf_name][piece.part]
+        their = their if piece.rows is None else their[slice(*piece.rows)]
         yield piece, our, their.T if piece.transposed else their
 
 
@@ -212,3 +301,13 @@ def our_model(family: str, cfg: ModelConfig, theirs: dict[str, Tensor]) -> MoETr
         for _, our, their in blocks(FAMILIES[family].pieces(cfg), our_tensors(model), theirs):
             our.copy_(their)
     return model
+
+
+def assert_covered_once(pieces: list[Piece], ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    counts = [{name: torch.zeros(tensor.shape) for name, tensor in side.items()} for side in (ours, theirs)]
+    for piece, our, their in blocks(iter(pieces), *counts):
+        assert our.shape == their.shape, piece
+        our += 1
+        their += 1
+    for side in counts:
+        assert {name for name, count in side.items() if (count != 1).any()} == set()

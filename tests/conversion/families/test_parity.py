@@ -9,10 +9,9 @@ from torch import Tensor
 from moefoundry.config import MtpConfig
 from moefoundry.conversion.families import FAMILIES
 from tests.conversion.families.models import (
-    CASES,
-    LENGTH,
+    OLDER,
+    OLDER_CASES,
     VARIANTS,
-    VOCAB,
     add_prediction_module,
     blocks,
     our_model,
@@ -20,13 +19,10 @@ from tests.conversion.families.models import (
     their_tensors,
     transformers_model,
 )
+from tests.conversion.transformers5 import sample
 
 RELATIVE = 2e-5  # of a tensor's largest entry: both compute in fp32, in different orders; 4e-6 is seen
 ABSOLUTE = 3e-5  # of logits of about 1; 7e-6 is seen
-
-
-def tokens() -> Tensor:
-    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
 def gradients(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -38,9 +34,9 @@ def gradients(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
+@pytest.mark.parametrize(("family", "variant"), OLDER_CASES, ids=["-".join(case) for case in OLDER_CASES])
 def test_logits_and_gradients_equal_those_of_transformers(family: str, variant: str) -> None:
-    cfg, ids = VARIANTS[family][variant], tokens()
+    cfg, ids = VARIANTS[family][variant], sample()
     model = transformers_model(family, cfg)
     theirs = their_tensors(model)
     ours = our_model(family, cfg, theirs)
@@ -59,9 +55,9 @@ def test_logits_and_gradients_equal_those_of_transformers(family: str, variant: 
         torch.testing.assert_close(our, their, rtol=0, atol=RELATIVE * scale, msg=lambda text, p=piece: f"{p}: {text}")
 
 
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", OLDER)
 def test_the_fused_attention_of_transformers_gives_the_same(family: str) -> None:
-    cfg, ids = next(iter(VARIANTS[family].values())), tokens()
+    cfg, ids = next(iter(VARIANTS[family].values())), sample()
     model = transformers_model(family, cfg, attention="sdpa")
     torch.testing.assert_close(
         our_model(family, cfg, their_tensors(model))(ids), model(ids).logits, rtol=0, atol=ABSOLUTE
@@ -70,7 +66,7 @@ def test_the_fused_attention_of_transformers_gives_the_same(family: str) -> None
 
 def test_prediction_of_further_tokens_equals_deepseeks() -> None:
     """Transformers leaves these modules out; here they are put together from its layers, as DeepSeek's report says."""
-    cfg, ids = replace(VARIANTS["deepseek_v3"]["plain"], mtp=MtpConfig(depth=2, loss_weight=0.3)), tokens()
+    cfg, ids = replace(VARIANTS["deepseek_v3"]["plain"], mtp=MtpConfig(depth=2, loss_weight=0.3)), sample()
     model = transformers_model("deepseek_v3", cfg)
     for _ in range(cfg.mtp.depth):
         add_prediction_module(model)

@@ -17,7 +17,7 @@ from moefoundry.config.making import make_part
 from moefoundry.config.parts import TABLES
 from moefoundry.conversion.families.family import Family, Piece
 
-__all__ = ["FAMILIES", "Family", "Piece", "family_for", "family_of", "nearest_family"]
+__all__ = ["FAMILIES", "Family", "Piece", "exports_as", "family_for", "family_of", "nearest_family"]
 
 
 class Families(Mapping[str, Family]):
@@ -36,6 +36,8 @@ class Families(Mapping[str, Family]):
 
 
 FAMILIES = Families()
+OTHER_NAMES = {"kimi_k2": "deepseek_v3"}
+"""A ``model_type`` that says what a family says, and is exported under the family's name."""
 
 
 @cache
@@ -53,6 +55,7 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         UserError: Its ``model_type`` is none of these.
     """
     model_type = hf.get("model_type")
+    model_type = OTHER_NAMES.get(model_type, model_type) if isinstance(model_type, str) else model_type
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     meant = [name for name in FAMILIES if _squashed(name) == _squashed(str(model_type))]
@@ -97,3 +100,9 @@ def nearest_family(cfg: ModelConfig) -> tuple[Family | None, list[str]]:
 
     nearest = min(reasons, key=distance)
     return FAMILIES[nearest], reasons[nearest]
+
+
+def exports_as(cfg: ModelConfig) -> str:
+    """Name the Hugging Face family that has such a model, or the keys that stand in the way of the nearest."""
+    family, reasons = nearest_family(cfg)
+    return family.name if family is not None and not reasons else f"no Hugging Face family: {'; '.join(reasons)}"

@@ -49,10 +49,10 @@ class Dbrx(Family):
     def _read(self, keys: Keys) -> ModelConfig:
         attention = keys.nested("attn_config", ATTENTION_DEFAULTS, GENERIC)
         ffn = keys.nested("ffn_config", FFN_DEFAULTS, GENERIC)
-        theta, yarn = read_rope(keys, attention)
+        theta, scaling, _ = read_rope(keys, attention)
         keys.only("rope_theta", theta)  # transformers 5 reads it here, transformers 4 in attn_config
-        if yarn is not None:
-            keys.refuse("rope_parameters" if keys.has("rope_parameters") else "rope_scaling", "no YaRN")
+        if scaling is not None:
+            keys.refuse("rope_parameters" if keys.has("rope_parameters") else "rope_scaling", "no extension")
         for dropout in ("resid_pdrop", "emb_pdrop"):
             keys.only(dropout, 0.0)
         attention.only("attn_pdrop", 0.0)

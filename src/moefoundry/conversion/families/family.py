@@ -27,7 +27,7 @@ from moefoundry.conversion.families.keys import Keys
 class Piece:
     """A block of one of our tensors that equals a block of one Hugging Face tensor, bit for bit.
 
-    It is ``ours[expert] == theirs[rows]``.
+    It is ``ours[expert] == theirs[part][rows]``.
 
     Attributes:
         name: Our parameter or buffer, as in ``MoETransformer.state_dict()``.
@@ -35,6 +35,8 @@ class Piece:
         expert: Index along our first dim, where experts are stacked; None is the whole tensor.
         rows: First row and the row behind the last of the Hugging Face tensor; None is the whole tensor.
         transposed: True where the two-dimensional block is stored transposed there.
+        part: Index along the Hugging Face tensor's first dim, where it has a dim more than our block, and ``rows`` are
+            those of this part; None is a tensor of as many dims.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Piece:
     expert: int | None = None
     rows: tuple[int, int] | None = None
     transposed: bool = False
+    part: int | None = None
 
 
 class Family(ABC):
@@ -53,6 +56,9 @@ class Family(ABC):
         attention_kind: Its ``model.attention.kind``.
         defaults: Values of transformers for options that a config leaves out. Sizes have no default here.
         length_key: Key of the tokens of a sequence.
+        names_in_memory: Parts of tensors' names that transformers 5 changes in memory, as the files may be saved: part
+            of the published name -> part of the other. Experts in one tensor each layer are known beside these.
+        absent: Parts of the published models that are not here, for the table of families.
     """
 
     name: ClassVar[str]
@@ -60,6 +66,8 @@ class Family(ABC):
     attention_kind: ClassVar[str] = "gqa"
     defaults: ClassVar[dict[str, Any]]
     length_key: ClassVar[str] = "max_position_embeddings"
+    names_in_memory: ClassVar[dict[str, str]] = {}
+    absent: ClassVar[str] = ""
 
     @property
     def published(self) -> tuple[str, dict[str, Any]]:
@@ -156,10 +164,11 @@ class Family(ABC):
         """Map tensors that repeat another to it; a checkpoint there may hold them, or leave them out."""
         return {}
 
-    def empty_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of tensors without elements that transformers has for parts that such a model lacks.
+    def unused_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of tensors that transformers has for parts that such a model lacks.
 
-        A checkpoint there may leave them out, of which transformers warns.
+        They are read by nothing, as of shared experts of width 0; zeros are written. A checkpoint there may leave them
+        out, of which transformers warns.
         """
         return {}
 
@@ -204,7 +213,8 @@ def computed(cfg: ModelConfig) -> ModelConfig:
     moe = replace(cfg.moe, balance=bias)
     attention = cfg.attention
     if isinstance(attention, GqaConfig):
-        attention = replace(attention, head_dim=attention.head_dim or cfg.d_model // attention.n_heads)
+        width = attention.head_width(cfg.d_model)
+        attention = replace(attention, head_dim=width, softmax_scale=attention.softmax_scale or width**-0.5)
     return replace(
         with_dense_layers(cfg, dense),
         moe=moe if len(dense) < cfg.n_layers or cfg.mtp.depth else MoEConfig(),

@@ -72,6 +72,10 @@ class Keys:
         """Tell if the key is there."""
         return key in self._stated
 
+    def is_value(self, key: str, value: object) -> bool:
+        """Tell if the key has this value, without reading it."""
+        return self._values.get(key) == value
+
     def size(self, key: str) -> int:
         """Read an integer of at least 1."""
         return self._take(key, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
@@ -96,6 +100,11 @@ class Keys:
     def indices(self, key: str) -> list[int]:
         """Read a list of integers."""
         value = self._take(key, "a list of integers", lambda v: isinstance(v, list) and all(type(i) is int for i in v))
+        return value if isinstance(value, list) else []
+
+    def texts(self, key: str, *allowed: str) -> list[str]:
+        """Read a list of these strings."""
+        value = self._take(key, f"a list of {', '.join(allowed)}", lambda v: isinstance(v, list) and {*v} <= {*allowed})
         return value if isinstance(value, list) else []
 
     def nested(self, key: str, defaults: Mapping[str, Any], inert: frozenset[str] = INERT) -> Keys:

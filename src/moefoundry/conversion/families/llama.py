@@ -18,7 +18,7 @@ from moefoundry.config import (
 )
 from moefoundry.conversion.families.family import Family, Piece, dense_layers, ffn_width
 from moefoundry.conversion.families.keys import Keys
-from moefoundry.conversion.families.rope_scaling import read_rope, write_yarn
+from moefoundry.conversion.families.rope_scaling import read_rope, write_scaling
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 
@@ -28,6 +28,7 @@ class Llama(Family):
 
     name = "llama"
     architecture = "LlamaForCausalLM"
+    absent = "biases of the FFN"
     defaults: ClassVar[dict[str, Any]] = {
         "attention_bias": False,
         "initializer_range": 0.02,
@@ -35,7 +36,8 @@ class Llama(Family):
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
     }
-    has_attention_bias: ClassVar[bool] = True  # the config has a key for it; it means all four projections
+    bias_of_key: ClassVar[AttentionBias | None] = AttentionBias.all  # of attention_bias: true; None has no such key
+    partial_rotation: ClassVar[bool] = False  # the config has partial_rotary_factor
 
     # ---------------------------------------------------------------------------------------------------------- config
 
@@ -49,8 +51,9 @@ class Llama(Family):
             init=InitConfig(std=keys.number("initializer_range")),
             attention=self._read_attention(keys),
         )
+        kind = "full_attention" if cfg.attention.window is None else "sliding_attention"
+        keys.only("layer_types", [kind] * cfg.n_layers)  # the same again, in files of later versions
         keys.only("hidden_act", "silu")
-        keys.only("partial_rotary_factor", 1.0)
         keys.only("attention_dropout", 0.0)
         return self._read_ffn(keys, cfg)
 
@@ -73,16 +76,16 @@ class Llama(Family):
     def _read_gqa(self, keys: Keys) -> GqaConfig:
         n_heads, d_model = keys.size("num_attention_heads"), keys.size("hidden_size")
         head_dim = keys.size("head_dim") if keys.has("head_dim") else None
-        if not self.has_attention_bias:
+        if self.bias_of_key is None:
             keys.only("attention_bias", False)
-        theta, yarn = read_rope(keys)
+        rope = read_rope(keys, partial=self.partial_rotation)
         return GqaConfig(
             n_heads=n_heads,
-            rope_theta=theta,
-            yarn=yarn,
             n_kv_heads=keys.size("num_key_value_heads") if keys.has("num_key_value_heads") else n_heads,
             head_dim=None if head_dim == d_model // n_heads else head_dim,
-            bias=AttentionBias.all if self.has_attention_bias and keys.flag("attention_bias") else AttentionBias.none,
+            bias=self.bias_of_key if self.bias_of_key and keys.flag("attention_bias") else AttentionBias.none,
+            rotary_fraction=rope.fraction,
+            **rope.keys,
         )
 
     def _write_attention(self, cfg: ModelConfig) -> dict[str, Any]:
@@ -92,10 +95,12 @@ class Llama(Family):
             "num_key_value_heads": cfg.attention.n_kv_heads,
             "head_dim": cfg.attention.head_dim or cfg.d_model // cfg.attention.n_heads,
             "rope_theta": cfg.attention.rope_theta,
-            "rope_scaling": write_yarn(cfg.attention.yarn),
+            "rope_scaling": write_scaling(cfg.attention),
         }
-        if self.has_attention_bias:
-            keys["attention_bias"] = cfg.attention.bias == AttentionBias.all
+        if self.bias_of_key is not None:
+            keys["attention_bias"] = cfg.attention.bias == self.bias_of_key
+        if self.partial_rotation:
+            keys["partial_rotary_factor"] = cfg.attention.rotary_fraction
         return keys
 
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:

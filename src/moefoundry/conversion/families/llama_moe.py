@@ -32,6 +32,11 @@ class LlamaMoe(Llama):
     count_keys: ClassVar[tuple[str, str]] = ("num_experts", "num_local_experts")
     width_key: ClassVar[str] = "intermediate_size"
 
+    def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
+        """Convert a mean over layers and a sum over choices."""
+        weight = hf.get("router_aux_loss_coef", 0.001) * cfg.moe.top_k / cfg.n_layers
+        return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0)
+
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         keys.alias(*self.count_keys)
         moe = MoEConfig(
@@ -70,13 +75,9 @@ class Mixtral(LlamaMoe):
         "rope_theta": 1e6,
         "router_jitter_noise": 0.0,
     }
-    has_attention_bias = False
+    bias_of_key = None
     count_keys = ("num_local_experts", "num_experts")
-
-    def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
-        """Convert a mean over layers and a sum over choices."""
-        weight = hf.get("router_aux_loss_coef", 0.001) * cfg.moe.top_k / cfg.n_layers
-        return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0)
+    names_in_memory: ClassVar[dict[str, str]] = {".block_sparse_moe.": ".mlp."}
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         window = keys.size("sliding_window") if keys.has("sliding_window") else None

@@ -26,13 +26,14 @@ class Qwen2(Llama):
 
     name = "qwen2"
     architecture = "Qwen2ForCausalLM"
+    absent = "a window in some blocks only"
     defaults: ClassVar[dict[str, Any]] = {
         **Llama.defaults,
         "use_sliding_window": False,
         "sliding_window": 4096,
         "max_window_layers": 28,
     }
-    has_attention_bias = False
+    bias_of_key: ClassVar[AttentionBias | None] = None
     qkv_bias: ClassVar[AttentionBias | None] = AttentionBias.qkv
     qk_norm: ClassVar[QkNorm] = QkNorm.none
 
@@ -53,7 +54,7 @@ class Qwen3(Qwen2):
     name = "qwen3"
     architecture = "Qwen3ForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {**Qwen2.defaults, "head_dim": 128}
-    has_attention_bias = True
+    bias_of_key: ClassVar[AttentionBias | None] = AttentionBias.all
     qkv_bias = None
     qk_norm = QkNorm.head
 
@@ -98,6 +99,4 @@ def _read_window(keys: Keys) -> int | None:
     window = keys.size("sliding_window") if used else None
     if window is not None and first > 0:
         keys.refuse("max_window_layers", f"0 (a window in every layer), or {n_layers} (in none)")
-    kind = "full_attention" if window is None else "sliding_attention"
-    keys.only("layer_types", [kind] * n_layers)  # the same again, in files of later versions
     return window

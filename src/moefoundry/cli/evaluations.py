@@ -1,0 +1,230 @@
+"""The kinds of evaluation of ``moefoundry eval``. Each gives what was found as plain values, ``metrics`` among them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from composer.utils import dist, get_device
+from tqdm import tqdm
+
+from moefoundry.checkpoint.manifest import read_state
+from moefoundry.checkpoint.ranks import rank
+from moefoundry.checkpoint.weights import read_section
+from moefoundry.cli.arguments import device_named
+from moefoundry.cli.eval import Request
+from moefoundry.config import DatasetConfig, LoaderConfig, MeshConfig, UserError
+from moefoundry.config.build import Builder
+from moefoundry.config.errors import ConfigError
+from moefoundry.config.spec import filled
+from moefoundry.config.tasks import read_gauntlet, read_tasks
+from moefoundry.data.loader import build_loader
+from moefoundry.data.summary import read_corpus_summary
+from moefoundry.evaluation.batched import BatchedModel
+from moefoundry.evaluation.code_completion import complete_problems
+from moefoundry.evaluation.code_tasks import check_allowed, pass_at_k, read_problems, run_samples, write_results
+from moefoundry.evaluation.generation import Sampling
+from moefoundry.evaluation.held_out import held_out_loss
+from moefoundry.evaluation.sandbox.run import Limits
+from moefoundry.evaluation.tasks.code import say_what_is_open
+from moefoundry.evaluation.tasks.run import Sizes, evaluate_tasks, load_tasks, write_samples
+from moefoundry.mesh import Meshes, resolve_degrees
+from moefoundry.pretrained import EvaluatedModel
+from moefoundry.world import join_meshes, torch_device
+
+TIMEOUT = 600.0  # of collectives, seconds
+MAX_SEQ_LEN = 2048  # of a model of which no run says it
+HELD_OUT = "val"  # split that --data evaluates
+
+Found = dict[str, Any]
+
+
+def check(request: Request) -> None:
+    """Check what needs no model.
+
+    Raises:
+        UserError: An option is out of range, or a directory is missing.
+    """
+    for name in ("batch_size", "max_seq_len", "limit"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: must be at least 1")
+    if request.output is not None and not request.output.parent.is_dir():
+        raise UserError(f"{request.output.parent}: no such directory")
+    if request.humaneval is not None:
+        check_allowed(request.code["allow_code_execution"])
+        Limits(seconds=request.code["timeout"])
+        _draws(request.code)
+
+
+def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes, torch.device]:
+    """Join the ranks, and build the meshes that an option asks for.
+
+    Raises:
+        ConfigError: The option is no mesh, or does not fit the number of ranks.
+    """
+    try:
+        tree = yaml.safe_load(mesh or "{}")
+    except yaml.YAMLError:
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"mesh={mesh}: no mapping such as '{{expert: 2}}'")
+    builder = Builder()
+    cfg = builder.build(MeshConfig, filled(MeshConfig(), tree), "mesh")
+    if builder.problems:
+        raise ConfigError(builder.problems, "--mesh")
+    if device is not None:
+        device_named(device)
+    used = get_device("cpu" if device == "cpu" else None)
+    degrees = resolve_degrees(cfg, dist.get_world_size(), dist.get_local_world_size())
+    return join_meshes(degrees, used, TIMEOUT), torch_device(used)
+
+
+def evaluate(evaluated: EvaluatedModel, request: Request) -> Found:
+    """Evaluate what is asked for; every rank calls it."""
+    found: Found = {"checkpoint": evaluated.name}
+    if request.humaneval is not None:
+        return found | _humaneval(evaluated, request, request.humaneval)
+    if request.harness is not None:
+        return found | _harness(evaluated, request, request.harness)
+    if request.data is not None:
+        return found | {"metrics": _held_out(evaluated, request, _loader(request, request.data))}
+    if request.tasks is not None:
+        gauntlet = request.gauntlet
+        return found | _tasks(evaluated, request, str(request.tasks), None if gauntlet is None else str(gauntlet))
+    return found | _of_recipe(evaluated, request)
+
+
+def print_found(found: Found) -> None:
+    """Print what was found, a line for each metric."""
+    if "output" in found:
+        print(f"{found['problems']} problems, {found['samples']} samples: {found['output']}")
+    metrics = found.get("metrics", {name: value for name, value in found.items() if name.startswith("pass@")})
+    width = max(map(len, metrics), default=0)
+    for name, value in metrics.items():
+        print(f"{name} {value:.4f}" if "output" in found else f"{name:{width}}  {value:.4f}")
+
+
+def _tasks(evaluated: EvaluatedModel, request: Request, tasks: Any, gauntlet: Any) -> Found:
+    loaded = load_tasks(read_tasks(tasks))
+    averages = None if gauntlet is None else read_gauntlet(gauntlet)
+    if any(task.cfg.icl_task_type == "code_evaluation" for task in loaded) and rank() == 0:
+        say_what_is_open()
+    sizes = Sizes(request.batch_size, _length(evaluated, request), request.limit)
+    results = evaluate_tasks(evaluated.model, evaluated.tokenizer, loaded, sizes, gauntlet=averages, progress=True)
+    if request.output is not None and rank() == 0:
+        write_samples(request.output, results)
+    return {"samples": {label: len(each) for label, each in results.samples.items()}, "metrics": results.metrics}
+
+
+def _of_recipe(evaluated: EvaluatedModel, request: Request) -> Found:
+    """Evaluate what the recipe of a checkpoint evaluates."""
+    if evaluated.checkpoint is None:
+        raise UserError(f"{evaluated.name}: has no recipe that says what to evaluate: give TASKS, --data or --harness")
+    recipe = read_state(evaluated.checkpoint)["recipe"]
+    found: Found = {"metrics": {}}
+    if recipe.get("icl_tasks") is not None:
+        found = _tasks(evaluated, request, recipe["icl_tasks"], _gauntlet_of(recipe))
+    if any(name.startswith("eval_loader.") for name in recipe):
+        loader = read_section(evaluated.checkpoint, "eval_loader", LoaderConfig)
+        found["metrics"] |= _held_out(evaluated, request, loader)
+    if not found["metrics"]:
+        raise UserError(f"{evaluated.name}: its recipe evaluates nothing: give TASKS, --data or --harness")
+    return found
+
+
+def _gauntlet_of(recipe: dict[str, Any]) -> Any:
+    """Give ``eval_gauntlet`` of a flat recipe: a path, a mapping, or None."""
+    if "eval_gauntlet" in recipe:
+        return recipe["eval_gauntlet"]
+    below = {name.partition(".")[2]: value for name, value in recipe.items() if name.startswith("eval_gauntlet.")}
+    averages = {name.partition(".")[2]: below.pop(name) for name in [*below] if name.startswith("averages.")}
+    return (below | ({"averages": averages} if averages else {})) or None
+
+
+def _length(evaluated: EvaluatedModel, request: Request) -> int:
+    if request.max_seq_len is not None:
+        return request.max_seq_len
+    recipe = {} if evaluated.checkpoint is None else read_state(evaluated.checkpoint)["recipe"]
+    return int(recipe.get("icl_seq_len") or recipe.get("max_seq_len") or MAX_SEQ_LEN)
+
+
+def _loader(request: Request, directory: Path) -> LoaderConfig:
+    length = request.max_seq_len or read_corpus_summary(directory).max_seq_len
+    if length is None:
+        raise UserError(f"{directory}: holds documents of any length: give --max-seq-len N")
+    data = DatasetConfig(local=str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
+    return LoaderConfig(dataset=data, drop_last=False)
+
+
+def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig) -> dict[str, float]:
+    model = evaluated.model
+    loader = build_loader(
+        cfg,
+        batch_size=request.batch_size,
+        model_vocab_size=model.cfg.vocab_size,
+        documents_of=evaluated.tokenizer_dir if model.cfg.document_masking else None,
+    )
+    return {"metrics/eval/LanguageCrossEntropy": held_out_loss(model, loader, len(loader), progress=True).nats}
+
+
+def _harness(evaluated: EvaluatedModel, request: Request, names: str) -> Found:
+    try:
+        from moefoundry.evaluation.harness import HarnessModel, rows_of, run_harness
+    except ModuleNotFoundError as error:
+        raise UserError(f"harness={names}: {error.name} is not installed; the extra eval has it") from error
+    batched = BatchedModel(evaluated.model, request.batch_size, progress=True)
+    length = _length(evaluated, request)
+    model = HarnessModel(batched, evaluated.tokenizer, evaluated.tokenizer_dir, length)
+    tasks = names.split(",")
+    results = run_harness(model, tasks, request.harness_include, num_fewshot=request.num_fewshot, limit=request.limit)
+    if request.output is not None and rank() == 0:
+        with request.output.open("w", encoding="utf-8") as file:
+            for task, samples in results.get("samples", {}).items():
+                file.writelines(json.dumps({"task": task, **sample}, default=str) + "\n" for sample in samples)
+    return {"metrics": {f"{task}/{name}": value for task, name, value in rows_of(results)}}
+
+
+def _humaneval(evaluated: EvaluatedModel, request: Request, path: Path) -> Found:
+    code, sampling = request.code, _draws(request.code)
+    problems = read_problems(path)
+    if rank() == 0:
+        say_what_is_open()
+    chosen = [*problems.values()][: request.limit]
+    completions = complete_problems(
+        BatchedModel(evaluated.model, request.batch_size, progress=True),
+        evaluated.tokenizer,
+        chosen,
+        [evaluated.tokenizer.encode(problem.prompt).tolist() for problem in chosen],
+        samples=code["samples"],
+        sampling=sampling,
+        max_new_tokens=code["max_new_tokens"],
+    )
+    found: Found = {"problems": len(chosen), "samples": len(completions), "output": str(request.output)}
+    if rank() == 0 and request.output is not None:
+        results = run_samples(
+            problems,
+            tqdm(completions, "programs", leave=False, disable=None),
+            allow_code_execution=code["allow_code_execution"],
+            limits=Limits(seconds=code["timeout"]),
+            workers=code["workers"],
+        )
+        write_results(request.output, results)
+        found |= pass_at_k(results)
+    return found
+
+
+def _draws(code: dict[str, Any]) -> Sampling:
+    """Check the options of generation and return the draws that they ask for."""
+    for name in ("samples", "max_new_tokens", "workers"):
+        if code[name] < 1:
+            raise UserError(f"{name}={code[name]}: must be at least 1")
+    if code["samples"] > 1 and code["temperature"] == 0:
+        raise UserError(f"samples={code['samples']}: all would be the same without a --temperature above 0")
+    try:
+        return Sampling(code["temperature"], None, code["top_p"], code["seed"])
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,36 @@
+"""``moefoundry reference``: a checkpoint scores preference data, in one process. Heavy imports happen when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moefoundry.cli.arguments import flags_of, input_argument, local_path, options_named
+
+
+@click.command("reference")
+@input_argument("CHECKPOINT", "The reference: a checkpoint, or a run (its newest); a path or a URL.")
+@click.argument("data", type=local_path, metavar="DATA", help="Directory of `prepare --preferences`.")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
+def command(source: str, data: Path, device: str | None) -> None:
+    """Compute the log-probabilities of a frozen reference, for the recipe's key dpo, and store them beside the data.
+
+    Each split gets reference.npy, and reference.json with digests of the data and of the checkpoint.
+    """
+    from moefoundry.checkpoint.base import digest_of_tensors
+    from moefoundry.checkpoint.fetch import checkpoint_at
+    from moefoundry.checkpoint.weights import load_model, named_checkpoint
+    from moefoundry.cli.generate import device_named
+    from moefoundry.data.reference import write_reference
+    from moefoundry.data.summary import read_corpus_summary
+    from moefoundry.evaluation.reference import score_pairs
+
+    with checkpoint_at(source) as path, options_named(flags_of("device")):
+        place, summary = device_named(device), read_corpus_summary(data)
+        checkpoint = named_checkpoint(path)
+        model = load_model(checkpoint).to(place)
+        for split in summary.splits:
+            log_probs = score_pairs(model, data, split)
+            write_reference(data / split, log_probs, digest_of_tensors(checkpoint))
+            print(f"{data / split}: {len(log_probs)} pairs, scored by {checkpoint}")

@@ -1,0 +1,220 @@
+"""Adapters from peft's files: a weights-only checkpoint of adapters on top of a base."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from moefoundry.adapters import apply_lora
+from moefoundry.adapters.merge import adapted_weights
+from moefoundry.checkpoint.base import Base, whole_base
+from moefoundry.checkpoint.format import TensorSpec
+from moefoundry.checkpoint.manifest import BASE, WEIGHTS_ONLY
+from moefoundry.checkpoint.out_of_core import ShardValues, write_shards
+from moefoundry.checkpoint.weights import PREFIX, named_checkpoint, read_model_config
+from moefoundry.config import LoraConfig, ModelConfig, Recipe, UserError, flatten
+from moefoundry.config.errors import first_few
+from moefoundry.config.schema_lora import LORA_GROUPS
+from moefoundry.config.versions import VERSION_KEY
+from moefoundry.conversion.convert import Summary, chosen_family
+from moefoundry.conversion.peft import CONFIG_FILE, TENSORS_FILE
+from moefoundry.conversion.peft_names import ExpertKind, Slot, slots, stack_from_peft
+from moefoundry.data.json_files import read_json
+from moefoundry.data.staging import staged
+from moefoundry.model.transformer import meta_model
+
+PLAIN = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "lora_bias": False, "use_qalora": False}
+"""Options of peft with the values that are supported."""
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """An adapter of one of our weights, or of one expert of it, with the scale that it was trained with."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    magnitude: Tensor | None = None
+
+
+def import_peft(directory: Path, base: Path, output: Path, family_name: str | None = None) -> Summary:
+    """Write a weights-only checkpoint of the adapters in a directory of peft's.
+
+    Args:
+        directory: Directory with adapter_config.json and adapter_model.safetensors.
+        base: Checkpoint of the weights that they were trained on, or the run that holds it.
+        output: Checkpoint directory to make.
+        family_name: ``model_type`` of the model that they were trained in; None is the first that fits the base.
+
+    Raises:
+        UserError: The files are no adapters of LoRA, or of something that cannot have one here (named), or ``output``
+            exists.
+    """
+    settings, tensors = _read(directory)
+    under = named_checkpoint(base)
+    cfg, frozen = read_model_config(under), whole_base(under)
+    family = chosen_family(family_name, cfg)
+    model = meta_model(cfg)
+    apply_lora(model, LoraConfig())
+    weights = {id(weight): name for name, weight in model.named_parameters()}
+    adaptable = [weights[id(weight)] for weight, _ in adapted_weights(model)]
+    places = [
+        *slots(family, cfg, ExpertKind.separate, adaptable),
+        *(slot for slot in slots(family, cfg, ExpertKind.fused, _fused(adaptable, settings)) if slot.stacked),
+    ]
+    found = _factors(places, tensors, settings, cfg, directory)
+    lora = _config(found, settings)
+    values = dict(_values(found, lora, cfg))
+    specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in values.items()}
+    size = sum(spec.nbytes for spec in specs.values())
+    with staged(output, size) as staging:
+        staging.mkdir()
+        write_adapters(staging, cfg, lora, values, frozen)
+    return Summary(output, len(specs), size)
+
+
+def write_adapters(staging: Path, cfg: ModelConfig, lora: LoraConfig, values: Mapping[str, Tensor], base: Base) -> None:
+    """Write a weights-only checkpoint of adapters; names are those of ``MoETransformer``."""
+    kept = ("model.", "lora.", VERSION_KEY)
+    recipe = {key: value for key, value in flatten(Recipe(model=cfg, lora=lora)).items() if key.startswith(kept)}
+    specs = {PREFIX + name: TensorSpec(tuple(value.shape), value.dtype) for name, value in values.items()}
+    shards = (ShardValues(PREFIX + name, (0,) * value.dim(), value) for name, value in values.items())
+    write_shards(staging, specs, shards, {WEIGHTS_ONLY: True, "recipe": recipe, BASE: base.document()})
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    settings = read_json(directory / CONFIG_FILE)
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{directory / CONFIG_FILE}: peft_type is {settings.get('peft_type')}, and not LORA")
+    for key, value in PLAIN.items():
+        if settings.get(key, value) not in (value, None):
+            raise UserError(f"{directory / CONFIG_FILE}: {key} is {settings[key]!r}, and only {value!r} is supported")
+    path = directory / TENSORS_FILE
+    try:
+        return settings, load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: unreadable safetensors: {error}") from error
+
+
+def _fused(adaptable: list[str], settings: Mapping[str, Any]) -> list[str]:
+    """List our weights that adapters of fused parameters are on."""
+    names = [str(name).rpartition(".")[2] for name in settings.get("target_parameters") or ()]
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    wanted = tuple(f".experts.{part}" for name in names for part in parts.get(name, ()))
+    return [weight for weight in adaptable if weight.endswith(wanted)] if wanted else []
+
+
+def _factors(
+    places: list[Slot], tensors: dict[str, Tensor], settings: Mapping[str, Any], cfg: ModelConfig, directory: Path
+) -> dict[tuple[str, int | None], _Factors]:
+    """Map our weights, and experts of theirs, to their adapters."""
+    found: dict[tuple[str, int | None], _Factors] = {}
+    left = dict(tensors)
+    for slot in places:
+        if not all(key in left for key in slot.keys):
+            continue
+        a, b = (left.pop(key) for key in slot.keys)
+        try:
+            found |= _of_slot(slot, a, b, left.pop(slot.magnitude_key, None), settings, cfg)
+        except RuntimeError:  # of a shape that the rank does not divide
+            raise UserError(f"{directory}: {slot.keys[0]} {tuple(a.shape)} does not fit {slot.target}") from None
+    if left:
+        raise UserError(f"{directory}: no place in the model for {first_few(sorted(left))}")
+    if not found:
+        raise UserError(f"{directory}: there are no adapters")
+    return found
+
+
+def _of_slot(
+    slot: Slot, a: Tensor, b: Tensor, magnitude: Tensor | None, settings: Mapping[str, Any], cfg: ModelConfig
+) -> dict[tuple[str, int | None], _Factors]:
+    a, b = a.float(), b.float()
+    if not slot.stacked:
+        scale = _scale(settings, slot.target, len(a))
+        return {(slot.weights[0], slot.expert): _Factors(a, b, scale, magnitude)}
+    a, b = stack_from_peft(a, b, cfg.moe.num_experts)
+    scale, height = _scale(settings, slot.target, a.shape[1]), b.shape[1] // len(slot.weights)
+    found: dict[tuple[str, int | None], _Factors] = {}
+    for index, weight in enumerate(slot.weights):
+        rows = b[:, index * height : (index + 1) * height]
+        used = rows.abs().amax(dim=(0, 1)) > 0  # [R']: where gate and up have A's of their own, half of them each
+        half = len(used) // len(slot.weights)
+        own = slice(index * half, (index + 1) * half)
+        alone = len(slot.weights) > 1 and not used[: own.start].any() and not used[own.stop :].any()
+        part = own if alone else slice(None)
+        for expert in range(cfg.moe.num_experts):
+            found[weight, expert] = _Factors(a[expert, part], rows[expert, :, part], scale)
+    return found
+
+
+def _scale(settings: Mapping[str, Any], target: str, rank: int) -> float:
+    """Compute what peft multiplies the adapter of a target by."""
+
+    def chosen(patterns: Mapping[str, Any] | None, default: Any) -> Any:
+        matches = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", target))
+        return next(matches, default)
+
+    alpha = float(chosen(settings.get("alpha_pattern"), settings.get("lora_alpha", 8)))
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def _config(found: Mapping[tuple[str, int | None], _Factors], settings: Mapping[str, Any]) -> LoraConfig:
+    """Make the config of the adapters: one rank and one scale; smaller ranks are filled up with zeros."""
+    rank = max(len(factors.a) for factors in found.values())
+    scale = next(iter(found.values())).scale
+    rslora = bool(settings.get("use_rslora"))
+    return LoraConfig(
+        rank=rank,
+        alpha=scale * (math.sqrt(rank) if rslora else rank),
+        targets=sorted({_target(weight) for weight, _ in found}),
+        dropout=float(settings.get("lora_dropout") or 0.0),
+        use_rslora=rslora,
+        dora=bool(settings.get("use_dora")),
+    )
+
+
+def _target(weight: str) -> str:
+    """Name the target of a recipe that a weight belongs to."""
+    *above, name = weight.removesuffix(".weight").split(".")
+    if above[-1] == "ffn":
+        return f"dense.{name}"
+    assert above[-1] in LORA_GROUPS, weight
+    return f"{above[-1]}.{name}"
+
+
+def _values(
+    found: Mapping[tuple[str, int | None], _Factors], lora: LoraConfig, cfg: ModelConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the adapters; weights without one in the files, of a layer, get one of zeros."""
+    model = meta_model(cfg)
+    apply_lora(model, lora)
+    scale = next(adapted_weights(model)).adapter.scale
+    weights = {id(weight): name for name, weight in model.named_parameters()}
+    modules = {id(module): name for name, module in model.named_modules()}
+    for weight, adapter in adapted_weights(model):
+        name, module = weights[id(weight)], modules[id(adapter)]
+        a, b = torch.zeros(adapter.a.shape), torch.zeros(adapter.b.shape)
+        experts = [None] if weight.dim() == 2 else list(range(len(a)))
+        for expert in experts:
+            factors = found.get((name, expert))
+            if factors is None:
+                if lora.dora and expert is None:
+                    raise UserError(f"{name} has no adapter, and others of its kind have DoRA's magnitudes")
+                continue
+            own = slice(None) if expert is None else expert
+            a[own] = pad(factors.a, (0, 0, 0, lora.rank - len(factors.a)))
+            b[own] = pad(factors.b * (factors.scale / scale), (0, lora.rank - len(factors.a)))
+            if factors.magnitude is not None:
+                yield f"{module}.magnitude.weight", factors.magnitude.float()
+        yield f"{module}.a", a
+        yield f"{module}.b", b

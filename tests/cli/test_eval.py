@@ -1,0 +1,74 @@
+"""``moefoundry eval``: what training found, from its checkpoint and from what it exports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moefoundry.cli.main import main
+from tests.evaluation.tiny_tasks import Trained, write_lines
+
+LOSS = "metrics/eval/LanguageCrossEntropy"
+TASKS_OF_RUN = ("metrics/", "icl/")
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], place: Path, *options: Any) -> dict[str, float]:
+    capsys.readouterr()
+    assert main(["eval", str(place), *map(str, options), "--device", "cpu", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["metrics"]
+
+
+def test_a_run_is_evaluated_as_in_training(trained: Trained, capsys, tmp_path: Path) -> None:
+    line = trained.run.metrics[-1]
+    expected = {name: value for name, value in line.items() if name.startswith(TASKS_OF_RUN)}
+    found = evaluate(capsys, trained.run.run_dir, "-o", tmp_path / "samples.jsonl", "--batch-size", "3")
+    assert found.pop(LOSS) == pytest.approx(expected.pop(LOSS), abs=1e-6)
+    assert found == expected
+    assert len(found) >= 8
+    kept = {json.loads(text)["task"] for text in (tmp_path / "samples.jsonl").open()}
+    assert kept == {"choose/0-shot", "choose/2-shot", "pick/1-shot", "answer/1-shot", "code/0-shot", "go_on/0-shot"}
+
+
+def test_tasks_and_losses_of_what_is_exported(trained: Trained, capsys) -> None:
+    line = trained.run.metrics[-1]
+    options = ("--gauntlet", trained.tasks, "--max-seq-len", "256")
+    found = evaluate(capsys, trained.hf, trained.tasks, *options)
+    assert found == {name: line[name] for name in found}
+    assert "icl/metrics/eval_gauntlet/easy" in found
+    corpus = Path(trained.corpus)
+    assert evaluate(capsys, trained.hf, "--data", corpus) == {LOSS: pytest.approx(line[LOSS], abs=1e-6)}
+    assert main(["eval", str(trained.hf), "--data", str(corpus), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == f"{LOSS}  {line[LOSS]:.4f}\n"
+
+
+def test_limits(trained: Trained, capsys, tmp_path: Path) -> None:
+    examples = [json.loads(text) for text in Path(trained.tasks).with_name("examples.jsonl").open()][:5]
+    uri = write_lines(tmp_path / "five.jsonl", examples)
+    task = f"{{label: go_on, icl_task_type: language_modeling, num_fewshot: [0], dataset_uri: {uri}}}"
+    (tmp_path / "five.yaml").write_text(f"icl_tasks: [{task}]")
+    (tmp_path / "all.yaml").write_text(
+        f"icl_tasks: [{task}]".replace(str(uri), str(trained.tasks.with_name("examples.jsonl")))
+    )
+    found = evaluate(capsys, trained.hf, tmp_path / "five.yaml")
+    assert evaluate(capsys, trained.hf, tmp_path / "all.yaml", "--limit", 5) == found
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["none.yaml"], "error: none.yaml: 1 error\n  none.yaml: no such recipe file"),
+        (["--limit", "0", "none.yaml"], "error: --limit 0: must be at least 1"),
+        (["none.yaml", "-o", "nowhere/a.jsonl"], "error: nowhere: no such directory"),
+        (["--data", "nowhere"], "error: nowhere"),
+        (["none.yaml", "--data", "x"], "error: TASKS and --data: give one of them"),
+        ([], "has no recipe that says what to evaluate: give TASKS, --data or --harness"),
+        (["--humaneval", "x"], "error: --humaneval needs -o RESULTS"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(trained: Trained, capsys, options: list[str], message: str) -> None:
+    assert main(["eval", str(trained.hf), *options]) == 2
+    assert message in capsys.readouterr().err
