@@ -41,7 +41,7 @@ class PrepareOptions:
         max_seq_len: Tokens a sample; :data:`PACKED_LENGTH` if None. Documents have none.
         vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
         tokenizer: A Hugging Face tokenizer directory to use instead of training one.
-        add_fim_tokens: Add special tokens for fill-in-the-middle to ``tokenizer``, if it has none; a trained one has them.
+        add_fim_tokens: Add special tokens for fill-in-the-middle to ``tokenizer``, if it has none.
         max_vocab: Refuse a larger vocabulary (the model's ``vocab_size``).
         format: Format of the documents; inferred if None.
         globs: Patterns of the files.
