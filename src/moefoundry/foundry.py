@@ -98,7 +98,7 @@ class ComposerMoECausalLM(ComposerModel):
         sources = {f"LanguageCrossEntropy/{name}": SourceCrossEntropy(n) for n, name in enumerate(self.eval_sources)}
         return {"LanguageCrossEntropy": LanguageCrossEntropy(), **sources}
 
-    def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> None:
+    def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> Any:
         if isinstance(metric, SourceCrossEntropy):
             assert outputs.lm_of_rows is not None, "the model of several sources tells rows apart"
             own_B = batch["source"] == metric.source

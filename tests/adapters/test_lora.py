@@ -194,6 +194,18 @@ def test_adapters_beside_products_of_other_precisions(precision: PrecisionConfig
         assert 0 < (parameter.grad - expected).norm() < 0.2 * expected.norm(), name
 
 
+def test_frozen_experts_in_fp8_compute_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do frozen dense FFNs and shared experts."""
+    from moefoundry.ops.fp8 import feed_forward
+
+    fp8 = PrecisionConfig(fp8=Fp8Config(Fp8Recipe.deepseek_v3))
+    model, ids, products = adapted_model(lora_config(targets=["attention"]), precision=fp8), batch(), []
+    monkeypatch.setattr(feed_forward, "wgrad", lambda *args: products.append(args))
+    model(ids, ids).total.backward()
+    assert products == []
+    assert all(parameter.grad is not None for parameter in trained(model).values())
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = adapted_model(lora_config(dropout=0.5), checkpointing="full")
     reference = dense_reference(model).eval()

@@ -46,12 +46,10 @@ MOE = ("model.n_dense_layers=0", "model.moe.num_shared_experts=0")
         ((*MOE, "model.attention.qk_norm=head", "model.n_dense_layers=2"), "qwen3_moe"),
         (("model.n_dense_layers=6",), "llama"),
         (("model.attention.kind=mla", "model.moe.router.score_function=sigmoid"), "deepseek_v3"),
-        ((*MOE, "model.attention.bias=qkv"), "no Hugging Face family: model.attention.bias: qkv, and mixtral has none"),
-        (
-            (),
-            "no Hugging Face family: model.n_dense_layers: 1, and mixtral has 0; "
-            "model.moe.num_shared_experts: 1, and mixtral has 0",
-        ),
+        ((*MOE, "model.attention.bias=qkv"), "qwen2_moe"),
+        (("model.moe.shared_expert_gate=true", "model.attention.bias=qkv"), "qwen2_moe"),
+        (("model.moe.router.score_function=sigmoid", "model.attention.rotary_fraction=0.5"), "glm4_moe"),
+        ((), "no Hugging Face family: model.moe.router.score_function: softmax, and glm4_moe has sigmoid"),
         (
             ("model.attention.kind=mla",),
             "no Hugging Face family: model.moe.router.score_function: softmax, and deepseek_v3 has sigmoid",

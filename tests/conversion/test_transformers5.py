@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moefoundry.config import UserError
+from moefoundry.conversion import reference
 from moefoundry.conversion.convert import export_hf, import_hf, load_hf, load_model
 from moefoundry.conversion.families import FAMILIES, family_of
 from moefoundry.conversion.hf_directory import read_hf_config
@@ -171,3 +173,17 @@ def test_tokenizers_that_it_saves_go_out_in_a_form_that_either_version_reads(
     inputs = older_tokenizer(PROMPT, return_tensors="pt")
     tokens = older.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert older_tokenizer.decode(tokens[0]) == exported.results[f"{TEXTS}mixtral"]["text"]
+
+
+def test_what_only_the_newer_version_has_is_verified_by_it(
+    saved: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parity = import_hf(saved.path / "minimax_m2-plain", tmp_path / "checkpoint", tolerance=1e-4).parity
+    assert parity is not None
+    assert parity.transformers.startswith("5.")
+    assert len(parity.hidden) == 2
+    assert max(parity.logits, *parity.hidden) < 1e-4
+    monkeypatch.setattr(reference, "newer_transformers", lambda: None)
+    with pytest.raises(UserError, match=r"transformers 4\.\S+ has no minimax_m2; `make oracle` installs one that has"):
+        import_hf(saved.path / "minimax_m2-plain", tmp_path / "other", tolerance=1e-4)
+    assert not (tmp_path / "other").exists()

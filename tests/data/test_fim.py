@@ -1,5 +1,6 @@
 """Fill-in-the-middle: the share and the borders are as asked, every document comes back, and tokenizers are known."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ from tokenizers import AddedToken, Tokenizer
 from moefoundry.config.errors import UserError
 from moefoundry.config.schema_data import FimConfig, FimFormat, FimSplit
 from moefoundry.data.fim import SPELLINGS, Draws, FillInTheMiddle, Sentinels, restored, with_sentinels
+from moefoundry.data.options import PrepareOptions
+from moefoundry.data.prepare import prepare
+from moefoundry.data.summary import Layout
 from moefoundry.data.tokenizer import load_tokenizer, train_tokenizer
 
 S = Sentinels(prefix=1000, suffix=1001, middle=1002)
@@ -161,9 +165,8 @@ def test_sentinels_are_added_to_a_tokenizer_that_has_none(tmp_path: Path) -> Non
     for name in SPELLINGS[0]:
         text = text.replace(name, name.upper())
     (tmp_path / "tokenizer.json").write_text(text)
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"eos_token": "<|endoftext|>", "additional_special_tokens": ["<x>"]}'
-    )
+    config = '{"eos_token": "<|endoftext|>", "additional_special_tokens": ["<x>"]}'
+    (tmp_path / "tokenizer_config.json").write_text(config)
     bare = load_tokenizer(tmp_path)
     made = with_sentinels(bare)
     assert made.vocab_size == bare.vocab_size + 3
@@ -175,3 +178,7 @@ def test_sentinels_are_added_to_a_tokenizer_that_has_none(tmp_path: Path) -> Non
     assert [sentinels.prefix, sentinels.suffix, sentinels.middle] == list(range(bare.vocab_size, bare.vocab_size + 3))
     assert again.backend.encode("<fim_hole>").ids != [sentinels.suffix], "what a text spells out is text"
     assert with_sentinels(again) is again
+    (tmp_path / "text.txt").write_text("a text\n" * 30)
+    options = PrepareOptions(str(tmp_path / "text.txt"), tmp_path / "out", tokenizer=tmp_path, layout=Layout.documents)
+    prepare(replace(options, add_fim_tokens=True, val_fraction=0, workers=0))
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").sha256 == made.sha256

@@ -138,7 +138,12 @@ def read_on(
     return taken, loader.state_dict()
 
 
-def test_global_batches_are_the_same_on_any_ranks_and_workers_and_after_a_stop(mixture: Path) -> None:
+QUICK_CASES = ([(2, 2)], [(1, 2), (4, 0)])
+ALL_CASES = ([(2, 0), (4, 0), (1, 2), (2, 2), (4, 2)], [(1, 0), (1, 2), (2, 0), (2, 2), (4, 0), (4, 2)])
+
+
+@pytest.mark.parametrize("cases", [QUICK_CASES, pytest.param(ALL_CASES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_global_batches_are_the_same_on_any_ranks_and_workers_and_after_a_stop(mixture: Path, cases: Any) -> None:
     """Token for token, for two epochs, with two streams and fill-in-the-middle; stopped in the middle of the second."""
     config, tokenizer, global_batch = loader_of(mixture), mixture / "text" / "tokenizer", 4
 
@@ -151,11 +156,11 @@ def test_global_batches_are_the_same_on_any_ranks_and_workers_and_after_a_stop(m
     whole, _ = on(1, 0, None, 10**6)
     an_epoch = len(whole) // 2
     assert whole[:an_epoch] != whole[an_epoch:]
-    for ranks, workers in ((2, 0), (4, 0), (1, 2), (2, 2)):
+    for ranks, workers in cases[0]:
         assert on(ranks, workers, None, 10**6)[0] == whole, (ranks, workers)
     first, state = on(2, 0, None, an_epoch + 2)
     assert (first, state["epoch"], state["sample_in_epoch"]) == (whole[: an_epoch + 2], 1, 2 * global_batch)
-    for ranks, workers in ((1, 0), (4, 0), (2, 2)):
+    for ranks, workers in cases[1]:
         assert on(ranks, workers, state, an_epoch - 2)[0] == whole[an_epoch + 2 :], (ranks, workers)
 
 

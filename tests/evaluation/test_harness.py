@@ -30,8 +30,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     choice |= {"doc_to_choice": "choices", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}
     text = {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{context}} return value"}
     text |= {"metric_list": [{"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}]}
-    written = {"output_type": "generate_until", "doc_to_text": "{{context}}", "doc_to_target": " return value"}
-    written |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}, "metric_list": [{"metric": "exact_match"}]}
+    written = {"output_type": "generate_until", "doc_to_text": "{{context}}"}
+    written["doc_to_target"] = "{{ ' return ' if answer != 'no answer' else 'none' }}"
+    written |= {
+        "generation_kwargs": {"until": ["value"], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match"}],
+    }
     last = {"output_type": "loglikelihood", "doc_to_text": "{{context}}", "doc_to_target": " return value"}
     last |= {"metric_list": [{"metric": "perplexity"}, {"metric": "acc"}], "target_delimiter": ""}
     for name, task, file in (

@@ -110,7 +110,7 @@ def test_scores_equal_llm_foundrys(
         path = write_lines(tmp_path / "examples.jsonl", definitions(24))
     else:
         path = tmp_path / task["dataset_uri"]
-        path.write_text("".join(eval_data(path.name).read_text().splitlines(keepends=True)[:40]))
+        path.write_text("".join(eval_data(path.name).read_text().splitlines(keepends=True)[:24]))
     task = {"metric_names": [MC, ECE], **task, "label": "task", "dataset_uri": str(path)}
     expected, right = theirs(their_model, task, tmp_path)
     assert len(right) == (24 if own else len(path.read_text().splitlines()))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tomllib
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from moefoundry.checkpoint.weights import load_model
+from moefoundry.megablocks import INSTALL
 from moefoundry.migration.import_foreign import import_foreign
 from tests.distributed import captured_output, run_distributed
 from tests.llm_foundry import recipes
@@ -61,6 +64,7 @@ def by_command(site: Path, commands: dict[str, list[str]]) -> dict[str, Outcome]
     sys.path.insert(0, str(site))
     catalogue: Any = import_module("catalogue")  # LLM Foundry's registries; the ranks' server has imported it
     catalogue.AVAILABLE_ENTRY_POINTS = entry_points()  # as in a process that began after the installation
+    os.environ["WANDB_MODE"] = "offline"
     from moefoundry.cli.main import main
     from moefoundry.llm_foundry import run as module
 
@@ -70,6 +74,7 @@ def by_command(site: Path, commands: dict[str, list[str]]) -> dict[str, Outcome]
     outcomes = {}
     for name, arguments in commands.items():
         trainers.clear()
+        sys.argv = ["scripts/train.py", *arguments]
         with captured_output() as texts:
             status = main(["train", *arguments])
         outcomes[name] = Outcome(status, losses_of(trainers[0]) if trainers else {}, *texts)
@@ -101,7 +106,7 @@ def trees(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 @pytest.fixture(scope="module")
 def ours(tiny_corpus: Path) -> dict[str, Any]:
     """Micro-batches of one sequence: their balance losses are those of the same tokens on any number of ranks."""
-    return recipes.recipe(recipes.mpt(ffn_config=recipes.OURS), tiny_corpus, eval_loader=None)
+    return recipes.recipe(recipes.mpt(ffn_config=recipes.OURS), tiny_corpus, eval_loader=None, max_duration="8ba")
 
 
 @pytest.fixture(scope="module")
@@ -144,15 +149,24 @@ def bad(commands: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a run leaves its files."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture(scope="module")
 def on_one_rank(
     trees: dict[str, dict[str, Any]],
     site: Path,
     commands: dict[str, list[str]],
     bad: dict[str, list[str]],
+    kept: Path,
     tiny_corpus: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[dict[str, Losses], dict[str, Outcome], Moved]:
     secrets = [f"variables.api_key={SECRET}", f"metadata.note={TOKEN}", "log_config=true", "max_duration=1ba"]
+    secrets += [f"save_folder={kept}/checkpoints", f"loggers.wandb.init_kwargs.dir={kept}"]
+    secrets += [f"loggers.tensorboard.log_dir={kept}/tensorboard", f"loggers.mlflow.tracking_uri=file://{kept}/mlruns"]
     told = {"ours": commands["ours"], "secrets": [*commands["mpt"], *secrets]}
     fit = {name: fit_by_hand(tree) for name, tree in trees.items()}
     lay_out(directory := tmp_path_factory.mktemp("moving"), tiny_corpus)
@@ -201,7 +215,7 @@ def test_our_moe_has_equal_losses_on_one_and_two_ranks(
     assert (one.status, two.status) == (0, 0), one.err + two.err
     assert set(one.losses) == {"total", "loss", "balance", "z"}
     for name, values in one.losses.items():
-        assert len(values) == 20
+        assert len(values) == 8
         assert two.losses[name] == pytest.approx(values, rel=1e-4)
     assert min(one.losses["balance"]) > 0
     assert one.losses["total"][-1] < one.losses["total"][0]
@@ -224,6 +238,45 @@ def test_shards_of_two_ranks_are_imported(on_two: list[dict[str, Outcome]], shar
     assert all(weight.isfinite().all() for weight in model.parameters())
 
 
+@pytest.mark.slow  # four processes, each of which imports LLM Foundry
+def test_our_moe_has_equal_losses_on_four_ranks(
+    site: Path, commands: dict[str, list[str]], on_one: dict[str, Outcome]
+) -> None:
+    four = run_distributed(by_command, 4, site, {"ours": commands["ours"]}, timeout=240)[0]["ours"]
+    assert four.status == 0, four.err
+    for name, values in on_one["ours"].losses.items():
+        assert four.losses[name] == pytest.approx(values, rel=1e-4)
+
+
+def entries_of_megablocks() -> tuple[int, int]:
+    """Entries of MegaBlocks' lists of balance losses and of router logits."""
+    from megablocks.layers import moe, router
+
+    return len(moe.get_load_balancing_loss()), len(router._ROUTER_LOGITS)
+
+
+def with_megablocks(site: Path, commands: dict[str, list[str]]) -> tuple[dict[str, Outcome], tuple[int, int]]:
+    return by_command(site, commands), entries_of_megablocks()
+
+
+@pytest.mark.slow  # imports LLM Foundry
+@pytest.mark.skipif(find_spec("megablocks") is None, reason=f"megablocks is not installed: {INSTALL}")
+@pytest.mark.parametrize("weight", [0.0, 0.05])
+def test_megablocks_trains_in_llm_foundry(site: Path, tiny_corpus: Path, tmp_path: Path, weight: float) -> None:
+    ffn = {"ffn_type": "mb_dmoe", "mlp_type": "glu", "mlp_impl": "grouped", "moe_num_experts": 4, "moe_top_k": 2}
+    ffn |= {"moe_loss_weight": weight, "moe_world_size": 1, "uniform_expert_assignment": False}
+    model = recipes.mpt(d_model=128, expansion_ratio=1, no_bias=True, ffn_config=ffn)
+    tree = recipes.recipe(model, tiny_corpus, eval_loader=None, device_train_microbatch_size=2)
+    command = {"dmoe": [recipes.write(tmp_path, tree)]}
+    outcomes, entries = run_distributed(with_megablocks, 1, site, command, timeout=240)[0]
+    dmoe = outcomes["dmoe"]
+    assert dmoe.status == 0, dmoe.err
+    assert len(dmoe.losses["total"]) == 20
+    assert dmoe.losses["total"][-1] < dmoe.losses["total"][0]
+    assert all((loss > 0) == (weight > 0) for loss in dmoe.losses["lbl"])
+    assert weight or entries == (0, 0)
+
+
 def test_errors_are_one_line_that_names_the_key(on_one: dict[str, Outcome], bad: dict[str, list[str]]) -> None:
     for begin in bad:
         outcome = on_one[begin]
@@ -234,10 +287,14 @@ def test_errors_are_one_line_that_names_the_key(on_one: dict[str, Outcome], bad:
         assert not outcome.losses
 
 
-def test_secrets_are_not_printed(on_one: dict[str, Outcome]) -> None:
+def test_secrets_are_neither_printed_nor_kept(on_one: dict[str, Outcome], kept: Path) -> None:
     told = on_one["secrets"]
     assert told.status == 0, told.err
     assert "max_duration: 1ba" in told.out
     assert "api_key: (secret)" in told.out
     assert SECRET not in told.out + told.err
     assert TOKEN not in told.out + told.err
+    files = {str(path): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    for place in ("/checkpoints/", ".wandb", "events.out", "/mlruns/"):
+        assert any(place in path for path in files), place
+    assert [path for path, content in files.items() if SECRET.encode() in content or TOKEN.encode() in content] == []

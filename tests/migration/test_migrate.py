@@ -155,8 +155,10 @@ def test_a_local_hugging_face_model_becomes_its_family(tmp_path: Path) -> None:
     found, recipe = native(tmp_path, recipes.recipe(model | {"pretrained": True}))
     assert (recipe.model.moe.num_experts, recipe.model.attention.rope_theta) == (4, 5e5)
     assert (recipe.load_path, recipe.load_weights_only) == ("weights/old", True)
+    assert recipe.lora is not None
+    assert (recipe.lora.rank, recipe.lora.alpha) == (8, 16)
     assert f"weights: moefoundry convert import {hf} -o weights/old" in found.notes
-    _, recipe = native(tmp_path, recipes.recipe(model | {"pretrained": False}))
+    _, recipe = native(tmp_path, recipes.recipe(model | {"pretrained": False, "peft_config": None}))
     assert recipe.load_path is None
     found, _ = moved(tmp_path, recipes.recipe(model | {"pretrained_model_name_or_path": "org/model"}))
     assert found.target.startswith("LLM Foundry")
@@ -176,9 +178,10 @@ def test_unknown_keys_of_llm_foundry_become_variables_or_go(tmp_path: Path) -> N
 
 
 def test_loaders_schedules_and_parts_without_an_equal(tmp_path: Path) -> None:
-    streams = {"a": {"local": "x", "split": "train_small"}, "b": {"local": "y"}}
-    loader = {"name": "text", "dataset": {"streams": streams, "max_seq_len": 64}, "drop_last": True}
-    changes: dict[str, Any] = {"train_loader": loader, "eval_loader": [loader | {"label": "a"}]}
+    streams = {"a": {"local": "x", "proportion": 0.5, "remote": "s3://b/x"}, "b": {"local": "y", "proportion": 1}}
+    loader: dict[str, Any] = {"name": "text", "dataset": {"streams": streams, "max_seq_len": 64}, "drop_last": True}
+    only = {"name": "text", "dataset": {"streams": {"a": {"local": "x", "split": "val_small"}}}, "label": "a"}
+    changes: dict[str, Any] = {"train_loader": loader, "eval_loader": [only]}
     changes |= {"optimizer": {"name": "decoupled_lionw", "lr": 1e-4}, "scheduler": {"name": "inv_sqrt_with_warmup"}}
     changes |= {"callbacks": {"hf_checkpointer": {"save_interval": "1ep"}, "memory_monitor": {}, "mine": {}}}
     changes |= {"load_path": "ba1.pt", "load_weights_only": True, "precision": "amp_fp16", "algorithms": None}
@@ -189,6 +192,12 @@ def test_loaders_schedules_and_parts_without_an_equal(tmp_path: Path) -> None:
     assert recipe.algorithms.gradient_clipping is None
     assert recipe.eval_loader is not None
     assert (recipe.train_loader.dataset.split, recipe.eval_loader.dataset.split) == ("train", "val")
+    moved_streams = recipe.train_loader.dataset.streams
+    assert moved_streams is not None
+    assert {name: (each.local, each.proportion) for name, each in moved_streams.items()} == {
+        "a": ("data/small-a", 0.5),
+        "b": ("data/small-b", 1.0),
+    }
     dropped = whys(found, Fate.dropped)
     assert "convert export" in dropped["callbacks.hf_checkpointer.save_interval"]
     assert "docs/extending.md" in dropped["callbacks.mine"]

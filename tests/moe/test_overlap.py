@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefoundry.config import ActivationCheckpointing, Fp8Recipe
+from moefoundry.moe.layer import MoELayer
 from tests.distributed import run_distributed
 from tests.test_parallel import LENGTH, Mode, build
 
@@ -44,6 +45,9 @@ class Seen(NamedTuple):
 
 def observe(mesh: str, mode: ActivationCheckpointing, fp8: Fp8Recipe | None = None) -> Seen:
     model = build(MESHES[mesh], 8, Mode(mode, fp8=fp8))
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.shared_gate = None  # products are counted
     tokens = torch.randint(67, (2, LENGTH), generator=torch.Generator().manual_seed(0))
     with Order(PRODUCTS[fp8]) as forward, host_waits() as waits:
         loss = model(tokens, tokens).total

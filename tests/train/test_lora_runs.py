@@ -68,11 +68,11 @@ def test_frozen_routers_keep_their_bias(whole: Run, base: Path) -> None:
 
 
 def test_resumed_to_the_last_bit(whole: Run, tiny_recipe: Tiny, base: Path, tmp_path: Path) -> None:
-    """From its own checkpoint, and the base, which has been moved."""
+    """From its own checkpoint, and the base, which has been moved into a store."""
     shutil.copytree(whole.run_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "ba4")
     shutil.copytree(base, tmp_path / "moved")
-    places = ("autoresume=true", f"load_path={tmp_path / 'gone'}", f"lora.base={tmp_path / 'moved'}")
+    places = ("autoresume=true", f"load_path={tmp_path / 'gone'}", f"lora.base=file://{tmp_path / 'moved'}")
     resumed = run_recipe(tiny_recipe(tmp_path / "run", *LORA, MESH, *places), 2)
     assert resumed.exact(3) == whole.exact(3)
     last = [StoredTensors(checkpoint(run, 4)) for run in (whole, resumed)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,9 @@ def _of_recipe(evaluated: EvaluatedModel, request: Request) -> Found:
         found = _tasks(evaluated, request, recipe["icl_tasks"], _gauntlet_of(recipe))
     if any(name.startswith("eval_loader.") for name in recipe):
         loader = read_section(evaluated.checkpoint, "eval_loader", LoaderConfig)
-        found["metrics"] |= _held_out(evaluated, request, loader)
+        if (subset := recipe.get("eval_subset_num_batches") or -1) > 0:  # batches of the recipe's size
+            request = replace(request, batch_size=recipe["device_eval_batch_size"])
+        found["metrics"] |= _held_out(evaluated, request, loader, subset)
     if not found["metrics"]:
         raise UserError(f"{evaluated.name}: its recipe evaluates nothing: give TASKS, --data or --harness")
     return found
@@ -160,15 +164,19 @@ def _loader(request: Request, directory: Path) -> LoaderConfig:
     return LoaderConfig(dataset=data, drop_last=False)
 
 
-def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig) -> dict[str, float]:
+def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, subset: int = -1) -> dict[str, float]:
+    """Compute the held-out loss over the first ``subset`` batches of each rank; -1 is all."""
     model = evaluated.model
     loader = build_loader(
         cfg,
         batch_size=request.batch_size,
         model_vocab_size=model.cfg.vocab_size,
         documents_of=evaluated.tokenizer_dir if model.cfg.document_masking else None,
+        tokenizer=evaluated.tokenizer_dir,
     )
-    return {"metrics/eval/LanguageCrossEntropy": held_out_loss(model, loader, len(loader), progress=True).nats}
+    count = len(loader) if subset < 0 else min(subset, len(loader))
+    loss = held_out_loss(model, islice(loader, count), count, progress=True)
+    return {"metrics/eval/LanguageCrossEntropy": loss.nats}
 
 
 def _harness(evaluated: EvaluatedModel, request: Request, names: str) -> Found:

@@ -52,6 +52,7 @@ MERGE = "merge"
 @click.option("--max-seq-len", type=int, metavar="N", help="Tokens of a packed sample (default 512).")
 @click.option("--vocab-size", type=int, metavar="N", help="Size of the vocabulary to train (default 4096).")
 @click.option("--tokenizer", type=local_path, metavar="DIR", help="Hugging Face tokenizer to use; none is trained.")
+@click.option("--add-fim-tokens", is_flag=True, help="Give that tokenizer special tokens for fill-in-the-middle.")
 @click.option("--max-vocab", type=int, metavar="N", help="Refuse a larger vocabulary (the model's).")
 @click.option(
     "--format", type=click.Choice(["text", "jsonl", "source", "parquet", "arrow"]), help="Inferred if not given."

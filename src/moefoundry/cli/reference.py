@@ -21,7 +21,7 @@ def command(source: str, data: Path, device: str | None) -> None:
     from moefoundry.checkpoint.base import digest_of_tensors
     from moefoundry.checkpoint.fetch import checkpoint_at
     from moefoundry.checkpoint.weights import load_model, named_checkpoint
-    from moefoundry.cli.generate import device_named
+    from moefoundry.cli.arguments import device_named
     from moefoundry.data.reference import write_reference
     from moefoundry.data.summary import read_corpus_summary
     from moefoundry.evaluation.reference import score_pairs

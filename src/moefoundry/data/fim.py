@@ -167,7 +167,7 @@ class FillInTheMiddle:
         _, first, second, form = self.draws.of(document, 4)
         suffix_first = self.cfg.format == FimFormat.spm or (self.cfg.format == FimFormat.mixed and form < 0.5)
         low, high = sorted((first, second))
-        parts = None
+        parts: tuple[Any, Any, Any] | None = None
         if self._backend is not None and room > len(tokens) + SENTINELS:
             parts = self._parts_of_text(tokens[:-1], low, high, room - SENTINELS - 1)
         if parts is None:
@@ -175,7 +175,8 @@ class FillInTheMiddle:
             parts = (tokens[:begin], tokens[begin:end], tokens[end:-1])
         prefix, middle, suffix = parts
         s = self.sentinels
-        before, behind = ([], prefix) if suffix_first else (prefix, [])
+        nothing: list[int] = []
+        before, behind = (nothing, prefix) if suffix_first else (prefix, nothing)
         pieces = ([s.prefix], before, [s.suffix], suffix, [s.middle], behind, middle, tokens[-1:])
         return np.concatenate([np.asarray(piece, tokens.dtype) for piece in pieces])
 

@@ -13,6 +13,7 @@ from moefoundry.data.assembly import OUTPUTS
 from moefoundry.data.blocks import Block, block_size, plan_blocks
 from moefoundry.data.corpus import Corpus, open_corpus
 from moefoundry.data.encoding import RecordEncoder
+from moefoundry.data.fim import with_sentinels
 from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.options import PrepareOptions, check_numbers
 from moefoundry.data.staging import clear_abandoned, occupied
@@ -41,7 +42,7 @@ class Opened:
         blocks: Its blocks.
         given: The tokenizer to use; None if one is to be trained.
         stored: The place in a store; None if ``out`` is to stay.
-        encoder: Encoder of records; None encodes text.
+        encoder: Encoder of records; None for texts.
     """
 
     options: PrepareOptions
@@ -50,7 +51,7 @@ class Opened:
     blocks: list[Block]
     given: TextTokenizer | None
     stored: StoredCorpus | None
-    encoder: RecordEncoder | None = None
+    encoder: RecordEncoder | None
 
     @property
     def workers(self) -> int:
@@ -77,8 +78,10 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
     text_key = options.text_key if encoder is None else None
     corpus = open_corpus(options.source, options.format, options.globs, text_key, options.bad_bytes, leave=out)
     if encoder is not None and corpus.format not in RECORD_FORMATS:
-        raise UserError(f"{options.source}: {corpus.format} has no records, and {encoder.kind} are records")
+        raise UserError(f"{options.source}: {corpus.format} has no records; {encoder.kind} are JSON Lines or tables")
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    if given is not None and options.add_fim_tokens:
+        given = with_sentinels(given)
     _check_vocab(given, options)
     return Opened(options, out, corpus, plan_blocks(corpus, block_size(corpus, block_bytes)), given, stored, encoder)
 
@@ -92,14 +95,13 @@ def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
         raise UserError(f"{name} exceeds max_vocab={options.max_vocab}")
 
 
-def inputs_of(
-    options: PrepareOptions, corpus: Corpus, survey: Survey, given: TextTokenizer | None
-) -> dict[str, str | int | float | None]:
+def inputs_of(opened: Opened, survey: Survey) -> dict[str, Any]:
     """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
+    options, given = opened.options, opened.given
     packed = options.layout is Layout.packed
     return {
         "format_version": FORMAT_VERSIONS[options.layout],
-        "format": corpus.format.value,
+        "format": opened.corpus.format.value,
         "documents": survey.documents,
         "bytes": survey.bytes,
         "documents_sha256": survey.sha256,
@@ -109,6 +111,7 @@ def inputs_of(
         "eos_token": given.eos_token if given else None,
         "val_fraction": options.val_fraction,
         "seed": options.seed,
+        **(opened.encoder.inputs() if opened.encoder else {}),
     }
 
 

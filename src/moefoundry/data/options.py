@@ -41,6 +41,7 @@ class PrepareOptions:
         max_seq_len: Tokens a sample; :data:`PACKED_LENGTH` if None. Documents have none.
         vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
         tokenizer: A Hugging Face tokenizer directory to use instead of training one.
+        add_fim_tokens: Add special tokens for fill-in-the-middle to ``tokenizer``, if it has none.
         max_vocab: Refuse a larger vocabulary (the model's ``vocab_size``).
         format: Format of the documents; inferred if None.
         globs: Patterns of the files.
@@ -66,6 +67,7 @@ class PrepareOptions:
     max_seq_len: int | None = None
     vocab_size: int = 4096
     tokenizer: Path | None = None
+    add_fim_tokens: bool = False
     max_vocab: int | None = None
     format: CorpusFormat | None = None
     globs: tuple[str, ...] = ()

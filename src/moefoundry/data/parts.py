@@ -27,7 +27,7 @@ from moefoundry.data.left_out import Left, LeftOut
 from moefoundry.data.opening import check_out, inputs_of, open_all
 from moefoundry.data.options import Kind, Part, PrepareOptions, expanded
 from moefoundry.data.places import LocalPlace
-from moefoundry.data.prepare import PreparedSummary, make_writer, place_of, working, write_blocks
+from moefoundry.data.prepare import PreparedSummary, left_out_of, make_writer, place_of, working, write_blocks
 from moefoundry.data.splits import Division
 from moefoundry.data.summary import CORPUS_FILE, Layout
 from moefoundry.data.survey import digest_of_digests, survey_in_parallel, unusable_of
@@ -69,6 +69,7 @@ class _PartRecord:
         max_loss: Share of the bytes that may be left out.
         blocks: Number, documents, bytes, digest and key of each block.
         left_out: Losses by reason.
+        kept_bytes: UTF-8 bytes of the documents that are not among these.
     """
 
     number: int
@@ -78,6 +79,7 @@ class _PartRecord:
     max_loss: float
     blocks: list[tuple[int, int, int, str, str]]
     left_out: dict[str, Left]
+    kept_bytes: int
 
 
 def prepare_part(options: PrepareOptions, part: Part) -> PartSummary:
@@ -101,17 +103,19 @@ def prepare_part(options: PrepareOptions, part: Part) -> PartSummary:
     with working(opened.out), place.locked(shared=True):
         writer = make_writer(opened, place, opened.given, Division(options.val_fraction))
         records = write_blocks(writer, survey, opened.workers)
+        left_out, kept_bytes = left_out_of(corpus, survey, records)
         record = _PartRecord(
             number=part.number,
             source=options.source,
-            inputs=inputs_of(options, corpus, survey, opened.given),
+            inputs=inputs_of(opened, survey),
             plan=hashlib.sha256(repr(opened.blocks).encode()).hexdigest(),
             max_loss=options.max_loss,
             blocks=[
                 (record.number, block.documents, block.bytes, block.sha256, record.key)
                 for record, block in zip(records, survey.blocks, strict=True)
             ],
-            left_out=survey.left_out.reasons,
+            left_out=left_out.reasons,
+            kept_bytes=kept_bytes,
         )
         _put(place, record, part, opened.given)
     tokens = sum(tokens_of(records, split.value) for split in writer.splits)
@@ -182,15 +186,15 @@ def merge_parts(out: Path, overwrite: bool = False) -> PreparedSummary:
         left_out = LeftOut()
         for part in parts:
             left_out.add_all(LeftOut(part.left_out))
-        nbytes = sum(block[2] for block in blocks)
-        left_out.check(parts[0].source, nbytes, min(part.max_loss for part in parts), "")
+        nbytes, kept_bytes = sum(block[2] for block in blocks), sum(part.kept_bytes for part in parts)
+        left_out.check(parts[0].source, kept_bytes, min(part.max_loss for part in parts), "")
         _check_splits(records, out)
         sha256 = digest_of_digests((block[1], block[3]) for block in blocks)
         whole = (sum(block[1] for block in blocks), nbytes, sha256)
         inputs = parts[0].inputs | dict(zip(OF_THE_WHOLE, whole, strict=True))
         options = replace(options, source=parts[0].source)
         division = Division(parts[0].inputs["val_fraction"])
-        facts = Facts(options, inputs, left_out, nbytes, tokenizer, division, prepare.SHARD_BYTES)
+        facts = Facts(options, inputs, left_out, kept_bytes, tokenizer, division, prepare.SHARD_BYTES)
         summary = join(place, records, facts, real)
     return PreparedSummary(out, summary, up_to_date=False)
 

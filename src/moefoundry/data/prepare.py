@@ -96,9 +96,9 @@ def prepare(options: PrepareOptions) -> PreparedSummary:
 
 
 def _prepare(opened: Opened) -> PreparedSummary:
-    options, corpus, given = opened.options, opened.corpus, opened.given
+    options, corpus = opened.options, opened.corpus
     survey = _survey(opened)
-    inputs = inputs_of(options, corpus, survey, given) | (opened.encoder.inputs() if opened.encoder else {})
+    inputs = inputs_of(opened, survey)
     existing = existing_corpus(opened, inputs)
     if existing is not None:
         return PreparedSummary(options.out, existing, up_to_date=True, ignored=corpus.ignored)
@@ -115,7 +115,7 @@ def _make(opened: Opened, survey: Survey, inputs: dict[str, Any]) -> CorpusSumma
     place = place_of(opened.out)
     with _work(place, opened.out, keep=len(survey.blocks) > 1):
         writer, records = _write(opened, survey, place)
-        left_out, kept_bytes = _left_out(opened.corpus, survey, records)
+        left_out, kept_bytes = left_out_of(opened.corpus, survey, records)
         left_out.check(options.source, kept_bytes, options.max_loss, "")
         facts = Facts(options, inputs, left_out, kept_bytes, writer.tokenizer, writer.division, SHARD_BYTES)
         assemble = join if options.layout is Layout.documents else pack_samples
@@ -178,7 +178,7 @@ def _survey(opened: Opened) -> Survey:
     return survey
 
 
-def _left_out(corpus: Corpus, survey: Survey, records: list[BlockRecord]) -> tuple[LeftOut, int]:
+def left_out_of(corpus: Corpus, survey: Survey, records: list[BlockRecord]) -> tuple[LeftOut, int]:
     """Add up what was left out when the corpus was read, and when it was written; and count the bytes that were not."""
     left_out = LeftOut()
     left_out.add_all(survey.left_out)

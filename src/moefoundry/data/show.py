@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby, islice
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from moefoundry.config.errors import UserError
+from moefoundry.data.fim import Sentinels
 from moefoundry.data.identity import read_shards
 from moefoundry.data.summary import LENGTHS_FILE, CorpusSummary, Layout, read_corpus_summary
-from moefoundry.data.tokenizer import FIM_TOKENS, open_backend
+from moefoundry.data.tokenizer import open_backend
 
 COUNTED_SAMPLES = 1000
 """Packed samples whose documents are counted; the whole split may be large."""
@@ -122,8 +124,10 @@ class SplitView:
         return spans
 
     def _parts(self, tokens: Iterable[int]) -> list[Part]:
-        sentinels = map(self.backend.token_to_id, FIM_TOKENS)
-        after = dict(zip(sentinels, (Part.prefix, Part.suffix, Part.middle), strict=True))
+        after: dict[int, Part] = {}
+        with suppress(UserError):  # a tokenizer without sentinels
+            found = Sentinels.of(self.backend, self.directory)
+            after = {found.prefix: Part.prefix, found.suffix: Part.suffix, found.middle: Part.middle}
         current, parts = Part.text, []
         for token in tokens:
             if token == self.summary.eos_id:

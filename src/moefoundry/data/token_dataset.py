@@ -147,7 +147,7 @@ class TokenDataset(GuardedDataset):
     def resample_streams(self, epoch: int, stream_id: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """List the rows of an epoch as before the shuffle, and the sizes of the runs of them that lie in one shard."""
         if len(self.sources) == 1 and isinstance(self.sources[0], PackedSource):
-            return super().resample_streams(epoch, stream_id)  # type: ignore[no-any-return]
+            return super().resample_streams(epoch, stream_id)
         rng = np.random.default_rng([self.shuffle_seed, epoch if self.shuffle else 0])
         first_shards = np.append(self.sample_offset_per_shard, self.num_samples)
         begin, units, rows = 0, [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.config import ConfigError, Problem, load_recipe
+from moefoundry.config.loader import NOT_OF_THE_MODEL
 from moefoundry.data.loader import build_loader
-from moefoundry.foundry import NOT_OF_THE_MODEL, count_tokens, with_target_counts
+from moefoundry.foundry import count_tokens, with_counts
 
 
 def build_prepared(
@@ -47,7 +49,8 @@ def build_prepared(
         model_vocab_size=len(tokenizer),
         documents_of=Path(cfg.dataset.local, TOKENIZER) if document_masking else None,
     )
-    return DataSpec(built, batch_transforms=with_target_counts, get_num_tokens_in_batch=count_tokens)
+    counting = partial(with_counts, document_masking=document_masking)
+    return DataSpec(built, batch_transforms=counting, get_num_tokens_in_batch=count_tokens)
 
 
 def _in_loader(problem: Problem) -> Problem:

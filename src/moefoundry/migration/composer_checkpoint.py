@@ -7,13 +7,17 @@ is refused by its name, and nothing of it is imported or run.
 
 from __future__ import annotations
 
+import _codecs
 import re
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from moefoundry.checkpoint.format import METADATA_FILE, TensorSpec, read_foreign_metadata
 from moefoundry.checkpoint.out_of_core import ShardedTensors
@@ -103,11 +107,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _harmless() -> list[Any]:
-    """List what Composer's checkpoints hold beside tensors: random states of NumPy and the time of training."""
-    import numpy as np
-    from composer.core.time import Time, TimeUnit
-
-    return [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32")), Time, TimeUnit]
+    """List what Composer's checkpoints hold beside tensors: random states of NumPy, durations and versions."""
+    make_array = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+    arrays = [make_array, (make_array, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype]
+    return [*arrays, type(np.dtype(np.uint32)), _codecs.encode, timedelta, TorchVersion]
 
 
 def _config(state: Mapping[str, Any]) -> dict[str, Any] | None:

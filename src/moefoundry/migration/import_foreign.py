@@ -54,18 +54,8 @@ def _model(
     path: Path, config: dict[str, Any] | None, recipe: Path | None, names: list[str]
 ) -> tuple[ModelConfig, int | None, Pieces]:
     """Find the model of a checkpoint, the tokens of its sequences, and the names of its tensors."""
-    if recipe is not None:
-        model = read_tree(recipe)[1].get("model")
-        where = str(recipe)
-    elif config is not None:
-        model = {name: value for name, value in config.items() if name not in TRANSFORMERS} | {"name": "mpt_causal_lm"}
-        where = str(path)
-        if config.get("model_type") != "mpt":
-            raise UserError(f"{path}: a {config.get('model_type')}; `convert export` of LLM Foundry makes a Hugging "
-                            "Face directory of it, which `convert import` takes")  # fmt: skip
-    else:
-        raise UserError(f"{path}: it does not tell its model; give the recipe that trained it: --recipe FILE")
-    name = model.get("name") if isinstance(model, dict) else None
+    where, model = _keys(path, config, recipe)
+    name = model.get("name")
     if name == NATIVE:
         cfg = load_model({key: value for key, value in model.items() if key not in ("name", "seed")})
         return cfg, None, OurTensors([*meta_model(cfg).state_dict()])
@@ -79,6 +69,19 @@ def _model(
         raise UserError(f"{where}: such a model cannot be expressed here:\n  {reasons}")
     fused = any(name.endswith("attn.Wqkv.weight") for name in names)
     return _config_of(mpt), model.get("max_seq_len", 2048), MptTensors(fused, mpt.ffn_type == OURS)
+
+
+def _keys(path: Path, config: dict[str, Any] | None, recipe: Path | None) -> tuple[Path, dict[str, Any]]:
+    """Return the file that tells the model, and the keys of ``model`` in a recipe of LLM Foundry."""
+    if recipe is not None:
+        model = read_tree(recipe)[1].get("model")
+        return recipe, model if isinstance(model, dict) else {}
+    if config is None:
+        raise UserError(f"{path}: it does not tell its model; give the recipe that trained it: --recipe FILE")
+    if config.get("model_type") != "mpt":
+        kind = config.get("model_type")
+        raise UserError(f"{path}: a model of the type {kind}; hf_checkpointer writes a directory that import takes")
+    return path, {name: value for name, value in config.items() if name not in TRANSFORMERS} | {"name": "mpt_causal_lm"}
 
 
 def _config_of(mpt: Mpt) -> ModelConfig:

@@ -9,6 +9,8 @@ from moefoundry.data.summary import CORPUS_FILE
 from moefoundry.migration.draft import Draft
 
 PREPARED = "`moefoundry prepare` writes it once"
+ANEW = "data are prepared anew: documents, not packed shards, are read"
+SHARES = {"proportion": float, "repeat": float, "choose": int}
 READER = "the reader sets it"
 LOADER = {
     "pin_memory": READER,
@@ -67,8 +69,11 @@ def move_loader(draft: Draft, section: str, name: str) -> None:
         f"{section}.name", "text", f"{section}.name", "" if kind == "text" else "one loader reads all prepared data"
     )
     dataset = f"{section}.dataset"
-    _flatten_the_only_stream(draft, dataset)
-    _move_place(draft, section, name)
+    if len(names := _streams(draft, dataset)) > 1:
+        _move_streams(draft, dataset, names, name)
+    else:
+        _flatten_the_only_stream(draft, dataset)
+        _move_place(draft, section, name)
     _move_split(draft, section)
     for key, top in (("max_seq_len", "max_seq_len"), ("shuffle_seed", "seed")):
         path = f"{dataset}.{key}"
@@ -85,18 +90,31 @@ def move_loader(draft: Draft, section: str, name: str) -> None:
 
 
 def _flatten_the_only_stream(draft: Draft, dataset: str) -> None:
-    """Let ``streams`` with one entry stand as the data set itself; of several, the first."""
-    streams = draft.section(f"{dataset}.streams")
-    names = list(dict.fromkeys(path.partition(".")[0] for path in streams))
-    if not names:
-        return
-    for path, value in streams.items():
-        stream, _, key = path.partition(".")
-        if stream == names[0] and key in ("local", "remote", "split"):
+    """Let ``streams`` with one entry stand as the data set itself."""
+    for path, value in draft.section(f"{dataset}.streams").items():
+        key = path.partition(".")[2]
+        if key in ("local", "remote", "split"):
             draft.old[f"{dataset}.{key}"] = value
             draft.silence(f"{dataset}.streams.{path}")
-    if len(names) > 1:
-        draft.notes.append(f"{dataset}.streams: only the first of {len(names)} was moved; prepare them together")
+
+
+def _streams(draft: Draft, dataset: str) -> list[str]:
+    return list(dict.fromkeys(path.partition(".")[0] for path in draft.section(f"{dataset}.streams")))
+
+
+def _move_streams(draft: Draft, dataset: str, names: list[str], run: str) -> None:
+    """Move several streams, each of which is prepared by itself."""
+    for name in names:
+        stream = f"{dataset}.streams.{name}"
+        local = f"{stream}.local"
+        draft.put(local, f"data/{run}-{name}", local if local in draft.old else "", ANEW)
+        draft.notes.append(f"data: moefoundry prepare DOCUMENTS data/{run}-{name} --tokenizer DIR")
+        for key, kind in SHARES.items():
+            value = draft.value(path := f"{stream}.{key}")
+            if isinstance(value, (int, float)):
+                draft.put(path, kind(value), path)
+        for path in draft.below(stream):
+            draft.silence(path) if draft.old[path] is None else draft.drop(path, READER)
 
 
 def _move_place(draft: Draft, section: str, name: str) -> None:
@@ -107,8 +125,7 @@ def _move_place(draft: Draft, section: str, name: str) -> None:
         if draft.value(remote) is not None:
             draft.put(remote, draft.old[remote], remote)
     else:
-        why = "data are prepared anew: documents, not packed shards, are read"
-        draft.put(local, f"data/{name}", local if local in draft.old else "", why)
+        draft.put(local, f"data/{name}", local if local in draft.old else "", ANEW)
         if draft.value(remote) is not None:
             draft.drop(remote, "it holds LLM Foundry's shards; upload the prepared data, and name them here")
         note = (
@@ -122,7 +139,7 @@ def _move_place(draft: Draft, section: str, name: str) -> None:
 def _move_split(draft: Draft, section: str) -> None:
     path = f"{section}.dataset.split"
     split, own = draft.value(path), "train" if section == "train_loader" else "val"
-    if split is not None and split != own and f"{section}.dataset.local" in draft.new:
+    if split is not None and split != own:
         draft.put(path, own, path, "the splits of prepared data are train and val")
     elif path in draft.old:
         draft.put(path, own, path)

@@ -27,7 +27,8 @@ def move_lora(draft: Draft, prefix: str) -> None:
     targets = f"{prefix}target_modules"
     names: Any = draft.value(targets)
     if isinstance(names, list):
-        own_names, unknown = our_targets([str(name) for name in names])
+        dense = draft.new.get("model.n_dense_layers", 0) == draft.new.get("model.n_layers")
+        own_names, unknown = our_targets([str(name) for name in names], "dense" if dense else "experts")
         draft.put("lora.targets", own_names, targets, f"not adapted: {', '.join(unknown)}" if unknown else "")
     elif names is not None:
         draft.drop(targets, "lora.targets says which; by default all")
@@ -35,8 +36,13 @@ def move_lora(draft: Draft, prefix: str) -> None:
         draft.silence(path) if draft.value(path) in (None, False) else draft.drop(path, "lora.targets: by default all")
 
 
-def our_targets(names: list[str]) -> tuple[list[str], list[str]]:
-    """Name the weights that peft's module names mean: those here, and those there that have no equal."""
+def our_targets(names: list[str], ffn: str = "experts") -> tuple[list[str], list[str]]:
+    """Name the weights that peft's module names mean: those here, and those there that have no equal.
+
+    Args:
+        names: Names of modules, of which the last part counts.
+        ffn: Group of the FFN's weights: ``experts`` or ``dense``.
+    """
     found: list[str] = []
     unknown = []
     for name in names:
@@ -44,7 +50,7 @@ def our_targets(names: list[str]) -> tuple[list[str], list[str]]:
         if leaf in ATTENTION or leaf in FUSED:
             found += [f"attention.{each}" for each in FUSED.get(leaf, (leaf,))]
         elif leaf in FFN or leaf in EXPERTS:
-            found.append(f"experts.{EXPERTS.get(leaf, leaf)}")
+            found.append(f"{ffn}.{EXPERTS.get(leaf, leaf)}")
         else:
             unknown.append(name)
     return list(dict.fromkeys(found)), unknown

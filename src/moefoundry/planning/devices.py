@@ -64,6 +64,4 @@ def accelerator(name: str) -> Accelerator:
         if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
             number = "whole number" if kinds is int else "number"
             raise UserError(f"{file}: {key}: {value!r} is no {number} above 0")
-    return Accelerator(
-        **{key: int(value) if key == "linked_devices" else float(value) for key, value in values.items()}
-    )
+    return Accelerator(**{**values, "linked_devices": int(values["linked_devices"])})

@@ -178,7 +178,7 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
     },
     "glm4_moe_lite": {
         "plain": deepseek(),
-        "dense_between": deepseek(dense_layers=[2], n_layers=4),
+        "dense_between": deepseek(n_dense_layers=2, dense_layers=[3], n_layers=5),
         "yarn": deepseek(replace(MLA, yarn=DEEPSEEK_YARN)),
     },
     "dots1": {

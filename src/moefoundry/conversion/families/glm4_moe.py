@@ -62,7 +62,9 @@ class Glm4MoeLite(DeepseekV3):
         types = keys.texts("mlp_layer_types", *LAYER_TYPES)
         if len(types) != n_layers:
             keys.refuse("mlp_layer_types", f"one for each of {n_layers} blocks")
-        keys.only("first_k_dense_replace", (*types, LAYER_TYPES[1]).index(LAYER_TYPES[1]))
+        keys.skip("first_k_dense_replace")
+        if keys.stated("first_k_dense_replace"):
+            keys.only("first_k_dense_replace", (*types, LAYER_TYPES[1]).index(LAYER_TYPES[1]))
         return [index for index, name in enumerate(types) if name == LAYER_TYPES[0]]
 
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Qwen3(Qwen2):
     name = "qwen3"
     architecture = "Qwen3ForCausalLM"
     defaults: ClassVar[dict[str, Any]] = {**Qwen2.defaults, "head_dim": 128}
-    bias_of_key = AttentionBias.all
+    bias_of_key: ClassVar[AttentionBias | None] = AttentionBias.all
     qkv_bias = None
     qk_norm = QkNorm.head
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from moefoundry.checkpoint.remote import Remote
 from moefoundry.config import UserError
 from moefoundry.config.urls import is_url, resolved, url_problem
+from moefoundry.data.stores import Remote
 
 Example = Mapping[str, Any]
 CATEGORY = "category"

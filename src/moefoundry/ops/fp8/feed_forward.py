@@ -98,16 +98,19 @@ class _FeedForward(Function):
         def columns(x: Tensor) -> QuantizedTensor:
             return quantize_columns(x, group_sizes_E, backend=backend)
 
-        hidden = columns(swiglu(gate_RF, up_RF, row_weights_R))
-        grad_down = wgrad(columns(grad_RD), hidden, down.dtype, backend)
+        grad_gate = grad_up = grad_down = None
+        if ctx.needs_input_grad[4]:
+            hidden = columns(swiglu(gate_RF, up_RF, row_weights_R))
+            grad_down = wgrad(columns(grad_RD), hidden, down.dtype, backend)
         grad_hidden_RF = back(quantize_rows_once(grad_RD, backend), down)  # they may have come in FP8
         grad_gate_RF, grad_up_RF, grad_row_weights_R = swiglu_backward(grad_hidden_RF, gate_RF, up_RF, row_weights_R)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = back(rows(grad_gate_RF), gate).add_(back(rows(grad_up_RF), up)).view(grad.shape)
-        x_columns = retile(x_RD, group_sizes_E, backend=backend)
-        grad_gate, grad_up = (
-            wgrad(columns(grad), x_columns, weight.dtype, backend)
-            for grad, weight in ((grad_gate_RF, gate), (grad_up_RF, up))
-        )
+        if ctx.needs_input_grad[2]:  # and up's, which trains where gate does
+            x_columns = retile(x_RD, group_sizes_E, backend=backend)
+            grad_gate, grad_up = (
+                wgrad(columns(grad), x_columns, weight.dtype, backend)
+                for grad, weight in ((grad_gate_RF, gate), (grad_up_RF, up))
+            )
         return grad_x, grad_row_weights_R, grad_gate, grad_up, grad_down, None, None, None, None
