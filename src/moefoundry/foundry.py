@@ -76,8 +76,10 @@ class ComposerMoECausalLM(ComposerModel):
     def get_metrics(self, is_train: bool = False) -> dict[str, Metric]:
         return {} if is_train else {"LanguageCrossEntropy": LanguageCrossEntropy()}
 
-    def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> None:
+    def update_metric(self, batch: Batch, outputs: CausalLMLosses, metric: Metric) -> dict[str, Any]:
+        """Update a metric; what Composer logs of each sample is nothing."""
         metric.update(outputs.lm, outputs.num_targets)
+        return {}
 
 
 class CountTargets(Callback):
@@ -149,8 +151,7 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
     def update_metric(self, batch: Mapping[str, Any], outputs: Any, metric: Metric) -> dict[str, Any]:
         """Update a metric; return what it says of each sample of an ICL task."""
         if batch.get("mode") != "icl_task":
-            super().update_metric(batch, outputs, metric)
-            return {}
+            return super().update_metric(batch, outputs, metric)
         targets_BS = batch["labels"].roll(-1, dims=1)
         targets_BS[:, -1] = IGNORE_INDEX
         said: dict[str, Any] = metric.update(batch=batch, outputs=outputs, labels=targets_BS) or {}
