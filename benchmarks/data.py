@@ -5,8 +5,8 @@
 The text is Python source of the installed packages, as JSON Lines and as files of text. Every contender has all cores,
 the same tokenizer, and puts one end-of-text token behind each document. Each runs in a process of its own, and its
 clock starts when its libraries are imported. They run in turn. Written down are tokens a second, CPU time, bytes on
-disk, and the peak memory of the process and its children (proportional set size). With ``--memory-gigabytes`` a corpus of that size
-is prepared once more, for its peak memory alone.
+disk, and the peak memory of the process and its children (proportional set size). With ``--memory-gigabytes`` a corpus
+of that size is prepared once more, for its peak memory alone.
 """
 
 from __future__ import annotations
