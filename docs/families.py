@@ -97,7 +97,9 @@ def table(figures: dict[str, float]) -> str:
         versions = f"{version('transformers')}, {newer[1]}" if name in OLDER else newer[1]
         keys = ", ".join(f"`{key}`" for key in keys_of(name))
         figure = f"{figures[name]:.0e}" if name in figures else "-"
-        rows.append(f"| `{name}` | {family.published[0]} | {keys} | {versions} | {figure} | {family.absent} |")
+        rows.append(
+            f"| `{name}` | {family.published[0]} | {keys} | {versions} | {figure} | {vars(type(family)).get('absent', '')} |"
+        )
     return "\n".join(rows) + "\n"
 
 
