@@ -30,7 +30,7 @@ SIZES = re.compile(
     r"(vocab_size|d_model|n_layers|n_dense_layers|ffn_hidden_size|init|balance|name|.*(n_heads|_dim|_rank|rope_theta))"
 )
 EACH = re.compile(
-    r"attention\.kind|moe\.(num_experts|top_k|expert_hidden_size|capacity_factor|backend|balance)|norm\.eps"
+    r"attention\.(kind|n_kv_heads)|init\.|norm\.eps|moe\.(num_experts|top_k|expert_hidden_size|backend|balance)"
 )
 PUBLISHED_BY = {"4": "4.51.3", "5": "5.24.0"}
 
