@@ -32,7 +32,6 @@ SIZES = re.compile(
 EACH = re.compile(
     r"attention\.(kind|n_kv_heads)|init\.|norm\.eps|moe\.(num_experts|top_k|expert_hidden_size|backend|balance)"
 )
-PUBLISHED_BY = {"4": "4.51.3", "5": "5.24.0"}
 
 
 def keys_of(family: str) -> list[str]:
@@ -97,9 +96,8 @@ def table(figures: dict[str, float]) -> str:
         versions = f"{version('transformers')}, {newer[1]}" if name in OLDER else newer[1]
         keys = ", ".join(f"`{key}`" for key in keys_of(name))
         figure = f"{figures[name]:.0e}" if name in figures else "-"
-        rows.append(
-            f"| `{name}` | {family.published[0]} | {keys} | {versions} | {figure} | {vars(type(family)).get('absent', '')} |"
-        )
+        absent = vars(type(family)).get("absent", "")
+        rows.append(f"| `{name}` | {family.published[0]} | {keys} | {versions} | {figure} | {absent} |")
     return "\n".join(rows) + "\n"
 
 
