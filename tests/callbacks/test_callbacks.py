@@ -109,14 +109,14 @@ def evaluated_at_the_end(run_dir: Path) -> str:
     file = MetricsFile(run_dir)
     state = SimpleNamespace(timestamp=Timestamp(batch=1))
     file.log_metrics({"metrics/eval/LanguageCrossEntropy": 1.25, "lr": 0.123456789})
-    file.eval_end(state, None)  # within training: before the line of the batch
+    file.eval_after_all(state, None)  # within training: before the line of the batch
     file.batch_checkpoint(state, None)
     state.timestamp = Timestamp(batch=2)
     file.batch_checkpoint(state, None)
     file.log_metrics({"metrics/eval/LanguageCrossEntropy": 1.5})
-    file.eval_end(state, None)
+    file.eval_after_all(state, None)
     file.log_metrics({"metrics/eval/LanguageCrossEntropy": 1.0})
-    file.eval_end(state, None)
+    file.eval_after_all(state, None)
     return (run_dir / "metrics.jsonl").read_text()
 
 
