@@ -4,9 +4,9 @@
 
 The text is Python source of the installed packages, as JSON Lines and as files of text. Every contender has all cores,
 the same tokenizer, and puts one end-of-text token behind each document. Each runs in a process of its own, and its
-clock starts when its libraries are imported. They run in turn. Written down are tokens a second, bytes on disk, and the
-peak memory of the process and its children (proportional set size). With ``--memory-gigabytes`` a corpus of that size
-is prepared once more, for its peak memory alone.
+clock starts when its libraries are imported. They run in turn. Written down are tokens a second, CPU time, bytes on
+disk, and the peak memory of the process and its children (proportional set size). With ``--memory-gigabytes`` a corpus
+of that size is prepared once more, for its peak memory alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -117,9 +118,16 @@ PAIRS = [
 def run_one(name: str, corpus: Path, tokenizer: Path, out: Path) -> None:
     """In a process of its own: print the seconds and the tokens of a contender."""
     run = CONTENDERS[name][1](corpus, tokenizer, out)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), cpu_seconds()
     tokens = run()
-    print(json.dumps({"seconds": time.perf_counter() - start, "tokens": tokens}))
+    seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds() - cpu_start, "tokens": tokens}))
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of the children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def measure(name: str, corpora: dict[str, Path], tokenizer: Path, root: Path) -> dict[str, Any]:
@@ -206,7 +214,15 @@ def notes(results: dict[str, list[dict[str, Any]]], memory: dict[str, Any] | Non
     peaks = ", ".join(
         f"{name} {statistics.median(each['peak_mib'] for each in rounds):,.0f}" for name, rounds in results.items()
     )
-    lines = [f"data: bytes on disk a token: {sizes}", f"data: peak memory, MiB: {peaks}"]
+    work = ", ".join(
+        f"{name} {statistics.median(1e6 * each['cpu_seconds'] / each['tokens'] for each in rounds):.2f}"
+        for name, rounds in results.items()
+    )
+    lines = [
+        f"data: CPU seconds for a million tokens, which a busy machine hardly changes: {work}",
+        f"data: bytes on disk a token: {sizes}",
+        f"data: peak memory, MiB: {peaks}",
+    ]
     if memory:
         lines.append(f"data: peak memory of preparing {gigabytes:g} GB as documents: {memory['peak_mib']:,.0f} MiB")
     return lines

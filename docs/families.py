@@ -30,9 +30,8 @@ SIZES = re.compile(
     r"(vocab_size|d_model|n_layers|n_dense_layers|ffn_hidden_size|init|balance|name|.*(n_heads|_dim|_rank|rope_theta))"
 )
 EACH = re.compile(
-    r"attention\.kind|moe\.(num_experts|top_k|expert_hidden_size|capacity_factor|backend|balance)|norm\.eps"
+    r"attention\.(kind|n_kv_heads)|init\.|norm\.eps|moe\.(num_experts|top_k|expert_hidden_size|backend|balance)"
 )
-PUBLISHED_BY = {"4": "4.51.3", "5": "5.24.0"}
 
 
 def keys_of(family: str) -> list[str]:
@@ -97,7 +96,8 @@ def table(figures: dict[str, float]) -> str:
         versions = f"{version('transformers')}, {newer[1]}" if name in OLDER else newer[1]
         keys = ", ".join(f"`{key}`" for key in keys_of(name))
         figure = f"{figures[name]:.0e}" if name in figures else "-"
-        rows.append(f"| `{name}` | {family.published[0]} | {keys} | {versions} | {figure} | {family.absent} |")
+        absent = vars(type(family)).get("absent", "")
+        rows.append(f"| `{name}` | {family.published[0]} | {keys} | {versions} | {figure} | {absent} |")
     return "\n".join(rows) + "\n"
 
 

@@ -234,8 +234,7 @@ class FoundryMoECausalLM(ComposerMoECausalLM):
     def update_metric(self, batch: Mapping[str, Any], outputs: Any, metric: Metric) -> dict[str, Any]:
         """Update a metric; return what it says of each sample of an ICL task."""
         if batch.get("mode") != "icl_task":
-            super().update_metric(batch, outputs, metric)
-            return {}
+            return super().update_metric(batch, outputs, metric)
         targets_BS = batch["labels"].roll(-1, dims=1)
         targets_BS[:, -1] = IGNORE_INDEX
         said: dict[str, Any] = metric.update(batch=batch, outputs=outputs, labels=targets_BS) or {}

@@ -53,7 +53,7 @@ def test_sizes_and_balance_are_as_published(name: str) -> None:
     published = PUBLISHED[name] | ({"aux_loss_alpha": 0.0001} if name == "deepseek-v3-671b" else {})
     balance = with_balance(family, recipe.model, published).moe.balance
     expected = replace(recipe.model.moe.balance, bias_freeze_at=None)
-    assert balance.aux_loss_weight == pytest.approx(expected.aux_loss_weight)
+    assert balance.aux_loss_weight == pytest.approx(expected.aux_loss_weight, rel=1e-5)
     assert balance.z_loss_weight == pytest.approx(expected.z_loss_weight)
     assert replace(balance, aux_loss_weight=0, z_loss_weight=0) == replace(expected, aux_loss_weight=0, z_loss_weight=0)
     if name not in (
@@ -103,7 +103,7 @@ def test_a_recipe_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--family gpt", "--family: no model family 'gpt'; there are dbrx, deepseek_v3"),
+        ("--family gpt", "--family: no model family 'gpt'; there are dbrx, deepseek_v2"),
         ("--active 1B", "a size is --active N and --total N together"),
         ("--active 1B --total 1B", "--total 1B: with 1.2B active, the least is 2.01B"),
         ("--active 5M --total 1B", "--active 5M: with a vocabulary of 50304 the nearest is"),

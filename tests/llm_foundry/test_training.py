@@ -7,14 +7,12 @@ import sys
 import tomllib
 from importlib import import_module
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from moefoundry.checkpoint.weights import load_model
-from moefoundry.megablocks import INSTALL
 from moefoundry.migration.import_foreign import import_foreign
 from tests.distributed import captured_output, run_distributed
 from tests.llm_foundry import recipes
@@ -246,35 +244,6 @@ def test_our_moe_has_equal_losses_on_four_ranks(
     assert four.status == 0, four.err
     for name, values in on_one["ours"].losses.items():
         assert four.losses[name] == pytest.approx(values, rel=1e-4)
-
-
-def entries_of_megablocks() -> tuple[int, int]:
-    """Entries of MegaBlocks' lists of balance losses and of router logits."""
-    from megablocks.layers import moe, router
-
-    return len(moe.get_load_balancing_loss()), len(router._ROUTER_LOGITS)
-
-
-def with_megablocks(site: Path, commands: dict[str, list[str]]) -> tuple[dict[str, Outcome], tuple[int, int]]:
-    return by_command(site, commands), entries_of_megablocks()
-
-
-@pytest.mark.slow  # imports LLM Foundry
-@pytest.mark.skipif(find_spec("megablocks") is None, reason=f"megablocks is not installed: {INSTALL}")
-@pytest.mark.parametrize("weight", [0.0, 0.05])
-def test_megablocks_trains_in_llm_foundry(site: Path, tiny_corpus: Path, tmp_path: Path, weight: float) -> None:
-    ffn = {"ffn_type": "mb_dmoe", "mlp_type": "glu", "mlp_impl": "grouped", "moe_num_experts": 4, "moe_top_k": 2}
-    ffn |= {"moe_loss_weight": weight, "moe_world_size": 1, "uniform_expert_assignment": False}
-    model = recipes.mpt(d_model=128, expansion_ratio=1, no_bias=True, ffn_config=ffn)
-    tree = recipes.recipe(model, tiny_corpus, eval_loader=None, device_train_microbatch_size=2)
-    command = {"dmoe": [recipes.write(tmp_path, tree)]}
-    outcomes, entries = run_distributed(with_megablocks, 1, site, command, timeout=240)[0]
-    dmoe = outcomes["dmoe"]
-    assert dmoe.status == 0, dmoe.err
-    assert len(dmoe.losses["total"]) == 20
-    assert dmoe.losses["total"][-1] < dmoe.losses["total"][0]
-    assert all((loss > 0) == (weight > 0) for loss in dmoe.losses["lbl"])
-    assert weight or entries == (0, 0)
 
 
 def test_errors_are_one_line_that_names_the_key(on_one: dict[str, Outcome], bad: dict[str, list[str]]) -> None:

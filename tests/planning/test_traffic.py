@@ -121,6 +121,7 @@ def test_bf16_halves_what_is_gathered_and_exchanged_but_not_what_is_reduced():
 FP8 = "precision={compute: bf16, fp8: {recipe: deepseek_v3}}"
 
 
+@pytest.mark.slow
 def test_fp8_narrows_the_two_legs_that_spread_rows():
     check([recipe_of((1, 4, 4), mode, FP8) for mode in MODES])
     check([recipe_of((1, 4, 4), FP8)], gpus_per_node=2)
@@ -146,6 +147,7 @@ def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]
     return {key: (counted.calls[key], sent) for key, sent in counted.sent.items()}
 
 
+@pytest.mark.slow
 def test_the_trainer_sends_it_too(tiny_recipe, tmp_path):
     mesh = ["mesh.replicate=2", "mesh.shard=2", "mesh.expert=2", "model.moe.router.assignment=uniform"]
     one_batch = ["max_duration=1ba", "scheduler.t_warmup=0ba", "eval_loader=null", "device_train_microbatch_size=1"]

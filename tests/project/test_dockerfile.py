@@ -132,6 +132,7 @@ def test_hadolint_has_nothing_to_say() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_every_install_step_ran(image: Image) -> None:
     assert [command.split()[0] for command in image.left_out] == ["apt-get", "useradd"]
     assert len(image.ran) == 3
@@ -140,6 +141,7 @@ def test_every_install_step_ran(image: Image) -> None:
     assert image.ran[2].startswith("pip install")
 
 
+@pytest.mark.slow
 def test_installed_package_is_complete(image: Image) -> None:
     (installed,) = (image.root / "opt/venv/lib").glob("python3.*/site-packages/moefoundry")
     source = image.workdir / "src/moefoundry"
@@ -151,6 +153,7 @@ def test_installed_package_is_complete(image: Image) -> None:
     assert files(installed) == files(source)
 
 
+@pytest.mark.slow
 def test_installed_command_runs(image: Image) -> None:
     command = [image.root / "opt/venv/bin/moefoundry", "--help"]
     result = subprocess.run(command, cwd=image.root, env=image.env, capture_output=True, text=True)

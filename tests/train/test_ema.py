@@ -103,6 +103,7 @@ def test_resumed_it_is_the_same_to_the_last_bit(deep_recipe: Deep, tmp_path: Pat
     assert resumed.column(EVAL) == {batch: loss for batch, loss in averaged.column(EVAL).items() if batch > 2}
 
 
+@pytest.mark.slow
 def test_row3_resumed_on_another_mesh_and_back(deep_recipe: Deep, tmp_path: Path, averaged: Run) -> None:
     """Of two ranks, one, and two again. Both resume from what was saved while training, and averaging, went on."""
     changes = (*AVERAGED, "save_interval=1ba")

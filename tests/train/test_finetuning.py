@@ -35,11 +35,12 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
     (root / "chats.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in CHATS))
     tiny = [change for change in TINY if not change.startswith(("run_name", "max_duration", "eval_interval"))]
     tiny += ["progress_bar=false", "log_to_console=false", *SAME_MODEL]
-    tuned = [*tiny, "max_duration=8ep", "eval_interval=4ep", "optimizer.lr=3e-3"]
+    tuned = [*tiny, "max_duration=12ep", "eval_interval=6ep", "optimizer.lr=5e-3"]
+    tuned += ["global_train_batch_size=4", "device_train_microbatch_size=4"]
     of_chats = ["train_loader.dataset.local=data/chats"]
     (root / "pairs.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in PAIRS))
     recipe, preferences = (str(CONFIGS / "finetune" / f"{name}-tiny.yaml") for name in ("finetune", "dpo"))
-    of_pairs = ["train_loader.dataset.local=data/pairs", "global_train_batch_size=4"]
+    of_pairs = ["train_loader.dataset.local=data/pairs", "max_duration=8ep", "eval_interval=4ep", "optimizer.lr=3e-3"]
     commands = {
         "pretrain": ["train", *tiny, "run_name=tiny", "max_duration=4ba", f"train_loader.dataset.local={corpus}"],
         "prepare": ["prepare", "chats.jsonl", "data/chats", "--tokenizer", f"{corpus}/tokenizer", "--instructions"],

@@ -155,7 +155,7 @@ def whole(tiny_recipe: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_recipe(tiny_recipe(tmp_path_factory.mktemp("whole"), *STEPS), 2)
 
 
-@pytest.mark.parametrize("fault", [nan_loss, infinite_gradient])
+@pytest.mark.parametrize("fault", [nan_loss, pytest.param(infinite_gradient, marks=pytest.mark.slow)])
 def test_row18_a_skipped_step_changes_nothing_and_the_run_goes_on(
     tiny_recipe: Tiny, tmp_path: Path, whole: Run, fault: Callable[[], None]
 ) -> None:

@@ -113,7 +113,10 @@ def killed_at_a_random_moment(draw: random.Random, number: int, run_dir: Path, p
 
 @pytest.mark.parametrize(
     ("kills", "batches"),
-    [(1, 6), pytest.param(20, 150, marks=[pytest.mark.slow, pytest.mark.timeout(900)])],
+    [
+        pytest.param(1, 6, marks=pytest.mark.slow),
+        pytest.param(20, 150, marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+    ],
     ids=["1 kill", "20 kills"],
 )
 def test_killed_at_random_moments(tiny_recipe: Tiny, tmp_path: Path, kills: int, batches: int) -> None:

@@ -29,7 +29,7 @@ def train_from_command_line(arguments: Sequence[str]) -> tuple[int, list[str]]:
     return status, texts
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_report_and_the_command_it_prints(
     tiny_overrides: Callable[..., list[str]], tmp_path: Path, world_size: int
 ) -> None:

@@ -47,6 +47,7 @@ def test_resumed_within_an_epoch(tiny_recipe: Tiny, tmp_path: Path, whole: Run, 
     assert second.column(EVAL) == {batch: loss for batch, loss in whole.column(EVAL).items() if batch > 4}
 
 
+@pytest.mark.slow
 def test_resumed_at_the_end_of_an_epoch(tiny_recipe: Tiny, tmp_path: Path, whole: Run, world_size: int) -> None:
     resumed = run_recipe(tiny_recipe(tmp_path, *STEPS, checkpoint(whole, 6)), world_size)
     assert resumed.exact() == whole.exact(7)
@@ -172,6 +173,7 @@ def draws_of(recipe: Recipe, restore: bool) -> list[tuple[float, float, float, f
     return draws
 
 
+@pytest.mark.slow
 def test_generators_of_every_rank_are_restored(tiny_recipe: Tiny, tmp_path: Path, world_size: int) -> None:
     """Batch 3 is saved between the two values that NumPy's normal generator makes at once; batch 6 ends an epoch."""
     steps = ("max_duration=8ba", "save_interval=3ba", "save_num_checkpoints_to_keep=-1")

@@ -71,12 +71,18 @@ def train_in_a_signalled_group(arguments: list[str], signum: int) -> tuple[int, 
     return status, texts[1]
 
 
+SIGNALS = [
+    pytest.param(signum, id=signum.name, marks=() if signum == signal.SIGTERM else pytest.mark.slow)
+    for signum in STOP_SIGNALS
+]
+
+
 @pytest.fixture(scope="module")
 def whole(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_recipe(tiny_recipe(tmp_path_factory.mktemp("whole"), *STEPS), 2)
 
 
-@pytest.mark.parametrize("signum", STOP_SIGNALS, ids=lambda signum: signum.name)
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_row19_all_ranks_save_and_the_run_resumes(
     tiny_overrides: Overrides,
     tiny_recipe: Callable[..., Recipe],
@@ -102,7 +108,7 @@ def test_row19_all_ranks_save_and_the_run_resumes(
     assert resumed.column(evaluation) == whole.column(evaluation)
 
 
-@pytest.mark.parametrize("signum", STOP_SIGNALS, ids=lambda signum: signum.name)
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_row19_loader_processes_leave_signals_to_their_rank(
     tiny_overrides: Overrides, tmp_path: Path, signum: signal.Signals
 ) -> None:

@@ -208,7 +208,9 @@ def test_a_run_that_starts_anew_has_metrics_of_its_own(tiny_overrides: Overrides
         assert [json.loads(line)["batch"] for line in (tmp_path / name).read_text().splitlines()] == [1, 2]
 
 
-@pytest.mark.parametrize("uri", [None, "odd%20ü#1?x", "~/odd%"])
+@pytest.mark.parametrize(
+    "uri", ["odd%20ü#1?x", *(pytest.param(uri, marks=pytest.mark.slow) for uri in (None, "~/odd%"))]
+)
 def test_paths_of_mlflow_are_urls_that_mean_the_same_path(tmp_path: Path, uri: str | None) -> None:
     from mlflow.utils.file_utils import local_file_uri_to_path
 

@@ -147,6 +147,7 @@ def test_each_target_counts_once_however_unevenly_they_lie(tiny_recipe: Tiny, tm
             assert column == pytest.approx(expected[name], rel=2e-5), f"{world_size} ranks, micro {micro_batch}: {name}"
 
 
+@pytest.mark.slow
 def test_narrow_compute_trains_close_to_fp32(tiny_recipe: Tiny, tmp_path: Path) -> None:
     def train(name: str, world_size: int, compute: str) -> dict[int, float]:
         recipe = tiny_recipe(tmp_path / name, f"precision.compute={compute}", "max_duration=8ba")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger

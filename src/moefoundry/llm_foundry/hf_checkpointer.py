@@ -58,7 +58,7 @@ class AnyModelCheckpointer(HuggingFaceCheckpointer):
             return super()._get_hf_model(state)
         self.last_checkpoint_batch = state.timestamp.batch
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        tensors: Any = get_model_state_dict(model.model, options=options)
+        tensors: dict[str, Any] = get_model_state_dict(model.model, options=options)
         if dist.get_global_rank() != 0:
             return None, model.tokenizer
         dtype = {torch.float32: Dtype.fp32, torch.bfloat16: Dtype.bf16}.get(self.dtype)
