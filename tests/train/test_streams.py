@@ -151,10 +151,11 @@ def test_streams_may_lie_elsewhere_and_not_be_others(recipe: Tiny, tmp_path: Pat
     assert f"{training}.text.proportion" in flatten(other)
 
 
-def test_an_evaluation_may_take_the_first_batches_alone(recipe: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_evaluation_may_take_the_first_batches_alone(recipe: Tiny, tmp_path: Path, workers: int) -> None:
     """The same ones again and again, of both streams; with loader processes that are stopped before they are done."""
-    steps = ("max_duration=2ba", "eval_interval=1ba", "optimizer.lr=1e-30", "device_eval_batch_size=1")
-    some = run_recipe(recipe(tmp_path, *steps, "eval_subset_num_batches=4", "eval_loader.num_workers=1"), 1)
+    steps = ("max_duration=2ba", "eval_interval=1ba", "optimizer.lr=1e-30", "device_eval_batch_size=2")
+    some = run_recipe(recipe(tmp_path, *steps, "eval_subset_num_batches=2", f"eval_loader.num_workers={workers}"), 1)
     for source in ("", "/code", "/text"):
         losses = some.column(f"{HELD_OUT}{source}")
         assert losses[1] == pytest.approx(losses[2], abs=1e-6)
