@@ -157,7 +157,8 @@ def complete(*words: str, shell: str = "bash") -> list[str]:
 
 def test_completion() -> None:
     assert complete("ch") == ["plain,checkpoint"]
-    assert complete("convert", "") == ["plain,consolidate", "plain,export", "plain,import", "plain,upcycle"]
+    kinds = ["consolidate", "export", "import", "merge", "upcycle"]
+    assert complete("convert", "") == [f"plain,{kind}" for kind in kinds]
     assert "plain,--max-new-tokens" in complete("generate", "--m")
     assert "plain,--checkpoint" not in complete("generate", "--c")
     assert complete("validate", "model.moe.top_k") == ["plain,model.moe.top_k="]

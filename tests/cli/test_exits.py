@@ -98,7 +98,7 @@ def test_letters_that_a_terminal_cannot_show_are_escaped() -> None:
         ["generate", "--prompt", "x", "--checkpoint", "nowhere://me:hidden@host/run"],
         ["convert", "export", "--checkpoint", "run", "--hf", "s3://bucket/out"],
         ["convert", "import", "dir", "-o", "gs://bucket/out"],
-        ["prepare", "text", "s3://bucket/data"],
+        ["prepare", "text", "s3:/bucket/data"],
     ],
 )
 def test_places_are_read_by_one_rule_and_written_as_paths(

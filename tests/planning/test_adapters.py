@@ -26,14 +26,17 @@ def held(recipe: Recipe) -> Held:
     """Train one step."""
     import torch
 
+    from moefoundry.adapters import apply_lora
     from moefoundry.mesh import build_meshes, resolve_degrees
+    from moefoundry.model.transformer import meta_model
     from moefoundry.optim import build_adamw
-    from moefoundry.parallel import materialize
-    from moefoundry.planning import plan
+    from moefoundry.parallel import materialize, parallelize
 
-    degrees = resolve_degrees(recipe.mesh, 2)
-    plan.build_meshes = build_meshes
-    model = plan.build_sharded(recipe, degrees)
+    assert recipe.lora is not None
+    model = meta_model(recipe.model)
+    apply_lora(model, recipe.lora)
+    meshes = build_meshes(resolve_degrees(recipe.mesh, 2), "cpu")
+    parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
     materialize(model, "cpu", 1)
     optimizer = build_adamw(model, recipe.optimizer)
     tokens = torch.zeros(2, 16, dtype=torch.int64)

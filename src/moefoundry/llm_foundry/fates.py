@@ -50,7 +50,7 @@ FATES = {
     "accumulate_train_batch_on_tokens": Fate("", "losses are always means over the tokens of the whole batch"),
     "eval_interval": Fate("eval_interval", "an integer becomes epochs; 0 becomes `eval_loader: null`"),
     "eval_first": Fate("", "nothing is evaluated before the first batch"),
-    "eval_subset_num_batches": Fate("", "all of the split is evaluated; fewer samples are another split"),
+    "eval_subset_num_batches": Fate("eval_subset_num_batches"),
     "train_subset_num_batches": Fate("", "an epoch is all of the data; `max_duration` says how long to train"),
     "spin_dataloaders": Fate("", "a resumed run goes on at its sample without reading those before"),
     "icl_tasks": Fate("icl_tasks"),
