@@ -166,5 +166,5 @@ def test_what_records_need(tokenizer: Path, tmp_path: Path) -> None:
     options = PrepareOptions(
         str(tmp_path / "text.txt"), tmp_path / "out", kind=Kind.instructions, tokenizer=tokenizer, workers=1
     )
-    with pytest.raises(UserError, match=r"text has no records; instructions are JSON Lines or tables$"):
+    with pytest.raises(UserError, match=r"text has no records; instructions are JSON Lines, Parquet or Arrow$"):
         prepare(options)
