@@ -78,7 +78,9 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
     text_key = options.text_key if encoder is None else None
     corpus = open_corpus(options.source, options.format, options.globs, text_key, options.bad_bytes, leave=out)
     if encoder is not None and corpus.format not in RECORD_FORMATS:
-        raise UserError(f"{options.source}: {corpus.format} has no records; {encoder.kind} are JSON Lines, Parquet or Arrow")
+        raise UserError(
+            f"{options.source}: {corpus.format} has no records; {encoder.kind} are JSON Lines, Parquet or Arrow"
+        )
     given = load_tokenizer(options.tokenizer) if options.tokenizer else None
     if given is not None and options.add_fim_tokens:
         given = with_sentinels(given)
