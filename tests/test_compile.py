@@ -74,6 +74,7 @@ def test_compiled_parts_compute_the_same_on_a_mesh() -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one process", "mesh"])
+@pytest.mark.slow
 def test_compiled_parts_with_adapters_compute_the_same(sharded: bool) -> None:
     lora = LoraConfig(rank=4, dora=True, targets=["attention", "dense", "shared_experts"])
     run_distributed(compare, 1 + sharded, "full", "aot_eager", sharded, lora)

@@ -53,10 +53,11 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         if dist.get_global_rank() == 0:
             for problem in advice(recipe):
                 print(f"warning: {problem}", file=sys.stderr, flush=True)
-            print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
         trainer.logger.log_hyperparameters(flatten(recipe))
         timestamp, max_duration = trainer.state.timestamp, trainer.state.max_duration
         if max_duration is None or timestamp < max_duration:
+            if dist.get_global_rank() == 0 and recipe.log_to_console:
+                print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
             trainer.fit()
         elif dist.get_global_rank() == 0:
             message = f"batch {timestamp.batch.value} of {max_duration.to_timestring()}: nothing left to train"

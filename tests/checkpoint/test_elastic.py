@@ -151,6 +151,7 @@ def draws_of(recipe: Recipe) -> list[float]:
     return draws
 
 
+@pytest.mark.slow
 def test_ranks_that_the_checkpoint_knows_go_on_with_their_generators(tiny_recipe: Tiny, tmp_path: Path) -> None:
     steps = ("max_duration=4ba", "save_interval=2ba", "save_num_checkpoints_to_keep=-1")
     saved = run_distributed(draws_of, 2, tiny_recipe(tmp_path / "saved", *steps))

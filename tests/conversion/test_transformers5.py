@@ -175,6 +175,7 @@ def test_tokenizers_that_it_saves_go_out_in_a_form_that_either_version_reads(
     assert older_tokenizer.decode(tokens[0]) == exported.results[f"{TEXTS}mixtral"]["text"]
 
 
+@pytest.mark.slow
 def test_what_only_the_newer_version_has_is_verified_by_it(
     saved: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

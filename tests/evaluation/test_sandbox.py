@@ -159,6 +159,7 @@ def test_endless_output() -> None:
     assert body("print('x' * 1000000)", "return 1").outcome is Outcome.PASSED
 
 
+@pytest.mark.slow
 def test_an_endless_answer() -> None:
     assert body("return 'x' * (20 << 20)").error.startswith("the program's answer is unreadable")
 

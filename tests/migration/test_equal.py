@@ -36,6 +36,7 @@ def weights_after_steps(lr: float, there: float, here: float) -> list[Any]:
     return results
 
 
+@pytest.mark.slow
 def test_the_decay_of_composers_optimizer(tmp_path: Path) -> None:
     lr, decay = 3e-2, 4e-3
     optimizer = {"name": "decoupled_adamw", "lr": lr, "weight_decay": decay}

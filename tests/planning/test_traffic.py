@@ -82,6 +82,7 @@ def test_gradients_are_scattered_after_each_micro_batch_and_summed_after_the_las
     check([recipe_of(mesh, micro_batch, MODES[-1], sequences=sequences) for sequences in (4, 3)])
 
 
+@pytest.mark.slow
 def test_multi_token_prediction_and_a_balance_loss_over_all_ranks():
     further = ["model.mtp.depth=2", "model.moe.balance.aux_loss_scope=global_batch"]
     check([recipe_of((2, 2, 2), mode, *further) for mode in (MODES[0], MODES[-1])])

@@ -25,6 +25,7 @@ def assert_same_numbers(run: Run, expected: Run, *further: str) -> None:
         assert run.column(key) == pytest.approx(expected.column(key), rel=2e-6), key
 
 
+@pytest.mark.slow
 def test_documents_of_uneven_length_weigh_by_their_targets(tiny_recipe: Tiny, tmp_path: Path) -> None:
     """Labels that cross from one document into the next are no targets, so sequences have unlike numbers of them."""
     losses = "losses={logits_z: {weight: 0.01}, router_entropy: {weight: -0.02}}"
@@ -37,6 +38,7 @@ def test_documents_of_uneven_length_weigh_by_their_targets(tiny_recipe: Tiny, tm
         assert total == pytest.approx(sum(parts), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_balance_over_the_global_batch_is_exact_over_ranks(tiny_recipe: Tiny, tmp_path: Path) -> None:
     scope = "model.moe.balance.aux_loss_scope=global_batch"
     expected = run_recipe(tiny_recipe(tmp_path / "one", scope, WHOLE))

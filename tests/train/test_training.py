@@ -25,6 +25,7 @@ EVERY_BATCH = {
     "moe/load/layer1",
     "moe/load/layer2",
     "memory/peak_host_gib",
+    "data/wait_seconds",
 }
 FROM_THE_SECOND_BATCH = {"throughput/tokens_per_sec", "throughput/device/tokens_per_sec"}
 
