@@ -42,7 +42,7 @@ from moefoundry.config import Compute, ConfigError, LoaderConfig, Recipe, UserEr
 from moefoundry.config.making import make_part, make_parts
 from moefoundry.config.tasks import TASKS_KEY
 from moefoundry.config.urls import is_url, resolved
-from moefoundry.data.fit import report_problems
+from moefoundry.data.fit import report_problems, tokenizer_problems
 from moefoundry.data.loader import build_loader
 from moefoundry.data.reference import read_reference
 from moefoundry.data.sources import read_lengths
@@ -93,7 +93,7 @@ def assemble(recipe: Recipe) -> Trainer:
     on_rank_zero(lambda: try_services(recipe))
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
-    if problems := list(report_problems(recipe)):
+    if problems := [*tokenizer_problems(recipe), *report_problems(recipe)]:
         raise ConfigError(problems)
     model = build_model(recipe, meshes, device)
     digests = on_rank_zero(lambda: data_digests(recipe))

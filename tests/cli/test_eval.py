@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def test_tasks_and_losses_of_what_is_exported(trained: Trained, capsys) -> None:
     assert evaluate(capsys, trained.hf, "--data", corpus) == {LOSS: pytest.approx(line[LOSS], abs=1e-6)}
     assert main(["eval", str(trained.hf), "--data", str(corpus), "--device", "cpu"]) == 0
     assert capsys.readouterr().out == f"{LOSS}  {line[LOSS]:.4f}\n"
+
+
+def test_data_of_another_tokenizer_are_refused(trained: Trained, capsys, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained.corpus, other)
+    file = other / "tokenizer" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = [token for token, number in vocabulary.items() if number in (40, 41)]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    file.write_text(json.dumps(tokenizer))
+    assert main(["eval", str(trained.hf), "--data", str(other), "--device", "cpu"]) == 2
+    assert f"{other}: another tokenizer than the model's made these data" in capsys.readouterr().err
 
 
 def test_limits(trained: Trained, capsys, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from moefoundry.config import ConfigError, UserError
 from moefoundry.config.tasks import read_gauntlet, read_tasks
 from moefoundry.evaluation.prompts import PromptTokenizer
-from moefoundry.evaluation.tasks.gauntlet import gauntlet_scores
+from moefoundry.evaluation.tasks.gauntlet import gauntlet_scores, left_out
 from moefoundry.evaluation.tasks.run import Results, Sizes, evaluate_tasks, load_tasks
 from moefoundry.pretrained import from_pretrained
 from tests.distributed import run_distributed
@@ -302,3 +302,13 @@ def test_wrong_keys_are_listed_together(tmp_path: Path) -> None:
 def test_bad_gauntlets_are_named(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_gauntlet(value)
+
+
+def test_what_a_gauntlet_leaves_out_is_said() -> None:
+    tasks = read_tasks([{"label": "a", "icl_task_type": "multiple_choice", "num_fewshot": [0, 5], "dataset_uri": "x"}])
+    categories = [
+        {"name": "all", "benchmarks": [{"name": "a", "num_fewshot": 5}]},
+        {"name": "some", "benchmarks": [{"name": "a", "num_fewshot": 0}, {"name": "b", "num_fewshot": 0}]},
+    ]
+    gauntlet = read_gauntlet({"categories": categories})
+    assert left_out(gauntlet, tasks) == ["eval_gauntlet: some is left out: icl_tasks have no b/0-shot"]

@@ -97,7 +97,10 @@ def format_train_line(state: State, metrics: dict[str, Any]) -> str:
     parts = [f"batch {state.timestamp.batch.value}"]
     parts[0] += f"/{duration.value}" if duration.unit.value == "ba" else f" of {duration.to_timestring()}"
     for label, name, spec in (
-        ("loss", "loss/train/lm", ".4f"),
+        ("dpo", "loss/train/dpo", ".4f"),
+        ("margin", "preference/margin", ".4f"),
+        ("accuracy", "preference/accuracy", ".2f"),
+        ("lm" if "loss/train/dpo" in metrics else "loss", "loss/train/lm", ".4f"),
         ("balance", "loss/train/balance", ".4f"),
         ("z", "loss/train/z", ".4f"),
         ("mtp", "loss/train/mtp", ".4f"),

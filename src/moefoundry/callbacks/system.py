@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 from composer.core import Callback, State
 from composer.loggers import Logger

@@ -19,7 +19,12 @@ from moefoundry.cli.exits import EXIT_NO
     metavar="NAME",
     help="a100, h100 (default), h200, b200, gb200, mi300x, or a YAML file of its numbers (docs/plan.md).",
 )
-@click.option("--price", type=float, metavar="X", help="Price of a device's hour, for the cost of the run.")
+@click.option(
+    "--price",
+    type=click.FloatRange(0, 1e6, min_open=True),
+    metavar="X",
+    help="Price of a device's hour, for the cost of the run.",
+)
 @click.option("--exit-code", is_flag=True, help="End with exit status 1 if it does not fit.")
 @json_option
 def command(

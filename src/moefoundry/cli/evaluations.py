@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from moefoundry.checkpoint.manifest import read_state
 from moefoundry.checkpoint.ranks import rank
+from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.checkpoint.weights import read_section
 from moefoundry.cli.arguments import device_named
 from moefoundry.cli.eval import Request
@@ -25,6 +26,7 @@ from moefoundry.config.spec import filled
 from moefoundry.config.tasks import read_gauntlet, read_tasks
 from moefoundry.data.loader import build_loader
 from moefoundry.data.summary import read_corpus_summary
+from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.evaluation.batched import BatchedModel
 from moefoundry.evaluation.code_completion import complete_problems
 from moefoundry.evaluation.code_tasks import check_allowed, pass_at_k, read_problems, run_samples, write_results
@@ -32,7 +34,13 @@ from moefoundry.evaluation.generation import Sampling
 from moefoundry.evaluation.held_out import held_out_loss
 from moefoundry.evaluation.sandbox.run import Limits
 from moefoundry.evaluation.tasks.code import say_what_is_open
-from moefoundry.evaluation.tasks.run import Sizes, evaluate_tasks, load_tasks, write_samples
+from moefoundry.evaluation.tasks.run import (
+    Sizes,
+    evaluate_tasks,
+    load_tasks,
+    say_what_is_left_out,
+    write_samples,
+)
 from moefoundry.mesh import Meshes, resolve_degrees
 from moefoundry.pretrained import EvaluatedModel
 from moefoundry.world import join_meshes, torch_device
@@ -93,7 +101,9 @@ def evaluate(evaluated: EvaluatedModel, request: Request) -> Found:
     if request.harness is not None:
         return found | _harness(evaluated, request, request.harness)
     if request.data is not None:
-        return found | {"metrics": _held_out(evaluated, request, _loader(request, request.data))}
+        loader = _loader(request, request.data)
+        _check_tokenizer(evaluated, request.data)
+        return found | {"metrics": _held_out(evaluated, request, loader)}
     if request.tasks is not None:
         gauntlet = request.gauntlet
         return found | _tasks(evaluated, request, str(request.tasks), None if gauntlet is None else str(gauntlet))
@@ -115,6 +125,7 @@ def _tasks(evaluated: EvaluatedModel, request: Request, tasks: Any, gauntlet: An
     averages = None if gauntlet is None else read_gauntlet(gauntlet)
     if any(task.cfg.icl_task_type == "code_evaluation" for task in loaded) and rank() == 0:
         say_what_is_open()
+    say_what_is_left_out(averages, loaded)
     sizes = Sizes(request.batch_size, _length(evaluated, request), request.limit)
     results = evaluate_tasks(evaluated.model, evaluated.tokenizer, loaded, sizes, gauntlet=averages, progress=True)
     if request.output is not None and rank() == 0:
@@ -162,6 +173,13 @@ def _loader(request: Request, directory: Path) -> LoaderConfig:
         raise UserError(f"{directory}: holds documents of any length: give --max-seq-len N")
     data = DatasetConfig(local=str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
     return LoaderConfig(dataset=data, drop_last=False)
+
+
+def _check_tokenizer(evaluated: EvaluatedModel, data: Path) -> None:
+    """Refuse data of another vocabulary than the model's."""
+    theirs, ours = (load_tokenizer(place).backend.get_vocab() for place in (data / TOKENIZER, evaluated.tokenizer_dir))
+    if theirs != ours:
+        raise UserError(f"{data}: another tokenizer than the model's made these data: a loss of them means nothing")
 
 
 def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, subset: int = -1) -> dict[str, float]:

@@ -38,6 +38,8 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
     for key, loader in _loaders(recipe).items():
         found += loader_problems(loader, key, recipe.model.vocab_size, batches[key], remote=True)
         found += fim_problems(loader, key, Path(recipe.tokenizer.name))
+    if not found:
+        found += tokenizer_problems(recipe)
     found += report_problems(recipe)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))  # both loaders may have the same problem
@@ -46,7 +48,7 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
 def all_absent(recipe: Recipe) -> list[Problem]:
     """List the data of a recipe, where none of them are on this machine; empty where any are."""
     read = {
-        path: (where, source, loader.dataset.max_seq_len)
+        path: (where, source, loader.dataset)
         for key, loader in reversed(_loaders(recipe).items())
         for where, source in sources_of(loader, key)
         if (path := directory_of(source))
@@ -55,9 +57,9 @@ def all_absent(recipe: Recipe) -> list[Problem]:
     if tokenizer.exists() or any(Path(path).exists() for path in read):
         return []
     absent = []
-    for path, (where, source, max_seq_len) in read.items():
+    for path, (where, source, dataset) in read.items():
         if source.remote is None:
-            absent.append(Problem(f"{where}.local", _how_to_make(source, max_seq_len, recipe.model.vocab_size)))
+            absent.append(Problem(f"{where}.local", _how_to_make(source, dataset, recipe.model.vocab_size)))
         else:
             absent.append(Problem(f"{where}.remote", f"{path}: no such directory"))
     if recipe.callbacks.report is not None and not any(tokenizer.is_relative_to(path) for path in read):
@@ -157,7 +159,7 @@ def _corpus_problems(
     """Find what ``corpus.json`` tells: of the data in ``local``, which ``key`` names, a key of ``where``."""
     dataset, name = cfg.dataset, str(source.split)
     if not local.exists():
-        yield Problem(key, _how_to_make(source, dataset.max_seq_len, model_vocab_size))
+        yield Problem(key, _how_to_make(source, dataset, model_vocab_size))
         return
     try:
         summary = read_corpus_summary(local)
@@ -259,6 +261,20 @@ def missing_hash(index: Path, shard: str, hashes: Collection[str], algorithm: st
     return f"{index}: no {algorithm} of {shard}; it has {there} ({hint})"
 
 
+def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Find held-out data that another tokenizer has made than the training data, as far as both are in directories."""
+    known = {
+        (key, where): read_corpus_summary(path).tokenizer_sha256
+        for key, loader in _loaders(recipe).items()
+        for where, source in sources_of(loader, key)
+        if (path := directory_of(source)) and Path(path, CORPUS_FILE).is_file()
+    }
+    trained = [digest for (key, _), digest in known.items() if key == "train_loader"]
+    for (key, where), digest in known.items():
+        if key == "eval_loader" and trained and digest != trained[0]:
+            yield Problem(f"{where}.local", "has another tokenizer than train_loader.dataset; one model reads one")
+
+
 def report_problems(recipe: Recipe) -> Iterator[Problem]:
     """Find what is wrong with the report at the end of a run: its tokenizer, or a prompt without tokens."""
     report = recipe.callbacks.report
@@ -283,13 +299,19 @@ def report_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("callbacks.report.prompt", message, allowed="text of at least one token")
 
 
-def _how_to_make(source: StreamConfig, max_seq_len: int, model_vocab_size: int) -> str:
+def _how_to_make(source: StreamConfig, dataset: DatasetConfig, model_vocab_size: int) -> str:
     command = ["moefoundry", "prepare", "stdlib", source.local]
-    command += ["--max-seq-len", str(max_seq_len), "--vocab-size", str(model_vocab_size)]
-    return (
-        f"{Path(source.local)}: no such directory (the recipe's dataset.local); make it with: {shlex.join(command)} "
-        "(or your own text in place of stdlib)"
-    )
+    own = "(or your own text in place of stdlib)"
+    if dataset.packing.method == PackingMethod.pairs:
+        command = ["moefoundry", "prepare", "PAIRS.jsonl", source.local, "--preferences", "--tokenizer", "DIR"]
+        own = "(your own pairs, and the model's tokenizer)"
+    elif dataset.packing.method != PackingMethod.concat or dataset.fim is not None:
+        command += ["--layout", "documents", "--vocab-size", str(model_vocab_size)]
+        own = "(or your own text; for a trained model RECORDS.jsonl --instructions --tokenizer DIR)"
+    else:
+        command += ["--max-seq-len", str(dataset.max_seq_len), "--vocab-size", str(model_vocab_size)]
+    missing = f"{Path(source.local)}: no such directory (the recipe's dataset.local)"
+    return f"{missing}; make it with: {shlex.join(command)} {own}"
 
 
 def _shard_problems(file: Path, where: str, algorithm: str | None) -> Iterator[Problem]:

@@ -119,12 +119,20 @@ def _move_data(draft: Draft, name: str) -> None:
     if not draft.value("val_set_size"):
         draft.put("eval_loader", None, why="nothing was held out")
     sets = draft.value("datasets") or draft.value("pretraining_dataset")
+    responses = False
     for each in sets if isinstance(sets, list) else []:
         if isinstance(each, dict) and each.get("path"):
             kind = each.get("type", "completion")
-            only = "" if kind == "completion" or draft.value("train_on_inputs") else "; responses alone were targets"
+            alone = kind != "completion" and not draft.value("train_on_inputs")
+            responses, only = responses or alone, "; responses alone were targets" if alone else ""
             draft.notes.append(f"data: {each['path']} ({kind}) is to be prepared{only}")
-    draft.notes.append(f"data: moefoundry prepare DOCUMENTS data/{name} --max-seq-len {length or 'N'} --tokenizer DIR")
+    if responses:
+        method = "best_fit" if draft.value("sample_packing") else "none"
+        draft.put("train_loader.dataset.packing.method", method, why="prepared instructions are documents")
+        how = f"RECORDS data/{name} --instructions --max-tokens {length or 'N'}"
+    else:
+        how = f"DOCUMENTS data/{name} --max-seq-len {length or 'N'}"
+    draft.notes.append(f"data: moefoundry prepare {how} --tokenizer DIR")
 
 
 def _move_batch(draft: Draft, world_size: int) -> None:

@@ -12,7 +12,13 @@ from moefoundry.config import Recipe
 from moefoundry.config.tasks import read_gauntlet, read_tasks
 from moefoundry.evaluation.prompts import PromptTokenizer
 from moefoundry.evaluation.tasks.code import say_what_is_open
-from moefoundry.evaluation.tasks.run import Sizes, evaluate_tasks, load_tasks, write_samples
+from moefoundry.evaluation.tasks.run import (
+    Sizes,
+    evaluate_tasks,
+    load_tasks,
+    say_what_is_left_out,
+    write_samples,
+)
 
 DIRECTORY = "evaluation"
 
@@ -31,6 +37,7 @@ class IclTasks(Callback):
         self.tasks = load_tasks(read_tasks(recipe.icl_tasks))
         if any(task.cfg.icl_task_type == "code_evaluation" for task in self.tasks) and rank() == 0:
             say_what_is_open()
+        say_what_is_left_out(self.gauntlet, self.tasks)
         self.tokenizer = PromptTokenizer.open(Path(recipe.tokenizer.name), recipe.model.vocab_size)
         self.directory = Path(recipe.run_dir, DIRECTORY)
         self.progress = recipe.progress_bar

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import log2
 from statistics import fmean
 
-from moefoundry.config.schema_tasks import BenchmarkConfig, Weighting
+from moefoundry.config.schema_tasks import BenchmarkConfig, TaskConfig, Weighting
 from moefoundry.config.tasks import Gauntlet
 
 PREFIX = "icl/metrics/eval_gauntlet/"
@@ -47,6 +47,17 @@ def gauntlet_scores(gauntlet: Gauntlet, metrics: Mapping[str, float], sizes: Map
         known = [scores[member] for member in members if member in scores]
         scores[name] = fmean(known) if known else 0.0
     return {f"{PREFIX}{name}": score for name, score in scores.items()}
+
+
+def left_out(gauntlet: Gauntlet, tasks: Sequence[TaskConfig]) -> list[str]:
+    """Say which categories are left out, as a task of theirs is not evaluated."""
+    evaluated = {f"{task.label}/{shots}-shot" for task in tasks for shots in task.num_fewshot}
+    texts = []
+    for category in gauntlet.categories:
+        names = [f"{each.name}/{each.num_fewshot}-shot" for each in category.benchmarks]
+        if missing := [name for name in names if name not in evaluated]:
+            texts.append(f"eval_gauntlet: {category.name} is left out: icl_tasks have no {', '.join(missing)}")
+    return texts
 
 
 def _score(gauntlet: Gauntlet, benchmark: BenchmarkConfig, accuracy: float) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moefoundry.checkpoint.ranks import on_rank_zero
+from moefoundry.checkpoint.ranks import on_rank_zero, rank
 from moefoundry.config import UserError
 from moefoundry.config.making import make_part
 from moefoundry.config.schema_tasks import TaskConfig
@@ -17,7 +18,7 @@ from moefoundry.config.tasks import Gauntlet
 from moefoundry.evaluation.batched import BatchedModel
 from moefoundry.evaluation.prompts import PromptTokenizer
 from moefoundry.evaluation.tasks.examples import CATEGORY, Example, read_examples
-from moefoundry.evaluation.tasks.gauntlet import gauntlet_scores
+from moefoundry.evaluation.tasks.gauntlet import gauntlet_scores, left_out
 from moefoundry.evaluation.tasks.prompts import Prompts, stripped
 from moefoundry.evaluation.tasks.task import Evaluation, Sample, Task
 from moefoundry.model.transformer import MoETransformer
@@ -104,6 +105,13 @@ def _by_category(cfg: TaskConfig) -> dict[str, list[Example]]:
     return dict(sorted(found.items()))
 
 
+def say_what_is_left_out(gauntlet: Gauntlet | None, tasks: Sequence[LoadedTask]) -> None:
+    """Warn on rank 0 of categories whose tasks are not evaluated."""
+    if gauntlet is not None and rank() == 0:
+        for text in left_out(gauntlet, [task.cfg for task in tasks]):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def evaluate_tasks(
     model: MoETransformer,
     tokenizer: PromptTokenizer,
@@ -130,7 +138,10 @@ def evaluate_tasks(
     samples: dict[str, list[Sample]] = {}
     for loaded in tasks:
         for evaluation in _evaluations(model, tokenizer, loaded, sizes, progress):
-            found = samples[evaluation.label] = loaded.task.evaluate(evaluation)
+            try:
+                found = samples[evaluation.label] = loaded.task.evaluate(evaluation)
+            except UserError as error:
+                raise UserError(f"icl_tasks: {loaded.cfg.label}: {error}") from error
             for name in loaded.cfg.metric_names or loaded.task.usual:
                 metrics[f"metrics/{evaluation.label}/{name}"] = loaded.task.metrics[name](found)
     if gauntlet is not None:
