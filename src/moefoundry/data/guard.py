@@ -128,7 +128,10 @@ class CheckedStream(Stream):
         partial = fresh.with_name(f"{fresh.name}.tmp")
 
         def progress() -> int:
-            return partial.stat().st_size if partial.exists() else 0
+            try:
+                return partial.stat().st_size
+            except FileNotFoundError:  # not there yet, or renamed already
+                return 0
 
         try:
             unless_silent(lambda: self._download_file(name, fresh.name), progress, FIRST_SILENCE)
