@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moefoundry.migration.draft import Draft, check_kinds
+from moefoundry.migration.draft import Draft, check_kinds, model_name
 from moefoundry.migration.finish import finish
 from moefoundry.migration.loaders import LOADER
 from moefoundry.migration.report import Migration
@@ -43,9 +43,7 @@ REASONS = {
 
 def is_composers(tree: dict[str, Any]) -> bool:
     """Tell a recipe in Composer's words by ``max_duration``, without a model of LLM Foundry or of this project."""
-    model = tree.get("model")
-    name = model.get("name") if isinstance(model, dict) else None
-    return "max_duration" in tree and name != "moe_causal_lm"
+    return "max_duration" in tree and model_name(tree) != "moe_causal_lm"
 
 
 def migrate(path: Path, tree: dict[str, Any]) -> Migration:

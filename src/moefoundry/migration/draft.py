@@ -15,6 +15,12 @@ from moefoundry.migration.report import Fate, Line
 SECRET = "a secret is not copied; set it where it is used"
 
 
+def model_name(tree: Mapping[str, Any]) -> Any:
+    """Give ``model.name`` of an old recipe; None if there is none."""
+    model = tree.get("model")
+    return model.get("name") if isinstance(model, dict) else None
+
+
 def check_kinds(tree: Mapping[str, Any], numbers: Iterable[str] = (), mappings: Iterable[str] = ()) -> None:
     """Refuse values that no recipe of the kind has, lest they be computed with.
 

@@ -9,7 +9,7 @@ from moefoundry.config.loader import LLM_FOUNDRY_MODELS
 from moefoundry.llm_foundry.fates import FATES
 from moefoundry.llm_foundry.keys import MAPPING, TRAIN_KEYS
 from moefoundry.llm_foundry.recipe import FoundryRecipe
-from moefoundry.migration.draft import Draft, check_kinds
+from moefoundry.migration.draft import Draft, check_kinds, model_name
 from moefoundry.migration.finish import finish
 from moefoundry.migration.hf import put_model, put_weights, read_model
 from moefoundry.migration.kept import keep
@@ -54,8 +54,7 @@ FOR_LLM_FOUNDRY = {
 
 def is_llm_foundrys(tree: dict[str, Any]) -> bool:
     """Tell a recipe of LLM Foundry by ``model.name``."""
-    model = tree.get("model")
-    name = model.get("name") if isinstance(model, dict) else None
+    name = model_name(tree)
     return isinstance(name, str) and LLM_FOUNDRY_MODELS.fullmatch(name) is not None
 
 

@@ -5,6 +5,7 @@ That choice is made whose answer has the highest mean log-probability, the first
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import exp
@@ -18,14 +19,11 @@ from moefoundry.evaluation.tasks.task import Evaluation, Measure, Sample, accura
 CHOICE_METRICS: Mapping[str, Measure] = {Metric.choice_accuracy: accuracy, Metric.choice_calibration: calibration_error}
 
 
-class MultipleChoice:
-    """Task of several answers to one question."""
+class _Choice(ABC):
+    """Task whose examples each have several continuations, of which the likeliest is chosen."""
 
     metrics = CHOICE_METRICS
     usual: Sequence[str] = (Metric.choice_accuracy,)
-
-    def __init__(self, cfg: MultipleChoiceConfig) -> None:
-        self.cfg = cfg
 
     def evaluate(self, evaluation: Evaluation) -> list[Sample]:
         """Choose for each example."""
@@ -34,6 +32,21 @@ class MultipleChoice:
             partial(self._solved, evaluation.prompts),
             partial(self._continuations, evaluation.prompts),
         )
+
+    @abstractmethod
+    def _solved(self, prompts: Prompts, example: Example, preceding: str) -> str:
+        """Write an example with its right answer, as it stands before another."""
+
+    @abstractmethod
+    def _continuations(self, prompts: Prompts, example: Example, preceding: str) -> list[Continuation]:
+        """List what may be chosen."""
+
+
+class MultipleChoice(_Choice):
+    """Task of several answers to one question."""
+
+    def __init__(self, cfg: MultipleChoiceConfig) -> None:
+        self.cfg = cfg
 
     def _solved(self, prompts: Prompts, example: Example, preceding: str) -> str:
         choices = texts_at(example, self.cfg.choices_key)
@@ -46,22 +59,11 @@ class MultipleChoice:
         return [prompts.continuation(context, prompts.with_blank(answer)) for answer in answers]
 
 
-class Schema:
+class Schema(_Choice):
     """Task of one answer to several questions."""
-
-    metrics = CHOICE_METRICS
-    usual: Sequence[str] = (Metric.choice_accuracy,)
 
     def __init__(self, cfg: SchemaConfig) -> None:
         self.cfg = cfg
-
-    def evaluate(self, evaluation: Evaluation) -> list[Sample]:
-        """Choose for each example."""
-        return choose(
-            evaluation,
-            partial(self._solved, evaluation.prompts),
-            partial(self._continuations, evaluation.prompts),
-        )
 
     def _solved(self, prompts: Prompts, example: Example, preceding: str) -> str:
         questions = texts_at(example, self.cfg.choices_key)
