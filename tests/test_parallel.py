@@ -53,6 +53,7 @@ class Mode(NamedTuple):
 PLAIN = Mode()
 FP32_MODES = [Mode(checkpointing, count) for checkpointing in ActivationCheckpointing for count in (1, 4)]
 FLOAT64 = Mode(ActivationCheckpointing.full, 4, torch.float64)
+FEW_MODES = [PLAIN, Mode(ActivationCheckpointing.selective, 4), Mode(ActivationCheckpointing.full, 1), FLOAT64]
 EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in (*FP32_MODES, FLOAT64)]
 
 
@@ -219,7 +220,8 @@ def sharded(request: pytest.FixtureRequest) -> Sharded:
     """One world, in which everything is tried."""
     replicate, shard, expert, _ = request.param
     num_experts = experts_for(expert)
-    modes = EIGHT_RANKS_MODES if replicate * shard == 8 else [*FP32_MODES, FLOAT64]
+    slow_modes = EIGHT_RANKS_MODES if replicate * shard == 8 else [*FP32_MODES, FLOAT64]
+    modes = slow_modes if request.param in SLOW_MESHES else FEW_MODES
     ranks = run_distributed(observe, replicate * shard, request.param, num_experts, modes)
     return Sharded(replicate, shard, num_experts, modes, ranks)
 

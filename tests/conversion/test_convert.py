@@ -549,7 +549,7 @@ def test_the_whole_way(tiny_overrides: Callable[..., list[str]], tmp_path: Path,
     cfg = replace(family_config(family, mtp_depth=1 if family == "deepseek_v3" else 0), vocab_size=384)
     import_hf(write_hf(tmp_path / "hf", family, cfg), tmp_path / "imported")
     changes = (
-        "max_duration=20ba",
+        "max_duration=8ba",
         "optimizer.lr=3e-3",
         "mesh={replicate: 2, shard: 2, expert: 2}",
         "model.moe.balance.bias_update_rate=" + ("0.01" if family == "deepseek_v3" else "0.0"),
@@ -560,7 +560,7 @@ def test_the_whole_way(tiny_overrides: Callable[..., list[str]], tmp_path: Path,
     batch = torch.randint(384, (4, 32), generator=torch.Generator().manual_seed(1))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     with torch.no_grad():
-        ours = load_model(tmp_path / "run/checkpoints/ba20")(batch, batch).lm
+        ours = load_model(tmp_path / "run/checkpoints/ba8")(batch, batch).lm
         torch.testing.assert_close(ours, theirs(batch, labels=batch).loss, rtol=1e-5, atol=0)
         before = load_model(tmp_path / "imported")(batch, batch).lm
     assert (ours - before).abs() > 0.01, "training has changed the model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -262,10 +263,29 @@ LATENT += ", qk_rope_head_dim: 8, v_head_dim: 32}"
 FP8 = "precision.fp8.recipe=deepseek_v3"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-@pytest.mark.parametrize("sparse", [False, True])
-@pytest.mark.parametrize("more", [[], [FP8], [LATENT, FP8]], ids=["", "fp8", "mla fp8"])
+WITHOUT, WITH_FP8, WITH_BOTH = (), (FP8,), (LATENT, FP8)
+FAST = [
+    (True, "none", torch.float32, WITHOUT),
+    (True, "selective", torch.bfloat16, WITHOUT),
+    (False, "full", torch.float32, WITHOUT),
+    (False, "none", torch.bfloat16, WITH_FP8),
+    (True, "full", torch.float32, WITH_FP8),
+    (True, "selective", torch.float32, WITH_BOTH),
+    (False, "none", torch.float32, WITH_BOTH),
+]
+"""Most pairs of two values; the other combinations are slow."""
+CASES = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+    for case in product(
+        (False, True),
+        ("none", "selective", "full"),
+        (torch.float32, torch.bfloat16),
+        (WITHOUT, WITH_FP8, WITH_BOTH),
+    )
+]
+
+
+@pytest.mark.parametrize(("sparse", "mode", "dtype", "more"), CASES)
 def test_saved_activations_of_a_block(sparse, mode, dtype, more):
     def saved(layers: int) -> int:
         dense = 0 if sparse else layers
