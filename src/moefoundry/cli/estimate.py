@@ -9,16 +9,18 @@ import click
 from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, recipe_arguments
 from moefoundry.cli.exits import EXIT_NO
 
-
-@click.command("estimate", context_settings=RECIPE_COMMAND)
-@recipe_arguments
-@click.option("--world-size", type=positive, required=True, metavar="N", help="Number of devices.")
-@click.option(
+gpu_option = click.option(
     "--gpu",
     default="h100",
     metavar="NAME",
     help="a100, h100 (default), h200, b200, gb200, mi300x, or a YAML file of its numbers (docs/plan.md).",
 )
+
+
+@click.command("estimate", context_settings=RECIPE_COMMAND)
+@recipe_arguments
+@click.option("--world-size", type=positive, required=True, metavar="N", help="Number of devices.")
+@gpu_option
 @click.option(
     "--price",
     type=click.FloatRange(0, 1e6, min_open=True),

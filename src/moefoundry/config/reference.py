@@ -16,7 +16,8 @@ from moefoundry.registry import Part
 HEADER = """\
 # Recipe reference
 
-Every key of a recipe. This page is written from the schema by
+Every key of a recipe; `moefoundry explain KEY` says the same of one, or of the name that another project has for it.
+This page is written from the schema by
 `python -m moefoundry.config.reference docs/recipe.md`; do not edit it by hand.
 
 - **Required** keys have no default: they depend on the model, the data and the machine. The page says what is
@@ -70,7 +71,7 @@ def _sections(default: Any, path: str, title: str) -> Iterator[str]:
         full = f"{path}{name}"
         resume = "may change" if is_free_on_resume(full) else ""
         meaning = f"{spec.doc} Customary: {spec.customary}." if spec.customary else spec.doc
-        cells = (f"`{full}`", _type(spec), _default(spec, value), _allowed(spec), resume, _cell(meaning))
+        cells = (f"`{full}`", type_of(spec), default_of(spec, value), allowed_of(spec), resume, _cell(meaning))
         rows.append(f"| {' | '.join(cells)} |")
         if spec.is_mapping:
             variants = spec.variants or {"": type(value) if value is not None else spec.kind}
@@ -96,7 +97,8 @@ def _names_elsewhere() -> str:
     return NAMES_ELSEWHERE + "\n".join(["| name | here |", "|---|---|", *rows]) + "\n"
 
 
-def _type(spec: Spec) -> str:
+def type_of(spec: Spec) -> str:
+    """Name the type of a key's value."""
     names = {int: "integer", float: "number", str: "string", bool: "boolean", object: "value"}
     if spec.is_mapping or spec.entry:
         name = "mapping" if spec.is_mapping else "mappings by name"
@@ -107,7 +109,8 @@ def _type(spec: Spec) -> str:
     return f"{name} or null" if spec.optional else name
 
 
-def _default(spec: Spec, value: Any) -> str:
+def default_of(spec: Spec, value: Any) -> str:
+    """Show a key's default, as Markdown."""
     if spec.required:
         return "**required**"
     if spec.is_mapping and value is not None:
@@ -117,7 +120,8 @@ def _default(spec: Spec, value: Any) -> str:
     return _cell(f"`{text}`")
 
 
-def _allowed(spec: Spec) -> str:
+def allowed_of(spec: Spec) -> str:
+    """Say which values a key may have, as Markdown; nothing where its type says so."""
     if spec.available is not None:
         values = ", ".join(f"`{show(plain(value))}`" for value in spec.available)
         return f"{values} in this release"
@@ -126,7 +130,7 @@ def _allowed(spec: Spec) -> str:
     plain_type = (
         spec.is_mapping
         or spec.entry
-        or not (spec.bounds or spec.pattern or spec.length or _type(spec).startswith("name"))
+        or not (spec.bounds or spec.pattern or spec.length or type_of(spec).startswith("name"))
     )
     return "" if plain_type else _cell(describe(spec))
 

@@ -1,0 +1,99 @@
+"""Searches for a mesh: every result validates, fits, and is what `estimate` says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moefoundry.cli.main import main
+from moefoundry.config import Recipe, load_recipe
+from moefoundry.planning.choose import HEADROOM, Choice, choose
+from moefoundry.planning.choose_table import choose_table, overrides
+from moefoundry.planning.devices import ACCELERATORS, Accelerator, accelerator
+from moefoundry.planning.estimate import estimate
+from tests.conftest import QUICKSTART
+
+WORLD = 8
+H100 = accelerator("h100")
+WIDE = ["model.d_model=4096", "model.n_layers=4", "model.moe.expert_hidden_size=2048", "global_train_batch_size=64"]
+"""Sizes at which the mesh makes a difference of gigabytes."""
+
+
+def small(memory_gb: float) -> Accelerator:
+    """An H100 with less memory."""
+    return Accelerator(**{**vars(ACCELERATORS["h100"]), "memory_gb": memory_gb})
+
+
+def recipe(*changes: str) -> Recipe:
+    return load_recipe(QUICKSTART, [*WIDE, *changes])
+
+
+@pytest.fixture(scope="module")
+def found() -> Choice:
+    return choose(recipe("precision.compute=bf16"), WORLD, H100)
+
+
+def test_each_result_validates_and_is_what_estimate_says_of_it(found: Choice) -> None:
+    assert found.other_precision is not None
+    assert "precision.fp8.recipe" in found.other_precision.changes
+    assert len(found.best) == 3
+    for each in (*found.best, found.other_precision):
+        words = overrides(each).split()
+        changed = load_recipe(QUICKSTART, [*WIDE, "precision.compute=bf16", *words], WORLD)
+        expected = estimate(changed, WORLD, H100)
+        assert each.estimate.to_json() == expected.to_json()
+
+
+def test_the_fastest_come_first_and_none_is_slower_than_the_recipe(found: Choice) -> None:
+    seconds = [each.seconds for each in found.best]
+    assert seconds == sorted(seconds)
+    assert found.given is not None
+    assert found.fits
+    assert found.smallest is None
+    assert seconds[0] <= found.given.step.total
+    assert all(each.same_numbers for each in found.best)
+    assert len({each.estimate.plan.mesh for each in found.best}) == 3
+
+
+def test_the_smallest_change_that_fits_changes_one_key(capsys: pytest.CaptureFixture[str]) -> None:
+    given = recipe("precision.compute=bf16", "mesh={replicate: 8, shard: 1}", "device_train_microbatch_size=1")
+    whole = estimate(given, WORLD, H100).plan.memory.total / 1e9
+    device = small(whole * 0.9 / (1 - HEADROOM))
+    choice = choose(given, WORLD, device)
+    assert not choice.fits
+    assert choice.smallest is not None
+    assert len(choice.smallest.changes) <= 2  # replicate and shard go together
+    assert choice.smallest.same_numbers
+    assert choice.smallest.estimate.plan.memory.total <= whole * 0.9e9
+    text = choose_table(choice, WORLD, device)
+    assert f"smallest change: {overrides(choice.smallest)}" in text
+    assert "as it is, does not fit" in text
+
+
+def test_bf16_moments_are_tried_only_where_nothing_else_fits() -> None:
+    given = recipe("precision.compute=bf16")
+    least = choose(given, WORLD, small(0.1)).least
+    assert least is not None
+    assert least.changes["precision.optimizer_moments"] == "bf16"
+    device = small(least.estimate.plan.memory.total * 1.01 / 1e9 / (1 - HEADROOM))
+    choice = choose(given, WORLD, device)
+    assert choice.best == []
+    assert choice.other_precision is not None
+    assert not choice.other_precision.same_numbers
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["recommend", str(QUICKSTART), "--world-size"]
+    assert main([*command, "3"]) == 1
+    told = capsys.readouterr().out
+    assert "does not suit this number of devices" in told
+    assert "global_train_batch_size" in told
+    assert main([*command, "4", "--json", "precision.compute=bf16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert found["tried"] > 20
+    (tmp_path / "tiny.yaml").write_text("\n".join(f"{k}: {v}" for k, v in vars(small(0.01)).items()))
+    assert main([*command, "4", "--gpu", str(tmp_path / "tiny.yaml")]) == 1
+    assert "nothing fits" in capsys.readouterr().out
