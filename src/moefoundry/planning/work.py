@@ -97,3 +97,9 @@ def _positions_seen(seq_len: int, window: int | None) -> float:
     """Mean number of positions that a position sees, itself included."""
     seen = min(seq_len, window or seq_len)
     return (seen * (seen + 1) / 2 + (seq_len - seen) * seen) / seq_len
+
+
+def flops_per_token(model: MoETransformer, seq_len: int) -> float:
+    """Count the FLOPs of a token, forward and backward, without recomputation; ``model`` may be on meta."""
+    works = [block_work(model.cfg, block, seq_len, c=4) for block in model.blocks]
+    return 3 * (sum(work.flops for work in works) + head_work(model).flops)
