@@ -7,11 +7,17 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, recipe_arguments
 from moefoundry.cli.exits import EXIT_NO
+
+if TYPE_CHECKING:
+    from moefoundry.sweeping.trials import Sweep, Trial
+
+SAMPLERS, PRUNERS = ("tpe", "random", "gp"), ("none", "median", "hyperband")
 
 
 def _part(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
@@ -27,7 +33,10 @@ def _part(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 @recipe_arguments
 @click.option("-o", "--output", required=True, metavar="DIR", help="Directory of the sweep.")
 @click.option("--random", "draws", type=positive, metavar="N", help="Draw N combinations instead of trying all.")
-@click.option("--seed", type=int, default=17, metavar="S", help="Seed of --random (default 17).")
+@click.option("--optuna", "searched", type=positive, metavar="N", help="Search with N trials of Optuna.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), default="tpe", help="Sampler of --optuna (default tpe).")
+@click.option("--pruner", type=click.Choice(PRUNERS), default="median", help="Pruner of --optuna (default median).")
+@click.option("--seed", type=int, default=17, metavar="S", help="Seed of --random and --optuna (default 17).")
 @click.option("--zip", "zipped", multiple=True, metavar="KEY,KEY", help="Keys that change together.")
 @click.option("--tokens", type=positive, metavar="N", help="Train every run for as many tokens.")
 @click.option("--flops", type=click.FloatRange(min=1), metavar="X", help="Train every run for as many FLOPs.")
@@ -40,6 +49,9 @@ def command(
     arguments: list[str],
     output: str,
     draws: int | None,
+    searched: int | None,
+    sampler: str,
+    pruner: str,
     seed: int,
     zipped: tuple[str, ...],
     tokens: int | None,
@@ -53,7 +65,8 @@ def command(
     """Train a recipe with every combination of the values that its overrides list, and compare the results.
 
     A key gets several values by commas, model.moe.top_k=1,2,4, or as a range, 'optimizer.lr=1e-4..1e-2 log 5' (even in
-    the logarithm; without "log" even; with --random the number of values is left out). Other overrides hold for all.
+    the logarithm; without "log" even; for --random and --optuna the number of values is left out). Other overrides hold
+    for all.
 
     The same command goes on after a kill: finished runs are kept, begun ones resume. Combinations that do not validate
     are left out, and listed with the reason. DIR holds runs/, results.csv and results.png; the table is sorted by
@@ -62,9 +75,11 @@ def command(
     from moefoundry.config import UserError, split_arguments
     from moefoundry.sweeping.axes import drawn, grid, read_axes
     from moefoundry.sweeping.results import results_of, table, write_csv, write_plot
-    from moefoundry.sweeping.run import Stopped, command_of, is_done, run_all
-    from moefoundry.sweeping.trials import Budget, Sweep, Trial, part_of
+    from moefoundry.sweeping.run import Stopped, command_of, run_all
+    from moefoundry.sweeping.trials import Budget, Sweep, part_of
 
+    if searched and (draws or part or dry_run):
+        raise click.UsageError("--optuna goes with neither --random, --part nor --dry-run")
     if tokens and flops:
         raise click.UsageError("--tokens and --flops are two lengths of a run; give one")
     path, overrides = split_arguments(arguments)
@@ -72,23 +87,27 @@ def command(
     if not axes:
         raise UserError("no key has several values; write model.moe.top_k=1,2,4")
     sweep = Sweep(Path(output), path, tuple(same), Budget(tokens, flops), ranks)
-    trials = sweep.trials(drawn(axes, draws, seed) if draws else grid(axes))
-    chosen = trials if part is None else part_of(trials, part)
-    if dry_run:
-        _print_commands(path, chosen, ranks)
-        return 0
-    problems = [trial.problem for trial in trials if trial.problem]
-    if len(problems) == len(trials):
-        raise UserError(f"none of the {len(trials)} combinations is valid; the first: {problems[0]}")
-    sweep.remember()
-    ahead = sum(not trial.problem and not is_done(trial) for trial in chosen)
-    print(f"{len(chosen)} combinations, {ahead} to run, {len(problems)} not valid", file=sys.stderr, flush=True)
 
     def report(trial: Trial, word: str) -> None:
         print(f"{trial.label}: {word}", file=sys.stderr, flush=True)
 
+    def start(trial: Trial) -> list[str]:
+        return command_of(path, trial, ranks)
+
     try:
-        failed = run_all(chosen, lambda trial: command_of(path, trial, ranks), parallel, report)
+        if searched:
+            from moefoundry.sweeping.search import search
+
+            sweep.remember()
+            trials, any_failed = search(sweep, axes, searched, (sampler, pruner, seed), start, parallel, report)
+        else:
+            trials = sweep.trials(drawn(axes, draws, seed) if draws else grid(axes))
+            chosen = trials if part is None else part_of(trials, part)
+            if dry_run:
+                _print_commands(path, chosen, ranks)
+                return 0
+            _announce(sweep, trials, chosen)
+            any_failed = bool(run_all(chosen, start, parallel, report))
     except Stopped as stopped:
         print("stopped; the same command goes on", file=sys.stderr)
         return 128 + stopped.number
@@ -96,10 +115,23 @@ def command(
     write_csv(results, sweep.directory)
     write_plot(results, sweep.directory)
     print(json.dumps([asdict(each) for each in results], indent=2) if as_json else table(results))
-    return EXIT_NO if failed else 0
+    return EXIT_NO if any_failed else 0
 
 
-def _print_commands(path: str | None, trials: list, ranks: int) -> None:  # type: ignore[type-arg]
+def _announce(sweep: Sweep, trials: list[Trial], chosen: list[Trial]) -> None:
+    """Say how much there is to do, and keep what all runs have in common."""
+    from moefoundry.config import UserError
+    from moefoundry.sweeping.run import is_done
+
+    problems = [trial.problem for trial in trials if trial.problem]
+    if len(problems) == len(trials):
+        raise UserError(f"none of the {len(trials)} combinations is valid; the first: {problems[0]}")
+    sweep.remember()
+    ahead = sum(not trial.problem and not is_done(trial) for trial in chosen)
+    print(f"{len(chosen)} combinations, {ahead} to run, {len(problems)} not valid", file=sys.stderr, flush=True)
+
+
+def _print_commands(path: str | None, trials: list[Trial], ranks: int) -> None:
     from moefoundry.sweeping.run import command_of
 
     for trial in trials:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config import load_recipe
-from moefoundry.sweeping.run import is_done
+from moefoundry.sweeping.run import is_done, is_pruned
 from moefoundry.sweeping.trials import Sweep, Trial, write_whole
 
 METRICS = "metrics.jsonl"
@@ -30,7 +30,7 @@ class Result:
 
     Attributes:
         point: Text of each swept key.
-        state: ``done``, ``unfinished`` or ``invalid``.
+        state: ``done``, ``pruned``, ``unfinished`` or ``invalid``.
         held_out: Last held-out loss, nats a token.
         train: Mean training loss of the last batches, nats a token.
         violation: Mean over the last batches of the largest load of an expert over its even share, less 1.
@@ -64,15 +64,16 @@ class Result:
 
 def results_of(sweep: Sweep, trials: Sequence[Trial]) -> list[Result]:
     """Read the results of all trials, those with the lowest loss first."""
-    results = [_result(sweep, trial) for trial in trials]
+    results = [result_of(sweep, trial) for trial in trials]
     return sorted(results, key=lambda each: (each.loss is None, each.loss or 0.0, each.state))
 
 
-def _result(sweep: Sweep, trial: Trial) -> Result:
+def result_of(sweep: Sweep, trial: Trial) -> Result:
+    """Read the result of one trial."""
     if trial.problem:
         return Result(trial.point, "invalid", problem=trial.problem)
-    lines = _lines(trial.run_dir / METRICS)
-    state = "done" if is_done(trial) else "unfinished"
+    lines = read_lines(trial.run_dir / METRICS)
+    state = "pruned" if is_pruned(trial) else "done" if is_done(trial) else "unfinished"
     if not lines:
         return Result(trial.point, state)
     from moefoundry.model.transformer import meta_model
@@ -99,7 +100,7 @@ def _result(sweep: Sweep, trial: Trial) -> Result:
     )
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """Read whole lines in the order of their batches; the last one of a killed run may be torn."""
     lines: dict[int, dict[str, Any]] = {}
     for text in file.read_text().splitlines() if file.exists() else []:

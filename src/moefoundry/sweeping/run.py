@@ -26,6 +26,7 @@ from moefoundry.sweeping.trials import Trial, write_whole
 
 ENDED, LOG = "trial.json", "log.txt"
 EXIT_STOPPED = 75
+ASKING_SECONDS = 1.0
 LEASE_SECONDS = 90.0
 """Time that a run of an earlier, killed sweep is given to save and end."""
 
@@ -40,8 +41,13 @@ class Stopped(Exception):  # noqa: N818  # an answer, not an error
 
 
 def is_done(trial: Trial) -> bool:
-    """Tell if a trial has ended well."""
+    """Tell if a trial has ended well, or was pruned."""
     return (trial.run_dir / ENDED).exists()
+
+
+def is_pruned(trial: Trial) -> bool:
+    """Tell if a trial was ended because others were better."""
+    return is_done(trial) and bool(json.loads((trial.run_dir / ENDED).read_text()).get("pruned"))
 
 
 def command_of(recipe: str | None, trial: Trial, ranks: int) -> list[str]:
@@ -69,93 +75,121 @@ def run_all(
         Stopped: A signal has ended it.
     """
     failed: dict[str, int] = {}
-    with _stopping() as running, ThreadPoolExecutor(at_once) as pool:
+    with running(command, report) as runner, ThreadPoolExecutor(at_once) as pool:
         ahead = [trial for trial in trials if not trial.problem and not is_done(trial)]
-        for trial, status in pool.map(lambda trial: (trial, _run(trial, command(trial), running, report)), ahead):
+        for trial, status in pool.map(lambda trial: (trial, runner.run(trial)), ahead):
             if status not in (0, None):
                 failed[trial.label] = status
-    if running.stopped_by:
-        raise Stopped(running.stopped_by)
     return failed
 
 
-class _Running:
-    """Processes of the trials that run now."""
+class Runner:
+    """Starts trials and waits for them, until a signal stops all that run.
 
-    def __init__(self) -> None:
-        self.processes: set[subprocess.Popen[bytes]] = set()
+    Args:
+        command: Makes the command of a trial.
+        report: Called when a trial begins and ends, with a word for it.
+    """
+
+    def __init__(self, command: Callable[[Trial], list[str]], report: Report) -> None:
+        self.command, self.report = command, report
         self.stopped_by = 0
-        self.lock = threading.Lock()
-
-    def start(self, command: list[str], log: Path) -> subprocess.Popen[bytes] | None:
-        with self.lock:
-            if self.stopped_by:
-                return None
-            with log.open("ab") as output:
-                process = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    preexec_fn=partial(_end_with, os.getpid()),
-                )
-            self.processes.add(process)
-            return process
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
 
     def stop(self, number: int) -> None:
+        """End all trials as SIGTERM does, for which a run saves, and start no more."""
         self.stopped_by = number
-        for process in list(self.processes):
+        for process in list(self._processes):
             with suppress(ProcessLookupError):
                 process.terminate()
 
+    def run(self, trial: Trial, is_hopeless: Callable[[], bool] | None = None) -> int | None:
+        """Run one trial to its end.
+
+        Args:
+            trial: The trial.
+            is_hopeless: Asked every second; the trial ends, and counts as pruned, where it says so.
+
+        Returns:
+            The exit status, 0 for a pruned trial too; None if it was stopped, or not started for a signal.
+        """
+        trial.run_dir.mkdir(parents=True, exist_ok=True)
+        self._wait_for_lease(trial.run_dir)
+        begin = time.monotonic()
+        if (process := self._start(trial)) is None:
+            return None
+        self.report(trial, "begins")
+        pruned = self._wait(process, is_hopeless)
+        status, seconds = process.returncode, time.monotonic() - begin
+        if self.stopped_by or (status == EXIT_STOPPED and not pruned):
+            self.report(trial, "stopped; it goes on when the sweep is started again")
+            return None
+        if status and not pruned:
+            self.report(trial, f"failed with exit status {status}: {_last_line(trial.run_dir / LOG)}")
+            return status
+        ended = {"point": trial.point, "pruned": pruned, "seconds_of_last_start": seconds}
+        write_whole(trial.run_dir / ENDED, json.dumps(ended))
+        self.report(trial, f"{'pruned' if pruned else 'done'} after {seconds:,.0f} s")
+        return 0
+
+    def _start(self, trial: Trial) -> subprocess.Popen[bytes] | None:
+        with self._lock, (trial.run_dir / LOG).open("ab") as output:
+            if self.stopped_by:
+                return None
+            process = subprocess.Popen(
+                self.command(trial),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=partial(_end_with, os.getpid()),
+            )
+            self._processes.add(process)
+            return process
+
+    def _wait(self, process: subprocess.Popen[bytes], is_hopeless: Callable[[], bool] | None) -> bool:
+        """Wait for a process. Tells if it was pruned."""
+        pruned = False
+        while process.poll() is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(None if is_hopeless is None or pruned else ASKING_SECONDS)
+                break
+            if is_hopeless is not None and is_hopeless() and process.poll() is None:
+                pruned = True
+                process.terminate()
+        self._processes.discard(process)
+        return pruned
+
+    def _wait_for_lease(self, run_dir: Path) -> None:
+        """Wait for the end of a run that a killed sweep has left; training itself refuses one that stays."""
+        until = time.monotonic() + LEASE_SECONDS
+        while (run_dir / LEASE_FILE).exists() and time.monotonic() < until and not self.stopped_by:
+            if not _holder_lives(run_dir / LEASE_FILE):
+                return
+            time.sleep(0.2)
+
 
 @contextmanager
-def _stopping() -> Iterator[_Running]:
-    """Pass SIGTERM and Ctrl-C on to the trials, as SIGTERM, for which a run saves."""
-    running = _Running()
+def running(command: Callable[[Trial], list[str]], report: Report) -> Iterator[Runner]:
+    """Make a runner, to which SIGTERM and Ctrl-C are passed on.
+
+    Raises:
+        Stopped: A signal came.
+    """
+    runner = Runner(command, report)
 
     def stop(number: int, _: FrameType | None) -> None:
-        running.stop(number)
+        runner.stop(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield running
+        yield runner
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _run(trial: Trial, command: list[str], running: _Running, report: Report) -> int | None:
-    """Run one trial to its end. Returns its exit status; None if it was stopped, or not started for a signal."""
-    trial.run_dir.mkdir(parents=True, exist_ok=True)
-    _wait_for_lease(trial.run_dir, running)
-    begin = time.monotonic()
-    process = running.start(command, trial.run_dir / LOG)
-    if process is None:
-        return None
-    report(trial, "begins")
-    status = process.wait()
-    running.processes.discard(process)
-    seconds = time.monotonic() - begin
-    if status == 0:
-        write_whole(trial.run_dir / ENDED, json.dumps({"point": trial.point, "seconds_of_last_start": seconds}))
-        report(trial, f"done in {seconds:,.0f} s")
-        return 0
-    if status == EXIT_STOPPED or running.stopped_by:
-        report(trial, "stopped; it goes on when the sweep is started again")
-        return None
-    report(trial, f"failed with exit status {status}: {_last_line(trial.run_dir / LOG)}")
-    return status
-
-
-def _wait_for_lease(run_dir: Path, running: _Running) -> None:
-    """Wait for the end of a run that a killed sweep has left; training itself refuses one that stays."""
-    until = time.monotonic() + LEASE_SECONDS
-    while (run_dir / LEASE_FILE).exists() and time.monotonic() < until and not running.stopped_by:
-        if not _holder_lives(run_dir / LEASE_FILE):
-            return
-        time.sleep(0.2)
+    if runner.stopped_by:
+        raise Stopped(runner.stopped_by)
 
 
 def _holder_lives(lease: Path) -> bool:
