@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.harness import ROOT, Comparison
 from benchmarks.processes import NODE, Channel, accept, failure, listen, running
-from benchmarks.worker import NEVER, RECIPE, train_moefoundry, turnstile
+from benchmarks.worker import NEVER, PACKED, RECIPE, train_moefoundry, turnstile
 from moefoundry.config import load_recipe
 
 SIDES = {"with": "ema={decay: 0.999}", "without": "ema=null"}
@@ -78,6 +78,7 @@ def main(side: str, address: str, batches: int) -> None:
     """Train one side, a turn at a time."""
     with tempfile.TemporaryDirectory() as run_dir:
         overrides = [
+            PACKED,
             SIDES[side],
             f"max_duration={batches}ba",
             "scheduler.t_warmup=1ba",

@@ -96,14 +96,14 @@ def run_ema(args: argparse.Namespace) -> list[harness.Comparison]:
 
 
 def prepare_data() -> None:
-    """The quickstart's data; does nothing when they are there."""
-    from benchmarks.worker import RECIPE
+    """The quickstart's data, packed; does nothing when they are there."""
+    from benchmarks.worker import PACKED, RECIPE
     from moefoundry.config import load_recipe
 
-    local = load_recipe(RECIPE).train_loader.dataset.local
-    subprocess.run(
-        [sys.executable, "-m", "moefoundry", "prepare", "stdlib", local], cwd=harness.ROOT.parent, check=True
-    )
+    recipe = load_recipe(RECIPE, [PACKED])
+    length = f"--max-seq-len={recipe.max_seq_len}"
+    command = [sys.executable, "-m", "moefoundry", "prepare", "stdlib", recipe.train_loader.dataset.local, length]
+    subprocess.run(command, cwd=harness.ROOT.parent, check=True)
 
 
 BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[harness.Comparison]]] = {

@@ -22,7 +22,7 @@ from pathlib import Path
 from benchmarks.harness import ROOT, Comparison
 from benchmarks.llm_foundry import matches, training_config
 from benchmarks.processes import NODE, failure, running
-from benchmarks.worker import RECIPE
+from benchmarks.worker import PACKED, RECIPE
 from moefoundry.config import load_recipe
 
 RANKS = 2
@@ -106,12 +106,12 @@ def first_step(launcher: str, prepare: Callable[[Path], tuple[list[str], Path]],
 def moefoundry_script(directory: Path) -> tuple[list[str], Path]:
     """The quickstart's command line after the launcher, and the file to wait for."""
     run_dir = directory / "run"
-    return ["scripts/train.py", str(RECIPE), f"run_dir={run_dir}"], run_dir / "metrics.jsonl"
+    return ["scripts/train.py", str(RECIPE), PACKED, f"run_dir={run_dir}"], run_dir / "metrics.jsonl"
 
 
 def llm_foundry_script(directory: Path) -> tuple[list[str], Path]:
     """LLM Foundry's command line after the launcher, and the file to wait for."""
-    recipe = load_recipe(RECIPE, world_size=RANKS)
+    recipe = load_recipe(RECIPE, [PACKED], world_size=RANKS)
     entry, plugin, yaml, marker = (directory / name for name in ("train.py", "plugin.py", "train.yaml", "first_step"))
     entry.write_text(ENTRY)
     plugin.write_text(PLUGIN.format(marker=str(marker)))

@@ -19,6 +19,8 @@ from benchmarks.processes import connect
 from moefoundry.config import Recipe, load_recipe
 
 RECIPE = ROOT.parent / "configs" / "quickstart.yaml"
+PACKED = "train_loader.dataset.local=data/quickstart-packed"
+"""Data of the recipe as LLM Foundry's loader reads them, too: samples packed to its ``max_seq_len``."""
 NEVER = "1000000ba"
 
 
@@ -72,6 +74,7 @@ def main(side: str, address: str, match_index: int, batches: int, ranks: int) ->
     match = matches(load_recipe(RECIPE).model)[match_index]
     with tempfile.TemporaryDirectory() as run_dir:
         overrides = [
+            PACKED,
             *match.overrides,
             f"max_duration={batches}ba",
             "scheduler.t_warmup=1ba",

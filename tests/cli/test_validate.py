@@ -68,7 +68,7 @@ def test_data_that_are_not_there_are_a_note_with_the_command_that_makes_them(cap
     assert data.startswith(
         "note: train_loader.dataset.local: my data: no such directory (the recipe's dataset.local); "
     )
-    assert "moefoundry prepare stdlib 'my data' --max-seq-len 512 --vocab-size 4096" in data
+    assert "moefoundry prepare stdlib 'my data' --vocab-size 4096" in data
     assert start == "note: load_path: nowhere: no such directory"
     remote = [f"{loader}.dataset.remote=s3://bucket/data" for loader in ("train_loader", "eval_loader")]
     assert main(["validate", QUICKSTART, remote[0]]) == 0

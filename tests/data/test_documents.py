@@ -63,19 +63,31 @@ def test_documents_in_order_are_the_packed_samples(options: PrepareOptions, tmp_
         assert (samples == stream[: samples.size].reshape(samples.shape)).all()
 
 
-def test_a_layout_is_not_taken_for_the_other(options: PrepareOptions) -> None:
+def test_a_layout_is_not_taken_for_the_other(options: PrepareOptions, tmp_path: Path) -> None:
     prepare(options)
     assert prepare(options).up_to_date
-    with pytest.raises(UserError, match=r"differs in .*format_version \(2 there, 1 now\), max_seq_len"):
+    with pytest.raises(UserError, match=r"out: holds documents, .* and packed samples are asked for; without max_seq"):
         prepare(replace(options, layout=Layout.packed))
+    packed = replace(options, out=options.out.with_name("packed"), layout=None, max_seq_len=32)
+    prepare(packed)
+    before = {file: file.stat().st_mtime_ns for file in packed.out.rglob("*")}
+    with pytest.raises(
+        UserError, match=r"packed: holds samples packed to 32 tokens, .* max_seq_len=32 keeps them, over"
+    ):
+        prepare(replace(packed, max_seq_len=None, source=str(tmp_path / "not read")))
+    assert {file: file.stat().st_mtime_ns for file in packed.out.rglob("*")} == before
+    assert prepare(packed).up_to_date
+    assert prepare(replace(packed, max_seq_len=None, overwrite=True)).corpus.layout is Layout.documents
     (options.out / "val" / "lengths.npy").unlink()
     with pytest.raises(UserError, match=r"val/lengths\.npy \(missing there\)"):
         prepare(options)
 
 
-def test_the_command_line_asks_for_documents(options: PrepareOptions, capsys: pytest.CaptureFixture[str]) -> None:
-    line = ["prepare", options.source, str(options.out), "--layout=documents", "--vocab-size=300"]
-    assert main([*line, "--max-seq-len=32"]) == 2
+def test_the_command_line_makes_documents_by_default(
+    options: PrepareOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["prepare", options.source, str(options.out), "--vocab-size=300"]
+    assert main([*line, "--layout=documents", "--max-seq-len=32"]) == 2
     assert "--max-seq-len 32: not with --layout documents" in capsys.readouterr().err
     assert main(line) == 0
     assert "out: prepared (vocabulary 300, documents)" in capsys.readouterr().out

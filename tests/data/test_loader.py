@@ -209,7 +209,7 @@ def test_workers_keep_the_order(corpus: Path, build: Callable) -> None:
 def test_missing_corpus_gives_the_command(build: Callable, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         build(config_of(tmp_path / "my data"), model_vocab_size=4096)
-    command = f"moefoundry prepare stdlib '{tmp_path}/my data' --max-seq-len {SEQ_LEN} --vocab-size 4096"
+    command = f"moefoundry prepare stdlib '{tmp_path}/my data' --vocab-size 4096"
     assert f"my data: no such directory (the recipe's dataset.local); make it with: {command}" in str(raised.value)
 
 

@@ -31,7 +31,7 @@ MERGE = "merge"
 @click.option(
     "--layout",
     type=click.Choice(["packed", "documents"]),
-    help="Samples of one length (default packed), or documents, which are packed when they are read.",
+    help="Documents, which are packed when they are read, or samples packed to one length (default documents).",
 )
 @click.option("--instructions", "kind", flag_value="instructions", help="SOURCE has records of prompts and responses.")
 @click.option(
@@ -49,7 +49,7 @@ MERGE = "merge"
     type=click.Choice(["truncate", "drop", "error"]),
     help="Records of more: truncate them (default truncate), drop them, or stop.",
 )
-@click.option("--max-seq-len", type=int, metavar="N", help="Tokens of a packed sample (default 512).")
+@click.option("--max-seq-len", type=int, metavar="N", help="Tokens of a packed sample (default 512); N alone packs.")
 @click.option("--vocab-size", type=int, metavar="N", help="Size of the vocabulary to train (default 4096).")
 @click.option("--tokenizer", type=local_path, metavar="DIR", help="Hugging Face tokenizer to use; none is trained.")
 @click.option("--add-fim-tokens", is_flag=True, help="Give that tokenizer special tokens for fill-in-the-middle.")

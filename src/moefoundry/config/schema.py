@@ -76,7 +76,7 @@ class Recipe:
     max_seq_len: int = key(
         REQUIRED,
         "Tokens a sequence.",
-        customary="4096 or 8192, as the data were prepared",
+        customary="4096 or 8192",
         ge=2,
         renamed_from=(
             "max_position_embeddings",

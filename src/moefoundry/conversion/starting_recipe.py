@@ -159,7 +159,7 @@ def starting_recipe(
     odd = {"model.moe.backend": ("loop", "the faster ones want widths that 8 divides")}
     keys = {
         "run_name": (name, "a run writes to runs/RUN_NAME"),
-        "max_seq_len": (length, f"tokens a sequence, as the data are prepared{_longest(max_seq_len, length)}"),
+        "max_seq_len": (length, f"tokens a sequence{_longest(max_seq_len, length)}"),
         **{path: (value, _meaning(path)) for path, value in stated(cfg, "model")},
         **(odd if (cfg.d_model | cfg.moe.expert_hidden_size) % 8 else {}),
         "precision.compute": ("bf16", "matrix products; master weights stay fp32. On a CPU: fp32"),
@@ -174,7 +174,7 @@ def starting_recipe(
         **({} if load_path is None else {"load_weights_only": (True, "counters, schedule and data begin anew")}),
     }
     tokenizer = "TOKENIZER_DIR" if load_path is None else f"{load_path}/tokenizer"
-    data = f"moefoundry prepare DOCUMENTS.jsonl data/{name} --max-seq-len {length} --tokenizer {tokenizer}"
+    data = f"moefoundry prepare DOCUMENTS.jsonl data/{name} --tokenizer {tokenizer}"
     header = [f"{title}: {_short(size.total)} parameters, {_short(size.active)} active", f"Data: {data}"]
     header += ["All other keys, such as mesh.expert, which spreads experts over ranks: docs/recipe.md"]
     return "".join(f"# {line}\n" for line in header) + commented(keys)

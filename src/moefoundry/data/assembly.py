@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moefoundry.data.identity import INDEX_FILE, corpus_digest, stream_digest
+from moefoundry.data.identity import INDEX_FILE, TOKENS, corpus_digest, stream_digest
 from moefoundry.data.left_out import LeftOut
+from moefoundry.data.mds import ShardWriter
 from moefoundry.data.options import PrepareOptions
 from moefoundry.data.packing import pack
 from moefoundry.data.places import LocalPlace
@@ -22,7 +23,7 @@ from moefoundry.data.splits import Division
 from moefoundry.data.staging import staged
 from moefoundry.data.summary import CORPUS_FILE, FORMAT_VERSIONS, LENGTHS_FILE, CorpusSummary, Layout, SplitSummary
 from moefoundry.data.tokenizer import TextTokenizer
-from moefoundry.data.writing import HASHES, BlockRecord, BlockSplit, arrays_name, token_dtype, tokens_name
+from moefoundry.data.writing import BlockRecord, BlockSplit, arrays_name, token_dtype, tokens_name
 from moefoundry.version import __version__
 
 OUTPUTS = {"tokenizer", "train", "val", CORPUS_FILE}
@@ -56,10 +57,10 @@ class Facts:
         """Sum up the corpus."""
         digests = {name: split.sha256 for name, split in splits.items()}
         return CorpusSummary(
-            format_version=FORMAT_VERSIONS[self.options.layout],
+            format_version=FORMAT_VERSIONS[self.options.stored_as],
             moefoundry_version=__version__,
             source=self.options.source,
-            max_seq_len=self.options.sample_tokens if self.options.layout is Layout.packed else None,
+            max_seq_len=self.options.sample_tokens if self.options.stored_as is Layout.packed else None,
             vocab_size=self.tokenizer.vocab_size,
             eos_token=self.tokenizer.eos_token,
             eos_id=self.tokenizer.eos_id,
@@ -71,7 +72,7 @@ class Facts:
             left_out=self.left_out.reasons,
             left_out_share=self.left_out.share(self.bytes),
             division=asdict(self.division),
-            layout=self.options.layout,
+            layout=self.options.stored_as,
         )
 
 
@@ -151,19 +152,17 @@ def pack_samples(place: LocalPlace, records: Sequence[BlockRecord], facts: Facts
 def _pack_split(
     place: LocalPlace, records: Sequence[BlockRecord], split: str, directory: Path, facts: Facts
 ) -> SplitSummary:
-    from streaming import MDSWriter
-
     seq_len, vocab_size = facts.options.sample_tokens, facts.tokenizer.vocab_size
     dtype = token_dtype(facts.tokenizer)
-    column = {"tokens": f"ndarray:{np.dtype(dtype).name}:{seq_len}"}
     counts = np.zeros(vocab_size, np.int64)
     samples = 0
-    with MDSWriter(columns=column, out=str(directory), hashes=HASHES, size_limit=facts.shard_bytes) as writer:
-        for many in pack(_stream(place, records, split, dtype), seq_len):
-            counts += np.bincount(many.reshape(-1), minlength=vocab_size)
-            samples += len(many)
-            for sample in many:
-                writer.write({"tokens": sample})
+    writer = ShardWriter(directory, {TOKENS: np.dtype(dtype).name}, facts.shard_bytes, seq_len)
+    for many in pack(_stream(place, records, split, dtype), seq_len):
+        counts += np.bincount(many.reshape(-1), minlength=vocab_size)
+        samples += len(many)
+        for sample in many:
+            writer.write(sample)
+    writer.finish()
     blocks = [record.splits[split] for record in records]
     return _summary(blocks, counts, samples, facts.tokenizer, directory, None)
 

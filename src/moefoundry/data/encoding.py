@@ -35,12 +35,12 @@ class Stored(NamedTuple):
     """Tokens and targets of one document.
 
     Attributes:
-        tokens: int64 [N], the end-of-text token included.
+        tokens: Integers [N], the end-of-text token included.
         targets: uint8 [N]; None where every token is to be predicted.
         cut: Tokens that were cut off its end.
     """
 
-    tokens: NDArray[np.int64]
+    tokens: NDArray[Any]
     targets: NDArray[np.uint8] | None = None
     cut: int = 0
 
@@ -126,7 +126,7 @@ class RecordEncoder:
 
 def encode_texts(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[Stored]]:
     """Encode texts, a document each."""
-    return [[Stored(np.append(ids, tokenizer.eos_id))] for ids in tokenizer.encode_batch(texts)]
+    return [[Stored(tokens)] for tokens in tokenizer.encode_batch(texts, ended=True)]
 
 
 @cache

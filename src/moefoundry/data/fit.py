@@ -205,7 +205,7 @@ def packed_already(place: str, dataset: DatasetConfig) -> str:
     asked = "fill-in-the-middle reorders documents" if dataset.fim is not None else method
     if dataset.fim is None and dataset.packing.method == PackingMethod.concat:
         return ""
-    return f"{place}: {asked}, and these data were packed when they were prepared; prepare them with --layout documents"
+    return f"{place}: {asked}, and these data were packed when they were prepared; prepare documents, the default"
 
 
 def fim_problems(cfg: LoaderConfig, key: str, tokenizer: Path) -> Iterator[Problem]:
@@ -305,11 +305,10 @@ def _how_to_make(source: StreamConfig, dataset: DatasetConfig, model_vocab_size:
     if dataset.packing.method == PackingMethod.pairs:
         command = ["moefoundry", "prepare", "PAIRS.jsonl", source.local, "--preferences", "--tokenizer", "DIR"]
         own = "(your own pairs, and the model's tokenizer)"
-    elif dataset.packing.method != PackingMethod.concat or dataset.fim is not None:
-        command += ["--layout", "documents", "--vocab-size", str(model_vocab_size)]
-        own = "(or your own text; for a trained model RECORDS.jsonl --instructions --tokenizer DIR)"
     else:
-        command += ["--max-seq-len", str(dataset.max_seq_len), "--vocab-size", str(model_vocab_size)]
+        command += ["--vocab-size", str(model_vocab_size)]
+        if dataset.packing.method != PackingMethod.concat or dataset.fim is not None:
+            own = "(or your own text; for a trained model RECORDS.jsonl --instructions --tokenizer DIR)"
     missing = f"{Path(source.local)}: no such directory (the recipe's dataset.local)"
     return f"{missing}; make it with: {shlex.join(command)} {own}"
 

@@ -82,6 +82,10 @@ class LeftOut:
         """Number of things left out."""
         return sum(left["count"] for left in self.reasons.values())
 
+    def behind(self) -> str:
+        """Put the losses into brackets, to stand behind an error; empty if there are none."""
+        return f" (left out: {describe_left_out(self.reasons)})" if self.count else ""
+
     def share(self, kept_bytes: int) -> float | None:
         """Return the lost share of all bytes, 0 to 1; None where the size of something lost is unknown."""
         lost = [left["bytes"] for reason, left in self.reasons.items() if reason not in HARMLESS]

@@ -74,6 +74,7 @@ def open_all(options: PrepareOptions, block_bytes: int) -> Opened:
     out = Path(os.path.realpath(stored.local if stored else options.out))
     clear_abandoned(out)
     check_out(out, options)
+    _check_layout(out, stored, options)
     encoder = RecordEncoder.of(options)
     text_key = options.text_key if encoder is None else None
     corpus = open_corpus(options.source, options.format, options.globs, text_key, options.bad_bytes, leave=out)
@@ -100,9 +101,9 @@ def _check_vocab(given: TextTokenizer | None, options: PrepareOptions) -> None:
 def inputs_of(opened: Opened, survey: Survey) -> dict[str, Any]:
     """Collect all that decides the result. Paths do not: the same files elsewhere give the same corpus."""
     options, given = opened.options, opened.given
-    packed = options.layout is Layout.packed
+    packed = options.stored_as is Layout.packed
     return {
-        "format_version": FORMAT_VERSIONS[options.layout],
+        "format_version": FORMAT_VERSIONS[options.stored_as],
         "format": opened.corpus.format.value,
         "documents": survey.documents,
         "bytes": survey.bytes,
@@ -128,6 +129,29 @@ def check_out(out: Path, options: PrepareOptions) -> None:
         raise UserError(f"{options.out}: not overwritten, as it also holds {', '.join(foreign)}")
 
 
+def _check_layout(out: Path, stored: StoredCorpus | None, options: PrepareOptions) -> None:
+    """Refuse, before anything is read, to find or make samples of one layout where there are those of the other."""
+    there = _summary_there(out, stored, options)
+    if there is None or there.layout is options.stored_as:
+        return
+    if there.layout is Layout.packed:
+        wanted = f"samples packed to {there.max_seq_len} tokens, and documents are asked for, which are the default"
+        keep = f"max_seq_len={there.max_seq_len} keeps them"
+    else:
+        wanted = "documents, which are packed when they are read, and packed samples are asked for"
+        keep = "without max_seq_len=... and layout=packed they are kept"
+    raise UserError(f"{options.out}: holds {wanted}; {keep}, overwrite=True replaces them, or choose another OUT")
+
+
+def _summary_there(out: Path, stored: StoredCorpus | None, options: PrepareOptions) -> CorpusSummary | None:
+    """Read what the corpus that is there says; None if there is none, or it is to be overwritten."""
+    if options.overwrite:
+        return None
+    if stored:
+        return stored.summary()
+    return read_corpus_summary(out) if (out / CORPUS_FILE).is_file() else None
+
+
 def existing_corpus(opened: Opened, inputs: dict[str, Any]) -> CorpusSummary | None:
     """Return the corpus that is there if it is the one asked for; None if one has to be written.
 
@@ -135,11 +159,7 @@ def existing_corpus(opened: Opened, inputs: dict[str, Any]) -> CorpusSummary | N
         UserError: It is another corpus, and is not to be overwritten.
     """
     out, stored = opened.out, opened.stored
-    if opened.options.overwrite:
-        return None
-    if not stored and not (out / CORPUS_FILE).is_file():
-        return None
-    summary = stored.summary() if stored else read_corpus_summary(out)
+    summary = _summary_there(out, stored, opened.options)
     if summary is None:
         return None
     differing = [

@@ -38,7 +38,7 @@ class PrepareOptions:
     Attributes:
         source: File, directory or ``stdlib``.
         out: Directory to make; a string may be a URL.
-        max_seq_len: Tokens a sample; :data:`PACKED_LENGTH` if None. Documents have none.
+        max_seq_len: Tokens of a packed sample; :data:`PACKED_LENGTH` if None. Documents have none.
         vocab_size: Vocabulary of the tokenizer that is trained; unused with ``tokenizer``.
         tokenizer: A Hugging Face tokenizer directory to use instead of training one.
         add_fim_tokens: Add special tokens for fill-in-the-middle to ``tokenizer``, if it has none.
@@ -53,7 +53,8 @@ class PrepareOptions:
         max_bytes: Use only the first documents, of this many bytes in all.
         seed: Decides which files are held out, and the tokenizer's sample.
         overwrite: Replace a corpus that was prepared from something else, or differently.
-        layout: Packed samples of ``max_seq_len`` tokens, or documents of any length, which are packed when read.
+        layout: Documents of any length, which are packed when read, or packed samples of ``max_seq_len`` tokens. None
+            is packed where ``max_seq_len`` is given, and else documents.
         kind: Texts; or records of instructions or preferences, which are stored as documents, with targets.
         target_responses, target_prompts: Tokens of instructions that are to be predicted; see
             :class:`~moefoundry.data.instructions.Targets`.
@@ -79,7 +80,7 @@ class PrepareOptions:
     max_bytes: int | None = None
     seed: int = 17
     overwrite: bool = False
-    layout: Layout = Layout.packed
+    layout: Layout | None = None
     kind: Kind = Kind.text
     target_responses: TargetResponses = TargetResponses.last
     target_prompts: str = "none"
@@ -88,9 +89,16 @@ class PrepareOptions:
     workers: int | None = None
 
     @property
+    def stored_as(self) -> Layout:
+        """Layout of the result: the one that is asked for, or follows from the other options."""
+        if self.kind is not Kind.text:
+            return Layout.documents
+        return self.layout or (Layout.documents if self.max_seq_len is None else Layout.packed)
+
+    @property
     def sample_tokens(self) -> int:
         """Tokens that a split needs for one sample."""
-        if self.layout is Layout.documents:
+        if self.stored_as is Layout.documents:
             return 1
         return PACKED_LENGTH if self.max_seq_len is None else self.max_seq_len
 
@@ -135,7 +143,6 @@ def expanded(options: PrepareOptions) -> PrepareOptions:
         raise UserError(f"out={options.out}: {problem}")
     return replace(
         options,
-        layout=options.layout if options.kind is Kind.text else Layout.documents,
         source=os.path.expanduser(options.source),
         out=out if is_url(resolved(out)) else Path(resolved(out)),
         tokenizer=Path(os.path.expanduser(options.tokenizer)) if options.tokenizer else None,
@@ -148,8 +155,11 @@ def check_numbers(options: PrepareOptions) -> None:
     Raises:
         UserError: Names the first that is out of range.
     """
-    if options.max_seq_len is not None and options.layout is Layout.documents:
-        raise UserError(f"max_seq_len={options.max_seq_len}: not with layout=documents, which are packed when read")
+    if options.max_seq_len is not None and options.stored_as is Layout.documents:
+        what = "layout=documents" if options.kind is Kind.text else options.kind
+        raise UserError(f"max_seq_len={options.max_seq_len}: not with {what}, which are packed when read")
+    if options.layout is Layout.packed and options.kind is not Kind.text:
+        raise UserError(f"layout=packed: not of {options.kind}, which are stored as documents")
     if options.max_seq_len is not None and options.max_seq_len < 2:
         raise UserError(f"max_seq_len={options.max_seq_len}: at least 2 (a token and the next one)")
     if not 0 <= options.val_fraction < 1:

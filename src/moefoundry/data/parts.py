@@ -25,7 +25,7 @@ from moefoundry.data import prepare
 from moefoundry.data.assembly import Facts, join, tokens_of
 from moefoundry.data.left_out import Left, LeftOut
 from moefoundry.data.opening import check_out, inputs_of, open_all
-from moefoundry.data.options import Kind, Part, PrepareOptions, expanded
+from moefoundry.data.options import Part, PrepareOptions, expanded
 from moefoundry.data.places import LocalPlace
 from moefoundry.data.prepare import PreparedSummary, left_out_of, make_writer, place_of, working, write_blocks
 from moefoundry.data.splits import Division
@@ -94,12 +94,13 @@ def prepare_part(options: PrepareOptions, part: Part) -> PartSummary:
     assert opened.given is not None
     if (opened.out / CORPUS_FILE).exists() and not options.overwrite:
         raise UserError(f"{options.out}: is there already; choose another OUT, or overwrite=True")
+    place = place_of(opened.out)
+    _check_count(place, part, options.out)
     corpus = opened.corpus
     left_out = unusable_of(corpus) if part.number == 1 else LeftOut()
     survey = survey_in_parallel(corpus, part.of(opened.blocks), left_out, opened.workers)
     if not survey.documents:
         survey.left_out.check(options.source, 0, options.max_loss, corpus.hint(survey.left_out))
-    place = place_of(opened.out)
     with working(opened.out), place.locked(shared=True):
         writer = make_writer(opened, place, opened.given, Division(options.val_fraction))
         records = write_blocks(writer, survey, opened.workers)
@@ -117,6 +118,7 @@ def prepare_part(options: PrepareOptions, part: Part) -> PartSummary:
             left_out=left_out.reasons,
             kept_bytes=kept_bytes,
         )
+        _check_count(place, part, options.out)  # of one that was finished meanwhile
         _put(place, record, part, opened.given)
     tokens = sum(tokens_of(records, split.value) for split in writer.splits)
     return PartSummary(str(part), len(records), survey.documents, tokens)
@@ -142,14 +144,27 @@ def check_part(options: PrepareOptions, part: Part) -> None:
     """
     if isinstance(options.out, str):
         raise UserError(f"part={part}: OUT is a directory that the machines of all parts see, not a URL")
-    if options.kind is not Kind.text:
-        raise UserError(f"part={part}: {options.kind} are prepared at once")
-    if options.layout is not Layout.documents:
+    if options.stored_as is not Layout.documents:
         raise UserError(f"part={part}: parts are documents, which are packed when they are read: layout=documents")
     if options.tokenizer is None:
         raise UserError(f"part={part}: needs tokenizer=..., one for all parts; a run with max_bytes=... makes one")
     if options.max_docs is not None or options.max_bytes is not None:
         raise UserError(f"part={part}: neither with max_docs=... nor with max_bytes=..., which count from the start")
+
+
+def _check_count(place: LocalPlace, part: Part, out: Path | str) -> None:
+    """Refuse a part of another number of parts than those that are finished.
+
+    Raises:
+        UserError: Says which there are.
+    """
+    others = [(int(match[1]), int(match[2])) for name in place.names() if (match := PART.fullmatch(name))]
+    for number, count in others:
+        if count != part.count:
+            raise UserError(
+                f"part={part}: {out} has part {number}/{count} already; give part=I/{count}, "
+                f"or remove {place.directory} to begin again with {part.count} parts"
+            )
 
 
 def _put(place: LocalPlace, record: _PartRecord, part: Part, tokenizer: TextTokenizer) -> None:
@@ -188,7 +203,7 @@ def merge_parts(out: Path, overwrite: bool = False) -> PreparedSummary:
             left_out.add_all(LeftOut(part.left_out))
         nbytes, kept_bytes = sum(block[2] for block in blocks), sum(part.kept_bytes for part in parts)
         left_out.check(parts[0].source, kept_bytes, min(part.max_loss for part in parts), "")
-        _check_splits(records, out)
+        _check_splits(records, out, left_out)
         sha256 = digest_of_digests((block[1], block[3]) for block in blocks)
         whole = (sum(block[1] for block in blocks), nbytes, sha256)
         inputs = parts[0].inputs | dict(zip(OF_THE_WHOLE, whole, strict=True))
@@ -244,10 +259,11 @@ def _records(place: LocalPlace, blocks: Sequence[tuple[int, int, int, str, str]]
     return records
 
 
-def _check_splits(records: Sequence[BlockRecord], out: Path) -> None:
+def _check_splits(records: Sequence[BlockRecord], out: Path, left_out: LeftOut) -> None:
     """Refuse a corpus without a document in one of its splits."""
     if not records:
-        raise UserError(f"{out}: no part has any text")
+        raise UserError(f"{out}: no part has any text{left_out.behind()}")
     empty = [name for name in records[0].splits if not tokens_of(records, name)]
     if empty:
-        raise UserError(f"{out}: no document for {' and '.join(empty)}; prepare the parts with another val_fraction")
+        remedy = "prepare the parts with another val_fraction"
+        raise UserError(f"{out}: no document for {' and '.join(empty)}{left_out.behind()}; {remedy}")

@@ -3,12 +3,12 @@
 Layout of the result::
 
     OUT/tokenizer/    Hugging Face tokenizer
-    OUT/train/        MDS shards, column ``tokens``: ids of uint16 (uint32 if needed), max_seq_len of them in a sample
+    OUT/train/        MDS shards, column ``tokens``: ids of uint16 (uint32 if needed)
     OUT/val/          the same, of held-out files; absent with a ``val_fraction`` of 0
     OUT/corpus.json   counts, unigram entropies, options and the digest of the input (see ``summary``)
 
-A sample of the layout ``documents`` is one document of any length, end-of-text token included, and beside the shards
-``lengths.npy`` (int32 [documents]) has the lengths of all samples in order.
+A sample is one document of any length, end-of-text token included, and beside the shards ``lengths.npy`` (int32
+[documents]) has the lengths of all samples in order. In the layout ``packed`` it has max_seq_len tokens.
 
 OUT appears when it is complete (:mod:`moefoundry.data.staging`). The result is a function of the documents and the
 options alone, so a second run has nothing to do, and a run that would give something else refuses instead of replacing
@@ -22,7 +22,6 @@ be, leaves the finished blocks there, and the same command goes on with the othe
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,7 +35,7 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.assembly import Facts, join, pack_samples, tokens_of
 from moefoundry.data.blocks import name_in_file, numbered
 from moefoundry.data.corpus import Corpus, Document
-from moefoundry.data.left_out import LeftOut, describe_left_out
+from moefoundry.data.left_out import LeftOut
 from moefoundry.data.opening import Opened, existing_corpus, finished_before, inputs_of, open_all
 from moefoundry.data.options import PrepareOptions, expanded
 from moefoundry.data.places import LocalPlace
@@ -118,7 +117,7 @@ def _make(opened: Opened, survey: Survey, inputs: dict[str, Any]) -> CorpusSumma
         left_out, kept_bytes = left_out_of(opened.corpus, survey, records)
         left_out.check(options.source, kept_bytes, options.max_loss, "")
         facts = Facts(options, inputs, left_out, kept_bytes, writer.tokenizer, writer.division, SHARD_BYTES)
-        assemble = join if options.layout is Layout.documents else pack_samples
+        assemble = join if options.stored_as is Layout.documents else pack_samples
         return assemble(place, records, facts, opened.out)
 
 
@@ -158,22 +157,21 @@ def _survey(opened: Opened) -> Survey:
     """Read the corpus once; refuse one without text, or of which too much cannot be read."""
     options, corpus = opened.options, opened.corpus
     caps = options.max_docs, options.max_bytes
-    if options.layout is Layout.documents and caps == (None, None):
+    if options.stored_as is Layout.documents and caps == (None, None):
         survey = survey_in_parallel(corpus, opened.blocks, unusable_of(corpus), opened.workers)
     else:
         with Progress("reading") as progress:
-            blocks = numbered(corpus, opened.blocks) if options.layout is Layout.packed else opened.blocks
+            blocks = numbered(corpus, opened.blocks) if options.stored_as is Layout.packed else opened.blocks
             survey = survey_in_order(corpus, blocks, *caps, progress.update)
-    if options.layout is Layout.documents:
+    if options.stored_as is Layout.documents:
         survey = replace(survey, sha256=digest_of(survey.blocks))
     survey.left_out.check(options.source, survey.bytes, options.max_loss, corpus.hint(survey.left_out))
     if not survey.documents:
         limits = " and ".join(f"{name}={cap}" for name, cap in zip(("max_docs", "max_bytes"), caps, strict=True) if cap)
-        left_out = f" (left out: {describe_left_out(survey.left_out.reasons)})" if survey.left_out.count else ""
         raise UserError(
             f"{options.source}: empty corpus: no document with text in {len(corpus.paths)} file(s)"
             + f"{limits and ' within '}{limits}"
-            + left_out
+            + survey.left_out.behind()
         )
     return survey
 
@@ -197,7 +195,7 @@ def make_writer(opened: Opened, place: LocalPlace, tokenizer: TextTokenizer, div
         division=division,
         splits=(Split.train, Split.val) if opened.options.val_fraction else (Split.train,),
         seed=opened.options.seed,
-        layout=opened.options.layout,
+        layout=opened.options.stored_as,
         shard_bytes=SHARD_BYTES,
         batch_bytes=ENCODE_BATCH_BYTES,
         place=place,
@@ -218,21 +216,22 @@ def _write(opened: Opened, survey: Survey, place: LocalPlace) -> tuple[BlockWrit
         if all(count >= options.sample_tokens for count in tokens.values()):
             return writer, records
         total = sum(tokens.values())
+        left_out, kept_bytes = left_out_of(corpus, survey, records)
+        too_little = _too_little(survey, tokens, options) + left_out.behind()
         if margin is None or total < len(asked) * options.sample_tokens:
-            raise UserError(_too_little(survey, tokens, options))
+            left_out.check(options.source, kept_bytes, options.max_loss, "")
+            raise UserError(too_little)
         needed_bytes = margin * options.sample_tokens * survey.bytes / total
         everything = _documents(corpus, survey)
         shifted = moved(everything, options.val_fraction, options.seed, needed_bytes)
         if shifted is None and opened.encoder is not None:  # a record cannot be cut in two
-            raise UserError(_too_little(survey, tokens, options))
+            raise UserError(too_little)
         division = shifted or by_position(survey.bytes, options.val_fraction, needed_bytes)
     raise AssertionError("the last attempt returns or raises")
 
 
 def write_blocks(writer: BlockWriter, survey: Survey, workers: int) -> list[BlockRecord]:
     """Write the blocks that are not there yet; return the records of all, in order."""
-    with Progress("loading libraries"):
-        importlib.import_module("streaming")  # and torch: seconds; processes are forked with it
     positions = [0, *accumulate(block.bytes for block in survey.blocks)]
     jobs = [BlockJob(block, position) for block, position in zip(survey.blocks, positions, strict=False)]
     records = {job.number: record for job in jobs if (record := writer.finished(job))}
@@ -249,7 +248,7 @@ def _too_little(survey: Survey, tokens: dict[str, int], options: PrepareOptions)
     return (
         f"{options.source}: no sample for {empty}: {survey.documents} document(s) have {sum(tokens.values())} tokens "
         f"in all, and each of {' and '.join(tokens)} needs"
-        + (lower if options.layout is Layout.packed else " a document; add text")
+        + (lower if options.stored_as is Layout.packed else " a document; add text")
         + (", or hold nothing out: val_fraction=0" if len(tokens) > 1 else "")
     )
 

@@ -42,6 +42,16 @@ def write_reference(directory: Path, log_probs_P2: NDArray[np.float32], checkpoi
     os.replace(partial, record)
 
 
+def reference_beside(directory: Path) -> str | None:
+    """Read the digest of the tensors whose log-probabilities lie beside a split; None if there are none of its data."""
+    try:
+        facts: dict[str, str] = json.loads((directory / RECORD).read_text())
+        whole = facts["sha256"] == _sha256(directory / VALUES) and facts["data"] == stream_digest(directory)
+        return facts["checkpoint"] if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def read_reference(directory: Path, pairs: int) -> tuple[NDArray[np.float32], str]:
     """Read the log-probabilities of a split, and the digest of the reference's tensors.
 

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moefoundry.config.errors import UserError
+from moefoundry.data.pieces import PieceEncoder
+from moefoundry.data.workers import PARALLELISM, available_cores
 
 EOS_TOKEN = "<|endoftext|>"
 PAD_TOKEN = "<|pad|>"
@@ -34,6 +39,7 @@ LONGEST_RUN = 256  # characters; no useful token is longer
 LONG_RUN = re.compile(rf"\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}")
 SMALLEST_VOCAB = 256 + len(SPECIAL_TOKENS)  # every byte, every special token, no merge
 
+MANY_CORES = 5  # as many threads of the library are as fast as one that remembers pieces
 # Files of a Hugging Face tokenizer directory; the first is the one that is read here.
 HF_FILES = (
     "tokenizer.json",
@@ -79,10 +85,29 @@ class TextTokenizer:
         unknown: int | None = model.get("unk_id") if token is None else self.backend.token_to_id(token)
         return None if unknown == self.eos_id else unknown
 
-    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """Encode texts in parallel threads; no special token is added, and none is read out of the text."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
+    @cached_property
+    def _pieces(self) -> PieceEncoder | None:
+        return PieceEncoder.of(self.backend, json.loads(self.files["tokenizer.json"]))
+
+    def encode_batch(self, texts: Sequence[str], *, ended: bool = False) -> list[NDArray[np.uint32]]:
+        """Encode texts, [N] each. No special token is read out of a text.
+
+        Args:
+            texts: The texts.
+            ended: Put the end-of-text token behind each; no other is added.
+        """
+        end = array("I", [self.eos_id] * ended).tobytes()
+        by_pieces = _has_one_thread() and self._pieces
+        found = {
+            number: tokens
+            for number, text in enumerate(texts)
+            if by_pieces and (tokens := by_pieces.encode(text, end)) is not None
+        }
+        rest = [number for number in range(len(texts)) if number not in found]
+        encodings = self.backend.encode_batch_fast([texts[number] for number in rest], add_special_tokens=False)
+        for number, encoding in zip(rest, encodings, strict=True):
+            found[number] = np.frombuffer(array("I", encoding.ids).tobytes() + end, np.uint32)
+        return [found[number] for number in range(len(texts))]
 
     def save(self, directory: Path) -> None:
         """Write the Hugging Face files into a new directory."""
@@ -244,6 +269,11 @@ def _for_plain_text(backend: Tokenizer, eos_token: str, files: dict[str, bytes])
     """Set the tokenizer up for documents: blind to special tokens that the text spells out."""
     backend.encode_special_tokens = True
     return TextTokenizer(backend, rows_needed(backend), eos_token, backend.token_to_id(eos_token), files)
+
+
+def _has_one_thread() -> bool:
+    """Tell if the library has one thread, or no more than are as slow as one that remembers pieces."""
+    return os.environ.get(PARALLELISM) == "false" or available_cores() < MANY_CORES
 
 
 def _to_json(value: dict[str, Any]) -> bytes:

@@ -25,6 +25,8 @@ Advance = Callable[[int, int], None]
 """Callback for progress: documents and bytes of UTF-8 more."""
 
 REPORT_SECONDS = 0.2
+PARALLELISM = "TOKENIZERS_PARALLELISM"
+"""Environment variable of the tokenizers library; ``false`` starts no threads."""
 
 
 def available_cores() -> int:
@@ -107,16 +109,15 @@ def _death(status: int | None) -> str:
 @contextmanager
 def _without_threads() -> Iterator[None]:
     """Start processes in which the tokenizer has no threads: those of this process do not come along."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    os.environ[name] = "false"
+    before = os.environ.get(PARALLELISM)
+    os.environ[PARALLELISM] = "false"
     try:
         yield
     finally:
         if before is None:
-            del os.environ[name]
+            del os.environ[PARALLELISM]
         else:
-            os.environ[name] = before
+            os.environ[PARALLELISM] = before
 
 
 def _end_with(parent: int) -> None:

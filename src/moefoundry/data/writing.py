@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 
 from moefoundry.data.corpus import Corpus, Document
 from moefoundry.data.encoding import RecordEncoder, Refused, Stored, encode_texts
-from moefoundry.data.identity import read_shards
+from moefoundry.data.identity import TARGETS, TOKENS, read_shards
 from moefoundry.data.left_out import Left, LeftOut
+from moefoundry.data.mds import ShardWriter
 from moefoundry.data.places import LocalPlace
 from moefoundry.data.splits import Division, Split
 from moefoundry.data.summary import Layout
@@ -34,7 +35,6 @@ from moefoundry.data.survey import Surveyed, documents_of
 from moefoundry.data.tokenizer import TextTokenizer
 from moefoundry.data.workers import Advance
 
-HASHES = ["sha1", "xxh64"]  # of every shard, in its index; sorted, as MDSWriter demands
 BLOCKS = "blocks"
 BLOCK_VERSION = 1  # of the files of a block
 
@@ -281,15 +281,12 @@ class _Shards(_Sink):
     """A sample each, in MDS shards."""
 
     def __init__(self, tokenizer: TextTokenizer, directory: Path, shard_bytes: int, *, with_targets: bool) -> None:
-        from streaming import MDSWriter
-
         super().__init__(tokenizer, directory, shard_bytes, with_targets=with_targets)
-        columns = {"tokens": f"ndarray:{np.dtype(self.dtype).name}"}
-        columns |= {"targets": "ndarray:uint8"} if with_targets else {}
-        self._writer = MDSWriter(columns=columns, out=str(directory / "mds"), hashes=HASHES, size_limit=shard_bytes)
+        columns = {TARGETS: "uint8"} if with_targets else {}
+        self._writer = ShardWriter(directory / "mds", columns | {TOKENS: np.dtype(self.dtype).name}, shard_bytes)
 
     def _store(self, tokens: NDArray[Any], targets: NDArray[np.uint8] | None) -> None:
-        self._writer.write({"tokens": tokens} if targets is None else {"tokens": tokens, "targets": targets})
+        self._writer.write(*([tokens] if targets is None else [targets, tokens]))
 
     def _shards(self, number: int, split: Split, place: LocalPlace) -> list[dict[str, Any]]:
         self._writer.finish()

@@ -131,7 +131,7 @@ def _move_data(draft: Draft, name: str) -> None:
         draft.put("train_loader.dataset.packing.method", method, why="prepared instructions are documents")
         how = f"RECORDS data/{name} --instructions --max-tokens {length or 'N'}"
     else:
-        how = f"DOCUMENTS data/{name} --max-seq-len {length or 'N'}"
+        how = f"DOCUMENTS data/{name}"
     draft.notes.append(f"data: moefoundry prepare {how} --tokenizer DIR")
 
 

@@ -128,11 +128,8 @@ def _move_place(draft: Draft, section: str, name: str) -> None:
         draft.put(local, f"data/{name}", local if local in draft.old else "", ANEW)
         if draft.value(remote) is not None:
             draft.drop(remote, "it holds LLM Foundry's shards; upload the prepared data, and name them here")
-        note = (
-            f"moefoundry prepare DOCUMENTS data/{name} --max-seq-len {draft.value('max_seq_len', 'N')} --tokenizer DIR"
-        )
-        if (text := f"data: {note}") not in draft.notes:
-            draft.notes.append(text)
+        if (note := f"data: moefoundry prepare DOCUMENTS data/{name} --tokenizer DIR") not in draft.notes:
+            draft.notes.append(note)
     draft.silence(remote)
 
 
