@@ -33,12 +33,10 @@ CORES = len(os.sched_getaffinity(0))
 SEQ_LEN = 2048
 VOCAB = 16384
 EOS = "<|endoftext|>"
-TARGETS = {"LLM Foundry, JSON": 1.5, "LLM Foundry, text": None, "datasets + tokenizers": 1.0}
+TARGETS = {"LLM Foundry, JSON": 1.5, "LLM Foundry, text": 1.5, "datasets + tokenizers": 1.0}
 
 
 def ours(corpus: Path, tokenizer: Path, out: Path, layout: str) -> Callable[[], int]:
-    import streaming  # noqa: F401
-
     from moefoundry.data.options import PrepareOptions
     from moefoundry.data.prepare import prepare
     from moefoundry.data.summary import Layout
@@ -112,6 +110,7 @@ PAIRS = [
     ("documents, text", "LLM Foundry, text"),
     ("documents", "datasets + tokenizers"),
     ("packed", "datasets + tokenizers"),
+    ("documents, text", "datasets + tokenizers"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,10 +169,23 @@ def evaluated_at(
 
 
 def _is_hf(place: str | Path) -> bool:
-    """Tell if a place is a Hugging Face directory, or nothing: the error then says how to download one."""
+    """Tell if a place is a Hugging Face directory.
+
+    Raises:
+        UserError: Nothing is there.
+    """
     if problem := url_problem(str(place)):
         raise UserError(f"{place}: {problem}")
     where = resolved(str(place))
     if is_url(where):
         return CONFIG in Remote(where).names()
-    return (Path(where) / CONFIG).is_file() or not Path(where).exists()
+    path = Path(where)
+    if not path.exists():
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, 1)
+        raise UserError(
+            f"{place}: no such checkpoint, run or Hugging Face directory"
+            + (f"; did you mean {path.parent / near[0]}?" if near else "")
+            + f" (a model is downloaded first: huggingface-cli download ORGANIZATION/{path.name} --local-dir {path})"
+        )
+    return (path / CONFIG).is_file()

@@ -30,7 +30,8 @@ def test_a_run_is_evaluated_as_in_training(trained: Trained, capsys, tmp_path: P
     assert found == expected
     assert len(found) >= 8
     kept = {json.loads(text)["task"] for text in (tmp_path / "samples.jsonl").open()}
-    assert kept == {"choose/0-shot", "choose/2-shot", "pick/1-shot", "answer/1-shot", "code/0-shot", "go_on/0-shot"}
+    others = {"answer/1-shot", "code/0-shot", "fill/0-shot", "fill/1-shot", "go_on/0-shot"}
+    assert kept == {"choose/0-shot", "choose/2-shot", "pick/1-shot", *others}
 
 
 def test_tasks_and_losses_of_what_is_exported(trained: Trained, capsys) -> None:
@@ -73,16 +74,29 @@ def test_limits(trained: Trained, capsys, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["none.yaml"], "error: none.yaml: 1 error\n  none.yaml: no such recipe file"),
+        (["none.yaml"], "error: none.yaml: 1 error\n  icl_tasks: none.yaml: no such file"),
         (["--limit", "0", "none.yaml"], "error: --limit 0: must be at least 1"),
         (["none.yaml", "-o", "nowhere/a.jsonl"], "error: nowhere: no such directory"),
         (["--data", "nowhere"], "error: nowhere"),
         (["none.yaml", "--data", "x"], "error: TASKS and --data: give one of them"),
         ([], "has no recipe that says what to evaluate: give TASKS, --data or --harness"),
         (["--humaneval", "x"], "error: --humaneval needs -o RESULTS"),
+        (
+            ["--gauntlet", "none.yaml"],
+            "error: --gauntlet none.yaml: averages of TASKS, a file with icl_tasks; give that",
+        ),
     ],
     ids=str,
 )
 def test_bad_input_is_named(trained: Trained, capsys, options: list[str], message: str) -> None:
     assert main(["eval", str(trained.hf), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_files_and_runs_that_are_not_there_are_named(trained: Trained, capsys) -> None:
+    assert main(["eval", str(trained.hf), str(trained.tasks), "--gauntlet", "none.yaml"]) == 2
+    assert "error: none.yaml: 1 error\n  eval_gauntlet: none.yaml: no such file" in capsys.readouterr().err
+    run = trained.run.run_dir
+    assert main(["eval", f"{run}s", str(trained.tasks)]) == 2
+    err = capsys.readouterr().err
+    assert f"error: {run}s: no such checkpoint, run or Hugging Face directory; did you mean {run}?" in err

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,9 +55,17 @@ def test_missing_parts_are_named(options: PrepareOptions) -> None:
     prepare_part(options, Part(2, 4))
     with pytest.raises(UserError, match="out: 3 of 4 parts are not finished: 1/4, 3/4, 4/4"):
         merge_parts(options.out)
-    prepare_part(options, Part(1, 2))
+    there = tree(options.out.parent)
+    with pytest.raises(
+        UserError, match=r"part=1/2: .*out has part 2/4 already; give part=I/4, or remove .*\.out\.blocks"
+    ):
+        prepare_part(options, Part(1, 2))
+    assert tree(options.out.parent) == there
+    record = options.out.parent / ".out.blocks" / "blocks" / "part-00002-of-00004.json"
+    shutil.copy(record, record.with_name("part-00001-of-00002.json"))  # of one that was begun at the same time
     with pytest.raises(UserError, match=r"out: parts of 2 and of 4 parts in .*with one N, and no others"):
         merge_parts(options.out)
+    record.with_name("part-00001-of-00002.json").unlink()
 
 
 def test_other_tokenizers_options_and_files_do_not_mix(options: PrepareOptions, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from streaming import LocalDataset
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as preparation
 from moefoundry.data.instructions import TargetResponses, Targets, TooLong, encode_record, load_chat_tokenizer
-from moefoundry.data.options import Kind, PrepareOptions
+from moefoundry.data.options import Kind, Part, PrepareOptions
+from moefoundry.data.parts import merge_parts, prepare_part
 from moefoundry.data.preferences import encode_preference
 from moefoundry.data.prepare import PreparedSummary, prepare
 from moefoundry.data.summary import LENGTHS_FILE
@@ -109,6 +111,37 @@ def test_bad_records_are_counted_and_more_than_allowed_are_refused(tokenizer: Pa
         "not a JSON object": 1,
     }
     assert corpus.splits["train"].documents == len(PLAIN)
+
+
+def test_why_nothing_is_left_is_said(tokenizer: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "chats.jsonl", BAD)
+    options = PrepareOptions(source, tmp_path / "out", tokenizer=tokenizer, kind=Kind.instructions, val_fraction=0)
+    with pytest.raises(
+        UserError, match=r"100.00% of its bytes would be left out, .*: 2 no such record \(.*chats.jsonl:1 "
+    ):
+        prepare(options)
+    with pytest.raises(UserError, match=r"no sample for train: .* \(left out: 2 no such record \(.*chats.jsonl:1 \("):
+        prepare(replace(options, max_loss=1.0))
+
+
+@pytest.mark.parametrize("kind", [Kind.instructions, Kind.preferences])
+def test_parts_of_records_are_the_whole(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Kind
+) -> None:
+    monkeypatch.setattr(preparation, "BLOCK_BYTES", 320)
+    source = write(tmp_path / "in.jsonl", [*CHATS, *BAD, *PLAIN] if kind is Kind.instructions else PAIRS)
+    options = PrepareOptions(source, tmp_path / "out", tokenizer=tokenizer, kind=kind, workers=0)
+    options = replace(options, val_fraction=0.3, max_loss=0.5, max_tokens=40)
+    prepare(replace(options, out=tmp_path / "whole"))
+    for number in (2, 3, 1):
+        prepare_part(options, Part(number, 3))
+    merge_parts(options.out)
+    files = [path.relative_to(options.out) for path in sorted(options.out.rglob("*")) if path.is_file()]
+    assert files == [
+        path.relative_to(tmp_path / "whole") for path in sorted((tmp_path / "whole").rglob("*")) if path.is_file()
+    ]
+    assert all((options.out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes() for file in files)
+    assert prepare(options).up_to_date
 
 
 @pytest.mark.parametrize("too_long", list(TooLong))

@@ -15,7 +15,7 @@ from moefoundry.config import ConfigError, UserError
 from moefoundry.config.tasks import read_gauntlet, read_tasks
 from moefoundry.evaluation.prompts import PromptTokenizer
 from moefoundry.evaluation.tasks.gauntlet import gauntlet_scores, left_out
-from moefoundry.evaluation.tasks.run import Results, Sizes, evaluate_tasks, load_tasks
+from moefoundry.evaluation.tasks.run import Results, Sizes, evaluate_tasks, load_tasks, say_what_is_left_out
 from moefoundry.pretrained import from_pretrained
 from tests.distributed import run_distributed
 from tests.evaluation.tiny_tasks import Trained, definitions, eval_data, write_lines
@@ -302,6 +302,19 @@ def test_wrong_keys_are_listed_together(tmp_path: Path) -> None:
 def test_bad_gauntlets_are_named(value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_gauntlet(value)
+
+
+def test_fewer_examples_than_asked_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_lines(tmp_path / "examples.jsonl", definitions(9))
+    count = sum(each["category"] == "odd" for each in definitions(9))
+    task = {"icl_task_type": "multiple_choice", "dataset_uri": str(path), "num_fewshot": [1, 8, 9]}
+    tasks = [{"label": "a", **task}, {"label": "b", **task, "num_fewshot": [count], "has_categories": True}]
+    say_what_is_left_out(None, load_tasks(read_tasks(tasks)))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == (
+        f"warning: icl_tasks: a/9-shot: 8 solved example(s) stand before a question, as {path} has 9 example(s)"
+    )
+    assert f"icl_tasks: b/{count}-shot/odd: {count - 1} solved example(s)" in "".join(lines[1:])
 
 
 def test_what_a_gauntlet_leaves_out_is_said() -> None:

@@ -77,6 +77,14 @@ def problems() -> list[dict[str, str]]:
     ]
 
 
+def gaps() -> list[dict[str, str]]:
+    """Texts with gaps, of a line and of more, and texts that a line is to be taken out of."""
+    text = "def first(value):\n    return value\n\n\ndef second(value):\n    return value\n"
+    cut = [(21, 33), (4, 9), (17, 60)]
+    found = [{"prefix": text[:start], "middle": text[start:end], "suffix": text[end:]} for start, end in cut]
+    return [*found, *({"text": text.replace("first", name)} for name in NAMES)]
+
+
 def write_tasks(root: Path) -> Path:
     """A YAML file of tasks on 24 examples, and the examples beside it."""
     uri = str(write_lines(root / "examples.jsonl", definitions(24)))
@@ -100,6 +108,13 @@ def write_tasks(root: Path) -> Path:
             "generations_per_sample": 2,
             "timeout": 30,
             "generation_kwargs": {"max_new_tokens": 4, "do_sample": True, "temperature": 2.0},
+        },
+        {
+            "label": "fill",
+            "icl_task_type": "infilling",
+            "num_fewshot": [0, 1],
+            "dataset_uri": str(write_lines(root / "gaps.jsonl", gaps())),
+            "generation_kwargs": {"max_new_tokens": 5},
         },
         {"label": "go_on", "icl_task_type": "language_modeling", "num_fewshot": [0], "dataset_uri": uri},
     ]

@@ -50,6 +50,8 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
         "pairs": ["prepare", "pairs.jsonl", "data/pairs", "--tokenizer", f"{corpus}/tokenizer", "--preferences"],
         "early": ["train", preferences, *tuned, *of_pairs, "run_name=early"],
         "reference": ["reference", "runs/finetune-tiny", "data/pairs"],
+        "again": ["reference", "runs/finetune-tiny", "data/pairs"],
+        "another": ["reference", "runs/tiny", "data/pairs"],
         "other": ["train", preferences, *tuned, *of_pairs, "run_name=other", "load_path=runs/tiny"],
         "dpo": ["train", preferences, *tuned, *of_pairs],
         "export": ["convert", "export", "runs/finetune-tiny", "-o", "exported"],
@@ -127,6 +129,11 @@ def test_a_reference_that_is_absent_or_another_is_refused(outcomes: tuple[Path, 
     status, _, err = outcomes[1]["early"]
     assert status == 2
     assert "reference.json: no such file; dpo needs those of a reference: moefoundry reference CHECKPOINT DATA" in err
+    status, out, _ = outcomes[1]["again"]
+    assert (status, out.count("up to date, scored by")) == (0, 2)
+    status, _, err = outcomes[1]["another"]
+    assert status == 2
+    assert "data/pairs/train: has scores of another reference; --overwrite replaces them" in err
     status, _, err = outcomes[1]["other"]
     assert status == 2
     assert "are of another checkpoint than load_path; compute them again: moefoundry reference runs/tiny" in err

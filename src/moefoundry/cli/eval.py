@@ -100,6 +100,7 @@ def command(source: str, ema: bool, device: str | None, mesh: str | None, as_jso
     if request.humaneval is not None and request.output is None:
         raise click.UsageError("--humaneval needs -o RESULTS")
     flags = flags_of(*OF_CODE, "device", "ema", "batch_size", "max_seq_len", "limit", "harness", "data", "mesh")
+    flags["gauntlet"] = "--gauntlet"
     flags["seconds"] = "--timeout"
     world_size = join_world(os.environ)
 

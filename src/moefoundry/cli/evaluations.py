@@ -56,7 +56,7 @@ def check(request: Request) -> None:
     """Check what needs no model.
 
     Raises:
-        UserError: An option is out of range, or a directory is missing.
+        UserError: An option is out of range, a file with tasks or averages is wrong, or a directory is missing.
     """
     for name in ("batch_size", "max_seq_len", "limit"):
         value = getattr(request, name)
@@ -64,6 +64,12 @@ def check(request: Request) -> None:
             raise UserError(f"{name}={value}: must be at least 1")
     if request.output is not None and not request.output.parent.is_dir():
         raise UserError(f"{request.output.parent}: no such directory")
+    if request.tasks is not None:
+        read_tasks(str(request.tasks))
+    if request.gauntlet is not None:
+        if request.tasks is None:
+            raise UserError(f"gauntlet={request.gauntlet}: averages of TASKS, a file with icl_tasks; give that, too")
+        read_gauntlet(str(request.gauntlet))
     if request.humaneval is not None:
         check_allowed(request.code["allow_code_execution"])
         Limits(seconds=request.code["timeout"])
@@ -101,7 +107,7 @@ def evaluate(evaluated: EvaluatedModel, request: Request) -> Found:
     if request.harness is not None:
         return found | _harness(evaluated, request, request.harness)
     if request.data is not None:
-        loader = _loader(request, request.data)
+        loader = _loader(evaluated, request, request.data)
         _check_tokenizer(evaluated, request.data)
         return found | {"metrics": _held_out(evaluated, request, loader)}
     if request.tasks is not None:
@@ -127,7 +133,15 @@ def _tasks(evaluated: EvaluatedModel, request: Request, tasks: Any, gauntlet: An
         say_what_is_open()
     say_what_is_left_out(averages, loaded)
     sizes = Sizes(request.batch_size, _length(evaluated, request), request.limit)
-    results = evaluate_tasks(evaluated.model, evaluated.tokenizer, loaded, sizes, gauntlet=averages, progress=True)
+    results = evaluate_tasks(
+        evaluated.model,
+        evaluated.tokenizer,
+        loaded,
+        sizes,
+        gauntlet=averages,
+        recipe=_recipe_of(evaluated),
+        progress=True,
+    )
     if request.output is not None and rank() == 0:
         write_samples(request.output, results)
     return {"samples": {label: len(each) for label, each in results.samples.items()}, "metrics": results.metrics}
@@ -160,17 +174,21 @@ def _gauntlet_of(recipe: dict[str, Any]) -> Any:
     return (below | ({"averages": averages} if averages else {})) or None
 
 
+def _recipe_of(evaluated: EvaluatedModel) -> dict[str, Any]:
+    """Read the flat recipe of a checkpoint; empty for a Hugging Face directory."""
+    recipe: dict[str, Any] = {} if evaluated.checkpoint is None else read_state(evaluated.checkpoint)["recipe"]
+    return recipe
+
+
 def _length(evaluated: EvaluatedModel, request: Request) -> int:
     if request.max_seq_len is not None:
         return request.max_seq_len
-    recipe = {} if evaluated.checkpoint is None else read_state(evaluated.checkpoint)["recipe"]
+    recipe = _recipe_of(evaluated)
     return int(recipe.get("icl_seq_len") or recipe.get("max_seq_len") or MAX_SEQ_LEN)
 
 
-def _loader(request: Request, directory: Path) -> LoaderConfig:
-    length = request.max_seq_len or read_corpus_summary(directory).max_seq_len
-    if length is None:
-        raise UserError(f"{directory}: holds documents of any length: give --max-seq-len N")
+def _loader(evaluated: EvaluatedModel, request: Request, directory: Path) -> LoaderConfig:
+    length = request.max_seq_len or read_corpus_summary(directory).max_seq_len or _length(evaluated, request)
     data = DatasetConfig(local=str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
     return LoaderConfig(dataset=data, drop_last=False)
 

@@ -13,24 +13,36 @@ from moefoundry.cli.arguments import flags_of, input_argument, local_path, optio
 @input_argument("CHECKPOINT", "The reference: a checkpoint, or a run (its newest); a path or a URL.")
 @click.argument("data", type=local_path, metavar="DATA", help="Directory of `prepare --preferences`.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one).")
-def command(source: str, data: Path, device: str | None) -> None:
+@click.option("--overwrite", is_flag=True, help="Replace the scores of another reference.")
+def command(source: str, data: Path, device: str | None, overwrite: bool) -> None:
     """Compute the log-probabilities of a frozen reference, for the recipe's key dpo, and store them beside the data.
 
-    Each split gets reference.npy, and reference.json with digests of the data and of the checkpoint.
+    Each split gets reference.npy, and reference.json with digests of the data and of the checkpoint. A split that has
+    them already is left as it is.
     """
     from moefoundry.checkpoint.base import digest_of_tensors
     from moefoundry.checkpoint.fetch import checkpoint_at
     from moefoundry.checkpoint.weights import load_model, named_checkpoint
     from moefoundry.cli.arguments import device_named
-    from moefoundry.data.reference import write_reference
+    from moefoundry.config.errors import UserError
+    from moefoundry.data.reference import reference_beside, write_reference
     from moefoundry.data.summary import read_corpus_summary
     from moefoundry.evaluation.reference import score_pairs
 
-    with checkpoint_at(source) as path, options_named(flags_of("device")):
+    with checkpoint_at(source) as path, options_named(flags_of("device", "overwrite")):
         place, summary = device_named(device), read_corpus_summary(data)
         checkpoint = named_checkpoint(path)
-        model = load_model(checkpoint).to(place)
-        for split in summary.splits:
+        digest = digest_of_tensors(checkpoint)
+        there = {split: reference_beside(data / split) for split in summary.splits}
+        for split, other in there.items():
+            if other not in (None, digest) and not overwrite:
+                raise UserError(f"{data / split}: has scores of another reference; overwrite=True replaces them")
+        model = None
+        for split, other in there.items():
+            if other == digest and not overwrite:
+                print(f"{data / split}: up to date, scored by {checkpoint}")
+                continue
+            model = model or load_model(checkpoint).to(place)
             log_probs = score_pairs(model, data, split)
-            write_reference(data / split, log_probs, digest_of_tensors(checkpoint))
+            write_reference(data / split, log_probs, digest)
             print(f"{data / split}: {len(log_probs)} pairs, scored by {checkpoint}")

@@ -30,6 +30,7 @@ from moefoundry.config.schema_parts import (
 from moefoundry.config.schema_tasks import (
     CodeTaskConfig,
     GenerationTaskConfig,
+    InfillingConfig,
     LanguageModelingConfig,
     MultipleChoiceConfig,
     SchemaConfig,
@@ -153,6 +154,7 @@ _TABLES = (
                 GenerationTaskConfig, "moefoundry.evaluation.tasks.generated:GenerationWithAnswers"
             ),
             "code_evaluation": Part(CodeTaskConfig, "moefoundry.evaluation.tasks.code:CodeEvaluation"),
+            "infilling": Part(InfillingConfig, "moefoundry.evaluation.tasks.infilling:Infilling"),
         },
         TaskConfig,
     ),

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from moefoundry.config.field import MAX_BATCH, MAX_SEED, NAME, REQUIRED, TEXT, key
+from moefoundry.config.schema_data import FimFormat
 
 
 class Metric(StrEnum):
-    """Metrics of tasks, with LLM Foundry's names."""
+    """Metrics of tasks, with LLM Foundry's names; those of infilling, which it has not, are named alike."""
 
     choice_accuracy = "InContextLearningMultipleChoiceAccuracy"
     choice_calibration = "InContextLearningMCExpectedCalibrationError"
@@ -17,6 +18,9 @@ class Metric(StrEnum):
     lm_calibration = "InContextLearningLMExpectedCalibrationError"
     exact_match = "InContextLearningGenerationExactMatchAccuracy"
     code_accuracy = "InContextLearningCodeEvalAccuracy"
+    infilling_accuracy = "InfillingExactMatchAccuracy"
+    infilling_similarity = "InfillingEditSimilarity"
+    infilling_loss = "InfillingMiddleCrossEntropy"
 
 
 @dataclass
@@ -98,6 +102,25 @@ class CodeTaskConfig(TaskConfig):
     timeout: float = key(3.0, "Seconds of each program.", gt=0, le=86_400)
     workers: int = key(2, "Programs that a rank runs at the same time.", ge=1, le=1024)
     generation_kwargs: GenerationConfig = key(GenerationConfig, "Choice of tokens; max_new_tokens null is 512.")
+
+
+@dataclass
+class InfillingConfig(TaskConfig):
+    """Gaps in texts, which a model of fill-in-the-middle fills."""
+
+    continuation_delimiter: str = key("", "Text between what comes before a gap and the gap.")
+    strip_dataset: bool = key(False, "Take blanks from both ends of an example's texts.")
+    prefix_key: str = key("prefix", "Key of the text before the gap.", pattern=TEXT)
+    suffix_key: str = key("suffix", "Key of the text behind it.", pattern=TEXT)
+    answer_key: str = key("middle", "Key of the text that was there.", pattern=TEXT)
+    text_key: str = key("text", "Key of a whole text, from which a line is taken, if no answer is there.", pattern=TEXT)
+    fim_format: FimFormat | None = key(None, "Order of the parts in a prompt; null is that of training, or else psm.")
+    fim_sentinels: list[str] | None = key(
+        None,
+        "Special tokens before prefix, suffix and middle; null is those of training, or usual ones.",
+        length=3,
+    )
+    generation_kwargs: GenerationConfig = key(GenerationConfig, "Choice of tokens.")
 
 
 class Weighting(StrEnum):

@@ -82,6 +82,8 @@ def _checked(value: Any, key: str, build: Callable[[Any, Builder], _T]) -> _T:
     source = "recipe"
     if isinstance(value, str):
         source = expanded(value)
+        if not Path(source).is_file():
+            raise ConfigError([Problem(key, f"{source}: no such file")], source)
         tree = read_tree(Path(source))
         if key not in tree:
             raise ConfigError([Problem(key, "missing", allowed="a file with this key, as LLM Foundry's are")], source)

@@ -1,13 +1,13 @@
 """Infilling: a model trained with fill-in-the-middle writes what stands between a prefix and a suffix.
 
-Also an evaluation of it: from each of some held-out texts a line is taken out, the model fills the gap, and its text is
-compared with the line (single-line infilling, as of InCoder and SantaCoder).
+Prompts for it, gaps in held-out texts, and the comparison of texts. A gap of one line is judged by the first line that
+the model writes (single-line infilling, as of InCoder and SantaCoder).
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from moefoundry.config import UserError
 from moefoundry.config.schema_data import FimFormat
-from moefoundry.data.fim import Sentinels
-from moefoundry.evaluation.generation import Choice, generate, most_likely
+from moefoundry.data.fim import SENTINELS, Sentinels
 from moefoundry.evaluation.prompts import PromptTokenizer
-from moefoundry.model.transformer import MoETransformer
+
+FIM = "train_loader.dataset.fim"
+"""Key of the recipe that says how a model was trained."""
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,6 @@ class Gap:
     prefix: str
     middle: str
     suffix: str
-
-
-@dataclass(frozen=True)
-class InfillingScores:
-    """Scores of an evaluation.
-
-    Attributes:
-        exact_match: Share of gaps that were filled with the very text, blanks at its ends aside.
-        edit_similarity: Mean of :func:`edit_similarity`.
-        completions: Texts of the model, in the order of the gaps.
-    """
-
-    exact_match: float
-    edit_similarity: float
-    completions: list[str]
 
 
 class Infiller:
@@ -60,43 +46,38 @@ class Infiller:
     """
 
     def __init__(self, tokenizer: PromptTokenizer, place: object, recipe: Mapping[str, Any] | None = None) -> None:
-        key = "train_loader.dataset.fim"
         self.tokenizer = tokenizer
-        self.suffix_first = (recipe or {}).get(f"{key}.format") == FimFormat.spm
-        self.sentinels = Sentinels.of(tokenizer.backend, str(place), (recipe or {}).get(f"{key}.sentinels"))
+        self.suffix_first = (recipe or {}).get(f"{FIM}.format") == FimFormat.spm
+        self.sentinels = Sentinels.of(tokenizer.backend, str(place), (recipe or {}).get(f"{FIM}.sentinels"))
 
-    def prompt(self, prefix: str, suffix: str) -> Tensor:
+    def prompt(self, prefix: str, suffix: str, room: int | None = None) -> Tensor:
         """Make the prompt that the middle continues, int64 [S]; both texts may be empty.
 
+        Args:
+            prefix: Text before the gap.
+            suffix: Text behind it.
+            room: Tokens of the prompt at most: the prefix loses its beginning, and the suffix its end. None keeps all.
+
         Raises:
-            UserError: One of them is no text.
+            UserError: One of them is no text, or there is no room for the special tokens.
         """
-        s, before, behind = self.sentinels, self._ids("prefix", prefix), self._ids("suffix", suffix)
+        s, before, behind = self.sentinels, self.ids("prefix", prefix), self.ids("suffix", suffix)
+        if room is not None:
+            before, behind = _nearest(before, behind, room - SENTINELS)
         if self.suffix_first:
             ids = [s.prefix, s.suffix, *behind, s.middle, *before]
         else:
             ids = [s.prefix, *before, s.suffix, *behind, s.middle]
         return torch.tensor(ids, dtype=torch.int64)
 
-    def fill(
-        self, model: MoETransformer, prefix: str, suffix: str, max_new_tokens: int, choose: Choice = most_likely
-    ) -> Iterator[str]:
-        """Yield the text between, as it comes, up to an end token.
+    def ids(self, name: str, text: str) -> list[int]:
+        """Encode a text, in which special tokens are text.
 
-        Args:
-            model: In evaluation mode.
-            prefix: Text before the gap.
-            suffix: Text behind it.
-            max_new_tokens: Tokens to add at most.
-            choose: Picks each token.
+        Raises:
+            UserError: It is no text; ``name`` is named.
         """
-        ids = self.prompt(prefix, suffix)
-        new_ids = generate(model, ids.to(next(model.parameters()).device), max_new_tokens, choose)
-        yield from self.tokenizer.decode_stream(ids, new_ids)
-
-    def _ids(self, name: str, text: str) -> list[int]:
         backend = self.tokenizer.backend
-        spelled_out, backend.encode_special_tokens = backend.encode_special_tokens, True  # text is text
+        spelled_out, backend.encode_special_tokens = backend.encode_special_tokens, True
         try:
             ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         except (UnicodeError, TypeError):  # lone surrogates, which stand for what was not UTF-8
@@ -104,6 +85,14 @@ class Infiller:
         finally:
             backend.encode_special_tokens = spelled_out
         return ids
+
+
+def _nearest(before: list[int], behind: list[int], room: int) -> tuple[list[int], list[int]]:
+    """Keep what stands nearest to a gap, half of the room for each side where both have more."""
+    if room < 0:
+        raise UserError("there is no room for the special tokens of a prompt; raise max_seq_len")
+    behind = behind[: max(room // 2, room - len(before))]
+    return before[max(len(before) + len(behind) - room, 0) :], behind
 
 
 def lines_taken_out(texts: Iterable[str], seed: int = 0) -> Iterator[Gap]:
@@ -125,26 +114,14 @@ def lines_taken_out(texts: Iterable[str], seed: int = 0) -> Iterator[Gap]:
         yield Gap(text[:begin], middle, text[begin + len(middle) :])
 
 
-def evaluate_infilling(gaps: Sequence[Gap], fill: Callable[[str, str], str]) -> InfillingScores:
-    """Fill gaps and compare.
+def is_one_line(middle: str) -> bool:
+    """Tell if a gap is of one line, so that what stands behind the first line of a completion does not count."""
+    return "\n" not in middle.strip("\n")
 
-    Args:
-        gaps: At least one.
-        fill: Gives the text between a prefix and a suffix. What stands behind its first line is not counted.
 
-    Raises:
-        UserError: There are no gaps.
-    """
-    if not gaps:
-        raise UserError("infilling: no text has three lines, of which one could be taken out")
-    completions = [fill(gap.prefix, gap.suffix) for gap in gaps]
-    lines = [completion.lstrip("\n").partition("\n")[0].strip() for completion in completions]
-    pairs = list(zip(lines, (gap.middle.strip() for gap in gaps), strict=True))
-    return InfillingScores(
-        exact_match=sum(line == middle for line, middle in pairs) / len(pairs),
-        edit_similarity=sum(edit_similarity(*pair) for pair in pairs) / len(pairs),
-        completions=completions,
-    )
+def first_line(text: str) -> str:
+    """Give the first line of a text that begins behind line breaks, if it has any."""
+    return text.lstrip("\n").partition("\n")[0]
 
 
 def edit_similarity(first: str, second: str) -> float:

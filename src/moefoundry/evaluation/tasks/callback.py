@@ -8,7 +8,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from moefoundry.checkpoint.ranks import rank
-from moefoundry.config import Recipe
+from moefoundry.config import Recipe, flatten
 from moefoundry.config.tasks import read_gauntlet, read_tasks
 from moefoundry.evaluation.prompts import PromptTokenizer
 from moefoundry.evaluation.tasks.code import say_what_is_open
@@ -40,13 +40,20 @@ class IclTasks(Callback):
         say_what_is_left_out(self.gauntlet, self.tasks)
         self.tokenizer = PromptTokenizer.open(Path(recipe.tokenizer.name), recipe.model.vocab_size)
         self.directory = Path(recipe.run_dir, DIRECTORY)
+        self.recipe = flatten(recipe)
         self.progress = recipe.progress_bar
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         model = state.model.model
         training = model.training
         results = evaluate_tasks(
-            model, self.tokenizer, self.tasks, self.sizes, gauntlet=self.gauntlet, progress=self.progress
+            model,
+            self.tokenizer,
+            self.tasks,
+            self.sizes,
+            gauntlet=self.gauntlet,
+            recipe=self.recipe,
+            progress=self.progress,
         )
         model.train(training)
         logger.log_metrics(results.metrics)

@@ -106,10 +106,22 @@ def _by_category(cfg: TaskConfig) -> dict[str, list[Example]]:
 
 
 def say_what_is_left_out(gauntlet: Gauntlet | None, tasks: Sequence[LoadedTask]) -> None:
-    """Warn on rank 0 of categories whose tasks are not evaluated."""
-    if gauntlet is not None and rank() == 0:
-        for text in left_out(gauntlet, [task.cfg for task in tasks]):
+    """Warn on rank 0 of averages whose tasks are not evaluated, and of tasks with fewer solved examples than asked."""
+    if rank() == 0:
+        averages = [] if gauntlet is None else left_out(gauntlet, [task.cfg for task in tasks])
+        for text in (*averages, *_with_too_few_examples(tasks)):
             print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _with_too_few_examples(tasks: Sequence[LoadedTask]) -> Iterator[str]:
+    """Say where the other examples are fewer than those that are to stand before a question."""
+    for task in tasks:
+        for shots in task.cfg.num_fewshot:
+            for category, examples in task.examples.items():
+                if shots >= len(examples):
+                    where = f"{task.cfg.label}/{shots}-shot" + (f"/{category}" if category else "")
+                    others = f"{len(examples) - 1} solved example(s) stand before a question"
+                    yield f"icl_tasks: {where}: {others}, as {task.cfg.dataset_uri} has {len(examples)} example(s)"
 
 
 def evaluate_tasks(
@@ -119,6 +131,7 @@ def evaluate_tasks(
     sizes: Sizes,
     *,
     gauntlet: Gauntlet | None = None,
+    recipe: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Results:
     """Evaluate tasks; every rank calls it.
@@ -129,6 +142,7 @@ def evaluate_tasks(
         tasks: The tasks.
         sizes: Limits that they share.
         gauntlet: Averages to compute; those of which a task is missing are left out.
+        recipe: Flat recipe of the model, which infilling follows; None where there is none.
         progress: Show a bar on a terminal.
 
     Raises:
@@ -137,7 +151,8 @@ def evaluate_tasks(
     metrics: dict[str, float] = {}
     samples: dict[str, list[Sample]] = {}
     for loaded in tasks:
-        for evaluation in _evaluations(model, tokenizer, loaded, sizes, progress):
+        batched = BatchedModel(model, loaded.cfg.batch_size or sizes.batch_size, progress)
+        for evaluation in _evaluations(batched, tokenizer, loaded, sizes, recipe or {}):
             try:
                 found = samples[evaluation.label] = loaded.task.evaluate(evaluation)
             except UserError as error:
@@ -150,16 +165,15 @@ def evaluate_tasks(
 
 
 def _evaluations(
-    model: MoETransformer, tokenizer: PromptTokenizer, loaded: LoadedTask, sizes: Sizes, progress: bool
+    model: BatchedModel, tokenizer: PromptTokenizer, loaded: LoadedTask, sizes: Sizes, recipe: Mapping[str, Any]
 ) -> Iterator[Evaluation]:
     cfg = loaded.cfg
     prompts = Prompts(cfg, tokenizer, cfg.max_seq_len or sizes.max_seq_len)
-    batched = BatchedModel(model, cfg.batch_size or sizes.batch_size, progress)
     for num_fewshot in cfg.num_fewshot:
         for category, examples in loaded.examples.items():
             label = f"{cfg.label}/{num_fewshot}-shot" + (f"/{category}" if category else "")
             usable = [stripped(each) for each in examples] if cfg.strip_dataset else examples
-            yield Evaluation(label, usable[: sizes.limit], usable, num_fewshot, batched, prompts)
+            yield Evaluation(label, usable[: sizes.limit], usable, num_fewshot, model, prompts, recipe)
 
 
 def write_samples(file: Path, results: Results) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from moefoundry.config import UserError
@@ -30,6 +30,7 @@ class Evaluation:
         num_fewshot: Solved examples before each question.
         model: Scores and completes.
         prompts: Makes prompts and tokens.
+        recipe: Flat recipe of the model; empty where there is none.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Evaluation:
     num_fewshot: int
     model: BatchedModel
     prompts: Prompts
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
     def made(self, solved: Callable[[Example, str], str], make: Callable[[Example, str], _T]) -> list[_T]:
         """Make something of each example.
