@@ -131,7 +131,7 @@ def test_parts_of_records_are_the_whole(
     monkeypatch.setattr(preparation, "BLOCK_BYTES", 320)
     source = write(tmp_path / "in.jsonl", [*CHATS, *BAD, *PLAIN] if kind is Kind.instructions else PAIRS)
     options = PrepareOptions(source, tmp_path / "out", tokenizer=tokenizer, kind=kind, workers=0)
-    options = replace(options, val_fraction=0.3, max_loss=0.5, max_tokens=40)
+    options = replace(options, val_fraction=0.5, max_loss=0.5)
     prepare(replace(options, out=tmp_path / "whole"))
     for number in (2, 3, 1):
         prepare_part(options, Part(number, 3))

@@ -274,7 +274,7 @@ def test_wrong_keys_are_listed_together(tmp_path: Path) -> None:
     ]
     assert problems["icl_tasks[0].icl_task_type"].allowed.startswith("multiple_choice, schema, language_modeling")
     assert problems["icl_tasks[2].prompt_strng"].suggestion == "icl_tasks[2].prompt_string"
-    for value, message in (({}, "got a mapping"), ("/nowhere.yaml", "no such recipe file")):
+    for value, message in (({}, "got a mapping"), ("/nowhere.yaml", "icl_tasks: /nowhere.yaml: no such file")):
         with pytest.raises(ConfigError, match=message):
             read_tasks(value)
     file.write_text("tasks: []")

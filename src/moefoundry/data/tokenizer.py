@@ -97,17 +97,14 @@ class TextTokenizer:
             ended: Put the end-of-text token behind each; no other is added.
         """
         end = array("I", [self.eos_id] * ended).tobytes()
-        by_pieces = _has_one_thread() and self._pieces
-        found = {
-            number: tokens
-            for number, text in enumerate(texts)
-            if by_pieces and (tokens := by_pieces.encode(text, end)) is not None
-        }
-        rest = [number for number in range(len(texts)) if number not in found]
-        encodings = self.backend.encode_batch_fast([texts[number] for number in rest], add_special_tokens=False)
-        for number, encoding in zip(rest, encodings, strict=True):
-            found[number] = np.frombuffer(array("I", encoding.ids).tobytes() + end, np.uint32)
-        return [found[number] for number in range(len(texts))]
+        pieces = self._pieces if _has_one_thread() else None
+        found = [None if pieces is None else pieces.encode(text, end) for text in texts]
+        rest = [text for text, tokens in zip(texts, found, strict=True) if tokens is None]
+        encodings = iter(self.backend.encode_batch_fast(rest, add_special_tokens=False))
+        return [
+            np.frombuffer(array("I", next(encodings).ids).tobytes() + end, np.uint32) if tokens is None else tokens
+            for tokens in found
+        ]
 
     def save(self, directory: Path) -> None:
         """Write the Hugging Face files into a new directory."""
