@@ -53,7 +53,7 @@ def test_preparation_imports_no_heavy_library(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a line of text\n" * 300)
     words = ["prepare", str(tmp_path / "text.txt"), str(tmp_path / "out"), "--vocab-size=270", "--val-fraction=0"]
     heavy = {"torch", "transformers", "streaming", "datasets", "pyarrow"}
-    call = f"from moefoundry.cli.main import main\\nassert main({words}) == 0"
-    code = f"import sys\\n{call}\\nprint({heavy} & set(sys.modules))"
+    call = f"from moefoundry.cli.main import main\nassert main({words}) == 0"
+    code = f"import sys\n{call}\nprint({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
