@@ -26,7 +26,7 @@ from moefoundry.data.fit import another_length, packed_already, too_few_samples
 from moefoundry.data.guard import CheckedStream, GuardedDataset
 from moefoundry.data.identity import TARGETS, TOKENS, column_encodings, holds_documents
 from moefoundry.data.reference import RECORD, read_reference
-from moefoundry.data.sources import DocumentSource, FimTools, PackedSource, Source, read_lengths
+from moefoundry.data.sources import DocumentSource, FimTools, PackedSource, Source, read_lengths, runs_in_shards
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 
 
@@ -157,8 +157,7 @@ class TokenDataset(GuardedDataset):
             parts += [np.sort(rng.choice(source.rows, some, replace=False))] if some else []
             for part in parts:
                 first = source.first_samples(part) + self.sample_offset_per_stream[number]
-                shards = np.searchsorted(first_shards, first, side="right")
-                units.append(np.diff(np.flatnonzero(np.diff(shards, prepend=-1, append=-1))))
+                units.append(runs_in_shards(first, first_shards))
                 rows.append(part + begin)
             begin += source.rows
         if not self.shuffle:  # streams side by side, so that the first rows are of all of them
@@ -202,24 +201,28 @@ class TokenDataset(GuardedDataset):
         _, rows = self.resample_streams(self._epoch)
         return _beyond(sample_ids, np.bincount(rows, minlength=self.size))
 
-    def _locate(self, row: int) -> tuple[int, int, NDArray[np.int64]]:
-        """Find the stream of a row, its number within the stream, and its samples in the numbering of all streams."""
+    def _locate(self, row: int) -> tuple[int, Source, int]:
+        """Find the number of a row's stream, the stream, and the row's number within it."""
         number, row = 0, int(row)
         while row >= self.sources[number].rows:
             row -= self.sources[number].rows
             number += 1
-        return number, row, self.sources[number].samples_of(row) + self.sample_offset_per_stream[number]
+        return number, self.sources[number], row
+
+    def _samples_of(self, number: int, source: Source, row: int) -> NDArray[np.int64]:
+        """List the samples of a row, as :meth:`_locate` gives it, in the numbering of all streams."""
+        return source.samples_of(row) + self.sample_offset_per_stream[number]
 
     def shards_of(self, sample_id: int) -> Sequence[int]:
         """List the shards in which the documents of a row lie."""
-        _, _, samples = self._locate(sample_id)
+        samples = self._samples_of(*self._locate(sample_id))
         ends = self.sample_offset_per_shard + self.samples_per_shard
         return np.unique(np.searchsorted(ends, samples, side="right")).tolist()
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
         """Return one row."""
-        number, row, samples = self._locate(sample_id)
-        source = self.sources[number]
+        number, source, row = self._locate(sample_id)
+        samples = self._samples_of(number, source, row)
         self.check_shards(self.shards_of(sample_id))
         pieces = [
             source.piece(row, index, super(TokenDataset, self).get_item(sample, retry))
@@ -232,7 +235,7 @@ class TokenDataset(GuardedDataset):
 
     def _row(self, pieces: list[Mapping[str, NDArray[Any]]], source: Source) -> dict[str, Tensor]:
         tokens = np.concatenate([piece[TOKENS] for piece in pieces])
-        if tokens.max() >= self.vocab_size:
+        if tokens.max(initial=0) >= self.vocab_size:
             raise DataError(f"{source.place}: token {tokens.max()}, and the model's vocab_size is {self.vocab_size}")
         input_ids = torch.zeros(self.max_seq_len, dtype=torch.int64)
         input_ids[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
