@@ -3,7 +3,7 @@
 import pytest
 
 from moefoundry.config import ConfigError, Recipe, flatten, load_recipe
-from moefoundry.config.curriculum import past_of, stage_at, stages_of, stages_of_flat, tokens_before
+from moefoundry.config.curriculum import batches_until, past_of, stage_at, stages_of, stages_of_flat
 from tests.conftest import QUICK
 
 STREAMS = "train_loader.dataset.streams={code: {local: a}, text: {local: b}}"
@@ -32,9 +32,17 @@ def test_where_stages_begin() -> None:
     assert [stage_at(stages, batch).name for batch in (-1, 0, 97, 98, 119, 120, 145, 146, 10**9)] == [
         *("short", "short", "short", "more", "more", "most", "most", "last", "last"),
     ]
-    assert [tokens_before(stages, batch) for batch in (0, 1, 98, 99, 147)] == [
-        *(0, 1024, 100352, 104448, 100352 + 90112 + 26 * 8192 + 2048),
-    ]
+    for duration, counts in {
+        "100ba": [98, 2, 0, 0],
+        "147ba": [98, 22, 26, 1],
+        "100352tok": [98, 0, 0, 0],
+        "100353tok": [98, 1, 0, 0],
+        f"{100352 + 90112 + 26 * 8192 + 2049}tok": [98, 22, 26, 2],
+        "401sp": [98, 2, 0, 0],
+        "0ba": [0, 0, 0, 0],
+    }.items():
+        assert batches_until(stages, duration) == counts, duration
+    assert batches_until(stages, "2ep") is None
     (only,) = stages_of(recipe("curriculum=null"))
     assert (only.first, only.end, only.batch_size, only.seq_len) == (0, None, 4, 512)
 

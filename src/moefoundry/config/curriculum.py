@@ -113,10 +113,18 @@ def rows_of_a_batch(stages: Sequence[Stage], seq_len: int) -> int:
     return max(-(-stage.tokens_per_batch // seq_len) for stage in stages)
 
 
-def tokens_before(stages: Sequence[Stage], batch: int) -> int:
-    """Count the positions of all batches before one."""
-    ends = [batch if stage.end is None else min(stage.end, batch) for stage in stages]
-    return sum(max(0, end - stage.first) * stage.tokens_per_batch for stage, end in zip(stages, ends, strict=True))
+def batches_until(stages: Sequence[Stage], duration: str) -> list[int] | None:
+    """Count the batches of each stage in a run of this length; None if that is in epochs."""
+    left, unit = int(duration.rstrip("abekopst")), duration.lstrip("0123456789")
+    counts = []
+    for stage in stages:
+        of_a_batch = {"ba": 1, "sp": stage.batch_size, "tok": stage.tokens_per_batch}.get(unit)
+        if of_a_batch is None:
+            return None
+        batches = -(-left // of_a_batch)
+        counts.append(batches if stage.end is None else min(stage.end - stage.first, batches))
+        left = max(0, left - counts[-1] * of_a_batch)
+    return counts
 
 
 def past_of(stages: Sequence[Stage], batches: int) -> list[Stage]:
