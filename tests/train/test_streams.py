@@ -161,3 +161,12 @@ def test_an_evaluation_may_take_the_first_batches_alone(recipe: Tiny, tmp_path: 
         assert losses[1] == pytest.approx(losses[2], abs=1e-6)
     every = run_recipe(recipe(tmp_path / "every", *steps, "max_duration=1ba", "scheduler.t_warmup=1ba"), 1)
     assert some.column(HELD_OUT)[1] != pytest.approx(every.column(HELD_OUT)[1], abs=1e-6)
+
+
+def test_a_source_without_rows_has_no_held_out_loss(recipe: Tiny, tmp_path: Path) -> None:
+    """One row is evaluated, which is of one source."""
+    some = ("eval_subset_num_batches=1", "device_eval_batch_size=1", "max_duration=1ba", "eval_interval=1ba")
+    run = run_recipe(recipe(tmp_path, *some, "scheduler.t_warmup=1ba"), 1)
+    found = [key for key in run.metrics[0] if key.startswith(f"{HELD_OUT}/")]
+    assert len(found) == 1
+    assert run.column(found[0])[1] == pytest.approx(run.column(HELD_OUT)[1])

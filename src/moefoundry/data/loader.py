@@ -29,9 +29,11 @@ What happens when shards are damaged, missing or stale is in :mod:`moefoundry.da
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from streaming.base.world import World
 from torch import Tensor
 
 from moefoundry.config.curriculum import Stage, rows_of_a_batch
-from moefoundry.config.errors import UserError
+from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema_data import FimConfig
 from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
 from moefoundry.data.curriculum_dataset import CurriculumDataset
@@ -119,6 +121,24 @@ def build_loader(
         return CurriculumLoader(CurriculumDataset(config.dataset, stages, **tools), batch_size=None, **processes)
     dataset = TokenDataset(config.dataset, batch_size=batch_size, drop_last=config.drop_last, **tools)
     return TokenDataLoader(dataset, batch_size=batch_size, drop_last=config.drop_last, **processes)
+
+
+@contextmanager
+def dead_processes_named() -> Iterator[None]:
+    """Say in one line that a loader process has died; PyTorch raises wherever the rank is at that moment.
+
+    Raises:
+        DataError: Names the process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (found := re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))):
+            raise
+        raise DataError(
+            f"loader process {found[1]} was killed from outside; if the machine has run out of memory, lower "
+            "num_workers, and go on with autoresume=true"
+        ) from error
 
 
 def _obey_the_rank_alone(worker: int) -> None:

@@ -15,12 +15,16 @@ from tokenizers import Tokenizer
 from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema_data import FimConfig, PackingMethod
 from moefoundry.data.fim import Draws, FillInTheMiddle, Sentinels
-from moefoundry.data.identity import TOKENS, read_shards
+from moefoundry.data.identity import TARGETS, TOKENS, read_shards
 from moefoundry.data.packing_plan import Fragments, PackingPlan, alone, best_fit, concatenated, in_pairs, repacked
+from moefoundry.data.stored_arrays import StoredArray
 from moefoundry.data.summary import LENGTHS_FILE
 
-Sample = Mapping[str, NDArray[Any]]
+Sample = Mapping[str, NDArray[Any] | StoredArray]
 """``tokens`` [n] and, of instruction data, ``targets`` [n], 1 where the token is to be predicted."""
+
+Piece = Mapping[str, NDArray[Any]]
+"""Parts of these."""
 
 PACKERS = {
     PackingMethod.concat: concatenated,
@@ -70,18 +74,18 @@ class PackedSource:
         """Find the first sample of each row, [N]."""
         return rows
 
-    def piece(self, row: int, number: int, sample: Sample) -> Sample:
+    def piece(self, row: int, number: int, sample: Sample) -> Piece:
         """Take the row's part of its sample ``number``: all of it.
 
         Raises:
             DataError: It has another length than the recipe says.
         """
         tokens = sample[TOKENS]
-        if tokens.shape != (self.seq_len,):
+        if len(tokens) != self.seq_len:
             raise DataError(
                 f"{self.place}: a sample of {len(tokens)} tokens, and the recipe's max_seq_len is {self.seq_len}"
             )
-        return sample
+        return {column: values[:] for column, values in sample.items() if column in (TOKENS, TARGETS)}
 
 
 class DocumentSource:
@@ -179,7 +183,7 @@ class DocumentSource:
         """Find the first sample of each row, [N]."""
         return self.plan.first_documents[rows]
 
-    def piece(self, row: int, number: int, sample: Sample) -> Sample:
+    def piece(self, row: int, number: int, sample: Sample) -> Piece:
         """Take the row's part of its document ``number``.
 
         Raises:
@@ -192,9 +196,10 @@ class DocumentSource:
                 f"{self.place}: document {document} has {len(tokens)} tokens, and {LENGTHS_FILE} says "
                 f"{self._lengths[document]}; prepare the data again"
             )
-        if self._fim is not None:
-            sample = {TOKENS: self._fim.apply(document, tokens, int(self._planned[document]))}
-        return {column: values[start:stop] for column, values in sample.items()}
+        if self._planned[document] != len(tokens):
+            assert self._fim is not None, "documents that are not reordered keep their length"
+            return {TOKENS: self._fim.apply(document, tokens[:], int(self._planned[document]))[start:stop]}
+        return {column: values[start:stop] for column, values in sample.items() if column in (TOKENS, TARGETS)}
 
     def describe(self) -> str:
         """Say how the documents are packed, and what is left over."""
