@@ -32,6 +32,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.token_dataset import TokenDataset
 from moefoundry.data.tokenizer import load_tokenizer
 
+REAPING_SECONDS = 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # see callbacks/signals.py
 
 
@@ -62,10 +64,18 @@ class TokenDataLoader(StreamingDataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         try:
-            yield from super().__iter__()
+            with dead_processes_named():
+                yield from self._batches()
         except UserError as error:
             _traceback, of_worker, line = str(error).rpartition(f"{type(error).__name__}: ")
             raise (type(error)(line.strip()) if of_worker else error) from None
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        try:
+            yield from super().__iter__()
+        except (EOFError, OSError):  # as the broken connection to a loader process that has died
+            time.sleep(REAPING_SECONDS)  # in which PyTorch hears of it, and raises what says so
+            raise
 
 
 class CurriculumLoader(TokenDataLoader):
