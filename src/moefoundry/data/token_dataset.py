@@ -139,7 +139,7 @@ class TokenDataset(GuardedDataset):
     @property
     def size(self) -> int:
         """Number of rows of this epoch's plans, of which an epoch reads some, or some twice."""
-        return int(self._rows().sum())
+        return sum(source.rows for source in self.sources)
 
     def _choose(self, choices: NDArray[np.int64], batch_size: int) -> None:
         """Read so many rows of each stream in an epoch; with ``drop_last`` cut to whole global batches."""
