@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from moefoundry.data.formats import CorpusFormat
 from moefoundry.data.options import PrepareOptions
 from moefoundry.data.prepare import prepare
 from moefoundry.data.summary import Layout
@@ -28,7 +29,7 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
     code = PrepareOptions("stdlib", root / "code", vocab_size=4096, layout=Layout.documents, max_docs=80)
     prepare(code)
     text = replace(code, source=str(ROOT / "docs"), out=root / "text", tokenizer=root / "code" / "tokenizer")
-    prepare(replace(text, max_docs=None))
+    prepare(replace(text, max_docs=None, format=CorpusFormat.text))
     return root
 
 
