@@ -91,7 +91,7 @@ def _resolved(
             cfg.global_train_batch_size or batch_size,
             cfg.max_seq_len or seq_len,
             cfg.device_train_microbatch_size or microbatch_size,
-            cfg.streams and tuple((stream, each.proportion) for stream, each in sorted(cfg.streams.items())),
+            None if cfg.streams is None else tuple((n, each.proportion) for n, each in sorted(cfg.streams.items())),
         )
         if cfg.until is None:
             return (*stages, stage)

@@ -60,7 +60,7 @@ class CurriculumDataset(TokenDataset):
             self._check_length(stage)
         choices = rows_of_an_epoch(list(config.sources.values()), self._rows(), self.shuffle_seed)
         self._proportions = choices / choices.sum()
-        self._shuffles, self.shuffle = self.shuffle, False
+        self._shuffles, self.shuffle = config.shuffle, False
         self.drop_last = True  # a lap has whole batches alone
         self._begin_epoch(0)
 
