@@ -38,6 +38,7 @@ def command(streams: Path, run_dir: Path, *changes: str) -> list[str]:
     mixture = ", ".join(f"{name}: {{local: {streams}/{name}, proportion: {share}}}" for name, share in places.items())
     keys = (
         *(f"train_loader.dataset.streams={{{mixture}}}", "train_loader.dataset.fim={}", f"run_dir={run_dir}"),
+        f"train_loader.dataset.local={streams}/code",
         *(f"max_duration={BATCHES}ba", f"save_interval={SAVED}ba", "eval_interval=7ba", "eval_subset_num_batches=2"),
         *("callbacks.report=null", "autoresume=true", *changes),
     )

@@ -12,6 +12,7 @@ from moefoundry.config import Recipe, UserError, flatten
 from moefoundry.data.options import PrepareOptions
 from moefoundry.data.prepare import prepare
 from moefoundry.data.summary import Layout
+from tests.data.shards import fork_workers
 from tests.distributed import RankError
 from tests.train.runs import Run, run_recipe
 from tests.train.test_resume import kill_in_batch_9
@@ -89,7 +90,6 @@ def kill_a_loader_process_in_batch_9() -> None:
     from composer.utils import dist
 
     from moefoundry import build as parts
-    from tests.data.shards import fork_workers
 
     class Killer(Callback):
         def batch_start(self, state: State, logger: Logger) -> None:
@@ -99,6 +99,11 @@ def kill_a_loader_process_in_batch_9() -> None:
     fork_workers()
     build_callbacks = parts.build_callbacks
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), Killer()]
+
+
+def kill_a_rank_in_batch_9() -> None:
+    fork_workers()
+    kill_in_batch_9()
 
 
 SLOW = [pytest.param(workers, kill, marks=pytest.mark.slow) for workers, kill in ((0, False), (2, False), (2, True))]
@@ -111,8 +116,8 @@ def test_row1_killed_in_mid_epoch(recipe: Tiny, tmp_path: Path, whole: Run, work
     killed = recipe(tmp_path, *options)
     error, message = (UserError, "^loader process .* was killed") if of_loader else (RankError, "exit status -9")
     with pytest.raises(error, match=message):
-        run_recipe(killed, 2, kill_a_loader_process_in_batch_9 if of_loader else kill_in_batch_9)
-    resumed = run_recipe(killed, 2)
+        run_recipe(killed, 2, kill_a_loader_process_in_batch_9 if of_loader else kill_a_rank_in_batch_9)
+    resumed = run_recipe(killed, 2, fork_workers)
     assert resumed.exact() == whole.exact()
     for key in (*TOKENS, "data/padding"):
         assert resumed.column(key) == whole.column(key)
