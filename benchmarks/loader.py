@@ -3,7 +3,10 @@
     python -m benchmarks.loader [--rounds 3] [--seq-len 512] [--directory DIR]
 
 The text is the quickstart's, Python's standard library, prepared in both layouts in ``DIR``. One process reads a whole
-epoch of each kind, in turn, without training. Prints JSON: medians, and every value.
+epoch of each kind, in turn, without training. Prints JSON: medians, the smallest and the largest, and every value.
+
+Rows of documents say which document each of their tokens is of; packed samples do so only where documents are told
+apart. So packing is compared with ``packed, documents apart``, whose batches have the same tensors.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from moefoundry.config.curriculum import Stage
 from moefoundry.config.schema_data import FimConfig, FimSplit, PackingConfig, PackingMethod
 from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
 from moefoundry.data.loader import build_loader
@@ -28,6 +32,7 @@ from moefoundry.data.summary import Layout
 
 BATCH = 8
 VOCAB = 4096
+PACKED, APART, STAGED = "packed", "packed, documents apart", "best_fit, a stage of a curriculum"
 BEST_FIT = PackingConfig(PackingMethod.best_fit)
 KINDS: dict[str, dict[str, Any]] = {
     "concat": {},
@@ -45,10 +50,29 @@ def prepared(directory: Path, seq_len: int) -> tuple[Path, Path]:
     return packed, documents
 
 
-def tokens_per_second(local: Path, tokenizer: Path, seq_len: int, changes: dict[str, Any]) -> float:
-    """Read an epoch from its second batch on; padding is not counted."""
+def tokens_per_second(
+    local: Path, tokenizer: Path, seq_len: int, changes: dict[str, Any], apart: bool = False, staged: bool = False
+) -> float:
+    """Read an epoch from its second batch on; padding is not counted.
+
+    Args:
+        local: The data.
+        tokenizer: Their tokenizer.
+        seq_len: Tokens of a row.
+        changes: Keys of the dataset.
+        apart: Tell documents apart.
+        staged: Read as the only stage of a curriculum.
+    """
     config = LoaderConfig(dataset=DatasetConfig(local=str(local), shuffle_seed=1, max_seq_len=seq_len, **changes))
-    batches = iter(build_loader(config, batch_size=BATCH, model_vocab_size=VOCAB, tokenizer=tokenizer))
+    loader = build_loader(
+        config,
+        batch_size=BATCH,
+        model_vocab_size=VOCAB,
+        tokenizer=tokenizer,
+        documents_of=tokenizer if apart else None,
+        stages=[Stage("only", 0, None, BATCH, seq_len, BATCH)] if staged else [],
+    )
+    batches = iter(loader)
     next(batches)
     begun, tokens = time.perf_counter(), 0
     for batch in batches:
@@ -60,11 +84,13 @@ def measure(directory: Path, seq_len: int, rounds: int) -> dict[str, Any]:
     """Measure every kind ``rounds`` times in turn, and the plans."""
     packed, documents = prepared(directory, seq_len)
     tokenizer = documents / "tokenizer"
-    values: dict[str, list[float]] = {name: [] for name in ("packed", *KINDS)}
+    values: dict[str, list[float]] = {name: [] for name in (PACKED, APART, *KINDS, STAGED)}
     for _ in range(rounds):
-        values["packed"].append(tokens_per_second(packed, tokenizer, seq_len, {}))
+        for name in (PACKED, APART):
+            values[name].append(tokens_per_second(packed, tokenizer, seq_len, {}, apart=name == APART))
         for name, changes in KINDS.items():
             values[name].append(tokens_per_second(documents, tokenizer, seq_len, changes))
+        values[STAGED].append(tokens_per_second(documents, tokenizer, seq_len, KINDS["best_fit"], staged=True))
     lengths = np.load(documents / "train" / "lengths.npy")
     plans = {}
     for method in (concatenated, best_fit):
@@ -83,6 +109,7 @@ def measure(directory: Path, seq_len: int, rounds: int) -> dict[str, Any]:
         "seq_len": seq_len,
         "documents": len(lengths),
         "tokens_per_second": {name: statistics.median(each) for name, each in values.items()},
+        "spread": {name: [min(each), max(each)] for name, each in values.items()},
         "values": values,
         "plans": plans,
         "bytes": {

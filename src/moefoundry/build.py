@@ -21,6 +21,7 @@ from moefoundry import composer_patches
 from moefoundry.adapters import apply_lora
 from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.console import Console
+from moefoundry.callbacks.curriculum import Curriculum
 from moefoundry.callbacks.data import DataMonitor
 from moefoundry.callbacks.ema import Ema
 from moefoundry.callbacks.expert_bias import ExpertBias
@@ -39,6 +40,7 @@ from moefoundry.checkpoint.start import Start, data_digests
 from moefoundry.checkpoint.state import RunState
 from moefoundry.checkpoint.store import Retention
 from moefoundry.config import Compute, ConfigError, LoaderConfig, Recipe, UserError, flatten
+from moefoundry.config.curriculum import stages_of
 from moefoundry.config.making import make_part, make_parts
 from moefoundry.config.tasks import TASKS_KEY
 from moefoundry.config.urls import is_url, resolved
@@ -191,13 +193,14 @@ def wrapped(recipe: Recipe, model: MoETransformer) -> ComposerMoECausalLM:
 
 
 def build_data(cfg: LoaderConfig, recipe: Recipe, batch_size: int) -> DataSpec:
-    """Build the loader of this rank's batches of ``batch_size`` sequences."""
+    """Build the loader of this rank's batches: of ``batch_size`` sequences, or for training as a curriculum says."""
     loader = build_loader(
         cfg,
         batch_size=batch_size,
         model_vocab_size=recipe.model.vocab_size,
         documents_of=Path(recipe.tokenizer.name) if recipe.model.document_masking else None,
         tokenizer=Path(recipe.tokenizer.name),
+        stages=stages_of(recipe) if recipe.curriculum and cfg is recipe.train_loader else (),
     )
     if dist.get_global_rank() == 0:
         for line in loader.dataset.describe_packing():
@@ -230,6 +233,7 @@ def build_callbacks(
     source_tokens: dict[str, int] = {}
     phases: dict[Phase, list[Callback | None]] = {
         Phase.PREPARE: [
+            Curriculum(stages_of(recipe)) if recipe.curriculum else None,
             CountTargets(),
             LearningRate(recipe, start.schedule_changes if start else ""),
             GlobalBatchBalance(model.step_counts) if model.step_counts else None,

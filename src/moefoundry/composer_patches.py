@@ -4,6 +4,8 @@
   sharded already, on the recipe's mesh: :class:`MeshTrainer` leaves it as it is.
 - ``Trainer._train_microbatch`` is the one place that knows which micro-batch is the last of a batch, and only after the
   last have gradients to be summed over ``replicate``: :class:`MeshTrainer` says so to FSDP before each.
+- ``Trainer._compute_and_log_metrics`` logs NaN for a metric that has measured nothing: :class:`MeshTrainer` leaves such
+  metrics out, which say so (``measured``).
 - ``collect_env.get_cpu_model`` starts an interpreter to learn a name that nothing uses: it is replaced.
 - ``MLFlowLogger`` keeps the name of its run to itself, and a resume needs it: :func:`mlflow_run_id`.
 """
@@ -17,12 +19,13 @@ import composer
 from composer import Trainer
 from composer.loggers import MLFlowLogger
 from composer.utils import collect_env, dist
+from torchmetrics import Metric
 
 from moefoundry.config import UserError
 from moefoundry.parallel import sum_between_copies
 
 TESTED = "0.32.1"
-OVERRIDDEN = ("_wrap_model_for_distributed", "_train_microbatch")
+OVERRIDDEN = ("_wrap_model_for_distributed", "_train_microbatch", "_compute_and_log_metrics")
 
 
 class MeshTrainer(Trainer):
@@ -34,6 +37,12 @@ class MeshTrainer(Trainer):
     def _train_microbatch(self, use_grad_scaling: bool, current_batch_size: float, is_final_microbatch: bool) -> Any:
         sum_between_copies(self.state.model, is_final_microbatch)
         return super()._train_microbatch(use_grad_scaling, current_batch_size, is_final_microbatch)
+
+    def _compute_and_log_metrics(self, dataloader_label: str, metrics: dict[str, Metric]) -> None:
+        for metric in metrics.values():
+            metric.compute()  # collective, and kept for the next call
+        measured = {name: metric for name, metric in metrics.items() if getattr(metric, "measured", True)}
+        super()._compute_and_log_metrics(dataloader_label, measured)
 
 
 def apply() -> None:

@@ -49,11 +49,19 @@ class SourceCrossEntropy(LanguageCrossEntropy):
 
     Args:
         source: Its number in batches.
+
+    Attributes:
+        measured: False if no rank had a target of the source, by the latest :meth:`compute`; there is no loss then.
     """
 
     def __init__(self, source: int) -> None:
         super().__init__()
         self.source = source
+        self.measured = True
+
+    def compute(self) -> Tensor:
+        self.measured = bool(self.count)  # that of all ranks, here alone
+        return super().compute()
 
 
 class ComposerMoECausalLM(ComposerModel):

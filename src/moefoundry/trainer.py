@@ -22,6 +22,7 @@ from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.run_dir import store_of
 from moefoundry.config import Recipe, advice, flatten
 from moefoundry.conversion.families import exports_as
+from moefoundry.data.loader import dead_processes_named
 from moefoundry.evaluation.generation import complete
 from moefoundry.model.transformer import MoETransformer
 
@@ -48,7 +49,7 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    with sole_owner(Path(recipe.run_dir)), named_collectives(recipe.dist_timeout):
+    with sole_owner(Path(recipe.run_dir)), named_collectives(recipe.dist_timeout), dead_processes_named():
         trainer = build_trainer(recipe)
         if dist.get_global_rank() == 0:
             for problem in advice(recipe):

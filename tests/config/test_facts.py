@@ -9,6 +9,7 @@ from tests.conftest import QUICKSTART
 FREE = (
     "format_version",
     *("run_name", "run_dir", "autoresume", "load_path", "load_weights_only", "allow_batch_size_change", "max_duration"),
+    "curriculum",
     *("scheduler.timing", "mesh.", "model.moe.backend", "lora.base", "activation_checkpointing"),
     *(
         "device_train_microbatch_size",

@@ -16,7 +16,6 @@ from streaming import MDSWriter
 
 from moefoundry.config import ConfigError, LoaderConfig, UserError, load_recipe
 from moefoundry.config.schema_data import FimConfig, FimSplit, PackingConfig, PackingMethod, StreamConfig
-from moefoundry.data import prepare as prepare_module
 from moefoundry.data.fim import Sentinels, restored
 from moefoundry.data.loader import build_loader
 from moefoundry.data.options import PrepareOptions
@@ -31,28 +30,6 @@ from tests.distributed import run_distributed
 
 BEST_FIT = PackingConfig(PackingMethod.best_fit)
 Row = tuple[int, ...]
-
-
-@pytest.fixture(scope="session")
-def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prepared corpora ``code`` and ``text`` of one tokenizer, as documents, of several shards each."""
-    root = tmp_path_factory.mktemp("mixture")
-    for number in range(40):
-        (root / "text").mkdir(exist_ok=True)
-        (root / "code").mkdir(exist_ok=True)
-        (root / "text" / f"{number:02d}.txt").write_text(f"line {number}\n" * (number % 4 + 1))
-        (root / "code" / f"{number:02d}.py").write_text(f"x{number} = {number * 7}\n" * (number % 3 + 1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_module, "SHARD_BYTES", 512)
-        options = PrepareOptions(
-            str(root / "text"), root / "out" / "text", vocab_size=VOCAB, val_fraction=0.2, layout=Layout.documents
-        )
-        prepare(options)
-        source, out, tokenizer = str(root / "code"), root / "out" / "code", root / "out" / "text" / "tokenizer"
-        prepare(replace(options, source=source, out=out, tokenizer=tokenizer))
-        packed = replace(options, out=root / "out" / "packed", layout=Layout.packed, max_seq_len=SEQ_LEN)
-        prepare(packed)
-    return root / "out"
 
 
 def documents_in(directory: Path) -> list[list[int]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moefoundry.cli.main import main
-from moefoundry.config import Recipe, load_recipe
+from moefoundry.config import ConfigError, Recipe, load_recipe
 from moefoundry.planning.choose import HEADROOM, Choice, choose
 from moefoundry.planning.choose_table import choose_table, overrides
 from moefoundry.planning.devices import ACCELERATORS, Accelerator, accelerator
@@ -97,3 +97,9 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "tiny.yaml").write_text("\n".join(f"{k}: {v}" for k, v in vars(small(0.01)).items()))
     assert main([*command, "4", "--gpu", str(tmp_path / "tiny.yaml")]) == 1
     assert "nothing fits" in capsys.readouterr().out
+
+
+def test_a_curriculum_has_no_single_answer() -> None:
+    staged = recipe("curriculum={short: {until: 10ba, max_seq_len: 128}, long: {}}")
+    with pytest.raises(ConfigError, match="curriculum: its stages may each be fastest in another way; ask for one"):
+        choose(staged, WORLD, H100)

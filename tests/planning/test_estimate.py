@@ -110,3 +110,13 @@ def test_published_runs() -> None:
     found = [ratio for _, _, ratio in ratios()]
     assert statistics.median(abs(ratio - 1) for ratio in found) < 0.3
     assert all(0.5 < ratio < 2 for ratio in found)
+
+
+def test_the_steps_of_every_stage_add_up() -> None:
+    stages = "curriculum={short: {until: 30ba, max_seq_len: 128}, long: {}}"
+    both, short, long = estimated(stages, "max_duration=40ba"), estimated("max_seq_len=128"), estimated()
+    assert both.run_tokens == 16 * (30 * 128 + 10 * 512)
+    assert both.days == pytest.approx((30 * short.step.total + 10 * long.step.total) / 86400)
+    assert both.plan.stage == "long"
+    assert both.step == long.step
+    assert replace(both.plan, stage="") == long.plan

@@ -315,3 +315,16 @@ def test_the_peak_of_a_step_is_near_the_estimate(mode):
     with Peak(model) as alive:
         model(ids, ids).total.backward()
     assert make_plan(recipe, 1).memory.peak.total == pytest.approx(alive.peak, rel=0.25)
+
+
+def test_a_curriculum_is_planned_by_the_stage_that_needs_most_memory() -> None:
+    """Here the one of short rows, as its micro-batches are larger; the tables say which."""
+    stages = "curriculum={short: {until: 10ba, max_seq_len: 256, device_train_microbatch_size: 8}, long: {}}"
+    sizes = ["global_train_batch_size=16", "device_train_microbatch_size=2"]
+    plan = make_plan(load_recipe(QUICKSTART, [stages, *sizes]), 2)
+    short = ["max_seq_len=256", "global_train_batch_size=16", "device_train_microbatch_size=8"]
+    alone, long = (make_plan(load_recipe(QUICKSTART, keys), 2) for keys in (short, sizes))
+    assert plan.memory == alone.memory != long.memory
+    assert (plan.stage, plan.tokens_per_micro_batch, plan.micro_batches) == ("short", 2048, 1)
+    assert "stage short of the curriculum, which needs most memory" in plan_table(plan, 80)
+    assert "curriculum" not in plan_table(long, 80)

@@ -1,5 +1,7 @@
 """Training on two streams of documents with fill-in-the-middle: exact resumption, and counts that follow the run."""
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +12,10 @@ from moefoundry.config import Recipe, UserError, flatten
 from moefoundry.data.options import PrepareOptions
 from moefoundry.data.prepare import prepare
 from moefoundry.data.summary import Layout
+from tests.data.shards import fork_workers
+from tests.distributed import RankError
 from tests.train.runs import Run, run_recipe
+from tests.train.test_resume import kill_in_batch_9
 
 Tiny = Callable[..., Recipe]
 HELD_OUT = "metrics/eval/LanguageCrossEntropy"
@@ -76,6 +81,44 @@ def test_a_resumed_run_is_the_run_that_never_stopped(recipe: Tiny, tmp_path: Pat
     assert resumed.exact() == whole.exact(9)
     for key in TOKENS:
         assert resumed.column(key) == {batch: count for batch, count in whole.column(key).items() if batch > 8}
+
+
+def kill_a_loader_process_in_batch_9() -> None:
+    """Of the last rank, as the kernel does when memory runs out."""
+    from composer.core import Callback, State
+    from composer.loggers import Logger
+    from composer.utils import dist
+
+    from moefoundry import build as parts
+
+    class Killer(Callback):
+        def batch_start(self, state: State, logger: Logger) -> None:
+            if state.timestamp.batch == 8 and dist.get_global_rank() == dist.get_world_size() - 1:
+                os.kill(state.train_dataloader._iterator._workers[0].pid, signal.SIGKILL)
+
+    fork_workers()
+    build_callbacks = parts.build_callbacks
+    parts.build_callbacks = lambda *args: [*build_callbacks(*args), Killer()]
+
+
+def kill_a_rank_in_batch_9() -> None:
+    fork_workers()
+    kill_in_batch_9()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "of_loader"), [(0, False), (1, False), (2, False), (1, True), (2, True)])
+def test_row1_killed_in_mid_epoch(recipe: Tiny, tmp_path: Path, whole: Run, workers: int, of_loader: bool) -> None:
+    """A rank, or a loader process of one; the run goes on by itself, to every digit and token."""
+    options = (f"train_loader.num_workers={workers}", "autoresume=true", "save_async=false")
+    killed = recipe(tmp_path, *options)
+    error, message = (UserError, "^loader process .* was killed") if of_loader else (RankError, "exit status -9")
+    with pytest.raises(error, match=message):
+        run_recipe(killed, 2, kill_a_loader_process_in_batch_9 if of_loader else kill_a_rank_in_batch_9)
+    resumed = run_recipe(killed, 2, fork_workers)
+    assert resumed.exact() == whole.exact()
+    for key in (*TOKENS, "data/padding"):
+        assert resumed.column(key) == whole.column(key)
 
 
 def test_tokens_of_sources_do_not_depend_on_the_mesh(whole: Run, alone: Run) -> None:
@@ -161,3 +204,12 @@ def test_an_evaluation_may_take_the_first_batches_alone(recipe: Tiny, tmp_path: 
         assert losses[1] == pytest.approx(losses[2], abs=1e-6)
     every = run_recipe(recipe(tmp_path / "every", *steps, "max_duration=1ba", "scheduler.t_warmup=1ba"), 1)
     assert some.column(HELD_OUT)[1] != pytest.approx(every.column(HELD_OUT)[1], abs=1e-6)
+
+
+def test_a_source_without_rows_has_no_held_out_loss(recipe: Tiny, tmp_path: Path) -> None:
+    """One row is evaluated, which is of one source."""
+    some = ("eval_subset_num_batches=1", "device_eval_batch_size=1", "max_duration=1ba", "eval_interval=1ba")
+    run = run_recipe(recipe(tmp_path, *some, "scheduler.t_warmup=1ba"), 1)
+    found = [key for key in run.metrics[0] if key.startswith(f"{HELD_OUT}/")]
+    assert len(found) == 1
+    assert run.column(found[0])[1] == pytest.approx(run.column(HELD_OUT)[1])

@@ -31,6 +31,7 @@ from moefoundry.config import (
     SchedulerConfig,
     ScheduleTiming,
 )
+from moefoundry.config.curriculum import stage_at, stages_of
 from moefoundry.config.making import make_part
 
 
@@ -47,8 +48,7 @@ class LearningRate(Callback):
         self.peak = recipe.optimizer.lr
         self.timing = recipe.scheduler.timing
         self.schedule = build_schedule(recipe.scheduler)
-        self.samples = recipe.global_train_batch_size
-        self.tokens = recipe.global_train_batch_size * recipe.max_seq_len
+        self.stages = stages_of(recipe)
         self._changes = changes
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -68,12 +68,14 @@ class LearningRate(Callback):
         """
         now = state.timestamp
         if self.timing == ScheduleTiming.batch_end:
-            position = now.to_next_batch(self.samples, self.tokens)
+            stage = stage_at(self.stages, now.batch.value)
+            position = now.to_next_batch(stage.batch_size, stage.tokens_per_batch)
         else:
+            stage = stage_at(self.stages, now.batch.value - 1)
             position = now.copy(
                 batch=max(0, now.batch.value - 1),
-                sample=max(0, now.sample.value - self.samples),
-                token=max(0, now.token.value - self.tokens),
+                sample=max(0, now.sample.value - stage.batch_size),
+                token=max(0, now.token.value - stage.tokens_per_batch),
             )
         seen = SimpleNamespace(timestamp=position, max_duration=state.max_duration, dataloader_len=state.dataloader_len)
         return self.peak * self.schedule(cast(State, seen))

@@ -6,6 +6,7 @@
     lr                                      learning rate
     data/wait_seconds                       until every rank had its batch
     data/padding                            share of positions without a token, where rows may have such
+    curriculum/{stage,max_seq_len,global_train_batch_size}   with a curriculum; stages count from 1
     tokens/SOURCE, loss/train/source/SOURCE with several streams: tokens from the beginning on, and mean loss
     throughput/tokens_per_sec               all ranks
     moe/{max_violation,router_entropy,dropped_fraction,expert_bias_max_abs}

@@ -17,6 +17,8 @@ from typing import Any
 from moefoundry.checkpoint.base import Base
 from moefoundry.checkpoint.manifest import BASE, WEIGHTS_ONLY, read_state
 from moefoundry.config import Moments, Recipe, UserError, flatten
+from moefoundry.config.curriculum import KEY as CURRICULUM
+from moefoundry.config.curriculum import past_of, stage_at, stages_of_flat
 from moefoundry.config.schema_data import StreamConfig
 from moefoundry.config.spec import is_architecture, is_free_on_resume, show_leaf
 from moefoundry.config.versions import without_effect
@@ -119,6 +121,7 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
     if not own:
         _check_something_is_left(checkpoint, document["timestamp"] or {}, recipe.max_duration)
     _check_order(checkpoint, saved, here, recipe.allow_batch_size_change)
+    _check_stages(checkpoint, saved, here, document["timestamp"] or {})
     if (stored := document.get("data_digests")) is None:
         _check_data_without_digests(checkpoint, document, here)
     else:
@@ -191,6 +194,28 @@ def _check_order(checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, 
                 "of its epoch would be other samples; begin a new phase with its weights instead: "
                 "load_weights_only=true"
             )
+
+
+def _check_stages(
+    checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, Any], timestamp: Mapping[str, Any]
+) -> None:
+    """Check that the stages of the batches so far are the ones they were; those to come may be others."""
+    recipes, batches = (saved, here), int(timestamp.get("batch", 0))
+    staged = [any(key.startswith(f"{CURRICULUM}.") for key in recipe) for recipe in recipes]
+    if not any(staged):
+        return
+    there, now = (past_of(stages_of_flat(recipe), batches) for recipe in recipes)
+    if staged[0] == staged[1] and there == now:
+        return
+    if staged[0] != staged[1]:
+        named, what = CURRICULUM, "one" if staged[0] else "none"
+    else:
+        first = min((stage.first for stage in {*there} ^ {*now}), default=0)
+        named, what = f"{CURRICULUM}.{stage_at(stages_of_flat(here), first).name}", "another stage"
+    raise UserError(
+        f"{named}: {checkpoint} was written with {what} for its {batches} batches; change stages that have not begun, "
+        "or begin a new phase with its weights: load_weights_only=true"
+    )
 
 
 def _check_data(

@@ -58,6 +58,7 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
     notes += [f"note: {problem}" for problem in check_files(recipe, world_size or 1)]
     if notes:
         print("\n".join(notes), file=sys.stderr)
+    from moefoundry.config.curriculum import stages_of
     from moefoundry.conversion.families import exports_as
 
     if as_json:
@@ -68,7 +69,8 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
     elif show or as_yaml:
         print(annotated(recipe, layers) if show else dump_recipe(recipe), end="")
     else:
-        print(f"{describe(recipe)}\nexport: {exports_as(recipe.model)}")
+        stages = [stage.describe() for stage in stages_of(recipe)] if recipe.curriculum else []
+        print("\n".join([describe(recipe), *stages, f"export: {exports_as(recipe.model)}"]))
 
 
 def _validate_foundry(recipe: FoundryRecipe, world_size: int | None, as_yaml: bool, as_json: bool) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from moefoundry.config.curriculum_rules import curriculum_problems
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
 from moefoundry.config.lora_rules import lora_problems
@@ -323,6 +324,20 @@ def _datasets(recipe: Recipe) -> Iterator[tuple[str, DatasetConfig]]:
     yield "train_loader.dataset", recipe.train_loader.dataset
     if recipe.eval_loader is not None:
         yield "eval_loader.dataset", recipe.eval_loader.dataset
+
+
+@rule(
+    "curriculum",
+    "max_seq_len",
+    "global_train_batch_size",
+    "max_duration",
+    "scheduler",
+    "mesh",
+    "train_loader",
+    "model.mtp",
+)
+def _curriculum(recipe: Recipe, world_size: int | None) -> Iterator[Problem]:
+    yield from curriculum_problems(recipe, world_size)
 
 
 @rule("eval_subset_num_batches")

@@ -9,6 +9,7 @@ from typing import Any
 DURATION = r"\d{1,18}(ba|ep|tok|sp)|\d{1,18}(\.\d{1,18})?dur"  # no more digits than an int64 holds
 INTERVAL = r"[1-9]\d{0,17}(ba|ep|tok|sp)"
 BATCHES = r"[1-9]\d{0,17}ba"
+BORDER = r"[1-9]\d{0,17}(ba|tok)"
 NAME = r"(?!\.{1,2}\Z)[\w.\-]+"
 SPLIT = r"[\w.\-/]*"
 TARGET = r"(attention|dense|shared_experts|experts)(\.\w+)?"
@@ -29,6 +30,7 @@ PATTERN_HINTS = {
     DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",
     INTERVAL: "a duration: a positive integer and ba, ep, tok or sp",
     BATCHES: "a positive integer and ba",
+    BORDER: "a positive integer and ba or tok",
 }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, REQUIRED, key
+from moefoundry.config.schema_curriculum import StageConfig
 from moefoundry.config.schema_lora import LoraConfig
 from moefoundry.config.schema_model import ModelConfig
 from moefoundry.config.schema_monitors import (
@@ -158,6 +159,17 @@ class Recipe:
         table="loggers",
         tag="",
         instead_of={"report_to": "a mapping of loggers turns one on: loggers.wandb={}"},
+    )
+    curriculum: dict[str, StageConfig] | None = key(
+        None,
+        "Stages of training, by name and in order: their rows, batches and mixtures of streams. Stages that have begun "
+        "stay as they are; later ones may change.",
+        free_on_resume=True,
+        renamed_from=("curriculum_learning",),
+        instead_of={
+            "rampup_batch_size": "stages of a curriculum have a global_train_batch_size each: docs/reading.md",
+            "seq_length_warmup": "stages of a curriculum have a max_seq_len each: docs/reading.md",
+        },
     )
     max_duration: str = key(
         REQUIRED,

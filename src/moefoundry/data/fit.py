@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from moefoundry.config.curriculum import KEY, rows_of_a_batch, stages_of
 from moefoundry.config.errors import ConfigError, Problem, UserError
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_data import PackingMethod, StreamConfig
@@ -31,7 +32,7 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
         ConfigError: Names every key that they do not fit, or that names data which are not there.
     """
     batches = {
-        "train_loader": recipe.global_train_batch_size,
+        "train_loader": rows_of_a_batch(stages_of(recipe), recipe.max_seq_len),
         "eval_loader": recipe.device_eval_batch_size * world_size,
     }
     found: list[Problem] = []
@@ -39,7 +40,7 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
         found += loader_problems(loader, key, recipe.model.vocab_size, batches[key], remote=True)
         found += fim_problems(loader, key, Path(recipe.tokenizer.name))
     if not found:
-        found += tokenizer_problems(recipe)
+        found += [*tokenizer_problems(recipe), *stage_problems(recipe)]
     found += report_problems(recipe)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))  # both loaders may have the same problem
@@ -259,6 +260,19 @@ def missing_hash(index: Path, shard: str, hashes: Collection[str], algorithm: st
     there = ", ".join(sorted(hashes)) or "none"
     hint = "the recipe's dataset.validate_hash; null checks sizes alone"
     return f"{index}: no {algorithm} of {shard}; it has {there} ({hint})"
+
+
+def stage_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Find stages whose rows have another length than the samples of data that were packed when they were prepared."""
+    for where, source in sources_of(recipe.train_loader, "train_loader") if recipe.curriculum else ():
+        path = directory_of(source)
+        length = read_corpus_summary(path).max_seq_len if path and Path(path, CORPUS_FILE).is_file() else None
+        for stage in stages_of(recipe) if length is not None else ():
+            if stage.seq_len != length:
+                message = f"{stage.seq_len}, and {where} was packed to {length} when it was prepared"
+                yield Problem(
+                    f"{KEY}.{stage.name}.max_seq_len", message, "any, of data prepared with --layout documents"
+                )
 
 
 def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:

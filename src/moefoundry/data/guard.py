@@ -29,7 +29,7 @@ from __future__ import annotations
 import mmap
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from time import sleep
@@ -210,6 +210,7 @@ class GuardedDataset(StreamingDataset):
         if self._unique_rank_world.is_local_leader:
             self._shard_states.numpy()[:] = _ShardState.REMOTE  # whoever needs a shard first prepares, so checks, it
         barrier()
+        self._prepared: set[int] = set()  # shards that this process knows to be
         self._expected = 0
 
     def _register(
@@ -281,23 +282,26 @@ class GuardedDataset(StreamingDataset):
         """List the shards that a sample is made of."""
         return (int(self.spanner[sample_id][0]),)
 
-    def check_shards(self, shard_ids: Sequence[int]) -> None:
+    def check_shards(self, shard_ids: Iterable[int]) -> None:
         """Prepare the shards that are not; return when all are, by whichever process.
 
         Raises:
             DataError: Some process of the node cannot have a shard.
         """
         for shard_id in shard_ids:
+            if shard_id in self._prepared:  # a quick look, for every row
+                continue
             while self._shard_states[shard_id] != _ShardState.LOCAL:
                 self._event.raise_if_set()
                 self.prepare_shard(shard_id)
+            self._prepared.add(shard_id)
 
     def _prepare_thread(self, it: Any) -> None:
         """Prepare the shards of the next samples; another process may have begun with one."""
         while self._goes_on(it, it.prepare_index):
             sample_id = it.sample_ids[it.prepare_index]
             for shard_id in self.shards_of(sample_id) if sample_id != -1 else ():
-                if self._shard_states[shard_id] == _ShardState.REMOTE:
+                if shard_id not in self._prepared and self._shard_states[shard_id] == _ShardState.REMOTE:
                     self.prepare_shard(shard_id, blocking=False)
             it.prepare_index += 1
         it.on_exit()

@@ -21,25 +21,33 @@ Without ``drop_last`` (evaluation) every sample is read. If the ranks do not div
 them are read twice, so that every rank has as many batches; the labels of a repeat are ``IGNORE_INDEX``, so that each
 sample counts once on any number of ranks.
 
+A curriculum has an order of its own (:mod:`moefoundry.data.curriculum`), dealt out in the same way.
+
 What happens when shards are damaged, missing or stale is in :mod:`moefoundry.data.guard`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from streaming import StreamingDataLoader
 from streaming.base.world import World
 from torch import Tensor
 
-from moefoundry.config.errors import UserError
+from moefoundry.config.curriculum import Stage, rows_of_a_batch
+from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema_data import FimConfig
 from moefoundry.config.schema_parts import DatasetConfig, LoaderConfig
+from moefoundry.data.curriculum_dataset import CurriculumDataset
 from moefoundry.data.fim import Sentinels
 from moefoundry.data.fit import loader_problems
 from moefoundry.data.sources import FimTools
@@ -47,6 +55,7 @@ from moefoundry.data.summary import read_corpus_summary
 from moefoundry.data.token_dataset import TokenDataset
 from moefoundry.data.tokenizer import load_tokenizer
 
+REAPING_SECONDS = 1.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # see callbacks/signals.py
 
 
@@ -55,10 +64,25 @@ class TokenDataLoader(StreamingDataLoader):
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         try:
-            yield from super().__iter__()
+            with dead_processes_named():
+                yield from self._batches()
         except UserError as error:
             _traceback, of_worker, line = str(error).rpartition(f"{type(error).__name__}: ")
             raise (type(error)(line.strip()) if of_worker else error) from None
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        try:
+            yield from super().__iter__()
+        except (EOFError, OSError):  # as the broken connection to a loader process that has died
+            time.sleep(REAPING_SECONDS)  # in which PyTorch hears of it, and raises what says so
+            raise
+
+
+class CurriculumLoader(TokenDataLoader):
+    """Loader of a curriculum: its dataset makes the batches. It has no length, as epochs are not all as long."""
+
+    def __len__(self) -> int:
+        raise TypeError("epochs of a curriculum are not all as long")
 
 
 def build_loader(
@@ -68,6 +92,7 @@ def build_loader(
     model_vocab_size: int,
     documents_of: Path | None = None,
     tokenizer: Path | None = None,
+    stages: Sequence[Stage] = (),
 ) -> StreamingDataLoader:
     """Build the loader of one rank.
 
@@ -76,36 +101,54 @@ def build_loader(
 
     Args:
         config: The recipe's ``train_loader`` or ``eval_loader``.
-        batch_size: Samples of one batch of this rank.
+        batch_size: Samples of one batch of this rank; with ``stages`` each says so itself.
         model_vocab_size: Rows of the model's embedding.
         documents_of: The tokenizer of the data, where batches are to tell documents apart; a local corpus says by
             itself which token ends its documents, remote data do not.
         tokenizer: The tokenizer of the data, which fill-in-the-middle needs.
+        stages: Those of a curriculum; empty if there is none.
 
     Raises:
         UserError: The data are absent, incomplete, too few, or do not fit the recipe. Sizes and small files of local
             data are checked before anything is allocated; contents, and remote data, as they are first needed.
     """
-    global_batch = batch_size * World.detect().num_ranks
+    length = config.dataset.max_seq_len
+    global_batch = rows_of_a_batch(stages, length) if stages else batch_size * World.detect().num_ranks
     for problem in loader_problems(config, "loader", model_vocab_size, global_batch):
         raise UserError(problem.message)
-    dataset = TokenDataset(
-        config.dataset,
-        batch_size=batch_size,
-        drop_last=config.drop_last,
-        vocab_size=model_vocab_size,
-        eos_id=None if documents_of is None else _eos_id(config.dataset, documents_of),
-        fim=fim_tools(config.dataset.fim, tokenizer),
-    )
-    return TokenDataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=config.num_workers,
-        drop_last=config.drop_last,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=config.num_workers > 0,
-        worker_init_fn=_obey_the_rank_alone if config.num_workers and hasattr(signal, "sigwaitinfo") else None,
-    )
+    tools: dict[str, Any] = {
+        "vocab_size": model_vocab_size,
+        "eos_id": None if documents_of is None else _eos_id(config.dataset, documents_of),
+        "fim": fim_tools(config.dataset.fim, tokenizer),
+    }
+    processes: dict[str, Any] = {
+        "num_workers": config.num_workers,
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": config.num_workers > 0,
+        "worker_init_fn": _obey_the_rank_alone if config.num_workers and hasattr(signal, "sigwaitinfo") else None,
+    }
+    if stages:
+        return CurriculumLoader(CurriculumDataset(config.dataset, stages, **tools), batch_size=None, **processes)
+    dataset = TokenDataset(config.dataset, batch_size=batch_size, drop_last=config.drop_last, **tools)
+    return TokenDataLoader(dataset, batch_size=batch_size, drop_last=config.drop_last, **processes)
+
+
+@contextmanager
+def dead_processes_named() -> Iterator[None]:
+    """Say in one line that a loader process has died; PyTorch raises wherever the rank is at that moment.
+
+    Raises:
+        DataError: Names the process.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (found := re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))):
+            raise
+        raise DataError(
+            f"loader process {found[1]} was killed from outside; if the machine has run out of memory, lower "
+            "num_workers, and go on with autoresume=true"
+        ) from error
 
 
 def _obey_the_rank_alone(worker: int) -> None:

@@ -11,13 +11,17 @@ the same one, and there is no state to save. No token is lost and none comes twi
   shards, and time grows linearly. Documents of one length are placed together: steps are counted in different lengths.
 - :func:`alone` gives each document a row, or as many as it fills. :func:`in_pairs` gives one to each two.
 
+Where rows of another length follow in the middle of an epoch, :func:`left_over` says what has not been read, and
+:func:`repacked` packs it.
+
 A plan takes 12 bytes for each piece, and 8 for each row.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -159,6 +163,53 @@ def in_pairs(lengths: NDArray[np.integer[Any]], seq_len: int) -> PackingPlan:
     splits = np.arange(0, len(lengths) + 1, 2)
     starts, stops = np.zeros(len(lengths), np.int32), np.asarray(lengths).astype(np.int32)
     return PackingPlan(seq_len, documents, starts, stops, splits)
+
+
+@dataclass(frozen=True)
+class Fragments:
+    """Parts of documents, in the order in which they are stored; F of them.
+
+    Attributes:
+        documents: Integers [F], the document of each, ascending.
+        starts: int32 [F], its first token within the document.
+        stops: int32 [F], the token behind its last.
+    """
+
+    documents: NDArray[Any]
+    starts: NDArray[np.int32]
+    stops: NDArray[np.int32]
+
+
+def left_over(plan: PackingPlan, unread: NDArray[np.bool_]) -> Fragments:
+    """List what the rows of a plan hold that have not been read, in as few fragments as it is.
+
+    Args:
+        plan: The plan.
+        unread: bool [rows].
+    """
+    pieces = np.flatnonzero(np.repeat(unread, np.diff(plan.splits)))
+    pieces = pieces[np.lexsort((plan.starts[pieces], plan.documents[pieces]))]
+    documents, starts, stops = plan.documents[pieces], plan.starts[pieces], plan.stops[pieces]
+    begins = np.ones(len(pieces), np.bool_)
+    begins[1:] = (documents[1:] != documents[:-1]) | (starts[1:] != stops[:-1])
+    ends = np.append(begins[1:], True)[: len(pieces)]
+    return Fragments(documents[begins], starts[begins], stops[ends])
+
+
+def repacked(
+    packer: Callable[[NDArray[np.integer[Any]], int], PackingPlan], fragments: Fragments, seq_len: int
+) -> PackingPlan:
+    """Pack fragments as if each were a document.
+
+    Args:
+        packer: One of the functions above.
+        fragments: The fragments, at least one.
+        seq_len: Tokens of a row.
+    """
+    plan = packer(fragments.stops - fragments.starts, seq_len)
+    begins = fragments.starts[plan.documents]
+    starts, stops = plan.starts + begins, plan.stops + begins
+    return replace(plan, documents=fragments.documents[plan.documents], starts=starts, stops=stops)
 
 
 def _pieces(counts: NDArray[np.integer[Any]]) -> tuple[NDArray[Any], NDArray[np.int64]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,16 @@ from tokenizers import Tokenizer
 from moefoundry.config.errors import DataError, UserError
 from moefoundry.config.schema_data import FimConfig, PackingMethod
 from moefoundry.data.fim import Draws, FillInTheMiddle, Sentinels
-from moefoundry.data.identity import TOKENS, read_shards
-from moefoundry.data.packing_plan import PackingPlan, alone, best_fit, concatenated, in_pairs
+from moefoundry.data.identity import TARGETS, TOKENS, read_shards
+from moefoundry.data.packing_plan import Fragments, PackingPlan, alone, best_fit, concatenated, in_pairs, repacked
+from moefoundry.data.stored_arrays import StoredArray
 from moefoundry.data.summary import LENGTHS_FILE
 
-Sample = Mapping[str, NDArray[Any]]
+Sample = Mapping[str, NDArray[Any] | StoredArray]
 """``tokens`` [n] and, of instruction data, ``targets`` [n], 1 where the token is to be predicted."""
+
+Piece = Mapping[str, NDArray[Any]]
+"""Parts of these."""
 
 PACKERS = {
     PackingMethod.concat: concatenated,
@@ -54,6 +59,10 @@ class PackedSource:
         self.rows = samples
         self.seq_len = seq_len
 
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.seq_len
+
     def begin_epoch(self, epoch: int, seed: int) -> None:
         """Do nothing: every epoch has the same rows."""
 
@@ -65,18 +74,18 @@ class PackedSource:
         """Find the first sample of each row, [N]."""
         return rows
 
-    def piece(self, row: int, number: int, sample: Sample) -> Sample:
+    def piece(self, row: int, number: int, sample: Sample) -> Piece:
         """Take the row's part of its sample ``number``: all of it.
 
         Raises:
             DataError: It has another length than the recipe says.
         """
         tokens = sample[TOKENS]
-        if tokens.shape != (self.seq_len,):
+        if len(tokens) != self.seq_len:
             raise DataError(
                 f"{self.place}: a sample of {len(tokens)} tokens, and the recipe's max_seq_len is {self.seq_len}"
             )
-        return sample
+        return {column: values[:] for column, values in sample.items() if column in (TOKENS, TARGETS)}
 
 
 class DocumentSource:
@@ -125,16 +134,46 @@ class DocumentSource:
     def rows(self) -> int:
         return self.plan.rows
 
+    @property
+    def tokens(self) -> int:
+        """Count the tokens of the documents as they are stored."""
+        return int(self._lengths.sum(dtype=np.int64))
+
+    @property
+    def changes(self) -> bool:
+        """Tell whether every epoch has documents of its own."""
+        return self._tools is not None
+
     def begin_epoch(self, epoch: int, seed: int) -> None:
         """Plan an epoch, unless that is done: the same documents, seed and epoch give the same plan anywhere."""
         if self._tools is None or self._epoch == (epoch, seed):
             return
-        tools, self._epoch = self._tools, (epoch, seed)
-        self._fim = FillInTheMiddle(
-            tools.cfg, tools.sentinels, Draws(seed, epoch, self.name), self.seq_len, tools.tokenizer
-        )
-        self._planned = self._fim.lengths(self._lengths)
+        self._epoch = (epoch, seed)
+        self._reorder(self._tools, epoch, seed)
         self.plan = PACKERS[self.method](self._planned, self.seq_len)
+
+    def _reorder(self, tools: FimTools, epoch: int, seed: int) -> None:
+        draws = Draws(seed, epoch, self.name)
+        self._fim = FillInTheMiddle(tools.cfg, tools.sentinels, draws, self.seq_len, tools.tokenizer)
+        self._planned = self._fim.lengths(self._lengths)
+
+    def in_rows_of(self, seq_len: int, epoch: int, seed: int, rest: Fragments | None = None) -> DocumentSource:
+        """Give this stream in rows of another length.
+
+        Args:
+            seq_len: Tokens of a row.
+            epoch: The epoch, whose documents are the same in rows of any length.
+            seed: Seed of the run's data.
+            rest: What is left of the epoch; None is all of it.
+        """
+        if rest is None and self._tools is None and seq_len == self.seq_len:
+            return self
+        other = copy.copy(self)
+        if self._tools is not None:
+            other._reorder(self._tools, epoch, seed)
+        packer = PACKERS[self.method]
+        other.plan = packer(other._planned, seq_len) if rest is None else repacked(packer, rest, seq_len)
+        return other
 
     def samples_of(self, row: int) -> NDArray[np.int64]:
         """List the samples that a row is made of."""
@@ -144,7 +183,7 @@ class DocumentSource:
         """Find the first sample of each row, [N]."""
         return self.plan.first_documents[rows]
 
-    def piece(self, row: int, number: int, sample: Sample) -> Sample:
+    def piece(self, row: int, number: int, sample: Sample) -> Piece:
         """Take the row's part of its document ``number``.
 
         Raises:
@@ -157,9 +196,10 @@ class DocumentSource:
                 f"{self.place}: document {document} has {len(tokens)} tokens, and {LENGTHS_FILE} says "
                 f"{self._lengths[document]}; prepare the data again"
             )
-        if self._fim is not None:
-            sample = {TOKENS: self._fim.apply(document, tokens, int(self._planned[document]))}
-        return {column: values[start:stop] for column, values in sample.items()}
+        if self._planned[document] != len(tokens):
+            assert self._fim is not None, "documents that are not reordered keep their length"
+            return {TOKENS: self._fim.apply(document, tokens[:], int(self._planned[document]))[start:stop]}
+        return {column: values[start:stop] for column, values in sample.items() if column in (TOKENS, TARGETS)}
 
     def describe(self) -> str:
         """Say how the documents are packed, and what is left over."""
@@ -171,6 +211,17 @@ class DocumentSource:
 
 
 Source = PackedSource | DocumentSource
+
+
+def runs_in_shards(first_samples: NDArray[np.int64], first_of_shards: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count the rows of each run of them whose first samples lie in one shard.
+
+    Args:
+        first_samples: The first sample of each row, [N].
+        first_of_shards: The first sample of each shard, ascending.
+    """
+    shards = np.searchsorted(first_of_shards, first_samples, side="right")
+    return np.diff(np.flatnonzero(np.diff(shards, prepend=-1, append=-1)))
 
 
 def read_lengths(directory: Path) -> NDArray[np.int32]:

@@ -9,13 +9,16 @@ a row more in one epoch, and a row less in another: then one is left out, or rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from streaming import Stream
+from streaming.base.format.mds.reader import MDSReader
 from streaming.base.world import World
 from torch import Tensor
 
@@ -26,7 +29,17 @@ from moefoundry.data.fit import another_length, packed_already, too_few_samples
 from moefoundry.data.guard import CheckedStream, GuardedDataset
 from moefoundry.data.identity import TARGETS, TOKENS, column_encodings, holds_documents
 from moefoundry.data.reference import RECORD, read_reference
-from moefoundry.data.sources import DocumentSource, FimTools, PackedSource, Source, read_lengths
+from moefoundry.data.sources import (
+    DocumentSource,
+    FimTools,
+    PackedSource,
+    Piece,
+    Sample,
+    Source,
+    read_lengths,
+    runs_in_shards,
+)
+from moefoundry.data.stored_arrays import StoredSamples
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 
 
@@ -90,6 +103,8 @@ class TokenDataset(GuardedDataset):
             for name, stream, samples in zip(config.sources, streams, self.samples_per_stream.tolist(), strict=True)
         ]
         self.references = [self._reference(*each, config) for each in zip(self.sources, streams, strict=True)]
+        self._stored = StoredSamples()
+        self._ends_of_shards: list[int] = (self.sample_offset_per_shard + self.samples_per_shard).tolist()
         self.drop_last = drop_last
         self._repeats: NDArray[np.bool_] | None = None
         self._epoch = 0
@@ -124,7 +139,7 @@ class TokenDataset(GuardedDataset):
     @property
     def size(self) -> int:
         """Number of rows of this epoch's plans, of which an epoch reads some, or some twice."""
-        return int(self._rows().sum())
+        return sum(source.rows for source in self.sources)
 
     def _choose(self, choices: NDArray[np.int64], batch_size: int) -> None:
         """Read so many rows of each stream in an epoch; with ``drop_last`` cut to whole global batches."""
@@ -157,8 +172,7 @@ class TokenDataset(GuardedDataset):
             parts += [np.sort(rng.choice(source.rows, some, replace=False))] if some else []
             for part in parts:
                 first = source.first_samples(part) + self.sample_offset_per_stream[number]
-                shards = np.searchsorted(first_shards, first, side="right")
-                units.append(np.diff(np.flatnonzero(np.diff(shards, prepend=-1, append=-1))))
+                units.append(runs_in_shards(first, first_shards))
                 rows.append(part + begin)
             begin += source.rows
         if not self.shuffle:  # streams side by side, so that the first rows are of all of them
@@ -202,53 +216,65 @@ class TokenDataset(GuardedDataset):
         _, rows = self.resample_streams(self._epoch)
         return _beyond(sample_ids, np.bincount(rows, minlength=self.size))
 
-    def _locate(self, row: int) -> tuple[int, int, NDArray[np.int64]]:
-        """Find the stream of a row, its number within the stream, and its samples in the numbering of all streams."""
+    def _locate(self, row: int) -> tuple[int, Source, int]:
+        """Find the number of a row's stream, the stream, and the row's number within it."""
         number, row = 0, int(row)
         while row >= self.sources[number].rows:
             row -= self.sources[number].rows
             number += 1
-        return number, row, self.sources[number].samples_of(row) + self.sample_offset_per_stream[number]
+        return number, self.sources[number], row
+
+    def _samples_of(self, number: int, source: Source, row: int) -> NDArray[np.int64]:
+        """List the samples of a row, as :meth:`_locate` gives it, in the numbering of all streams."""
+        return source.samples_of(row) + self.sample_offset_per_stream[number]
 
     def shards_of(self, sample_id: int) -> Sequence[int]:
         """List the shards in which the documents of a row lie."""
-        _, _, samples = self._locate(sample_id)
-        ends = self.sample_offset_per_shard + self.samples_per_shard
-        return np.unique(np.searchsorted(ends, samples, side="right")).tolist()
+        samples = self._samples_of(*self._locate(sample_id)).tolist()
+        return sorted({bisect_right(self._ends_of_shards, sample) for sample in samples})
+
+    def _sample(self, sample_id: int, retry: int) -> Sample:
+        """Give one sample, of a shard that has been checked."""
+        shard = bisect_right(self._ends_of_shards, sample_id)
+        if not isinstance(reader := self.shards[shard], MDSReader):
+            return super().get_item(sample_id, retry)
+        index = sample_id - int(self.sample_offset_per_shard[shard])
+        found = self._stored.sample(shard, reader, index)
+        return found if TOKENS in found else super().get_item(sample_id, retry)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Tensor]:
         """Return one row."""
-        number, row, samples = self._locate(sample_id)
-        source = self.sources[number]
-        self.check_shards(self.shards_of(sample_id))
-        pieces = [
-            source.piece(row, index, super(TokenDataset, self).get_item(sample, retry))
-            for index, sample in enumerate(samples.tolist())
-        ]
+        self._event.raise_if_set()
+        number, source, row = self._locate(sample_id)
+        samples = self._samples_of(number, source, row).tolist()
+        self.check_shards({bisect_right(self._ends_of_shards, sample) for sample in samples})
+        pieces = [source.piece(row, index, self._sample(sample, retry)) for index, sample in enumerate(samples)]
         made = self._row(pieces, source)
         if (reference := self.references[number]) is not None:
             made |= {"reference": torch.from_numpy(reference[row])}
         return made | {"source": torch.tensor(number)} if self.several else made
 
-    def _row(self, pieces: list[Mapping[str, NDArray[Any]]], source: Source) -> dict[str, Tensor]:
-        tokens = np.concatenate([piece[TOKENS] for piece in pieces])
-        if tokens.max() >= self.vocab_size:
-            raise DataError(f"{source.place}: token {tokens.max()}, and the model's vocab_size is {self.vocab_size}")
-        input_ids = torch.zeros(self.max_seq_len, dtype=torch.int64)
-        input_ids[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-        labels = input_ids.clone()
-        labels[len(tokens) :] = IGNORE_INDEX
+    def _row(self, pieces: list[Piece], source: Source) -> dict[str, Tensor]:
+        sizes = [len(piece[TOKENS]) for piece in pieces]
+        used = sum(sizes)
+        input_ids = np.zeros(self.max_seq_len, np.int64)
+        np.concatenate([piece[TOKENS] for piece in pieces], out=input_ids[:used])
+        if (largest := input_ids.max()) >= self.vocab_size:
+            raise DataError(f"{source.place}: token {largest}, and the model's vocab_size is {self.vocab_size}")
+        labels = input_ids.copy()
+        labels[used:] = IGNORE_INDEX
         if TARGETS in pieces[0]:
             targets = np.concatenate([piece[TARGETS] for piece in pieces])
-            labels[: len(targets)][torch.from_numpy(targets == 0)] = IGNORE_INDEX
-        row = {"input_ids": input_ids, "labels": labels}
+            labels[:used][targets == 0] = IGNORE_INDEX
+        row = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
         if isinstance(source, PackedSource):
-            return row if self.eos_id is None else row | {"sequence_id": number_documents(input_ids, self.eos_id)}
-        sequence_id = torch.full_like(input_ids, -1)
-        apart = self.eos_id is not None
-        numbers = np.repeat(np.arange(len(pieces)) * apart, [len(piece[TOKENS]) for piece in pieces])
-        sequence_id[: len(tokens)] = torch.from_numpy(numbers)
-        return row | {"sequence_id": sequence_id}
+            return (
+                row if self.eos_id is None else row | {"sequence_id": number_documents(row["input_ids"], self.eos_id)}
+            )
+        sequence_id = np.full(self.max_seq_len, -1)
+        for number, end in enumerate(accumulate(sizes)):
+            sequence_id[end - sizes[number] : end] = 0 if self.eos_id is None else number
+        return row | {"sequence_id": torch.from_numpy(sequence_id)}
 
     def describe_packing(self) -> list[str]:
         """Say how the documents of each stream are packed, a line each."""

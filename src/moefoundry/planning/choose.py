@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moefoundry.config import ActivationCheckpointing, Compute, Moments, Recipe, check_recipe, flatten
+from moefoundry.config import (
+    ActivationCheckpointing,
+    Compute,
+    ConfigError,
+    Moments,
+    Problem,
+    Recipe,
+    check_recipe,
+    flatten,
+)
+from moefoundry.config.curriculum import KEY as CURRICULUM
 from moefoundry.config.schema_parts import Fp8Config, Fp8Recipe, MeshConfig, PrecisionConfig
 from moefoundry.mesh import MeshDegrees, resolve_degrees
 from moefoundry.planning.devices import Accelerator
@@ -99,7 +109,13 @@ def choose(recipe: Recipe, world_size: int, device: Accelerator, count: int = 3)
         world_size: Number of devices.
         device: The accelerator.
         count: Number of results.
+
+    Raises:
+        ConfigError: The recipe has a curriculum, whose stages may each be fastest in another way.
     """
+    if recipe.curriculum is not None:
+        message = "its stages may each be fastest in another way; ask for one: curriculum=null, and that stage's sizes"
+        raise ConfigError([Problem(CURRICULUM, message, allowed="null")])
     return _Search(recipe, world_size, device).run(count)
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moefoundry.config import ActivationCheckpointing, Compute, Recipe
+from moefoundry.config.curriculum import batches_until, of_stage, stages_of
 from moefoundry.mesh import resolve_degrees
 from moefoundry.planning.devices import Accelerator
 from moefoundry.planning.outline import Outline, ShardedOutline
@@ -88,6 +89,7 @@ class Estimate:
         flops_per_token: FLOPs of the model, forward and backward, without recomputation.
         mfu: Model FLOPs utilization: those FLOPs a second, as a share of the peak of the products' format.
         run_tokens: Tokens of the whole run; None if its length is given in epochs.
+        run_seconds: Seconds of the whole run, where its steps are not all alike.
     """
 
     plan: Plan
@@ -96,6 +98,7 @@ class Estimate:
     flops_per_token: float
     mfu: float
     run_tokens: int | None
+    run_seconds: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -107,6 +110,8 @@ class Estimate:
         """Days of the whole run; None if its length is not known."""
         if self.run_tokens is None:
             return None
+        if self.run_seconds is not None:
+            return self.run_seconds / 86400
         return self.run_tokens / (self.tokens_per_second * self.plan.mesh.world_size) / 86400
 
     def to_json(self) -> dict[str, Any]:
@@ -135,7 +140,17 @@ def estimate(recipe: Recipe, world_size: int, device: Accelerator) -> Estimate:
     degrees, outline = resolve_degrees(recipe.mesh, world_size, device.linked_devices), Outline(recipe)
     with fake_world(world_size):
         sharded = outline.shard(recipe, degrees)
-    return estimate_of(recipe, device, plan_of(recipe, degrees, device.linked_devices, outline, sharded), sharded)
+    found, stages = [], stages_of(recipe)
+    for stage in stages:
+        alike = of_stage(recipe, stage)
+        plan = replace(plan_of(alike, degrees, device.linked_devices, outline, sharded), stage=stage.name)
+        found.append(estimate_of(alike, device, plan, sharded))
+    largest, counts = max(found, key=lambda each: each.plan.memory.total), batches_until(stages, recipe.max_duration)
+    if recipe.curriculum is None or counts is None:
+        return largest
+    seconds = sum(batches * each.step.total for batches, each in zip(counts, found, strict=True))
+    tokens = sum(batches * stage.tokens_per_batch for batches, stage in zip(counts, stages, strict=True))
+    return replace(largest, run_tokens=tokens, run_seconds=seconds)
 
 
 def estimate_of(recipe: Recipe, device: Accelerator, plan: Plan, sharded: ShardedOutline) -> Estimate:

@@ -6,10 +6,11 @@ are read from the resulting shards.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moefoundry.config import Recipe
+from moefoundry.config.curriculum import of_stage, stages_of
 from moefoundry.mesh import MeshDegrees, resolve_degrees
 from moefoundry.planning.describe import ParameterCounts
 from moefoundry.planning.memory import Memory, memory
@@ -33,6 +34,7 @@ class Plan:
         rows_per_expert: Mean rows that an expert computes in that micro-batch, from all ranks that share it.
         memory: Memory in bytes.
         traffic: Traffic by collective and mesh axis, in an optimizer step.
+        stage: Stage of the curriculum that this is the plan of, the one that needs most memory; "" without one.
     """
 
     run_name: str
@@ -45,6 +47,7 @@ class Plan:
     rows_per_expert: float
     memory: Memory
     traffic: list[Traffic]
+    stage: str = ""
 
     def to_json(self, memory_gb: float) -> dict[str, Any]:
         """Convert to plain values; ``memory_gb`` is the memory of a device in GB of 1e9 bytes."""
@@ -73,7 +76,11 @@ def make_plan(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> Plan:
     degrees, outline = resolve_degrees(recipe.mesh, world_size, gpus_per_node), Outline(recipe)
     with fake_world(world_size):
         sharded = outline.shard(recipe, degrees)
-    return plan_of(recipe, degrees, gpus_per_node, outline, sharded)
+    plans = [
+        replace(plan_of(of_stage(recipe, stage), degrees, gpus_per_node, outline, sharded), stage=stage.name)
+        for stage in stages_of(recipe)
+    ]
+    return max(plans, key=lambda plan: plan.memory.total)
 
 
 def plan_of(

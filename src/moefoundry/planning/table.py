@@ -16,12 +16,14 @@ def plan_table(plan: Plan, memory_gb: float) -> str:
 
 def _summary(plan: Plan) -> list[str]:
     mesh = plan.mesh
+    stage = [f"stage {plan.stage} of the curriculum, which needs most memory"] if plan.stage else []
     return [
         f"{plan.run_name}: {plan.parameters}",
         f"{mesh.world_size:,} ranks, {plan.gpus_per_node} a node: replicate {mesh.replicate} x shard {mesh.shard}, "
         f"expert {mesh.expert}",
         f"a rank's step: {plan.tokens_per_step:,} tokens, micro-batches of {plan.tokens_per_micro_batch:,} (x "
         f"{plan.micro_batches}), each {plan.rows_per_expert:,.0f} rows an expert",
+        *stage,
     ]
 
 
