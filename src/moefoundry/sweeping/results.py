@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config import load_recipe
+from moefoundry.config.curriculum import batches_until, stages_of
 from moefoundry.sweeping.run import is_done, is_pruned
 from moefoundry.sweeping.trials import Sweep, Trial, write_whole
 
@@ -83,7 +84,9 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
     recipe = load_recipe(sweep.recipe, trial.overrides, world_size=sweep.ranks)
     model = meta_model(recipe.model)
     counts, batches = parameter_counts(model), lines[-1]["batch"]
-    tokens = batches * recipe.global_train_batch_size * recipe.max_seq_len
+    stages = stages_of(recipe)
+    numbers = zip(stages, batches_until(stages, f"{batches}ba") or [], strict=True)
+    tokens = [(stage.seq_len, number * stage.tokens_per_batch) for stage, number in numbers]
     held_out = [line[HELD_OUT] for line in lines if HELD_OUT in line]
     return Result(
         trial.point,
@@ -93,10 +96,10 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
         violation=_mean(lines, VIOLATION),
         tokens_per_second=_mean(lines, SPEED),
         batches=batches,
-        tokens=tokens,
+        tokens=sum(number for _, number in tokens),
         total=counts.total,
         active=counts.active,
-        flops=tokens * flops_per_token(model, recipe.max_seq_len),
+        flops=sum(number * flops_per_token(model, seq_len) for seq_len, number in tokens),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moefoundry.config import ConfigError, Recipe, load_recipe
+from moefoundry.config import ConfigError, Problem, Recipe, load_recipe
 from moefoundry.config.errors import UserError
 from moefoundry.sweeping.axes import Point
 
@@ -51,6 +51,10 @@ class Budget:
     def duration(self, recipe: Recipe) -> str | None:
         """Give ``max_duration`` in batches, the last of which reaches the budget; None leaves it as it is."""
         tokens = self.tokens
+        if recipe.curriculum is not None and (tokens or self.flops):
+            raise ConfigError(
+                [Problem("curriculum", "its borders do not move with --tokens and --flops", allowed="null")]
+            )
         if self.flops is not None:
             from moefoundry.model.transformer import meta_model
             from moefoundry.planning.work import flops_per_token
