@@ -58,7 +58,7 @@ def leaves(cfg: ModelConfig) -> dict[str, object]:
     found: dict[str, object] = {}
 
     def walk(value: object, path: str) -> None:
-        if isinstance(value, dict) and not path.endswith(("yarn", "llama3_rope")):
+        if isinstance(value, dict) and not path.endswith(("yarn", "llama3_rope", "linear_attention")):
             for key, child in value.items():
                 walk(child, f"{path}.{key}" if path else key)
         else:

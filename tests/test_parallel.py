@@ -1,5 +1,6 @@
 """A sharded model is the single process's model: the same weights, and the same training to rounding."""
 
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
@@ -15,10 +16,12 @@ from moefoundry.config import (
     Fp8Recipe,
     GqaConfig,
     InitConfig,
+    LinearAttentionConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
     MultipliersConfig,
+    NormConfig,
     PrecisionConfig,
 )
 from tests.distributed import run_distributed
@@ -42,19 +45,22 @@ DRAWN_BYTES = 3 * 16 * 32 * 4  # weights are drawn slice by slice; the largest s
 
 
 class Mode(NamedTuple):
-    """How a step is computed; none of it but FP8 may change what is computed."""
+    """How a step is computed; none of it but FP8 and another model may change what is computed."""
 
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     micro_batches: int = 1
     dtype: torch.dtype = torch.float32
     fp8: Fp8Recipe | None = None
+    linear: bool = False
 
 
 PLAIN = Mode()
 FP32_MODES = [Mode(checkpointing, count) for checkpointing in ActivationCheckpointing for count in (1, 4)]
 FLOAT64 = Mode(ActivationCheckpointing.full, 4, torch.float64)
-FEW_MODES = [PLAIN, Mode(ActivationCheckpointing.selective, 4), Mode(ActivationCheckpointing.full, 1), FLOAT64]
-EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in (*FP32_MODES, FLOAT64)]
+LINEAR = Mode(ActivationCheckpointing.selective, 4, torch.float64, linear=True)
+FEW_MODES = [PLAIN, Mode(ActivationCheckpointing.selective, 4), Mode(ActivationCheckpointing.full, 1), FLOAT64, LINEAR]
+ALL_MODES = [*FP32_MODES, FLOAT64, LINEAR]
+EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in ALL_MODES]
 
 
 class Outcome(NamedTuple):
@@ -68,6 +74,13 @@ class Outcome(NamedTuple):
 def experts_for(expert_degree: int) -> int:
     """6 where they divide, which two and four ranks shard unevenly (one rank of four holds none)."""
     return 6 if 6 % expert_degree == 0 else 8
+
+
+def with_linear_attention(cfg: ModelConfig) -> ModelConfig:
+    """Linear attention, whose 6 decays four ranks do not divide, then gated attention; norms about 0."""
+    linear = LinearAttentionConfig(layers=[0], n_key_heads=2, n_value_heads=6, key_head_dim=4, value_head_dim=8)
+    attention = replace(cfg.attention, output_gate=True)
+    return replace(cfg, norm=NormConfig(zero_centered=True), attention=attention, linear_attention=linear)
 
 
 def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelConfig:
@@ -102,8 +115,9 @@ def build(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
     mesh = None
     if mesh_sizes is not None:
         mesh = build_meshes(resolve_degrees(MeshConfig(*mesh_sizes), mesh_sizes[0] * mesh_sizes[1]), "cpu")
+    cfg = model_config(num_experts, mode.dtype)
     with torch.device("meta"):
-        model = MoETransformer(model_config(num_experts, mode.dtype)).to(mode.dtype)
+        model = MoETransformer(with_linear_attention(cfg) if mode.linear else cfg).to(mode.dtype)
     parallelize(model, mesh, PrecisionConfig(fp8=Fp8Config(mode.fp8)), mode.activation_checkpointing)
     materialize(model, "cpu", SEED)
     return model
@@ -220,7 +234,7 @@ def sharded(request: pytest.FixtureRequest) -> Sharded:
     """One world, in which everything is tried."""
     replicate, shard, expert, _ = request.param
     num_experts = experts_for(expert)
-    slow_modes = EIGHT_RANKS_MODES if replicate * shard == 8 else [*FP32_MODES, FLOAT64]
+    slow_modes = EIGHT_RANKS_MODES if replicate * shard == 8 else ALL_MODES
     modes = slow_modes if request.param in SLOW_MESHES else FEW_MODES
     ranks = run_distributed(observe, replicate * shard, request.param, num_experts, modes)
     return Sharded(replicate, shard, num_experts, modes, ranks)
@@ -229,12 +243,13 @@ def sharded(request: pytest.FixtureRequest) -> Sharded:
 @cache
 def single_process(num_experts: int = 6) -> Rank:
     """What every mesh must equal: no sharding, no checkpointing, one micro-batch."""
-    return run_distributed(observe, 1, None, num_experts, [PLAIN, Mode(dtype=torch.float64)])[0]
+    wide = Mode(dtype=torch.float64)
+    return run_distributed(observe, 1, None, num_experts, [PLAIN, wide, wide._replace(linear=True)])[0]
 
 
 def assert_same_training(outcome: Outcome, mode: Mode, num_experts: int = 6) -> None:
     in_float64 = mode.dtype == torch.float64
-    expected = single_process(num_experts).outcomes[in_float64]
+    expected = single_process(num_experts).outcomes[in_float64 + mode.linear]
     step_rtol, parameter_rtol = (1e-10, 1e-10) if in_float64 else (1e-6, 1e-5)
     for name in ("losses", "grad_norms"):
         error = (getattr(outcome, name) / getattr(expected, name) - 1).abs().max()

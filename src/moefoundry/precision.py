@@ -31,6 +31,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moefoundry.adapters import AdaptedExperts, ExpertAdapter, LinearAdapter, Magnitude, has_adapter
 from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
+from moefoundry.model.linear_attention import Decay, GatedDeltaNet
 from moefoundry.model.output_head import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.mixture import RowMixture
@@ -92,7 +93,7 @@ def full_precision_modules(model: nn.Module, cfg: PrecisionConfig) -> list[nn.Mo
     """List modules whose parameters must not be cast; each becomes an FSDP unit that stays fp32."""
     if cfg.compute != Compute.bf16:
         return []
-    return [module for module in model.modules() if isinstance(module, Router | Magnitude)]
+    return [module for module in model.modules() if isinstance(module, Router | Magnitude | Decay)]
 
 
 class EmulatedLinear(nn.Linear):
@@ -177,13 +178,19 @@ def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
         prefixes = [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
         return any(fnmatchcase(prefix, pattern) for prefix in prefixes for pattern in exclude)
 
-    gates = _gates(model)
-    return {name: module for name, module in modules.items() if id(module) not in gates and not excluded(name)}
+    wide = _gates(model) | _narrow(model)
+    return {name: module for name, module in modules.items() if id(module) not in wide and not excluded(name)}
 
 
 def _gates(model: nn.Module) -> set[int]:
     """Collect the ``id`` of every router's gate, whose product does not change."""
     return {id(module.gate) for module in model.modules() if isinstance(module, Router)}
+
+
+def _narrow(model: nn.Module) -> set[int]:
+    """Collect the ``id`` of the projections that give linear attention a number for each head, never in FP8."""
+    layers = [module for module in model.modules() if isinstance(module, GatedDeltaNet)]
+    return {id(projection) for layer in layers for projection in (layer.beta_proj, layer.decay_proj)}
 
 
 def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:

@@ -106,7 +106,7 @@ def test_an_empty_file_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match=rf"{path}: is empty; allowed: a mapping of keys to values$"):
         load_recipe(path)
     found = problems_of(path=write(tmp_path, "{}"))
-    optional = (".yarn.", ".llama3_rope.")
+    optional = (".yarn.", ".llama3_rope.", ".linear_attention.")
     required = {key for key, spec in every_key().items() if spec.required and not any(part in key for part in optional)}
     assert required >= set(found)
     assert all(problem.message.startswith("missing: ") for problem in found.values())
@@ -384,7 +384,11 @@ def required_beside(path: str) -> dict[str, Any]:
         return {"model.n_dense_layers": 0}
     if path == "lora.base":
         return {"load_path": "runs/base"}
-    extensions = {"yarn": ("factor", "original_max_seq_len"), "llama3_rope": ("factor",)}
+    extensions = {
+        "yarn": ("factor", "original_max_seq_len"),
+        "llama3_rope": ("factor",),
+        "linear_attention": ("n_key_heads", "n_value_heads"),
+    }
     mapping = path.rpartition(".")[0]
     return {f"{mapping}.{key}": 64 for key in extensions.get(mapping.rpartition(".")[2], ())}
 

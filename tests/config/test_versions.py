@@ -43,7 +43,16 @@ def test_no_other_key_that_matters_was_added_without_a_version() -> None:
     that was null."""
     attention = ("yarn.", "llama3_rope.", "kv_", "q", "v_")
     data = (f"{loader}.dataset.{name}." for loader in ("train_loader", "eval_loader") for name in ("fim", "streams"))
-    new_mappings = ("dpo.", "ema.", "lora.", "losses.", *(f"model.attention.{name}" for name in attention), *data)
+    linear = "model.linear_attention."
+    new_mappings = (
+        "dpo.",
+        "ema.",
+        "lora.",
+        "losses.",
+        linear,
+        *(f"model.attention.{name}" for name in attention),
+        *data,
+    )
     known = {path for path, spec in every_key().items() if not spec.is_mapping}
     added = {key for key in known - FIRST.keys() if not is_free_on_resume(key) and not key.startswith(new_mappings)}
     assert added <= BESIDE.keys()

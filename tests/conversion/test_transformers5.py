@@ -29,7 +29,7 @@ from tests.conversion.families.models import (
 )
 from tests.conversion.hf import assert_same_tensors, contents, family_config, write_hf, write_tokenizer
 from tests.conversion.oracle import Peer, needs_oracle, run_peer, write_cases
-from tests.conversion.transformers5 import NEW_TOKENS, PROMPT, sample
+from tests.conversion.transformers5 import LONG, NEW_TOKENS, PROMPT, sample
 
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"), needs_oracle]
 ABSOLUTE = 3e-5  # of logits of about 1; 1e-5 is seen
@@ -99,6 +99,8 @@ def test_what_it_saves_is_the_same_model(saved: Peer, checkpoints: Path, family:
     found = difference(model(sample()), expected["logits"])
     print(f"{name}: logits differ by {found:.1e}")
     assert found < ABSOLUTE
+    if "long" in expected:
+        assert difference(model(sample(LONG)), expected["long"]) < ABSOLUTE
     assert greedy(model, sample()[0, :6], NEW_TOKENS).tolist() == expected["tokens"].tolist()
 
 

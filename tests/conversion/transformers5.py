@@ -18,24 +18,29 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 VOCAB, LENGTH, NEW_TOKENS = 61, 24, 12
+LONG = 150  # tokens: more than linear attention takes at a time
 PROMPT = "def first<fim_begin>"
+ZERO_CENTERED = ("qwen3_next", "qwen3_5")
 OPTIONS = {"attn_implementation": "eager"}
 
 
-def sample() -> torch.Tensor:
-    return torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+def sample(length: int = LENGTH) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Norms about 1, and expert biases in [0, 0.5]: no score plus bias is below 0, the value that some versions of
-    DeepSeek give to experts outside a token's groups (here, as in DeepSeek's own code, it is minus infinity)."""
+    """Norms' factors about 1, and expert biases in [0, 0.5]: no score plus bias is below 0, the value that some
+    versions of DeepSeek give to experts outside a token's groups (here, as in DeepSeek's own code, it is minus
+    infinity)."""
     generator = torch.Generator().manual_seed(seed)
+    zero_centered = getattr(getattr(model, "config", None), "model_type", "").startswith(ZERO_CENTERED)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if name.endswith("e_score_correction_bias"):
                 tensor.uniform_(0.0, 0.5, generator=generator)
             else:
-                tensor.normal_(1.0 if "norm" in name and tensor.dim() == 1 else 0.0, 0.2, generator=generator)
+                about_1 = "norm" in name and tensor.dim() == 1 and (not zero_centered or "linear_attn" in name)
+                tensor.normal_(1.0 if about_1 else 0.0, 0.2, generator=generator)
 
 
 def results_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -58,6 +63,9 @@ def save(directory: Path) -> None:
         if name.endswith("-plain"):
             model.save_pretrained(directory / f"{name}-fused", save_original_format=False)
         results[name] = results_of(model)
+        if "linear_attention" in config.get("layer_types", ()):
+            with torch.no_grad():
+                results[name]["long"] = model(sample(LONG)).logits
         loss = model(sample(), labels=sample()).loss
         loss.backward()
         results[name]["loss"] = loss.detach()

@@ -1,11 +1,22 @@
 """With a cache, tokens that come in parts give the logits that they give together, for every kind of attention."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, ModelConfig, QkNorm, RouterConfig, YarnConfig
+from moefoundry.config import (
+    AttentionConfig,
+    GqaConfig,
+    LinearAttentionConfig,
+    MlaConfig,
+    ModelConfig,
+    QkNorm,
+    RouterConfig,
+    YarnConfig,
+)
 from moefoundry.model.cache import KVCache
-from tests.model.tiny import EXPERTS, batch, tiny_config, tiny_model
+from tests.model.tiny import EXPERTS, LINEAR, batch, tiny_config, tiny_model, use_attention
 
 YARN = YarnConfig(factor=4.0, original_max_seq_len=8, beta_fast=4.0, mscale=1.0, mscale_all_dim=0.7)
 MLA = {"n_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 5}
@@ -15,6 +26,9 @@ KINDS = {
     "norms_and_clip": GqaConfig(n_heads=4, n_kv_heads=4, head_dim=6, qk_norm=QkNorm.full, clip_qkv=0.5, yarn=YARN),
     "latent": MlaConfig(**MLA, q_lora_rank=10),
     "latent_yarn": MlaConfig(**MLA, yarn=YARN),
+    "gated": GqaConfig(n_heads=4, n_kv_heads=2, output_gate=True, rotary_fraction=0.5),
+    "linear": LINEAR,
+    "linear_alone": replace(LINEAR, layers=[0, 1, 2], conv_width=3),
 }
 PARTS = {"one_by_one": [1] * 12, "prompt_then_one_by_one": [8, 1, 1, 1, 1], "several_at_once": [5, 4, 3]}
 
@@ -23,7 +37,7 @@ kinds = pytest.mark.parametrize("attention", KINDS.values(), ids=KINDS.keys())
 
 def config(attention: AttentionConfig, **options: object) -> ModelConfig:
     cfg = tiny_config(**options)
-    cfg.attention = attention
+    use_attention(cfg, attention)
     return cfg
 
 
@@ -50,7 +64,8 @@ def test_fp32_and_grouped_mm_experts_one_token_at_a_time(attention: AttentionCon
     model = tiny_model(cfg).eval()
     cache = KVCache(cfg.n_layers)
     logits = torch.cat([model(token, cache=cache) for token in ids.split(1, dim=1)], dim=1)
-    torch.testing.assert_close(logits, model(ids), rtol=0, atol=1e-5)
+    small_outputs = isinstance(attention, LinearAttentionConfig)  # which the norm of a head divides by
+    torch.testing.assert_close(logits, model(ids), rtol=0, atol=3e-5 if small_outputs else 1e-5)
     assert cfg.moe.top_k < EXPERTS
 
 
@@ -64,7 +79,7 @@ def test_blocks_that_checkpoint_activations_take_a_cache(mode: str) -> None:
     torch.testing.assert_close(logits, tiny_model(cfg)(ids), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["grouped_query", "latent"])
+@pytest.mark.parametrize("kind", ["grouped_query", "latent", "linear"])
 @torch.no_grad()
 def test_compiled_attention_is_one_graph(kind: str) -> None:
     torch._dynamo.reset()  # graphs of other tests count towards the limit
@@ -75,6 +90,15 @@ def test_compiled_attention_is_one_graph(kind: str) -> None:
         block.attention.compile(backend="eager", fullgraph=True)
     logits = torch.cat([model(part, cache=cache) for part in ids.split([4, 1, 1, 1, 1], dim=1)], dim=1)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_linear_attention_keeps_a_state_whatever_the_length() -> None:
+    cfg, cache = config(KINDS["linear"]), KVCache(3)
+    for length in (7, 1):
+        tiny_model(cfg)(batch(2, length), cache=cache)
+        shapes = [tuple(tensor.shape) for tensor in cache.layers[0].tensors]
+        assert shapes == [(2, 3, 64), (2, 4, 6, 10)]  # three inputs of 64 channels; four states
+    assert cache.layers[2].tensors[0].shape[-2] == cache.length == 8
 
 
 def test_latent_attention_keeps_only_the_compressed_tokens() -> None:

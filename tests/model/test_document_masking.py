@@ -8,7 +8,7 @@ from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, YarnConfig
 from moefoundry.foundry import ComposerMoECausalLM, count_tokens, with_counts
 from moefoundry.model.targets import shifted_targets
 from moefoundry.model.transformer import MoETransformer
-from tests.model.tiny import batch, gradients, tiny_config, tiny_model
+from tests.model.tiny import LINEAR, batch, gradients, tiny_config, tiny_model, use_attention
 
 YARN = YarnConfig(factor=4.0, original_max_seq_len=8, beta_fast=4.0)
 MLA = {"n_heads": 4, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 5}
@@ -18,6 +18,7 @@ KINDS = {
     "yarn": GqaConfig(n_heads=4, n_kv_heads=4, yarn=YARN),
     "latent": MlaConfig(**MLA, q_lora_rank=10),
     "latent_yarn": MlaConfig(**MLA, yarn=YARN),
+    "linear": LINEAR,
 }
 PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
 LENGTHS = [[5, 1, 6, 4], [16], [2, 14]]  # of the documents of each row
@@ -29,7 +30,8 @@ kinds = pytest.mark.parametrize("attention", KINDS.values(), ids=KINDS.keys())
 
 def build(attention: AttentionConfig, dtype: torch.dtype = torch.float32, mode: str = "none") -> MoETransformer:
     cfg = tiny_config(backend="loop", aux_loss_weight=0.0, z_loss_weight=0.0)
-    cfg.attention, cfg.document_masking = attention, True
+    use_attention(cfg, attention)
+    cfg.document_masking = True
     return tiny_model(cfg, dtype=dtype, activation_checkpointing=mode)
 
 
@@ -80,7 +82,7 @@ def test_summed_loss_and_gradients_are_those_of_each_document_by_itself(
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
-@pytest.mark.parametrize("kind", ["window", "latent"])
+@pytest.mark.parametrize("kind", ["window", "latent", "linear"])
 def test_recomputed_activations_give_the_same_bits(kind: str, mode: str) -> None:
     outcomes = []
     for model in (build(KINDS[kind]), build(KINDS[kind], mode=mode)):

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from moefoundry.config import (
     ActivationCheckpointing,
+    AttentionConfig,
     AuxLossScope,
     BalanceConfig,
     GqaConfig,
     InitConfig,
+    LinearAttentionConfig,
     ModelConfig,
     MoEConfig,
     PrecisionConfig,
@@ -20,6 +22,7 @@ from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.parallel import materialize, parallelize
 
 VOCAB, WIDTH, FFN, EXPERT_WIDTH, EXPERTS = 61, 32, 48, 16, 4
+LINEAR = LinearAttentionConfig(layers=[0, 1], n_key_heads=2, n_value_heads=4, key_head_dim=6, value_head_dim=10)
 
 
 def tiny_config(
@@ -60,6 +63,14 @@ def tiny_config(
             backend=backend,
         ),
     )
+
+
+def use_attention(cfg: ModelConfig, attention: AttentionConfig | LinearAttentionConfig) -> None:
+    """Softmax attention for all blocks, or linear attention for its own."""
+    if isinstance(attention, LinearAttentionConfig):
+        cfg.linear_attention = attention
+    else:
+        cfg.attention = attention
 
 
 def tiny_model(

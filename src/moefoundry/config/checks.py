@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from moefoundry.config.curriculum_rules import curriculum_problems
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
+from moefoundry.config.linear_attention_rules import linear_attention_problems
 from moefoundry.config.lora_rules import lora_problems
 from moefoundry.config.making import chosen_parts
 from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
@@ -158,6 +159,11 @@ def _heads(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if heads % attention.n_kv_heads:
         message = f"n_heads {heads} is not divisible by {attention.n_kv_heads} key-value heads"
         yield Problem("model.attention.n_kv_heads", message, allowed=divisors(heads))
+
+
+@rule("model.linear_attention", "model.n_layers")
+def _linear_attention(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from linear_attention_problems(recipe.model)
 
 
 @rule("model.moe.shared_expert_gate", "model.moe.num_shared_experts")

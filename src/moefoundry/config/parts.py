@@ -204,6 +204,8 @@ _TABLES = (
                 "glm4_moe_lite": "glm4_moe:Glm4MoeLite",
                 "minimax_m2": "minimax_m2:MinimaxM2",
                 "ernie4_5_moe": "ernie4_5_moe:Ernie45Moe",
+                "qwen3_next": "qwen3_next:Qwen3Next",
+                "qwen3_5_moe_text": "qwen3_5_moe:Qwen35Moe",
             }.items()
         },
         base=None,

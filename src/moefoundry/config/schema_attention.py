@@ -139,6 +139,9 @@ class GqaConfig(AttentionConfig):
         renamed_from=("attention_multiplier", "attn_scale"),
     )
     clip_qkv: float | None = key(None, "Clamps queries, keys and values to [-clip_qkv, clip_qkv].", gt=0)
+    output_gate: bool = key(
+        False, "Multiply each head's output by the sigmoid of a gate of its width, which a wider q_proj gives."
+    )
     sliding_window: int | None = key(
         None,
         "Tokens a position sees, itself included; null sees all before it.",

@@ -10,6 +10,7 @@ from enum import StrEnum
 
 from moefoundry.config.field import INTERVAL, MAX_FACTOR, REQUIRED, key
 from moefoundry.config.schema_attention import AttentionConfig, GqaConfig
+from moefoundry.config.schema_linear_attention import LinearAttentionConfig
 
 
 class NormKind(StrEnum):
@@ -61,6 +62,11 @@ class NormConfig:
         "Added to the mean square before the root.",
         gt=0,
         renamed_from=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon"),
+    )
+    zero_centered: bool = key(
+        False,
+        "Multiply by 1 plus the weights, which begin at 0; norms inside attention, too.",
+        renamed_from=("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
     )
 
 
@@ -324,6 +330,9 @@ class ModelConfig:
     )
     init: InitConfig = key(InitConfig, "Initial weights.", architecture=False, renamed_from=("init_config",))
     attention: AttentionConfig = key(GqaConfig, "Attention.", table="attention_kinds", renamed_from=("attn_config",))
+    linear_attention: LinearAttentionConfig | None = key(
+        None, "Linear attention in some of the blocks; null has model.attention in all."
+    )
     document_masking: bool = key(
         False,
         "A token sees its own document alone, not all before it in the sequence.",
@@ -339,3 +348,7 @@ class ModelConfig:
         """Hidden width of the dense FFN, of a model that has one."""
         assert self.ffn_hidden_size is not None, "checked with the recipe"
         return self.ffn_hidden_size
+
+    def is_linear(self, index: int) -> bool:
+        """Tell if the block ``index`` has linear attention; those of multi-token prediction, behind all, have not."""
+        return self.linear_attention is not None and index < self.n_layers and self.linear_attention.is_linear(index)

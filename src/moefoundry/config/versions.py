@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 VERSION_KEY = "format_version"
 
 ADDED: dict[int, dict[str, dict[str, Any]]] = {
@@ -56,6 +56,10 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
             "model.attention.softmax_scale": None,
         },
         "model.moe.num_experts": {"model.moe.shared_expert_gate": False},
+    },
+    3: {
+        "model.d_model": {"model.norm.zero_centered": False, "model.linear_attention": None},
+        "model.attention.n_kv_heads": {"model.attention.output_gate": False},
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

@@ -61,18 +61,31 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
     family = family_of(config)
     declared = family.read_config({key: value for key, value in config.items() if key != "quantization_config"})
     stored = SafetensorsReader(path, block, fp8_as or torch.bfloat16)
-    cfg, notes = _with_the_prediction_modules_there(declared, stored.specs)
+    cfg, notes = _with_the_prediction_modules_there(family, declared, stored.specs)
     tensors = SplitExperts(stored, family, cfg)
+    notes += _without_what_is_left_out(family, tensors)
     names = TensorMap(family, cfg)
     names.check_theirs(tensors.specs, path)
     names.check_copies(tensors, path)
     return HfDirectory(path, config, family, cfg, tensors, names, notes)
 
 
-def _with_the_prediction_modules_there(cfg: ModelConfig, tensors: Iterable[str]) -> tuple[ModelConfig, tuple[str, ...]]:
+def _without_what_is_left_out(family: Family, tensors: SplitExperts) -> tuple[str, ...]:
+    """Drop the tensors of parts that the family leaves out, and say so of each part that is there."""
+    notes = []
+    for beginning, part in family.left_out.items():
+        dropped = {name for name in tensors.specs if name.startswith(beginning)}
+        tensors.specs = {name: spec for name, spec in tensors.specs.items() if name not in dropped}
+        if dropped:
+            notes.append(f"{part} is left out: {len(dropped)} tensors {beginning}* are not read")
+    return tuple(notes)
+
+
+def _with_the_prediction_modules_there(
+    family: Family, cfg: ModelConfig, tensors: Iterable[str]
+) -> tuple[ModelConfig, tuple[str, ...]]:
     """Set the depth of multi-token prediction to the files'; transformers drops these tensors and keeps the number."""
-    there = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
-    depth = max((i + 1 for i in range(cfg.mtp.depth) if str(cfg.n_layers + i) in there), default=0)
+    depth = family.prediction_depth(cfg, tensors)
     if depth == cfg.mtp.depth:
         return cfg, ()
     note = (

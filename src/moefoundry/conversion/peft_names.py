@@ -110,7 +110,7 @@ def _fused_target(piece: Piece) -> str:
 
 
 def _check(piece: Piece, family: Family) -> None:
-    in_part = piece.rows is not None or piece.transposed
+    in_part = piece.rows is not None or piece.our_rows is not None or piece.transposed
     if in_part or (piece.expert is not None and not EXPERT.fullmatch(piece.hf_name)):
         raise UserError(
             f"{family.name} has {piece.name} as a part of {piece.hf_name}, which peft cannot adapt alone; "

@@ -57,7 +57,13 @@ class Size:
         width, dense = cfg.d_model, len(dense_layers(cfg))
         sparse, expert = cfg.n_layers - dense, 3 * width * cfg.moe.expert_hidden_size
         shared = sparse * (width * cfg.moe.num_experts + cfg.moe.num_shared_experts * expert)
-        other = cfg.n_layers * _attention(cfg) + dense * 3 * width * (cfg.ffn_hidden_size or 0) + shared
+        linear = sum(map(cfg.is_linear, range(cfg.n_layers)))
+        other = (
+            (cfg.n_layers - linear) * _attention(cfg)
+            + linear * _linear_attention(cfg)
+            + dense * 3 * width * (cfg.ffn_hidden_size or 0)
+            + shared
+        )
         other += cfg.vocab_size * width * (1 if cfg.tie_embeddings else 2)
         return cls(other + sparse * cfg.moe.num_experts * expert, other + sparse * cfg.moe.top_k * expert)
 
@@ -74,8 +80,17 @@ def _attention(cfg: ModelConfig) -> int:
         )
         return queries + keys + heads * attention.v_head_dim * width
     assert isinstance(attention, GqaConfig)
-    head = attention.head_dim or width // attention.n_heads
-    return 2 * width * head * (attention.n_heads + attention.n_kv_heads)
+    head, gates = attention.head_dim or width // attention.n_heads, attention.n_heads if attention.output_gate else 0
+    return width * head * (2 * attention.n_heads + 2 * attention.n_kv_heads + gates)
+
+
+def _linear_attention(cfg: ModelConfig) -> int:
+    """Weights of one linear attention."""
+    linear = cfg.linear_attention
+    if linear is None:
+        return 0
+    keys, values = linear.n_key_heads * linear.key_head_dim, linear.n_value_heads * linear.value_head_dim
+    return cfg.d_model * (2 * keys + 3 * values + 2 * linear.n_value_heads) + (2 * keys + values) * linear.conv_width
 
 
 # ------------------------------------------------------------------------------------------------------- the rules

@@ -89,7 +89,8 @@ class TensorMap:
 
     def _block_shape(self, piece: Piece) -> tuple[int, ...]:
         """Return the shape of our block, without the expert's dim."""
-        return self.shapes[piece.name][piece.expert is not None :]
+        shape = self.shapes[piece.name][piece.expert is not None :]
+        return shape if piece.our_rows is None else (piece.our_rows[1] - piece.our_rows[0], *shape[1:])
 
     def _their_shape(self, pieces: list[Piece]) -> tuple[int, ...]:
         shapes = [self._block_shape(piece)[:: -1 if piece.transposed else 1] for piece in pieces]
@@ -140,6 +141,7 @@ class TensorMap:
         for name, spec in specs.items():
             for piece in self._ours[name]:
                 for row, values in self._pieces_from(theirs, piece, spec):
+                    row += piece.our_rows[0] if piece.our_rows else 0
                     offsets = (row, *(0 for _ in values.shape[1:])) if values.dim() else ()
                     if piece.expert is not None:
                         offsets, values = (piece.expert, *offsets), values.unsqueeze(0)
@@ -183,7 +185,9 @@ class TensorMap:
             if piece.transposed or not shape:
                 yield ours.read(piece.name, *expert).view(shape).t().to(spec.dtype)
                 continue
-            for rows in row_ranges(TensorSpec(shape, spec.dtype)):
+            first = piece.our_rows[0] if piece.our_rows else 0
+            for start, stop in row_ranges(TensorSpec(shape, spec.dtype)):
+                rows = first + start, first + stop
                 yield ours.read(piece.name, *expert, rows).view(-1, *shape[1:]).to(spec.dtype)
 
     def _dtype(self, name: str, sources: Iterable[TensorSpec], dtype: Dtype) -> torch.dtype:

@@ -3,6 +3,7 @@
     grouped-query  keys [B, Hkv, L, d] after RoPE, values [B, Hkv, L, d]
     latent         compressed keys and values [B, L, R], and the rotated part of the keys, which all heads share,
                    [B, 1, L, d]
+    linear         the last inputs of the convolution, [B, W - 1, C], and the state [B, H, K, V]
 
 All rows of the batch have the same length, and each row is one document from its first token.
 """
@@ -14,19 +15,15 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Tensors of one attention layer that grow along their last dim but one.
+    """Tensors of one attention layer.
 
     Attributes:
-        tensors: [..., L, width] each; empty before the first token.
+        tensors: Of softmax attention [..., L, width] each, which grow; of linear attention those above, which it
+            replaces. Empty before the first token.
     """
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
-
-    @property
-    def length(self) -> int:
-        """L, the number of tokens in it."""
-        return self.tensors[0].shape[-2] if self.tensors else 0
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Append new tokens, and return all.
@@ -40,12 +37,13 @@ class LayerCache:
 
 
 class KVCache:
-    """One :class:`LayerCache` for each block; ``model(input_ids, cache=cache)`` continues after its tokens."""
+    """One :class:`LayerCache` for each block; ``model(input_ids, cache=cache)`` continues after its tokens.
+
+    Attributes:
+        layers: A cache for each block.
+        length: Number of tokens that every layer has; the model counts them.
+    """
 
     def __init__(self, n_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(n_layers)]
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that every layer has."""
-        return self.layers[0].length
+        self.length = 0

@@ -24,11 +24,13 @@ class AttentionContext(NamedTuple):
         mask: bool [S, L] or [B, 1, S, L], True where a query sees a key. None if none is needed: attention is plainly
             causal, or a single new token sees all before it.
         is_causal: True in the first of these cases; a flag, since a compiled graph knows no lengths.
+        documents: int64 [B, S], document of each of the S new tokens; None is one document a row.
     """
 
     rotation: Rotation
     mask: Tensor | None
     is_causal: bool
+    documents: Tensor | None = None
 
 
 def attention_context(
@@ -48,7 +50,7 @@ def attention_context(
     positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
     mask = _mask(indices_L, num_cached, attention.window, sequence_id_BS)
     turns = rotation(positions, attention.rotary_dim(cfg.d_model), attention)
-    return AttentionContext(turns, mask, is_causal=mask is None and num_cached == 0)
+    return AttentionContext(turns, mask, mask is None and num_cached == 0, sequence_id_BS)
 
 
 def positions_in_documents(sequence_id_BS: Tensor) -> Tensor:

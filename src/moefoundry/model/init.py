@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
+from moefoundry.model.linear_attention import Decay
 from moefoundry.model.norm import Norm
 
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill every parameter in place: norm weights with 1, biases with 0, matrices from N(0, std**2); buffers with 0.
+    """Fill every parameter in place: norms so that they multiply by 1, biases with 0, matrices from N(0, std**2).
+
+    Buffers are filled with 0, decays of linear attention as :class:`~moefoundry.model.linear_attention.Decay` says.
 
     Args:
         model: Materialized (``to_empty``), sharded or not.
@@ -30,12 +33,16 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
     Raises:
         ValueError: A parameter is still on the meta device.
     """
-    norms = {id(module.weight) for module in model.modules() if isinstance(module, Norm)}
+    starts = {id(module.weight): module.start for module in model.modules() if isinstance(module, Norm)}
+    decays = {id(module.A_log): module for module in model.modules() if isinstance(module, Decay)}
+    starts |= {id(module.dt_bias): module.DT_BIAS for module in decays.values()}
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device: materialize the model with to_empty() first")
-        if id(parameter) in norms:
-            parameter.fill_(1.0)
+        if id(parameter) in starts:
+            parameter.fill_(starts[id(parameter)])
+        elif id(parameter) in decays:
+            fill_by_row(name, parameter, seed, decays[id(parameter)].draw)
         elif parameter.dim() == 1:
             parameter.zero_()
         else:
@@ -49,7 +56,7 @@ def fill_by_row(name: str, parameter: Tensor, seed: int, fill: Callable[[Tensor,
 
     Args:
         name: The parameter's name, which with the seed determines every value.
-        parameter: Of at least two dims, sharded or not.
+        parameter: Sharded or not.
         seed: Seed of the model.
         fill: Fills one slice, fp32 on the CPU, from a generator.
     """

@@ -44,10 +44,10 @@ class MultiHeadLatentAttention(Attention):
             self.q_proj = nn.Linear(d_model, cfg.n_heads * sum(self.qk_widths), bias=False)
         else:
             self.q_a_proj = nn.Linear(d_model, cfg.q_lora_rank, bias=False)
-            self.q_a_norm = RMSNorm(cfg.q_lora_rank, LATENT_NORM_EPS)
+            self.q_a_norm = RMSNorm(cfg.q_lora_rank, LATENT_NORM_EPS, model.norm.zero_centered)
             self.q_b_proj = nn.Linear(cfg.q_lora_rank, cfg.n_heads * sum(self.qk_widths), bias=False)
         self.kv_a_proj = nn.Linear(d_model, sum(self.kv_a_widths), bias=False)
-        self.kv_a_norm = RMSNorm(cfg.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_a_norm = RMSNorm(cfg.kv_lora_rank, LATENT_NORM_EPS, model.norm.zero_centered)
         self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * sum(self.kv_b_widths), bias=False)
         self.o_proj = nn.Linear(cfg.n_heads * cfg.v_head_dim, d_model, bias=False)
         self.scale = softmax_scale(cfg)

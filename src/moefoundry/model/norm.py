@@ -18,17 +18,32 @@ from moefoundry.config import NormConfig, NormKind
 
 
 class Norm(nn.Module):
-    """Base class of both kinds; the result has the dtype of the input."""
+    """Base class of both kinds; the result has the dtype of the input.
 
-    def __init__(self, width: int, eps: float) -> None:
+    Args:
+        width: Elements of a vector.
+        eps: Added before the root.
+        zero_centered: The factor of an element is its weight plus 1.
+    """
+
+    def __init__(self, width: int, eps: float, zero_centered: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
+        self.offset = 1.0 if zero_centered else 0.0
+
+    @property
+    def start(self) -> float:
+        """Initial value of the weights, with which a factor is 1."""
+        return 1.0 - self.offset
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.promote_types(x.dtype, torch.float32) == x.dtype:
-            return self._normalize(x, self.weight.to(x.dtype))
-        return _InFloat32.apply(x, self.weight, self._normalize)
+            return self._scaled(x, self.weight.to(x.dtype))
+        return _InFloat32.apply(x, self.weight, self._scaled)
+
+    def _scaled(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._normalize(x, weight + self.offset if self.offset else weight)
 
     def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
         raise NotImplementedError
@@ -69,4 +84,4 @@ class _InFloat32(Function):
 def build_norm(width: int, cfg: NormConfig) -> Norm:
     """Make the norm that the recipe's ``model.norm`` declares."""
     kinds = {NormKind.rmsnorm: RMSNorm, NormKind.layernorm: LayerNorm}
-    return kinds[cfg.kind](width, cfg.eps)
+    return kinds[cfg.kind](width, cfg.eps, cfg.zero_centered)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AuxLossScope, ModelConfig
-from moefoundry.model.attention import build_attention
+from moefoundry.model.attention import Attention, build_attention
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
+from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
 from moefoundry.model.norm import build_norm
@@ -76,7 +77,7 @@ class Block(nn.Module):
     def __init__(self, cfg: ModelConfig, layer_index: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(cfg.d_model, cfg.norm)
-        self.attention = build_attention(cfg)
+        self.attention: Attention = GatedDeltaNet(cfg) if cfg.is_linear(layer_index) else build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
         self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
@@ -226,6 +227,8 @@ class MoETransformer(nn.Module):
             x_BSD, layer_stats = layer(x_BSD, context, layer_cache, real_T)
             if layer_stats is not None:
                 stats.append(layer_stats)
+        if cache is not None:
+            cache.length += input_ids_BS.shape[1]
         hidden_BSD = self.norm(x_BSD)
         if labels_BS is None:
             return self.lm_head(hidden_BSD)

@@ -16,16 +16,32 @@ keeps compressed vectors only, and its input if queries are not compressed. ``fu
 order of its rows, and one block at a time as above. ``selective`` keeps that input and order, and the results of
 products, attention and exchanges. While a block runs backward, the gradients of its widest part exist, too.
 
-Norms and attention are assumed to be one kernel each, as on GPUs.
+Linear attention keeps c D and what its projections, convolution, norm and gate read, as in the code below, and inside
+the gated delta rule
+
+    kernels        c (C + 2 k + 64 H) + 8 H       inputs, normed queries and keys, a chunk's triangle
+    PyTorch        4 G (8 K + 130) + 4 H (4 K + 4 V + K V / 64 + 259), as measured
+
+with G and H heads of keys and values, K and V wide, k all keys, C all channels. The kernels are assumed with BF16
+unless the recipe's backend is torch. Norms and attention are assumed to be one kernel each, as on GPUs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moefoundry.config import ActivationCheckpointing, GqaConfig, MlaConfig, ModelConfig, QkNorm
+from moefoundry.config import (
+    ActivationCheckpointing,
+    GqaConfig,
+    LinearAttentionConfig,
+    LinearBackend,
+    MlaConfig,
+    ModelConfig,
+    QkNorm,
+)
 
 FP32 = 4
+CHUNK = 64
 E4M3_ROW, E5M6_ROW = 129 / 128, 193 / 128
 ORDER_BYTES = 16
 """Bytes of a slot in the order of rows: its row, and the row's slot. Checkpointing does not drop the order, which also
@@ -65,7 +81,13 @@ class BlockActivations:
 
 
 def block_activations(
-    cfg: ModelConfig, sparse: bool, mode: ActivationCheckpointing, c: int, exchanged: bool, fp8: bool = False
+    cfg: ModelConfig,
+    sparse: bool,
+    mode: ActivationCheckpointing,
+    c: int,
+    exchanged: bool,
+    fp8: bool = False,
+    linear: bool = False,
 ) -> BlockActivations:
     """Estimate the activations of a block.
 
@@ -76,8 +98,9 @@ def block_activations(
         c: Bytes of the compute dtype.
         exchanged: Experts are on several ranks.
         fp8: The FP8 recipe is ``deepseek_v3``.
+        linear: The block has linear attention.
     """
-    attention = _attention(cfg, c, fp8)
+    attention = _linear_attention(cfg.d_model, cfg.linear_attention, c, fp8) if linear else _attention(cfg, c, fp8)
     width = cfg.d_model
     ffn = _moe(cfg, c, exchanged, fp8) if sparse else _dense(width, cfg.dense_width, c, fp8)
     everything = attention.all + ffn.all + 2 * c * width
@@ -97,12 +120,31 @@ def _attention(cfg: ModelConfig, c: int, fp8: bool) -> Kept:
     queries, keys = cfg.attention.projection_widths(width)
     norms = isinstance(cfg.attention, GqaConfig) and cfg.attention.qk_norm != QkNorm.none
     inner_norms = c * (queries + keys) if norms else 0
+    gates = c * queries if isinstance(cfg.attention, GqaConfig) and cfg.attention.output_gate else 0
     inside = c * (2 * queries + 2 * keys) + FP32 * heads
     return Kept(
-        inside + inner_norms + (E4M3_ROW * width + E5M6_ROW * queries if fp8 else c * width),
-        c * width + inside,
+        inside + inner_norms + 2 * gates + (E4M3_ROW * width + E5M6_ROW * queries if fp8 else c * width),
+        c * width + inside + gates,
         c * (2 * queries + 2 * keys),
     )
+
+
+def _linear_attention(width: int, cfg: LinearAttentionConfig | None, c: int, fp8: bool) -> Kept:
+    assert cfg is not None, "a block has linear attention only where the recipe declares it"
+    keys, values = cfg.n_key_heads * cfg.key_head_dim, cfg.n_value_heads * cfg.value_head_dim
+    channels, heads = 2 * keys + values, cfg.n_value_heads
+    products = c * (width + channels + values + 2 * heads)
+    inputs = E4M3_ROW * width + E5M6_ROW * values if fp8 else c * (width + values)
+    outside = inputs + c * (2 * channels + 3 * values + 2 * heads)  # convolution and SiLU; norm and gate
+    if cfg.backend == LinearBackend.torch or c == FP32:
+        of_key_head = 8 * cfg.key_head_dim + 2 * CHUNK + 2
+        state = cfg.key_head_dim * cfg.value_head_dim / CHUNK  # one a chunk
+        of_head = 4 * (cfg.key_head_dim + cfg.value_head_dim + CHUNK) + state + 3
+        views = FP32 * values if c == FP32 else 0  # of the convolution's output, which its queries and keys keep
+        inside = FP32 * (cfg.n_key_heads * of_key_head + heads * of_head) + views
+    else:
+        inside = c * (channels + 2 * keys + CHUNK * heads) + 2 * FP32 * heads
+    return Kept(outside + inside, products, c * (2 * channels + 2 * values))
 
 
 def _latent_attention(width: int, cfg: MlaConfig, c: int, fp8: bool) -> Kept:

@@ -105,7 +105,7 @@ def transients(
     units_of = [[unit for unit in units if f"{unit.name}.".startswith(f"{block.name}.")] for block in blocks]
     exchanged, mode = recipe.mesh.expert > 1, recipe.activation_checkpointing
     fp8 = recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
-    activations = [block_activations(cfg, block.sparse, mode, c, exchanged, fp8) for block in blocks]
+    activations = [block_activations(cfg, block.sparse, mode, c, exchanged, fp8, block.linear) for block in blocks]
     saved = [sequences * b.positions * a.saved for b, a in zip(blocks, activations, strict=True)]
     working = [sequences * b.positions * a.working for b, a in zip(blocks, activations, strict=True)]
     tokens = sequences * recipe.max_seq_len

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from moefoundry.adapters import apply_lora
 from moefoundry.config import Recipe
 from moefoundry.mesh import MeshDegrees, build_meshes
+from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.transformer import Block, MoETransformer, meta_model
 from moefoundry.moe.layer import MoELayer
 from moefoundry.parallel import needs_mesh, parallelize
@@ -81,7 +82,9 @@ class ShardedOutline:
         names = [f"layers.{i}" for i in range(last)] + [f"mtp.{i}" for i in range(depth)]
         lost = [0] * last + list(range(1, depth + 1))
         return [
-            PlannedBlock(name, isinstance(block.ffn, MoELayer), seq_len - less)
+            PlannedBlock(
+                name, isinstance(block.ffn, MoELayer), seq_len - less, isinstance(block.attention, GatedDeltaNet)
+            )
             for name, block, less in zip(names, self.blocks, lost, strict=True)
         ]
 

@@ -71,11 +71,13 @@ class PlannedBlock:
         name: Name of the module, or of the multi-token-prediction module around it.
         sparse: The block has an MoE layer.
         positions: Positions of a sequence that it computes.
+        linear: The block has linear attention.
     """
 
     name: str
     sparse: bool
     positions: int
+    linear: bool = False
 
 
 def compute_dtype(precision: PrecisionConfig) -> torch.dtype:

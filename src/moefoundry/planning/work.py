@@ -6,13 +6,16 @@ device's memory, with one kernel each for a norm, a residual sum, rotary embeddi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from moefoundry.config import MlaConfig, ModelConfig
+from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.transformer import Block, MoETransformer
 from moefoundry.moe.layer import MoELayer
+from moefoundry.ops.gated_delta_rule.chunked import CHUNK
 
 ROUTER_BYTES = 40
 """Bytes of an expert's score of a token, over all that routing and its losses read and write."""
@@ -49,10 +52,13 @@ def block_work(cfg: ModelConfig, block: Block, seq_len: int, c: int) -> Work:
         seq_len: Tokens of a sequence.
         c: Bytes of an element in the compute dtype.
     """
-    width, queries_values = cfg.d_model, _attention_widths(cfg)
+    width, widths = cfg.d_model, _attention_widths(cfg)
+    attention = 2 * sum(widths) * _positions_seen(seq_len, cfg.attention.window)
+    if isinstance(block.attention, GatedDeltaNet):
+        widths, attention = block.attention.widths, _linear_attention(block.attention)
     sparse = isinstance(block.ffn, MoELayer)
     routed = 3 * cfg.moe.expert_hidden_size * width if sparse else 0
-    moved = 10 * c * width + 4 * c * sum(queries_values)
+    moved = 10 * c * width + 4 * c * sum(widths)
     if sparse:
         shared = cfg.moe.num_shared_experts * cfg.moe.expert_hidden_size
         moved += c * (cfg.moe.top_k * (4 * width + 3 * cfg.moe.expert_hidden_size) + 3 * shared)
@@ -62,7 +68,7 @@ def block_work(cfg: ModelConfig, block: Block, seq_len: int, c: int) -> Work:
     return Work(
         linear=2 * _dense_elements(block),
         experts=2 * routed * cfg.moe.top_k,
-        attention=2 * sum(queries_values) * _positions_seen(seq_len, cfg.attention.window),
+        attention=attention,
         moved=moved,
     )
 
@@ -81,7 +87,18 @@ def _dense_elements(block: Block) -> int:
     return sum(p.numel() for p in block.parameters() if p.dim() == 2 and id(p) not in routed)
 
 
-def _attention_widths(cfg: ModelConfig) -> tuple[int, int]:
+def _linear_attention(layer: GatedDeltaNet) -> int:
+    """Count the FLOPs of a token in the gated delta rule by chunks, and in the convolution before it.
+
+    A head multiplies keys and queries with the chunk's keys, solves the chunk's system, sums the chunk's values, and
+    reads the state twice and adds to it once.
+    """
+    keys, values = layer.head_dims
+    of_chunk, of_state = CHUNK * (4 * keys + (keys + values) + 2 * values), 6 * keys * values
+    return layer.decay.A_log.numel() * (of_chunk + of_state) + 2 * layer.conv.weight.numel()
+
+
+def _attention_widths(cfg: ModelConfig) -> Sequence[int]:
     """Give the widths of all heads' queries, and of their values as queries see them."""
     attention = cfg.attention
     if isinstance(attention, MlaConfig):

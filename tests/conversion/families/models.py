@@ -18,6 +18,7 @@ from moefoundry.config import (
     BalanceConfig,
     GqaConfig,
     InitConfig,
+    LinearAttentionConfig,
     Llama3RopeConfig,
     MlaConfig,
     ModelConfig,
@@ -87,11 +88,24 @@ def deepseek(
     return model_config(attention, **(sizes | changes))
 
 
+def hybrid(attention: AttentionConfig | None = None, shared: int = 1, **changes: object) -> ModelConfig:
+    linear = LinearAttentionConfig(
+        full_attention_interval=2, n_key_heads=2, n_value_heads=6, key_head_dim=10, value_head_dim=16, conv_width=3
+    )
+    parts = {"n_layers": 3, "norm": NormConfig(zero_centered=True), "linear_attention": linear}
+    return sparse(attention or QWEN3_NEXT, **(parts | {"moe": gated(RouterConfig(), shared)} | changes))
+
+
+def listed(layers: list[int]) -> LinearAttentionConfig:
+    return LinearAttentionConfig(layers=layers, n_key_heads=3, n_value_heads=3, key_head_dim=14, value_head_dim=18)
+
+
 SIGMOID = RouterConfig(ScoreFunction.sigmoid)
 NOT_NORMALIZED = RouterConfig(normalize_topk=False)
 GREEDY = replace(NOT_NORMALIZED, scale=2.0)
 QWEN2 = replace(GQA, bias=AttentionBias.qkv)
 QWEN3 = replace(GQA, qk_norm=QkNorm.head, head_dim=12)
+QWEN3_NEXT = replace(QWEN3, rotary_fraction=0.5, output_gate=True)
 OLMOE = replace(GQA, qk_norm=QkNorm.full)
 DBRX = {"norm": NormConfig(NormKind.layernorm, 1e-5)}
 DEEPSEEK_YARN = replace(YARN, mscale=1.0, mscale_all_dim=0.7, beta_fast=16.0)
@@ -200,6 +214,21 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
         "between": ernie(n_layers=4, dense_layers=[3]),
         "all_sparse": ernie(n_dense_layers=0, ffn_hidden_size=None),
     },
+    "qwen3_next": {
+        "plain": hybrid(),
+        "dense_between": hybrid(
+            linear_attention=listed([0, 3]),
+            **{"n_layers": 4, "n_dense_layers": 1, "dense_layers": [2], "ffn_hidden_size": 48},
+            moe=gated(NOT_NORMALIZED, shared=2),
+        ),
+        "all_full": hybrid(replace(QWEN3_NEXT, bias=AttentionBias.all), linear_attention=None, tie_embeddings=True),
+        "yarn": hybrid(replace(QWEN3_NEXT, yarn=YARN)),
+    },
+    "qwen3_5_moe_text": {
+        "plain": hybrid(),
+        "listed": hybrid(replace(QWEN3_NEXT, rotary_fraction=1.0), 2, linear_attention=listed([1])),
+        "tied": hybrid(tie_embeddings=True),
+    },
 }
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
 OLDER = [family for family in VARIANTS if family in CONFIG_MAPPING_NAMES]
@@ -222,6 +251,8 @@ SIZES = {  # without these there is no model
     "dots1": {"n_routed_experts", "head_dim"},
     "solar_open": {"n_routed_experts"},
     "ernie4_5_moe": {"moe_num_experts", "moe_k"},
+    "qwen3_next": {"shared_expert_intermediate_size"},
+    "qwen3_5_moe_text": {"shared_expert_intermediate_size"},
 }
 COMMON_SIZES = {
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -289,6 +320,7 @@ def blocks(
     """Each piece with its two blocks, in our orientation."""
     for piece in pieces:
         our = ours[piece.name] if piece.expert is None else ours[piece.name][piece.expert]
+        our = our if piece.our_rows is None else our[slice(*piece.our_rows)]
         their = theirs[piece.hf_name] if piece.part is None else theirs[piece.hf_name][piece.part]
         their = their if piece.rows is None else their[slice(*piece.rows)]
         yield piece, our, their.T if piece.transposed else their

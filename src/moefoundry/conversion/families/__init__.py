@@ -36,7 +36,7 @@ class Families(Mapping[str, Family]):
 
 
 FAMILIES = Families()
-OTHER_NAMES = {"kimi_k2": "deepseek_v3"}
+OTHER_NAMES = {"kimi_k2": "deepseek_v3", "qwen3_5_moe": "qwen3_5_moe_text"}
 """A ``model_type`` that says what a family says, and is exported under the family's name."""
 
 

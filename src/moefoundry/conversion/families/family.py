@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from moefoundry.config import (
     Problem,
     ScoreFunction,
 )
+from moefoundry.config.schema_linear_attention import INTERVAL_OF_FULL
 from moefoundry.config.spec import architecture_of
 from moefoundry.conversion.families.keys import Keys
 
@@ -27,7 +28,7 @@ from moefoundry.conversion.families.keys import Keys
 class Piece:
     """A block of one of our tensors that equals a block of one Hugging Face tensor, bit for bit.
 
-    It is ``ours[expert] == theirs[part][rows]``.
+    It is ``ours[expert][our_rows] == theirs[part][rows]``.
 
     Attributes:
         name: Our parameter or buffer, as in ``MoETransformer.state_dict()``.
@@ -37,6 +38,7 @@ class Piece:
         transposed: True where the two-dimensional block is stored transposed there.
         part: Index along the Hugging Face tensor's first dim, where it has a dim more than our block, and ``rows`` are
             those of this part; None is a tensor of as many dims.
+        our_rows: First row and the row behind the last of our tensor, where it is not all of it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Piece:
     rows: tuple[int, int] | None = None
     transposed: bool = False
     part: int | None = None
+    our_rows: tuple[int, int] | None = None
 
 
 class Family(ABC):
@@ -58,6 +61,7 @@ class Family(ABC):
         length_key: Key of the tokens of a sequence.
         names_in_memory: Parts of tensors' names that transformers 5 changes in memory, as the files may be saved: part
             of the published name -> part of the other. Experts in one tensor each layer are known beside these.
+        left_out: Beginnings of tensors' names that are not read, of parts that are not here -> the part.
         absent: Parts of the published models that are not here, for the table of families.
     """
 
@@ -67,6 +71,7 @@ class Family(ABC):
     defaults: ClassVar[dict[str, Any]]
     length_key: ClassVar[str] = "max_position_embeddings"
     names_in_memory: ClassVar[dict[str, str]] = {}
+    left_out: ClassVar[dict[str, str]] = {}
     absent: ClassVar[str] = ""
 
     @property
@@ -164,6 +169,11 @@ class Family(ABC):
         """Map tensors that repeat another to it; a checkpoint there may hold them, or leave them out."""
         return {}
 
+    def prediction_depth(self, cfg: ModelConfig, tensors: Iterable[str]) -> int:
+        """Count the modules of multi-token prediction that a checkpoint with these tensors holds."""
+        there = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
+        return max((i + 1 for i in range(cfg.mtp.depth) if str(cfg.n_layers + i) in there), default=0)
+
     def unused_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tensors that transformers has for parts that such a model lacks.
 
@@ -215,8 +225,13 @@ def computed(cfg: ModelConfig) -> ModelConfig:
     if isinstance(attention, GqaConfig):
         width = attention.head_width(cfg.d_model)
         attention = replace(attention, head_dim=width, softmax_scale=attention.softmax_scale or width**-0.5)
+    linear = cfg.linear_attention
+    if linear is not None:
+        layers = [index for index in range(cfg.n_layers) if linear.is_linear(index)]
+        linear = replace(linear, layers=layers, full_attention_interval=INTERVAL_OF_FULL) if layers else None
     return replace(
         with_dense_layers(cfg, dense),
+        linear_attention=linear,
         moe=moe if len(dense) < cfg.n_layers or cfg.mtp.depth else MoEConfig(),
         attention=attention,
     )

@@ -51,11 +51,9 @@ class Llama(Family):
             init=InitConfig(std=keys.number("initializer_range")),
             attention=self._read_attention(keys),
         )
-        kind = "full_attention" if cfg.attention.window is None else "sliding_attention"
-        keys.only("layer_types", [kind] * cfg.n_layers)  # the same again, in files of later versions
         keys.only("hidden_act", "silu")
         keys.only("attention_dropout", 0.0)
-        return self._read_ffn(keys, cfg)
+        return self._read_ffn(keys, self._read_layer_types(keys, cfg))
 
     def _write(self, cfg: ModelConfig) -> dict[str, Any]:
         return {
@@ -69,6 +67,12 @@ class Llama(Family):
             **self._write_attention(cfg),
             **self._write_ffn(cfg),
         }
+
+    def _read_layer_types(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
+        """Read the kinds of the blocks' attention; here the same again, in files of later versions."""
+        kind = "full_attention" if cfg.attention.window is None else "sliding_attention"
+        keys.only("layer_types", [kind] * cfg.n_layers)
+        return cfg
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         return self._read_gqa(keys)
@@ -118,13 +122,17 @@ class Llama(Family):
         dense = dense_layers(cfg)
         yield Piece("embed_tokens.weight", "model.embed_tokens.weight")
         for index in range(cfg.n_layers):
-            yield from self._layer(cfg, f"layers.{index}", f"model.layers.{index}", index in dense)
+            yield from self._block(cfg, index, index in dense)
         yield Piece("norm.weight", "model.norm.weight")
         if not cfg.tie_embeddings:
             yield Piece("lm_head.weight", "lm_head.weight")
 
     def copies(self, cfg: ModelConfig) -> dict[str, str]:
         return {"lm_head.weight": "model.embed_tokens.weight"} if cfg.tie_embeddings else {}
+
+    def _block(self, cfg: ModelConfig, index: int, dense: bool) -> Iterator[Piece]:
+        """Yield the pieces of one of the model's own blocks."""
+        return self._layer(cfg, f"layers.{index}", f"model.layers.{index}", dense)
 
     def _layer(self, cfg: ModelConfig, ours: str, theirs: str, dense: bool) -> Iterator[Piece]:
         yield Piece(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight")

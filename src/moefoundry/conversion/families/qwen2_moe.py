@@ -28,7 +28,7 @@ class Qwen2Moe(Qwen3Moe):
         "decoder_sparse_step": 1,
         "norm_topk_prob": False,
     }
-    bias_of_key = None
+    bias_of_key: ClassVar[AttentionBias | None] = None
     balance = LlamaMoe.balance
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
