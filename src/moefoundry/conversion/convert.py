@@ -37,7 +37,8 @@ from moefoundry.checkpoint.weights import (
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
 from moefoundry.config.versions import VERSION_KEY
 from moefoundry.conversion.adapted import Tensors, weights_of
-from moefoundry.conversion.families import FAMILIES, Family, family_for
+from moefoundry.conversion.equivalent_tensors import EquivalentTensors
+from moefoundry.conversion.families import FAMILIES, Family, family_for, holder_of
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
 from moefoundry.conversion.parity import Parity, verify_outputs
 from moefoundry.conversion.safetensors_io import write_file, write_safetensors
@@ -145,14 +146,17 @@ def export_hf(
     """
     directory = named_checkpoint(checkpoint)
     recipe, cfg = read_state(directory)["recipe"], read_model_config(directory)
-    family = chosen_family(family_name, cfg)
-    names = TensorMap(family, cfg)
+    family, same = holder_of(cfg, chosen_family(family_name, cfg).name if family_name else None)
+    names = TensorMap(family, same.cfg)
     tokenizer = tokenizer or tokenizer_of(directory, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise UserError(f"no tokenizer at {tokenizer}; name its directory: tokenizer=...")
-    with weights_of(directory, weights, base) as ours:
+    if same.changes:
+        say(f"as {family.name}, which computes the same with {' and '.join(same.changes)}")
+    with weights_of(directory, weights, base) as stored:
+        ours = EquivalentTensors(stored, same)
         specs = names.their_specs(ours.specs, dtype)
-        config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
+        config = family.write_config(same.cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
         with staged(hf, nbytes_of(specs)) as staging:
             staging.mkdir()
             write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
