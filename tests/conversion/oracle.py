@@ -21,7 +21,7 @@ import torch
 
 from moefoundry.conversion.families import FAMILIES
 from moefoundry.conversion.reference import newer_transformers
-from tests.conversion.families.models import CASES, VARIANTS, sizes
+from tests.conversion.families.models import CASES, STANDS_IN, VARIANTS, sizes
 
 needs_oracle = pytest.mark.skipif(newer_transformers() is None, reason="`make oracle` has not been run")
 SCRIPT = Path(__file__).with_name("transformers5.py")
@@ -69,7 +69,8 @@ def write_cases(directory: Path) -> None:
     """Ask for every variant of every family, and for the defaults of each."""
     configs = {
         f"{family}-{variant}": FAMILIES[family].write_config(VARIANTS[family][variant], 64, torch_dtype="float32")
+        | {"model_type": STANDS_IN.get(family, family)}
         for family, variant in CASES
     }
-    defaults = {family: sizes(family, configs[f"{family}-plain"]) for family in VARIANTS}
+    defaults = {family: sizes(family, configs[f"{family}-plain"]) for family in VARIANTS if family not in STANDS_IN}
     (directory / "cases.json").write_text(json.dumps({"configs": configs, "defaults": defaults}))

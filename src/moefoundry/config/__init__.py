@@ -29,6 +29,7 @@ from moefoundry.config.schema_model import (
     MultipliersConfig,
     NormConfig,
     NormKind,
+    NormPosition,
     RouterConfig,
     ScoreFunction,
 )
@@ -86,7 +87,7 @@ __all__ = [
     "InitConfig", "LRMonitorConfig", "LinearDecayWithWarmupConfig", "Llama3RopeConfig", "LoaderConfig", "LoggersConfig",
     "LoraConfig", "LossConfig", "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig",
     "MoEConfig", "ModelConfig", "Moments", "MtpConfig", "MultipliersConfig", "NonFinite", "NormConfig", "NormKind",
-    "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
+    "NormPosition", "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
     "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SystemMonitorConfig", "TaskConfig",
     "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice",
     "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_model",

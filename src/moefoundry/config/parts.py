@@ -202,6 +202,12 @@ _TABLES = (
                 "glm4_moe_lite": "glm4_moe:Glm4MoeLite",
                 "minimax_m2": "minimax_m2:MinimaxM2",
                 "ernie4_5_moe": "ernie4_5_moe:Ernie45Moe",
+                "olmo2": "olmo2:Olmo2",
+                "flex_olmo": "olmo2:FlexOlmo",
+                "hunyuan_v1_moe": "hunyuan_v1_moe:HunyuanV1Moe",
+                "hy_v3": "hy_v3:HyV3",
+                "sarvam_moe": "ling:SarvamMoe",
+                "bailing_moe": "ling:BailingMoe",
             }.items()
         },
         base=None,

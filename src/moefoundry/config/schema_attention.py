@@ -13,6 +13,7 @@ class QkNorm(StrEnum):
 
     none = "none"
     head = "head"
+    head_after_rope = "head_after_rope"
     full = "full"
 
 
@@ -113,7 +114,7 @@ class GqaConfig(AttentionConfig):
     head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2, renamed_from=("kv_channels",))
     qk_norm: QkNorm = key(
         QkNorm.none,
-        "RMSNorm of queries and keys: over each head, or over all heads together.",
+        "RMSNorm of queries and keys: over each head, before or after its rotation, or over all heads together.",
         renamed_from=("use_qk_norm", "qk_ln"),
     )
     bias: AttentionBias = key(

@@ -19,6 +19,13 @@ class NormKind(StrEnum):
     layernorm = "layernorm"
 
 
+class NormPosition(StrEnum):
+    """Places of a block's norms."""
+
+    before = "before"
+    after = "after"
+
+
 class ScoreFunction(StrEnum):
     """The package's own router scores."""
 
@@ -61,6 +68,9 @@ class NormConfig:
         "Added to the mean square before the root.",
         gt=0,
         renamed_from=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon"),
+    )
+    position: NormPosition = key(
+        NormPosition.before, "Norms of a block stand before attention and FFN, or after them (OLMo-2)."
     )
 
 

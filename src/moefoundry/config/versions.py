@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 VERSION_KEY = "format_version"
 
 ADDED: dict[int, dict[str, dict[str, Any]]] = {
@@ -57,6 +57,7 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         },
         "model.moe.num_experts": {"model.moe.shared_expert_gate": False},
     },
+    3: {"model.d_model": {"model.norm.position": "before"}},
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""
 

@@ -42,8 +42,8 @@ def build_attention(cfg: ModelConfig) -> Attention:
 class GroupedQueryAttention(Attention):
     """Causal grouped-query attention with RoPE (arXiv 2305.13245).
 
-    Queries and keys may be normalized over each head (Qwen3), or over all heads together (OLMoE). ``clip_qkv`` clamps
-    the outputs of the projections (DBRX), or those of the norms (OLMoE).
+    Queries and keys may be normalized over each head (Qwen3), also after their rotation (Hunyuan), or over all heads
+    together (OLMoE). ``clip_qkv`` clamps the outputs of the projections (DBRX), or those of the norms (OLMoE).
     """
 
     def __init__(self, cfg: GqaConfig, model: ModelConfig) -> None:
@@ -54,6 +54,7 @@ class GroupedQueryAttention(Attention):
         self.scale = cfg.softmax_scale
         self.clip_qkv = cfg.clip_qkv
         width, kv_width = cfg.projection_widths(d_model)
+        self.norm_after_rope = cfg.qk_norm == QkNorm.head_after_rope
         qkv_bias = cfg.bias != AttentionBias.none
         self.q_proj = nn.Linear(d_model, width, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, kv_width, bias=qkv_bias)
@@ -62,17 +63,23 @@ class GroupedQueryAttention(Attention):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if cfg.qk_norm != QkNorm.none:
-            per_head = cfg.qk_norm == QkNorm.head
+            per_head = cfg.qk_norm != QkNorm.full
             self.q_norm = RMSNorm(self.head_dim if per_head else width, norm_eps)
             self.k_norm = RMSNorm(self.head_dim if per_head else kv_width, norm_eps)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        q_BHSd = self._rotate(self._heads(self.q_proj(x_BSD), self.q_norm), context.rotation)
-        k_BHLd = self._rotate(self._heads(self.k_proj(x_BSD), self.k_norm), context.rotation)
+        q_BHSd = self._rotated_heads(self.q_proj(x_BSD), self.q_norm, context.rotation)
+        k_BHLd = self._rotated_heads(self.k_proj(x_BSD), self.k_norm, context.rotation)
         v_BHLd = self._heads(self.v_proj(x_BSD), None)
         if cache is not None:
             k_BHLd, v_BHLd = cache.append(k_BHLd, v_BHLd)
         return self.o_proj(attend(q_BHSd, k_BHLd, v_BHLd, context, self.scale))
+
+    def _rotated_heads(self, x: Tensor, norm: RMSNorm | None, rotation: Rotation) -> Tensor:
+        """[B, S, H * d] -> [B, H, S, d], rotated, and normalized before or after that."""
+        if norm is None or not self.norm_after_rope:
+            return self._rotate(self._heads(x, norm), rotation)
+        return norm(self._rotate(self._heads(x, None), rotation))
 
     def _rotate(self, x_BHSd: Tensor, rotation: Rotation) -> Tensor:
         """Turn the first ``rotary_dim`` elements of each head (all but GLM-4.5 and MiniMax turn whole heads)."""
