@@ -107,6 +107,7 @@ class BailingMoe(SarvamMoe):
 
     name = "bailing_moe"
     architecture = "BailingMoeV2ForCausalLM"
+    stand_in = "sarvam_moe"
     defaults: ClassVar[dict[str, Any]] = {
         **SarvamMoe.defaults,
         "initializer_range": 0.02,
