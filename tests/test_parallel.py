@@ -19,7 +19,10 @@ from moefoundry.config import (
     ModelConfig,
     MoEConfig,
     MultipliersConfig,
+    NormConfig,
+    NormPosition,
     PrecisionConfig,
+    QkNorm,
 )
 from tests.distributed import run_distributed
 
@@ -79,7 +82,10 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
         n_dense_layers=1,
         ffn_hidden_size=48,
         init=InitConfig(std=0.1),
-        attention=GqaConfig(n_heads=4, n_kv_heads=2, rotary_fraction=0.5, softmax_scale=0.3),
+        norm=NormConfig(position=NormPosition.after),
+        attention=GqaConfig(
+            n_heads=4, n_kv_heads=2, rotary_fraction=0.5, softmax_scale=0.3, qk_norm=QkNorm.head_after_rope
+        ),
         multipliers=MultipliersConfig(embedding=2.0, residual=0.5, logits_divisor=1.5),
         moe=MoEConfig(
             num_experts=num_experts,

@@ -202,6 +202,7 @@ _TABLES = (
                 "glm4_moe_lite": "glm4_moe:Glm4MoeLite",
                 "minimax_m2": "minimax_m2:MinimaxM2",
                 "ernie4_5_moe": "ernie4_5_moe:Ernie45Moe",
+                "deepseek_v32": "deepseek_v32:DeepseekV32",
                 "olmo2": "olmo2:Olmo2",
                 "flex_olmo": "olmo2:FlexOlmo",
                 "hunyuan_v1_moe": "hunyuan_v1_moe:HunyuanV1Moe",

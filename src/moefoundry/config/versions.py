@@ -57,7 +57,10 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         },
         "model.moe.num_experts": {"model.moe.shared_expert_gate": False},
     },
-    3: {"model.d_model": {"model.norm.position": "before"}},
+    3: {
+        "model.d_model": {"model.norm.position": "before"},
+        "model.attention.kv_lora_rank": {"model.attention.indexer": None},
+    },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""
 

@@ -17,6 +17,7 @@ from moefoundry.config import (
     AttentionConfig,
     BalanceConfig,
     GqaConfig,
+    IndexerConfig,
     InitConfig,
     Llama3RopeConfig,
     MlaConfig,
@@ -229,8 +230,13 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
     "bailing_moe": {
         "plain": deepseek(replace(QWEN3, rotary_fraction=0.5), num_groups=4, top_k_groups=2),
     },
+    "deepseek_v32": {
+        "plain": deepseek(replace(MLA, indexer=IndexerConfig(6, 3, 10)), num_groups=4, top_k_groups=2),
+        "dense": deepseek(replace(MLA, indexer=IndexerConfig(64, 2, 8)), shared=2, tie_embeddings=True),
+        "yarn": deepseek(replace(MLA, indexer=IndexerConfig(8, 2, 8), yarn=DEEPSEEK_YARN)),
+    },
 }
-STANDS_IN = {"bailing_moe": "sarvam_moe"}
+STANDS_IN = {name: FAMILIES[name].stand_in for name in VARIANTS if FAMILIES[name].stand_in}
 """Families that transformers has under another name alone -> that name."""
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
 OLDER = [family for family in VARIANTS if family in CONFIG_MAPPING_NAMES]
@@ -249,6 +255,7 @@ SIZES = {  # without these there is no model
     "qwen2_moe": {"shared_expert_intermediate_size"},
     "deepseek_v2": LATENT,
     "glm4_moe_lite": LATENT,
+    "deepseek_v32": LATENT | {"q_lora_rank"},
     "glm4_moe": {"n_routed_experts", "head_dim"},
     "dots1": {"n_routed_experts", "head_dim"},
     "solar_open": {"n_routed_experts"},

@@ -38,6 +38,7 @@ def features(cfg: ModelConfig) -> dict[str, object]:
         "compressed_queries": isinstance(attention, MlaConfig) and attention.q_lora_rank is not None,
         "own_head_dim": getattr(attention, "head_dim", None) is not None,
         "grouped": getattr(attention, "n_kv_heads", attention.n_heads) < attention.n_heads,
+        "indexer": getattr(attention, "indexer", None) is not None,
         "qk_norm": getattr(attention, "qk_norm", None),
         "clip": getattr(attention, "clip_qkv", None),
         "bias": getattr(attention, "bias", None),
