@@ -24,6 +24,11 @@ from moefoundry.conversion.reference import newer_transformers
 from tests.conversion.families.models import CASES, STANDS_IN, VARIANTS, sizes
 
 needs_oracle = pytest.mark.skipif(newer_transformers() is None, reason="`make oracle` has not been run")
+WITHOUT_VISION = (
+    "import runpy, sys; sys.modules['torchvision'] = None; sys.argv = sys.argv[1:]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+"""Runs a script where torchvision, which takes seconds to import, is not there."""
 SCRIPT = Path(__file__).with_name("transformers5.py")
 
 
@@ -49,7 +54,7 @@ def run_peer(action: str, directory: Path, cache: Path) -> Peer:
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(directory, work)
             env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(place), *sys.path])}
-            command = [sys.executable, str(SCRIPT), action, str(work)]
+            command = [sys.executable, "-c", WITHOUT_VISION, str(SCRIPT), action, str(work)]
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             work.rename(kept)

@@ -3,6 +3,8 @@
 All results of all families come from two processes, whatever the number of tests (``tests/conversion/oracle.py``).
 """
 
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled:U
 ABSOLUTE = 3e-5  # of logits of about 1; 1e-5 is seen
 RELATIVE = 2e-5  # of a gradient's largest entry; 4e-6 is seen
 TEXTS = "text-"
+SPECIAL = re.compile(r"<\|?\w+\|?>")
 NOT_FUSED = ("llama", "qwen2", "qwen3", "olmo2", "dbrx", "sarvam_moe", "bailing_moe")
 FUSED = [family for family in VARIANTS if family not in NOT_FUSED]
 cases = pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
@@ -109,7 +112,8 @@ def test_what_it_saves_is_the_same_model(saved: Peer, checkpoints: Path, family:
     found = difference(model(sample()), expected["logits"])
     print(f"{name}: logits differ by {found:.1e}")
     assert found < ABSOLUTE
-    assert greedy(model, sample()[0, :6], NEW_TOKENS).tolist() == expected["tokens"].tolist()
+    if "tokens" in expected:
+        assert greedy(model, sample()[0, :6], NEW_TOKENS).tolist() == expected["tokens"].tolist()
 
 
 @cases
@@ -159,17 +163,19 @@ def test_it_loads_what_is_exported(saved: Peer, exported: Peer, family: str, var
     result, expected = exported.results[name], saved.results[name]
     assert result["odd"] == {}
     assert torch.equal(result["logits"], expected["logits"])
-    assert torch.equal(result["tokens"], expected["tokens"])
+    if "tokens" in expected:
+        assert torch.equal(result["tokens"], expected["tokens"])
     if family in OLDER and variant != "moonlight":  # transformers 4.51 builds no queries without a rank
         older = AutoModelForCausalLM.from_pretrained(exported.path / name, attn_implementation="eager").eval()
         assert difference(older(sample()).logits, expected["logits"]) < ABSOLUTE
 
 
 def test_it_writes_the_text_that_is_written_here(exported: Peer, checkpoints: Path, tokenizer: Path) -> None:
-    """As users call it."""
+    """As users call it, without the special tokens that random weights happen to write."""
     names = [f"{TEXTS}{family}" for family in VARIANTS]
     texts = {name: complete(load_model(checkpoints / name), tokenizer, PROMPT, NEW_TOKENS) for name in names}
-    assert {name: exported.results[name]["text"].removesuffix("<|endoftext|>") for name in names} == texts
+    written = {name: SPECIAL.sub("", exported.results[name]["text"].removeprefix(PROMPT)) for name in names}
+    assert {name: f"{PROMPT}{text}" for name, text in written.items()} == texts
 
 
 def test_tokenizers_that_it_saves_go_out_in_a_form_that_either_version_reads(
@@ -183,6 +189,22 @@ def test_tokenizers_that_it_saves_go_out_in_a_form_that_either_version_reads(
     inputs = older_tokenizer(PROMPT, return_tensors="pt")
     tokens = older.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert older_tokenizer.decode(tokens[0]) == exported.results[f"{TEXTS}mixtral"]["text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("twice", [True, False], ids=["whole", "by_block"])
+@pytest.mark.parametrize("family", ["deepseek_v32", "hunyuan_v1_moe", "glm4_moe_lite", "ernie4_5_moe", "bailing_moe"])
+def test_a_family_of_the_newer_version_is_verified_whole_and_block_by_block(
+    saved: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, twice: bool
+) -> None:
+    monkeypatch.setattr("moefoundry.conversion.convert.fits_twice", lambda _: twice)
+    hf = tmp_path / "hf"
+    shutil.copytree(saved.path / f"{family}-plain", hf)
+    change_config(hf, model_type=family)
+    parity = import_hf(hf, tmp_path / "checkpoint", tolerance=1e-4).parity
+    assert parity is not None
+    assert parity.by_block != twice
+    assert max(parity.logits, *parity.hidden) < 1e-4
 
 
 @pytest.mark.slow
