@@ -117,7 +117,8 @@ def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
 
 def _is_int4(group: object) -> bool:
     """Tell if a group of compressed-tensors' config is of symmetric INT4 weights, in the order of their columns."""
-    weights = group.get("weights") if isinstance(group, dict) else None
-    if not isinstance(weights, dict) or weights.get("actorder") or group.get("input_activations"):
+    whole = group if isinstance(group, dict) else {}
+    weights = whole.get("weights")
+    if not isinstance(weights, dict) or weights.get("actorder") or whole.get("input_activations"):
         return False
     return (weights.get("num_bits"), weights.get("type"), weights.get("symmetric")) == (4, "int", True)

@@ -95,9 +95,9 @@ def verify_by_block(hf: Path, cfg: ModelConfig, tensors: Source, tolerance: floa
         names = {name: name.replace("layers.0.", f"layers.{index}.", 1) for name in model.state_dict()}
         values = {name: read(there) for name, there in names.items() if name.startswith("layers.") or name in ends}
         model.load_state_dict(values, strict=False, assign=True)
-        model.embed_tokens = Given(out_BSD)
-        if not ends:
-            model.norm, model.lm_head = nn.Identity(), nn.Identity()
+        model.add_module("embed_tokens", Given(out_BSD))
+        for unused in () if ends else ("norm", "lm_head"):
+            model.add_module(unused, nn.Identity())
         with outputs_of(model.eval().layers) as outputs:
             out_BSD = model(ids_BS)
         hidden += outputs

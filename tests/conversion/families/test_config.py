@@ -218,3 +218,13 @@ def test_a_model_of_no_family_is_refused_with_all_reasons() -> None:
     assert all(f"\n  {name}: model." in str(error.value) for name in FAMILIES)
     assert "Ellipsis" not in str(error.value)
     assert "\n  llama: model.n_dense_layers: 1, and llama has 6;" in str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_all_other_families_are_judged(family: str) -> None:
+    """Whatever they have, the answer is a list of reasons, and no error."""
+    for other in FAMILIES.values():
+        cfg = other.read_config(other.published[1])
+        more = replace(cfg.moe, num_shared_experts=cfg.moe.num_shared_experts + 1, shared_expert_gate=True)
+        for changed in (cfg, replace(cfg, mtp=MtpConfig(depth=1)), replace(cfg, moe=more)):
+            assert FAMILIES[family].fits(changed) or FAMILIES[family].write_config(changed, 64)

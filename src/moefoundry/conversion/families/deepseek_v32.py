@@ -41,9 +41,11 @@ class DeepseekV32(Glm4MoeLite):
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Read as usual; transformers writes ``first_k_dense_replace`` beside a list that says otherwise."""
         kinds = ["indexed_attention"] * hf.get("num_hidden_layers", 0)
-        said = ("layer_types",) if hf.get("layer_types") == kinds else ()
-        said += ("first_k_dense_replace",) if hf.get("mlp_layer_types") else ()
-        return super().read_config({key: value for key, value in hf.items() if key not in said})
+        said = {
+            "layer_types": hf.get("layer_types") == kinds,
+            "first_k_dense_replace": bool(hf.get("mlp_layer_types")),
+        }
+        return super().read_config({key: value for key, value in hf.items() if not said.get(key)})
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         sizes = {name: keys.size(key) for name, key in KEYS.items()}

@@ -78,7 +78,8 @@ class SarvamMoe(DeepseekMoe):
         return cfg
 
     def _write(self, cfg: ModelConfig) -> dict[str, Any]:
-        return {KEYS.get(key, key): value for key, value in super()._write(cfg).items()}
+        keys = super()._write(cfg) | {"num_nextn_predict_layers": 0}
+        return {KEYS.get(key, key): value for key, value in keys.items()}
 
     # --------------------------------------------------------------------------------------------------------- tensors
 
