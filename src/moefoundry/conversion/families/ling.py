@@ -109,6 +109,7 @@ class BailingMoe(SarvamMoe):
     name = "bailing_moe"
     architecture = "BailingMoeV2ForCausalLM"
     stand_in = "sarvam_moe"
+    absent = "a model of its own in transformers; prediction of further tokens"
     defaults: ClassVar[dict[str, Any]] = {
         **SarvamMoe.defaults,
         "initializer_range": 0.02,
