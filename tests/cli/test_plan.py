@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_said(capsys):
     assert main(["plan", "--world-size", "1", *arguments]) == 0
     out = capsys.readouterr().out
     assert "does not fit 1 GB" in out
-    assert "\none rank: nothing is sent\nexport: no Hugging Face family: " in out
+    assert "\none rank: nothing is sent\nexport: qwen2_moe, which computes the same with " in out
 
 
 @pytest.mark.parametrize(("memory", "fits"), [("1", False), ("80", True)])

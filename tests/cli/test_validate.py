@@ -49,7 +49,15 @@ MOE = ("model.n_dense_layers=0", "model.moe.num_shared_experts=0")
         ((*MOE, "model.attention.bias=qkv"), "qwen2_moe"),
         (("model.moe.shared_expert_gate=true", "model.attention.bias=qkv"), "qwen2_moe"),
         (("model.moe.router.score_function=sigmoid", "model.attention.rotary_fraction=0.5"), "glm4_moe"),
-        ((), "no Hugging Face family: model.moe.router.score_function: softmax, and glm4_moe has sigmoid"),
+        (
+            (),
+            "qwen2_moe, which computes the same with moe.shared_expert_gate that is always 1/2, of shared experts "
+            "times 2 and attention.bias qkv, of zeros",
+        ),
+        (
+            ("model.moe.router.num_groups=4", "model.moe.router.top_k_groups=2"),
+            "no Hugging Face family: model.moe.router.score_function: softmax, and glm4_moe has sigmoid",
+        ),
         (
             ("model.attention.kind=mla",),
             "no Hugging Face family: model.moe.router.score_function: softmax, and deepseek_v3 has sigmoid",

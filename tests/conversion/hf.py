@@ -171,6 +171,18 @@ def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
+def to_int4(weight: Tensor, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    """The three tensors that compressed-tensors makes of a weight [O, I], by the ends of their names; and what they
+    stand for."""
+    groups = weight.float().unflatten(1, (-1, group))
+    scale = (groups.abs().amax(dim=2) / 7.5).bfloat16()
+    values = (groups / scale.float().unsqueeze(2)).round().clamp(-8, 7)
+    nibbles = torch.nn.functional.pad(values.flatten(1) + 8, (0, -weight.shape[1] % 8)).long().unflatten(1, (-1, 8))
+    packed = sum(nibbles[..., i] << 4 * i for i in range(8))
+    parts = {"_packed": packed.to(torch.int32), "_scale": scale, "_shape": torch.tensor(weight.shape)}  # type: ignore[union-attr]
+    return parts, (values * scale.float().unsqueeze(2)).flatten(1)
+
+
 def from_fp8(values: Tensor, scales: Tensor) -> Tensor:
     """What they stand for, in fp32, block by block."""
     result = torch.empty(values.shape)

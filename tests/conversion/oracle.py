@@ -21,9 +21,14 @@ import torch
 
 from moefoundry.conversion.families import FAMILIES
 from moefoundry.conversion.reference import newer_transformers
-from tests.conversion.families.models import CASES, VARIANTS, sizes
+from tests.conversion.families.models import CASES, STANDS_IN, VARIANTS, sizes
 
 needs_oracle = pytest.mark.skipif(newer_transformers() is None, reason="`make oracle` has not been run")
+WITHOUT_VISION = (
+    "import runpy, sys; sys.modules['torchvision'] = None; sys.argv = sys.argv[1:]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+"""Runs a script where torchvision, which takes seconds to import, is not there."""
 SCRIPT = Path(__file__).with_name("transformers5.py")
 
 
@@ -49,7 +54,7 @@ def run_peer(action: str, directory: Path, cache: Path) -> Peer:
             shutil.rmtree(work, ignore_errors=True)
             shutil.copytree(directory, work)
             env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(place), *sys.path])}
-            command = [sys.executable, str(SCRIPT), action, str(work)]
+            command = [sys.executable, "-c", WITHOUT_VISION, str(SCRIPT), action, str(work)]
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr[-3000:]
             work.rename(kept)
@@ -69,7 +74,8 @@ def write_cases(directory: Path) -> None:
     """Ask for every variant of every family, and for the defaults of each."""
     configs = {
         f"{family}-{variant}": FAMILIES[family].write_config(VARIANTS[family][variant], 64, torch_dtype="float32")
+        | {"model_type": STANDS_IN.get(family, family)}
         for family, variant in CASES
     }
-    defaults = {family: sizes(family, configs[f"{family}-plain"]) for family in VARIANTS}
+    defaults = {family: sizes(family, configs[f"{family}-plain"]) for family in VARIANTS if family not in STANDS_IN}
     (directory / "cases.json").write_text(json.dumps({"configs": configs, "defaults": defaults}))

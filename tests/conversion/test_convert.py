@@ -1,5 +1,6 @@
 """Conversion from and to Hugging Face directories: lossless, complete or refused, and in little memory."""
 
+import hashlib
 import json
 import logging
 import re
@@ -31,6 +32,7 @@ from moefoundry.conversion.convert import (
 )
 from moefoundry.conversion.families import FAMILIES
 from moefoundry.conversion.parity import verify_outputs
+from moefoundry.conversion.safetensors_io import write_safetensors
 from moefoundry.conversion.starting_recipe import Size, peak_rate, with_balance
 from moefoundry.conversion.tensor_map import Dtype
 from moefoundry.data.tokenizer_files import special_token_ids
@@ -39,11 +41,13 @@ from tests.checkpoint.forge import recommit
 from tests.conversion.families.models import VOCAB
 from tests.conversion.hf import (
     assert_same_tensors,
+    change_config,
     contents,
     family_config,
     family_tensors,
     from_fp8,
     to_fp8,
+    to_int4,
     write_hf,
     write_tokenizer,
 )
@@ -54,6 +58,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 MIXTRAL = family_config("mixtral")
 DEEPSEEK = family_config("deepseek_v3", mtp_depth=1)
+INT4 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True}}},
+}
 
 
 def ids() -> torch.Tensor:
@@ -258,6 +267,26 @@ def test_published_fp8_weights_are_imported(tmp_path: Path, dtype: Dtype) -> Non
     assert "quantization_config" not in read_json(tmp_path / "back")
 
 
+def test_published_int4_weights_are_imported(tmp_path: Path) -> None:
+    """Kimi's way: the experts' weights in groups of 4 columns, and no others."""
+    hf = write_hf(tmp_path / "hf", "deepseek_v3", DEEPSEEK, torch.bfloat16)
+    published, expected = {}, {}
+    for name, tensor in contents(hf).items():
+        if ".experts." not in name:
+            published[name] = expected[name] = tensor
+            continue
+        parts, expected[name] = to_int4(tensor, 4)
+        published |= {f"{name}{end}": part for end, part in parts.items()}
+    save_file(published, hf / "model.safetensors")
+    change_config(hf, model_type="kimi_k2", quantization_config=INT4)
+    assert import_hf(hf, tmp_path / "checkpoint", tolerance=1e-3).parity is not None
+    export_hf(tmp_path / "checkpoint", tmp_path / "back")
+    read = contents(tmp_path / "back")
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(read[name], tensor if name.endswith("correction_bias") else tensor.bfloat16()), name
+
+
 def test_the_prediction_module_is_imported(tmp_path: Path) -> None:
     """Transformers passes it over."""
     hf = write_hf(tmp_path / "hf", "deepseek_v3", DEEPSEEK)
@@ -347,7 +376,7 @@ def test_what_a_family_cannot_hold_is_refused_with_the_reason(tmp_path: Path) ->
     import_hf(write_hf(tmp_path / "hf", "qwen3_moe", family_config("qwen3_moe")), tmp_path / "checkpoint")
     with pytest.raises(UserError, match=r"model\.attention\.qk_norm: head, and mixtral has none"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "mixtral")
-    with pytest.raises(UserError, match="no model family 'gpt2'; there are dbrx, deepseek_v2, "):
+    with pytest.raises(UserError, match="no model family 'gpt2'; there are bailing_moe, dbrx, "):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "gpt2")
     assert not (tmp_path / "out").exists()
 
@@ -385,10 +414,89 @@ def test_verification_finds_a_wrong_weight(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        ("mixtral", "tied"),
+        ("qwen3_moe", "dense_between"),
+        ("deepseek_v3", "moonlight"),
+        ("deepseek_v3", "yarn"),
+        ("granitemoe", "plain"),
+        ("qwen2_moe", "no_shared"),
+        ("olmo2", "biased"),
+        ("dbrx", "plain"),
+    ],
+)
+def test_a_model_too_large_for_two_copies_is_verified_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, variant: str
+) -> None:
+    monkeypatch.setattr("moefoundry.conversion.convert.fits_twice", lambda _: False)
+    monkeypatch.setattr("moefoundry.conversion.convert.load_model", lambda *_, **__: pytest.fail("whole in memory"))
+    cfg = family_config(family, variant)
+    hf = write_hf(tmp_path / "hf", family, cfg, torch.bfloat16)
+    for summary in (
+        import_hf(hf, tmp_path / "checkpoint", Dtype.fp32, tolerance=1e-4),
+        export_hf(tmp_path / "checkpoint", tmp_path / "back", family, tolerance=1e-4),
+    ):
+        assert summary.parity is not None
+        assert "verified block by block, logits differ by at most" in str(summary)
+        assert len(summary.parity.hidden) == cfg.n_layers
+        assert max(summary.parity.hidden) < 1e-4
+
+
+def test_verification_block_by_block_names_the_first_wrong_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moefoundry.conversion.convert.fits_twice", lambda _: False)
+    hf = write_hf(tmp_path / "hf", "qwen3_moe", family_config("qwen3_moe", "dense_between"))
+    import_hf(hf, tmp_path / "checkpoint")
+    pieces = FAMILIES["qwen3_moe"].pieces
+
+    def swapped(cfg: ModelConfig) -> Any:
+        for piece in pieces(cfg):
+            norms = {f"layers.3.{name}_norm.weight": name for name in ("attention", "ffn")}
+            other = {"attention": "ffn", "ffn": "attention"}.get(norms.get(piece.name, ""), "")
+            yield replace(piece, name=f"layers.3.{other}_norm.weight") if other else piece
+
+    monkeypatch.setattr(FAMILIES["qwen3_moe"], "pieces", swapped)
+    with pytest.raises(UserError, match=r"logits differ by .*; hidden states from block 3 on \("):
+        export_hf(tmp_path / "checkpoint", tmp_path / "out", "qwen3_moe", tolerance=1e-3)
+
+
+def test_what_went_in_and_what_came_out_have_the_same_checksums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = write_hf(tmp_path / "hf", "deepseek_v3", DEEPSEEK, torch.bfloat16)
+    came_in = import_hf(hf, tmp_path / "checkpoint", tolerance=1e-3)
+    assert came_in.checksums is not None
+    assert came_in.checksums.values.keys() == contents(hf).keys()
+    gate = "model.layers.1.mlp.experts.3.gate_proj.weight"
+    expected = hashlib.sha256(contents(hf)[gate].view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert came_in.checksums.values[gate] == expected
+    went_out = export_hf(tmp_path / "checkpoint", tmp_path / "back", "deepseek_v3", tolerance=1e-3)
+    assert went_out.checksums is not None
+    assert went_out.checksums.values["layers.1.ffn.experts.gate_proj[3]"] == expected
+    assert "72 of experts and 3 of biases among them" in str(came_in)
+
+    def damaged(directory: Path, *arguments: Any) -> None:
+        write_safetensors(directory, *arguments)
+        tensors = contents(directory)
+        tensors[gate] = tensors[gate].roll(1, dims=0)
+        save_file(tensors, directory / "model.safetensors")
+
+    monkeypatch.setattr("moefoundry.conversion.convert.write_safetensors", damaged)
+    message = r"tensors that are not what went in:\n  layers\.1\.ffn\.experts\.gate_proj\[3\]$"
+    with pytest.raises(UserError, match=message):
+        export_hf(tmp_path / "checkpoint", tmp_path / "damaged", "deepseek_v3", tolerance=1e9)
+    assert not (tmp_path / "damaged").exists()
+
+
+@pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "only FP8 weights in blocks can be read, not .*gptq"),
-        ({"quant_method": "fp8"}, "only FP8 weights in blocks can be read"),
+        ({"quant_method": "gptq", "bits": 4}, r"FP8 weights in blocks and INT4 weights .* can be read, not .*gptq"),
+        ({"quant_method": "fp8"}, "can be read, not quantization_config {'quant_method': 'fp8'}"),
+        (INT4 | {"format": "nvfp4-pack-quantized"}, "can be read, not quantization_config"),
+        (INT4 | {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "can be read, not quantization_config"),
     ],
 )
 def test_other_quantized_weights_are_refused(tmp_path: Path, quantization: dict[str, Any], message: str) -> None:
@@ -396,6 +504,34 @@ def test_other_quantized_weights_are_refused(tmp_path: Path, quantization: dict[
     (hf / "config.json").write_text(json.dumps(read_json(hf) | {"quantization_config": quantization}))
     with pytest.raises(UserError, match=message):
         import_hf(hf, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "qwen9_moe"}, "model_type 'qwen9_moe' is not among the families: llama, qwen2, "),
+        ({"new_option": 3}, "new_option: got 3, and this key is not known here"),
+        ({"hidden_act": "gelu"}, 'hidden_act: got "gelu"; allowed: "silu"'),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "can be read, not quantization_config {'quant_method': 'awq'}",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            'rope_scaling.rope_type: got "linear"; allowed: yarn, llama3, default',
+        ),
+    ],
+)
+def test_what_is_not_supported_is_one_line_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    hf = change_config(write_hf(tmp_path / "hf", "mixtral", MIXTRAL), **changes)
+    assert main(["convert", "import", str(hf), "-o", str(tmp_path / "out")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert len(lines) == (1 if lines[0].find(message) > 0 else 2)
+    assert message in lines[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])

@@ -20,7 +20,7 @@ from moefoundry.conversion.safetensors_io import (
     write_file,
     write_safetensors,
 )
-from tests.conversion.hf import from_fp8, to_fp8
+from tests.conversion.hf import from_fp8, to_fp8, to_int4
 
 
 def tensors() -> dict[str, Tensor]:
@@ -124,6 +124,43 @@ def test_fp8_tensors_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- what must be refused
+
+
+def test_packed_int4_by_hand(tmp_path: Path) -> None:
+    """Eight columns in an int32, the first in the lowest bits, 8 added: 0x76543210 is -8 to -1."""
+    packed = torch.tensor([[0x76543210], [0xFEDCBA98 - 2**32]], dtype=torch.int32)
+    tensors = {
+        "a.weight_packed": packed,
+        "a.weight_scale": torch.tensor([[0.5, 2.0], [1.0, 1.0]]).bfloat16(),
+        "a.weight_shape": torch.tensor([2, 8]),
+    }
+    save_file(tensors, tmp_path / SINGLE_FILE)
+    reader = SafetensorsReader(tmp_path)
+    assert reader.specs == {"a.weight": TensorSpec((2, 8), torch.bfloat16)}
+    assert reader.read("a.weight").tolist() == [[-4, -3.5, -3, -2.5, -8, -6, -4, -2], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert reader.read("a.weight", (1, 2), (2, 5)).tolist() == [[2, 3, 4]]
+
+
+@pytest.mark.parametrize(("shape", "group"), [((5, 96), 32), ((3, 20), 4), ((1, 12), 12)])
+def test_packed_int4_is_read_as_what_it_stands_for(tmp_path: Path, shape: tuple[int, int], group: int) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    parts, expected = to_int4(weight, group)
+    save_file({f"a.weight{end}": tensor for end, tensor in parts.items()}, tmp_path / SINGLE_FILE)
+    reader = SafetensorsReader(tmp_path, fp8_as=torch.float32)
+    assert torch.equal(reader.read("a.weight"), expected)
+    assert torch.equal(reader.read("a.weight", (0, 1)), expected[:1])
+    assert (expected - weight).abs().max() < 0.3
+
+
+def test_packed_tensors_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    whole = {"a.weight_scale": torch.ones(2, 3), "a.weight_shape": torch.tensor([2, 8])}
+    packed = {"a.weight_packed": torch.zeros(2, 1, dtype=torch.int32)}
+    save_file(packed | whole, tmp_path / SINGLE_FILE)
+    with pytest.raises(UserError, match=r"INT4 tensors that cannot be read:\n  a\.weight \(2, 8\) does not fit"):
+        SafetensorsReader(tmp_path)
+    save_file(packed, tmp_path / SINGLE_FILE)
+    with pytest.raises(UserError, match=r"a\.weight: weight_scale and weight_shape must be beside weight_packed"):
+        SafetensorsReader(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])

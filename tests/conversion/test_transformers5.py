@@ -3,6 +3,7 @@
 All results of all families come from two processes, whatever the number of tests (``tests/conversion/oracle.py``).
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,14 @@ from moefoundry.model.transformer import MoETransformer
 from tests.conversion.families.models import (
     CASES,
     OLDER,
+    STANDS_IN,
     VARIANTS,
     assert_covered_once,
     blocks,
     our_tensors,
     sizes,
 )
-from tests.conversion.hf import assert_same_tensors, contents, family_config, write_hf, write_tokenizer
+from tests.conversion.hf import assert_same_tensors, change_config, contents, family_config, write_hf, write_tokenizer
 from tests.conversion.oracle import Peer, needs_oracle, run_peer, write_cases
 from tests.conversion.transformers5 import LONG, NEW_TOKENS, PROMPT, sample
 
@@ -35,7 +37,11 @@ pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled:U
 ABSOLUTE = 3e-5  # of logits of about 1; 1e-5 is seen
 RELATIVE = 2e-5  # of a gradient's largest entry; 4e-6 is seen
 TEXTS = "text-"
-FUSED = [family for family in VARIANTS if family not in ("llama", "qwen2", "qwen3", "dbrx")]
+WRITERS = ("mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe", "minimax_m2", "olmo2")
+"""Families that write text; the tokens of all are compared."""
+SPECIAL = re.compile(r"<\|?\w+\|?>")
+NOT_FUSED = ("llama", "qwen2", "qwen3", "olmo2", "dbrx", "sarvam_moe", "bailing_moe")
+FUSED = [family for family in VARIANTS if family not in NOT_FUSED]
 cases = pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
 
 
@@ -69,16 +75,22 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(checkpoints: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Peer:
-    """Exported again, one of each family with a tokenizer; and loaded by it."""
+    """Exported again, some with a tokenizer; and loaded by it."""
     directory = tmp_path_factory.mktemp("exported")
     for family, variant in CASES:
         export_hf(checkpoints / f"{family}-{variant}", directory / f"{family}-{variant}", family)
-    for family in VARIANTS:
+        under_its_name_there(directory / f"{family}-{variant}", family)
+    for family in WRITERS:
         name = f"{TEXTS}{family}"
         hf = write_hf(directory.parent / f"{name}-hf", family, replace(family_config(family), vocab_size=270))
         import_hf(hf, checkpoints / name)
         export_hf(checkpoints / name, directory / name, family, tokenizer=tokenizer)
     return run_peer("load", directory, cache)
+
+
+def under_its_name_there(directory: Path, family: str) -> None:
+    if family in STANDS_IN:
+        change_config(directory, model_type=STANDS_IN[family])
 
 
 @torch.no_grad()
@@ -93,15 +105,17 @@ def test_what_it_saves_is_the_same_model(saved: Peer, checkpoints: Path, family:
     """By its config, its logits, and the tokens that it generates with a cache."""
     name = f"{family}-{variant}"
     config = read_hf_config(saved.path / name)
-    assert family_of(config).name == family
-    assert FAMILIES[family].read_config(config) == VARIANTS[family][variant]
+    there = family_of(config)
+    assert there.name == STANDS_IN.get(family, family)
+    assert there.read_config(config) == VARIANTS[family][variant]
     model, expected = load_model(checkpoints / name), saved.results[name]
     found = difference(model(sample()), expected["logits"])
     print(f"{name}: logits differ by {found:.1e}")
     assert found < ABSOLUTE
     if "long" in expected:
         assert difference(model(sample(LONG)), expected["long"]) < ABSOLUTE
-    assert greedy(model, sample()[0, :6], NEW_TOKENS).tolist() == expected["tokens"].tolist()
+    if "tokens" in expected:
+        assert greedy(model, sample()[0, :6], NEW_TOKENS).tolist() == expected["tokens"].tolist()
 
 
 @cases
@@ -124,7 +138,7 @@ def test_loss_and_gradients_are_the_same_and_every_element_is_in_one_piece(
         torch.testing.assert_close(our, their, rtol=0, atol=RELATIVE * scale, msg=lambda text, p=piece: f"{p}: {text}")
 
 
-@pytest.mark.parametrize("family", [family for family in VARIANTS if family not in OLDER])
+@pytest.mark.parametrize("family", [family for family in VARIANTS if family not in {*OLDER, *STANDS_IN}])
 def test_keys_left_out_have_its_defaults(saved: Peer, family: str) -> None:
     given = sizes(family, FAMILIES[family].write_config(VARIANTS[family]["plain"], 64))
     filled = saved.results["defaults"][family]
@@ -151,17 +165,19 @@ def test_it_loads_what_is_exported(saved: Peer, exported: Peer, family: str, var
     result, expected = exported.results[name], saved.results[name]
     assert result["odd"] == {}
     assert torch.equal(result["logits"], expected["logits"])
-    assert torch.equal(result["tokens"], expected["tokens"])
+    if "tokens" in expected:
+        assert torch.equal(result["tokens"], expected["tokens"])
     if family in OLDER and variant != "moonlight":  # transformers 4.51 builds no queries without a rank
         older = AutoModelForCausalLM.from_pretrained(exported.path / name, attn_implementation="eager").eval()
         assert difference(older(sample()).logits, expected["logits"]) < ABSOLUTE
 
 
 def test_it_writes_the_text_that_is_written_here(exported: Peer, checkpoints: Path, tokenizer: Path) -> None:
-    """As users call it."""
-    names = [f"{TEXTS}{family}" for family in VARIANTS]
+    """As users call it, without the special tokens that random weights happen to write."""
+    names = [f"{TEXTS}{family}" for family in WRITERS]
     texts = {name: complete(load_model(checkpoints / name), tokenizer, PROMPT, NEW_TOKENS) for name in names}
-    assert {name: exported.results[name]["text"].removesuffix("<|endoftext|>") for name in names} == texts
+    written = {name: SPECIAL.sub("", exported.results[name]["text"].removeprefix(PROMPT)) for name in names}
+    assert {name: f"{PROMPT}{text}" for name, text in written.items()} == texts
 
 
 def test_tokenizers_that_it_saves_go_out_in_a_form_that_either_version_reads(
@@ -175,6 +191,14 @@ def test_tokenizers_that_it_saves_go_out_in_a_form_that_either_version_reads(
     inputs = older_tokenizer(PROMPT, return_tensors="pt")
     tokens = older.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     assert older_tokenizer.decode(tokens[0]) == exported.results[f"{TEXTS}mixtral"]["text"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["deepseek_v32", "hunyuan_v1_moe", "glm4_moe_lite", "ernie4_5_moe"])
+def test_a_family_of_the_newer_version_is_verified(saved: Peer, tmp_path: Path, family: str) -> None:
+    parity = import_hf(saved.path / f"{family}-plain", tmp_path / "checkpoint", tolerance=1e-4).parity
+    assert parity is not None
+    assert max(parity.logits, *parity.hidden) < 1e-4
 
 
 @pytest.mark.slow

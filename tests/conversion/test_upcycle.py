@@ -129,24 +129,29 @@ def test_a_qwen_becomes_a_mixture_of_qwens(
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "reason"),
+    ("family", "options", "mixture"),
     [
-        ("qwen3", {"granularity": 2}, "nearest is qwen3_moe: model.moe.router.scale: 2.0, and qwen3_moe has 1.0"),
-        (
-            "llama",
-            {"layers": frozenset({1})},
-            "nearest is mixtral: model.n_dense_layers: 1, and mixtral has 0",
-        ),
+        ("qwen3", {"granularity": 2}, "qwen3_moe, which computes the same with moe.router.scale 2 in the experts"),
+        ("llama", {"layers": frozenset({1})}, "qwen2_moe, which computes the same with attention.bias qkv, of zeros"),
     ],
 )
-def test_what_cannot_be_exported_is_said_before(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, options: dict[str, object], reason: str
+def test_what_is_exported_in_other_terms_is_said_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str, options: dict[str, object], mixture: str
 ) -> None:
     hf = write_hf(tmp_path / "hf", family, family_config(family))
     upcycle(hf, tmp_path / "checkpoint", replace(Upcycling(num_experts=4, top_k=2), **options))  # type: ignore[arg-type]
+    assert capsys.readouterr().err == f"note: the mixture is exported as {mixture}\n"
+    export_hf(tmp_path / "checkpoint", tmp_path / "back", tolerance=1e-4)
+    assert json.loads((tmp_path / "back/config.json").read_text())["model_type"] == mixture.partition(",")[0]
+
+
+def test_what_cannot_be_exported_is_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf = write_hf(tmp_path / "hf", "qwen3", family_config("qwen3"))
+    upcycle(hf, tmp_path / "checkpoint", Upcycling(num_experts=6, top_k=3, granularity=3))
+    reason = "model.moe.router.scale: 3.0, and qwen3_moe has 1.0"
     note = "note: the mixture can be trained and not exported: no Hugging Face family computes what it does; "
-    assert capsys.readouterr().err == f"{note}{reason}\n"
-    with pytest.raises(UserError, match=reason.split(": ", 1)[1]):
+    assert capsys.readouterr().err == f"{note}nearest is qwen3_moe: {reason}\n"
+    with pytest.raises(UserError, match=reason):
         export_hf(tmp_path / "checkpoint", tmp_path / "back")
 
 

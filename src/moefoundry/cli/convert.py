@@ -74,7 +74,7 @@ def _verification(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--verify`` and its ``--tolerance``."""
     text = f"Largest difference that --verify accepts (default {TOLERANCE:g})."
     tolerance = click.option("--tolerance", type=float, default=TOLERANCE, metavar="X", help=text)
-    text = "Compare logits with transformers'; both models are in memory."
+    text = "Compare logits with transformers', and checksums of what went in and came out."
     return click.option("--verify", is_flag=True, help=text)(tolerance(function))
 
 

@@ -178,6 +178,12 @@ def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     attention, yarn = recipe.model.attention, recipe.model.attention.yarn
     if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
         yield Problem("model.attention.qk_rope_head_dim", f"{attention.qk_rope_head_dim} is odd", allowed=EVEN)
+    if isinstance(attention, MlaConfig) and attention.indexer is not None:
+        if attention.q_lora_rank is None:
+            yield Problem("model.attention.q_lora_rank", "null, and model.attention.indexer is on", allowed="a width")
+        if attention.indexer.head_dim < attention.qk_rope_head_dim:
+            message = f"{attention.indexer.head_dim} is less than qk_rope_head_dim, {attention.qk_rope_head_dim}"
+            yield Problem("model.attention.indexer.head_dim", message, allowed=f">= {attention.qk_rope_head_dim}")
     bands = attention.llama3_rope
     if yarn is not None and bands is not None:
         yield Problem("model.attention.llama3_rope", "on, and model.attention.yarn is on, too", allowed="one of them")

@@ -206,6 +206,13 @@ _TABLES = (
                 "ernie4_5_moe": "ernie4_5_moe:Ernie45Moe",
                 "qwen3_next": "qwen3_next:Qwen3Next",
                 "qwen3_5_moe_text": "qwen3_5_moe:Qwen35Moe",
+                "deepseek_v32": "deepseek_v32:DeepseekV32",
+                "olmo2": "olmo2:Olmo2",
+                "flex_olmo": "olmo2:FlexOlmo",
+                "hunyuan_v1_moe": "hunyuan_v1_moe:HunyuanV1Moe",
+                "hy_v3": "hy_v3:HyV3",
+                "sarvam_moe": "ling:SarvamMoe",
+                "bailing_moe": "ling:BailingMoe",
             }.items()
         },
         base=None,

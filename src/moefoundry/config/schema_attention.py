@@ -13,6 +13,7 @@ class QkNorm(StrEnum):
 
     none = "none"
     head = "head"
+    head_after_rope = "head_after_rope"
     full = "full"
 
 
@@ -113,7 +114,7 @@ class GqaConfig(AttentionConfig):
     head_dim: int | None = key(None, "Width of a head; null is d_model / n_heads.", ge=2, renamed_from=("kv_channels",))
     qk_norm: QkNorm = key(
         QkNorm.none,
-        "RMSNorm of queries and keys: over each head, or over all heads together.",
+        "RMSNorm of queries and keys: over each head, before or after its rotation, or over all heads together.",
         renamed_from=("use_qk_norm", "qk_ln"),
     )
     bias: AttentionBias = key(
@@ -165,6 +166,22 @@ class GqaConfig(AttentionConfig):
 
 
 @dataclass
+class IndexerConfig:
+    """Sparse attention of DeepSeek-V3.2: the keys that a query sees are chosen by narrow heads of their own."""
+
+    top_k: int = key(
+        2048,
+        "Keys that a query sees; shorter sequences are dense. Training leaves the choice as it is.",
+        ge=1,
+        renamed_from=("index_topk",),
+    )
+    n_heads: int = key(64, "Heads that score keys.", ge=1, renamed_from=("index_n_heads",))
+    head_dim: int = key(
+        128, "Width of such a head; more than qk_rope_head_dim.", ge=2, renamed_from=("index_head_dim",)
+    )
+
+
+@dataclass
 class MlaConfig(AttentionConfig):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in the published weights' interleaved RoPE."""
 
@@ -174,6 +191,7 @@ class MlaConfig(AttentionConfig):
     qk_nope_head_dim: int = key(128, "Width of a query's and key's part without position.", ge=1)
     qk_rope_head_dim: int = key(64, "Width of the part with position; the keys of all heads share it.", ge=2)
     v_head_dim: int = key(128, "Width of a value.", ge=1)
+    indexer: IndexerConfig | None = key(None, "Sparse attention; null sees all keys. It needs q_lora_rank.")
 
     def rotary_dim(self, d_model: int) -> int:
         return self.qk_rope_head_dim

@@ -20,6 +20,13 @@ class NormKind(StrEnum):
     layernorm = "layernorm"
 
 
+class NormPosition(StrEnum):
+    """Places of a block's norms."""
+
+    before = "before"
+    after = "after"
+
+
 class ScoreFunction(StrEnum):
     """The package's own router scores."""
 
@@ -67,6 +74,9 @@ class NormConfig:
         False,
         "Multiply by 1 plus the weights, which begin at 0; norms inside attention, too.",
         renamed_from=("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
+    )
+    position: NormPosition = key(
+        NormPosition.before, "Norms of a block stand before attention and FFN, or after them (OLMo-2)."
     )
 
 

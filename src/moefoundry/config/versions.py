@@ -58,8 +58,13 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "model.moe.num_experts": {"model.moe.shared_expert_gate": False},
     },
     3: {
-        "model.d_model": {"model.norm.zero_centered": False, "model.linear_attention": None},
+        "model.d_model": {
+            "model.norm.zero_centered": False,
+            "model.norm.position": "before",
+            "model.linear_attention": None,
+        },
         "model.attention.n_kv_heads": {"model.attention.output_gate": False},
+        "model.attention.kv_lora_rank": {"model.attention.indexer": None},
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

@@ -37,9 +37,12 @@ from moefoundry.checkpoint.weights import (
 from moefoundry.config import ModelConfig, Recipe, UserError, flatten
 from moefoundry.config.versions import VERSION_KEY
 from moefoundry.conversion.adapted import Tensors, weights_of
-from moefoundry.conversion.families import FAMILIES, Family, family_for
+from moefoundry.conversion.checksums import Checksums, checksums_of_export, checksums_of_import
+from moefoundry.conversion.equivalent_tensors import EquivalentTensors
+from moefoundry.conversion.families import FAMILIES, Family, family_for, holder_of
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
-from moefoundry.conversion.parity import Parity, verify_outputs
+from moefoundry.conversion.parity import Parity, fits_twice, verify_by_block, verify_outputs
+from moefoundry.conversion.reference import Reading
 from moefoundry.conversion.safetensors_io import write_file, write_safetensors
 from moefoundry.conversion.starting_recipe import starting_recipe, with_balance
 from moefoundry.conversion.tensor_map import Dtype, TensorMap
@@ -69,6 +72,7 @@ class Summary:
         num_tensors, nbytes: Number and size of the tensors written.
         has_tokenizer: True if a tokenizer came with it; None where none is expected.
         parity: Differences from transformers' outputs; None where they were not compared.
+        checksums: Checksums of what went in and came out; None where they were not compared.
     """
 
     path: Path
@@ -76,6 +80,7 @@ class Summary:
     nbytes: int
     has_tokenizer: bool | None = None
     parity: Parity | None = None
+    checksums: Checksums | None = None
 
     def __str__(self) -> str:
         text = f"{self.path}: {self.num_tensors} tensors, {self.nbytes / GIB:.2f} GiB"
@@ -83,6 +88,8 @@ class Summary:
             text += "; no tokenizer"
         if self.parity is not None:
             text += f"; {self.parity}"
+        if self.checksums is not None:
+            text += f"; {self.checksums}"
         return text
 
 
@@ -109,10 +116,19 @@ def import_hf(hf: Path, output: Path, dtype: Dtype = Dtype.keep, tolerance: floa
         balanced = with_balance(source.family, source.cfg, source.config)
         write_recipe(staging, balanced, source, output)
         import_tokenizer(hf, staging / TOKENIZER)
-        parity = None
+        parity, checksums = None, None
         if tolerance is not None:
-            parity = verify_outputs(hf, load_model(staging), tolerance, dtype.torch, dtype.torch or torch.bfloat16)
-    return Summary(output, len(specs), nbytes_of(specs), tokenizer, parity)
+            checksums = checksums_of_import(source, specs, staging)
+            parity = _import_parity(hf, staging, source.cfg, tolerance, dtype)
+    return Summary(output, len(specs), nbytes_of(specs), tokenizer, parity, checksums)
+
+
+def _import_parity(hf: Path, checkpoint: Path, cfg: ModelConfig, tolerance: float, dtype: Dtype) -> Parity:
+    reading = Reading(dtype.torch, dtype.torch or torch.bfloat16)
+    with weights_of(checkpoint) as written:
+        if not fits_twice(written):
+            return verify_by_block(hf, cfg, written, tolerance, reading)
+    return verify_outputs(hf, load_model(checkpoint), tolerance, reading)
 
 
 def export_hf(
@@ -145,24 +161,31 @@ def export_hf(
     """
     directory = named_checkpoint(checkpoint)
     recipe, cfg = read_state(directory)["recipe"], read_model_config(directory)
-    family = chosen_family(family_name, cfg)
-    names = TensorMap(family, cfg)
+    family, same = holder_of(cfg, chosen_family(family_name, cfg).name if family_name else None)
+    names = TensorMap(family, same.cfg)
     tokenizer = tokenizer or tokenizer_of(directory, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise UserError(f"no tokenizer at {tokenizer}; name its directory: tokenizer=...")
-    with weights_of(directory, weights, base) as ours:
+    if same.changes:
+        say(f"as {family.name}, which computes the same with {' and '.join(same.changes)}")
+    with weights_of(directory, weights, base) as stored:
+        ours = EquivalentTensors(stored, same)
         specs = names.their_specs(ours.specs, dtype)
-        config = family.write_config(cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
+        config = family.write_config(same.cfg, recipe.get("max_seq_len", DEFAULT_MAX_SEQ_LEN), _main_dtype(specs))
         with staged(hf, nbytes_of(specs)) as staging:
             staging.mkdir()
             write_safetensors(staging, specs, lambda name: names.their_blocks(name, ours, specs[name]), max_shard_bytes)
             special = export_tokenizer(tokenizer or directory / TOKENIZER, staging)
             write_json(staging / CONFIG, config | special)
-            parity = None
+            parity, checksums = None, None
             if tolerance is not None:
-                model = load_model(directory, weights, base_place=base)
-                parity = verify_outputs(staging, model, tolerance, dtype.torch)
-    return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, parity)
+                checksums = checksums_of_export(ours, family, same.cfg, specs, staging)
+                if fits_twice(stored):
+                    model = load_model(directory, weights, base_place=base)
+                    parity = verify_outputs(staging, model, tolerance, Reading(dtype.torch))
+                else:
+                    parity = verify_by_block(staging, cfg, stored, tolerance, Reading(dtype.torch))
+    return Summary(hf, len(specs), nbytes_of(specs), tokenizer is not None, parity, checksums)
 
 
 def merge_adapters(

@@ -17,6 +17,8 @@ from moefoundry.conversion.tensor_map import TensorMap
 from moefoundry.data.json_files import read_json
 from moefoundry.data.tokenizer_files import CONFIG
 
+DEEPSEEK_BLOCK = (128, 128)
+
 
 @dataclass(frozen=True)
 class HfDirectory:
@@ -108,13 +110,28 @@ def read_hf_config(path: Path) -> dict[str, Any]:
 
 
 def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
-    """Return rows and columns of an FP8 block; DeepSeek's where no weight is quantized.
+    """Return rows and columns of an FP8 block; DeepSeek's where no weight is quantized in such blocks.
 
     Raises:
-        UserError: Weights are quantized in another way.
+        UserError: Weights are quantized in another way than in FP8 blocks, or packed as INT4.
     """
-    quantization = config.get("quantization_config") or {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return DEEPSEEK_BLOCK
     match quantization:
         case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]}:
             return rows, columns
-    raise UserError(f"{path / CONFIG}: only FP8 weights in blocks can be read, not quantization_config {quantization}")
+        case {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": dict(groups)}:
+            if all(_is_int4(group) for group in groups.values()):
+                return DEEPSEEK_BLOCK
+    known = "FP8 weights in blocks and INT4 weights of compressed-tensors (pack-quantized, symmetric)"
+    raise UserError(f"{path / CONFIG}: {known} can be read, not quantization_config {quantization}")
+
+
+def _is_int4(group: object) -> bool:
+    """Tell if a group of compressed-tensors' config is of symmetric INT4 weights, in the order of their columns."""
+    whole = group if isinstance(group, dict) else {}
+    weights = whole.get("weights")
+    if not isinstance(weights, dict) or weights.get("actorder") or whole.get("input_activations"):
+        return False
+    return (weights.get("num_bits"), weights.get("type"), weights.get("symmetric")) == (4, "int", True)

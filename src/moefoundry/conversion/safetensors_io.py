@@ -5,7 +5,8 @@
     model.fp16.safetensors, model.safetensors.index.fp16.json    the same in a variant; read where it is the only one
 
 Files are mapped, so reading a slice costs its pages. They are written in one pass: the header, which says where each
-tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as their products.
+tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as their products, and so are
+packed INT4 tensors (``packed_int4.py``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.out_of_core import progress
 from moefoundry.config import UserError
 from moefoundry.config.errors import first_few
+from moefoundry.conversion.packed_int4 import PACKED, SCALE, take_int4, unpacked
 from moefoundry.data.json_files import refuse_lfs_pointer
 
 SINGLE_FILE = "model.safetensors"
@@ -55,7 +57,7 @@ class SafetensorsReader:
     Args:
         directory: Directory with model.safetensors, or an index and the shards that it names.
         fp8_block: Rows and columns of an FP8 block.
-        fp8_as: dtype in which FP8 tensors are read; DeepSeek's own conversion makes them BF16.
+        fp8_as: dtype in which FP8 and INT4 tensors are read; DeepSeek's own conversion makes them BF16.
 
     Attributes:
         specs: Shapes and dtypes by name.
@@ -69,6 +71,7 @@ class SafetensorsReader:
     ) -> None:
         self._block = fp8_block
         self._fp8_as = fp8_as
+        self._int4: set[str] = set()
         self._files: dict[str, Any] = {}
         self.specs: dict[str, TensorSpec] = {}
         weight_map, single = _weight_map(directory)
@@ -80,10 +83,18 @@ class SafetensorsReader:
         absent = [name for name in weight_map if name not in self.specs]
         if absent:
             raise UserError(f"{directory}: tensors of the index are missing: {first_few(absent)}")
+        self._scales: dict[str, str] = {}
         self._scales = self._take_scales(directory)
+        self._int4, problems = take_int4(self.specs, self.read, fp8_as)
+        if problems:
+            raise UserError(f"{directory}: INT4 tensors that cannot be read:\n  " + first_few(problems, "\n  "))
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
         """Read a tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
+        if name in self._int4:
+            packed, scale = (self._files[name + part].get_slice(name + part) for part in (PACKED, SCALE))
+            shape = self.specs[name].shape
+            return unpacked(packed, scale, (shape[0], shape[1]), *ranges).to(self._fp8_as)
         box = tuple(slice(*limits) for limits in ranges)
         values: Tensor = self._files[name].get_slice(name)[box] if box else self._files[name].get_tensor(name)
         if name not in self._scales:

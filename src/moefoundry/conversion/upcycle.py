@@ -22,7 +22,7 @@ from moefoundry.checkpoint.out_of_core import ShardValues
 from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.config import ModelConfig, MoEConfig, RouterConfig, UserError
 from moefoundry.conversion.convert import Summary, nbytes_of, say, write_recipe, write_weights
-from moefoundry.conversion.families import nearest_family
+from moefoundry.conversion.families import FAMILIES, exports_as, nearest_family
 from moefoundry.conversion.families.family import dense_layers, with_dense_layers
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
 from moefoundry.conversion.tensor_map import Dtype
@@ -112,7 +112,7 @@ def upcycle(hf: Path, output: Path, options: Upcycling, dtype: Dtype = Dtype.kee
         for name, tensor in meta_model(cfg).state_dict().items()
     }
     tokenizer = check_importable(hf)
-    say(*source.notes, *_not_exportable(cfg))
+    say(*source.notes, *_of_the_export(cfg))
     with staged(output, nbytes_of(specs)) as staging:
         staging.mkdir()
         blocks = _blocks(source, options, dense, specs)
@@ -122,10 +122,14 @@ def upcycle(hf: Path, output: Path, options: Upcycling, dtype: Dtype = Dtype.kee
     return Summary(output, len(specs), nbytes_of(specs), tokenizer)
 
 
-def _not_exportable(cfg: ModelConfig) -> list[str]:
-    family, reasons = nearest_family(cfg)
-    if not reasons:
+def _of_the_export(cfg: ModelConfig) -> list[str]:
+    """Say what an export is, or that there is none, where it is not plainly a family."""
+    found = exports_as(cfg)
+    if found in FAMILIES:
         return []
+    if "no Hugging Face family" not in found:
+        return [f"the mixture is exported as {found}"]
+    family, reasons = nearest_family(cfg)
     nearest = f"nearest is {family.name}: " if family is not None else ""
     return [
         "the mixture can be trained and not exported: no Hugging Face family computes what it does; "

@@ -26,7 +26,7 @@ from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.out_of_core import ShardValues, row_ranges
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.conversion.convert import export_hf, write_weights
-from moefoundry.conversion.families import family_for
+from moefoundry.conversion.families import holder_of
 from moefoundry.conversion.tensor_map import Dtype
 from moefoundry.foundry import FoundryMoECausalLM
 
@@ -43,7 +43,7 @@ class AnyModelCheckpointer(HuggingFaceCheckpointer):
         if event != Event.INIT or not isinstance(model, FoundryMoECausalLM):
             super().run_event(event, state, logger)
             return
-        family_for(model.model.cfg)
+        holder_of(model.model.cfg)
         if self.mlflow_registered_model_name is not None:
             message = "moe_causal_lm is saved, and not registered with MLflow; leave it out"
             raise UserError(f"callbacks.hf_checkpointer.mlflow_registered_model_name: {message}")
@@ -89,7 +89,7 @@ class Exported:
     @property
     def config(self) -> SimpleNamespace:
         """The part of a Hugging Face configuration that is asked for."""
-        return SimpleNamespace(model_type=family_for(self.cfg).name)
+        return SimpleNamespace(model_type=holder_of(self.cfg)[0].name)
 
     def save_pretrained(self, directory: str, max_shard_size: str) -> None:
         """Write a Hugging Face directory without a tokenizer; shards have this package's size."""

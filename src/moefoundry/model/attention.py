@@ -42,9 +42,10 @@ def build_attention(cfg: ModelConfig) -> Attention:
 class GroupedQueryAttention(Attention):
     """Causal grouped-query attention with RoPE (arXiv 2305.13245).
 
-    Queries and keys may be normalized over each head (Qwen3), or over all heads together (OLMoE). ``clip_qkv`` clamps
-    the outputs of the projections (DBRX), or those of the norms (OLMoE). With ``output_gate``, ``q_proj`` gives each
-    head a query and then a gate, whose sigmoid multiplies the head's output (Qwen3-Next; arXiv 2505.06708).
+    Queries and keys may be normalized over each head (Qwen3), also after their rotation (Hunyuan), or over all heads
+    together (OLMoE). ``clip_qkv`` clamps the outputs of the projections (DBRX), or those of the norms (OLMoE). With
+    ``output_gate``, ``q_proj`` gives each head a query and then a gate, whose sigmoid multiplies the head's output
+    (Qwen3-Next; arXiv 2505.06708).
     """
 
     def __init__(self, cfg: GqaConfig, model: ModelConfig) -> None:
@@ -56,6 +57,7 @@ class GroupedQueryAttention(Attention):
         self.clip_qkv = cfg.clip_qkv
         self.output_gate = cfg.output_gate
         width, kv_width = cfg.projection_widths(d_model)
+        self.norm_after_rope = cfg.qk_norm == QkNorm.head_after_rope
         qkv_bias = cfg.bias != AttentionBias.none
         self.q_proj = nn.Linear(d_model, width * (2 if cfg.output_gate else 1), bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, kv_width, bias=qkv_bias)
@@ -64,7 +66,7 @@ class GroupedQueryAttention(Attention):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if cfg.qk_norm != QkNorm.none:
-            per_head, zero_centered = cfg.qk_norm == QkNorm.head, model.norm.zero_centered
+            per_head, zero_centered = cfg.qk_norm != QkNorm.full, model.norm.zero_centered
             self.q_norm = RMSNorm(self.head_dim if per_head else width, norm_eps, zero_centered)
             self.k_norm = RMSNorm(self.head_dim if per_head else kv_width, norm_eps, zero_centered)
 
@@ -72,13 +74,19 @@ class GroupedQueryAttention(Attention):
         queries, gates = self.q_proj(x_BSD), None
         if self.output_gate:
             queries, gates = (x.flatten(-2) for x in queries.unflatten(-1, (-1, 2 * self.head_dim)).chunk(2, dim=-1))
-        q_BHSd = self._rotate(self._heads(queries, self.q_norm), context.rotation)
-        k_BHLd = self._rotate(self._heads(self.k_proj(x_BSD), self.k_norm), context.rotation)
+        q_BHSd = self._rotated_heads(queries, self.q_norm, context.rotation)
+        k_BHLd = self._rotated_heads(self.k_proj(x_BSD), self.k_norm, context.rotation)
         v_BHLd = self._heads(self.v_proj(x_BSD), None)
         if cache is not None:
             k_BHLd, v_BHLd = cache.append(k_BHLd, v_BHLd)
         out = attend(q_BHSd, k_BHLd, v_BHLd, context, self.scale)
         return self.o_proj(out if gates is None else out * gates.sigmoid())
+
+    def _rotated_heads(self, x: Tensor, norm: RMSNorm | None, rotation: Rotation) -> Tensor:
+        """[B, S, H * d] -> [B, H, S, d], rotated, and normalized before or after that."""
+        if norm is None or not self.norm_after_rope:
+            return self._rotate(self._heads(x, norm), rotation)
+        return norm(self._rotate(self._heads(x, None), rotation))
 
     def _rotate(self, x_BHSd: Tensor, rotation: Rotation) -> Tensor:
         """Turn the first ``rotary_dim`` elements of each head (all but GLM-4.5 and MiniMax turn whole heads)."""

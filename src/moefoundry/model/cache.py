@@ -2,7 +2,7 @@
 
     grouped-query  keys [B, Hkv, L, d] after RoPE, values [B, Hkv, L, d]
     latent         compressed keys and values [B, L, R], and the rotated part of the keys, which all heads share,
-                   [B, 1, L, d]
+                   [B, 1, L, d]; beside them the keys of an indexer, [B, L, d]
     linear         the last inputs of the convolution, [B, W - 1, C], and the state [B, H, K, V]
 
 All rows of the batch have the same length, and each row is one document from its first token.
@@ -24,6 +24,13 @@ class LayerCache:
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
+        self._beside: LayerCache | None = None
+
+    @property
+    def beside(self) -> LayerCache:
+        """The cache of what chooses keys in the same layer."""
+        self._beside = self._beside or LayerCache()
+        return self._beside
 
     def append(self, *new: Tensor) -> tuple[Tensor, ...]:
         """Append new tokens, and return all.

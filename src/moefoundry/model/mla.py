@@ -16,6 +16,7 @@ from moefoundry.config import MlaConfig, ModelConfig
 from moefoundry.model.attention import Attention
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext, attend
+from moefoundry.model.indexer import Indexer
 from moefoundry.model.norm import RMSNorm
 from moefoundry.model.rope import rotate_interleaved, yarn_mscale
 from moefoundry.ops.recompute import ATTENTION_OPS, keeping
@@ -46,6 +47,9 @@ class MultiHeadLatentAttention(Attention):
             self.q_a_proj = nn.Linear(d_model, cfg.q_lora_rank, bias=False)
             self.q_a_norm = RMSNorm(cfg.q_lora_rank, LATENT_NORM_EPS, model.norm.zero_centered)
             self.q_b_proj = nn.Linear(cfg.q_lora_rank, cfg.n_heads * sum(self.qk_widths), bias=False)
+        self.indexer: Indexer | None = None
+        if cfg.indexer is not None and cfg.q_lora_rank is not None:
+            self.indexer = Indexer(cfg.indexer, d_model, cfg.q_lora_rank, cfg.qk_rope_head_dim)
         self.kv_a_proj = nn.Linear(d_model, sum(self.kv_a_widths), bias=False)
         self.kv_a_norm = RMSNorm(cfg.kv_lora_rank, LATENT_NORM_EPS, model.norm.zero_centered)
         self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * sum(self.kv_b_widths), bias=False)
@@ -54,6 +58,10 @@ class MultiHeadLatentAttention(Attention):
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         q_BSR = x_BSD if self.q_lora_rank is None else self.q_a_proj(x_BSD)
+        if self.indexer is not None and (cache is not None or x_BSD.shape[1] > self.indexer.top_k):
+            with torch.no_grad():
+                narrow_BSR = self.q_a_norm(q_BSR)
+            context = self.indexer(x_BSD, narrow_BSR, context, None if cache is None else cache.beside)
         latent_BSR, k_rope_BSP = self.kv_a_proj(x_BSD).split(self.kv_a_widths, dim=-1)
         if not self.recompute_up_projections or cache is not None:
             return self.o_proj(self._attend(q_BSR, latent_BSR, k_rope_BSP, context, cache))

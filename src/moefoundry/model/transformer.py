@@ -16,14 +16,14 @@ from typing import NamedTuple, Self, cast, overload
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import AuxLossScope, ModelConfig
+from moefoundry.config import AuxLossScope, ModelConfig, NormPosition
 from moefoundry.model.attention import Attention, build_attention
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, attention_context
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
-from moefoundry.model.norm import build_norm
+from moefoundry.model.norm import Norm, build_norm
 from moefoundry.model.output_head import OutputHead, multiplied
 from moefoundry.model.padding import RealTokens
 from moefoundry.model.preferences import log_probs_of_pairs
@@ -72,13 +72,14 @@ class CausalLMLosses(NamedTuple):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block."""
+    """Transformer block, with norms before attention and FFN, or after them."""
 
     def __init__(self, cfg: ModelConfig, layer_index: int) -> None:
         super().__init__()
         self.attention_norm = build_norm(cfg.d_model, cfg.norm)
         self.attention: Attention = GatedDeltaNet(cfg) if cfg.is_linear(layer_index) else build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
+        self.norm_after = cfg.norm.position == NormPosition.after
         self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.dense_width)
@@ -97,11 +98,18 @@ class Block(nn.Module):
 
         ``real_T`` tells tokens from padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them.
         """
-        x_BSD = x_BSD + multiplied(self.attention(self.attention_norm(x_BSD), context, cache), self.residual)
+        attended_BSD = self.attention(self._input(self.attention_norm, x_BSD), context, cache)
+        x_BSD = x_BSD + self._output(self.attention_norm, attended_BSD)
         if isinstance(self.ffn, MoELayer):
-            out_BSD, stats = self.ffn(self.ffn_norm(x_BSD), real_T)
-            return x_BSD + multiplied(out_BSD, self.residual), stats
-        return x_BSD + multiplied(self.ffn(self.ffn_norm(x_BSD)), self.residual), None
+            out_BSD, stats = self.ffn(self._input(self.ffn_norm, x_BSD), real_T)
+            return x_BSD + self._output(self.ffn_norm, out_BSD), stats
+        return x_BSD + self._output(self.ffn_norm, self.ffn(self._input(self.ffn_norm, x_BSD))), None
+
+    def _input(self, norm: Norm, x_BSD: Tensor) -> Tensor:
+        return x_BSD if self.norm_after else norm(x_BSD)
+
+    def _output(self, norm: Norm, out_BSD: Tensor) -> Tensor:
+        return multiplied(norm(out_BSD) if self.norm_after else out_BSD, self.residual)
 
 
 def meta_model(cfg: ModelConfig) -> MoETransformer:

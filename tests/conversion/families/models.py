@@ -17,6 +17,7 @@ from moefoundry.config import (
     AttentionConfig,
     BalanceConfig,
     GqaConfig,
+    IndexerConfig,
     InitConfig,
     LinearAttentionConfig,
     Llama3RopeConfig,
@@ -26,6 +27,7 @@ from moefoundry.config import (
     MultipliersConfig,
     NormConfig,
     NormKind,
+    NormPosition,
     QkNorm,
     RouterConfig,
     ScoreFunction,
@@ -108,6 +110,8 @@ QWEN3 = replace(GQA, qk_norm=QkNorm.head, head_dim=12)
 QWEN3_NEXT = replace(QWEN3, rotary_fraction=0.5, output_gate=True)
 OLMOE = replace(GQA, qk_norm=QkNorm.full)
 DBRX = {"norm": NormConfig(NormKind.layernorm, 1e-5)}
+AFTER = {"norm": NormConfig(position=NormPosition.after)}
+HUNYUAN = replace(GQA, qk_norm=QkNorm.head_after_rope)
 DEEPSEEK_YARN = replace(YARN, mscale=1.0, mscale_all_dim=0.7, beta_fast=16.0)
 VARIANTS: dict[str, dict[str, ModelConfig]] = {
     "llama": {
@@ -229,7 +233,40 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
         "listed": hybrid(replace(QWEN3_NEXT, rotary_fraction=1.0), 2, linear_attention=listed([1])),
         "tied": hybrid(tie_embeddings=True),
     },
+    "olmo2": {
+        "plain": dense(OLMOE, **AFTER),
+        "biased": dense(replace(OLMOE, bias=AttentionBias.all), tie_embeddings=True, **AFTER),
+    },
+    "flex_olmo": {
+        "plain": sparse(OLMOE, NOT_NORMALIZED, **AFTER),
+        "normalized": sparse(replace(OLMOE, bias=AttentionBias.all), tie_embeddings=True, **AFTER),
+        "yarn": sparse(replace(OLMOE, yarn=YARN), **AFTER),
+    },
+    "hunyuan_v1_moe": {
+        "plain": sparse(replace(HUNYUAN, head_dim=12), moe=experts(shared=1), tie_embeddings=True),
+        "biased": sparse(replace(HUNYUAN, bias=AttentionBias.all), moe=experts(shared=1)),
+        "yarn": sparse(replace(HUNYUAN, yarn=YARN), moe=experts(shared=1)),
+    },
+    "hy_v3": {
+        "plain": deepseek(QWEN3),
+        "between": deepseek(QWEN3, shared=2, n_layers=4, dense_layers=[2], tie_embeddings=True),
+        "biased": deepseek(replace(QWEN3, bias=AttentionBias.all)),
+    },
+    "sarvam_moe": {
+        "plain": deepseek(QWEN3),
+        "groups": deepseek(replace(QWEN2, head_dim=12), num_groups=4, top_k_groups=2, tie_embeddings=True),
+    },
+    "bailing_moe": {
+        "plain": deepseek(replace(QWEN3, rotary_fraction=0.5), num_groups=4, top_k_groups=2),
+    },
+    "deepseek_v32": {
+        "plain": deepseek(replace(MLA, indexer=IndexerConfig(6, 3, 10)), num_groups=4, top_k_groups=2),
+        "dense": deepseek(replace(MLA, indexer=IndexerConfig(64, 2, 8)), shared=2, tie_embeddings=True),
+        "yarn": deepseek(replace(MLA, indexer=IndexerConfig(8, 2, 8), yarn=DEEPSEEK_YARN)),
+    },
 }
+STANDS_IN = {name: FAMILIES[name].stand_in for name in VARIANTS if FAMILIES[name].stand_in}
+"""Families that transformers has under another name alone -> that name."""
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
 OLDER = [family for family in VARIANTS if family in CONFIG_MAPPING_NAMES]
 """Families that the transformers of this environment has, too."""
@@ -247,12 +284,14 @@ SIZES = {  # without these there is no model
     "qwen2_moe": {"shared_expert_intermediate_size"},
     "deepseek_v2": LATENT,
     "glm4_moe_lite": LATENT,
+    "deepseek_v32": LATENT | {"q_lora_rank"},
     "glm4_moe": {"n_routed_experts", "head_dim"},
     "dots1": {"n_routed_experts", "head_dim"},
     "solar_open": {"n_routed_experts"},
     "ernie4_5_moe": {"moe_num_experts", "moe_k"},
     "qwen3_next": {"shared_expert_intermediate_size"},
     "qwen3_5_moe_text": {"shared_expert_intermediate_size"},
+    "hunyuan_v1_moe": {"moe_topk"},
 }
 COMMON_SIZES = {
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),

@@ -33,7 +33,7 @@ from tests.conversion.families.models import (
     sizes,
     sparse,
 )
-from tests.conversion.families.published import PUBLISHED
+from tests.conversion.families.published import PUBLISHED, SAY_THE_SAME
 
 BIASED = replace(VARIANTS["olmoe"]["plain"], moe=replace(experts(), balance=BalanceConfig(bias_update_rate=0.1)))
 DEALT = replace(VARIANTS["qwen3_moe"]["plain"], moe=experts(RouterConfig(assignment=Assignment.uniform)))
@@ -81,8 +81,7 @@ def test_published_configs_are_read(name: str) -> None:
     family = family_of(PUBLISHED[name])
     cfg = family.read_config(PUBLISHED[name])
     assert family.fits(cfg) == []
-    same = ("glm4_moe_lite", "qwen3_5_moe_text")  # say the same as deepseek_v3 and qwen3_next
-    assert family_for(cfg) is family or family.name in same
+    assert family_for(cfg) is family or family.name in SAY_THE_SAME
     assert family.max_seq_len(PUBLISHED[name]) in (4096, 8192, 32768, 131072, 163840, 196608, 202752, 262144)
     assert family.read_config(family.write_config(cfg, 1)) == cfg
 
@@ -219,3 +218,13 @@ def test_a_model_of_no_family_is_refused_with_all_reasons() -> None:
     assert all(f"\n  {name}: model." in str(error.value) for name in FAMILIES)
     assert "Ellipsis" not in str(error.value)
     assert "\n  llama: model.n_dense_layers: 1, and llama has 6;" in str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_all_other_families_are_judged(family: str) -> None:
+    """Whatever they have, the answer is a list of reasons, and no error."""
+    for other in FAMILIES.values():
+        cfg = other.read_config(other.published[1])
+        more = replace(cfg.moe, num_shared_experts=cfg.moe.num_shared_experts + 1, shared_expert_gate=True)
+        for changed in (cfg, replace(cfg, mtp=MtpConfig(depth=1)), replace(cfg, moe=more)):
+            assert FAMILIES[family].fits(changed) or FAMILIES[family].write_config(changed, 64)

@@ -15,9 +15,10 @@ from typing import Any
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.config.making import make_part
 from moefoundry.config.parts import TABLES
+from moefoundry.conversion.families.equivalents import Equivalent, fitting
 from moefoundry.conversion.families.family import Family, Piece
 
-__all__ = ["FAMILIES", "Family", "Piece", "exports_as", "family_for", "family_of", "nearest_family"]
+__all__ = ["FAMILIES", "Family", "Piece", "exports_as", "family_for", "family_of", "holder_of", "nearest_family"]
 
 
 class Families(Mapping[str, Family]):
@@ -36,7 +37,7 @@ class Families(Mapping[str, Family]):
 
 
 FAMILIES = Families()
-OTHER_NAMES = {"kimi_k2": "deepseek_v3", "qwen3_5_moe": "qwen3_5_moe_text"}
+OTHER_NAMES = {"kimi_k2": "deepseek_v3", "qwen3_5_moe": "qwen3_5_moe_text", "bailing_moe_v2": "bailing_moe"}
 """A ``model_type`` that says what a family says, and is exported under the family's name."""
 
 
@@ -74,13 +75,34 @@ def family_for(cfg: ModelConfig) -> Family:
     Raises:
         UserError: There is none; the message names what stands in the way of each.
     """
-    reasons = {}
-    for name, family in FAMILIES.items():
-        reasons[name] = family.fits(cfg)
-        if not reasons[name]:
+    for family in FAMILIES.values():
+        if not family.fits(cfg):
             return family
-    lines = "".join(f"\n  {name}: {'; '.join(texts)}" for name, texts in reasons.items())
-    raise UserError(f"no Hugging Face family computes what this model does:{lines}")
+    raise _no_family(cfg)
+
+
+def _no_family(cfg: ModelConfig) -> UserError:
+    lines = "".join(f"\n  {name}: {'; '.join(family.fits(cfg))}" for name, family in FAMILIES.items())
+    return UserError(f"no Hugging Face family computes what this model does:{lines}")
+
+
+def holder_of(cfg: ModelConfig, name: str | None = None) -> tuple[Family, Equivalent]:
+    """Find the first family that has such a model, or one that computes exactly the same, and that model.
+
+    Args:
+        cfg: The model.
+        name: The one family to ask; None asks all.
+
+    Raises:
+        UserError: There is none; the message names what stands in the way of each.
+    """
+    asked = FAMILIES if name is None else {name: FAMILIES[name]}
+    found = fitting(cfg, {each: family.fits for each, family in asked.items()})
+    if found is not None:
+        return FAMILIES[found[0]], found[1]
+    if name is not None:
+        return FAMILIES[name], Equivalent(cfg)  # whose reasons the config's writer names
+    raise _no_family(cfg)
 
 
 def nearest_family(cfg: ModelConfig) -> tuple[Family | None, list[str]]:
@@ -104,5 +126,8 @@ def nearest_family(cfg: ModelConfig) -> tuple[Family | None, list[str]]:
 
 def exports_as(cfg: ModelConfig) -> str:
     """Name the Hugging Face family that has such a model, or the keys that stand in the way of the nearest."""
-    family, reasons = nearest_family(cfg)
-    return family.name if family is not None and not reasons else f"no Hugging Face family: {'; '.join(reasons)}"
+    found = fitting(cfg, {name: family.fits for name, family in FAMILIES.items()})
+    if found is None:
+        return f"no Hugging Face family: {'; '.join(nearest_family(cfg)[1])}"
+    name, same = found
+    return f"{name}, which computes the same with {' and '.join(same.changes)}" if same.changes else name

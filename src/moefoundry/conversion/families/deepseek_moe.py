@@ -104,10 +104,10 @@ class DeepseekMoe(Llama):
             yield Piece(f"{ours}.norm.weight", f"{theirs}.shared_head.norm.weight")
 
     def copies(self, cfg: ModelConfig) -> dict[str, str]:
-        head = "model.embed_tokens.weight" if cfg.tie_embeddings else "lm_head.weight"
+        head = self.embedding if cfg.tie_embeddings else "lm_head.weight"
         found = super().copies(cfg)
         for theirs in _mtp_layers(cfg):
-            found[f"{theirs}.embed_tokens.weight"] = "model.embed_tokens.weight"
+            found[f"{theirs}.embed_tokens.weight"] = self.embedding
             found[f"{theirs}.shared_head.head.weight"] = head
         return found
 

@@ -62,6 +62,7 @@ class Family(ABC):
         names_in_memory: Parts of tensors' names that transformers 5 changes in memory, as the files may be saved: part
             of the published name -> part of the other. Experts in one tensor each layer are known beside these.
         left_out: Beginnings of tensors' names that are not read, of parts that are not here -> the part.
+        stand_in: Family under whose name transformers has a model that computes the same, where it has none of this.
         absent: Parts of the published models that are not here, for the table of families.
     """
 
@@ -72,6 +73,7 @@ class Family(ABC):
     length_key: ClassVar[str] = "max_position_embeddings"
     names_in_memory: ClassVar[dict[str, str]] = {}
     left_out: ClassVar[dict[str, str]] = {}
+    stand_in: ClassVar[str] = ""
     absent: ClassVar[str] = ""
 
     @property
@@ -92,7 +94,7 @@ class Family(ABC):
         keys = Keys(hf, self.defaults, f"Hugging Face config ({self.name})")
         cfg = self._read(keys)
         if keys.has("quantization_config"):  # of the file's tensors, which ``safetensors_io`` reads
-            keys.nested("quantization_config", {}).only("quant_method", "fp8")
+            keys.nested("quantization_config", {}).text("quant_method", "fp8", "compressed-tensors")
         keys.finish()
         return cfg
 

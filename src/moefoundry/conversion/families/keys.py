@@ -78,7 +78,16 @@ class Keys:
 
     def size(self, key: str) -> int:
         """Read an integer of at least 1."""
-        return self._take(key, "an integer of at least 1", lambda v: type(v) is int and v >= 1)
+        return self._take(key, "an integer of at least 1", _is_size)
+
+    def size_of_each(self, key: str) -> int:
+        """Read an integer of at least 1, or a list that has it for each block."""
+        value: Any = self._take(
+            key,
+            "an integer of at least 1, the same in each block",
+            lambda v: _is_size(v[0]) and v == v[:1] * len(v) if isinstance(v, list) and v else _is_size(v),
+        )
+        return int(value[0]) if isinstance(value, list) else int(value)
 
     def count(self, key: str) -> int:
         """Read an integer of at least 0."""
@@ -121,6 +130,7 @@ class Keys:
         if not self.stated(other):
             return
         value = self._values.pop(other)
+        self._stated.discard(other)
         self._unread.discard(other)
         if self.stated(key) and self._values[key] != value:
             self._values[other] = value
@@ -172,6 +182,10 @@ class Keys:
             self.refuse(key, allowed)
             return 1
         return self._values[key]
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 def _text(value: object) -> str:

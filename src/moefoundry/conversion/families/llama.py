@@ -38,6 +38,9 @@ class Llama(Family):
     }
     bias_of_key: ClassVar[AttentionBias | None] = AttentionBias.all  # of attention_bias: true; None has no such key
     partial_rotation: ClassVar[bool] = False  # the config has partial_rotary_factor
+    block_norms: ClassVar[tuple[str, str]] = ("input_layernorm", "post_attention_layernorm")  # of attention and FFN
+    embedding: ClassVar[str] = "model.embed_tokens.weight"
+    head_norms: ClassVar[tuple[str, str]] = ("q_norm", "k_norm")
 
     # ---------------------------------------------------------------------------------------------------------- config
 
@@ -120,7 +123,7 @@ class Llama(Family):
 
     def pieces(self, cfg: ModelConfig) -> Iterator[Piece]:
         dense = dense_layers(cfg)
-        yield Piece("embed_tokens.weight", "model.embed_tokens.weight")
+        yield Piece("embed_tokens.weight", self.embedding)
         for index in range(cfg.n_layers):
             yield from self._block(cfg, index, index in dense)
         yield Piece("norm.weight", "model.norm.weight")
@@ -128,17 +131,17 @@ class Llama(Family):
             yield Piece("lm_head.weight", "lm_head.weight")
 
     def copies(self, cfg: ModelConfig) -> dict[str, str]:
-        return {"lm_head.weight": "model.embed_tokens.weight"} if cfg.tie_embeddings else {}
+        return {"lm_head.weight": self.embedding} if cfg.tie_embeddings else {}
 
     def _block(self, cfg: ModelConfig, index: int, dense: bool) -> Iterator[Piece]:
         """Yield the pieces of one of the model's own blocks."""
         return self._layer(cfg, f"layers.{index}", f"model.layers.{index}", dense)
 
     def _layer(self, cfg: ModelConfig, ours: str, theirs: str, dense: bool) -> Iterator[Piece]:
-        yield Piece(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight")
+        yield Piece(f"{ours}.attention_norm.weight", f"{theirs}.{self.block_norms[0]}.weight")
         for name, hf_name in self._attention_tensors(cfg):
             yield Piece(f"{ours}.attention.{name}", f"{theirs}.self_attn.{hf_name}")
-        yield Piece(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight")
+        yield Piece(f"{ours}.ffn_norm.weight", f"{theirs}.{self.block_norms[1]}.weight")
         yield from ffn(f"{ours}.ffn", f"{theirs}.mlp") if dense else self._moe(cfg, f"{ours}.ffn", theirs)
 
     def _attention_tensors(self, cfg: ModelConfig) -> Iterator[tuple[str, str]]:
@@ -149,8 +152,8 @@ class Llama(Family):
             if bias == AttentionBias.all or (bias == AttentionBias.qkv and projection != "o_proj"):
                 yield f"{projection}.bias", f"{projection}.bias"
         if cfg.attention.qk_norm != QkNorm.none:
-            yield "q_norm.weight", "q_norm.weight"
-            yield "k_norm.weight", "k_norm.weight"
+            yield "q_norm.weight", f"{self.head_norms[0]}.weight"
+            yield "k_norm.weight", f"{self.head_norms[1]}.weight"
 
     def _moe(self, cfg: ModelConfig, ours: str, theirs: str) -> Iterator[Piece]:
         """Yield the pieces of the MoE layer ``ours`` in the block ``theirs``."""
@@ -163,9 +166,19 @@ def ffn(ours: str, theirs: str) -> Iterator[Piece]:
         yield Piece(f"{ours}.{projection}.weight", f"{theirs}.{projection}.weight")
 
 
-def experts(cfg: ModelConfig, ours: str, theirs: str, names: tuple[str, str, str] = FFN) -> Iterator[Piece]:
-    """Yield the pieces of a router's gate and of experts that are modules there; ``names`` are gate, up and down."""
-    yield Piece(f"{ours}.router.gate.weight", f"{theirs}.gate.weight")
+def experts(
+    cfg: ModelConfig, ours: str, theirs: str, names: tuple[str, str, str] = FFN, gate: str = "gate"
+) -> Iterator[Piece]:
+    """Yield the pieces of a router's ``gate`` and of experts that are modules there.
+
+    Args:
+        cfg: The model.
+        ours: The MoE layer here.
+        theirs: The MoE layer there.
+        names: Names of an expert's gate, up and down projection.
+        gate: Name of the router's module.
+    """
+    yield Piece(f"{ours}.router.gate.weight", f"{theirs}.{gate}.weight")
     for expert in range(cfg.moe.num_experts):
         for projection, name in zip(FFN, names, strict=True):
             hf_name = f"{theirs}.experts.{expert}.{name}.weight"
