@@ -124,9 +124,10 @@ def block_outputs(hf: Path, cfg: ModelConfig, stored_as: torch.dtype | None, fp8
 
 def block_config(cfg: ModelConfig, index: int) -> ModelConfig:
     """Make the config of a model of one block, that of this index; only that of the last has the vocabulary."""
-    dense = index in dense_layers(cfg)
+    dense, linear = index in dense_layers(cfg), cfg.linear_attention
     return replace(
         cfg,
+        linear_attention=replace(linear, layers=[0]) if linear is not None and cfg.is_linear(index) else None,
         vocab_size=cfg.vocab_size if index == cfg.n_layers - 1 else 2,
         n_layers=1,
         n_dense_layers=int(dense),
