@@ -15,6 +15,7 @@ from moefoundry.verify.twin import Twin
 
 CHECKS = {
     "meshes": "losses and gradients are the same on every mesh",
+    "balance": "balance losses are what they are defined to be, however the batch is computed",
     "round_trip": "a Hugging Face round trip loses nothing",
 }
 """Names and what they ask; each is the function ``check`` of the module of that name."""

@@ -45,12 +45,12 @@ class Step(NamedTuple):
     gradients: dict[str, Tensor]
 
 
-def train_on(recipe: Recipe, meshes: list[MeshConfig], rows_at_once: int = 1) -> list[list[Step]]:
+def train_on(recipe: Recipe, meshes: list[MeshConfig], rows_at_once: int = 1, steps: int = STEPS) -> list[list[Step]]:
     """Train on one mesh after another; every rank calls it. Rank 0 gives the steps of each mesh, the others nothing."""
     found = []
     for mesh in meshes:
-        steps = train(replace(recipe, mesh=mesh, device_train_microbatch_size=rows_at_once))
-        found.append(steps if dist.get_rank() == 0 else [])
+        taken = train(replace(recipe, mesh=mesh, device_train_microbatch_size=rows_at_once), steps)
+        found.append(taken if dist.get_rank() == 0 else [])
     return found
 
 
