@@ -17,6 +17,7 @@ CHECKS = {
     "meshes": "losses and gradients are the same on every mesh",
     "balance": "balance losses are what they are defined to be, however the batch is computed",
     "round_trip": "a Hugging Face round trip loses nothing",
+    "order": "batches do not depend on ranks or loader processes, and none comes twice",
 }
 """Names and what they ask; each is the function ``check`` of the module of that name."""
 
