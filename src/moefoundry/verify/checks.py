@@ -18,6 +18,7 @@ CHECKS = {
     "balance": "balance losses are what they are defined to be, however the batch is computed",
     "round_trip": "a Hugging Face round trip loses nothing",
     "order": "batches do not depend on ranks or loader processes, and none comes twice",
+    "resume": "a run goes on with the same bits after SIGKILL, and on other meshes",
 }
 """Names and what they ask; each is the function ``check`` of the module of that name."""
 
