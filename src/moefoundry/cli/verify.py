@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.command("verify", context_settings=RECIPE_COMMAND)
 @recipe_arguments
 @click.option("--only", multiple=True, metavar="NAME", help="Run this check alone; may be given several times.")
+@click.option("--faults", is_flag=True, help="Also kill, damage and stall runs, and say what that costs.")
 @click.option(
     "--ranks",
     type=click.Choice(["2", "4", "8"]),
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--gpu", is_flag=True, help="Compute on the GPUs of this machine, one a rank; default: on CPU ranks.")
 @json_option
-def command(arguments: list[str], only: tuple[str, ...], ranks: str, gpu: bool, as_json: bool) -> int:
+def command(arguments: list[str], only: tuple[str, ...], faults: bool, ranks: str, gpu: bool, as_json: bool) -> int:
     """Prove that a recipe trains right, with a twin of it in small sizes, on this machine.
 
     Prints a line for each claim: what was measured, the bound, and, where it fails, the first tensor that differs. Exit
@@ -41,19 +42,21 @@ def command(arguments: list[str], only: tuple[str, ...], ranks: str, gpu: bool, 
     recipe = load_recipe(path, overrides)
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    from moefoundry.verify.checks import CHECKS, run
+    from moefoundry.verify.checks import CHECKS, FAULTS, run
     from moefoundry.verify.table import lines_of
     from moefoundry.verify.twin import make_twin
 
-    if unknown := [name for name in only if name not in CHECKS]:
-        raise click.BadParameter(f"{unknown[0]!r}: there are {', '.join(CHECKS)}", param_hint="--only")
+    known = CHECKS | FAULTS
+    if unknown := [name for name in only if name not in known]:
+        raise click.BadParameter(f"{unknown[0]!r}: there are {', '.join(known)}", param_hint="--only")
+    names = [name for name in known if name in only or (name in FAULTS and faults) or (name in CHECKS and not only)]
     with tempfile.TemporaryDirectory(prefix="moefoundry-verify-") as room:
         twin = make_twin(recipe, Path(room), int(ranks), gpu)
         if not as_json:
             print(f"{recipe.run_name}: twin of {twin}", flush=True)
             print("".join(f"not in the twin: {line}\n" for line in twin.lost), end="", flush=True)
         answers = []
-        for answer in run(twin, [name for name in CHECKS if not only or name in only]):
+        for answer in run(twin, names):
             answers.append(answer)
             if not as_json:
                 print("\n".join(lines_of(answer)), flush=True)

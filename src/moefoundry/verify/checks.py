@@ -19,8 +19,11 @@ CHECKS = {
     "round_trip": "a Hugging Face round trip loses nothing",
     "order": "batches do not depend on ranks or loader processes, and none comes twice",
     "resume": "a run goes on with the same bits after SIGKILL, and on other meshes",
+    "fp8": "FP8 stays near BF16",
 }
 """Names and what they ask; each is the function ``check`` of the module of that name."""
+FAULTS = {"faults": "what a killed rank, a damaged checkpoint, a damaged shard and a stall cost"}
+"""Further checks, on request."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def run(twin: Twin, names: Sequence[str]) -> Iterator[Answer]:
         check: Callable[[Twin], Iterator[Result]] = importlib.import_module(f"moefoundry.verify.{name}").check
         try:
             for result in check(twin):
-                results.append(result)
+                results.append(result)  # noqa: PERF402  # those before an error are kept
         except Exception as error:
             known = isinstance(error, UserError | RankError)
             text = str(error) if known else f"{type(error).__name__}: {error}"

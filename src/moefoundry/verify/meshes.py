@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from moefoundry.config import Compute, MeshConfig, MoEConfig, Recipe
+from moefoundry.config import AuxLossScope, Compute, MeshConfig, MoEConfig, Recipe
 from moefoundry.verify.ranks import World
 from moefoundry.verify.result import Difference, Result, difference, within
 from moefoundry.verify.steps import STEPS, Step, rows_at_once, train_on
@@ -42,8 +42,8 @@ def check(twin: Twin) -> Iterator[Result]:
 
 
 def comparable(recipe: Recipe, ranks: int) -> Recipe:
-    """Drop no slots, where micro-batches have several rows: then a capacity depends on the mesh by definition."""
-    if rows_at_once(recipe, ranks) == 1:
+    """Drop no slots, where micro-batches are not the same on every mesh: a capacity depends on them by definition."""
+    if recipe.model.moe.balance.aux_loss_scope != AuxLossScope.global_batch:
         return recipe
     moe: MoEConfig = replace(recipe.model.moe, capacity_factor=None)
     return replace(recipe, model=replace(recipe.model, moe=moe))
@@ -63,7 +63,9 @@ def factorizations(ranks: int, num_experts: int) -> list[MeshConfig]:
 
 def mixed(meshes: list[MeshConfig]) -> list[MeshConfig]:
     """Choose few meshes that have all axes: the one with the most of them, and the last."""
-    most = max(meshes, key=lambda mesh: ((mesh.replicate > 1) + (mesh.shard > mesh.expert) + (mesh.expert > 1), mesh.expert))
+    most = max(
+        meshes, key=lambda mesh: ((mesh.replicate > 1) + (mesh.shard > mesh.expert) + (mesh.expert > 1), mesh.expert)
+    )
     return [most, *([meshes[-1]] if meshes[-1] != most else [])]
 
 
@@ -113,7 +115,7 @@ def gradient_result(claim: str, found: dict[str, list[Step]], single: list[Step]
 
 
 def whole_result(claim: str, found: dict[str, list[Step]], single: list[Step], bound: float) -> Result:
-    """Compare all gradients together: single ones are small beside the roundings that a flipped choice of experts makes."""
+    """Compare all gradients together: a flipped choice of experts is large beside single ones."""
     sizes = {mesh: gradient_difference(steps, single) for mesh, steps in found.items()}
     mesh = max(sizes, key=sizes.__getitem__)
     first = difference(found[mesh][0].gradients, single[0].gradients, bound)

@@ -111,7 +111,9 @@ def read(twin: Twin, recipe: Recipe, ranks: int, workers: int, most: int) -> Epo
     recipe = replace(recipe, train_loader=loader)
     with World(read_epoch, recipe, most, ranks=ranks, room=twin.room) as world:
         parts: list[Epoch] = world.results()
-    batches = [tuple(sorted(row for rows in batch for row in rows)) for batch in zip(*(p.batches for p in parts), strict=True)]
+    batches = [
+        tuple(sorted(row for rows in batch for row in rows)) for batch in zip(*(p.batches for p in parts), strict=True)
+    ]
     return parts[0]._replace(batches=batches)
 
 

@@ -102,7 +102,7 @@ class World:
         found: dict[int, Any] = {}
         failures: list[str] = []
         pending = dict(zip(self._readers, range(len(self._readers)), strict=True))
-        deadline = self._deadline + GRACE_SECONDS  # ranks end by themselves first, and say where they were
+        deadline = self._deadline
         while pending and time.monotonic() < deadline:
             for reader in connection.wait(list(pending), timeout=max(0.0, deadline - time.monotonic())):
                 assert isinstance(reader, connection.Connection)
@@ -110,12 +110,14 @@ class World:
                 try:
                     found[rank], failure = pickle.loads(reader.recv_bytes())
                 except EOFError:
-                    failure = self._last_words(rank)
+                    self._processes[rank].join(GRACE_SECONDS)
+                    failure = f"ended with exit status {self._processes[rank].exitcode}"
                 if failure and not failures:
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
                 failures += [f"rank {rank}: {failure}"] if failure else []
         if pending and not failures:
-            failures = [f"rank {min(pending.values())}: ran out of time"]
+            rank = min(pending.values())
+            failures = [f"rank {rank}: ran out of time{self._place_in_code(rank)}"]
         if failures:
             raise RankError(min(failures, key=_is_consequence))
         return [found[rank] for rank in sorted(found)]
@@ -125,13 +127,12 @@ class World:
         log = self._place / f"{rank}.log"
         return log.read_text(errors="replace") if log.exists() else ""
 
-    def _last_words(self, rank: int) -> str:
-        process = self._processes[rank]
-        process.join(GRACE_SECONDS)
-        if "Timeout (" in (text := self.text(rank)):
-            frame = next((line.strip() for line in text.split("most recent call first")[-1].splitlines()[1:]), "")
-            return f"ran out of time in {frame}"
-        return f"ended with exit status {process.exitcode}"
+    def _place_in_code(self, rank: int) -> str:
+        """Say where a rank is, which ends it: the stack is written by the handler of a signal."""
+        self.signal(rank, signal.SIGABRT)
+        self._processes[rank].join(GRACE_SECONDS)
+        stack = self.text(rank).rpartition("(most recent call first):")[2].strip().splitlines()
+        return f" in {stack[0].strip()}" if stack else ""
 
 
 def _is_consequence(failure: str) -> bool:
@@ -153,7 +154,7 @@ def _live(
     log = os.open(place / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    faulthandler.dump_traceback_later(seconds, exit=True, file=log)
+    faulthandler.enable(file=log)
     try:
         _join(place, rank, ranks, gpu, seconds)
         message = (fn(*args), "")
@@ -161,7 +162,6 @@ def _live(
         traceback.print_exc()
         text = " ".join(str(error).split())
         message = (None, text if isinstance(error, UserError) else f"{type(error).__name__}: {text}")
-    faulthandler.cancel_dump_traceback_later()
     writer.send_bytes(pickle.dumps(message))  # not send, which would share tensors of a process that ends
 
 

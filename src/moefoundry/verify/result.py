@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_SHARE = 1e-3
-"""A tensor whose norm is a smaller share of the norm of all is compared by that share of it: its own is all rounding."""
+"""Tensors with a smaller share of the norm of all are compared by that share of it: their own is all rounding."""
 
 
 @dataclass(frozen=True)

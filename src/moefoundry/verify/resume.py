@@ -30,7 +30,7 @@ from moefoundry.verify.runs import (
 )
 from moefoundry.verify.twin import BATCHES, Twin
 
-KILLED_AFTER = 5
+KILLED_AFTER = 3
 FROM = 4
 MESHES = ((1, MeshConfig(1, 1, 1)), (2, MeshConfig(2, 1, 1)), (2, MeshConfig(1, 2, 1)))
 """Other meshes than that of the run."""

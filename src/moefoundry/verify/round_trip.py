@@ -26,7 +26,7 @@ from moefoundry.verify.result import Result, located
 from moefoundry.verify.twin import Twin
 
 LOGITS_BOUND = 1e-4
-"""Largest difference of logits of about 1, in fp32, over the few blocks of a twin; a wrong tensor makes 1e-2 and more."""
+"""Largest difference of logits of about 1, in fp32, over the few blocks of a twin; a wrong tensor makes 1e-2."""
 NO_FAMILY = "every tensor comes back"
 
 
@@ -66,7 +66,9 @@ def random_model(cfg: ModelConfig) -> MoETransformer:
     generator = torch.Generator().manual_seed(0)
     for name, tensor in model.state_dict().items():
         if name.endswith("expert_bias"):
-            tensor.uniform_(0.0, 0.5, generator=generator)  # not below 0: transformers' groups differ there, see families.md
+            tensor.uniform_(
+                0.0, 0.5, generator=generator
+            )  # not below 0: transformers' groups differ there, see families.md
         elif tensor.dim() > 1:
             tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
         else:

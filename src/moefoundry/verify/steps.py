@@ -1,7 +1,7 @@
 """Optimizer steps of a twin on the ranks of a world, with what they computed kept whole.
 
 Model, losses, counts and optimizer are built by the functions that training uses. Batches are drawn here: rows of two
-documents, some with padding, and unlike numbers of targets, since means over a global batch go wrong where ranks differ.
+documents, some with padding, and unlike numbers of targets: where ranks differ, means over a global batch go wrong.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def train(recipe: Recipe, steps: int = STEPS) -> list[Step]:
     place = next(model.parameters()).device
     found = []
     for number in range(steps):
-        own = {name: values.chunk(dist.get_world_size())[dist.get_rank()] for name, values in batch(recipe, number).items()}
+        own = {
+            name: values.chunk(dist.get_world_size())[dist.get_rank()] for name, values in batch(recipe, number).items()
+        }
         losses = backward(wrapper, own, recipe, place)
         found.append(Step(losses, {} if number else whole_gradients(model)))
         optimizer.step()
@@ -84,7 +86,7 @@ def build(recipe: Recipe) -> ComposerMoECausalLM:
 
 @torch.no_grad()
 def let_all_count(model: nn.Module, seed: int) -> None:
-    """Move what starts at zero: experts' biases, which then decide nothing, and adapters, half of which do not learn."""
+    """Move what starts at 0: experts' biases, which then decide nothing, and adapters, half of which learn nothing."""
     generator = torch.Generator().manual_seed(seed)
     for name, buffer in model.named_buffers():
         if name.endswith("expert_bias"):
@@ -164,10 +166,11 @@ def counted(rows: Mapping[str, Tensor], recipe: Recipe, place: torch.device) -> 
     return {name: value.to(place) if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
-def rows_at_once(recipe: Recipe, ranks: int) -> int:
+def rows_at_once(recipe: Recipe, ranks: int, most: int = 1) -> int:
     """Choose micro-batches with which the recipe computes the same on every mesh, by the definitions of its keys.
 
-    One row each, so that micro-batches are the same sequences everywhere. With ``aux_loss_scope: global_batch`` the
-    loss runs over the micro-batches of a step, and only one micro-batch a step has the value of the whole.
+    Equally many rows each, so that micro-batches are the same sequences everywhere. With ``aux_loss_scope:
+    global_batch`` the loss runs over the micro-batches of a step, and only one micro-batch a step has the value of the
+    whole.
     """
-    return ROWS // ranks if recipe.model.moe.balance.aux_loss_scope == AuxLossScope.global_batch else 1
+    return ROWS // ranks if recipe.model.moe.balance.aux_loss_scope == AuxLossScope.global_batch else most

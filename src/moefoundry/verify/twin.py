@@ -3,8 +3,8 @@
 Every key of the recipe survives, but for these:
 
     widths, vocabulary, length   small; their ratios stay where a layer depends on them (query to key heads, windows)
-    blocks                       one dense block in front, where there are any, two with experts, and a dense one between
-                                 them, where there are such; one module of multi-token prediction
+    blocks                       one dense block in front, where there are any, two with experts, and a dense one
+                                 between them, where there are such; one module of multi-token prediction
     experts                      4 to 8, divisible by the ranks; groups, top-k and group limits in proportion
     data                         made here, with the same streams, packing and transforms
     length of the run            a few batches; the schedule is in proportion
@@ -41,7 +41,7 @@ from moefoundry.config import (
 
 LENGTH, VOCABULARY, WIDTH = 48, 512, 64
 HEAD_WIDTHS = (16, 24, 32, 48, 64, 96, 128)
-ROWS, BATCHES = 8, 8
+ROWS, BATCHES = 8, 7
 """Sequences of a global batch, and batches of a run: more than an epoch of the data that are made."""
 SAVED_EVERY = 2
 KERNELS = ("triton", "megablocks")
@@ -216,14 +216,14 @@ def small_loader(loader: LoaderConfig, data: Path, length: int) -> LoaderConfig:
     """Read data that are made here, by the same rules."""
     dataset = loader.dataset
     streams = dataset.streams and {
-        name: replace(each, local=str(data / name), remote=None, split=None, choose=each.choose and min(each.choose, 24))
+        name: replace(
+            each, local=str(data / name), remote=None, split=None, choose=each.choose and min(each.choose, 24)
+        )
         for name, each in dataset.streams.items()
     }
     first = next(iter(streams.values())).local if streams else str(data / "corpus")
     fim = dataset.fim and replace(dataset.fim, sentinels=None)
-    dataset = replace(
-        dataset, local=first, remote=None, split="train", max_seq_len=length, streams=streams, fim=fim
-    )
+    dataset = replace(dataset, local=first, remote=None, split="train", max_seq_len=length, streams=streams, fim=fim)
     return replace(loader, dataset=dataset, drop_last=True, num_workers=0)
 
 
