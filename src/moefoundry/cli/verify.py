@@ -36,12 +36,14 @@ def command(arguments: list[str], only: tuple[str, ...], faults: bool, ranks: st
     Prints a line for each claim: what was measured, the bound, and, where it fails, the first tensor that differs. Exit
     status 1 if one fails.
     """
-    from moefoundry.config import load_recipe, split_arguments
+    from moefoundry.config import UserError, load_recipe, split_arguments
 
     path, overrides = split_arguments(arguments)
     recipe = load_recipe(path, overrides)
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if gpu and (there := _num_gpus()) < int(ranks):
+        raise UserError(f"--gpu: {ranks} ranks need as many GPUs, and this machine has {there}; without it, CPUs do")
     from moefoundry.verify.checks import CHECKS, FAULTS, run
     from moefoundry.verify.table import lines_of
     from moefoundry.verify.twin import make_twin
@@ -63,6 +65,13 @@ def command(arguments: list[str], only: tuple[str, ...], faults: bool, ranks: st
     if as_json:
         print(json.dumps(_to_json(twin, answers), indent=2))
     return 0 if all(answer.passed for answer in answers) else EXIT_NO
+
+
+def _num_gpus() -> int:
+    """Count GPUs without touching one: ranks are forked from this process."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _to_json(twin: Twin, answers: list[Answer]) -> dict[str, object]:

@@ -135,22 +135,43 @@ def small_model(recipe: Recipe, ranks: int) -> ModelConfig:
     """Shrink the model."""
     model = recipe.model
     attention, width = small_attention(model.attention, model.d_model, recipe.max_seq_len)
-    first = min(model.n_dense_layers, 1)
-    all_dense = model.n_dense_layers >= model.n_layers
-    between = [first + 1] if any(index >= model.n_dense_layers for index in model.dense_layers) else []
+    blocks = kept_blocks(model)
     return replace(
         model,
         vocab_size=VOCABULARY,
         d_model=width,
-        n_layers=2 if all_dense else first + 2 + len(between),
-        n_dense_layers=2 if all_dense else first,
-        dense_layers=[] if all_dense else between,
+        n_layers=len(blocks),
+        n_dense_layers=sum(index < model.n_dense_layers for index in blocks),
+        dense_layers=places_of(model.dense_layers, [*range(model.n_dense_layers)], blocks),
         ffn_hidden_size=model.ffn_hidden_size and 96,
         init=replace(model.init, std=min(100.0, model.init.std * math.sqrt(model.d_model / width))),
         attention=attention,
         moe=small_moe(model.moe, ranks),
         mtp=replace(model.mtp, depth=min(model.mtp.depth, 1)),
     )
+
+
+def kept_blocks(model: ModelConfig) -> list[int]:
+    """Choose a block of each kind, the first, and a second one with experts."""
+    kinds = [kind_of(model, index) for index in range(model.n_layers)]
+    kept = {kinds.index(kind) for kind in kinds}
+    with_experts = [index for index in range(model.n_layers) if not is_dense(model, index)]
+    return sorted(kept | set(with_experts[:2]))
+
+
+def kind_of(model: ModelConfig, index: int) -> tuple[object, ...]:
+    """Describe a block by all in which it may differ from others."""
+    return (index < model.n_dense_layers, is_dense(model, index))
+
+
+def is_dense(model: ModelConfig, index: int) -> bool:
+    """Tell if a block has a dense FFN."""
+    return index < model.n_dense_layers or index in model.dense_layers
+
+
+def places_of(listed: list[int], besides: list[int], kept: list[int]) -> list[int]:
+    """Give the places among the kept blocks of those listed, but for some that are not to be listed."""
+    return [place for place, index in enumerate(kept) if index in listed and index not in besides]
 
 
 def small_attention(attention: AttentionConfig, d_model: int, length: int) -> tuple[AttentionConfig, int]:
@@ -205,11 +226,14 @@ def small_lora(lora: LoraConfig) -> LoraConfig:
 
 def small_fp8(fp8: Fp8Config, model: ModelConfig) -> Fp8Config:
     """Leave out names of modules that the twin lacks, and kernels."""
+    if fp8.recipe is None:
+        return fp8
+
     from moefoundry.model.transformer import meta_model
 
     names = [name for name, _ in meta_model(model).named_modules()]
     exclude = [pattern for pattern in fp8.exclude if any(fnmatchcase(name, pattern) for name in names)]
-    return replace(fp8, exclude=exclude if fp8.recipe else fp8.exclude, backend=None)
+    return replace(fp8, exclude=exclude, backend=None)
 
 
 def small_loader(loader: LoaderConfig, data: Path, length: int) -> LoaderConfig:
