@@ -29,27 +29,32 @@ def make_data(recipe: Recipe) -> None:
     tokenizer = Path(recipe.tokenizer.name)
     if tokenizer.exists():
         return
-    tokenizer.parent.mkdir(parents=True)
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    words = _prepared(tokenizer.parent / "words", None, DOCUMENTS, pairs=False)
+    shutil.copytree(words / "tokenizer", tokenizer)
+    pairs = recipe.dpo is not None
     for number, source in enumerate(recipe.train_loader.dataset.sources.values()):
-        out = Path(source.local)
-        text = out.with_suffix(".jsonl")
-        pairs = recipe.dpo is not None
-        text.write_text("".join(json.dumps(_record(number, index, pairs)) + "\n" for index in range(DOCUMENTS)))
-        options = PrepareOptions(
-            str(text),
-            out,
-            vocab_size=VOCABULARY,
-            tokenizer=tokenizer if tokenizer.exists() else None,
-            layout=Layout.documents,
-            kind=Kind.preferences if pairs else Kind.text,
-            val_fraction=0.0,
-            workers=0,
-        )
-        prepare(options)
+        out = _prepared(Path(source.local), tokenizer, number, pairs)
         if pairs:
             _score(out / str(source.split))
-        if not tokenizer.exists():
-            shutil.copytree(out / "tokenizer", tokenizer)
+
+
+def _prepared(out: Path, tokenizer: Path | None, number: int, pairs: bool) -> Path:
+    """Write documents and prepare them; without a tokenizer, one is trained."""
+    text = out.with_suffix(".jsonl")
+    text.write_text("".join(json.dumps(_record(number, index, pairs)) + "\n" for index in range(DOCUMENTS)))
+    options = PrepareOptions(
+        str(text),
+        out,
+        vocab_size=VOCABULARY,
+        tokenizer=tokenizer,
+        layout=Layout.documents,
+        kind=Kind.preferences if pairs else Kind.text,
+        val_fraction=0.0,
+        workers=0,
+    )
+    prepare(options)
+    return out
 
 
 def _record(stream: int, index: int, pairs: bool) -> dict[str, str]:

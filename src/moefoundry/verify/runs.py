@@ -20,7 +20,7 @@ from moefoundry.verify.twin import ROWS, Twin
 SHARED = MeshConfig(1, 2, 2)
 """Two ranks that share the experts: each tensor is sharded, or sharded otherwise."""
 COMPARED = ("loss/train/", "grad_norm", "lr", "moe/")
-"""What two runs of the same bits have in common; the rest of their metrics are times and sizes."""
+"""Metrics that two runs of the same bits have in common; the others are times and sizes."""
 POLL_SECONDS = 0.005
 
 

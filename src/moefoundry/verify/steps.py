@@ -34,7 +34,7 @@ BIAS = 0.1
 
 
 class Step(NamedTuple):
-    """What a step computed, the same on every rank.
+    """Results of a step, the same on every rank.
 
     Attributes:
         losses: Losses of the global batch by name, float64 scalars.
