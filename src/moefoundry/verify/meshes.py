@@ -13,9 +13,9 @@ from moefoundry.verify.twin import Twin, exact, without_draws
 
 LOSS_BOUND, GRADIENT_BOUND, LATER_BOUND = 1e-6, 2e-5, 1e-5
 """Relative, in fp32: sums in another order, forward, through a backward pass, and through an optimizer step."""
-ROUNDINGS, NOISE = 2.0, 0.1
+ROUNDINGS, NOISE = 2.0, 0.3
 """Roundings of two meshes differ by no more than this many times what they change of the fp32 result; nor by more than
-a tenth, the noise of gradients after two FP8 products in a row."""
+this share: a few choices between experts of nearly equal scores flip."""
 ONE = MeshConfig(1, 1, 1)
 
 

@@ -178,8 +178,8 @@ def small_attention(attention: AttentionConfig, d_model: int, length: int) -> tu
     """Shrink attention; give the width of the residual stream, too."""
     if isinstance(attention, MlaConfig):
         rank = attention.q_lora_rank and 24
-        small = replace(attention, n_heads=min(attention.n_heads, 4), q_lora_rank=rank, kv_lora_rank=24)
-        return replace(small, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16), WIDTH
+        latent = replace(attention, n_heads=min(attention.n_heads, 4), q_lora_rank=rank, kv_lora_rank=24)
+        return replace(latent, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16), WIDTH
     if not isinstance(attention, GqaConfig):
         return attention, d_model  # of a package; its keys are its own
     kv_heads = min(attention.n_kv_heads, 2)
