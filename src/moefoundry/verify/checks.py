@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -41,8 +42,12 @@ class Answer:
     seconds: float
 
     def to_json(self) -> dict[str, object]:
-        """Convert to plain values."""
-        return asdict(self)
+        """Convert to plain values; a figure that is not finite becomes null."""
+        values = asdict(self)
+        for result in values["results"]:
+            if result["figure"] is not None and not math.isfinite(result["figure"]):
+                result["figure"] = None
+        return values
 
     @property
     def passed(self) -> bool:

@@ -19,7 +19,7 @@ class Result:
 
     Attributes:
         claim: What holds, in words.
-        passed: True if it does; None where the question does not apply to the recipe.
+        passed: True if it does; None where the question does not apply to the recipe, or a figure is only told.
         figure: What was measured; None where nothing has a size.
         bound: Largest figure that passes.
         detail: The first difference, or what was compared, or the reason why the question does not apply.
