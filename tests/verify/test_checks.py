@@ -233,3 +233,10 @@ def test_resume(tmp_path: Path) -> None:
 def test_a_resume_without_moments(tmp_path: Path) -> None:
     found = failed(results_of(tmp_path, "resume", plant=other_bits_after_a_resume))
     assert found["after SIGKILL every later batch has the same bits"].startswith("batch 4: ")
+
+
+@pytest.mark.slow
+def test_faults(tmp_path: Path) -> None:
+    results = results_of(tmp_path, "faults")
+    assert failed(results) == {}
+    assert {"recovery seconds after a killed rank", "batches lost from a damaged checkpoint"} <= results.keys()
