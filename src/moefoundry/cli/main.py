@@ -35,6 +35,7 @@ COMMANDS = {
     "sweep": "Train a recipe over values of its keys, and compare.",
     "train": "Train a recipe on this rank.",
     "validate": "Check a recipe, on any machine.",
+    "verify": "Prove that a recipe trains right, with a small twin of it.",
 }
 COMPLETE = "_MOEFOUNDRY_COMPLETE"
 """Variable by which a shell asks for its script (``bash_source``) and for completions (``bash_complete``)."""
