@@ -150,7 +150,10 @@ def test_it_loads_what_is_exported(saved: Peer, exported: Peer, family: str, var
     assert result["odd"] == {}
     assert torch.equal(result["logits"], expected["logits"])
     assert torch.equal(result["tokens"], expected["tokens"])
-    if family in OLDER and variant != "moonlight":  # transformers 4.51 builds no queries without a rank
+    if family in OLDER and variant not in (
+        "moonlight",
+        "windows",
+    ):  # transformers 4.51 builds no queries without a rank
         older = AutoModelForCausalLM.from_pretrained(exported.path / name, attn_implementation="eager").eval()
         assert difference(older(sample()).logits, expected["logits"]) < ABSOLUTE
 

@@ -202,6 +202,7 @@ _TABLES = (
                 "glm4_moe_lite": "glm4_moe:Glm4MoeLite",
                 "minimax_m2": "minimax_m2:MinimaxM2",
                 "ernie4_5_moe": "ernie4_5_moe:Ernie45Moe",
+                "gpt_oss": "gpt_oss:GptOss",
             }.items()
         },
         base=None,

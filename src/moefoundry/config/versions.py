@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 VERSION_KEY = "format_version"
 
 ADDED: dict[int, dict[str, dict[str, Any]]] = {
@@ -56,6 +56,17 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
             "model.attention.softmax_scale": None,
         },
         "model.moe.num_experts": {"model.moe.shared_expert_gate": False},
+    },
+    3: {
+        "model.d_model": {"model.swiglu.alpha": 1.0, "model.swiglu.limit": None, "model.swiglu.offset": 0.0},
+        "model.attention.n_heads": {"model.attention.sinks": False},
+        "model.attention.n_kv_heads": {"model.attention.sliding_window_layers": None},
+        "model.attention.yarn.factor": {
+            "model.attention.yarn.attention_factor": None,
+            "model.attention.yarn.truncate": True,
+        },
+        "model.moe.num_experts": {"model.moe.projection_bias": False},
+        "model.moe.router.score_function": {"model.moe.router.gate_bias": False},
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

@@ -50,11 +50,11 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
 
     Args:
         path: Directory with config.json and safetensors.
-        fp8_as: dtype in which FP8 tensors are read; None is BF16.
+        fp8_as: dtype in which FP8 and MXFP4 tensors are read; None is BF16.
 
     Raises:
         UserError: The config means a model not known here, or tensors are missing, too many or misshapen, or the
-            weights are pickled, or quantized other than in FP8 blocks.
+            weights are pickled, or quantized other than in FP8 blocks or MXFP4.
     """
     config = read_hf_config(path)
     block = fp8_block(config, path)
@@ -95,13 +95,17 @@ def read_hf_config(path: Path) -> dict[str, Any]:
 
 
 def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
-    """Return rows and columns of an FP8 block; DeepSeek's where no weight is quantized.
+    """Return rows and columns of an FP8 block; DeepSeek's where no weight is in FP8.
 
     Raises:
         UserError: Weights are quantized in another way.
     """
     quantization = config.get("quantization_config") or {"quant_method": "fp8", "weight_block_size": [128, 128]}
     match quantization:
+        case {"quant_method": "mxfp4"}:
+            return 128, 128
         case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]}:
             return rows, columns
-    raise UserError(f"{path / CONFIG}: only FP8 weights in blocks can be read, not quantization_config {quantization}")
+    raise UserError(
+        f"{path / CONFIG}: only FP8 weights in blocks and MXFP4 can be read, not quantization_config {quantization}"
+    )

@@ -5,7 +5,8 @@
     model.fp16.safetensors, model.safetensors.index.fp16.json    the same in a variant; read where it is the only one
 
 Files are mapped, so reading a slice costs its pages. They are written in one pass: the header, which says where each
-tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as their products.
+tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as their products, and so are
+gpt-oss's in MXFP4 (``mxfp4.py``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.out_of_core import progress
 from moefoundry.config import UserError
 from moefoundry.config.errors import first_few
+from moefoundry.conversion.mxfp4 import BLOCKS, SCALES, dequantize, take_packed
 from moefoundry.data.json_files import refuse_lfs_pointer
 
 SINGLE_FILE = "model.safetensors"
@@ -55,7 +57,7 @@ class SafetensorsReader:
     Args:
         directory: Directory with model.safetensors, or an index and the shards that it names.
         fp8_block: Rows and columns of an FP8 block.
-        fp8_as: dtype in which FP8 tensors are read; DeepSeek's own conversion makes them BF16.
+        fp8_as: dtype in which FP8 and MXFP4 tensors are read; DeepSeek's own conversion makes them BF16.
 
     Attributes:
         specs: Shapes and dtypes by name.
@@ -81,10 +83,15 @@ class SafetensorsReader:
         if absent:
             raise UserError(f"{directory}: tensors of the index are missing: {first_few(absent)}")
         self._scales = self._take_scales(directory)
+        self._packed = take_packed(self.specs, fp8_as, directory)
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
         """Read a tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
         box = tuple(slice(*limits) for limits in ranges)
+        if name in self._packed:
+            experts = box[0] if box else slice(None)
+            parts = (self._files[name + end].get_slice(name + end)[experts] for end in (BLOCKS, SCALES))
+            return dequantize(*parts)[slice(None), *box[1:]].to(self._fp8_as)
         values: Tensor = self._files[name].get_slice(name)[box] if box else self._files[name].get_tensor(name)
         if name not in self._scales:
             return values

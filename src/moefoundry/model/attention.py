@@ -43,7 +43,8 @@ class GroupedQueryAttention(Attention):
     """Causal grouped-query attention with RoPE (arXiv 2305.13245).
 
     Queries and keys may be normalized over each head (Qwen3), or over all heads together (OLMoE). ``clip_qkv`` clamps
-    the outputs of the projections (DBRX), or those of the norms (OLMoE).
+    the outputs of the projections (DBRX), or those of the norms (OLMoE). With ``sinks`` a head may attend to nothing
+    (gpt-oss).
     """
 
     def __init__(self, cfg: GqaConfig, model: ModelConfig) -> None:
@@ -59,6 +60,7 @@ class GroupedQueryAttention(Attention):
         self.k_proj = nn.Linear(d_model, kv_width, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, kv_width, bias=qkv_bias)
         self.o_proj = nn.Linear(width, d_model, bias=cfg.bias == AttentionBias.all)
+        self.sinks = nn.Parameter(torch.empty(cfg.n_heads)) if cfg.sinks else None
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if cfg.qk_norm != QkNorm.none:
@@ -71,8 +73,8 @@ class GroupedQueryAttention(Attention):
         k_BHLd = self._rotate(self._heads(self.k_proj(x_BSD), self.k_norm), context.rotation)
         v_BHLd = self._heads(self.v_proj(x_BSD), None)
         if cache is not None:
-            k_BHLd, v_BHLd = cache.append(k_BHLd, v_BHLd)
-        return self.o_proj(attend(q_BHSd, k_BHLd, v_BHLd, context, self.scale))
+            k_BHLd, v_BHLd = cache.append(k_BHLd, v_BHLd, window=context.window)
+        return self.o_proj(attend(q_BHSd, k_BHLd, v_BHLd, context, self.scale, self.sinks))
 
     def _rotate(self, x_BHSd: Tensor, rotation: Rotation) -> Tensor:
         """Turn the first ``rotary_dim`` elements of each head (all but GLM-4.5 and MiniMax turn whole heads)."""

@@ -4,7 +4,8 @@
     latent         compressed keys and values [B, L, R], and the rotated part of the keys, which all heads share,
                    [B, 1, L, d]
 
-All rows of the batch have the same length, and each row is one document from its first token.
+A block with a sliding window keeps only the tokens that the next one sees. All rows of the batch have the same length,
+and each row is one document from its first token.
 """
 
 from __future__ import annotations
@@ -23,29 +24,32 @@ class LayerCache:
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
 
-    @property
-    def length(self) -> int:
-        """L, the number of tokens in it."""
-        return self.tensors[0].shape[-2] if self.tensors else 0
-
-    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Append new tokens, and return all.
+    def append(self, *new: Tensor, window: int | None = None) -> tuple[Tensor, ...]:
+        """Append new tokens, and return all that any of them sees.
 
         Args:
             new: [..., S, width] each, with the same S.
+            window: Tokens that a token sees, itself included; those that no later one sees are dropped. None keeps all.
         """
         pairs = zip(self.tensors, new, strict=True)
-        self.tensors = tuple(torch.cat(pair, dim=-2) for pair in pairs) if self.tensors else new
-        return self.tensors
+        whole = tuple(torch.cat(pair, dim=-2) for pair in pairs) if self.tensors else new
+        self.tensors = whole if window is None else tuple(_last(tensor, window - 1) for tensor in whole)
+        return whole
+
+
+def _last(tensor: Tensor, tokens: int) -> Tensor:
+    kept = min(tokens, tensor.shape[-2])
+    return tensor.narrow(-2, tensor.shape[-2] - kept, kept)
 
 
 class KVCache:
-    """One :class:`LayerCache` for each block; ``model(input_ids, cache=cache)`` continues after its tokens."""
+    """One :class:`LayerCache` for each block; ``model(input_ids, cache=cache)`` continues after its tokens.
+
+    Attributes:
+        layers: Caches of the blocks.
+        length: Number of tokens that the model has read.
+    """
 
     def __init__(self, n_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(n_layers)]
-
-    @property
-    def length(self) -> int:
-        """Number of tokens that every layer has."""
-        return self.layers[0].length
+        self.length = 0

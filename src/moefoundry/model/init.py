@@ -20,7 +20,7 @@ from moefoundry.model.norm import Norm
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill every parameter in place: norm weights with 1, biases with 0, matrices from N(0, std**2); buffers with 0.
+    """Fill every parameter in place: norms with 1, biases and sinks with 0, matrices from N(0, std**2); buffers with 0.
 
     Args:
         model: Materialized (``to_empty``), sharded or not.
@@ -36,7 +36,7 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
             raise ValueError(f"{name} is on the meta device: materialize the model with to_empty() first")
         if id(parameter) in norms:
             parameter.fill_(1.0)
-        elif parameter.dim() == 1:
+        elif parameter.dim() == 1 or name.endswith("bias"):  # stacked biases of experts have two dims
             parameter.zero_()
         else:
             fill_by_row(name, parameter, seed, lambda row, draw: row.normal_(0.0, std, generator=draw))

@@ -62,7 +62,7 @@ def block_work(cfg: ModelConfig, block: Block, seq_len: int, c: int) -> Work:
     return Work(
         linear=2 * _dense_elements(block),
         experts=2 * routed * cfg.moe.top_k,
-        attention=2 * sum(queries_values) * _positions_seen(seq_len, cfg.attention.window),
+        attention=2 * sum(queries_values) * _positions_seen(seq_len, block.window),
         moved=moved,
     )
 

@@ -27,7 +27,7 @@ from moefoundry.conversion.families.keys import Keys
 class Piece:
     """A block of one of our tensors that equals a block of one Hugging Face tensor, bit for bit.
 
-    It is ``ours[expert] == theirs[part][rows]``.
+    It is ``ours[expert] == theirs[part][rows]``, of which ``columns`` are taken and then ``transposed``.
 
     Attributes:
         name: Our parameter or buffer, as in ``MoETransformer.state_dict()``.
@@ -37,6 +37,8 @@ class Piece:
         transposed: True where the two-dimensional block is stored transposed there.
         part: Index along the Hugging Face tensor's first dim, where it has a dim more than our block, and ``rows`` are
             those of this part; None is a tensor of as many dims.
+        columns: First column, and the step to the next, of the block in the last dim of the Hugging Face tensor, whose
+            other columns are other pieces with equal ``rows``; None is all.
     """
 
     name: str
@@ -45,6 +47,14 @@ class Piece:
     rows: tuple[int, int] | None = None
     transposed: bool = False
     part: int | None = None
+    columns: tuple[int, int] | None = None
+
+    def of_their_block(self, block: Any) -> Any:
+        """Take our block of the rows of a tensor of theirs, a view."""
+        if self.columns is not None:
+            first, step = self.columns
+            block = block[..., first::step]
+        return block.T if self.transposed else block
 
 
 class Family(ABC):
@@ -87,7 +97,7 @@ class Family(ABC):
         keys = Keys(hf, self.defaults, f"Hugging Face config ({self.name})")
         cfg = self._read(keys)
         if keys.has("quantization_config"):  # of the file's tensors, which ``safetensors_io`` reads
-            keys.nested("quantization_config", {}).only("quant_method", "fp8")
+            keys.nested("quantization_config", {}).text("quant_method", "fp8", "mxfp4")
         keys.finish()
         return cfg
 
@@ -214,12 +224,23 @@ def computed(cfg: ModelConfig) -> ModelConfig:
     attention = cfg.attention
     if isinstance(attention, GqaConfig):
         width = attention.head_width(cfg.d_model)
-        attention = replace(attention, head_dim=width, softmax_scale=attention.softmax_scale or width**-0.5)
+        attention = replace(
+            attention,
+            head_dim=width,
+            softmax_scale=attention.softmax_scale or width**-0.5,
+            sliding_window_layers=_windowed_layers(attention, cfg.n_layers),
+        )
     return replace(
         with_dense_layers(cfg, dense),
         moe=moe if len(dense) < cfg.n_layers or cfg.mtp.depth else MoEConfig(),
         attention=attention,
     )
+
+
+def _windowed_layers(attention: GqaConfig, n_layers: int) -> list[int] | None:
+    """List the blocks with a window, in order; None where all have it, or none."""
+    blocks = [index for index in range(n_layers) if attention.window_of(index) is not None]
+    return blocks if 0 < len(blocks) < n_layers else None
 
 
 def _leaves(cfg: ModelConfig) -> dict[str, object]:

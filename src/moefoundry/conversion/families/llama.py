@@ -51,8 +51,7 @@ class Llama(Family):
             init=InitConfig(std=keys.number("initializer_range")),
             attention=self._read_attention(keys),
         )
-        kind = "full_attention" if cfg.attention.window is None else "sliding_attention"
-        keys.only("layer_types", [kind] * cfg.n_layers)  # the same again, in files of later versions
+        keys.only("layer_types", layer_types(cfg.attention, cfg.n_layers))  # the same again, in files of later versions
         keys.only("hidden_act", "silu")
         keys.only("attention_dropout", 0.0)
         return self._read_ffn(keys, cfg)
@@ -140,6 +139,8 @@ class Llama(Family):
             yield f"{projection}.weight", f"{projection}.weight"
             if bias == AttentionBias.all or (bias == AttentionBias.qkv and projection != "o_proj"):
                 yield f"{projection}.bias", f"{projection}.bias"
+        if cfg.attention.sinks:
+            yield "sinks", "sinks"
         if cfg.attention.qk_norm != QkNorm.none:
             yield "q_norm.weight", "q_norm.weight"
             yield "k_norm.weight", "k_norm.weight"
@@ -147,6 +148,20 @@ class Llama(Family):
     def _moe(self, cfg: ModelConfig, ours: str, theirs: str) -> Iterator[Piece]:
         """Yield the pieces of the MoE layer ``ours`` in the block ``theirs``."""
         return experts(cfg, ours, f"{theirs}.mlp")
+
+
+def layer_types(attention: AttentionConfig, n_layers: int) -> list[str]:
+    """List the blocks as transformers does, by whether they have a window."""
+    windows = (attention.window_of(index) for index in range(n_layers))
+    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def windowed_blocks(keys: Keys, n_layers: int) -> list[int]:
+    """Read the indices of the blocks with a window from ``layer_types``."""
+    kinds = keys.texts("layer_types", "full_attention", "sliding_attention")
+    if len(kinds) != n_layers:
+        keys.refuse("layer_types", f"a list of {n_layers}")
+    return [index for index, kind in enumerate(kinds) if kind == "sliding_attention"]
 
 
 def ffn(ours: str, theirs: str) -> Iterator[Piece]:
