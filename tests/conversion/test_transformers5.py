@@ -27,14 +27,15 @@ from tests.conversion.families.models import (
     our_tensors,
     sizes,
 )
-from tests.conversion.hf import assert_same_tensors, contents, family_config, write_hf, write_tokenizer
+from tests.conversion.hf import assert_same_tensors, contents, family_config, write_hf, write_mxfp4, write_tokenizer
 from tests.conversion.oracle import Peer, needs_oracle, run_peer, write_cases
 from tests.conversion.transformers5 import NEW_TOKENS, PROMPT, sample
 
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"), needs_oracle]
 ABSOLUTE = 3e-5  # of logits of about 1; 1e-5 is seen
 RELATIVE = 2e-5  # of a gradient's largest entry; 4e-6 is seen
-TEXTS = "text-"
+TEXTS, MXFP4 = "text-", "mxfp4"
+GPT_OSS_MOE = VARIANTS["gpt_oss"]["plain"].moe
 FUSED = [family for family in VARIANTS if family not in ("llama", "qwen2", "qwen3", "dbrx")]
 cases = pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
 
@@ -73,6 +74,9 @@ def exported(checkpoints: Path, tokenizer: Path, tmp_path_factory: pytest.TempPa
     directory = tmp_path_factory.mktemp("exported")
     for family, variant in CASES:
         export_hf(checkpoints / f"{family}-{variant}", directory / f"{family}-{variant}", family)
+    write_mxfp4(
+        directory / MXFP4, replace(VARIANTS["gpt_oss"]["plain"], moe=replace(GPT_OSS_MOE, expert_hidden_size=32))
+    )
     for family in VARIANTS:
         name = f"{TEXTS}{family}"
         hf = write_hf(directory.parent / f"{name}-hf", family, replace(family_config(family), vocab_size=270))
@@ -156,6 +160,18 @@ def test_it_loads_what_is_exported(saved: Peer, exported: Peer, family: str, var
     ):  # transformers 4.51 builds no queries without a rank
         older = AutoModelForCausalLM.from_pretrained(exported.path / name, attn_implementation="eager").eval()
         assert difference(older(sample()).logits, expected["logits"]) < ABSOLUTE
+
+
+@torch.no_grad()
+def test_weights_in_mxfp4_are_read_as_it_reads_them(exported: Peer, tmp_path: Path) -> None:
+    import_hf(exported.path / MXFP4, tmp_path / "imported")
+    export_hf(tmp_path / "imported", tmp_path / "exported")
+    tensors, published = contents(tmp_path / "exported"), contents(exported.path / MXFP4)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert_same_tensors(tmp_path / "exported", exported.path / MXFP4)
+    assert tensors.keys() == published.keys()
+    logits = load_model(tmp_path / "imported")(sample())
+    assert difference(logits, exported.results[MXFP4]["logits"]) < ABSOLUTE
 
 
 def test_it_writes_the_text_that_is_written_here(exported: Peer, checkpoints: Path, tokenizer: Path) -> None:

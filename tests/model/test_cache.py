@@ -15,6 +15,8 @@ KINDS = {
     "norms_and_clip": GqaConfig(n_heads=4, n_kv_heads=4, head_dim=6, qk_norm=QkNorm.full, clip_qkv=0.5, yarn=YARN),
     "latent": MlaConfig(**MLA, q_lora_rank=10),
     "latent_yarn": MlaConfig(**MLA, yarn=YARN),
+    "sinks": GqaConfig(n_heads=4, n_kv_heads=2, sinks=True, sliding_window=3, sliding_window_layers=[0, 2]),
+    "latent_sinks": MlaConfig(**MLA, sinks=True),
 }
 PARTS = {"one_by_one": [1] * 12, "prompt_then_one_by_one": [8, 1, 1, 1, 1], "several_at_once": [5, 4, 3]}
 
@@ -64,7 +66,7 @@ def test_blocks_that_checkpoint_activations_take_a_cache(mode: str) -> None:
     torch.testing.assert_close(logits, tiny_model(cfg)(ids), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["grouped_query", "latent"])
+@pytest.mark.parametrize("kind", ["grouped_query", "latent", "sinks"])
 @torch.no_grad()
 def test_compiled_attention_is_one_graph(kind: str) -> None:
     torch._dynamo.reset()  # graphs of other tests count towards the limit
@@ -75,6 +77,16 @@ def test_compiled_attention_is_one_graph(kind: str) -> None:
         block.attention.compile(backend="eager", fullgraph=True)
     logits = torch.cat([model(part, cache=cache) for part in ids.split([4, 1, 1, 1, 1], dim=1)], dim=1)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+
+
+def test_blocks_with_a_window_keep_only_what_the_next_token_sees() -> None:
+    cfg, cache = config(KINDS["sinks"]), KVCache(3)
+    model = tiny_model(cfg)
+    for part, kept in zip(batch(2, 7).split([1, 5, 1], dim=1), (1, 6, 7), strict=True):
+        model(part, cache=cache)
+        lengths = [{tensor.shape[-2] for tensor in layer.tensors} for layer in cache.layers]
+        assert lengths == [{min(kept, 2)}, {kept}, {min(kept, 2)}]
+    assert cache.length == 7
 
 
 def test_latent_attention_keeps_only_the_compressed_tokens() -> None:

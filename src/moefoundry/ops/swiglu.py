@@ -111,6 +111,6 @@ def _backward(
         grad = grad * row_weights.unsqueeze(-1)
     grad_gate, grad_up = lifted.mul_(slope).mul_(grad), gated.mul_(grad)
     if activation.limit is not None:
-        grad_gate.masked_fill_(gate > activation.limit, 0)
-        grad_up.masked_fill_(up.abs() > activation.limit, 0)
+        grad_gate.masked_fill_(gate >= activation.limit, 0)
+        grad_up.masked_fill_(up.abs() >= activation.limit, 0)
     return grad_gate.to(gate.dtype), grad_up.to(up.dtype), grad_row_weights

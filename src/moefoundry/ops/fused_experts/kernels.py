@@ -264,8 +264,8 @@ def swiglu_backward(
     g = tl.load(gate_up + wide, mask=keep, other=0.0).to(tl.float32)
     u = tl.load(gate_up + wide + columns, mask=keep, other=0.0).to(tl.float32)
     if LIMIT is not None:
-        gate_moves = g <= LIMIT
-        up_moves = tl.abs(u) <= LIMIT
+        gate_moves = g < LIMIT
+        up_moves = tl.abs(u) < LIMIT
     g, u, sigmoid = activated(g, u, ALPHA, LIMIT, OFFSET)
     silu = g * sigmoid
     grad_weight = tl.sum(dh * silu * u, 1)
