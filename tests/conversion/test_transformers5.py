@@ -35,7 +35,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled:U
 ABSOLUTE = 3e-5  # of logits of about 1; 1e-5 is seen
 RELATIVE = 2e-5  # of a gradient's largest entry; 4e-6 is seen
 TEXTS, MXFP4 = "text-", "mxfp4"
-GPT_OSS_MOE = VARIANTS["gpt_oss"]["plain"].moe
+GPT_OSS = VARIANTS["gpt_oss"]["plain"]
+PACKABLE = replace(GPT_OSS, moe=replace(GPT_OSS.moe, expert_hidden_size=32))
 FUSED = [family for family in VARIANTS if family not in ("llama", "qwen2", "qwen3", "dbrx")]
 cases = pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
 
@@ -199,7 +200,11 @@ def test_what_only_the_newer_version_has_is_verified_by_it(
     saved: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parity = import_hf(saved.path / "minimax_m2-plain", tmp_path / "checkpoint", tolerance=1e-4).parity
+    packed = write_mxfp4(tmp_path / "packed", PACKABLE)
+    of_packed = import_hf(packed, tmp_path / "unpacked", tolerance=1e-4).parity
     assert parity is not None
+    assert of_packed is not None
+    assert of_packed.logits < 1e-4
     assert parity.transformers.startswith("5.")
     assert len(parity.hidden) == 2
     assert max(parity.logits, *parity.hidden) < 1e-4

@@ -174,7 +174,8 @@ def _load(hf: Path, cfg: ModelConfig, fp8_as: torch.dtype) -> Any:
     if not older:
         tensors = SafetensorsReader(hf, fp8_as=fp8_as)
         found = {name: tensors.read(name) for name in tensors.specs}
-        return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=found, **OPTIONS)
+        its_class = AutoModelForCausalLM._model_mapping[type(config)]  # which, unlike Auto, needs no directory
+        return its_class.from_pretrained(None, config=config, state_dict=found, **OPTIONS)
     model = _build(config)
     split = SplitExperts(SafetensorsReader(hf, fp8_as=fp8_as), family, cfg)
     query = "q_proj" if _without_query_rank(cfg) else "q_b_proj"
