@@ -75,9 +75,7 @@ def exported(checkpoints: Path, tokenizer: Path, tmp_path_factory: pytest.TempPa
     directory = tmp_path_factory.mktemp("exported")
     for family, variant in CASES:
         export_hf(checkpoints / f"{family}-{variant}", directory / f"{family}-{variant}", family)
-    write_mxfp4(
-        directory / MXFP4, replace(VARIANTS["gpt_oss"]["plain"], moe=replace(GPT_OSS_MOE, expert_hidden_size=32))
-    )
+    write_mxfp4(directory / MXFP4, PACKABLE)
     for family in VARIANTS:
         name = f"{TEXTS}{family}"
         hf = write_hf(directory.parent / f"{name}-hf", family, replace(family_config(family), vocab_size=270))
