@@ -74,7 +74,8 @@ class _SwiGLU(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        return *swiglu_backward(grad, *ctx.saved_tensors, ctx.activation), None
+        gate, up, row_weights = ctx.saved_tensors
+        return *swiglu_backward(grad, gate, up, row_weights, ctx.activation), None
 
 
 def swiglu_backward(

@@ -46,7 +46,11 @@ class Qwen2(Llama):
     def _write_attention(self, cfg: ModelConfig) -> dict[str, Any]:
         assert isinstance(cfg.attention, GqaConfig)
         window, layers = cfg.attention.sliding_window, cfg.attention.sliding_window_layers
-        keys = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+        keys: dict[str, Any] = {
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": 0,
+        }
         if layers is not None:
             keys |= {"max_window_layers": min(layers), "layer_types": layer_types(cfg.attention, cfg.n_layers)}
         return super()._write_attention(cfg) | keys

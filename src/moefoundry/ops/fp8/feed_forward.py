@@ -77,7 +77,7 @@ class _FeedForward(Function):
             for weight in (gate, up)
         )
         for out, bias in ((gate_RF, gate_bias_EF), (up_RF, up_bias_EF)):
-            if bias is not None:
+            if bias is not None and group_sizes_E is not None:
                 out += bias.repeat_interleave(group_sizes_E, dim=0, output_size=len(out))
         kept = [x_RD]
         if keep:
