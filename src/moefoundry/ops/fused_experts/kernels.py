@@ -273,12 +273,13 @@ def swiglu_backward(
     place = hidden + row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(place, (silu * u * weight[:, None]).to(dtype), mask=keep)
     grad_u = dh * silu
+    if LIMIT is not None:
+        grad_u = tl.where(up_moves, grad_u, 0.0)
+    tl.store(grad_gate_up + wide + columns, grad_u.to(dtype), mask=keep)
     slope = sigmoid + silu * (1 - sigmoid) if ALPHA == 1.0 else sigmoid + ALPHA * silu * (1 - sigmoid)
     grad_g = dh * u * slope
     if LIMIT is not None:
         grad_g = tl.where(gate_moves, grad_g, 0.0)
-        grad_u = tl.where(up_moves, grad_u, 0.0)
-    tl.store(grad_gate_up + wide + columns, grad_u.to(dtype), mask=keep)
     tl.store(grad_gate_up + wide, grad_g.to(dtype), mask=keep)
     return grad_weight
 
