@@ -78,8 +78,9 @@ def unpacked(directory: Path) -> torch.nn.Module:
         tensors[name] = convert_moe_packed_tensors(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"))
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
-    its_class = AutoModelForCausalLM._model_mapping[type(config)]
-    return its_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **OPTIONS)
+    model = AutoModelForCausalLM.from_config(config, **OPTIONS)
+    model.load_state_dict(tensors)
+    return model.float()
 
 
 def load(directory: Path) -> None:
