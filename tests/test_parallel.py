@@ -25,6 +25,8 @@ from moefoundry.config import (
     NormPosition,
     PrecisionConfig,
     QkNorm,
+    RouterConfig,
+    SwigluConfig,
 )
 from tests.distributed import run_distributed
 
@@ -94,9 +96,17 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
         n_dense_layers=1,
         ffn_hidden_size=48,
         init=InitConfig(std=0.1),
+        swiglu=SwigluConfig(alpha=1.2, limit=1.0, offset=0.5),
         norm=NormConfig(position=NormPosition.after),
         attention=GqaConfig(
-            n_heads=4, n_kv_heads=2, rotary_fraction=0.5, softmax_scale=0.3, qk_norm=QkNorm.head_after_rope
+            n_heads=4,
+            n_kv_heads=2,
+            rotary_fraction=0.5,
+            softmax_scale=0.3,
+            qk_norm=QkNorm.head_after_rope,
+            sinks=True,
+            sliding_window=5,
+            sliding_window_layers=[1],
         ),
         multipliers=MultipliersConfig(embedding=2.0, residual=0.5, logits_divisor=1.5),
         moe=MoEConfig(
@@ -105,6 +115,8 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
             expert_hidden_size=16,
             num_shared_experts=1,
             shared_expert_gate=True,
+            projection_bias=True,
+            router=RouterConfig(gate_bias=True),
             balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
             backend="loop" if dtype == torch.float64 else "grouped_mm",
         ),

@@ -64,9 +64,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Weight matrices decay; norms, biases and embeddings do not.
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() > 1 and id(p) not in embeddings]
-    plain = [p for p in trained if p.dim() <= 1 or id(p) in embeddings]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.dim() > 1 and id(parameter) not in embeddings and not name.endswith("bias")
+
+    decayed = [p for name, p in trained.items() if decays(name, p)]
+    plain = [p for name, p in trained.items() if not decays(name, p)]
     groups: list[dict[str, Any]] = [{"params": params, "weight_decay": weight_decay} for params in by_mesh(decayed)]
     return groups + [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
 

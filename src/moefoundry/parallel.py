@@ -160,7 +160,7 @@ def _placement_of_experts(weight: nn.Parameter, ranks: int) -> Shard:
 
     So every rank has a share, and no shard is padded.
     """
-    experts, rows, _ = weight.to_local().shape if isinstance(weight, DTensor) else weight.shape
+    experts, rows = (weight.to_local() if isinstance(weight, DTensor) else weight).shape[:2]
     return Shard(1) if ranks > experts and rows % ranks == 0 else Shard(0)
 
 

@@ -36,6 +36,7 @@ from moefoundry.model.output_head import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
 from moefoundry.moe.mixture import RowMixture
 from moefoundry.moe.router import Router
+from moefoundry.ops.expert_bias import HiddenLayer
 from moefoundry.ops.fp8 import (
     Backend,
     Format,
@@ -123,7 +124,7 @@ class Fp8FeedForward(FeedForward):
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        return fp8_feed_forward(x, *weights, backend=self.backend)
+        return fp8_feed_forward(x, *weights, hidden=HiddenLayer(self.activation), backend=self.backend)
 
 
 class Fp8Experts(GroupedExperts):
@@ -131,8 +132,9 @@ class Fp8Experts(GroupedExperts):
 
     fp8_backend: Backend | None
 
-    def forward(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
-        return fp8_mixture(tokens_PD, weights_PK, *self.local_weights(), order, self.fp8_backend)
+    def mix(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
+        weights, hidden = self.local_weights(), self.hidden_layer()
+        return fp8_mixture(tokens_PD, weights_PK, *weights, order, hidden, self.fp8_backend)
 
 
 def codec_of_rows(experts: GroupedExperts) -> Fp8Codec | None:

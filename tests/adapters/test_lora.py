@@ -20,6 +20,7 @@ from moefoundry.config import (
     MlaConfig,
     ModelConfig,
     PrecisionConfig,
+    SwigluConfig,
 )
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.parallel import materialize, parallelize
@@ -113,6 +114,27 @@ def test_targets_alone_get_adapters(targets: list[str]) -> None:
     for name in trained(model):
         assert any(groups[place[0]] in name and place[-1] in (*groups, *name.split(".")) for place in places), name
     assert_close(model(batch()), dense_reference(model)(batch()), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("recipe", [None, Fp8Recipe.deepseek_v3], ids=["fp32", "fp8"])
+def test_experts_with_biases_and_a_clamped_activation(recipe: Fp8Recipe | None) -> None:
+    cfg = tiny_config()
+    cfg.moe.projection_bias, cfg.swiglu = True, SwigluConfig(alpha=1.7, limit=0.5, offset=1.0)
+    model = adapted_model(lora_config(targets=["experts"]), cfg, PrecisionConfig(fp8=Fp8Config(recipe)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(1))
+    assert not any("bias" in name for name in trained(model))
+    reference = dense_reference(model)
+    assert_close(model(batch()), reference(batch()), tolerance=1e-5 if recipe is None else 0.1)
+    with torch.no_grad():
+        biases = [parameter for name, parameter in reference.named_parameters() if name.endswith("proj_bias")]
+        before = reference(batch())
+        for bias in biases:
+            bias.zero_()
+        assert len(biases) == 2 * 3
+        assert (reference(batch()) - before).norm() > 0.1 * before.norm(), "they matter"
 
 
 def test_training_begins_with_the_model_of_the_base() -> None:

@@ -53,6 +53,7 @@ def test_row22_check_recipe_alone():
     assert check_recipe(recipe, world_size=2, skip={"mesh.expert"}) == []
 
 
+WINDOWED = "model.attention.sliding_window_layers"
 BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
 
 
@@ -87,6 +88,13 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
             ["model.attention.yarn={factor: 4, original_max_seq_len: 64, beta_fast: 2, beta_slow: 2}"],
             None,
             ["model.attention.yarn.beta_fast"],
+        ),
+        # windows in some blocks
+        (["model.attention.sliding_window=8", f"{WINDOWED}=[0,5]"], None, []),
+        ([f"{WINDOWED}=[0]"], None, [WINDOWED]),
+        *(
+            (["model.attention.sliding_window=8", f"{WINDOWED}={blocks}"], None, [WINDOWED])
+            for blocks in ("[]", "[2,6]")
         ),
         # routing by groups
         (["model.moe.router={num_groups: 3}"], None, ["model.moe.router.num_groups"]),

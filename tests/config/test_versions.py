@@ -34,7 +34,8 @@ def problems_of(recipe: dict[str, Any]) -> list[str]:
 def test_a_recipe_of_the_first_version_means_what_it_meant() -> None:
     now = upgraded(FIRST)
     assert now.items() >= FIRST.items(), "what it says stays"
-    added = {key: value for key, value in BESIDE.items() if key not in OF_LATENT_ATTENTION}
+    absent = (*OF_LATENT_ATTENTION, "model.attention.yarn.attention_factor", "model.attention.yarn.truncate")
+    added = {key: value for key, value in BESIDE.items() if key not in absent}
     assert {key: now[key] for key in now.keys() - FIRST.keys()} == {"format_version": FORMAT_VERSION, **added}
     assert problems_of(now) == []
     assert upgraded(now) == now
@@ -67,7 +68,9 @@ def test_what_no_version_lacks_is_never_guessed(key: str) -> None:
 
 def test_yarn_is_not_turned_off_where_it_is_on() -> None:
     on = {f"model.attention.yarn.{name}": 4 for name in ("factor", "original_max_seq_len")}
-    assert "model.attention.yarn" not in upgraded({"model.attention.n_heads": 4, **on})
+    now = upgraded({"model.attention.n_heads": 4, **on})
+    assert "model.attention.yarn" not in now
+    assert (now["model.attention.yarn.truncate"], now["model.attention.yarn.attention_factor"]) == (True, None)
 
 
 def test_a_stored_recipe_and_a_file_of_the_present(tmp_path: Path) -> None:

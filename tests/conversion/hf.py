@@ -159,6 +159,29 @@ def assert_same_tensors(directory: Path, other: Path, but: Collection[str] = ())
         assert name in but or torch.equal(tensor, theirs[name]), name
 
 
+def packed_mxfp4(experts: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Blocks and scales of random weights [E, I, O] of about 1."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (experts, outputs, inputs // 32)
+    blocks = torch.randint(0, 256, (*shape, 16), generator=draw, dtype=torch.uint8)
+    return blocks, torch.randint(122, 126, shape, generator=draw, dtype=torch.uint8)
+
+
+def write_mxfp4(directory: Path, cfg: ModelConfig) -> Path:
+    """A directory of gpt-oss as it is published: experts in MXFP4, all else in BF16."""
+    family, experts = "gpt_oss", cfg.moe.num_experts
+    packed: dict[str, Tensor | None] = {}
+    for layer in range(cfg.n_layers):
+        widths = {"gate_up_proj": (2 * cfg.moe.expert_hidden_size, cfg.d_model)}
+        widths["down_proj"] = cfg.d_model, cfg.moe.expert_hidden_size
+        for name, (outputs, inputs) in widths.items():
+            whole = f"model.layers.{layer}.mlp.experts.{name}"
+            blocks, scales = packed_mxfp4(experts, outputs, inputs)
+            packed |= {whole: None, f"{whole}_blocks": blocks, f"{whole}_scales": scales}
+    write_hf(directory, family, cfg, torch.bfloat16, **packed)
+    return change_config(directory, quantization_config={"quant_method": "mxfp4"})
+
+
 def to_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight [O, I] in float8_e4m3fn, and the fp32 factor of each block of 128 x 128."""
     rows, columns = (-(-size // FP8_BLOCK) for size in weight.shape)

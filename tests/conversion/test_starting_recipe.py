@@ -62,8 +62,10 @@ def test_sizes_and_balance_are_as_published(name: str) -> None:
         "deepseek-v2-lite-16b",
         "glm-4.5-air-106b",
         "qwen3.5-397b-a17b",
+        "gpt-oss-120b",
     ):  # others of theirs
-        assert computed(family.read_config(family.published[1])) == computed(recipe.model)
+        model = family.read_config(family.published[1])
+        assert computed(replace(model, attention=replace(model.attention, yarn=None))) == computed(recipe.model)
 
 
 def test_the_rules_go_through_what_was_published() -> None:

@@ -3,7 +3,8 @@
     save   DIR/cases.json has a config by name: DIR/{name} is its model with random weights, saved; DIR/{name}-gradients
            holds the gradients under the same names; DIR/{name}-fused the model with its experts in one tensor, as they
            are in memory, where it is the family's first. It also has sizes by family, to be filled up with defaults.
-    load   every directory of DIR with a config.json is loaded; where it has a tokenizer, text is written with it
+    load   every directory of DIR with a config.json is loaded; where it has a tokenizer, text is written with it; where
+           its experts are in MXFP4, they are unpacked before
     adapt  every directory of DIR: the model in its "exported" with the adapters in its "peft"
 
 All write DIR/results.pt: logits, loss and greedy tokens of each model by name; the defaults; what was missing or
@@ -79,9 +80,27 @@ def save(directory: Path) -> None:
     torch.save(results, directory / "results.pt")
 
 
+def unpacked(directory: Path) -> torch.nn.Module:
+    """The model of a directory in MXFP4, by its own function: its loader wants kernels, or accelerate."""
+    from safetensors.torch import load_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tensors = load_file(directory / "model.safetensors")
+    for name in [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]:
+        tensors[name] = convert_moe_packed_tensors(tensors.pop(f"{name}_blocks"), tensors.pop(f"{name}_scales"))
+    config = AutoConfig.from_pretrained(directory)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, **OPTIONS)
+    model.load_state_dict(tensors)
+    return model.float()
+
+
 def load(directory: Path) -> None:
     results = {}
     for path in sorted(path for path in directory.iterdir() if (path / "config.json").exists()):
+        if "quantization_config" in json.loads((path / "config.json").read_text()):
+            results[path.name] = results_of(unpacked(path))
+            continue
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **OPTIONS
         )

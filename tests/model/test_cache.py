@@ -29,6 +29,8 @@ KINDS = {
     "gated": GqaConfig(n_heads=4, n_kv_heads=2, output_gate=True, rotary_fraction=0.5),
     "linear": LINEAR,
     "linear_alone": replace(LINEAR, layers=[0, 1, 2], conv_width=3),
+    "sinks": GqaConfig(n_heads=4, n_kv_heads=2, sinks=True, sliding_window=3, sliding_window_layers=[0, 2]),
+    "latent_sinks": MlaConfig(**MLA, sinks=True),
 }
 PARTS = {"one_by_one": [1] * 12, "prompt_then_one_by_one": [8, 1, 1, 1, 1], "several_at_once": [5, 4, 3]}
 
@@ -79,7 +81,7 @@ def test_blocks_that_checkpoint_activations_take_a_cache(mode: str) -> None:
     torch.testing.assert_close(logits, tiny_model(cfg)(ids), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["grouped_query", "latent", "linear"])
+@pytest.mark.parametrize("kind", ["grouped_query", "latent", "linear", "sinks"])
 @torch.no_grad()
 def test_compiled_attention_is_one_graph(kind: str) -> None:
     torch._dynamo.reset()  # graphs of other tests count towards the limit
@@ -99,6 +101,16 @@ def test_linear_attention_keeps_a_state_whatever_the_length() -> None:
         shapes = [tuple(tensor.shape) for tensor in cache.layers[0].tensors]
         assert shapes == [(2, 3, 64), (2, 4, 6, 10)]  # three inputs of 64 channels; four states
     assert cache.layers[2].tensors[0].shape[-2] == cache.length == 8
+
+
+def test_blocks_with_a_window_keep_only_what_the_next_token_sees() -> None:
+    cfg, cache = config(KINDS["sinks"]), KVCache(3)
+    model = tiny_model(cfg)
+    for part, kept in zip(batch(2, 7).split([1, 5, 1], dim=1), (1, 6, 7), strict=True):
+        model(part, cache=cache)
+        lengths = [{tensor.shape[-2] for tensor in layer.tensors} for layer in cache.layers]
+        assert lengths == [{min(kept, 2)}, {kept}, {min(kept, 2)}]
+    assert cache.length == 7
 
 
 def test_latent_attention_keeps_only_the_compressed_tokens() -> None:

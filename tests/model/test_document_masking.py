@@ -16,6 +16,7 @@ KINDS = {
     "grouped_query": GqaConfig(n_heads=4, n_kv_heads=2),
     "window": GqaConfig(n_heads=4, n_kv_heads=2, sliding_window=3),
     "yarn": GqaConfig(n_heads=4, n_kv_heads=4, yarn=YARN),
+    "sinks": GqaConfig(n_heads=4, n_kv_heads=2, sinks=True, sliding_window=3, sliding_window_layers=[1]),
     "latent": MlaConfig(**MLA, q_lora_rank=10),
     "latent_yarn": MlaConfig(**MLA, yarn=YARN),
     "linear": LINEAR,

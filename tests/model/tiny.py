@@ -81,14 +81,14 @@ def tiny_model(
     activation_checkpointing: str = "none",
     dtype: torch.dtype = torch.float32,
 ) -> MoETransformer:
-    """Built as the trainer builds it on one device; norm weights are moved off 1 so that they matter."""
+    """Built as the trainer builds it on one device; norm weights, biases and sinks are moved so that they matter."""
     model = meta_model(cfg)
     parallelize(model, None, precision or PrecisionConfig(), ActivationCheckpointing(activation_checkpointing))
     materialize(model, "cpu", seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "bias", "sinks")):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.to(dtype)
 

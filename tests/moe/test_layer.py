@@ -1,5 +1,7 @@
 """The MoE layer against a token-by-token float64 implementation written here, and against transformers' blocks."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,10 +9,11 @@ from transformers import MixtralConfig, OlmoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from moefoundry.config import AuxLossScope, BalanceConfig, MoEConfig, RouterConfig, ScoreFunction
+from moefoundry.config import AuxLossScope, BalanceConfig, MoEConfig, RouterConfig, ScoreFunction, UserError
 from moefoundry.moe.balance import max_violation
 from moefoundry.moe.layer import MoELayer
 from moefoundry.ops.expert_mixture import expert_mixture
+from moefoundry.ops.swiglu import PLAIN, Activation
 
 B, S, D, F, E = 3, 5, 16, 12, 6
 
@@ -27,8 +30,8 @@ def moe_config(backend: str, top_k: int = 2, shared: int = 1, scope: str = "sequ
     )
 
 
-def layer(cfg: MoEConfig, dtype: torch.dtype = torch.float32) -> MoELayer:
-    module = MoELayer(D, cfg)
+def layer(cfg: MoEConfig, dtype: torch.dtype = torch.float32, activation: Activation = PLAIN) -> MoELayer:
+    module = MoELayer(D, cfg, activation)
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.4, generator=generator)
@@ -69,12 +72,39 @@ def naive_moe(x_BSD: Tensor, p: dict[str, Tensor], cfg: MoEConfig) -> Tensor:
     return torch.stack(out).view_as(x_BSD)
 
 
-def assert_equals_naive(module: MoELayer, cfg: MoEConfig, x_BSD: Tensor, atol: float) -> None:
+def naive_gpt_oss(x_BSD: Tensor, p: dict[str, Tensor], cfg: MoEConfig) -> Tensor:
+    """One token at a time: biases of gate and experts, and the clamped activation :data:`CLAMPED`."""
+
+    def ffn(x: Tensor, prefix: str, e: int | None = None) -> Tensor:
+        def project(x: Tensor, name: str) -> Tensor:
+            if e is None:
+                return p[f"{prefix}{name}_proj.weight"] @ x
+            return p[f"{prefix}{name}_proj"][e] @ x + p[f"{prefix}{name}_proj_bias"][e]
+
+        gate, up = project(x, "gate").clamp(max=0.5), project(x, "up").clamp(-0.5, 0.5)
+        return project(gate / (1 + (-1.7 * gate).exp()) * (up + 1), "down")
+
+    out = []
+    for x in x_BSD.reshape(-1, D):
+        logits, chosen = (p["router.gate.weight"] @ x + p["router.gate.bias"]).topk(cfg.top_k)
+        y = ffn(x, "shared_experts.")
+        for weight, e in zip(logits.softmax(0), chosen.tolist(), strict=True):
+            y = y + weight * ffn(x, "experts.", e)
+        out.append(y)
+    return torch.stack(out).view_as(x_BSD)
+
+
+CLAMPED = Activation(alpha=1.7, limit=0.5, offset=1.0)
+
+
+def assert_equals_naive(
+    module: MoELayer, cfg: MoEConfig, x_BSD: Tensor, atol: float, naive: Callable[..., Tensor] = naive_moe
+) -> None:
     """Output, input gradient and every parameter's gradient."""
     incoming = torch.randn(x_BSD.shape, generator=torch.Generator().manual_seed(2), dtype=x_BSD.dtype)
     exact = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
     exact_x = x_BSD.detach().double().requires_grad_()
-    out, expected = module(x_BSD)[0], naive_moe(exact_x, exact, cfg)
+    out, expected = module(x_BSD)[0], naive(exact_x, exact, cfg)
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
     got = torch.autograd.grad(out, [x_BSD, *module.parameters()], incoming)
     want = torch.autograd.grad(
@@ -107,6 +137,29 @@ def test_output_and_all_gradients_equal_token_by_token_float64(
 ) -> None:
     cfg = moe_config(backend, **options)
     assert_equals_naive(layer(cfg, dtype), cfg, tokens(dtype), atol)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "atol"), [*BACKENDS, pytest.param("auto", torch.float32, 1e-5, id="auto")]
+)
+def test_biases_and_a_clamped_activation(backend: str, dtype: torch.dtype, atol: float) -> None:
+    cfg = moe_config(backend, top_k=3, gate_bias=True)
+    cfg.projection_bias = True
+    module = layer(cfg, dtype, CLAMPED)
+    assert_equals_naive(module, cfg, tokens(dtype), atol, naive_gpt_oss)
+
+
+def test_a_backend_that_computes_plain_swiglu_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("moefoundry.moe.mixture.RowMixture.takes_hidden")
+    cfg = moe_config("loop")
+    MoELayer(D, cfg)
+    with pytest.raises(
+        UserError, match=r"^model.moe.backend: loop does not compute model.swiglu; use model.moe.backen"
+    ):
+        MoELayer(D, cfg, CLAMPED)
+    cfg.projection_bias = True
+    with pytest.raises(UserError, match=r"^model.moe.backend: loop does not compute model.moe.projection_bias; use"):
+        MoELayer(D, cfg)
 
 
 @pytest.mark.parametrize(("backend", "dtype", "atol"), BACKENDS)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.ops.swiglu import swiglu, swiglu_reference
+from moefoundry.ops.swiglu import PLAIN, Activation, swiglu, swiglu_reference
 
 SHAPES = [(5,), (3, 8), (2, 3, 4), (0, 8)]
+GPT_OSS = Activation(alpha=1.702, limit=1.0, offset=1.0)
+ACTIVATIONS = {"plain": PLAIN, "gpt_oss": GPT_OSS, "alpha": Activation(alpha=0.5), "limit": Activation(limit=0.5)}
 
 
 def pair(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -22,11 +24,20 @@ def test_value_is_x_sigmoid_x_times_up() -> None:
     assert swiglu(gate, up).tolist() == pytest.approx(expected, abs=1e-15)
 
 
+def test_clamped_value_by_hand() -> None:
+    gate, up = torch.tensor([0.5, 3.0, -2.0], dtype=torch.float64), torch.tensor([0.5, 3.0, -2.0], dtype=torch.float64)
+    clamped = [(0.5, 0.5), (1.0, 1.0), (-2.0, -1.0)]
+    expected = [g / (1 + math.exp(-1.702 * g)) * (u + 1) for g, u in clamped]
+    assert swiglu(gate, up, None, GPT_OSS).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=ACTIVATIONS.keys())
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_equals_autograd_in_float64(shape: tuple[int, ...], weighted: bool) -> None:
+def test_equals_autograd_in_float64(shape: tuple[int, ...], weighted: bool, activation: Activation) -> None:
     inputs = [*pair(shape), *([torch.rand(shape[:-1], dtype=torch.float64).requires_grad_()] if weighted else [])]
-    out, expected = swiglu(*inputs), swiglu_reference(*inputs)
+    given = dict(zip(("gate", "up", "row_weights"), inputs, strict=False))
+    out, expected = (fn(**given, activation=activation) for fn in (swiglu, swiglu_reference))
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     incoming = torch.randn_like(out)
     torch.testing.assert_close(
@@ -46,13 +57,14 @@ def test_weights_of_rows_keep_their_dtype() -> None:
     assert torch.autograd.grad(out.float().sum(), weights)[0].dtype == torch.float32
 
 
+@pytest.mark.parametrize("activation", [PLAIN, GPT_OSS], ids=["plain", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_dtypes_are_kept_and_near_float64(dtype: torch.dtype) -> None:
+def test_narrow_dtypes_are_kept_and_near_float64(dtype: torch.dtype, activation: Activation) -> None:
     inputs = pair((64, 8), dtype)
-    out = swiglu(*inputs)
+    out = swiglu(*inputs, None, activation)
     grads = torch.autograd.grad(out, inputs, torch.ones_like(out))
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = swiglu_reference(*exact_inputs)
+    exact = swiglu_reference(*exact_inputs, None, activation)
     exact_grads = torch.autograd.grad(exact, exact_inputs, torch.ones_like(exact))
     for got, expected in zip((out, *grads), (exact, *exact_grads), strict=True):
         assert got.dtype == dtype

@@ -55,6 +55,8 @@ def test_a_window_and_recomputation_cost_what_they_should() -> None:
     seen = (16 * 17 / 2 + (seq_len - 16) * 16) / seq_len
     saved = 3 * cfg.n_layers * 4 * cfg.attention.projection_widths(cfg.d_model)[0] * ((seq_len + 1) / 2 - seen)
     assert plain.flops_per_token - windowed.flops_per_token == pytest.approx(saved)
+    in_some = estimated("model.attention.sliding_window=16", "model.attention.sliding_window_layers=[0,3,4]")
+    assert plain.flops_per_token - in_some.flops_per_token == pytest.approx(saved * 3 / cfg.n_layers)
 
 
 def test_times_follow_the_device() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moefoundry.moe.experts import GroupedExperts, local_experts
+from moefoundry.ops.expert_bias import add_bias
 from moefoundry.ops.grouped_linear import GroupedLinear
 from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
 from moefoundry.ops.swiglu import swiglu
@@ -115,10 +116,11 @@ class AdaptedExperts(GroupedExperts):
 
     lora: nn.ModuleDict
 
-    def forward(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
-        rows_ND, counts_E = permute(tokens_PD, order), order.tokens_per_expert_E
-        gate_NF, up_NF = (self._project(name, rows_ND, counts_E) for name in ("gate_proj", "up_proj"))
-        hidden_NF = swiglu(gate_NF, up_NF, permute_slots(weights_PK, order))
+    def mix(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
+        rows_ND, counts_E, hidden = permute(tokens_PD, order), order.tokens_per_expert_E, self.hidden_layer()
+        gate_NF = add_bias(self._project("gate_proj", rows_ND, counts_E), hidden.gate_bias_EF, counts_E)
+        up_NF = add_bias(self._project("up_proj", rows_ND, counts_E), hidden.up_bias_EF, counts_E)
+        hidden_NF = swiglu(gate_NF, up_NF, permute_slots(weights_PK, order), hidden.activation)
         return sum_rows(self._project("down_proj", hidden_NF, counts_E), order)
 
     def _project(self, name: str, rows_NI: Tensor, counts_E: Tensor) -> Tensor:

@@ -117,8 +117,9 @@ def _places(model: MoETransformer) -> Iterator[_Place]:
             continue
         if layer.ffn.shared_experts is not None:
             yield from _linears("shared_experts", layer.ffn.shared_experts)
-        for name, _ in layer.ffn.experts.named_parameters(recurse=False):
-            yield _Place("experts", name, layer.ffn.experts)
+        for name, weight in layer.ffn.experts.named_parameters(recurse=False):
+            if weight.dim() == 3:  # not a bias
+                yield _Place("experts", name, layer.ffn.experts)
 
 
 def _linears(group: str, module: nn.Module) -> Iterator[_Place]:

@@ -34,6 +34,7 @@ from moefoundry.config.schema_model import (
     NormPosition,
     RouterConfig,
     ScoreFunction,
+    SwigluConfig,
 )
 from moefoundry.config.schema_monitors import (
     CallbacksConfig,
@@ -91,9 +92,9 @@ __all__ = [
     "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig",
     "Moments", "MtpConfig", "MultipliersConfig", "NonFinite", "NormConfig", "NormKind", "NormPosition",
     "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
-    "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SystemMonitorConfig", "TaskConfig",
-    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice",
-    "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_model",
+    "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SwigluConfig", "SystemMonitorConfig",
+    "TaskConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig",
+    "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_model",
     "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
+from moefoundry.config.attention_rules import window_problems
 from moefoundry.config.curriculum_rules import curriculum_problems
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
@@ -171,6 +172,11 @@ def _gate_of_nothing(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if recipe.model.moe.shared_expert_gate and not recipe.model.moe.num_shared_experts:
         message = "true, but model.moe.num_shared_experts is 0"
         yield Problem("model.moe.shared_expert_gate", message, allowed="false")
+
+
+@rule("model.attention", "model.n_layers")
+def _windows(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from window_problems(recipe.model)
 
 
 @rule("model.attention")

@@ -213,6 +213,7 @@ _TABLES = (
                 "hy_v3": "hy_v3:HyV3",
                 "sarvam_moe": "ling:SarvamMoe",
                 "bailing_moe": "ling:BailingMoe",
+                "gpt_oss": "gpt_oss:GptOss",
             }.items()
         },
         base=None,

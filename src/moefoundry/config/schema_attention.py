@@ -41,6 +41,10 @@ class YarnConfig:
     beta_slow: float = key(1.0, "Rotations up to which frequencies are divided by the factor.", gt=0)
     mscale: float | None = key(None, "DeepSeek's factor in the magnitude of cosines and sines.", gt=0)
     mscale_all_dim: float | None = key(None, "DeepSeek's factor in the softmax scale.", gt=0)
+    attention_factor: float | None = key(
+        None, "Magnitude of cosines and sines; null takes it from the other factors.", gt=0, le=MAX_FACTOR
+    )
+    truncate: bool = key(True, "The ramp between the frequencies of the two betas begins and ends at whole indices.")
 
 
 @dataclass
@@ -86,6 +90,12 @@ class AttentionConfig:
         None, "Context extension of Llama 3.1 and later; null leaves the frequencies as they are."
     )
 
+    sinks: bool = key(
+        False,
+        "Each head has a learned logit in the softmax's denominator, so that it may attend to nothing.",
+        renamed_from=("learned_sinks", "attention_sinks"),
+    )
+
     def rotary_dim(self, d_model: int) -> int:
         """Width of the part of a head that rotary embeddings turn."""
         return d_model // self.n_heads
@@ -98,6 +108,10 @@ class AttentionConfig:
     def window(self) -> int | None:
         """Tokens a position sees, itself included; None if it sees all before it."""
         return None
+
+    def window_of(self, block: int) -> int | None:
+        """Give the window of one block, counted from 0; the modules of multi-token prediction come last."""
+        return self.window
 
 
 @dataclass
@@ -149,6 +163,15 @@ class GqaConfig(AttentionConfig):
         ge=1,
         renamed_from=("sliding_window_size",),
     )
+    sliding_window_layers: list[int] | None = key(
+        None,
+        "Blocks (from 0) that have the window, if not all; the others see all before.",
+        ge=0,
+        instead_of=dict.fromkeys(
+            ("layer_types", "max_window_layers"),
+            "model.attention.sliding_window_layers lists the blocks that have the window",
+        ),
+    )
 
     def head_width(self, d_model: int) -> int:
         """Width of a head."""
@@ -163,6 +186,10 @@ class GqaConfig(AttentionConfig):
     @property
     def window(self) -> int | None:
         return self.sliding_window
+
+    def window_of(self, block: int) -> int | None:
+        layers = self.sliding_window_layers
+        return self.sliding_window if layers is None or block in layers else None
 
 
 @dataclass

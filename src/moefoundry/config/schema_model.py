@@ -134,6 +134,9 @@ class RouterConfig:
     assignment: Assignment = key(
         Assignment.scores, "Which experts a token gets: the best by score, or for benchmarks all of them in turn."
     )
+    gate_bias: bool = key(
+        False, "The gate has a learned bias, which changes scores and weights; not that of bias_update_rate."
+    )
 
 
 @dataclass
@@ -212,6 +215,9 @@ class MoEConfig:
     shared_expert_gate: bool = key(
         False, "Multiply the shared experts' output by the sigmoid of a linear map of the token."
     )
+    projection_bias: bool = key(
+        False, "Routed experts have biases of gate, up and down; balancing has another (bias_update_rate)."
+    )
     router: RouterConfig = key(RouterConfig, "Routing.", table="router_scores", tag="score_function")
     balance: BalanceConfig = key(BalanceConfig, "Load balancing.", architecture=False)
     capacity_factor: float | None = key(
@@ -275,6 +281,22 @@ class MultipliersConfig:
 
 
 @dataclass
+class SwigluConfig:
+    """The activation of every FFN, ``g * sigmoid(alpha * g) * (u + offset)`` of a clamped gate g and up u."""
+
+    alpha: float = key(
+        1.0, "Factor of the gate inside its sigmoid.", gt=0, le=MAX_FACTOR, renamed_from=("swiglu_alpha",)
+    )
+    limit: float | None = key(
+        None,
+        "Largest gate, and largest magnitude of up; null clamps nothing.",
+        gt=0,
+        renamed_from=("swiglu_limit",),
+    )
+    offset: float = key(0.0, "Added to up.", ge=-MAX_FACTOR, le=MAX_FACTOR)
+
+
+@dataclass
 class ModelConfig:
     """The model."""
 
@@ -321,9 +343,10 @@ class ModelConfig:
         renamed_from=("intermediate_size", "inter_dim"),
         instead_of={
             "expansion_ratio": "the width itself, model.ffn_hidden_size, is given",
-            "hidden_act": "every FFN is a SwiGLU",
+            "hidden_act": "every FFN is a SwiGLU, whose constants are in model.swiglu",
         },
     )
+    swiglu: SwigluConfig = key(SwigluConfig, "Activation of every FFN; the defaults are plain SwiGLU.")
     norm: NormConfig = key(
         NormConfig,
         "Normalization.",

@@ -62,9 +62,22 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
             "model.norm.zero_centered": False,
             "model.norm.position": "before",
             "model.linear_attention": None,
+            "model.swiglu.alpha": 1.0,
+            "model.swiglu.limit": None,
+            "model.swiglu.offset": 0.0,
         },
-        "model.attention.n_kv_heads": {"model.attention.output_gate": False},
+        "model.attention.n_heads": {"model.attention.sinks": False},
+        "model.attention.n_kv_heads": {
+            "model.attention.output_gate": False,
+            "model.attention.sliding_window_layers": None,
+        },
         "model.attention.kv_lora_rank": {"model.attention.indexer": None},
+        "model.attention.yarn.factor": {
+            "model.attention.yarn.attention_factor": None,
+            "model.attention.yarn.truncate": True,
+        },
+        "model.moe.num_experts": {"model.moe.projection_bias": False},
+        "model.moe.router.score_function": {"model.moe.router.gate_bias": False},
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

@@ -52,11 +52,11 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
 
     Args:
         path: Directory with config.json and safetensors.
-        fp8_as: dtype in which FP8 tensors are read; None is BF16.
+        fp8_as: dtype in which FP8 and MXFP4 tensors are read; None is BF16.
 
     Raises:
         UserError: The config means a model not known here, or tensors are missing, too many or misshapen, or the
-            weights are pickled, or quantized other than in FP8 blocks.
+            weights are pickled, or quantized other than in FP8 blocks or MXFP4.
     """
     config = read_hf_config(path)
     block = fp8_block(config, path)
@@ -119,12 +119,14 @@ def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
     if not quantization:
         return DEEPSEEK_BLOCK
     match quantization:
+        case {"quant_method": "mxfp4"}:
+            return DEEPSEEK_BLOCK
         case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]}:
             return rows, columns
         case {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": dict(groups)}:
             if all(_is_int4(group) for group in groups.values()):
                 return DEEPSEEK_BLOCK
-    known = "FP8 weights in blocks and INT4 weights of compressed-tensors (pack-quantized, symmetric)"
+    known = "FP8 weights in blocks, MXFP4, and INT4 weights of compressed-tensors (pack-quantized, symmetric)"
     raise UserError(f"{path / CONFIG}: {known} can be read, not quantization_config {quantization}")
 
 

@@ -6,7 +6,7 @@
 
 Files are mapped, so reading a slice costs its pages. They are written in one pass: the header, which says where each
 tensor is, needs shapes and dtypes alone. DeepSeek's block-scaled FP8 tensors are read as their products, and so are
-packed INT4 tensors (``packed_int4.py``).
+gpt-oss's in MXFP4 (``mxfp4.py``) and packed INT4 tensors (``packed_int4.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.checkpoint.out_of_core import progress
 from moefoundry.config import UserError
 from moefoundry.config.errors import first_few
-from moefoundry.conversion.packed_int4 import PACKED, SCALE, take_int4, unpacked
+from moefoundry.conversion import mxfp4, packed_int4
 from moefoundry.data.json_files import refuse_lfs_pointer
 
 SINGLE_FILE = "model.safetensors"
@@ -57,7 +57,7 @@ class SafetensorsReader:
     Args:
         directory: Directory with model.safetensors, or an index and the shards that it names.
         fp8_block: Rows and columns of an FP8 block.
-        fp8_as: dtype in which FP8 and INT4 tensors are read; DeepSeek's own conversion makes them BF16.
+        fp8_as: dtype in which FP8, MXFP4 and INT4 tensors are read; DeepSeek's own conversion makes them BF16.
 
     Attributes:
         specs: Shapes and dtypes by name.
@@ -72,6 +72,7 @@ class SafetensorsReader:
         self._block = fp8_block
         self._fp8_as = fp8_as
         self._int4: set[str] = set()
+        self._mxfp4: set[str] = set()
         self._files: dict[str, Any] = {}
         self.specs: dict[str, TensorSpec] = {}
         weight_map, single = _weight_map(directory)
@@ -85,17 +86,23 @@ class SafetensorsReader:
             raise UserError(f"{directory}: tensors of the index are missing: {first_few(absent)}")
         self._scales: dict[str, str] = {}
         self._scales = self._take_scales(directory)
-        self._int4, problems = take_int4(self.specs, self.read, fp8_as)
+        self._int4, problems = packed_int4.take_int4(self.specs, self.read, fp8_as)
         if problems:
             raise UserError(f"{directory}: INT4 tensors that cannot be read:\n  " + first_few(problems, "\n  "))
+        self._mxfp4 = mxfp4.take_packed(self.specs, fp8_as, directory)
 
     def read(self, name: str, *ranges: tuple[int, int]) -> Tensor:
         """Read a tensor, or the part in ``ranges`` of its leading dims; it may be a view of the mapped file."""
         if name in self._int4:
-            packed, scale = (self._files[name + part].get_slice(name + part) for part in (PACKED, SCALE))
+            ends = (packed_int4.PACKED, packed_int4.SCALE)
+            packed, scale = (self._files[name + end].get_slice(name + end) for end in ends)
             shape = self.specs[name].shape
-            return unpacked(packed, scale, (shape[0], shape[1]), *ranges).to(self._fp8_as)
+            return packed_int4.unpacked(packed, scale, (shape[0], shape[1]), *ranges).to(self._fp8_as)
         box = tuple(slice(*limits) for limits in ranges)
+        if name in self._mxfp4:
+            experts, ends = box[0] if box else slice(None), (mxfp4.BLOCKS, mxfp4.SCALES)
+            parts = (self._files[name + end].get_slice(name + end)[experts] for end in ends)
+            return mxfp4.dequantize(*parts)[slice(None), *box[1:]].to(self._fp8_as)
         values: Tensor = self._files[name].get_slice(name)[box] if box else self._files[name].get_tensor(name)
         if name not in self._scales:
             return values

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from enum import StrEnum
 from functools import reduce
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class TensorMap:
                 replace(piece, name="lm_head.weight") for piece in self._ours["embed_tokens.weight"]
             ]
         for pieces in self._theirs.values():
-            pieces.sort(key=lambda piece: (piece.part or 0, piece.rows or (0, 0)))
+            pieces.sort(key=lambda piece: (piece.part or 0, piece.rows or (0, 0), piece.columns or (0, 0)))
         self.their_shapes = {name: self._their_shape(pieces) for name, pieces in self._theirs.items()}
 
     def _block_shape(self, piece: Piece) -> tuple[int, ...]:
@@ -94,9 +94,13 @@ class TensorMap:
 
     def _their_shape(self, pieces: list[Piece]) -> tuple[int, ...]:
         shapes = [self._block_shape(piece)[:: -1 if piece.transposed else 1] for piece in pieces]
+        parts = 1 + max(piece.part or 0 for piece in pieces)
+        if pieces[0].columns is not None:
+            whole = *shapes[0][:-1], shapes[0][-1] * pieces[0].columns[1]
+            return whole if pieces[0].part is None else (parts, *whole)
         if pieces[0].part is not None:
             rows = sum(shape[0] for piece, shape in zip(pieces, shapes, strict=True) if piece.part == 0)
-            return (1 + max(piece.part or 0 for piece in pieces), rows, *shapes[0][1:])
+            return (parts, rows, *shapes[0][1:])
         return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
 
     # -------------------------------------------------------------------------------------------------- theirs to ours
@@ -149,8 +153,10 @@ class TensorMap:
 
     def _pieces_from(self, theirs: Source, piece: Piece, spec: TensorSpec) -> Iterator[tuple[int, Tensor]]:
         shape = self._block_shape(piece)
-        if piece.transposed or not shape:
-            yield 0, theirs.read(piece.hf_name, *([piece.rows] if piece.rows else [])).t().contiguous()
+        if piece.transposed or piece.columns or not shape:
+            part = [] if piece.part is None else [(piece.part, piece.part + 1)]
+            block = theirs.read(piece.hf_name, *part, *([piece.rows] if piece.rows else []))
+            yield 0, piece.of_their_block(block[0] if part else block).contiguous()
             return
         first = piece.rows[0] if piece.rows else 0
         for start, stop in row_ranges(TensorSpec(shape, spec.dtype)):
@@ -179,16 +185,33 @@ class TensorMap:
         """Yield the values of one tensor of the family, cut into rows."""
         if name in self.unused:
             yield torch.zeros(spec.shape, dtype=spec.dtype)
-        for piece in self._theirs.get(self.copies.get(name, name), []):
+        pieces = self._theirs.get(self.copies.get(name, name), [])
+        if pieces and pieces[0].columns is not None:
+            yield from self._columns_in_turn(pieces, ours, spec)
+            return
+        for piece in pieces:
             shape = self._block_shape(piece)
             expert = [] if piece.expert is None else [(piece.expert, piece.expert + 1)]
             if piece.transposed or not shape:
-                yield ours.read(piece.name, *expert).view(shape).t().to(spec.dtype)
+                yield self._block_from(ours, piece, spec)
                 continue
             first = piece.our_rows[0] if piece.our_rows else 0
             for start, stop in row_ranges(TensorSpec(shape, spec.dtype)):
                 rows = first + start, first + stop
                 yield ours.read(piece.name, *expert, rows).view(-1, *shape[1:]).to(spec.dtype)
+
+    def _block_from(self, ours: Source, piece: Piece, spec: TensorSpec) -> Tensor:
+        """Read the whole block of a piece, in their orientation."""
+        expert = [] if piece.expert is None else [(piece.expert, piece.expert + 1)]
+        block = ours.read(piece.name, *expert).view(self._block_shape(piece)).to(spec.dtype)
+        return block.T if piece.transposed else block
+
+    def _columns_in_turn(self, pieces: list[Piece], ours: Source, spec: TensorSpec) -> Iterator[Tensor]:
+        """Yield the rows of a tensor whose columns come from several pieces in turn."""
+        step = cast(tuple[int, int], pieces[0].columns)[1]
+        for start in range(0, len(pieces), step):
+            blocks = [self._block_from(ours, piece, spec) for piece in pieces[start : start + step]]
+            yield torch.stack(blocks, dim=-1).flatten(-2)
 
     def _dtype(self, name: str, sources: Iterable[TensorSpec], dtype: Dtype) -> torch.dtype:
         stored = reduce(torch.promote_types, (spec.dtype for spec in sources))

@@ -152,6 +152,10 @@ def init_moe(
         return False
     for weight_EXY in (module.gate_proj, module.up_proj, module.down_proj):
         stacked_param_init_helper(weight_EXY, init_fn_, 0)
+    with torch.no_grad():
+        for bias in (module.gate_proj_bias, module.up_proj_bias, module.down_proj_bias):
+            if bias is not None:
+                bias.zero_()
     if init_div_is_residual is not False:
         with torch.no_grad():
             module.down_proj.div_(div_is_residual)

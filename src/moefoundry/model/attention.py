@@ -45,7 +45,7 @@ class GroupedQueryAttention(Attention):
     Queries and keys may be normalized over each head (Qwen3), also after their rotation (Hunyuan), or over all heads
     together (OLMoE). ``clip_qkv`` clamps the outputs of the projections (DBRX), or those of the norms (OLMoE). With
     ``output_gate``, ``q_proj`` gives each head a query and then a gate, whose sigmoid multiplies the head's output
-    (Qwen3-Next; arXiv 2505.06708).
+    (Qwen3-Next; arXiv 2505.06708). With ``sinks`` a head may attend to nothing (gpt-oss).
     """
 
     def __init__(self, cfg: GqaConfig, model: ModelConfig) -> None:
@@ -63,6 +63,7 @@ class GroupedQueryAttention(Attention):
         self.k_proj = nn.Linear(d_model, kv_width, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, kv_width, bias=qkv_bias)
         self.o_proj = nn.Linear(width, d_model, bias=cfg.bias == AttentionBias.all)
+        self.sinks = nn.Parameter(torch.empty(cfg.n_heads)) if cfg.sinks else None
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if cfg.qk_norm != QkNorm.none:
@@ -78,8 +79,8 @@ class GroupedQueryAttention(Attention):
         k_BHLd = self._rotated_heads(self.k_proj(x_BSD), self.k_norm, context.rotation)
         v_BHLd = self._heads(self.v_proj(x_BSD), None)
         if cache is not None:
-            k_BHLd, v_BHLd = cache.append(k_BHLd, v_BHLd)
-        out = attend(q_BHSd, k_BHLd, v_BHLd, context, self.scale)
+            k_BHLd, v_BHLd = cache.append(k_BHLd, v_BHLd, window=context.window)
+        out = attend(q_BHSd, k_BHLd, v_BHLd, context, self.scale, self.sinks)
         return self.o_proj(out if gates is None else out * gates.sigmoid())
 
     def _rotated_heads(self, x: Tensor, norm: RMSNorm | None, rotation: Rotation) -> Tensor:

@@ -5,7 +5,8 @@
                    [B, 1, L, d]; beside them the keys of an indexer, [B, L, d]
     linear         the last inputs of the convolution, [B, W - 1, C], and the state [B, H, K, V]
 
-All rows of the batch have the same length, and each row is one document from its first token.
+A block with a sliding window keeps only the tokens that the next one sees. All rows of the batch have the same length,
+and each row is one document from its first token.
 """
 
 from __future__ import annotations
@@ -32,15 +33,22 @@ class LayerCache:
         self._beside = self._beside or LayerCache()
         return self._beside
 
-    def append(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Append new tokens, and return all.
+    def append(self, *new: Tensor, window: int | None = None) -> tuple[Tensor, ...]:
+        """Append new tokens, and return all that any of them sees.
 
         Args:
             new: [..., S, width] each, with the same S.
+            window: Tokens that a token sees, itself included; those that no later one sees are dropped. None keeps all.
         """
         pairs = zip(self.tensors, new, strict=True)
-        self.tensors = tuple(torch.cat(pair, dim=-2) for pair in pairs) if self.tensors else new
-        return self.tensors
+        whole = tuple(torch.cat(pair, dim=-2) for pair in pairs) if self.tensors else new
+        self.tensors = whole if window is None else tuple(_last(tensor, window - 1) for tensor in whole)
+        return whole
+
+
+def _last(tensor: Tensor, tokens: int) -> Tensor:
+    kept = min(tokens, tensor.shape[-2])
+    return tensor.narrow(-2, tensor.shape[-2] - kept, kept)
 
 
 class KVCache:

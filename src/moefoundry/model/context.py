@@ -1,11 +1,12 @@
-"""Positions and mask of a forward pass, computed once for all attention layers.
+"""Positions and masks of a forward pass, computed once for all attention layers with the same window.
 
-S new tokens follow P cached ones; L = P + S. Without documents, window and cache there is no mask, so that the kernels
-for plain causal attention apply.
+S new tokens follow P cached ones, of which a layer with a window has the last ones only; it attends to L tokens in all.
+Without documents, window and cache there is no mask, so that the kernels for plain causal attention apply.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from moefoundry.config import ModelConfig
 from moefoundry.model.rope import Rotation, rotation
+from moefoundry.ops.attention_sinks import attend_with_sinks
 
 
 class AttentionContext(NamedTuple):
@@ -24,22 +26,40 @@ class AttentionContext(NamedTuple):
         mask: bool [S, L] or [B, 1, S, L], True where a query sees a key. None if none is needed: attention is plainly
             causal, or a single new token sees all before it.
         is_causal: True in the first of these cases; a flag, since a compiled graph knows no lengths.
+        window: Tokens a position sees, itself included; None if it sees all before it.
         documents: int64 [B, S], document of each of the S new tokens; None is one document a row.
     """
 
     rotation: Rotation
     mask: Tensor | None
     is_causal: bool
+    window: int | None = None
     documents: Tensor | None = None
 
 
 def attention_context(
     cfg: ModelConfig, input_ids_BS: Tensor, sequence_id_BS: Tensor | None = None, num_cached: int = 0
 ) -> AttentionContext:
-    """Compute the context of a forward pass over ``input_ids_BS``.
+    """Compute the context of a forward pass over ``input_ids_BS`` for layers with the window of all.
+
+    Arguments are those of :func:`attention_contexts`.
+    """
+    window = cfg.attention.window
+    return attention_contexts(cfg, [window], input_ids_BS, sequence_id_BS, num_cached)[window]
+
+
+def attention_contexts(
+    cfg: ModelConfig,
+    windows: Iterable[int | None],
+    input_ids_BS: Tensor,
+    sequence_id_BS: Tensor | None = None,
+    num_cached: int = 0,
+) -> dict[int | None, AttentionContext]:
+    """Compute the contexts of a forward pass over ``input_ids_BS``, by window.
 
     Args:
-        cfg: Has the kind of attention and its window.
+        cfg: Has the kind of attention.
+        windows: Windows that layers have; None is none.
         input_ids_BS: Gives shape and device.
         sequence_id_BS: int64 [B, S], ascending; tokens of one document have the same. Positions start at 0 in each
             document, and no token sees another document. None is one document a row.
@@ -48,9 +68,14 @@ def attention_context(
     attention, seq_len = cfg.attention, input_ids_BS.shape[1]
     indices_L = torch.arange(num_cached + seq_len, device=input_ids_BS.device)
     positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
-    mask = _mask(indices_L, num_cached, attention.window, sequence_id_BS)
     turns = rotation(positions, attention.rotary_dim(cfg.d_model), attention)
-    return AttentionContext(turns, mask, mask is None and num_cached == 0, sequence_id_BS)
+    contexts = {}
+    for window in dict.fromkeys(windows):
+        cached = num_cached if window is None else min(num_cached, window - 1)
+        mask = _mask(indices_L[: cached + seq_len], cached, window, sequence_id_BS)
+        is_causal = mask is None and cached == 0
+        contexts[window] = AttentionContext(turns, mask, is_causal, window, sequence_id_BS)
+    return contexts
 
 
 def positions_in_documents(sequence_id_BS: Tensor) -> Tensor:
@@ -76,7 +101,12 @@ def _mask(indices_L: Tensor, num_cached: int, window: int | None, sequence_id_BS
 
 
 def attend(
-    q_BHSd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, context: AttentionContext, scale: float | None = None
+    q_BHSd: Tensor,
+    k_BHLd: Tensor,
+    v_BHLd: Tensor,
+    context: AttentionContext,
+    scale: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Compute scaled dot-product attention.
 
@@ -86,10 +116,14 @@ def attend(
         v_BHLd: Values of all L tokens; as many heads as keys, maybe of another width.
         context: Has the mask.
         scale: Factor of the products; None is ``d ** -0.5``.
+        sinks_H: Logit of each head that the softmax counts in its denominator, and nowhere else.
 
     Returns:
         [B, S, H * width of a value].
     """
+    if sinks_H is not None:
+        out_BHSd = attend_with_sinks(q_BHSd, k_BHLd, v_BHLd, sinks_H, context.mask, context.is_causal, scale)
+        return out_BHSd.transpose(1, 2).flatten(2)
     if context.mask is not None and q_BHSd.shape[1] != k_BHLd.shape[1]:
         # CUDA's kernel that takes a mask and keeps no [S, L] products wants as many key heads as query heads.
         repeats = q_BHSd.shape[1] // k_BHLd.shape[1]

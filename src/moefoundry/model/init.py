@@ -21,7 +21,7 @@ from moefoundry.model.norm import Norm
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill every parameter in place: norms so that they multiply by 1, biases with 0, matrices from N(0, std**2).
+    """Fill every parameter in place: norms so that they multiply by 1, biases and sinks with 0, matrices from N(0, std**2).
 
     Buffers are filled with 0, decays of linear attention as :class:`~moefoundry.model.linear_attention.Decay` says.
 
@@ -43,7 +43,7 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
             parameter.fill_(starts[id(parameter)])
         elif id(parameter) in decays:
             fill_by_row(name, parameter, seed, decays[id(parameter)].draw)
-        elif parameter.dim() == 1:
+        elif parameter.dim() == 1 or name.endswith("bias"):  # stacked biases of experts have two dims
             parameter.zero_()
         else:
             fill_by_row(name, parameter, seed, lambda row, draw: row.normal_(0.0, std, generator=draw))

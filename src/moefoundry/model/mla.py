@@ -54,6 +54,7 @@ class MultiHeadLatentAttention(Attention):
         self.kv_a_norm = RMSNorm(cfg.kv_lora_rank, LATENT_NORM_EPS, model.norm.zero_centered)
         self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_heads * sum(self.kv_b_widths), bias=False)
         self.o_proj = nn.Linear(cfg.n_heads * cfg.v_head_dim, d_model, bias=False)
+        self.sinks = nn.Parameter(torch.empty(cfg.n_heads)) if cfg.sinks else None
         self.scale = softmax_scale(cfg)
 
     def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
@@ -90,7 +91,7 @@ class MultiHeadLatentAttention(Attention):
         k_nope_BHLN, v_BHLV = self._heads(self.kv_b_proj(latent_BLR)).split(self.kv_b_widths, dim=-1)
         q_BHSd = torch.cat([q_nope_BHSN, rotate_interleaved(q_rope_BHSP, context.rotation)], dim=-1)
         k_BHLd = torch.cat([k_nope_BHLN, k_rope_B1LP.expand(-1, self.n_heads, -1, -1)], dim=-1)
-        return attend(q_BHSd, k_BHLd, v_BHLV, context, self.scale)
+        return attend(q_BHSd, k_BHLd, v_BHLV, context, self.scale, self.sinks)
 
     def _queries(self, q_BSR: Tensor) -> Tensor:
         if self.q_lora_rank is None:

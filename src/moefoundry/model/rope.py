@@ -73,6 +73,8 @@ def yarn_mscale(factor: float, weight: float = 1.0) -> float:
 
 def _magnitude(yarn: YarnConfig) -> float:
     """Compute the factor of cosines and sines. DeepSeek sharpens in the softmax scale, and divides by it here."""
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
     if yarn.mscale is not None and yarn.mscale_all_dim is not None:
         return yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
     return yarn_mscale(yarn.factor)
@@ -87,8 +89,10 @@ def _extended(frequencies: Tensor, theta: float, yarn: YarnConfig) -> Tensor:
         wavelength = yarn.original_max_seq_len / (2 * math.pi * rotations)
         return width * math.log(wavelength) / (2 * math.log(theta))
 
-    low = max(math.floor(index_of(yarn.beta_fast)), 0)
-    high = min(math.ceil(index_of(yarn.beta_slow)), width - 1)
+    low, high = index_of(yarn.beta_fast), index_of(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     steps = torch.arange(len(frequencies), device=frequencies.device, dtype=torch.float32) - low
     slow = (steps / max(high - low, 0.001)).clamp(0, 1)
     return frequencies / yarn.factor * slow + frequencies * (1 - slow)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moefoundry.config import AuxLossScope, ModelConfig, NormPosition
 from moefoundry.model.attention import Attention, build_attention
 from moefoundry.model.cache import KVCache, LayerCache
-from moefoundry.model.context import AttentionContext, attention_context
+from moefoundry.model.context import AttentionContext, attention_contexts
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
@@ -31,6 +31,7 @@ from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
+from moefoundry.ops.swiglu import Activation
 
 
 class CausalLMLosses(NamedTuple):
@@ -72,19 +73,25 @@ class CausalLMLosses(NamedTuple):
 
 
 class Block(nn.Module):
-    """Transformer block, with norms before attention and FFN, or after them."""
+    """Transformer block, with norms before attention and FFN, or after them.
+
+    Attributes:
+        window: Tokens that a position sees, itself included; None if it sees all before it.
+    """
 
     def __init__(self, cfg: ModelConfig, layer_index: int) -> None:
         super().__init__()
+        self.window = cfg.attention.window_of(layer_index)
+        activation = Activation(cfg.swiglu.alpha, cfg.swiglu.limit, cfg.swiglu.offset)
         self.attention_norm = build_norm(cfg.d_model, cfg.norm)
         self.attention: Attention = GatedDeltaNet(cfg) if cfg.is_linear(layer_index) else build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
         self.norm_after = cfg.norm.position == NormPosition.after
         self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
-            FeedForward(cfg.d_model, cfg.dense_width)
+            FeedForward(cfg.d_model, cfg.dense_width, activation)
             if layer_index < cfg.n_dense_layers or layer_index in cfg.dense_layers
-            else MoELayer(cfg.d_model, cfg.moe)
+            else MoELayer(cfg.d_model, cfg.moe, activation)
         )
 
     def forward(
@@ -228,11 +235,12 @@ class MoETransformer(nn.Module):
         real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
         real_T = None if real is None else real.places()
         x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
-        context = attention_context(self.cfg, input_ids_BS, documents, 0 if cache is None else cache.length)
+        windows, num_cached = [layer.window for layer in self.layers], 0 if cache is None else cache.length
+        contexts = attention_contexts(self.cfg, windows, input_ids_BS, documents, num_cached)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[RoutingStats] = []
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            x_BSD, layer_stats = layer(x_BSD, context, layer_cache, real_T)
+            x_BSD, layer_stats = layer(x_BSD, contexts[layer.window], layer_cache, real_T)
             if layer_stats is not None:
                 stats.append(layer_stats)
         if cache is not None:
@@ -287,7 +295,8 @@ class MoETransformer(nn.Module):
         sums, stats = [], []
         for depth, module in enumerate(self.mtp, start=1):
             documents = None if documents_BS is None else documents_BS[:, :-depth]
-            context = attention_context(self.cfg, labels_BS[:, :-depth], documents)
+            window = cast(Block, module.block).window
+            context = attention_contexts(self.cfg, [window], labels_BS[:, :-depth], documents)[window]
             real_T = None if real is None else real.places(depth)
             hidden_BSD, normed_BSD, module_stats = module(hidden_BSD[:, :-1], embedded_BSD[:, depth:], context, real_T)
             targets_BS = shifted_targets(labels_BS, documents_BS, shift=depth + 1)[:, :-depth]

@@ -8,24 +8,26 @@ from torch.distributed.tensor import DTensor
 
 from moefoundry.config import MoEConfig
 from moefoundry.moe.mixture import Mixture, RowMixture, build_mixture
+from moefoundry.ops.expert_bias import HiddenLayer, weighted_biases
 from moefoundry.ops.gradient_scale import scale_gradient
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear
 from moefoundry.ops.permute import RowOrder
-from moefoundry.ops.swiglu import swiglu
+from moefoundry.ops.swiglu import PLAIN, Activation, swiglu
 
 
 class FeedForward(nn.Module):
     """Dense SwiGLU: the FFN of dense layers, and the shared experts of MoE layers."""
 
-    def __init__(self, d_model: int, hidden_size: int) -> None:
+    def __init__(self, d_model: int, hidden_size: int, activation: Activation = PLAIN) -> None:
         super().__init__()
+        self.activation = activation
         self.gate_proj = nn.Linear(d_model, hidden_size, bias=False)
         self.up_proj = nn.Linear(d_model, hidden_size, bias=False)
         self.down_proj = nn.Linear(hidden_size, d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute [..., D] -> [..., D]."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), None, self.activation))
 
 
 class TokenGate(nn.Linear):
@@ -45,20 +47,44 @@ class GroupedExperts(nn.Module):
     Attributes:
         gate_proj, up_proj: [E, F, D].
         down_proj: [E, D, F].
+        gate_proj_bias, up_proj_bias, down_proj_bias: [E, F], [E, F] and [E, D]; None without ``projection_bias``.
         mixture: The backend that computes them; a precision policy may set another.
     """
 
-    def __init__(self, d_model: int, cfg: MoEConfig) -> None:
+    gate_proj_bias: nn.Parameter | None
+    up_proj_bias: nn.Parameter | None
+    down_proj_bias: nn.Parameter | None
+
+    def __init__(self, d_model: int, cfg: MoEConfig, activation: Activation = PLAIN) -> None:
         super().__init__()
         num_experts, hidden_size = cfg.num_experts, cfg.expert_hidden_size
         self.gate_proj = nn.Parameter(torch.empty(num_experts, hidden_size, d_model))
         self.up_proj = nn.Parameter(torch.empty(num_experts, hidden_size, d_model))
         self.down_proj = nn.Parameter(torch.empty(num_experts, d_model, hidden_size))
-        self.mixture: Mixture = build_mixture(cfg)
+        for name, width in (("gate", hidden_size), ("up", hidden_size), ("down", d_model)):
+            bias = nn.Parameter(torch.empty(num_experts, width)) if cfg.projection_bias else None
+            self.register_parameter(f"{name}_proj_bias", bias)
+        self.activation = activation
+        self.mixture: Mixture = build_mixture(cfg, activation)
 
     def forward(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
         """Mix each token's experts on this rank, [P, D] -> [P, D]; arguments as in :class:`Mixture`."""
-        return self.mixture(tokens_PD, weights_PK, *self.local_weights(), order)
+        mixed_PD = self.mix(tokens_PD, weights_PK, order)
+        if self.down_proj_bias is None:
+            return mixed_PD
+        return mixed_PD + weighted_biases(weights_PK, local_experts(self.down_proj_bias), order)
+
+    def mix(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
+        """Compute :meth:`forward` without the biases of ``down``."""
+        operands = tokens_PD, weights_PK, *self.local_weights(), order
+        hidden = self.hidden_layer()
+        return self.mixture(*operands) if hidden.plain else self.mixture(*operands, hidden)
+
+    def hidden_layer(self) -> HiddenLayer:
+        """Give the activation, and the biases of this rank's experts."""
+        if self.gate_proj_bias is None or self.up_proj_bias is None:
+            return HiddenLayer(self.activation)
+        return HiddenLayer(self.activation, local_experts(self.gate_proj_bias), local_experts(self.up_proj_bias))
 
     @property
     def product(self) -> GroupedLinear:
@@ -71,7 +97,7 @@ class GroupedExperts(nn.Module):
 
 
 def local_experts(weight: Tensor) -> Tensor:
-    """Take this rank's experts of a stacked weight.
+    """Take this rank's experts of a stacked weight or bias.
 
     If G ranks share the experts, these see the tokens of all G ranks: their gradient is a sum where every other
     gradient is a mean over ranks, so it is divided by G.

@@ -22,6 +22,7 @@ from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts, TokenGate
 from moefoundry.moe.router import Router, Routing, within_capacity
 from moefoundry.ops.permute import count_by_expert
+from moefoundry.ops.swiglu import PLAIN, Activation
 
 
 class RoutingStats(NamedTuple):
@@ -63,13 +64,12 @@ class MoELayer(nn.Module):
         router_losses: Further losses of training, ``(router_logits_TE, scores_TE) -> values_T``.
     """
 
-    def __init__(self, d_model: int, cfg: MoEConfig) -> None:
+    def __init__(self, d_model: int, cfg: MoEConfig, activation: Activation = PLAIN) -> None:
         super().__init__()
+        shared_width = cfg.num_shared_experts * cfg.expert_hidden_size
         self.router = Router(d_model, cfg)
-        self.experts = GroupedExperts(d_model, cfg)
-        self.shared_experts = (
-            FeedForward(d_model, cfg.num_shared_experts * cfg.expert_hidden_size) if cfg.num_shared_experts else None
-        )
+        self.experts = GroupedExperts(d_model, cfg, activation)
+        self.shared_experts = FeedForward(d_model, shared_width, activation) if shared_width else None
         self.shared_gate = TokenGate(d_model) if cfg.shared_expert_gate else None
         self.dispatcher: TokenDispatcher = LocalDispatcher(cfg.num_experts)
         self.router_losses: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()

@@ -14,22 +14,36 @@ from torch import Tensor
 
 from moefoundry.config import MoEConfig, UserError
 from moefoundry.config.making import make_part
+from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer, add_bias
 from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop
 from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
-from moefoundry.ops.swiglu import swiglu
+from moefoundry.ops.swiglu import PLAIN, Activation, swiglu
 from moefoundry.registry import load
 
 BACKEND_KEY = "model.moe.backend"
 
 
 class Mixture(Protocol):
-    """A mixture backend. It may also have ``obstacle``, see :func:`check_backend`."""
+    """A mixture backend. It may also have ``obstacle``, see :func:`check_backend`.
+
+    Attributes:
+        takes_hidden: True if it takes ``hidden``; one without this attribute computes plain SwiGLU without biases.
+    """
+
+    takes_hidden: bool
 
     def __call__(
-        self, tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+        self,
+        tokens_PD: Tensor,
+        weights_PK: Tensor,
+        gate_EFD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        order: RowOrder,
+        hidden: HiddenLayer = PLAIN_LAYER,
     ) -> Tensor:
-        """Mix each token's experts, [P, D] -> [P, D]; differentiable in the first five arguments.
+        """Mix each token's experts, [P, D] -> [P, D]; differentiable in the first five arguments, and in biases.
 
         Args:
             tokens_PD: Tokens that have experts on this rank.
@@ -38,13 +52,21 @@ class Mixture(Protocol):
             up_EFD: [E, F, D].
             down_EDF: [E, D, F].
             order: Order of the slots that are for experts on this rank: its N rows.
+            hidden: Activation, and biases of gate and up; that of down is added to the result, whatever the backend.
         """
         ...
 
 
-def build_mixture(cfg: MoEConfig) -> Mixture:
-    """Make the backend that ``model.moe.backend`` names."""
+def build_mixture(cfg: MoEConfig, activation: Activation = PLAIN) -> Mixture:
+    """Make the backend that ``model.moe.backend`` names.
+
+    Raises:
+        UserError: It computes plain SwiGLU without biases, and the model has more.
+    """
     mixture: Mixture = make_part("mixture_backends", cfg.backend, BACKEND_KEY, cfg)
+    if (cfg.projection_bias or activation != PLAIN) and not getattr(mixture, "takes_hidden", False):
+        key = "model.moe.projection_bias" if cfg.projection_bias else "model.swiglu"
+        raise UserError(f"{BACKEND_KEY}: {cfg.backend} does not compute {key}; use {BACKEND_KEY}=auto")
     return mixture
 
 
@@ -77,13 +99,22 @@ class RowMixture:
     """
 
     product: GroupedLinear
+    takes_hidden = True
 
     def __call__(
-        self, tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+        self,
+        tokens_PD: Tensor,
+        weights_PK: Tensor,
+        gate_EFD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        order: RowOrder,
+        hidden: HiddenLayer = PLAIN_LAYER,
     ) -> Tensor:
         rows_ND, counts_E = permute(tokens_PD, order), order.tokens_per_expert_E
-        gate_NF, up_NF = (self.product(rows_ND, weight, counts_E) for weight in (gate_EFD, up_EFD))
-        hidden_NF = swiglu(gate_NF, up_NF, permute_slots(weights_PK, order))
+        gate_NF = add_bias(self.product(rows_ND, gate_EFD, counts_E), hidden.gate_bias_EF, counts_E)
+        up_NF = add_bias(self.product(rows_ND, up_EFD, counts_E), hidden.up_bias_EF, counts_E)
+        hidden_NF = swiglu(gate_NF, up_NF, permute_slots(weights_PK, order), hidden.activation)
         return sum_rows(self.product(hidden_NF, down_EDF, counts_E), order)
 
 
@@ -97,19 +128,38 @@ def loop(cfg: MoEConfig) -> Mixture:
     return RowMixture(grouped_linear_loop)
 
 
-def auto(cfg: MoEConfig) -> Mixture:
-    """Use what was measured to be fastest for the device, dtype and size of the tokens; the one place that chooses."""
-    by_rows = grouped_mm(cfg)
+@dataclass(frozen=True)
+class AutoMixture:
+    """The mixture by rows, or on a CPU one expert after the other where that is faster.
 
-    def mixture(
-        tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+    Attributes:
+        by_rows: The former.
+    """
+
+    by_rows: RowMixture
+    takes_hidden = True
+
+    def __call__(
+        self,
+        tokens_PD: Tensor,
+        weights_PK: Tensor,
+        gate_EFD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        order: RowOrder,
+        hidden: HiddenLayer = PLAIN_LAYER,
     ) -> Tensor:
+        operands = tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order
         bytes_of_rows = len(order.slot_of_row_N) * tokens_PD.shape[1] * tokens_PD.itemsize
         on_cpu = tokens_PD.device.type == "cpu" and tokens_PD.dtype == torch.float32
-        chosen = expert_mixture if on_cpu and bytes_of_rows >= PAYS_FROM_BYTES else by_rows
-        return chosen(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order)
+        if on_cpu and bytes_of_rows >= PAYS_FROM_BYTES and hidden.plain:
+            return expert_mixture(*operands)
+        return self.by_rows(*operands, hidden)
 
-    return mixture
+
+def auto(cfg: MoEConfig) -> Mixture:
+    """Use what was measured to be fastest for the device, dtype and size of the tokens; the one place that chooses."""
+    return AutoMixture(RowMixture(grouped_linear))
 
 
 @dataclass(frozen=True)
@@ -125,14 +175,22 @@ class KernelMixture:
     backend: str
     module: str
     function: str
+    takes_hidden = True
 
     def __call__(
-        self, tokens_PD: Tensor, weights_PK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+        self,
+        tokens_PD: Tensor,
+        weights_PK: Tensor,
+        gate_EFD: Tensor,
+        up_EFD: Tensor,
+        down_EDF: Tensor,
+        order: RowOrder,
+        hidden: HiddenLayer = PLAIN_LAYER,
     ) -> Tensor:
         if found := self.obstacle(tokens_PD, down_EDF.shape[-1]):
             raise ValueError(f"{BACKEND_KEY}: {self.backend} cannot run: {found}; use {BACKEND_KEY}=auto")
         mixture: Mixture = load(f"{self.module}:{self.function}")
-        return mixture(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order)
+        return mixture(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order, hidden)
 
     def obstacle(self, tokens_PD: Tensor, hidden_size: int) -> str:
         """Say why the kernels cannot run; empty if they can."""

@@ -70,7 +70,7 @@ class Router(nn.Module):
 
     def __init__(self, d_model: int, cfg: MoEConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(d_model, cfg.num_experts, bias=False)
+        self.gate = nn.Linear(d_model, cfg.num_experts, bias=cfg.router.gate_bias)
         self.product = wide_linear
         self.top_k = cfg.top_k
         self.cfg, self.group_votes = cfg.router, cfg.group_votes
@@ -88,6 +88,8 @@ class Router(nn.Module):
             jitter, tokens_TD = self.cfg.input_jitter, widened(tokens_TD)
             tokens_TD = tokens_TD * torch.empty_like(tokens_TD).uniform_(1 - jitter, 1 + jitter)
         logits_TE = self.product(tokens_TD, self.gate.weight)
+        if self.gate.bias is not None:
+            logits_TE = logits_TE + self.gate.bias.to(logits_TE.dtype)
         scores_TE = self.score(logits_TE)
         if scores_TE.shape != logits_TE.shape or scores_TE.dtype != logits_TE.dtype:
             given, wanted = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (scores_TE, logits_TE))

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer, expert_of_row
 from moefoundry.ops.grouped_linear import grouped_linear_loop
 from moefoundry.ops.permute import RowOrder, permute_reference, sum_rows_reference
 from moefoundry.ops.swiglu import swiglu_reference
@@ -42,14 +43,23 @@ def expert_mixture(
 
 
 def expert_mixture_reference(
-    tokens_TD: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+    tokens_TD: Tensor,
+    weights_TK: Tensor,
+    gate_EFD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    order: RowOrder,
+    hidden: HiddenLayer = PLAIN_LAYER,
 ) -> Tensor:
-    """Compute :func:`expert_mixture` from the plain references, by autograd."""
+    """Compute :func:`expert_mixture` from the plain references, by autograd; with biases and other activations, too."""
     counts_E = order.tokens_per_expert_E
     rows_ND = permute_reference(tokens_TD, order)
     gate_NF, up_NF = (grouped_linear_loop(rows_ND, weight, counts_E) for weight in (gate_EFD, up_EFD))
-    weights_N = weights_TK.flatten()[order.slot_of_row_N]
-    rows_ND = grouped_linear_loop(swiglu_reference(gate_NF, up_NF, weights_N), down_EDF, counts_E)
+    if hidden.gate_bias_EF is not None and hidden.up_bias_EF is not None:
+        experts_N = expert_of_row(order)
+        gate_NF, up_NF = gate_NF + hidden.gate_bias_EF[experts_N], up_NF + hidden.up_bias_EF[experts_N]
+    hidden_NF = swiglu_reference(gate_NF, up_NF, weights_TK.flatten()[order.slot_of_row_N], hidden.activation)
+    rows_ND = grouped_linear_loop(hidden_NF, down_EDF, counts_E)
     return sum_rows_reference(rows_ND, order)
 
 

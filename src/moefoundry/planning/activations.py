@@ -8,6 +8,7 @@ All figures are bytes a token; ``c`` is the bytes of the compute dtype. Without 
     MoE layer    c D + 8 E             the tokens; logits and scores
                  c K (D + 3 F)         rows before and inside the experts; 36 K for their order
                  3 c F_shared          shared experts
+                 c E                   weights by expert, where experts have biases
 
 with q, kv the widths of all heads' queries and keys, H heads (MLA keeps its compressed vectors, and wider keys and
 values). With ``fp8.recipe: deepseek_v3`` inputs of products and of SwiGLU take 129/128 bytes an element, and SwiGLU's
@@ -171,10 +172,11 @@ def _moe(cfg: ModelConfig, c: int, exchanged: bool, fp8: bool) -> Kept:
     moe, width, hidden = cfg.moe, cfg.d_model, cfg.moe.expert_hidden_size
     shared = _dense(width, moe.num_shared_experts * hidden, c, fp8)
     row = _dense(width, hidden, c, fp8).all + INDEX_BYTES
+    biases = c if moe.projection_bias else 0
     row_products = moe.top_k * c * (width + 2 * hidden + (2 * width if exchanged else 0))
     return Kept(
-        shared.all + 2 * FP32 * moe.num_experts + moe.top_k * row + 8,
-        (shared.products if moe.num_shared_experts else 0) + FP32 * moe.num_experts + row_products,
+        shared.all + (2 * FP32 + biases) * moe.num_experts + moe.top_k * row + 8,
+        biases * width + (shared.products if moe.num_shared_experts else 0) + FP32 * moe.num_experts + row_products,
         max(shared.gradients, 2 * c * moe.top_k * (width + hidden)),
         (moe.top_k * ORDER_BYTES + 8) * (2 if exchanged else 1),
     )

@@ -1,6 +1,7 @@
 """Sharded model with one block of each kind, which stands for all of them.
 
-Blocks whose parameters have the same names, shapes and dtypes are sharded alike. So a plan shards the first of each
+Blocks whose parameters have the same names, shapes and dtypes are sharded alike, and those with the same window
+compute alike. So a plan shards the first of each
 kind, and counts it as often as the model has it: seconds become tenths for deep models.
 """
 
@@ -95,7 +96,8 @@ def local_numel(parameter: nn.Parameter) -> int:
 
 
 def _signature(layer: Block) -> object:
-    return tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    parameters = ((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
+    return layer.window, *parameters
 
 
 def _repeated(units: Iterable[Unit], kind: list[int]) -> list[Unit]:

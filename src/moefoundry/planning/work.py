@@ -53,11 +53,12 @@ def block_work(cfg: ModelConfig, block: Block, seq_len: int, c: int) -> Work:
         c: Bytes of an element in the compute dtype.
     """
     width, widths = cfg.d_model, _attention_widths(cfg)
-    attention = 2 * sum(widths) * _positions_seen(seq_len, cfg.attention.window)
+    attention = 2 * sum(widths) * _positions_seen(seq_len, block.window)
     if isinstance(block.attention, GatedDeltaNet):
         widths, attention = block.attention.widths, _linear_attention(block.attention)
     sparse = isinstance(block.ffn, MoELayer)
     routed = 3 * cfg.moe.expert_hidden_size * width if sparse else 0
+    biases = cfg.moe.num_experts * width if sparse and cfg.moe.projection_bias else 0  # of down, weighted
     moved = 10 * c * width + 4 * c * sum(widths)
     if sparse:
         shared = cfg.moe.num_shared_experts * cfg.moe.expert_hidden_size
@@ -67,7 +68,7 @@ def block_work(cfg: ModelConfig, block: Block, seq_len: int, c: int) -> Work:
         moved += 3 * c * cfg.dense_width
     return Work(
         linear=2 * _dense_elements(block),
-        experts=2 * routed * cfg.moe.top_k,
+        experts=2 * (routed * cfg.moe.top_k + biases),
         attention=attention,
         moved=moved,
     )

@@ -31,6 +31,7 @@ from moefoundry.config import (
     QkNorm,
     RouterConfig,
     ScoreFunction,
+    SwigluConfig,
     YarnConfig,
 )
 from moefoundry.conversion.families import FAMILIES, Piece
@@ -102,6 +103,25 @@ def listed(layers: list[int]) -> LinearAttentionConfig:
     return LinearAttentionConfig(layers=layers, n_key_heads=3, n_value_heads=3, key_head_dim=14, value_head_dim=18)
 
 
+GPT_OSS = GqaConfig(
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=12,
+    sinks=True,
+    bias=AttentionBias.all,
+    sliding_window=5,
+    sliding_window_layers=[0, 2],
+    rope_theta=15e4,
+    yarn=replace(YARN, truncate=False, attention_factor=1.1),
+)
+
+
+def gpt_oss(attention: GqaConfig = GPT_OSS, **changes: object) -> ModelConfig:
+    moe = replace(experts(RouterConfig(gate_bias=True)), projection_bias=True)
+    swiglu = SwigluConfig(alpha=1.5, limit=0.3, offset=1.0)
+    return sparse(attention, n_layers=3, moe=moe, swiglu=swiglu, norm=NormConfig(eps=1e-5), **changes)
+
+
 SIGMOID = RouterConfig(ScoreFunction.sigmoid)
 NOT_NORMALIZED = RouterConfig(normalize_topk=False)
 GREEDY = replace(NOT_NORMALIZED, scale=2.0)
@@ -125,11 +145,13 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
     "qwen2": {
         "plain": dense(QWEN2),
         "window": dense(replace(QWEN2, sliding_window=5), tie_embeddings=True),
+        "windows": dense(replace(QWEN2, sliding_window=5, sliding_window_layers=[1])),
         "yarn": dense(replace(QWEN2, yarn=YARN)),
     },
     "qwen3": {
         "plain": dense(QWEN3),
         "window": dense(replace(QWEN3, sliding_window=5, head_dim=None), tie_embeddings=True),
+        "windows": dense(replace(QWEN3, sliding_window=5, sliding_window_layers=[0])),
         "biased": dense(replace(QWEN3, bias=AttentionBias.all)),
         "yarn": dense(replace(QWEN3, yarn=YARN)),
     },
@@ -213,6 +235,12 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
         "plain": sparse(replace(OLMOE, head_dim=12, rotary_fraction=0.5), SIGMOID),
         "whole": sparse(replace(OLMOE, head_dim=12), SIGMOID, tie_embeddings=True),
     },
+    "gpt_oss": {
+        "plain": gpt_oss(),
+        "unscaled": gpt_oss(replace(GPT_OSS, yarn=None, sliding_window_layers=[1], rope_theta=1e4)),
+        "windows": gpt_oss(replace(GPT_OSS, sliding_window_layers=None, bias=AttentionBias.none), tie_embeddings=True),
+        "no_window": gpt_oss(replace(GPT_OSS, sliding_window=None, sliding_window_layers=None, head_dim=None)),
+    },
     "ernie4_5_moe": {
         "plain": ernie(shared=2, tie_embeddings=True),
         "between": ernie(n_layers=4, dense_layers=[3]),
@@ -270,7 +298,8 @@ STANDS_IN = {name: FAMILIES[name].stand_in for name in VARIANTS if FAMILIES[name
 CASES = [(family, variant) for family, variants in VARIANTS.items() for variant in variants]
 OLDER = [family for family in VARIANTS if family in CONFIG_MAPPING_NAMES]
 """Families that the transformers of this environment has, too."""
-OLDER_CASES = [(family, variant) for family, variant in CASES if family in OLDER]
+OLDER_CASES = [(family, variant) for family, variant in CASES if family in OLDER and variant != "windows"]
+"""Transformers 4.51 has a window in all blocks or in none."""
 
 LATENT = {
     *("n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
@@ -361,8 +390,7 @@ def blocks(
         our = ours[piece.name] if piece.expert is None else ours[piece.name][piece.expert]
         our = our if piece.our_rows is None else our[slice(*piece.our_rows)]
         their = theirs[piece.hf_name] if piece.part is None else theirs[piece.hf_name][piece.part]
-        their = their if piece.rows is None else their[slice(*piece.rows)]
-        yield piece, our, their.T if piece.transposed else their
+        yield piece, our, piece.of_their_block(their if piece.rows is None else their[slice(*piece.rows)])
 
 
 def our_model(family: str, cfg: ModelConfig, theirs: dict[str, Tensor]) -> MoETransformer:

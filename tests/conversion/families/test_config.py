@@ -106,6 +106,26 @@ def test_sparse_steps_and_dense_layers_of_qwen() -> None:
     assert (written_again["decoder_sparse_step"], written_again["mlp_only_layers"]) == (1, [0, 1, 2, 4, 6])
 
 
+def test_blocks_with_a_window() -> None:
+    """The later ones of Qwen's, by the older key; or any that ``layer_types`` names."""
+    config = written("qwen2") | {"use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 4}
+    read = FAMILIES["qwen2"].read_config
+    some = read(config | {"max_window_layers": 3})
+    assert [some.attention.window_of(block) for block in range(5)] == [None, None, None, 8, None]
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    listed = read(config | {"max_window_layers": 1, "layer_types": kinds})
+    assert [listed.attention.window_of(block) for block in range(4)] == [8, None, None, 8]
+    again = FAMILIES["qwen2"].write_config(listed, 64)
+    assert (again["max_window_layers"], again["layer_types"]) == (0, kinds)
+    assert read(config | {"max_window_layers": 0}).attention.sliding_window_layers is None
+    assert read(config | {"max_window_layers": 4}).attention.sliding_window is None
+    every = replace(listed, attention=replace(listed.attention, sliding_window_layers=[3, 2, 1, 0]))
+    assert FAMILIES["qwen2"].fits(every) == []
+    assert FAMILIES["mixtral"].fits(sparse(replace(GQA, sliding_window=5, sliding_window_layers=[1]))) == [
+        "model.attention.sliding_window_layers: [1], and mixtral has None"
+    ]
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "culprit"),
     [
@@ -120,16 +140,27 @@ def test_sparse_steps_and_dense_layers_of_qwen() -> None:
         ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor: missing"),
         (
             "llama",
-            {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1.5}},
-            "rope_scaling.attention_factor: got 1.5; allowed: null",
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": 1}},
+            "rope_scaling.truncate: got 1; allowed: true or false",
         ),
         ("llama", {"hidden_size": "big"}, 'hidden_size: got "big"; allowed: an integer of at least 1'),
         ("llama", {"vocab_size": None}, "vocab_size: missing"),
         (
-            "qwen2",
+            "qwen3_moe",
             {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
             "max_window_layers: got 1; allowed: 0 (a window in every layer), or 2 (in none)",
         ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention"]},
+            'layer_types: got ["sliding_attention"]; allowed: a list of 2',
+        ),
+        (
+            "gpt_oss",
+            {"layer_types": ["full_attention", "chunked_attention", "full_attention"]},
+            'layer_types: got ["full_attention", "chunked_attention", "full_attention"]; allowed: a list of full_',
+        ),
+        ("gpt_oss", {"swiglu_limit": "big"}, 'swiglu_limit: got "big"; allowed: a number of at least 0'),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, 'layer_types: got ["full_attention", "sli'),
         ("olmoe", {"head_dim": 16}, "head_dim: got 16; allowed: 8"),
         ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq: got 2; allowed: 1"),
@@ -187,6 +218,8 @@ def test_an_unknown_model_type_is_named_with_those_there_are() -> None:
         ("dbrx", sparse(replace(GQA, head_dim=12), **DBRX), "model.attention.head_dim: 12, and dbrx has 8"),
         ("dbrx", sparse(GQA, **DBRX), "model.attention.clip_qkv: null, and transformers runs no dbrx without it"),
         ("dbrx", sparse(GQA, **DBRX, tie_embeddings=True), "model.tie_embeddings: True, and dbrx has False"),
+        ("gpt_oss", sparse(GQA), "model.swiglu.offset: 0.0, and gpt_oss has 1.0"),
+        ("mixtral", sparse(replace(GQA, sinks=True)), "model.attention.sinks: True, and mixtral has False"),
         ("qwen3_moe", DEALT, "model.moe.router.assignment: uniform, and qwen3_moe has scores"),
     ],
 )

@@ -76,7 +76,7 @@ def test_both_forms_at_once_are_read_where_they_agree() -> None:
             {"rope_parameters.low_freq_factor": 1.0},
             "rope_parameters.low_freq_factor: got 1.0",
         ),
-        ("llama", "yarn", {"rope_parameters.truncate": False}, "rope_parameters.truncate: got false; allowed: true"),
+        ("llama", "yarn", {"rope_parameters.truncate": 0}, "rope_parameters.truncate: got 0; allowed: true or false"),
         ("llama", "yarn", {"rope_parameters.factor": None}, "rope_parameters.factor: missing"),
         ("qwen3_moe", "plain", {"num_experts": 9}, "num_local_experts: got 8; allowed: 9, as num_experts says"),
         ("qwen3_moe", "window", {"max_window_layers": 2}, "max_window_layers: got 2; allowed: 0"),

@@ -12,10 +12,15 @@ from tests.ops.fused_experts.checks import check_equal_to_float64
 
 
 def check_mixture(
-    device: str, dtype: torch.dtype, shape: tuple[int, int, int, int, int], skew: float, keep: float
+    device: str,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int, int, int],
+    skew: float,
+    keep: float,
+    biased: bool = False,
 ) -> None:
-    """Output and all gradients, ``shape`` T, D, F, E, K; a share ``keep`` of the slots has rows."""
-    check_equal_to_float64(device, dtype, shape, skew, keep, block_sparse_experts)
+    """As :func:`check_equal_to_float64`."""
+    check_equal_to_float64(device, dtype, shape, skew, keep, biased, block_sparse_experts)
 
 
 def check_no_rows(device: str) -> None:

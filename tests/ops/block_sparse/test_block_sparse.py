@@ -30,6 +30,14 @@ def test_interpreted(interpreter: ProcessPoolExecutor, shape: Shape, skew: float
 
 
 @needs_stk
+@pytest.mark.parametrize(("shape", "skew", "keep"), [CASES[1], CASES[3]])
+def test_biases_and_a_clamped_activation_interpreted(
+    interpreter: ProcessPoolExecutor, shape: Shape, skew: float, keep: float
+) -> None:
+    interpreter.submit(checks.check_mixture, "cpu", torch.float32, shape, skew, keep, True).result()
+
+
+@needs_stk
 def test_half_precision_interpreted(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(checks.check_mixture, "cpu", torch.float16, *CASES[0].values).result()
 
@@ -57,6 +65,7 @@ def test_indices_do_not_overflow(interpreter: ProcessPoolExecutor) -> None:
 )
 def test_on_a_gpu(dtype: torch.dtype, shape: Shape, skew: float, keep: float) -> None:
     checks.check_mixture("cuda", dtype, shape, skew, keep)
+    checks.check_mixture("cuda", dtype, shape, skew, keep, biased=True)
 
 
 @needs_stk

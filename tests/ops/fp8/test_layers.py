@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.fp8 import (
     Format,
     Granularity,
@@ -28,6 +28,7 @@ from moefoundry.ops.fp8 import (
     wgrad,
 )
 from moefoundry.ops.grouped_linear import grouped_linear_loop
+from moefoundry.ops.swiglu import Activation, swiglu_reference
 from tests.ops.fp8.samples import KINDS, sample, sqnr
 
 SIZES = torch.tensor([130, 0, 70])
@@ -152,10 +153,15 @@ def test_without_gradients_nothing_is_quantized_for_backward(monkeypatch: pytest
     assert formats == [Format.E4M3] * (1 + 4), "the weights, and SwiGLU's product"
 
 
-def reference_feed_forward(x: Tensor, weights: list[Tensor], row_weights: Tensor) -> Tensor:
+def reference_feed_forward(
+    x: Tensor, weights: list[Tensor], row_weights: Tensor, hidden: HiddenLayer = PLAIN_LAYER
+) -> Tensor:
     """In fp32, every expert's output weighted at the end."""
     gate, up = (grouped_linear_loop(x, weight, SIZES) for weight in weights[:2])
-    return grouped_linear_loop(F.silu(gate) * up, weights[2], SIZES) * row_weights.unsqueeze(1)
+    if hidden.gate_bias_EF is not None:
+        gate, up = (out + bias.repeat_interleave(SIZES, 0) for out, bias in zip((gate, up), hidden[1:], strict=True))
+    out = grouped_linear_loop(swiglu_reference(gate, up, None, hidden.activation), weights[2], SIZES)
+    return out * row_weights.unsqueeze(1)
 
 
 def expert_weights() -> list[Tensor]:
@@ -173,6 +179,19 @@ def test_feed_forward_and_all_its_gradients_are_near_fp32(kind: str) -> None:
     for got, exact in [(out.detach(), expected.detach()), *pairs]:
         assert got.shape == exact.shape
         assert sqnr(got, exact) >= TWO_PRODUCTS
+
+
+def test_biases_and_a_clamped_activation_are_near_fp32() -> None:
+    x, weights, row_weights = leaf("normal", ROWS, WIDTH), expert_weights(), torch.rand(ROWS).requires_grad_()
+    biases = [leaf("normal", len(SIZES), HIDDEN, scale=0.5) for _ in range(2)]
+    hidden = HiddenLayer(Activation(alpha=1.702, limit=3.0, offset=1.0), *biases)
+    grad, inputs = sample("normal", ROWS, WIDTH), [x, row_weights, *weights, *biases]
+    out = fp8_feed_forward(x, *weights, SIZES, row_weights, hidden)
+    expected = reference_feed_forward(x, weights, row_weights, hidden)
+    pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True)
+    for got, exact in [(out.detach(), expected.detach()), *pairs]:
+        assert got.shape == exact.shape
+        assert sqnr(got, exact) >= TWO_PRODUCTS - 5  # a gate that rounds across the limit loses its whole gradient
 
 
 def test_feed_forward_without_groups_is_that_of_one_group() -> None:

@@ -8,11 +8,14 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.expert_mixture import expert_mixture_reference
 from moefoundry.ops.fused_experts import function, fused_experts
 from moefoundry.ops.permute import RowOrder, order_by_expert
+from moefoundry.ops.swiglu import Activation
 
 SMALL = {name: function.Config(16, 32, 16, 4, 2) for name in function.CONFIGS}
+CLAMPED = Activation(alpha=1.702, limit=1.5, offset=1.0)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
 
@@ -30,9 +33,11 @@ def check_equal_to_float64(
     shape: tuple[int, int, int, int, int],
     skew: float,
     keep: float,
+    biased: bool = False,
     mix: Any = fused_experts,
 ) -> None:
-    """Output and all gradients, ``shape`` T, D, F, E, K; a share ``keep`` of the slots has rows."""
+    """Output and all gradients, ``shape`` T, D, F, E, K; a share ``keep`` of the slots has rows. With ``biased``, there
+    are biases of gate and up, and a clamped activation."""
     torch.manual_seed(1)
     tokens, width, hidden, experts, top_k = shape
     ids = routed(tokens, experts, top_k, skew)
@@ -45,11 +50,14 @@ def check_equal_to_float64(
         torch.randn(experts, hidden, width) * width**-0.5,
         torch.randn(experts, width, hidden) * hidden**-0.5,
     ]
+    if biased:
+        operands += [torch.randn(experts, hidden), torch.randn(experts, hidden)]
     ours = [operand.to(device, dtype if index != 1 else torch.float32) for index, operand in enumerate(operands)]
     got = with_gradients(mix, ours, order, dtype, device)
     exact = [operand.double() for operand in ours]
     expected = with_gradients(expert_mixture_reference, exact, order, torch.float64, device)
-    for name, mine, other in zip(("out", "x", "weights", "gate", "up", "down"), got, expected, strict=True):
+    names = ("out", "x", "weights", "gate", "up", "down", "bias of gate", "bias of up")
+    for name, mine, other in zip(names, got, expected, strict=False):
         error = (mine.double() - other).norm() / other.norm().clamp(min=1e-9)
         assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
         assert mine.dtype == (torch.float32 if name == "weights" else dtype) or mine.dtype == torch.float64
@@ -60,7 +68,7 @@ def with_gradients(
 ) -> tuple[Tensor, ...]:
     """The output and the gradients of its operands, for the same incoming gradient each time."""
     leaves = [operand.detach().requires_grad_() for operand in operands]
-    out = mix(*leaves, order)
+    out = mix(*leaves[:5], order, HiddenLayer(CLAMPED, *leaves[5:]) if leaves[5:] else PLAIN_LAYER)
     incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(device, dtype)
     return (out, *torch.autograd.grad(out, leaves, incoming))
 

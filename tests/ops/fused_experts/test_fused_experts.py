@@ -28,6 +28,10 @@ def test_interpreted(
     interpreter.submit(checks.check_small_tiles, "cpu", torch.float16, shape, skew, keep).result()
 
 
+def test_biases_and_a_clamped_activation_interpreted(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(checks.check_small_tiles, "cpu", torch.float16, *CASES[2].values, True).result()
+
+
 def test_no_rows_interpreted(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(checks.check_no_rows, "cpu").result()
 
@@ -46,6 +50,7 @@ def test_no_rows_interpreted(interpreter: ProcessPoolExecutor) -> None:
 )
 def test_on_a_gpu(dtype: torch.dtype, shape: tuple[int, int, int, int, int], skew: float, keep: float) -> None:
     checks.check_equal_to_float64("cuda", dtype, shape, skew, keep)
+    checks.check_equal_to_float64("cuda", dtype, shape, skew, keep, biased=True)
     checks.check_small_tiles("cuda", dtype, shape, skew, keep)
 
 

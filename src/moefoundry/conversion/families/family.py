@@ -28,7 +28,7 @@ from moefoundry.conversion.families.keys import Keys
 class Piece:
     """A block of one of our tensors that equals a block of one Hugging Face tensor, bit for bit.
 
-    It is ``ours[expert][our_rows] == theirs[part][rows]``.
+    It is ``ours[expert][our_rows] == theirs[part][rows]``, of which ``columns`` are taken and then ``transposed``.
 
     Attributes:
         name: Our parameter or buffer, as in ``MoETransformer.state_dict()``.
@@ -39,6 +39,8 @@ class Piece:
         part: Index along the Hugging Face tensor's first dim, where it has a dim more than our block, and ``rows`` are
             those of this part; None is a tensor of as many dims.
         our_rows: First row and the row behind the last of our tensor, where it is not all of it.
+        columns: First column, and the step to the next, of the block in the last dim of the Hugging Face tensor, whose
+            other columns are other pieces with equal ``rows``; None is all.
     """
 
     name: str
@@ -48,6 +50,14 @@ class Piece:
     transposed: bool = False
     part: int | None = None
     our_rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    def of_their_block(self, block: Any) -> Any:
+        """Take our block of the rows of a tensor of theirs, a view."""
+        if self.columns is not None:
+            first, step = self.columns
+            block = block[..., first::step]
+        return block.T if self.transposed else block
 
 
 class Family(ABC):
@@ -94,7 +104,7 @@ class Family(ABC):
         keys = Keys(hf, self.defaults, f"Hugging Face config ({self.name})")
         cfg = self._read(keys)
         if keys.has("quantization_config"):  # of the file's tensors, which ``safetensors_io`` reads
-            keys.nested("quantization_config", {}).text("quant_method", "fp8", "compressed-tensors")
+            keys.nested("quantization_config", {}).text("quant_method", "fp8", "compressed-tensors", "mxfp4")
         keys.finish()
         return cfg
 
@@ -226,7 +236,12 @@ def computed(cfg: ModelConfig) -> ModelConfig:
     attention = cfg.attention
     if isinstance(attention, GqaConfig):
         width = attention.head_width(cfg.d_model)
-        attention = replace(attention, head_dim=width, softmax_scale=attention.softmax_scale or width**-0.5)
+        attention = replace(
+            attention,
+            head_dim=width,
+            softmax_scale=attention.softmax_scale or width**-0.5,
+            sliding_window_layers=_windowed_layers(attention, cfg.n_layers),
+        )
     linear = cfg.linear_attention
     if linear is not None:
         layers = [index for index in range(cfg.n_layers) if linear.is_linear(index)]
@@ -237,6 +252,12 @@ def computed(cfg: ModelConfig) -> ModelConfig:
         moe=moe if len(dense) < cfg.n_layers or cfg.mtp.depth else MoEConfig(),
         attention=attention,
     )
+
+
+def _windowed_layers(attention: GqaConfig, n_layers: int) -> list[int] | None:
+    """List the blocks with a window, in order; None where all have it, or none."""
+    blocks = [index for index in range(n_layers) if attention.window_of(index) is not None]
+    return blocks if 0 < len(blocks) < n_layers else None
 
 
 def _leaves(cfg: ModelConfig) -> dict[str, object]:

@@ -73,8 +73,7 @@ class Llama(Family):
 
     def _read_layer_types(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         """Read the kinds of the blocks' attention; here the same again, in files of later versions."""
-        kind = "full_attention" if cfg.attention.window is None else "sliding_attention"
-        keys.only("layer_types", [kind] * cfg.n_layers)
+        keys.only("layer_types", layer_types(cfg.attention, cfg.n_layers))
         return cfg
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
@@ -151,6 +150,8 @@ class Llama(Family):
             yield f"{projection}.weight", f"{projection}.weight"
             if bias == AttentionBias.all or (bias == AttentionBias.qkv and projection != "o_proj"):
                 yield f"{projection}.bias", f"{projection}.bias"
+        if cfg.attention.sinks:
+            yield "sinks", "sinks"
         if cfg.attention.qk_norm != QkNorm.none:
             yield "q_norm.weight", f"{self.head_norms[0]}.weight"
             yield "k_norm.weight", f"{self.head_norms[1]}.weight"
@@ -158,6 +159,20 @@ class Llama(Family):
     def _moe(self, cfg: ModelConfig, ours: str, theirs: str) -> Iterator[Piece]:
         """Yield the pieces of the MoE layer ``ours`` in the block ``theirs``."""
         return experts(cfg, ours, f"{theirs}.mlp")
+
+
+def layer_types(attention: AttentionConfig, n_layers: int) -> list[str]:
+    """List the blocks as transformers does, by whether they have a window."""
+    windows = (attention.window_of(index) for index in range(n_layers))
+    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def windowed_blocks(keys: Keys, n_layers: int) -> list[int]:
+    """Read the indices of the blocks with a window from ``layer_types``."""
+    kinds = keys.texts("layer_types", "full_attention", "sliding_attention")
+    if len(kinds) != n_layers:
+        keys.refuse("layer_types", f"a list of {n_layers}")
+    return [index for index, kind in enumerate(kinds) if kind == "sliding_attention"]
 
 
 def ffn(ours: str, theirs: str) -> Iterator[Piece]:

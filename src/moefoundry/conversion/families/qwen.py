@@ -17,7 +17,7 @@ from moefoundry.config import (
 )
 from moefoundry.conversion.families.family import dense_layers, ffn_width, with_dense_layers
 from moefoundry.conversion.families.keys import Keys
-from moefoundry.conversion.families.llama import Llama
+from moefoundry.conversion.families.llama import Llama, layer_types, windowed_blocks
 from moefoundry.conversion.families.llama_moe import LlamaMoe
 
 
@@ -26,7 +26,6 @@ class Qwen2(Llama):
 
     name = "qwen2"
     architecture = "Qwen2ForCausalLM"
-    absent = "a window in some blocks only"
     defaults: ClassVar[dict[str, Any]] = {
         **Llama.defaults,
         "use_sliding_window": False,
@@ -38,14 +37,35 @@ class Qwen2(Llama):
     qk_norm: ClassVar[QkNorm] = QkNorm.none
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
-        attention = replace(self._read_gqa(keys), qk_norm=self.qk_norm, sliding_window=_read_window(keys))
+        window, layers = self._read_window(keys)
+        attention = replace(
+            self._read_gqa(keys), qk_norm=self.qk_norm, sliding_window=window, sliding_window_layers=layers
+        )
         return attention if self.qkv_bias is None else replace(attention, bias=self.qkv_bias)
 
     def _write_attention(self, cfg: ModelConfig) -> dict[str, Any]:
         assert isinstance(cfg.attention, GqaConfig)
-        window = cfg.attention.sliding_window
-        keys = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+        window, layers = cfg.attention.sliding_window, cfg.attention.sliding_window_layers
+        keys: dict[str, Any] = {
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": 0,
+        }
+        if layers is not None:
+            keys |= {"max_window_layers": min(layers), "layer_types": layer_types(cfg.attention, cfg.n_layers)}
         return super()._write_attention(cfg) | keys
+
+    def _read_window(self, keys: Keys) -> tuple[int | None, list[int] | None]:
+        """Read the sliding window and its blocks: those from ``max_window_layers`` on, or as ``layer_types`` says."""
+        first, n_layers = keys.count("max_window_layers"), keys.size("num_hidden_layers")
+        keys.skip("sliding_window")  # whatever it is, where it is not used
+        listed = keys.stated("layer_types")
+        if not (keys.flag("use_sliding_window") and keys.has("sliding_window") and (listed or first < n_layers)):
+            return None, None
+        blocks = windowed_blocks(keys, n_layers) if listed else list(range(first, n_layers))
+        if not blocks:
+            return None, None
+        return keys.size("sliding_window"), None if len(blocks) == n_layers else blocks
 
 
 class Qwen3(Qwen2):
@@ -77,6 +97,18 @@ class Qwen3Moe(Qwen3, LlamaMoe):
             keys.only("max_window_layers", 0)
         return super()._read_attention(keys)
 
+    def _write_attention(self, cfg: ModelConfig) -> dict[str, Any]:
+        keys = super()._write_attention(cfg)
+        keys.pop("layer_types", None)  # which transformers does not read of this family
+        return keys | ({"max_window_layers": 0} if keys["use_sliding_window"] else {})
+
+    def _read_window(self, keys: Keys) -> tuple[int | None, list[int] | None]:
+        first, n_layers = keys.count("max_window_layers"), keys.size("num_hidden_layers")
+        if keys.flag("use_sliding_window") and keys.has("sliding_window") and 0 < first < n_layers:
+            keys.refuse("max_window_layers", f"0 (a window in every layer), or {n_layers} (in none)")
+        window, _ = super()._read_window(keys)
+        return window, None
+
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         step = keys.size("decoder_sparse_step")
         dense = keys.indices("mlp_only_layers") if keys.has("mlp_only_layers") else []
@@ -86,17 +118,3 @@ class Qwen3Moe(Qwen3, LlamaMoe):
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
         more = {"intermediate_size": ffn_width(cfg), "decoder_sparse_step": 1}
         return super()._write_ffn(cfg) | more | {"mlp_only_layers": dense_layers(cfg)}
-
-
-def _read_window(keys: Keys) -> int | None:
-    """Read the sliding window of all layers; refuse one of some layers only.
-
-    Transformers means it for the layers from ``max_window_layers`` on.
-    """
-    first, n_layers = keys.count("max_window_layers"), keys.size("num_hidden_layers")
-    keys.skip("sliding_window")  # whatever it is, where it is not used
-    used = keys.flag("use_sliding_window") and keys.has("sliding_window") and first < n_layers
-    window = keys.size("sliding_window") if used else None
-    if window is not None and first > 0:
-        keys.refuse("max_window_layers", f"0 (a window in every layer), or {n_layers} (in none)")
-    return window

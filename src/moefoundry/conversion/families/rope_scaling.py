@@ -102,8 +102,6 @@ def _llama3(scaling: Keys) -> Llama3RopeConfig:
 
 
 def _yarn(keys: Keys, scaling: Keys) -> YarnConfig:
-    scaling.only("attention_factor", None)  # the paper's, which the other keys give
-    scaling.only("truncate", True)
     original = "original_max_position_embeddings"
     return YarnConfig(
         factor=scaling.number("factor"),
@@ -114,6 +112,8 @@ def _yarn(keys: Keys, scaling: Keys) -> YarnConfig:
         beta_slow=scaling.number("beta_slow"),
         mscale=_magnitude(scaling, "mscale"),
         mscale_all_dim=_magnitude(scaling, "mscale_all_dim"),
+        attention_factor=scaling.number("attention_factor") if scaling.has("attention_factor") else None,
+        truncate=scaling.flag("truncate") if scaling.has("truncate") else True,
     )
 
 
@@ -143,6 +143,8 @@ def write_yarn(yarn: YarnConfig | None) -> dict[str, Any] | None:
         "beta_slow": yarn.beta_slow,
         "mscale": yarn.mscale,
         "mscale_all_dim": yarn.mscale_all_dim,
+        "attention_factor": yarn.attention_factor,
+        "truncate": None if yarn.truncate else False,
     }
     return {key: value for key, value in keys.items() if value is not None}
 

@@ -18,8 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.block_sparse.kernels import BLOCK, missing, widened
 from moefoundry.ops.block_sparse.layout import Topology, find_topology, pad_order
+from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
-from moefoundry.ops.swiglu import swiglu, swiglu_backward
+from moefoundry.ops.swiglu import Activation, swiglu, swiglu_backward
 
 CAPABILITY = (8, 0)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +44,13 @@ def obstacle(tokens_TD: Tensor, hidden_size: int) -> str:
 
 
 def block_sparse_experts(
-    tokens_TD: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+    tokens_TD: Tensor,
+    weights_TK: Tensor,
+    gate_EFD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    order: RowOrder,
+    hidden: HiddenLayer = PLAIN_LAYER,
 ) -> Tensor:
     """[T, D] -> [T, D]: each token's weighted sum of its experts' SwiGLU.
 
@@ -54,24 +61,38 @@ def block_sparse_experts(
         up_EFD: [E, F, D].
         down_EDF: [E, D, F].
         order: Order of the slots that have rows.
+        hidden: Activation, and biases of gate and up.
     """
     padded = pad_order(order, len(tokens_TD))
     topology = find_topology(padded, gate_EFD.shape[1] // BLOCK)
     rows_PD = permute(F.pad(tokens_TD, (0, 0, 0, 1)), padded)
     weights_P = permute_slots(F.pad(weights_TK, (0, 0, 0, 1)), padded)
-    rows_PD = _BlockSparseSwiGLU.apply(rows_PD, weights_P, gate_EFD, up_EFD, down_EDF, topology)
+    rows_PD = _BlockSparseSwiGLU.apply(rows_PD, weights_P, gate_EFD, up_EFD, down_EDF, *hidden[1:], topology, hidden[0])
     return sum_rows(rows_PD, padded)[:-1]
 
 
 class _BlockSparseSwiGLU(Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_PD: Tensor, weights_P: Tensor, gate: Tensor, up: Tensor, down: Tensor, topology: Topology
+        ctx: Any,
+        rows_PD: Tensor,
+        weights_P: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        gate_bias_EF: Tensor | None,
+        up_bias_EF: Tensor | None,
+        topology: Topology,
+        activation: Activation,
     ) -> Tensor:
         gate, up, down = (weight.contiguous() for weight in (gate, up, down))
         gate_out, up_out = (multiply_into_blocks(rows_PD, weight.flatten(0, 1).T, topology) for weight in (gate, up))
-        hidden = swiglu(gate_out, up_out, _by_block(weights_P, gate))
+        for out, bias_EF in ((gate_out, gate_bias_EF), (up_out, up_bias_EF)):
+            if bias_EF is not None:
+                out += bias_EF.reshape(-1, 1, BLOCK).index_select(0, topology.column_indices)
+        hidden = swiglu(gate_out, up_out, _by_block(weights_P, gate), activation)
         ctx.save_for_backward(rows_PD, weights_P, gate, up, down, gate_out, up_out, *topology)
+        ctx.activation = activation
         return multiply_blocks(hidden, _hidden_by_width(down), topology)
 
     @staticmethod
@@ -81,7 +102,9 @@ class _BlockSparseSwiGLU(Function):
         topology, grad_PD = Topology(*rest), grad_PD.contiguous()
         weights = _by_block(weights_P, gate)
         grad_hidden = multiply_into_blocks(grad_PD, _hidden_by_width(down).T, topology)
-        grad_gate_out, grad_up_out, grad_weights = swiglu_backward(grad_hidden, gate_out, up_out, weights)
+        grad_gate_out, grad_up_out, grad_weights = swiglu_backward(
+            grad_hidden, gate_out, up_out, weights, ctx.activation
+        )
         assert grad_weights is not None
         grad_rows_PD = multiply_blocks(grad_gate_out, gate.flatten(0, 1), topology)
         grad_rows_PD += multiply_blocks(grad_up_out, up.flatten(0, 1), topology)
@@ -89,7 +112,11 @@ class _BlockSparseSwiGLU(Function):
             multiply_blocks(grad, rows_PD, topology, transposed=True).view(weight.shape)
             for grad, weight in ((grad_gate_out, gate), (grad_up_out, up))
         )
-        hidden = swiglu(gate_out, up_out, weights)
+        grad_biases = [
+            _sum_by_expert(grad, topology, gate.shape[1]) if needed else None
+            for grad, needed in zip((grad_gate_out, grad_up_out), ctx.needs_input_grad[5:7], strict=True)
+        ]
+        hidden = swiglu(gate_out, up_out, weights, ctx.activation)
         grad_down = multiply_blocks(hidden, grad_PD, topology, transposed=True).view(gate.shape).mT.contiguous()
         return (
             grad_rows_PD,
@@ -97,6 +124,8 @@ class _BlockSparseSwiGLU(Function):
             grad_gate,
             grad_up,
             grad_down,
+            *grad_biases,
+            None,
             None,
         )
 
@@ -140,6 +169,18 @@ def multiply_blocks(blocks: Tensor, right: Tensor, topology: Topology, *, transp
 def _hidden_by_width(down_EDF: Tensor) -> Tensor:
     """[E, D, F] -> [E * F, D], a copy. It is made again in backward: keeping it would hold what FSDP frees."""
     return down_EDF.mT.flatten(0, 1)
+
+
+def _sum_by_expert(blocks: Tensor, topology: Topology, hidden_size: int) -> Tensor:
+    """[R * C, 128, 128] -> [E, F], sums over each expert's rows; block rows of no expert make one bag more."""
+    columns = hidden_size // BLOCK
+    starts = topology.offsets_t[::columns] // columns
+    if not len(blocks):
+        return blocks.new_zeros(len(starts) - 1, hidden_size)
+    rows_RF = blocks.view(-1, columns, BLOCK, BLOCK).sum(2).flatten(1)
+    rows = torch.arange(len(rows_RF), device=starts.device, dtype=starts.dtype)
+    bags = F.pad(starts, (0, 1), value=len(rows_RF))
+    return F.embedding_bag(rows, rows_RF, bags, mode="sum", include_last_offset=True)[:-1]
 
 
 def _by_block(weights_P: Tensor, gate_EFD: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.fp8.backend import Backend
 from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
 from moefoundry.ops.fp8.formats import QuantizedTensor, Tile
@@ -29,6 +30,7 @@ def fp8_mixture(
     up_EFD: Tensor,
     down_EDF: Tensor,
     order: RowOrder,
+    hidden: HiddenLayer = PLAIN_LAYER,
     backend: Backend | None = None,
 ) -> Tensor:
     """Compute each token's weighted sum of its experts' SwiGLU, [P, D] -> [P, D], in the dtype of the tokens.
@@ -40,6 +42,7 @@ def fp8_mixture(
         up_EFD: [E, F, D].
         down_EDF: [E, D, F].
         order: Order of the slots that have rows.
+        hidden: Activation, and biases of gate and up.
         backend: The backend to use; None chooses by device.
     """
     rows_RD = _FromTokens.apply(tokens_PD, order)
@@ -50,6 +53,7 @@ def fp8_mixture(
         down_EDF,
         order.tokens_per_expert_E,
         permute_slots(weights_PK, order),
+        hidden,
         backend,
         rows=gather_quantized(quantize_rows_once(tokens_PD, backend), order),
     )

@@ -18,9 +18,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer, sum_by_expert
 from moefoundry.ops.expert_mixture import expert_mixture_reference
 from moefoundry.ops.fused_experts import kernels
 from moefoundry.ops.permute import RowOrder
+from moefoundry.ops.swiglu import PLAIN, Activation
 
 CAPABILITY = (9, 0)  # tensor descriptors
 ALIGNMENT = 8  # elements; a descriptor's strides are multiples of 16 bytes
@@ -67,7 +69,13 @@ def obstacle(tokens_TD: Tensor, hidden_size: int) -> str | None:
 
 
 def fused_experts(
-    tokens_TD: Tensor, weights_TK: Tensor, gate_EFD: Tensor, up_EFD: Tensor, down_EDF: Tensor, order: RowOrder
+    tokens_TD: Tensor,
+    weights_TK: Tensor,
+    gate_EFD: Tensor,
+    up_EFD: Tensor,
+    down_EDF: Tensor,
+    order: RowOrder,
+    hidden: HiddenLayer = PLAIN_LAYER,
 ) -> Tensor:
     """Compute each token's weighted sum of its experts' SwiGLU, [T, D] -> [T, D].
 
@@ -78,11 +86,12 @@ def fused_experts(
         up_EFD: [E, F, D].
         down_EDF: [E, D, F].
         order: Order of the slots that have rows.
+        hidden: Activation, and biases of gate and up.
     """
     operands = tokens_TD, weights_TK, gate_EFD, up_EFD, down_EDF
     if not len(order.slot_of_row_N):
-        return expert_mixture_reference(*operands, order)  # a descriptor must not be empty
-    return _FusedExperts.apply(*operands, order)
+        return expert_mixture_reference(*operands, order, hidden)  # a descriptor must not be empty
+    return _FusedExperts.apply(*operands, *hidden[1:], order, hidden.activation)
 
 
 class Tiles(NamedTuple):
@@ -113,16 +122,26 @@ def place_tiles(tokens_per_expert_E: Tensor, num_rows: int, m: int) -> Tiles:
 class _FusedExperts(Function):
     @staticmethod
     def forward(
-        ctx: Any, tokens_TD: Tensor, weights_TK: Tensor, gate: Tensor, up: Tensor, down: Tensor, order: RowOrder
+        ctx: Any,
+        tokens_TD: Tensor,
+        weights_TK: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        order: RowOrder,
+        activation: Activation,
     ) -> Tensor:
         tokens_TD, gate, up, down = (tensor.contiguous() for tensor in (tokens_TD, gate, up, down))
         token_of_row_N = order.token_of_row_N.to(torch.int32)
         row_weights_N = weights_TK.flatten()[order.slot_of_row_N].float()
         tiles = place_tiles(order.tokens_per_expert_E, len(token_of_row_N), CONFIGS["up_swiglu"].m)
-        gate_up, hidden = multiply_up(tokens_TD, token_of_row_N, row_weights_N, gate, up, tiles)
+        parts = HiddenLayer(activation, gate_bias, up_bias)
+        gate_up, hidden = multiply_up(tokens_TD, token_of_row_N, row_weights_N, gate, up, tiles, parts)
         out_TD = sum_rows(multiply_down(hidden, down, tiles), order)
         ctx.save_for_backward(tokens_TD, token_of_row_N, row_weights_N, gate, up, down, gate_up, *tiles)
-        ctx.order, ctx.slots, ctx.weights_dtype = order, weights_TK.shape, weights_TK.dtype
+        ctx.order, ctx.activation, ctx.slots, ctx.weights_dtype = order, activation, weights_TK.shape, weights_TK.dtype
         return out_TD
 
     @staticmethod
@@ -132,26 +151,38 @@ class _FusedExperts(Function):
         order, tiles, grad_TD = ctx.order, Tiles(*table), grad_TD.contiguous()
         ends_E = order.tokens_per_expert_E.cumsum(0, dtype=torch.int32)
         grad_gate_up, hidden, grad_row_weights_N = multiply_down_backward(
-            grad_TD, token_of_row_N, row_weights_N, down, gate_up, tiles
+            grad_TD, token_of_row_N, row_weights_N, down, gate_up, tiles, ctx.activation
         )
         (grad_down,) = multiply_transposed(grad_TD, hidden, token_of_row_N, ends_E, 1, gather_left=True)
         grad_gate, grad_up = multiply_transposed(grad_gate_up, tokens_TD, token_of_row_N, ends_E, 2, gather_left=False)
         grad_tokens_TD = sum_rows(multiply_up_backward(grad_gate_up, gate, up, tiles), order)
         grad_weights_TK = grad_row_weights_N.new_zeros(ctx.slots)
         grad_weights_TK.view(-1)[order.slot_of_row_N] = grad_row_weights_N
-        return grad_tokens_TD, grad_weights_TK.to(ctx.weights_dtype), grad_gate, grad_up, grad_down, None
+        grad_biases: tuple[Tensor | None, ...] = None, None
+        if any(ctx.needs_input_grad[5:7]):
+            grad_biases = sum_by_expert(grad_gate_up, order.tokens_per_expert_E).chunk(2, dim=1)
+        grads = grad_tokens_TD, grad_weights_TK.to(ctx.weights_dtype), grad_gate, grad_up, grad_down, *grad_biases
+        return *grads, None, None
 
 
 def multiply_up(
-    tokens_TD: Tensor, token_of_row_N: Tensor, row_weights_N: Tensor, gate: Tensor, up: Tensor, tiles: Tiles
+    tokens_TD: Tensor,
+    token_of_row_N: Tensor,
+    row_weights_N: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    tiles: Tiles,
+    parts: HiddenLayer = PLAIN_LAYER,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the outputs of gate and up, [N, 2 F], and their weighted SwiGLU, [N, F]."""
+    """Compute the outputs of gate and up with their biases, [N, 2 F], and their weighted SwiGLU, [N, F]."""
     config, rows, (experts, columns, inner) = CONFIGS["up_swiglu"], len(token_of_row_N), gate.shape
     gate_up, hidden = (tokens_TD.new_empty(rows, width) for width in (2 * columns, columns))
+    biases = [None if bias is None else bias.contiguous() for bias in parts[1:]]
     kernels.up_swiglu[(len(tiles.group) * triton.cdiv(columns, config.n),)](
         tokens_TD,
         token_of_row_N,
         *(_described(weight, 1, config.n, config.k) for weight in (gate, up)),
+        *biases,
         row_weights_N,
         gate_up,
         hidden,
@@ -160,6 +191,7 @@ def multiply_up(
         inner,
         columns,
         EVEN=inner % config.k == 0,
+        **_constants(parts.activation),
         **config.launch(),
     )
     return gate_up, hidden
@@ -200,7 +232,13 @@ def multiply_up_backward(grad_gate_up: Tensor, gate: Tensor, up: Tensor, tiles: 
 
 
 def multiply_down_backward(
-    grad_TD: Tensor, token_of_row_N: Tensor, row_weights_N: Tensor, down: Tensor, gate_up: Tensor, tiles: Tiles
+    grad_TD: Tensor,
+    token_of_row_N: Tensor,
+    row_weights_N: Tensor,
+    down: Tensor,
+    gate_up: Tensor,
+    tiles: Tiles,
+    activation: Activation = PLAIN,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute gradients of gate's and up's outputs [N, 2 F], SwiGLU's output [N, F], gradients of row weights [N]."""
     config, rows = CONFIGS["down_backward_swiglu"], len(token_of_row_N)
@@ -223,6 +261,7 @@ def multiply_down_backward(
         inner,
         columns,
         EVEN=inner % config.k == 0,
+        **_constants(activation),
         **config.launch(),
     )
     return grad_gate_up, hidden, parts.sum(0)
@@ -271,6 +310,10 @@ def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
         num_warps=4,
     )
     return out
+
+
+def _constants(activation: Activation) -> dict[str, float | None]:
+    return {"ALPHA": activation.alpha, "LIMIT": activation.limit, "OFFSET": activation.offset}
 
 
 def _described(tensor: Tensor, *block: int) -> TensorDescriptor:

@@ -43,6 +43,8 @@ def up_swiglu(
     token_of_row,
     gate,
     up,
+    gate_bias,
+    up_bias,
     row_weights,
     gate_up,
     hidden,
@@ -53,13 +55,17 @@ def up_swiglu(
     inner,
     columns,
     EVEN: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
     """Gather tokens [T, D], multiply by gate and up [E, F, D]; keep both products and their weighted SwiGLU.
 
-    ``gate_up`` is [N, 2 F], gate first; ``hidden`` [N, F].
+    ``gate_up`` is [N, 2 F], gate first; ``hidden`` [N, F]. Biases are [E, F], or None; the constants are those of
+    :class:`~moefoundry.ops.swiglu.Activation`.
     """
     tile, across, group = tile_of_program(group_of_tile, columns, N)
     if group == num_groups:
@@ -77,6 +83,9 @@ def up_swiglu(
         u = tl.dot(x, up.load([group, across * N, start]).reshape(N, K).T, u)
         place += K
     column = across * N + tl.arange(0, N)
+    if gate_bias is not None:
+        g += tl.load(gate_bias + group * columns + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
+        u += tl.load(up_bias + group * columns + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     keep = inside[:, None] & (column < columns)[None, :]
     dtype = hidden.dtype.element_ty
     place = gate_up + row.to(tl.int64)[:, None] * (2 * columns) + column[None, :]
@@ -85,8 +94,21 @@ def up_swiglu(
     g = g.to(dtype).to(tl.float32)
     u = u.to(dtype).to(tl.float32)
     weight = tl.load(row_weights + row, mask=inside, other=0.0)
-    out = g * tl.sigmoid(g) * u * weight[:, None]
+    g, u, sigmoid = activated(g, u, ALPHA, LIMIT, OFFSET)
+    out = g * sigmoid * u * weight[:, None]
     tl.store(hidden + row.to(tl.int64)[:, None] * columns + column[None, :], out.to(dtype), mask=keep)
+
+
+@triton.jit
+def activated(g, u, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr):
+    """Give the clamped gate, the factor beside it, and the gate's sigmoid."""
+    if LIMIT is not None:
+        g = tl.minimum(g, LIMIT)
+        u = tl.maximum(tl.minimum(u, LIMIT), -LIMIT)
+    sigmoid = tl.sigmoid(g) if ALPHA == 1.0 else tl.sigmoid(ALPHA * g)
+    if OFFSET != 0.0:
+        u += OFFSET
+    return g, u, sigmoid
 
 
 @triton.jit
@@ -175,6 +197,9 @@ def down_backward_swiglu(
     inner,
     columns,
     EVEN: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -205,7 +230,9 @@ def down_backward_swiglu(
     for part in tl.static_range(4):
         dh = a if part == 0 else b if part == 1 else c if part == 2 else d
         column = across * N + part * (N // 4) + tl.arange(0, N // 4)
-        grad_weight += swiglu_backward(dh, s, row, column, inside, columns, gate_up, hidden, grad_gate_up)
+        grad_weight += swiglu_backward(
+            dh, s, row, column, inside, columns, gate_up, hidden, grad_gate_up, ALPHA, LIMIT, OFFSET
+        )
     tl.store(grad_weight_parts + across.to(tl.int64) * num_rows + row, grad_weight, mask=inside)
 
 
@@ -216,21 +243,44 @@ def halves(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def swiglu_backward(dh, weight, row, column, inside, columns, gate_up, hidden, grad_gate_up):
+def swiglu_backward(
+    dh,
+    weight,
+    row,
+    column,
+    inside,
+    columns,
+    gate_up,
+    hidden,
+    grad_gate_up,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
     """Store SwiGLU's gradients and output for some columns; return their part of the row weights' gradient."""
     keep = inside[:, None] & (column < columns)[None, :]
     dtype = hidden.dtype.element_ty
     wide = row.to(tl.int64)[:, None] * (2 * columns) + column[None, :]
     g = tl.load(gate_up + wide, mask=keep, other=0.0).to(tl.float32)
     u = tl.load(gate_up + wide + columns, mask=keep, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(g)
+    if LIMIT is not None:
+        gate_moves = g < LIMIT
+        up_moves = tl.abs(u) < LIMIT
+    g, u, sigmoid = activated(g, u, ALPHA, LIMIT, OFFSET)
     silu = g * sigmoid
     grad_weight = tl.sum(dh * silu * u, 1)
     dh *= weight[:, None]
     place = hidden + row.to(tl.int64)[:, None] * columns + column[None, :]
     tl.store(place, (silu * u * weight[:, None]).to(dtype), mask=keep)
-    tl.store(grad_gate_up + wide + columns, (dh * silu).to(dtype), mask=keep)
-    tl.store(grad_gate_up + wide, (dh * u * (sigmoid + silu * (1 - sigmoid))).to(dtype), mask=keep)
+    grad_u = dh * silu
+    if LIMIT is not None:
+        grad_u = tl.where(up_moves, grad_u, 0.0)
+    tl.store(grad_gate_up + wide + columns, grad_u.to(dtype), mask=keep)
+    slope = sigmoid + silu * (1 - sigmoid) if ALPHA == 1.0 else sigmoid + ALPHA * silu * (1 - sigmoid)
+    grad_g = dh * u * slope
+    if LIMIT is not None:
+        grad_g = tl.where(gate_moves, grad_g, 0.0)
+    tl.store(grad_gate_up + wide, grad_g.to(dtype), mask=keep)
     return grad_weight
 
 
