@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import MlaConfig, ModelConfig, MtpConfig
+from moefoundry.config import GqaConfig, MlaConfig, ModelConfig, MtpConfig
 from moefoundry.conversion.families import FAMILIES, Family, family_of
 from moefoundry.conversion.families.family import dense_layers
 from moefoundry.conversion.fused_experts import SplitExperts
@@ -124,9 +124,12 @@ def block_outputs(hf: Path, cfg: ModelConfig, stored_as: torch.dtype | None, fp8
 
 def block_config(cfg: ModelConfig, index: int) -> ModelConfig:
     """Make the config of a model of one block, that of this index; only that of the last has the vocabulary."""
-    dense, linear = index in dense_layers(cfg), cfg.linear_attention
+    dense, linear, attention = index in dense_layers(cfg), cfg.linear_attention, cfg.attention
+    if isinstance(attention, GqaConfig):
+        attention = replace(attention, sliding_window=attention.window_of(index), sliding_window_layers=None)
     return replace(
         cfg,
+        attention=attention,
         linear_attention=replace(linear, layers=[0]) if linear is not None and cfg.is_linear(index) else None,
         vocab_size=cfg.vocab_size if index == cfg.n_layers - 1 else 2,
         n_layers=1,

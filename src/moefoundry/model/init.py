@@ -21,7 +21,7 @@ from moefoundry.model.norm import Norm
 
 @torch.no_grad()
 def init_weights(model: nn.Module, std: float, seed: int) -> None:
-    """Fill every parameter in place: norms so that they multiply by 1, biases and sinks with 0, matrices from N(0, std**2).
+    """Fill every parameter in place: norms multiply by 1, biases and sinks are 0, matrices are from N(0, std**2).
 
     Buffers are filled with 0, decays of linear attention as :class:`~moefoundry.model.linear_attention.Decay` says.
 

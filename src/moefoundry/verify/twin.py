@@ -25,6 +25,7 @@ from moefoundry.config import (
     ConfigError,
     Fp8Config,
     GqaConfig,
+    LinearAttentionConfig,
     LoaderConfig,
     LoggersConfig,
     LoraConfig,
@@ -38,6 +39,7 @@ from moefoundry.config import (
     WarmupConfig,
     check_recipe,
 )
+from moefoundry.config.schema_curriculum import StageConfig
 
 LENGTH, VOCABULARY, WIDTH = 48, 512, 64
 HEAD_WIDTHS = (16, 24, 32, 48, 64, 96, 128)
@@ -100,6 +102,7 @@ def make_twin(recipe: Recipe, room: Path, ranks: int = 4, gpu: bool = False) -> 
         precision=replace(recipe.precision, fp8=fp8),
         compile=False,
         tokenizer=replace(recipe.tokenizer, name=str(room / "data" / "tokenizer")),
+        curriculum=recipe.curriculum and small_curriculum(recipe.curriculum, recipe.max_seq_len),
         train_loader=small_loader(recipe.train_loader, room / "data", length),
         eval_loader=None,
         ema=recipe.ema and replace(recipe.ema, evaluate=False),
@@ -134,8 +137,9 @@ def make_twin(recipe: Recipe, room: Path, ranks: int = 4, gpu: bool = False) -> 
 def small_model(recipe: Recipe, ranks: int) -> ModelConfig:
     """Shrink the model."""
     model = recipe.model
-    attention, width = small_attention(model.attention, model.d_model, recipe.max_seq_len)
     blocks = kept_blocks(model)
+    attention, width = small_attention(model.attention, model.d_model, recipe.max_seq_len)
+    attention = with_windows_of(attention, blocks)
     return replace(
         model,
         vocab_size=VOCABULARY,
@@ -146,6 +150,7 @@ def small_model(recipe: Recipe, ranks: int) -> ModelConfig:
         ffn_hidden_size=model.ffn_hidden_size and 96,
         init=replace(model.init, std=min(100.0, model.init.std * math.sqrt(model.d_model / width))),
         attention=attention,
+        linear_attention=model.linear_attention and small_linear(model.linear_attention, blocks),
         moe=small_moe(model.moe, ranks),
         mtp=replace(model.mtp, depth=min(model.mtp.depth, 1)),
     )
@@ -161,7 +166,8 @@ def kept_blocks(model: ModelConfig) -> list[int]:
 
 def kind_of(model: ModelConfig, index: int) -> tuple[object, ...]:
     """Describe a block by all in which it may differ from others."""
-    return (index < model.n_dense_layers, is_dense(model, index))
+    window = model.attention.window_of(index)
+    return (index < model.n_dense_layers, is_dense(model, index), window, model.is_linear(index))
 
 
 def is_dense(model: ModelConfig, index: int) -> bool:
@@ -179,6 +185,9 @@ def small_attention(attention: AttentionConfig, d_model: int, length: int) -> tu
     if isinstance(attention, MlaConfig):
         rank = attention.q_lora_rank and 24
         latent = replace(attention, n_heads=min(attention.n_heads, 4), q_lora_rank=rank, kv_lora_rank=24)
+        if (indexer := attention.indexer) is not None:
+            kept = max(1, round(indexer.top_k * min(length, LENGTH) / length))
+            latent = replace(latent, indexer=replace(indexer, top_k=kept, n_heads=2, head_dim=16))
         return replace(latent, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16), WIDTH
     if not isinstance(attention, GqaConfig):
         return attention, d_model  # of a package; its keys are its own
@@ -193,6 +202,26 @@ def small_attention(attention: AttentionConfig, d_model: int, length: int) -> tu
     explicit = attention.head_dim is not None
     small = replace(attention, n_heads=heads, n_kv_heads=kv_heads, sliding_window=window)
     return replace(small, head_dim=head if explicit else None), WIDTH if explicit else heads * head
+
+
+def with_windows_of(attention: AttentionConfig, blocks: list[int]) -> AttentionConfig:
+    """Give the kept blocks the windows that they had."""
+    if not isinstance(attention, GqaConfig) or (layers := attention.sliding_window_layers) is None:
+        return attention
+    return replace(attention, sliding_window_layers=places_of(layers, [], blocks))
+
+
+def small_linear(linear: LinearAttentionConfig, blocks: list[int]) -> LinearAttentionConfig:
+    """Shrink linear attention, of the kept blocks that have it."""
+    heads = min(linear.n_key_heads, 2)
+    return replace(
+        linear,
+        layers=[place for place, index in enumerate(blocks) if linear.is_linear(index)],
+        n_key_heads=heads,
+        n_value_heads=heads * min(linear.n_value_heads // linear.n_key_heads, 2),
+        key_head_dim=16,
+        value_head_dim=16,
+    )
 
 
 def small_moe(moe: MoEConfig, ranks: int) -> MoEConfig:
@@ -249,6 +278,21 @@ def small_loader(loader: LoaderConfig, data: Path, length: int) -> LoaderConfig:
     fim = dataset.fim and replace(dataset.fim, sentinels=None)
     dataset = replace(dataset, local=first, remote=None, split="train", max_seq_len=length, streams=streams, fim=fim)
     return replace(loader, dataset=dataset, drop_last=True, num_workers=0)
+
+
+def small_curriculum(curriculum: dict[str, StageConfig], length: int) -> dict[str, StageConfig]:
+    """Shorten stages to two batches each, with their lengths in proportion; the last goes on to the end."""
+    stages = {}
+    for number, (name, stage) in enumerate(curriculum.items(), start=1):
+        rows = stage.max_seq_len and max(8, round(stage.max_seq_len * min(length, LENGTH) / length) // 8 * 8)
+        stages[name] = replace(
+            stage,
+            until=stage.until and f"{2 * number}ba",
+            max_seq_len=rows,
+            global_train_batch_size=None,
+            device_train_microbatch_size=None,
+        )
+    return stages
 
 
 def small_schedule(scheduler: SchedulerConfig) -> SchedulerConfig:
