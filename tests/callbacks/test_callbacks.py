@@ -51,7 +51,7 @@ def test_norm_of_a_large_gradient_does_not_depend_on_its_split() -> None:
 
 
 def read(run_dir: Path) -> list[dict]:
-    from moefoundry.callbacks.metrics_file import read_metrics
+    from moefoundry.runs.metrics import read_metrics
 
     return read_metrics(run_dir)
 

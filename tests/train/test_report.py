@@ -48,6 +48,10 @@ def test_report_and_the_command_it_prints(
     assert f"    | {PROMPT}" in "\n".join(lines)
     assert shown["checkpoint"] == str(tmp_path / "checkpoints" / "ba4")
     assert (tmp_path / "checkpoints" / "ba4" / "state.json").is_file()
+    page = (tmp_path / "report.html").read_text()
+    assert "state finished" in page
+    assert page.count("<svg") >= 8
+    assert "<td>override</td>" in page, "where values of the recipe come from"
     for name in ("loss.png", "expert_load.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert any(line.endswith(str(tmp_path / name)) for line in lines)
@@ -91,6 +95,7 @@ def break_every_part() -> None:
     matplotlib.figure.Figure.savefig = disk_is_full  # type: ignore[method-assign]
     report.unigram_entropy = fail  # type: ignore[assignment]
     report.store_of = fail  # type: ignore[assignment]
+    report.report_page = fail  # type: ignore[assignment]
 
 
 def test_a_report_that_fails_does_not_fail_a_finished_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -101,6 +106,7 @@ def test_a_report_that_fails_does_not_fail_a_finished_run(tiny_recipe: Callable[
         "warning: the report has no unigram entropy: index -1 is out of bounds",
         "warning: the report has no loss.png: [Errno 28] No space left on device",
         "warning: the report has no expert_load.png: [Errno 28] No space left on device",
+        "warning: the report has no report.html: index -1 is out of bounds",
         "warning: the report has no checkpoint: index -1 is out of bounds",
     ]
     assert [line.split("  ")[0] for line in run.out.splitlines()] == ["held-out loss", "go on with"]

@@ -32,6 +32,8 @@ COMMANDS = {
     "prepare": "Turn text into token shards.",
     "recommend": "Fastest mesh and micro-batch of a recipe on N devices, and what makes it fit.",
     "reference": "Score preference data with a frozen reference, for dpo.",
+    "report": "One HTML file about a run, or about several.",
+    "runs": "Table of the runs in a directory.",
     "sweep": "Train a recipe over values of its keys, and compare.",
     "train": "Train a recipe on this rank.",
     "validate": "Check a recipe, on any machine.",
