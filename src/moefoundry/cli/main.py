@@ -37,6 +37,7 @@ COMMANDS = {
     "sweep": "Train a recipe over values of its keys, and compare.",
     "train": "Train a recipe on this rank.",
     "validate": "Check a recipe, on any machine.",
+    "watch": "Follow runs from their files, on a terminal or as lines.",
 }
 COMPLETE = "_MOEFOUNDRY_COMPLETE"
 """Variable by which a shell asks for its script (``bash_source``) and for completions (``bash_complete``)."""

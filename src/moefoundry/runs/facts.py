@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -156,6 +156,20 @@ def read_facts(run_dir: Path) -> RunFacts:
     facts.seconds = history.seconds_in_training(facts.events, facts.updated)
     facts.state, facts.reason = _state(facts)
     return facts
+
+
+def add_lines(facts: RunFacts, lines: Sequence[metrics.Line]) -> None:
+    """Bring facts up to date with lines that are new, and with all other files, which are short."""
+    for line in lines:
+        facts.last = line
+        if isinstance(loss := line.get(metrics.EVAL_KEY), (int, float)):
+            facts.held_out[line["batch"]] = float(loss)
+    if lines:
+        facts.updated = (facts.path / metrics.FILE_NAME).stat().st_mtime
+    facts.checkpoints = CheckpointStore(facts.path / CHECKPOINTS).batches()
+    facts.events = history.read_history(facts.path)
+    facts.seconds = history.seconds_in_training(facts.events, facts.updated)
+    facts.state, facts.reason = _state(facts)
 
 
 def _guarded(facts: RunFacts, name: str, otherwise: Any, read: Any) -> Any:

@@ -84,7 +84,7 @@ def task_scores(metrics: list[Line]) -> dict[str, list[tuple[int, float]]]:
 
 
 class Follower:
-    """Reads the lines that have come since the last look.
+    """Reads the lines that have come since the last look; at the first one, those in the last :data:`END_BYTES`.
 
     Args:
         run_dir: Directory of the run; the file need not be there yet.
@@ -96,7 +96,7 @@ class Follower:
         self._inode = 0
 
     def new_lines(self) -> list[Line]:
-        """Read whole lines that are new; all of them where a resumed run has replaced the file."""
+        """Read whole lines that are new; those at its end where a resumed run has replaced the file."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
@@ -104,7 +104,7 @@ class Follower:
         with file:
             size, inode = file.seek(0, 2), file.fileno() and self.path.stat().st_ino
             if inode != self._inode or size < self._offset:
-                self._offset, self._inode = 0, inode
+                self._offset, self._inode = max(0, size - END_BYTES), inode
             file.seek(self._offset)
             content = file.read()
         whole = content[: content.rfind(b"\n") + 1]
