@@ -16,7 +16,8 @@ import pytest
 
 from moefoundry.cli.main import main
 from moefoundry.runs.report import report_page
-from moefoundry.runs.series import series_of
+from moefoundry.runs.series import Load, series_of
+from moefoundry.runs.svg import SHARP, joined, load_plot
 from tests.runs.writing import END, START, line_of, write_run
 
 PLOTS = {
@@ -161,6 +162,15 @@ def test_long_runs_have_bins_that_lose_no_spike() -> None:
     short = series_of(lines[:300], 300).curves["x"]
     assert short.batches == list(range(1, 301))
     assert short.means == short.lows == short.highs
+
+
+def test_loads_of_thousands_of_experts_are_one_image_without_gaps() -> None:
+    loads = {f"layer{layer}": Load([1, 2, 3], [[1.0] * 128, [2.0] * 128, [0.0] * 128]) for layer in range(20)}
+    drawn = load_plot("many", loads)
+    assert drawn.count("<image") == 2, "one is the color bar"
+    assert SHARP not in drawn
+    assert SHARP in load_plot("few", {"layer0": loads["layer0"]})
+    assert joined(loads["layer0"], 2) == [[1.5] * 128, [0.0] * 128]
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium or google-chrome, and none is on this machine")

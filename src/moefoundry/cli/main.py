@@ -22,6 +22,7 @@ COMMANDS = {
     "checkpoint": "List, verify, show and delete checkpoints.",
     "convert": "Convert from and to Hugging Face.",
     "data": "Look at prepared data.",
+    "doctor": "Check this machine: GPUs, versions, space, limits, an all-reduce.",
     "estimate": "Time of a step and length of a run on N devices.",
     "eval": "Run code tasks with a checkpoint.",
     "explain": "Meaning of a key of a recipe.",

@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from moefoundry.llm_foundry.recipe import FoundryRecipe
 
 
+QUIET = ("log_to_console=false", "progress_bar=false")
+
+
 @click.command("train", context_settings=RECIPE_COMMAND)
 @recipe_arguments
 @click.option("--allow-code-paths", is_flag=True, help="Run the files that code_paths of an LLM Foundry recipe names.")
-def command(arguments: list[str], allow_code_paths: bool) -> int:
+@click.option("--quiet", is_flag=True, help="No progress: log_to_console and progress_bar are false.")
+def command(arguments: list[str], allow_code_paths: bool, quiet: bool) -> int:
     """Train a recipe; one of LLM Foundry is run by LLM Foundry's own trainer.
 
     For several ranks: composer -n N scripts/train.py [RECIPE] [KEY=VALUE]...
@@ -34,7 +38,7 @@ def command(arguments: list[str], allow_code_paths: bool) -> int:
     from moefoundry.config.errors import EXIT_USER_ERROR
     from moefoundry.llm_foundry.recipe import read_foundry_recipe
 
-    path, overrides = split_arguments(arguments)
+    path, overrides = split_arguments([*arguments, *(QUIET if quiet else ())])
     try:
         world_size = join_world(os.environ)
         if (foundry := read_foundry_recipe(path, overrides)) is not None:

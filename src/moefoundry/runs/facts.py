@@ -88,6 +88,12 @@ class RunFacts:
         number = self.max_duration.removesuffix("ba")
         return int(number) if number.isdecimal() and number != self.max_duration else None
 
+    @property
+    def progress(self) -> str:
+        """Batches so far and the length of the run, for people."""
+        whole = self.max_batches
+        return f"{self.batch}/{whole}" if whole is not None else f"{self.batch} of {self.max_duration or '?'}"
+
     def number(self, key: str) -> float | None:
         """Give a metric of the last batch."""
         value = self.last.get(key)

@@ -80,8 +80,8 @@ def plots_of(facts: RunFacts, series: Series, entropy: float | None, prefix: str
 
 def _routing(series: Series, prefix: str, lines: Callable[..., str]) -> Iterator[Plot]:
     if series.loads:
-        note = "Load of each expert, by layer: 1 (white) is its uniform share."
-        yield Plot("Expert load", note, partial(load_plot, f"{prefix}load", series.loads), wide=len(series.loads) > 8)
+        note = "A row for each expert, by layer: 1 (white) is the uniform share."
+        yield Plot("Expert load", note, partial(load_plot, f"{prefix}load", series.loads), wide=len(series.loads) > 4)
     if violation := series.of("moe/max_violation"):
         note = "Largest load / mean load - 1, mean over layers; 0 is balanced."
         yield Plot("Violation of balance", note, partial(lines, "violation", "max violation", violation))

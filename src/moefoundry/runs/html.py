@@ -15,7 +15,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--paper)
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; overflow-wrap: anywhere } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem }
 h3 { font-size: 1rem; margin: 0 } p { margin: .2rem 0 } .note, footer { color: var(--faint); font-size: .87rem }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
+  grid-auto-flow: dense }
 figure { margin: 0; padding: .7rem; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
   min-width: 0 }
 figure.wide { grid-column: 1 / -1 }

@@ -77,7 +77,7 @@ def _comparison(runs: Sequence[RunFacts], series: Sequence[Series], labels: Sequ
     rows = []
     for run, label in zip(runs, labels, strict=True):
         best, last = best_held_out(run), list(run.held_out.values())
-        cells = [label, str(run.state), f"{run.batch} of {run.max_duration or '?'}", run.number(LOSS_KEY)]
+        cells = [label, str(run.state), run.progress, run.number(LOSS_KEY)]
         cells += [last[-1] if last else None, best[1] if best else None, best[0] if best else None]
         rows.append([*cells, number(run.number(SPEED_KEY), ",.0f"), duration(run.seconds)])
     yield table(headings, rows)
@@ -125,7 +125,7 @@ def _summary(run: RunFacts, series: Series) -> Iterator[tuple[str, str]]:
     recipe, best = run.recipe, best_held_out(run)
     last = list(run.held_out.items())
     yield "directory", redact(str(run.path.resolve()))
-    yield "batch", f"{run.batch} of {run.max_duration or '?'}"
+    yield "batch", run.progress
     if run.seconds is not None:
         yield "time in training", duration(run.seconds)
     if (loss := run.number(LOSS_KEY)) is not None:

@@ -99,13 +99,11 @@ def _place(run: RunFacts, root: Path) -> str:
 
 
 def _cells(run: RunFacts, root: Path) -> list[str]:
-    whole = run.max_batches
-    batch = f"{run.batch}/{whole}" if whole is not None else f"{run.batch} of {run.max_duration or '?'}"
     last, best = (list(run.held_out.values()) or [None])[-1], best_held_out(run)
     return [
         _place(run, root),
         str(run.state),
-        batch,
+        run.progress,
         number(run.number(LOSS_KEY), ".4f"),
         number(last, ".4f"),
         number(best[1] if best else None, ".4f"),
