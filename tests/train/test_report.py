@@ -62,8 +62,10 @@ def test_report_and_the_command_it_prints(
     assert [Path(launcher[0]).name, *launcher[1:]] == (["python"] if world_size == 1 else ["composer", "-n", "2"])
     path, changes = split_arguments(arguments)
     assert load_recipe(path, changes).max_duration == "8ba"
-    outcomes = run_distributed(train_from_command_line, world_size, arguments)
+    assert "\nbatch 1/4  loss" in f"\n{outcomes[0][1][1]}"
+    outcomes = run_distributed(train_from_command_line, world_size, [*arguments, "--quiet"])
     assert [status for status, _ in outcomes] == [0] * world_size, outcomes
+    assert "\nbatch" not in f"\n{outcomes[0][1][1]}"
     run = finished(tmp_path)
     assert [line["batch"] for line in run.metrics] == list(range(1, 9))
     assert "ba8" in run.checkpoints()

@@ -57,7 +57,7 @@ def _driver() -> Finding:
     """Compare the driver's CUDA with torch's."""
     import torch
 
-    number = torch._C._cuda_getDriverVersion()
+    number: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
     driver = f"{number // 1000}.{number % 1000 // 10}"
     built = torch.version.cuda or "0.0"
     text = f"CUDA {driver} by the driver, torch was built for {built}"

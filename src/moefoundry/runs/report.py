@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def report_page(run_dirs: Sequence[Path]) -> str:
         run_dirs: Directories of runs, at least one.
     """
     runs = [read_facts(path) for path in run_dirs]
-    series = [_part(f"{run.path}", lambda run=run: read_series(run.path)) for run in runs]
+    series = [_part(f"{run.path}", partial(read_series, run.path)) for run in runs]
     read = [found if isinstance(found, Series) else Series() for found in series]
     problems = [found for found in series if isinstance(found, str)]
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

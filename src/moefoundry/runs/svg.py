@@ -119,9 +119,15 @@ def line_plot(
         axes.set_title(label, loc="left", fontsize=7)
         axes.ticklabel_format(axis="y", scilimits=(-3, 5))
         _focus(axes, [*curves.values(), *(marked or {}).values()])
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_batches(axes)
         axes.legend()
     return canvas.svg
+
+
+def _whole_batches(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
 
 
 def _focus(axes: Axes, curves: Sequence[Curve]) -> None:
@@ -152,7 +158,7 @@ def load_plot(name: str, loads: Mapping[str, Load]) -> str:
         canvas.figure.set_layout_engine("constrained")
         axes.grid(False)
         extent = (times[0], last, ends[-1], 0)
-        look = {"cmap": "RdBu_r", "vmin": 0, "vmax": 2, "aspect": "auto", "interpolation": "none"}
+        look: dict[str, Any] = {"cmap": "RdBu_r", "vmin": 0, "vmax": 2, "aspect": "auto", "interpolation": "none"}
         image = axes.imshow(np.concatenate(images), extent=extent, **look)
         for end in ends[:-1]:
             axes.axhline(end, color=INK, linewidth=0.8)
@@ -160,7 +166,7 @@ def load_plot(name: str, loads: Mapping[str, Load]) -> str:
         shown = slice(None, None, -(-len(loads) // MAX_LAYER_LABELS))
         axes.set_yticks(middles[shown], [layer.removeprefix("layer") for layer in loads][shown])
         axes.set(xlabel="batch", ylabel="layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        _whole_batches(axes)
         canvas.figure.colorbar(image, ax=axes, location="top", aspect=40, label="load / uniform load")
     if ends[-1] > MAX_SHARP_ROWS:  # the browser takes means of rows rather than leaving some out
         return canvas.svg.replace(SHARP, "")

@@ -99,7 +99,7 @@ def _place(run: RunFacts, root: Path) -> str:
 
 
 def _cells(run: RunFacts, root: Path) -> list[str]:
-    last, best = (list(run.held_out.values()) or [None])[-1], best_held_out(run)
+    last, best = next(reversed(run.held_out.values()), None), best_held_out(run)
     return [
         _place(run, root),
         str(run.state),

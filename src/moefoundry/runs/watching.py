@@ -52,10 +52,10 @@ class Watched:
     def seconds_left(self) -> float | None:
         """Estimate the time to the last batch by the tokens a second, without evaluations and checkpoints."""
         whole, speed = self.facts.max_batches, self.facts.number(SPEED_KEY)
-        sizes = [self.facts.recipe.get(key) for key in ("global_train_batch_size", "max_seq_len")]
-        if whole is None or not speed or not all(isinstance(size, int) for size in sizes):
+        rows, length = (self.facts.recipe.get(key) for key in ("global_train_batch_size", "max_seq_len"))
+        if whole is None or not speed or not isinstance(rows, int) or not isinstance(length, int):
             return None
-        return max(0, whole - self.facts.batch) * sizes[0] * sizes[1] / speed
+        return max(0, whole - self.facts.batch) * rows * length / speed
 
     def plain_lines(self, new: Sequence[Line]) -> Iterator[str]:
         """Yield lines for a log: each evaluation, the last of the new batches, and a change of the state."""
