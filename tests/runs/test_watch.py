@@ -68,6 +68,20 @@ def test_runs_that_have_ended_are_said_and_left(tmp_path: Path, capsys: pytest.C
     assert main(["watch", str(tmp_path / "absent")]) == 2
 
 
+def test_a_run_is_followed_from_before_it_has_a_recipe(tmp_path: Path) -> None:
+    ready, run = write_run(tmp_path / "ready", batches=2, history=[START]), tmp_path / "run"
+    with held(run):
+        watched = Watched(run)
+        assert watched.look() == []
+        assert (watched.running, watched.name, watched.seconds_left()) == (True, "run", None)
+        Console(file=io.StringIO()).print(view([watched], 80))
+        for path in ready.iterdir():
+            (run / path.name).write_bytes(path.read_bytes())
+        assert [line["batch"] for line in watched.look()] == [1, 2]
+        assert (watched.running, watched.name, watched.facts.problems) == (True, "ready", [])
+        assert watched.facts.max_batches == 20
+
+
 def watching(run: Path, **streams: int) -> subprocess.Popen[bytes]:
     program = "import sys; from moefoundry.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "watch", str(run), "--interval", "0.1"]

@@ -46,7 +46,10 @@ class Watched:
         if new and self.lines and new[0]["batch"] <= self.lines[-1]["batch"]:
             self.lines.clear()  # a resumed run
         self.lines.extend(new)
+        known = len(self.facts.events)
         add_lines(self.facts, new)
+        if not self.facts.recipe or len(self.facts.events) != known:  # it has just begun, perhaps with changed keys
+            self.facts = read_facts(self.facts.path)
         return new
 
     def seconds_left(self) -> float | None:
