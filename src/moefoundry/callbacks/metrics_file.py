@@ -8,6 +8,7 @@
     data/padding                            share of positions without a token, where rows may have such
     tokens/SOURCE, loss/train/source/SOURCE with several streams: tokens from the beginning on, and mean loss
     throughput/tokens_per_sec               all ranks
+    throughput/device/mfu                   model FLOPs a second / the device's peak, on known GPUs in BF16 or FP8
     moe/{max_violation,router_entropy,dropped_fraction,expert_bias_max_abs}
     moe/load/layer{i}                       list of E shares
     metrics/eval/LanguageCrossEntropy       nats a token, in the batches after which the model was evaluated

@@ -64,6 +64,8 @@ def plots_of(facts: RunFacts, series: Series, entropy: float | None, prefix: str
     if speed := series.of(SPEED_KEY):
         note = "All ranks, without evaluation and checkpoints."
         yield Plot("Throughput", note, partial(lines, "speed", "tokens/s", {"all ranks": speed[SPEED_KEY]}))
+    if mfu := series.of("throughput/device/mfu"):
+        yield Plot("MFU", "The model's FLOPs, as a share of the peak.", partial(lines, "mfu", "share", mfu))
     yield from _routing(series, prefix, lines)
     if norm := series.of("grad_norm"):
         yield Plot("Gradient norm", "Before clipping.", partial(lines, "norm", "L2 norm", norm))
