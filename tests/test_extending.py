@@ -497,8 +497,8 @@ def train_with_parts(site: Path, overrides: list[str]) -> tuple[list[dict[str, A
     import torch
 
     import moefoundry
-    from moefoundry.callbacks.metrics_file import read_metrics
     from moefoundry.config import UserError
+    from moefoundry.runs.metrics import read_metrics
 
     sys.path.insert(0, str(site))
     run_dir = ""

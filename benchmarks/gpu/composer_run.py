@@ -95,8 +95,8 @@ def sequence(options: Options) -> int:
 
 def train(run_dir: Path, corpus: Path, save_at: int, end: int, options: Options) -> dict[int, dict[str, Any]]:
     """Train to batch ``end``, from the newest checkpoint if there is one; the metrics by batch."""
-    from moefoundry.callbacks.metrics_file import read_metrics
     from moefoundry.config import load_recipe
+    from moefoundry.runs.metrics import read_metrics
     from moefoundry.trainer import train as train_recipe
 
     overrides = [

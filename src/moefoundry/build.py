@@ -31,6 +31,7 @@ from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.preferences import PreferenceMonitor
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
+from moefoundry.callbacks.speed import Utilization
 from moefoundry.callbacks.trackers import build_trackers, note_entries, start_trackers, try_trackers
 from moefoundry.checkpoint.base import digest_of_tensors
 from moefoundry.checkpoint.ranks import on_rank_zero, together
@@ -57,6 +58,8 @@ from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.mixture import check_backend
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
 from moefoundry.planning.describe import parameter_counts
+from moefoundry.planning.devices import known_device
+from moefoundry.planning.work import flops_per_token
 from moefoundry.precision import describe_fp8
 from moefoundry.world import degrees_of, setup_meshes, torch_device
 
@@ -247,12 +250,23 @@ def build_callbacks(
             IclTasks(recipe) if recipe.icl_tasks is not None else None,
             PreferenceMonitor() if recipe.dpo is not None else None,
             *make_parts("callbacks", Callback, recipe.callbacks, recipe),
+            build_utilization(recipe, metrics_file),
         ],
         Phase.STOP: [StopOnSignal()],
         Phase.SAVE: [build_checkpointing(recipe, metrics_file, digests, start, ema, source_tokens)],
         Phase.AVERAGE: [ema],
     }
     return [callback for phase in Phase for callback in phases[phase] if callback]
+
+
+def build_utilization(recipe: Recipe, metrics_file: MetricsFile) -> Utilization | None:
+    """Build the callback that logs the MFU; None where the device's peak is not known, and for adapters."""
+    device = known_device(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    if device is None or recipe.precision.compute != Compute.bf16 or recipe.lora is not None:
+        return None
+    peak = device.bf16_tflops if recipe.precision.fp8.recipe is None else device.fp8_tflops
+    flops = flops_per_token(meta_model(recipe.model), recipe.max_seq_len)
+    return Utilization(flops, peak * 1e12, metrics_file.values)
 
 
 def build_checkpointing(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import platform
+import shlex
 import signal
+import socket
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch.distributed
 from composer import Trainer
 from composer.utils import dist
 
 from moefoundry.build import build_trainer
+from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.health import named_collectives
 from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.signals import StopOnSignal
@@ -24,7 +30,16 @@ from moefoundry.config import Recipe, advice, flatten
 from moefoundry.conversion.families import exports_as
 from moefoundry.data.loader import dead_processes_named
 from moefoundry.evaluation.generation import complete
+from moefoundry.mesh import MeshDegrees
 from moefoundry.model.transformer import MoETransformer
+from moefoundry.runs.history import add_event
+from moefoundry.version import __version__
+from moefoundry.world import degrees_of
+
+PACKAGES = {"composer": "mosaicml", "streaming": "mosaicml-streaming"}
+"""Packages whose versions the history notes, by the names that they are known under."""
+
+MAX_REASON = 600  # letters of an error that the history keeps
 
 EXPECTED_WARNINGS = (
     r"FSDP2-wrapped module \(FSDPGroupedExperts\) returned a view",  # of emulated BF16; nothing writes to it
@@ -37,12 +52,13 @@ EXPECTED_WARNINGS = (
 """About choices that are made here on purpose; a person at the console can do nothing about them."""
 
 
-def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
+def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str] | None = None) -> Trainer:
     """Train as the recipe says, in every rank of the launched world.
 
     Args:
         recipe: Recipe of the run.
         command: The command that started this process; the report says how to go on with it.
+        origins: File or override that each key comes from, for the run's history.
 
     Raises:
         UserError: The run cannot start or go on, for a reason that the user can put right.
@@ -59,7 +75,8 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
         if max_duration is None or timestamp < max_duration:
             if dist.get_global_rank() == 0 and recipe.log_to_console:
                 print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
-            trainer.fit()
+            with noted(trainer, recipe, command, origins or {}):
+                trainer.fit()
         elif dist.get_global_rank() == 0:
             message = f"batch {timestamp.batch.value} of {max_duration.to_timestring()}: nothing left to train"
             print(message, file=sys.stderr, flush=True)
@@ -72,6 +89,47 @@ def train(recipe: Recipe, command: Sequence[str] = ()) -> Trainer:
                 message = f"stopped by {signum.name}; go on from {store_of(Path(recipe.run_dir)).latest()}"
                 print(f"{message} with autoresume=true", file=sys.stderr, flush=True)
         return trainer
+
+
+@contextmanager
+def noted(trainer: Trainer, recipe: Recipe, command: Sequence[str], origins: Mapping[str, str]) -> Iterator[None]:
+    """Note in the run's history, on rank 0, that training begins, and how it ends."""
+    if dist.get_global_rank() != 0:
+        yield
+        return
+    run_dir, timestamp = Path(recipe.run_dir), trainer.state.timestamp
+    (checkpointing,) = (callback for callback in trainer.state.callbacks if isinstance(callback, Checkpointing))
+    add_event(
+        run_dir,
+        "start",
+        batch=timestamp.batch.value,
+        **{"from": str(checkpointing.start.checkpoint) if checkpointing.start else ""},
+        **environment(degrees_of(recipe)),
+        command=shlex.join(command),
+        origins={key: origin for key, origin in origins.items() if origin != "default"},
+    )
+    state, reason = "failed", ""
+    try:
+        yield
+        signum = stopped_by(trainer)
+        state, reason = ("finished", "") if signum is None else ("stopped", f"by {signum.name}")
+    except BaseException as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON]
+        raise
+    finally:
+        add_event(run_dir, "end", batch=trainer.state.timestamp.batch.value, state=state, reason=reason)
+
+
+def environment(degrees: MeshDegrees) -> dict[str, Any]:
+    """Describe ranks, devices and versions of this run."""
+    on_gpu = torch.cuda.is_available()
+    mesh = {"replicate": degrees.replicate, "shard": degrees.shard, "expert": degrees.expert}
+    versions = {"moefoundry": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: version(package) for name, package in PACKAGES.items()}
+    versions |= {"cuda": str(torch.version.cuda)} if on_gpu else {}
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+    parts = {"host": socket.gethostname(), "world_size": dist.get_world_size(), "mesh": mesh, "device": device}
+    return {**parts, "versions": versions}
 
 
 def report(recipe: Recipe, model: MoETransformer, command: Sequence[str]) -> None:

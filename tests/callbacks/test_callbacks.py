@@ -5,12 +5,15 @@ Their modules import Composer, which only the ranks' server has done: the bodies
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from moefoundry.config import Fp8Recipe, Recipe
 from tests.distributed import run_distributed
 
 
@@ -51,7 +54,7 @@ def test_norm_of_a_large_gradient_does_not_depend_on_its_split() -> None:
 
 
 def read(run_dir: Path) -> list[dict]:
-    from moefoundry.callbacks.metrics_file import read_metrics
+    from moefoundry.runs.metrics import read_metrics
 
     return read_metrics(run_dir)
 
@@ -214,3 +217,44 @@ def mean_over_targets() -> list[float]:
 
 def test_held_out_loss_is_a_mean_over_targets() -> None:
     assert math.isclose(run_distributed(mean_over_targets, 1)[0], 2.5)
+
+
+def utilization(recipe: Recipe) -> tuple[dict[str, float], int, float, bool]:
+    """What is logged at a million tokens a second on a GPU that is not there, and the parameters that a token meets."""
+    from moefoundry.build import build_utilization
+    from moefoundry.model.transformer import meta_model
+
+    file: Any = SimpleNamespace(values=lambda names: dict.fromkeys(names, 1e6))
+    assert build_utilization(recipe, file) is None, "a CPU"
+    torch.cuda.is_available = lambda: True  # type: ignore[method-assign]
+    torch.cuda.get_device_name = lambda: "NVIDIA H100 80GB HBM3"  # type: ignore[method-assign]
+    logged: dict[str, float] = {}
+    callback = build_utilization(recipe, file)
+    callback.batch_end(None, SimpleNamespace(log_metrics=logged.update))
+    model, moe = meta_model(recipe.model), recipe.model.moe
+    routed = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 3)
+    matrices = (
+        sum(p.numel() for p in model.parameters() if p.dim() == 2) - recipe.model.vocab_size * recipe.model.d_model
+    )
+    recipe.precision.fp8.recipe = Fp8Recipe.rowwise
+    gain = callback.share / build_utilization(recipe, file).share
+    torch.cuda.get_device_name = lambda: "Tesla V100"  # type: ignore[method-assign]
+    return logged, matrices + routed * moe.top_k // moe.num_experts, gain, build_utilization(recipe, file) is None
+
+
+def test_mfu_is_of_the_parameters_that_a_token_meets(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    ((logged, active, gain, unknown),) = run_distributed(
+        utilization, 1, tiny_recipe(tmp_path, "precision.compute=bf16")
+    )
+    attention = 3 * 3 * 2 * (32 + 32) * 65 / 2  # three layers, forward and backward; 65 / 2 positions are seen
+    assert logged == {"throughput/device/mfu": pytest.approx(1e6 * (6 * active + attention) / 989e12)}
+    assert gain == pytest.approx(1979 / 989)
+    assert unknown, "a GPU without numbers"
+
+
+def test_devices_are_known_by_what_drivers_call_them() -> None:
+    from moefoundry.planning.devices import ACCELERATORS, known_device
+
+    names = {"NVIDIA A100-SXM4-80GB": "a100", "NVIDIA GB200": "gb200", "AMD Instinct MI300X": "mi300x"}
+    assert {name: known_device(name) for name in names} == {name: ACCELERATORS[key] for name, key in names.items()}
+    assert known_device("NVIDIA GeForce RTX 4090") is None

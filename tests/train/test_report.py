@@ -48,6 +48,10 @@ def test_report_and_the_command_it_prints(
     assert f"    | {PROMPT}" in "\n".join(lines)
     assert shown["checkpoint"] == str(tmp_path / "checkpoints" / "ba4")
     assert (tmp_path / "checkpoints" / "ba4" / "state.json").is_file()
+    page = (tmp_path / "report.html").read_text()
+    assert "state finished" in page
+    assert page.count("<svg") >= 8
+    assert "<td>override</td>" in page, "where values of the recipe come from"
     for name in ("loss.png", "expert_load.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert any(line.endswith(str(tmp_path / name)) for line in lines)
@@ -58,8 +62,10 @@ def test_report_and_the_command_it_prints(
     assert [Path(launcher[0]).name, *launcher[1:]] == (["python"] if world_size == 1 else ["composer", "-n", "2"])
     path, changes = split_arguments(arguments)
     assert load_recipe(path, changes).max_duration == "8ba"
-    outcomes = run_distributed(train_from_command_line, world_size, arguments)
+    assert "\nbatch 1/4  loss" in f"\n{outcomes[0][1][1]}"
+    outcomes = run_distributed(train_from_command_line, world_size, [*arguments, "--quiet"])
     assert [status for status, _ in outcomes] == [0] * world_size, outcomes
+    assert "\nbatch" not in f"\n{outcomes[0][1][1]}"
     run = finished(tmp_path)
     assert [line["batch"] for line in run.metrics] == list(range(1, 9))
     assert "ba8" in run.checkpoints()
@@ -91,6 +97,7 @@ def break_every_part() -> None:
     matplotlib.figure.Figure.savefig = disk_is_full  # type: ignore[method-assign]
     report.unigram_entropy = fail  # type: ignore[assignment]
     report.store_of = fail  # type: ignore[assignment]
+    report.report_page = fail  # type: ignore[assignment]
 
 
 def test_a_report_that_fails_does_not_fail_a_finished_run(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -101,6 +108,7 @@ def test_a_report_that_fails_does_not_fail_a_finished_run(tiny_recipe: Callable[
         "warning: the report has no unigram entropy: index -1 is out of bounds",
         "warning: the report has no loss.png: [Errno 28] No space left on device",
         "warning: the report has no expert_load.png: [Errno 28] No space left on device",
+        "warning: the report has no report.html: index -1 is out of bounds",
         "warning: the report has no checkpoint: index -1 is out of bounds",
     ]
     assert [line.split("  ")[0] for line in run.out.splitlines()] == ["held-out loss", "go on with"]
@@ -121,8 +129,10 @@ def test_a_report_of_a_run_dir_without_metrics_says_what_it_can(
     """As of a run that goes on from another's last batch, and has nothing left to train."""
     ((out, err),) = run_distributed(report_without_metrics, 1, tiny_recipe(tmp_path / "new"))
     assert out == "completion\n    | text\ngo on with       train autoresume=true max_duration=8ba\n"
-    assert err.startswith("warning: the report has no metrics: ")
-    assert err.count("\n") == 1
+    assert [line.split(":")[1] for line in err.splitlines()] == [
+        " the report has no metrics",
+        " the report has no report.html",
+    ]
 
 
 def train_on_a_terminal(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ import pytest
 from moefoundry.callbacks.signals import EXIT_STOPPED
 from moefoundry.config import Recipe
 from moefoundry.data.loader import STOP_SIGNALS
+from moefoundry.runs.facts import RunState, read_facts
 from tests.distributed import RankError, captured_output, run_distributed
 from tests.train.runs import Run, finished, run_recipe
 
@@ -102,6 +103,8 @@ def test_row19_all_ranks_save_and_the_run_resumes(
     stopped = finished(tmp_path / "run")
     assert list(stopped.column("batch")) == [1, 2, 3]
     assert stopped.checkpoints() == ["ba3"]
+    facts = read_facts(tmp_path / "run")
+    assert (facts.state, facts.reason) == (RunState.stopped, f"by {signum.name}")
     resumed = run_recipe(tiny_recipe(tmp_path / "run", *STEPS, "autoresume=true"), 2)
     assert resumed.exact() == whole.exact()
     evaluation = "metrics/eval/LanguageCrossEntropy"

@@ -10,6 +10,8 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 from tqdm import tqdm
 
+from moefoundry.runs.words import shown_metrics
+
 
 class Console(LoggerDestination):
     """Prints from rank 0.
@@ -96,19 +98,4 @@ def format_train_line(state: State, metrics: dict[str, Any]) -> str:
     assert duration is not None
     parts = [f"batch {state.timestamp.batch.value}"]
     parts[0] += f"/{duration.value}" if duration.unit.value == "ba" else f" of {duration.to_timestring()}"
-    for label, name, spec in (
-        ("dpo", "loss/train/dpo", ".4f"),
-        ("margin", "preference/margin", ".4f"),
-        ("accuracy", "preference/accuracy", ".2f"),
-        ("lm" if "loss/train/dpo" in metrics else "loss", "loss/train/lm", ".4f"),
-        ("balance", "loss/train/balance", ".4f"),
-        ("z", "loss/train/z", ".4f"),
-        ("mtp", "loss/train/mtp", ".4f"),
-        ("grad norm", "grad_norm", ".3f"),
-        ("lr", "lr", ".2e"),
-        ("tokens/s", "throughput/tokens_per_sec", ",.0f"),
-        ("max violation", "moe/max_violation", ".2f"),
-    ):
-        if name in metrics:
-            parts.append(f"{label} {metrics[name]:{spec}}")
-    return "  ".join(parts)
+    return "  ".join([*parts, *shown_metrics(metrics)])

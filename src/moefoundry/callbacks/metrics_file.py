@@ -9,6 +9,7 @@
     curriculum/{stage,max_seq_len,global_train_batch_size}   with a curriculum; stages count from 1
     tokens/SOURCE, loss/train/source/SOURCE with several streams: tokens from the beginning on, and mean loss
     throughput/tokens_per_sec               all ranks
+    throughput/device/mfu                   model FLOPs a second / the device's peak, on known GPUs in BF16 or FP8
     moe/{max_violation,router_entropy,dropped_fraction,expert_bias_max_abs}
     moe/load/layer{i}                       list of E shares
     metrics/eval/LanguageCrossEntropy       nats a token, in the batches after which the model was evaluated
@@ -23,7 +24,7 @@ and every other number that a callback logs. A key is absent where it does not a
 its batch ends, so a killed run keeps it. An evaluation after the last batch completes that batch's line. Lines of
 batches that are trained again, or that another run has left here, move to ``metrics.superseded.jsonl`` when training
 begins, so that there is one line a batch. (Of files of earlier releases the later line of a batch counts:
-:func:`read_metrics`.)
+:func:`moefoundry.runs.metrics.read_metrics`.)
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 from torch import Tensor
 
-FILE_NAME = "metrics.jsonl"
+from moefoundry.runs.metrics import FILE_NAME
+
 SUPERSEDED = "metrics.superseded.jsonl"
 LEFT_OUT_PREFIXES = ("time/", "trainer/")
 """Counters that Composer logs of its own accord, and that follow from the number of the batch."""
@@ -119,15 +121,3 @@ def _batch(line: bytes) -> float:
         return float(json.loads(line)["batch"])
     except (ValueError, TypeError, KeyError):
         return math.inf
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl`` in batch order, the last line of each batch; a torn last line is left out."""
-    lines: dict[int, dict[str, Any]] = {}
-    for text in (run_dir / FILE_NAME).read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        lines[line["batch"]] = line
-    return [lines[batch] for batch in sorted(lines)]

@@ -1,8 +1,7 @@
-"""The report of a finished run: plots, scores, a completion, the last checkpoint, and the command that goes on."""
+"""The report of a finished run: page, plots, scores, a completion, the last checkpoint, the command that goes on."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +11,16 @@ from typing import Any
 
 import torch
 
-from moefoundry.callbacks.metrics_file import read_metrics
 from moefoundry.checkpoint.run_dir import store_of
 from moefoundry.config import Recipe, redacted
 from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary
+from moefoundry.runs.metrics import EVAL_KEY, read_metrics, task_scores
+from moefoundry.runs.report import REPORT_FILE, report_page
 
 LOSS_PLOT = "loss.png"
 LOAD_PLOT = "expert_load.png"
 TASK_PLOT = "tasks.png"
 LOAD_WINDOW = 20  # batches that the load plot averages
-EVAL_KEY = "metrics/eval/LanguageCrossEntropy"
-TASK_METRIC = re.compile(r"metrics/[^/]+/\d+-shot/.+|icl/metrics/.+")
 
 
 @contextmanager
@@ -39,7 +37,7 @@ def unless_it_fails(part: str) -> Iterator[None]:
 
 
 def write_report(recipe: Recipe, completion: str | None, command: Sequence[str]) -> None:
-    """Write the plots into ``run_dir`` and print the rest; one rank calls it, when everything else is written.
+    """Write plots and ``report.html`` into ``run_dir`` and print the rest; one rank calls it, when all else is written.
 
     A part that fails is left out, with a line on standard error.
 
@@ -73,7 +71,10 @@ def write_report(recipe: Recipe, completion: str | None, command: Sequence[str])
     lines += [f"task             {name} {values[-1][1]:.4f}" for name, values in task_scores(metrics).items()]
     if completion is not None:
         lines += ["completion", *("    | " + line for line in redacted(completion, "").splitlines())]
-    labels = {LOSS_PLOT: "loss curve", LOAD_PLOT: "expert load", TASK_PLOT: "tasks"}
+    with unless_it_fails(REPORT_FILE):
+        (run_dir / REPORT_FILE).write_text(report_page([run_dir]))
+        drawn[REPORT_FILE] = True
+    labels = {REPORT_FILE: "report", LOSS_PLOT: "loss curve", LOAD_PLOT: "expert load", TASK_PLOT: "tasks"}
     lines += [f"{labels[name]:17}{run_dir / name}" for name, done in drawn.items() if done]
     with unless_it_fails("checkpoint"):
         if checkpoint := store_of(run_dir).latest():
@@ -128,16 +129,6 @@ def plot_loss(metrics: list[dict[str, Any]], entropy: float | None, path: Path) 
     axes.legend()
     figure.savefig(path, dpi=120)
     return True
-
-
-def task_scores(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Collect metrics of tasks and averages of them, by name without prefix: batches and values."""
-    scores: dict[str, list[tuple[int, float]]] = {}
-    for line in metrics:
-        for name, value in line.items():
-            if TASK_METRIC.fullmatch(name):
-                scores.setdefault(name.removeprefix("icl/").removeprefix("metrics/"), []).append((line["batch"], value))
-    return scores
 
 
 def plot_tasks(metrics: list[dict[str, Any]], path: Path) -> bool:

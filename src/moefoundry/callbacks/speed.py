@@ -1,10 +1,11 @@
-"""The recipe's own callbacks: throughput and memory of all ranks, and the learning rate."""
+"""Throughput and memory of all ranks, the share of a device's peak that is used, and the learning rate."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from composer.core import Callback, State
@@ -14,6 +15,7 @@ from composer.utils import dist
 from moefoundry.config import Recipe, SpeedMonitorConfig
 
 GIB = 2**30
+DEVICE_RATE = "throughput/device/tokens_per_sec"
 
 
 class SpeedMonitor(Callback):
@@ -40,9 +42,27 @@ class SpeedMonitor(Callback):
         self._seconds.append(time.perf_counter() - self._start)
         self._tokens.append(state.timestamp.token.value - state.previous_timestamp.token.value)
         rate = sum(self._tokens) / sum(self._seconds)
-        logger.log_metrics(
-            {"throughput/tokens_per_sec": rate, "throughput/device/tokens_per_sec": rate / dist.get_world_size()}
-        )
+        logger.log_metrics({"throughput/tokens_per_sec": rate, DEVICE_RATE: rate / dist.get_world_size()})
+
+
+class Utilization(Callback):
+    """Logs ``throughput/device/mfu``, the model's FLOPs a second as a share of the device's peak.
+
+    Args:
+        flops_per_token: FLOPs of the model, forward and backward, without what is computed again.
+        peak_flops: FLOPs a second of a device, in the format of the products.
+        measured: Gives metrics of this batch by their names, those that there are.
+    """
+
+    def __init__(
+        self, flops_per_token: float, peak_flops: float, measured: Callable[[Sequence[str]], dict[str, float]]
+    ) -> None:
+        self.share = flops_per_token / peak_flops
+        self.measured = measured
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        for rate in self.measured((DEVICE_RATE,)).values():
+            logger.log_metrics({"throughput/device/mfu": rate * self.share})
 
 
 class MemoryMonitor(Callback):

@@ -19,6 +19,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -61,6 +62,41 @@ class Holder:
     def identity(self) -> tuple[str, str, int, int | None]:
         """Name of the process, which no other has."""
         return self.host, self.kernel, self.pid, self.started
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A lease as a bystander sees it.
+
+    Attributes:
+        alive: True if its holder is, or may be.
+        text: Holder, for people.
+        since: Time at which the lease was taken, as the holder wrote it; empty where it is not known.
+    """
+
+    alive: bool
+    text: str
+    since: str
+
+
+def observed(run_dir: Path) -> Observed | None:
+    """Look at the lease of a run without touching anything; None where nobody holds it.
+
+    The heartbeat of another host is compared with this host's clock.
+    """
+    lease = run_dir / LEASE_FILE
+    try:
+        beat = lease.stat().st_mtime
+    except OSError:
+        return None
+    holder = _read(lease)
+    if holder is not None and holder.kernel and holder.kernel == _kernel():
+        alive = holder.started is not None and holder.started == _started(holder.pid)
+    else:
+        alive = time.time() - beat <= SILENCE
+    if holder is None:
+        return Observed(alive, "a process that has not named itself", "")
+    return Observed(alive, str(holder), holder.since)
 
 
 @contextmanager

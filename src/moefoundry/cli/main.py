@@ -22,6 +22,7 @@ COMMANDS = {
     "checkpoint": "List, verify, show and delete checkpoints.",
     "convert": "Convert from and to Hugging Face.",
     "data": "Look at prepared data.",
+    "doctor": "Check this machine: GPUs, versions, space, limits, an all-reduce.",
     "estimate": "Time of a step and length of a run on N devices.",
     "eval": "Run code tasks with a checkpoint.",
     "explain": "Meaning of a key of a recipe.",
@@ -32,10 +33,13 @@ COMMANDS = {
     "prepare": "Turn text into token shards.",
     "recommend": "Fastest mesh and micro-batch of a recipe on N devices, and what makes it fit.",
     "reference": "Score preference data with a frozen reference, for dpo.",
+    "report": "One HTML file about a run, or about several.",
+    "runs": "Table of the runs in a directory.",
     "sweep": "Train a recipe over values of its keys, and compare.",
     "train": "Train a recipe on this rank.",
     "validate": "Check a recipe, on any machine.",
     "verify": "Prove that a recipe trains right, with a small twin of it.",
+    "watch": "Follow runs from their files, on a terminal or as lines.",
 }
 COMPLETE = "_MOEFOUNDRY_COMPLETE"
 """Variable by which a shell asks for its script (``bash_source``) and for completions (``bash_complete``)."""

@@ -17,32 +17,38 @@ from moefoundry.cli.world import join_world
 
 if TYPE_CHECKING:
     from moefoundry.config import Recipe, UserError
+    from moefoundry.config.layers import Layers
     from moefoundry.llm_foundry.recipe import FoundryRecipe
+
+
+QUIET = ("log_to_console=false", "progress_bar=false")
 
 
 @click.command("train", context_settings=RECIPE_COMMAND)
 @recipe_arguments
 @click.option("--allow-code-paths", is_flag=True, help="Run the files that code_paths of an LLM Foundry recipe names.")
-def command(arguments: list[str], allow_code_paths: bool) -> int:
+@click.option("--quiet", is_flag=True, help="No progress: log_to_console and progress_bar are false.")
+def command(arguments: list[str], allow_code_paths: bool, quiet: bool) -> int:
     """Train a recipe; one of LLM Foundry is run by LLM Foundry's own trainer.
 
     For several ranks: composer -n N scripts/train.py [RECIPE] [KEY=VALUE]...
     """
     from moefoundry.checkpoint.lease import held
-    from moefoundry.config import UserError, load_recipe, split_arguments
+    from moefoundry.config import UserError, load_layers, recipe_of, split_arguments
     from moefoundry.config.errors import EXIT_USER_ERROR
     from moefoundry.llm_foundry.recipe import read_foundry_recipe
 
-    path, overrides = split_arguments(arguments)
+    path, overrides = split_arguments([*arguments, *(QUIET if quiet else ())])
     try:
         world_size = join_world(os.environ)
         if (foundry := read_foundry_recipe(path, overrides)) is not None:
             return _train_foundry(foundry, world_size, allow_code_paths)
         if allow_code_paths:
             raise click.UsageError("--allow-code-paths is for recipes of LLM Foundry; code_paths is their key")
-        recipe = load_recipe(path, overrides, world_size=world_size)
+        layers = load_layers(path, overrides)
+        recipe = recipe_of(layers, world_size)
         with held(Path(recipe.run_dir)) if _rank() == 0 else nullcontext():  # before the imports, which take long
-            return _train(recipe, world_size, arguments)
+            return _train(recipe, layers, world_size, arguments)
     except UserError as error:
         if _is_to_say(error):
             _tell_torchrun(error)
@@ -51,16 +57,18 @@ def command(arguments: list[str], allow_code_paths: bool) -> int:
         return EXIT_USER_ERROR
 
 
-def _train(recipe: Recipe, world_size: int, arguments: list[str]) -> int:
+def _train(recipe: Recipe, layers: Layers, world_size: int, arguments: list[str]) -> int:
     from moefoundry.data.fit import check_data
 
     check_data(recipe, world_size)  # before what takes seconds to import
 
     from moefoundry.callbacks.signals import EXIT_STOPPED
     from moefoundry.config import redact_argument
+    from moefoundry.config.dump import origins
     from moefoundry.trainer import stopped_by, train
 
-    trainer = train(recipe, command=[*_command(world_size, sys.argv[0]), *map(redact_argument, arguments)])
+    command = [*_command(world_size, sys.argv[0]), *map(redact_argument, arguments)]
+    trainer = train(recipe, command, origins(recipe, layers))
     return EXIT_STOPPED if stopped_by(trainer) else 0
 
 

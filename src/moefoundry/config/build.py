@@ -44,6 +44,9 @@ from moefoundry.registry import PartError, Table
 FP32_SMALLEST, FP32_LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 
 
+INDEXER = "model.attention.indexer"
+
+
 class Builder:
     """Builds schema objects; where a value is wrong it lists why and uses the default instead.
 
@@ -233,13 +236,18 @@ class Builder:
 
 @cache
 def _by_name() -> dict[str, list[str]]:
-    """Map the last part of a key to the keys that end in it."""
+    """Map the last part of a key to the keys that end in it; those of sparse attention only if no other has its name."""
     leaves: dict[str, list[str]] = {}
-    for known in sorted(every_key(), key=lambda known: ANY_NAME in known.split(".")):
+    for known in sorted(every_key(), key=_is_seldom_meant):
         name = known.rpartition(".")[2]
-        if name not in leaves or ANY_NAME not in known.split("."):  # a key of an entry only if none has its name
+        if name not in leaves or not _is_seldom_meant(known):
             leaves.setdefault(name, []).append(known)
     return leaves
+
+
+def _is_seldom_meant(key: str) -> bool:
+    """Tell if a key is of an entry, or of the indexer, whose keys have the names of others."""
+    return ANY_NAME in key.split(".") or key.startswith(f"{INDEXER}.")
 
 
 def _names_of_others(value: Any, path: str) -> Iterator[tuple[str, str]]:

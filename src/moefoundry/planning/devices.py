@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -40,6 +41,12 @@ ACCELERATORS = {
     "gb200": Accelerator(186, 2500, 5000, 8.0, 900, 50, 64),
     "mi300x": Accelerator(192, 1307, 2615, 5.3, 448, 50, 8),
 }
+
+
+def known_device(name: str) -> Accelerator | None:
+    """Find an accelerator by what its driver calls it, as in ``NVIDIA H100 80GB HBM3``; None for others."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return next((ACCELERATORS[word] for word in words if word in ACCELERATORS), None)
 
 
 def accelerator(name: str) -> Accelerator:

@@ -1,0 +1,112 @@
+"""Read ``metrics.jsonl``: whole, its end alone, or as it grows. ``callbacks/metrics_file.py`` writes it.
+
+Lines are long where there are many experts, so a file may have gigabytes: what asks for a few values reads no more than
+it must, and what reads all of it keeps one line at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "metrics.jsonl"
+EVAL_KEY = "metrics/eval/LanguageCrossEntropy"
+LOSS_KEY = "loss/train/lm"
+SPEED_KEY = "throughput/tokens_per_sec"
+LOAD_PREFIX = "moe/load/"
+TASK_METRIC = re.compile(r"metrics/[^/]+/\d+-shot/.+|icl/metrics/.+")
+END_BYTES = 4 * 2**20  # in which the last whole line is looked for
+
+_EVALUATED = re.compile(rb'"' + re.escape(EVAL_KEY).encode() + rb'": ([-+.\w]+)')
+_BATCH = re.compile(rb'\{"batch": (\d+)')
+
+Line = dict[str, Any]
+
+
+def parse_line(text: bytes | str) -> Line | None:
+    """Read one line; None if it is torn or something else."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("batch"), int) else None
+
+
+def read_lines(run_dir: Path) -> Iterator[Line]:
+    """Yield the lines of a run as they were written, without torn ones; one at a time is in memory."""
+    with (run_dir / FILE_NAME).open("rb") as file:
+        for text in file:
+            if (line := parse_line(text)) is not None:
+                yield line
+
+
+def read_metrics(run_dir: Path) -> list[Line]:
+    """Read all lines in batch order, the last of each batch; a torn last line is left out."""
+    lines = {line["batch"]: line for line in read_lines(run_dir)}
+    return [lines[batch] for batch in sorted(lines)]
+
+
+def last_line(run_dir: Path) -> Line | None:
+    """Read the last whole line; None if there is none."""
+    with (run_dir / FILE_NAME).open("rb") as file:
+        file.seek(0, 2)
+        size = file.tell()
+        file.seek(max(0, size - END_BYTES))
+        texts = file.read().splitlines()
+    return next((line for text in reversed(texts) if (line := parse_line(text)) is not None), None)
+
+
+def held_out_losses(run_dir: Path) -> dict[int, float]:
+    """Find the held-out losses of a run by batch, without reading the rest of its lines."""
+    losses: dict[int, float] = {}
+    with (run_dir / FILE_NAME).open("rb") as file:
+        if not file.seek(0, 2):
+            return losses
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for found in _EVALUATED.finditer(content):
+                if batch := _BATCH.match(content, content.rfind(b"\n", 0, found.start()) + 1):
+                    losses[int(batch[1])] = float(found[1])
+    return losses
+
+
+def task_scores(metrics: list[Line]) -> dict[str, list[tuple[int, float]]]:
+    """Collect metrics of tasks and averages of them, by name without prefix: batches and values."""
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for line in metrics:
+        for name, value in line.items():
+            if TASK_METRIC.fullmatch(name):
+                scores.setdefault(name.removeprefix("icl/").removeprefix("metrics/"), []).append((line["batch"], value))
+    return scores
+
+
+class Follower:
+    """Reads the lines that have come since the last look; at the first one, those in the last :data:`END_BYTES`.
+
+    Args:
+        run_dir: Directory of the run; the file need not be there yet.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / FILE_NAME
+        self._offset = 0
+        self._inode = 0
+
+    def new_lines(self) -> list[Line]:
+        """Read whole lines that are new; those at its end where a resumed run has replaced the file."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return []
+        with file:
+            size, inode = file.seek(0, 2), file.fileno() and self.path.stat().st_ino
+            if inode != self._inode or size < self._offset:
+                self._offset, self._inode = max(0, size - END_BYTES), inode
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [line for text in whole.splitlines() if (line := parse_line(text)) is not None]
