@@ -99,7 +99,7 @@ def load(directory: Path) -> None:
     results = {}
     for path in sorted(path for path in directory.iterdir() if (path / "config.json").exists()):
         if "quantization_config" in json.loads((path / "config.json").read_text()):
-            results[path.name] = results_of(unpacked(path))
+            results[path.name] = results_of(unpacked(path), path.name)
             continue
         model, info = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True, **OPTIONS

@@ -236,7 +236,7 @@ class Builder:
 
 @cache
 def _by_name() -> dict[str, list[str]]:
-    """Map the last part of a key to the keys that end in it; those of sparse attention only if no other has its name."""
+    """Map the last part of a key to the keys that end in it; those of an indexer only if no other has its name."""
     leaves: dict[str, list[str]] = {}
     for known in sorted(every_key(), key=_is_seldom_meant):
         name = known.rpartition(".")[2]
