@@ -91,7 +91,7 @@ def test_the_pods_of_a_jobset_make_one_world(tmp_path: Path) -> None:
     assert (out, machine.returncode) == ("ready to go\n", 75)
     assert (tmp_path / "arguments1").read_text() == (
         "-n 2 --world_size 4 --node_rank 1 --base_rank 2 --master_addr quickstart-node-0-0.quickstart "
-        "--master_port 29500 -m moefoundry train /etc/moefoundry/recipe.yaml "
+        "--master_port 29500 -m moefoundry train /etc/moefoundry/recipe.yaml --wait 120 "
     )
 
 

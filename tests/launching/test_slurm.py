@@ -124,7 +124,7 @@ def test_a_signal_reaches_srun_and_the_job_goes_back(tmp_path: Path, signum: int
     out, _ = job.communicate(timeout=20)
     assert (out, job.returncode) == ("stopped\n", 75)
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    assert (tmp_path / "arguments").read_text().endswith(f"-m moefoundry train {tmp_path}/a b/recipe.yaml\n")
+    assert (tmp_path / "arguments").read_text().endswith(f"-m moefoundry train {tmp_path}/a b/recipe.yaml --wait 120\n")
 
 
 def test_a_setup_that_fails_ends_the_job(tmp_path: Path) -> None:

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 @click.command("train", context_settings=RECIPE_COMMAND)
 @recipe_arguments
 @click.option("--allow-code-paths", is_flag=True, help="Run the files that code_paths of an LLM Foundry recipe names.")
-def command(arguments: list[str], allow_code_paths: bool) -> int:
+@click.option(
+    "--wait",
+    type=click.FloatRange(0, 86400),
+    default=0,
+    metavar="SECONDS",
+    help="Wait so long for another run to leave run_dir: one whose machine was lost leaves it after a minute.",
+)
+def command(arguments: list[str], allow_code_paths: bool, wait: float) -> int:
     """Train a recipe; one of LLM Foundry is run by LLM Foundry's own trainer.
 
     For several ranks: composer -n N scripts/train.py [RECIPE] [KEY=VALUE]...
@@ -41,7 +48,7 @@ def command(arguments: list[str], allow_code_paths: bool) -> int:
         if allow_code_paths:
             raise click.UsageError("--allow-code-paths is for recipes of LLM Foundry; code_paths is their key")
         recipe = load_recipe(path, overrides, world_size=world_size)
-        with held(Path(recipe.run_dir)) if _rank() == 0 else nullcontext():  # before the imports, which take long
+        with held(Path(recipe.run_dir), wait) if _rank() == 0 else nullcontext():  # before the imports, which take long
             return _train(recipe, world_size, arguments)
     except UserError as error:
         if _is_to_say(error):

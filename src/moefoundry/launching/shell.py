@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import shlex
 
-from moefoundry.launching.job import MASTER_PORT, Job
+from moefoundry.launching.job import MASTER_PORT, WAIT, Job
 
-WAIT = """\
+AWAIT = """\
 stopped=0
 trap stop USR1 TERM
 wait "$started"
@@ -56,6 +56,6 @@ def machine_script(job: Job, node_rank: str, address: str, recipe: str) -> str:
         world += f' --master_addr "{address}" --master_port {MASTER_PORT}'
     return (
         f"{workdir}{preparation(job)}"
-        f"composer -n {count}{world} \\\n    -m moefoundry train {shlex.quote(recipe)} &\n"
-        f'started=$!\n{STOP_RANKS}{WAIT}exit "$status"\n'
+        f"composer -n {count}{world} \\\n    -m moefoundry train {shlex.quote(recipe)} {' '.join(WAIT)} &\n"
+        f'started=$!\n{STOP_RANKS}{AWAIT}exit "$status"\n'
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 import shlex
 
 from moefoundry.config import Problem
-from moefoundry.launching.job import STOPPED, USER_ERROR, Job, Written, fitting_name
-from moefoundry.launching.shell import WAIT, preparation
+from moefoundry.launching.job import STOPPED, USER_ERROR, WAIT, Job, Written, fitting_name
+from moefoundry.launching.shell import AWAIT, preparation
 
 SCRIPT = "job.sbatch"
 IGNORES = frozenset(["spot", "environment_from"])
@@ -81,8 +81,8 @@ def _step(job: Job) -> str:
     cpus = [f"--cpus-per-task={max(1, launch.cpus_per_node // job.ranks_per_node)}"] if launch.cpus_per_node else []
     python = "python" if launch.setup or launch.image else job.python
     options = shlex.join(["--kill-on-bad-exit=1", "--distribution=block", *cpus, *container])
-    program = shlex.join([python, "-m", "moefoundry", "train", job.recipe_path])
-    return f"srun {options} \\\n    {program} &\nstarted=$!\n{STOP}{WAIT}\n"
+    program = shlex.join([python, "-m", "moefoundry", "train", job.recipe_path, *WAIT])
+    return f"srun {options} \\\n    {program} &\nstarted=$!\n{STOP}{AWAIT}\n"
 
 
 def _requeue(job: Job) -> str:
