@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from moefoundry.config import load_recipe
-from moefoundry.launching.launch import Launch, prepare, world_size
+from moefoundry.launching.launch import Launch, make_launch, world_size
 from tests.conftest import QUICK
 
 MOUNTED = (
@@ -24,7 +24,7 @@ def launch_on(scheduler: str, output: Path, *changes: str) -> Launch:
     overrides = [*QUICK, "autoresume=true", "launch.gpus_per_node=0", *changes]
     ranks = world_size(load_recipe(None, overrides).launch)
     recipe = load_recipe(None, overrides, world_size=ranks)
-    return prepare(recipe, scheduler, ("recipe.yaml", *changes), output)
+    return make_launch(recipe, scheduler, ("recipe.yaml", *changes), output)
 
 
 def programs(directory: Path, **texts: str) -> dict[str, str]:

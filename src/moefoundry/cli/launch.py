@@ -43,14 +43,14 @@ def command(
     Nothing is submitted where the recipe, or its data if they are here, would be refused by training.
     """
     from moefoundry.config import load_recipe, split_arguments
-    from moefoundry.launching.launch import become, prepare, submit, world_size, write
+    from moefoundry.launching.launch import become, make_launch, submit, world_size, write
 
     path, overrides = split_arguments(arguments)
     overrides += ["autoresume=true", *([f"launch.nodes={nodes}"] if nodes else [])]
     ranks = world_size(load_recipe(path, overrides).launch)
     recipe = load_recipe(path, overrides, world_size=ranks)
     shown = (*arguments, "--on", scheduler, *(["--nodes", str(nodes)] if nodes else []))
-    launch = prepare(recipe, scheduler, shown, output)
+    launch = make_launch(recipe, scheduler, shown, output)
     notes = [*launch.notes, *_check_data(recipe, ranks)]
     write(launch)
     for note in notes:

@@ -70,7 +70,7 @@ def world_size(launch: LaunchConfig | None) -> int:
     return launch.nodes * ranks_per_node(launch)
 
 
-def prepare(recipe: Recipe, scheduler: str, arguments: tuple[str, ...], output: Path | None = None) -> Launch:
+def make_launch(recipe: Recipe, scheduler: str, arguments: tuple[str, ...], output: Path | None = None) -> Launch:
     """Make the files of a launch.
 
     Args:
