@@ -155,6 +155,7 @@ def test_a_pod_name_has_63_characters_at_most(tmp_path: Path) -> None:
         ("skypilot", ("run_dir=/x", "save_remote=s3://b/x", "launch.gpus_per_node=1"), "launch.gpu_type: missing"),
         ("ray", (), "run_dir: runs/quickstart counts from an unknown directory"),
         ("local", ("launch.nodes=2",), "launch.nodes: 2, but local is one machine"),
+        ("slurm", ("launch.workdir=work",), "launch.workdir: work is relative; allowed: an absolute path"),
         ("slurm", ("launch.environment=[NOT_SET_HERE]",), "launch.environment: NOT_SET_HERE is not set here"),
         ("slurm", ("launch.setup=export WANDB_API_KEY=0123456789",), "launch.setup: looks like a secret"),
     ],

@@ -89,6 +89,8 @@ def make_launch(recipe: Recipe, scheduler: str, arguments: tuple[str, ...], outp
     job = Job(recipe, arguments, directory, python)
     written = chosen.write(job)
     problems = [*_secrets(recipe), *written.problems]
+    if scheduler != "local" and job.launch.workdir is not None and not Path(job.launch.workdir).is_absolute():
+        problems.append(Problem("launch.workdir", f"{job.launch.workdir} is relative", allowed="an absolute path"))
     if chosen.takes_environment:
         problems += [
             Problem("launch.environment", f"{name} is not set here")
