@@ -77,5 +77,10 @@ def test_local_becomes_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert arguments[:-4] == (["-n", "4"] if ranks > 1 else [])
 
 
+def test_the_output_of_training_is_no_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", str(QUICKSTART), "--on", "local", "--json"]) == 2
+    assert "--json goes with --on local only in a --dry-run" in capsys.readouterr().err
+
+
 def test_the_command_knows_every_scheduler() -> None:
     assert list(SCHEDULERS) == list(NAMES)

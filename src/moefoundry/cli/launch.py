@@ -45,6 +45,8 @@ def command(
     from moefoundry.config import load_recipe, split_arguments
     from moefoundry.launching.launch import become, make_launch, submit, world_size, write
 
+    if as_json and scheduler == "local" and not dry_run:
+        raise click.UsageError("--json goes with --on local only in a --dry-run: the output is that of training")
     path, overrides = split_arguments(arguments)
     overrides += ["autoresume=true", *([f"launch.nodes={nodes}"] if nodes else [])]
     ranks = world_size(load_recipe(path, overrides).launch)
@@ -72,7 +74,7 @@ def _check_data(recipe: Recipe, ranks: int) -> list[str]:
     from moefoundry.cli.validate import check_files, check_names
 
     check_names(recipe)
-    workdir = recipe.launch and recipe.launch.workdir
+    workdir = recipe.launch.workdir if recipe.launch else None
     if workdir is not None and Path(workdir).absolute() != Path.cwd():
         return []
     return [str(problem) for problem in check_files(recipe, ranks)]
