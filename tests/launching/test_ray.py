@@ -12,10 +12,11 @@ from moefoundry.launching.launch import write
 from tests.launching.launches import launch_on, programs
 
 COMPOSER = """\
-echo "$@" >> "$LOG/arguments$6"
-sleep 0.2
-[ "$6" = 0 ] || exec sleep 3
-[ -e "$LOG/crashed" ] && exit 0
+[ -e "$LOG/crashed" ] && again=1
+printf '%s\\n' "$*" >> "$LOG/arguments$6"
+[ -n "$again" ] && exit 0
+[ "$6" = 0 ] || exec sleep 60
+until [ -e "$LOG/arguments1" ]; do sleep 0.1; done
 touch "$LOG/crashed"
 exit 3
 """
