@@ -109,6 +109,17 @@ def test_a_run_elsewhere_lives_while_its_heartbeat_does(tmp_path: Path, kernel: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_start_may_wait_for_the_end_of_a_run_whose_machine_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "PAUSE", 0.01)
+    written(tmp_path, silent_for=lease.SILENCE - 1, kernel="of another machine")
+    with pytest.raises(UserError, match="is in use"), held(tmp_path, patience=0.05):
+        pass
+    with held(tmp_path, patience=60):
+        assert json.loads((tmp_path / LEASE_FILE).read_text())["pid"] == os.getpid()
+
+
 def test_a_clock_that_is_wrong_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Times are the file system's: that of this host may be off by hours."""
     written(tmp_path, silent_for=0, host="node7", kernel="another kernel")

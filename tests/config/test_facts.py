@@ -23,6 +23,7 @@ FREE = (
         "progress_bar",
     ),
     *("log_to_console", "console_log_interval", "callbacks.", "loggers."),
+    "launch",
     *("icl_tasks", "eval_gauntlet", "icl_seq_len", "icl_subset_num_batches"),
     *("train_loader.num_workers", "eval_loader.num_workers", "tokenizer.name"),
     *("train_loader.dataset.validate_hash", "eval_loader.dataset.validate_hash"),

@@ -33,6 +33,7 @@ from moefoundry.config.errors import EXIT_USER_ERROR, UserError
 LEASE_FILE = "lease.json"
 HEARTBEAT = 5.0
 SILENCE = 60.0
+PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,21 @@ def observed(run_dir: Path) -> Observed | None:
 
 
 @contextmanager
-def held(run_dir: Path) -> Iterator[None]:
+def held(run_dir: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the lease of ``run_dir``, which is made if need be; what is empty at the end is removed.
 
     Entered again by the process that holds it, it changes nothing.
+
+    Args:
+        run_dir: Directory of the run.
+        patience: Seconds to wait for another run's end; its machine may just have been lost.
 
     Raises:
         UserError: Another run has it, or the directory cannot be written to.
     """
     made = make_directory(run_dir)
     try:
-        own = _take(run_dir / LEASE_FILE)
+        own = _take(run_dir / LEASE_FILE, patience)
         if own is None:
             yield
             return
@@ -145,14 +150,17 @@ def make_directory(run_dir: Path) -> list[Path]:
     return missing
 
 
-def _take(lease: Path) -> Holder | None:
+def _take(lease: Path, patience: float) -> Holder | None:
     """Take the lease. Returns it, or None if this process has it already."""
-    own = _this_process()
+    own, end = _this_process(), time.monotonic() + patience
     while not _create(lease, own):
         holder = _read(lease)
         if holder is not None and holder.identity == own.identity:
             return None
         if signs := _signs_of_life(lease, holder):
+            if time.monotonic() < end:
+                time.sleep(PAUSE)
+                continue
             who = "another run, which is just starting" if holder is None else f"another run, {holder}"
             raise UserError(
                 f"run_dir: {lease.parent} is in use by {who} ({signs}); wait for its end, or choose another run_dir"

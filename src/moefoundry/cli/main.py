@@ -28,6 +28,7 @@ COMMANDS = {
     "explain": "Meaning of a key of a recipe.",
     "generate": "Continue a prompt with a checkpoint.",
     "init": "Write a commented recipe to start from.",
+    "launch": "Hand a recipe to Slurm, SkyPilot, Kubernetes or Ray, or start it here.",
     "migrate": "Turn another project's recipe into one of this project.",
     "plan": "Memory and traffic of a recipe on N ranks.",
     "prepare": "Turn text into token shards.",

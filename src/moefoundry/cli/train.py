@@ -28,7 +28,14 @@ QUIET = ("log_to_console=false", "progress_bar=false")
 @recipe_arguments
 @click.option("--allow-code-paths", is_flag=True, help="Run the files that code_paths of an LLM Foundry recipe names.")
 @click.option("--quiet", is_flag=True, help="No progress: log_to_console and progress_bar are false.")
-def command(arguments: list[str], allow_code_paths: bool, quiet: bool) -> int:
+@click.option(
+    "--wait",
+    type=click.FloatRange(0, 86400),
+    default=0,
+    metavar="SECONDS",
+    help="Wait so long for another run to leave run_dir: one whose machine was lost leaves it after a minute.",
+)
+def command(arguments: list[str], allow_code_paths: bool, quiet: bool, wait: float) -> int:
     """Train a recipe; one of LLM Foundry is run by LLM Foundry's own trainer.
 
     For several ranks: composer -n N scripts/train.py [RECIPE] [KEY=VALUE]...
@@ -47,7 +54,7 @@ def command(arguments: list[str], allow_code_paths: bool, quiet: bool) -> int:
             raise click.UsageError("--allow-code-paths is for recipes of LLM Foundry; code_paths is their key")
         layers = load_layers(path, overrides)
         recipe = recipe_of(layers, world_size)
-        with held(Path(recipe.run_dir)) if _rank() == 0 else nullcontext():  # before the imports, which take long
+        with held(Path(recipe.run_dir), wait) if _rank() == 0 else nullcontext():  # before the imports, which take long
             return _train(recipe, layers, world_size, arguments)
     except UserError as error:
         if _is_to_say(error):

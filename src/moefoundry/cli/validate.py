@@ -53,7 +53,7 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
         return
     layers = load_layers(path, overrides)
     recipe = recipe_of(layers, world_size)
-    _check_names(recipe)
+    check_names(recipe)
     notes = [f"warning: {problem}" for problem in advice(recipe)]
     notes += [f"note: {problem}" for problem in check_files(recipe, world_size or 1)]
     if notes:
@@ -140,7 +140,7 @@ def _goes_on(recipe: Recipe) -> bool:
     return recipe.autoresume and CheckpointStore(Path(recipe.run_dir, "checkpoints")).latest() is not None
 
 
-def _check_names(recipe: Recipe) -> None:
+def check_names(recipe: Recipe) -> None:
     """Refuse names of modules that do not exist, as training does."""
     from moefoundry.config import Fp8Config
 

@@ -18,6 +18,7 @@ from moefoundry.config.schema_attention import (
     QkNorm,
     YarnConfig,
 )
+from moefoundry.config.schema_launch import LaunchConfig
 from moefoundry.config.schema_linear_attention import LinearAttentionConfig, LinearBackend
 from moefoundry.config.schema_lora import LoraConfig
 from moefoundry.config.schema_model import (
@@ -87,14 +88,14 @@ __all__ = [
     "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "CometConfig", "Compute",
     "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "DpoConfig",
     "EmaConfig", "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig",
-    "IndexerConfig", "InitConfig", "LRMonitorConfig", "LinearAttentionConfig", "LinearBackend",
+    "IndexerConfig", "InitConfig", "LRMonitorConfig", "LaunchConfig", "LinearAttentionConfig", "LinearBackend",
     "LinearDecayWithWarmupConfig", "Llama3RopeConfig", "LoaderConfig", "LoggersConfig", "LoraConfig", "LossConfig",
     "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig",
     "Moments", "MtpConfig", "MultipliersConfig", "NonFinite", "NormConfig", "NormKind", "NormPosition",
     "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
     "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SwigluConfig", "SystemMonitorConfig",
     "TaskConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig",
-    "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_model",
-    "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
+    "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers",
+    "load_model", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on

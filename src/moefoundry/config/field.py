@@ -16,6 +16,11 @@ TARGET = r"(attention|dense|shared_experts|experts)(\.\w+)?"
 ENTRY = r"[\w\-]+"
 TEXT = r"(?s).+"
 TAG = r"(?s).{1,64}"
+LIMIT = r"[1-9]\d{0,5}[mhd]"
+MOUNT = r"[^\s:\"'\\,$`]+(://[^\s:\"'\\,$`]+)?:/[^\s:\"'\\,$`]+"
+OPTION = r"--[a-z][\w\-]*(=[ -~]+)?"
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+WORD = r"[^\s\"'\\$`]+"
 MAX_SEED = 2**32 - 1  # of NumPy's generators
 MAX_BATCH = 2**20  # the loader keeps a number for each sample of a batch, also of one that is larger than the data
 MAX_FACTOR = 1e6  # of a loss or of weights; far below what overflows in a gradient
@@ -27,6 +32,11 @@ PATTERN_HINTS = {
     TARGET: "attention, dense, shared_experts or experts, or a weight of one such as attention.q_proj",
     TEXT: "text, not empty",
     TAG: "texts of 1 to 64 characters",
+    LIMIT: "a positive integer and m, h or d, such as 24h",
+    MOUNT: "texts SOURCE:/PATH, without blanks, quotes, commas and $",
+    OPTION: "options --NAME or --NAME=VALUE",
+    VARIABLE: "names of environment variables",
+    WORD: "text without blanks, quotes, backslashes and $",
     DURATION: "a duration: an integer and ba, ep, tok or sp, or a part of the run such as 0.05dur",
     INTERVAL: "a duration: a positive integer and ba, ep, tok or sp",
     BATCHES: "a positive integer and ba",

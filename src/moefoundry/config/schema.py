@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, REQUIRED, key
 from moefoundry.config.schema_curriculum import StageConfig
+from moefoundry.config.schema_launch import LaunchConfig
 from moefoundry.config.schema_lora import LoraConfig
 from moefoundry.config.schema_model import ModelConfig
 from moefoundry.config.schema_monitors import (
@@ -331,4 +332,10 @@ class Recipe:
         "Of each task, the first examples alone: this many times device_eval_batch_size; null is all.",
         ge=1,
         free_on_resume=True,
+    )
+    launch: LaunchConfig | None = key(
+        None,
+        "Machines and scheduler of `moefoundry launch`; null takes every default.",
+        free_on_resume=True,
+        renamed_from=("scheduling", "slurm"),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,11 +12,11 @@ from typing import Any
 
 from moefoundry.config import load_recipe
 from moefoundry.config.curriculum import batches_until, stages_of
+from moefoundry.runs.metrics import EVAL_KEY, FILE_NAME, LOSS_KEY, SPEED_KEY, read_metrics
 from moefoundry.sweeping.run import is_done, is_pruned
 from moefoundry.sweeping.trials import Sweep, Trial, write_whole
 
-METRICS = "metrics.jsonl"
-HELD_OUT, VIOLATION, SPEED = "metrics/eval/LanguageCrossEntropy", "moe/max_violation", "throughput/tokens_per_sec"
+VIOLATION = "moe/max_violation"
 LAST = 10
 """Batches at the end of a run over which losses and balance are averaged."""
 
@@ -73,7 +72,7 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
     """Read the result of one trial."""
     if trial.problem:
         return Result(trial.point, "invalid", problem=trial.problem)
-    lines = read_lines(trial.run_dir / METRICS)
+    lines = metrics_of(trial)
     state = "pruned" if is_pruned(trial) else "done" if is_done(trial) else "unfinished"
     if not lines:
         return Result(trial.point, state)
@@ -87,14 +86,14 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
     stages = stages_of(recipe)
     numbers = zip(stages, batches_until(stages, f"{batches}ba") or [], strict=True)
     tokens = [(stage.seq_len, number * stage.tokens_per_batch) for stage, number in numbers]
-    held_out = [line[HELD_OUT] for line in lines if HELD_OUT in line]
+    held_out = [line[EVAL_KEY] for line in lines if EVAL_KEY in line]
     return Result(
         trial.point,
         state,
         held_out=held_out[-1] if held_out else None,
-        train=_mean(lines, "loss/train/lm"),
+        train=_mean(lines, LOSS_KEY),
         violation=_mean(lines, VIOLATION),
-        tokens_per_second=_mean(lines, SPEED),
+        tokens_per_second=_mean(lines, SPEED_KEY),
         batches=batches,
         tokens=sum(number for _, number in tokens),
         total=counts.total,
@@ -103,16 +102,9 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
     )
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Read whole lines in the order of their batches; the last one of a killed run may be torn."""
-    lines: dict[int, dict[str, Any]] = {}
-    for text in file.read_text().splitlines() if file.exists() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        lines[line["batch"]] = line
-    return [lines[batch] for batch in sorted(lines)]
+def metrics_of(trial: Trial) -> list[dict[str, Any]]:
+    """Read the metrics of a trial's run; none before its first batch."""
+    return read_metrics(trial.run_dir) if (trial.run_dir / FILE_NAME).exists() else []
 
 
 def _mean(lines: Sequence[dict[str, Any]], name: str) -> float | None:

@@ -21,13 +21,12 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from moefoundry.checkpoint.lease import LEASE_FILE
 from moefoundry.sweeping.trials import Trial, write_whole
 
 ENDED, LOG = "trial.json", "log.txt"
 EXIT_STOPPED = 75
 ASKING_SECONDS = 1.0
-LEASE_SECONDS = 90.0
+LEASE_SECONDS = 90
 """Time that a run of an earlier, killed sweep is given to save and end."""
 
 Report = Callable[[Trial, str], None]
@@ -54,7 +53,15 @@ def command_of(recipe: str | None, trial: Trial, ranks: int) -> list[str]:
     """Build the command of a trial's run."""
     binaries = Path(sys.executable).parent
     launcher = [str(binaries / "composer"), "-n", str(ranks)] if ranks > 1 else [sys.executable]
-    return [*launcher, "-m", "moefoundry", "train", *([recipe] if recipe else []), *trial.overrides]
+    return [
+        *launcher,
+        "-m",
+        "moefoundry",
+        "train",
+        f"--wait={LEASE_SECONDS}",
+        *([recipe] if recipe else []),
+        *trial.overrides,
+    ]
 
 
 def run_all(
@@ -115,7 +122,6 @@ class Runner:
             The exit status, 0 for a pruned trial too; None if it was stopped, or not started for a signal.
         """
         trial.run_dir.mkdir(parents=True, exist_ok=True)
-        self._wait_for_lease(trial.run_dir)
         begin = time.monotonic()
         if (process := self._start(trial)) is None:
             return None
@@ -161,14 +167,6 @@ class Runner:
         self._processes.discard(process)
         return pruned
 
-    def _wait_for_lease(self, run_dir: Path) -> None:
-        """Wait for the end of a run that a killed sweep has left; training itself refuses one that stays."""
-        until = time.monotonic() + LEASE_SECONDS
-        while (run_dir / LEASE_FILE).exists() and time.monotonic() < until and not self.stopped_by:
-            if not _holder_lives(run_dir / LEASE_FILE):
-                return
-            time.sleep(0.2)
-
 
 @contextmanager
 def running(command: Callable[[Trial], list[str]], report: Report) -> Iterator[Runner]:
@@ -190,15 +188,6 @@ def running(command: Callable[[Trial], list[str]], report: Report) -> Iterator[R
             signal.signal(number, handler)
     if runner.stopped_by:
         raise Stopped(runner.stopped_by)
-
-
-def _holder_lives(lease: Path) -> bool:
-    """Tell if the process that wrote a lease on this host is there."""
-    try:
-        pid = json.loads(lease.read_text())["pid"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return isinstance(pid, int) and Path(f"/proc/{pid}").exists()
 
 
 def _last_line(log: Path) -> str:

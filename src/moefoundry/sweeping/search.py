@@ -11,8 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from moefoundry.config.errors import UserError
+from moefoundry.runs.metrics import EVAL_KEY
 from moefoundry.sweeping.axes import Axis, Point, Range
-from moefoundry.sweeping.results import HELD_OUT, METRICS, read_lines, result_of
+from moefoundry.sweeping.results import metrics_of, result_of
 from moefoundry.sweeping.run import Report, Runner, is_pruned, running
 from moefoundry.sweeping.trials import Sweep, Trial
 
@@ -113,15 +114,15 @@ class _Pruning:
     """Tells whether a running trial is worth no more; asked again and again."""
 
     def __init__(self, asked: optuna.Trial, trial: Trial) -> None:
-        self.asked, self.file = asked, trial.run_dir / METRICS
+        self.asked, self.trial = asked, trial
         self.last = 0
 
     def pass_on(self) -> None:
         """Report the held-out losses that are new."""
-        for line in read_lines(self.file):
-            if HELD_OUT in line and line["batch"] > self.last:
+        for line in metrics_of(self.trial):
+            if EVAL_KEY in line and line["batch"] > self.last:
                 self.last = line["batch"]
-                self.asked.report(line[HELD_OUT], self.last)
+                self.asked.report(line[EVAL_KEY], self.last)
 
     def __call__(self) -> bool:
         self.pass_on()

@@ -14,10 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moefoundry.callbacks.metrics_file import read_metrics
 from moefoundry.checkpoint.manifest import DATA_SUFFIX
 from moefoundry.checkpoint.run_dir import store_of
 from moefoundry.config import Recipe
+from moefoundry.runs.metrics import read_metrics
 from moefoundry.verify.ranks import RankError, World
 from moefoundry.verify.result import Result
 from moefoundry.verify.runs import (

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moefoundry.callbacks.metrics_file import FILE_NAME, read_metrics
 from moefoundry.config import MeshConfig, Recipe
+from moefoundry.runs.metrics import FILE_NAME, read_metrics
 from moefoundry.trainer import train
 from moefoundry.verify.made_data import make_data
 from moefoundry.verify.ranks import RankError, World
