@@ -4,12 +4,14 @@
 #   VENV        where the environment lives (default .venv)
 #   PROCESSES   ranks of the quickstart (default 2)
 #   ORACLE      where the newest transformers lies, which conversions are compared with (default .oracle)
+#   MKDOCS      where mkdocs lies, which builds the site (default .mkdocs)
 #   WORKERS     processes that the tests are divided among (default 2; each test may start four ranks more)
 #   ARGS        appended to the command of quickstart, test, test-slow and bench
 
 PYTHON ?= python3.11
 VENV ?= .venv
 ORACLE ?= .oracle
+MKDOCS ?= .mkdocs
 PROCESSES ?= 2
 WORKERS ?= 2
 ARGS ?=
@@ -21,7 +23,7 @@ PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup oracle quickstart test test-slow lint bench docs docker clean
+.PHONY: help setup oracle quickstart test test-slow lint bench docs site docker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -58,17 +60,22 @@ setup: ## create the environment and install the locked packages; does nothing w
 	mv "$(STAMP).tmp" "$(STAMP)"; \
 	echo "$(VENV) is ready"
 
-# A directory that Python's path may begin with. It is made beside its place and moved there when it is whole.
+# Install the first argument, a lock, into the second, a directory that Python's path may begin with. It is made beside
+# its place and moved there when it is whole; one that is up to date is left.
+define install_beside
+set -eu; \
+digest="$$(sha256sum < $(1) | cut -d ' ' -f 1)"; \
+if [ "$$(cat "$(2)/.stamp" 2>/dev/null)" = "$$digest" ]; then exit 0; fi; \
+echo "installing $(1) into $(2)"; \
+rm -rf "$(2).tmp"; \
+$(PIP) install -q --no-deps --target "$(2).tmp" -r $(1); \
+echo "$$digest" > "$(2).tmp/.stamp"; \
+rm -rf "$(2)"; \
+mv "$(2).tmp" "$(2)"
+endef
+
 oracle: setup ## install the newest transformers into .oracle, for tests and `convert --verify`; does nothing when up to date
-	@set -eu; \
-	digest="$$(sha256sum < requirements-oracle.lock | cut -d ' ' -f 1)"; \
-	if [ "$$(cat "$(ORACLE)/.stamp" 2>/dev/null)" = "$$digest" ]; then exit 0; fi; \
-	echo "installing requirements-oracle.lock into $(ORACLE)"; \
-	rm -rf "$(ORACLE).tmp"; \
-	$(PIP) install -q --no-deps --target "$(ORACLE).tmp" -r requirements-oracle.lock; \
-	echo "$$digest" > "$(ORACLE).tmp/.stamp"; \
-	rm -rf "$(ORACLE)"; \
-	mv "$(ORACLE).tmp" "$(ORACLE)"
+	@$(call install_beside,requirements-oracle.lock,$(ORACLE))
 
 quickstart: setup ## train a small MoE on this machine's Python standard library, on CPU
 	$(BIN)/moefoundry prepare stdlib data/quickstart
@@ -98,6 +105,10 @@ docs: setup oracle ## regenerate the recipe reference, the table of families and
 	$(BIN)/python docs/families.py
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python docs/mesh.py
+
+site: setup ## build the pages of docs/ as a site, into build/site; a warning is an error
+	@$(call install_beside,requirements-docs.lock,$(MKDOCS))
+	PYTHONPATH="$(MKDOCS)" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 docker: ## build the GPU image
 	docker build -t moefoundry .

@@ -76,8 +76,9 @@ def test_overrides_in_the_pages_are_valid() -> None:
             arguments = [word for word in words[2:] if "=" in word or word.endswith(".yaml")]
         else:
             continue
-        _, overrides = split_arguments(arguments)
-        load_recipe(QUICKSTART, overrides)
+        recipe, overrides = split_arguments(arguments)
+        known = recipe is not None and (ROOT / recipe).exists()
+        load_recipe(ROOT / recipe if known else QUICKSTART, overrides)
         checked += 1
     assert checked >= 3, "the pages show how to launch"
 
@@ -87,17 +88,21 @@ def test_preparations_in_the_pages_succeed(tmp_path: Path, capsys: pytest.Captur
     text = tmp_path / "text.txt"
     text.write_text("".join(f"{number} words in a line of text, {number * 7919 % 1000}\n" for number in range(1500)))
     prepare = [words for _, words in commands() if words[:2] == ["moefoundry", "prepare"]]
-    shown = [words[4:] for words in prepare if "[" not in "".join(words)]
+    tokenizer = str(tmp_path / "0" / "tokenizer")
+    options = [words[4:] for words in prepare if "[" not in "".join(words)]
+    for words in options:
+        if "--tokenizer" in words:
+            words[words.index("--tokenizer") + 1] = tokenizer
+    shown = list(dict.fromkeys(map(tuple, options)))  # the same in several pages is one
     assert len(shown) >= 2
+    assert tokenizer not in shown[0]
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(f'{{"prompt": "{number} and ", "response": "{number}"}}\n' for number in range(200)))
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(chats.read_text().replace('"response"', '"rejected": "", "chosen"').replace('"", ', '"no", '))
-    for number, options in enumerate(shown):
-        if "--tokenizer" in options:
-            options[options.index("--tokenizer") + 1] = str(tmp_path / "0" / "tokenizer")
-        source = chats if "--instructions" in options else pairs if "--preferences" in options else text
-        assert main(["prepare", str(source), str(tmp_path / f"{number}"), *options]) == 0
+    for number, words in enumerate(shown):
+        source = chats if "--instructions" in words else pairs if "--preferences" in words else text
+        assert main(["prepare", str(source), str(tmp_path / f"{number}"), *words]) == 0
         assert " 0 samples" not in capsys.readouterr().out
 
 

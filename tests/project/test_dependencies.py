@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 OURS = {"moefoundry", "benchmarks", "tests"}
 PEERS = {"liger_kernel", "quack"}  # compared with in benchmarks/gpu, on machines that have them
 # used where their users have installed them: large, or of old pins
-PROVIDED_FOR = {"comet_ml", "fla", "lm_eval", "megablocks", "optuna", "ray"}
+PROVIDED_FOR = {"comet_ml", "fla", "lm_eval", "megablocks", "mkdocs", "optuna", "ray"}
 NOT_LOCKED = {
     "flash-linear-attention": "kernels for GPUs alone",
     "lm-eval": "140 MB with all that it needs, for one option of one command",

@@ -45,6 +45,7 @@ class Project:
         shutil.copy(ROOT / "Makefile", tree)
         (tree / "requirements.lock").touch()
         (tree / "requirements-oracle.lock").touch()
+        (tree / "requirements-docs.lock").touch()
         (tree / "pyproject.toml").touch()
 
     def make(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -97,6 +98,7 @@ QUICKSTART = [
         ("quickstart", QUICKSTART),
         ("bench", ["python -m benchmarks.run"]),
         ("docs", ["python -m moefoundry.config.reference", "python docs/architecture.py"]),
+        ("site", ["python -m mkdocs build"]),
     ],
 )
 def test_targets_set_up_first_and_use_the_environment(project: Project, target: str, commands: list[str]) -> None:
@@ -106,7 +108,7 @@ def test_targets_set_up_first_and_use_the_environment(project: Project, target: 
     positions = [result.stdout.find(command) for command in expected]
     assert -1 not in positions, list(zip(expected, positions, strict=True))
     assert positions == sorted(positions)
-    assert ("--extra" in result.stdout) == (target != "docs")
+    assert ("--extra" in result.stdout) == (target not in {"docs", "site"})
 
 
 def test_failing_lint_fails_test(ready: Project) -> None:
@@ -162,20 +164,26 @@ def test_moved_environment_is_made_anew(ready: Project) -> None:
     assert ready.calls[0] == "-m venv --clear moved"
 
 
-def test_oracle_is_installed_once_for_each_lock_and_whole(ready: Project) -> None:
-    place, lock = ready.tree / ".oracle", ready.tree / "requirements-oracle.lock"
-    assert ready.make("oracle", FAIL_ON="--target").returncode != 0
+@pytest.mark.parametrize(
+    ("target", "directory", "lock_name"),
+    [("oracle", ".oracle", "requirements-oracle.lock"), ("site", ".mkdocs", "requirements-docs.lock")],
+)
+def test_what_lies_beside_the_environment_is_installed_once_for_each_lock_and_whole(
+    ready: Project, target: str, directory: str, lock_name: str
+) -> None:
+    place, lock = ready.tree / directory, ready.tree / lock_name
+    assert ready.make(target, FAIL_ON="--target").returncode != 0
     assert not place.exists()
     for text in ("transformers==5", "transformers==6"):
         lock.write_text(text)
         (place / text).parent.mkdir(exist_ok=True)
         (place / text).touch()
-        assert ready.make("oracle").returncode == 0
-        assert ready.installs == ["-q --no-deps --target .oracle.tmp -r requirements-oracle.lock"]
+        assert ready.make(target).returncode == 0
+        assert ready.installs == [f"-q --no-deps --target {directory}.tmp -r {lock_name}"]
         assert [path.name for path in place.iterdir()] == [".stamp"]
-        assert ready.make("oracle").returncode == 0
+        assert ready.make(target).returncode == 0
         assert ready.installs == []
-    assert not (ready.tree / ".oracle.tmp").exists()
+    assert not (ready.tree / f"{directory}.tmp").exists()
 
 
 def test_setup_leaves_a_directory_that_is_no_environment_alone(project: Project) -> None:
@@ -216,5 +224,6 @@ def test_clean_keeps_environment_runs_and_data(ready: Project) -> None:
 def test_help_lists_every_target(project: Project) -> None:
     listed = {line.split()[0] for line in project.make().stdout.splitlines()}
     assert listed == {
-        *("help", "setup", "oracle", "quickstart", "test", "test-slow", "lint", "bench", "docs", "docker", "clean")
+        *("help", "setup", "oracle", "quickstart", "test", "test-slow", "lint", "bench", "docs", "site", "docker"),
+        "clean",
     }
