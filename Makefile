@@ -103,6 +103,7 @@ bench: setup ## the comparisons of benchmarks/
 docs: setup oracle ## regenerate the recipe reference, the table of families and the pictures
 	$(BIN)/python -m moefoundry.config.reference docs/recipe.md
 	$(BIN)/python docs/families.py
+	$(BIN)/python docs/hardware.py
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python docs/mesh.py
 

@@ -476,7 +476,7 @@ def test_a_path_may_begin_at_the_home_directory(monkeypatch, tmp_path):
     paths = [path for path, spec in walk(Recipe) if spec.path]
     assert {path.rpartition(".")[2] for path in paths} == {
         *("run_dir", "name", "local", "remote", "load_path", "save_remote", "log_dir", "tracking_uri", "base"),
-        "filename",
+        *("filename", "workdir"),
     }
     of_streams = [path for path in paths if ANY_NAME in path.split(".")]
     for some in (of_streams, [path for path in paths if path not in of_streams]):

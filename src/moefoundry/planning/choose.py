@@ -101,7 +101,9 @@ class Choice:
         }
 
 
-def choose(recipe: Recipe, world_size: int, device: Accelerator, count: int = 3) -> Choice:
+def choose(
+    recipe: Recipe, world_size: int, device: Accelerator, count: int = 3, keep_precision: bool = False
+) -> Choice:
     """Search for the ``count`` fastest ways to train ``recipe`` on ``world_size`` devices.
 
     Args:
@@ -109,6 +111,7 @@ def choose(recipe: Recipe, world_size: int, device: Accelerator, count: int = 3)
         world_size: Number of devices.
         device: The accelerator.
         count: Number of results.
+        keep_precision: Try no other precision.
 
     Raises:
         ConfigError: The recipe has a curriculum, whose stages may each be fastest in another way.
@@ -116,7 +119,7 @@ def choose(recipe: Recipe, world_size: int, device: Accelerator, count: int = 3)
     if recipe.curriculum is not None:
         message = "its stages may each be fastest in another way; ask for one: curriculum=null, and that stage's sizes"
         raise ConfigError([Problem(CURRICULUM, message, allowed="null")])
-    return _Search(recipe, world_size, device).run(count)
+    return _Search(recipe, world_size, device).run(count, keep_precision)
 
 
 class _Search:
@@ -129,7 +132,7 @@ class _Search:
         self.own = flatten(recipe)
         self.found: list[Candidate] = []
 
-    def run(self, count: int) -> Choice:
+    def run(self, count: int, keep_precision: bool) -> Choice:
         """Try everything; BF16 moments only where nothing fits without them."""
         problems, given = check_recipe(self.recipe, self.world_size), None
         with fake_world(self.world_size):
@@ -137,9 +140,9 @@ class _Search:
                 degrees = resolve_degrees(self.recipe.mesh, self.world_size, self.device.linked_devices)
                 given = self._estimate(self.recipe, degrees, self.outline.shard(self.recipe, degrees))
                 self.own |= {f"mesh.{name}": getattr(degrees, name) for name in ("replicate", "shard", "expert")}
-            precisions = _precisions(self.recipe, self.device)
+            precisions = [self.recipe.precision] if keep_precision else _precisions(self.recipe, self.device)
             self._try(precisions)
-            if not self._fitting() and self.recipe.precision.optimizer_moments == Moments.fp32:
+            if not keep_precision and not self._fitting() and self.recipe.precision.optimizer_moments == Moments.fp32:
                 self._try([replace(each, optimizer_moments=Moments.bf16) for each in precisions])
         fitting = self._fitting()
         fits = given is not None and given.plan.memory.total <= self.limit

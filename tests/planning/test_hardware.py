@@ -1,0 +1,69 @@
+"""The recipes of ``configs/hardware/``: each is valid for its number of devices, fits, and has its row in the docs."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moefoundry.config import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs/hardware").glob("*.yaml"))
+NAME = re.compile(r"(.+)-(\d+)xh100-(bf16|fp8)")
+
+
+def read(file: Path) -> tuple[Recipe, int]:
+    name = NAME.fullmatch(file.stem)
+    assert name is not None
+    return load_recipe(str(file), [], int(name[2])), int(name[2])
+
+
+@pytest.fixture(scope="module")
+def page() -> Any:
+    spec = importlib.util.spec_from_file_location("hardware", ROOT / "docs/hardware.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["hardware"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_is_valid_and_in_the_table() -> None:
+    text = (ROOT / "docs/hardware.md").read_text()
+    assert len(FILES) > 30
+    for file in FILES:
+        recipe, devices = read(file)
+        name = NAME.fullmatch(file.stem)
+        assert name is not None
+        published = load_recipe(str(ROOT / f"configs/pretrain/{name[1]}.yaml"), [])
+        assert recipe.model == published.model
+        assert recipe.global_train_batch_size == published.global_train_batch_size
+        assert recipe.mesh.replicate * recipe.mesh.shard == devices
+        assert (recipe.precision.fp8.recipe is not None) == (name[3] == "fp8")
+        assert f"configs/hardware/{file.name}) | {devices} |" in text
+
+
+@pytest.mark.parametrize("file", [FILES[0], FILES[-1]], ids=lambda file: file.stem)
+def test_its_row_is_what_estimate_says(page: Any, file: Path) -> None:
+    assert_row(page, file)
+
+
+@pytest.mark.slow
+def test_every_row_is_what_estimate_says(page: Any) -> None:
+    for file in FILES:
+        assert_row(page, file)
+
+
+def assert_row(page: Any, file: Path) -> None:
+    name = NAME.fullmatch(file.stem)
+    assert name is not None
+    case = page.Case(name[1], int(name[2]), name[3])
+    row = page.row(case)
+    assert row in page.PAGE.read_text()
+    assert float(row.split("|")[7]) * page.GIB <= page.LIMIT + page.GIB
