@@ -1,7 +1,7 @@
 """Write ``configs/hardware/`` and the table of ``docs/hardware.md``: the published recipes on 8, 64, 512 and 2048 H100.
 
     python docs/hardware.py            the table, from the files that are there
-    python docs/hardware.py --search [RECIPE...]   first the files of these, or of those that have none (minutes for each)
+    python docs/hardware.py --search [RECIPE...]   first the files of these, or of those without any (minutes each)
 
 Mesh, micro-batch and checkpointing are those that ``moefoundry recommend`` finds, in BF16 and in FP8.
 """
