@@ -226,6 +226,19 @@ def test_a_family_of_the_newer_version_is_verified(saved: Peer, tmp_path: Path, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next", "deepseek_v32", "bailing_moe"])
+def test_a_large_model_of_the_newer_version_is_verified_block_by_block(
+    saved: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    monkeypatch.setattr("moefoundry.conversion.convert.fits_twice", lambda _: False)
+    parity = import_hf(saved.path / f"{family}-plain", tmp_path / "checkpoint", tolerance=1e-4).parity
+    assert parity is not None
+    assert parity.by_block
+    assert parity.transformers.startswith("5.")
+    assert max(parity.logits, *parity.hidden) < 1e-4
+
+
+@pytest.mark.slow
 def test_what_only_the_newer_version_has_is_verified_by_it(
     saved: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

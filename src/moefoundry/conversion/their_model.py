@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import GqaConfig, MlaConfig, ModelConfig, MtpConfig
+from moefoundry.config import ConfigError, GqaConfig, MlaConfig, ModelConfig, MtpConfig, UserError
 from moefoundry.conversion.families import FAMILIES, Family, family_of
 from moefoundry.conversion.families.family import dense_layers
 from moefoundry.conversion.fused_experts import SplitExperts
@@ -144,7 +144,13 @@ def _config_of_block(raw: Mapping[str, Any], cfg: ModelConfig, index: int) -> di
     """Change a ``config.json`` into that of a model of one block: what a number or kind of blocks changes in it."""
     family = family_there(raw)
     length = family.max_seq_len(raw) or 1
-    written, own = (family.write_config(each, length) for each in (cfg, block_config(cfg, index)))
+    written = family.write_config(cfg, length)
+    try:
+        own = family.write_config(block_config(cfg, index), length)
+    except ConfigError:
+        raise UserError(
+            f"{family.name} has no model of block {index} alone; a machine with memory for two copies compares it whole"
+        ) from None
     if in_our_words(dict(raw)):
         return own
     changed = {key: value for key, value in own.items() if written.get(key) != value}
