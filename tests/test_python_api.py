@@ -51,7 +51,11 @@ def test_the_example_of_the_page_runs(tmp_path: Path) -> None:
     assert re.search(r"^ba4 0\.004 def ", out, re.MULTILINE)
     first, *others = logits.values()
     assert all(other == first for other in others)
-    for error, words in zip(errors, ["no complete checkpoint", "no such directory", "ema", "q9", "none"], strict=True):
+    for error, words in zip(
+        errors,
+        ["no complete checkpoint", "no such checkpoint, run or Hugging Face directory", "ema", "q9", "none"],
+        strict=True,
+    ):
         assert words in error
         assert "load_path" not in error
         assert "\n" not in error or words == "none"

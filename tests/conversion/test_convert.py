@@ -493,7 +493,10 @@ def test_what_went_in_and_what_came_out_have_the_same_checksums(
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, r"FP8 weights in blocks and INT4 weights .* can be read, not .*gptq"),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            r"FP8 weights in blocks, MXFP4, and INT4 weights .* can be read, not .*gptq",
+        ),
         ({"quant_method": "fp8"}, "can be read, not quantization_config {'quant_method': 'fp8'}"),
         (INT4 | {"format": "nvfp4-pack-quantized"}, "can be read, not quantization_config"),
         (INT4 | {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "can be read, not quantization_config"),

@@ -231,7 +231,7 @@ def test_a_plain_recipe_in_composers_words(tmp_path: Path) -> None:
     assert (recipe.optimizer.weight_decay, str(recipe.activation_checkpointing)) == (0.1, "full")  # type: ignore[attr-defined]
     assert recipe.callbacks.speed_monitor is not None
     assert recipe.callbacks.speed_monitor.window_size == 3
-    assert whys(found, Fate.dropped)["model.hidden_act"] == "every FFN is a SwiGLU", "the schema's own words"
+    assert whys(found, Fate.dropped)["model.hidden_act"] == "every FFN is a SwiGLU, whose constants are in model.swiglu"
 
 
 def test_the_command_hides_secrets_and_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

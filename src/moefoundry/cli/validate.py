@@ -109,7 +109,7 @@ def describe(recipe: Recipe) -> str:
 
 
 def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
-    """Refuse data, and a local ``load_path``, that do not fit, as training does.
+    """Refuse data, files of tasks, and a local ``load_path``, that do not fit, as training does.
 
     Returns:
         A problem for each part of the data that is not on this machine, where none of them is.
@@ -121,6 +121,7 @@ def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
     absent = all_absent(recipe)
     if not absent:
         check_data(recipe, world_size)
+        _check_tasks(recipe)
     if recipe.load_path is None or is_url(path := resolved(recipe.load_path)) or _goes_on(recipe):
         return absent
     if absent and not Path(path).exists():
@@ -131,6 +132,16 @@ def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
 
     check_start(find_checkpoint(path), False, recipe, known_digests(recipe))
     return absent
+
+
+def _check_tasks(recipe: Recipe) -> None:
+    """Read what the recipe's tasks and averages are, where files say so; their examples are read in training."""
+    from moefoundry.config.tasks import read_gauntlet, read_tasks
+
+    if recipe.icl_tasks is not None:
+        read_tasks(recipe.icl_tasks)
+    if recipe.eval_gauntlet is not None:
+        read_gauntlet(recipe.eval_gauntlet)
 
 
 def _goes_on(recipe: Recipe) -> bool:

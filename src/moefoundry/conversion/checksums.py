@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,12 +93,32 @@ def checksums_of_export(
         for expert in range(spec.shape[0]) if _is_stacked(name) else [None]:
             rows = _rows(ours, name, expert)
             went_in[_key(name, expert)] = _digest(values.to(spec.dtype) for values in rows)
-    hashes: dict[str, hashlib._Hash] = defaultdict(hashlib.sha256)
+    hashes: dict[str, _RowsInOrder] = defaultdict(_RowsInOrder)
     for block in names.our_blocks(SplitExperts(SafetensorsReader(hf), family, cfg), wide):
-        expert = block.offsets[0] if _is_stacked(block.name) else None
-        hashes[_key(block.name, expert)].update(_bytes(block.values))
-    came_out = {name: each.hexdigest() for name, each in hashes.items()}
+        if _is_stacked(block.name):
+            expert, *offsets = block.offsets
+            hashes[_key(block.name, expert)].add(offsets, block.values[0])
+        else:
+            hashes[block.name].add(block.offsets, block.values)
+    came_out = {name: each.hash.hexdigest() for name, each in hashes.items()}
     return _equal(went_in, {name: came_out.get(name, "") for name in went_in}, hf)
+
+
+class _RowsInOrder:
+    """Checksum of a tensor whose rows may come in any order; those that come too early are kept until their turn."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+        self._row = 0
+        self._early: dict[int, Tensor] = {}
+
+    def add(self, offsets: Sequence[int], values: Tensor) -> None:
+        """Take consecutive whole rows, of which ``offsets`` has the place of the first."""
+        first = offsets[0] if offsets else 0
+        self._early[first] = values if first == self._row else values.clone()
+        while (rows := self._early.pop(self._row, None)) is not None:
+            self.hash.update(_bytes(rows))
+            self._row += len(rows) if rows.dim() else 1
 
 
 def _equal(went_in: dict[str, str], came_out: dict[str, str], where: Path) -> Checksums:

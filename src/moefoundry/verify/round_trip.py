@@ -95,7 +95,8 @@ def covered(family: Family, model: MoETransformer) -> Result:
     found: Counter[str] = Counter()
     for piece in family.pieces(cfg):
         whole = tensors[piece.name]
-        found[piece.name] += whole[piece.expert].numel() if piece.expert is not None else whole.numel()
+        part = whole if piece.expert is None else whole[piece.expert]
+        found[piece.name] += (part if piece.our_rows is None else part[slice(*piece.our_rows)]).numel()
     if cfg.tie_embeddings:
         found["lm_head.weight"] = found["embed_tokens.weight"]
     for name, tensor in tensors.items():

@@ -37,6 +37,14 @@ DBRX = [
 ]
 LING = f"{LAYER}attention.{{{{query_key_value,dense}}.weight,{{query,key}}_layernorm.weight}}"
 
+SHARED_EXPERT = f"{LAYER}mlp.{{shared_expert.{FFN},shared_expert_gate.weight}}"
+OF_QWEN3_NEXT = [ENDS, NORMS, GQA, QK_NORM, EXPERTS, SHARED_EXPERT]
+LINEAR = f"{LAYER}linear_attn.{{A_log,dt_bias,{{conv1d,norm,out_proj}}.weight}}"
+MODULE = [
+    "mtp.{fc,norm,pre_fc_norm_embedding,pre_fc_norm_hidden}.weight",
+    *(name.replace("model.", "mtp.") for name in (NORMS, GQA, QK_NORM, EXPERTS, SHARED_EXPERT)),
+]
+
 FACTS: dict[str, tuple[int | None, int | None, list[str]]] = {
     "llama": (291, 13476831232, [ENDS, NORMS, GQA, DENSE]),
     "qwen2": (339, 15231233024, [ENDS, NORMS, GQA, QKV_BIAS, DENSE]),
@@ -77,6 +85,24 @@ FACTS: dict[str, tuple[int | None, int | None, list[str]]] = {
             *("model.{embed_tokens,norm}.weight", NORMS, GQA, DENSE, EXPERTS, f"{LAYER}mlp.shared_experts.{FFN}"),
             f"{LAYER}mlp.moe_statics.e_score_correction_bias",
         ],
+    ),
+    "gpt_oss": (
+        None,
+        None,
+        [
+            *(ENDS, NORMS, f"{LAYER}self_attn.{{{{q,k,v,o}}_proj.{{weight,bias}},sinks}}"),
+            f"{LAYER}mlp.{{router.{{weight,bias}},experts.{{gate_up_proj,down_proj}}{{,_bias}}}}",
+        ],
+    ),
+    "qwen3_next": (
+        None,
+        None,
+        [*OF_QWEN3_NEXT, LINEAR, f"{LAYER}linear_attn.{{in_proj_qkvz,in_proj_ba}}.weight", *MODULE],
+    ),
+    "qwen3_5_moe_text": (
+        None,
+        None,
+        [*OF_QWEN3_NEXT, LINEAR, f"{LAYER}linear_attn.in_proj_{{qkv,z,b,a}}.weight", *MODULE],
     ),
     "olmo2": (355, None, [ENDS, f"{LAYER}post_{{attention,feedforward}}_layernorm.weight", GQA, QK_NORM, DENSE]),
     "flex_olmo": (
@@ -134,7 +160,10 @@ def test_names_number_and_size_are_those_of_the_published_files(family: str) -> 
     cfg = FAMILIES[family].read_config(FAMILIES[family].published[1])
     if number is None:  # names alone are known: fewer tensors have them, too
         router = replace(cfg.moe.router, num_groups=1, top_k_groups=1)
-        cfg = replace(cfg, n_layers=cfg.n_dense_layers + 1, moe=replace(cfg.moe, num_experts=8, router=router))
+        layers = (
+            cfg.n_dense_layers + 1 if cfg.linear_attention is None else cfg.linear_attention.full_attention_interval
+        )
+        cfg = replace(cfg, n_layers=layers, moe=replace(cfg.moe, num_experts=16, router=router))
     ours = {name: TensorSpec(tuple(t.shape), torch.bfloat16) for name, t in meta_model(cfg).state_dict().items()}
     specs = TensorMap(FAMILIES[family], cfg).their_specs(ours, Dtype.keep)
     assert {re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in specs} == {
