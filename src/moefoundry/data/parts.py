@@ -265,5 +265,5 @@ def _check_splits(records: Sequence[BlockRecord], out: Path, left_out: LeftOut) 
         raise UserError(f"{out}: no part has any text{left_out.behind()}")
     empty = [name for name in records[0].splits if not tokens_of(records, name)]
     if empty:
-        remedy = "prepare the parts with another val_fraction"
+        remedy = "prepare the parts with another --val-fraction"
         raise UserError(f"{out}: no document for {' and '.join(empty)}{left_out.behind()}; {remedy}")

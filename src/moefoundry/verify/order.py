@@ -122,6 +122,8 @@ def read_epoch(recipe: Recipe, most: int) -> Epoch:
     loader = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size()).dataloader
     dataset = loader.dataset
     batches = [rows_of(batch) for batch in islice(loader, most)]
+    if recipe.curriculum is not None:  # whose epochs end with its stages, and say no length
+        return Epoch(batches, len(batches), len(batches) * ROWS)
     chosen = zip(dataset.streams, dataset.sources, strict=True)
     times = max(math.ceil(stream.choose / max(source.rows, 1)) for stream, source in chosen)
     return Epoch(batches, len(loader), times)

@@ -59,7 +59,8 @@ def check_equal_to_float64(
     names = ("out", "x", "weights", "gate", "up", "down", "bias of gate", "bias of up")
     for name, mine, other in zip(names, got, expected, strict=False):
         error = (mine.double() - other).norm() / other.norm().clamp(min=1e-9)
-        assert error < TOLERANCE[dtype], f"{name}: {error:.1e}"
+        # What is kept of gate and up is rounded, and may so lie beyond the limit, where the gradient is 0.
+        assert error < TOLERANCE[dtype] * (2 if biased else 1), f"{name}: {error:.1e}"
         assert mine.dtype == (torch.float32 if name == "weights" else dtype) or mine.dtype == torch.float64
 
 
