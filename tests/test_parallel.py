@@ -40,8 +40,17 @@ def meshes_of(world_size: int) -> list[tuple[int, int, int, int | None]]:
 
 
 MESHES = [mesh for world_size in (1, 2, 4) for mesh in meshes_of(world_size)]
-SLOW_MESHES = [*meshes_of(8), (2, 2, 1, None), (4, 1, 1, None), (1, 4, 1, None), (1, 4, 2, None), (1, 4, 4, None)]
-"""Those of 8 ranks, and of 4 those whose parts others have, too."""
+SLOW_MESHES = [
+    *meshes_of(8),
+    (1, 2, 1, None),
+    (2, 1, 1, None),
+    (2, 2, 1, None),
+    (4, 1, 1, None),
+    (1, 4, 1, None),
+    (1, 4, 2, None),
+    (1, 4, 4, None),
+]
+"""Those of 8 ranks, and of 2 and 4 those whose parts others have, too."""
 STEPS = 5
 SEQUENCES, LENGTH = 16, 16
 SEED = 5

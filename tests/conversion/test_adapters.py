@@ -257,6 +257,7 @@ def test_dora_of_peft(tmp_path: Path, with_peft: Any) -> None:
     assert_same(load_model(tmp_path / "again")(ids()), model(ids()))
 
 
+@pytest.mark.slow
 @needs_oracle
 @torch.no_grad()
 def test_peft_in_transformers_5_computes_the_same(tmp_path: Path) -> None:

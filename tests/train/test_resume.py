@@ -77,6 +77,7 @@ def test_resumed_on_fewer_ranks(tiny_recipe: Tiny, tmp_path: Path, whole: Run, w
         assert resumed.column(key) == pytest.approx(expected, rel=1e-4), key
 
 
+@pytest.mark.slow  # elastic resumes are in tests/checkpoint, too
 @pytest.mark.parametrize("world_size", [2], indirect=True, scope="module")
 def test_resumed_on_a_mesh_that_shares_the_experts(
     tiny_recipe: Tiny, tmp_path: Path, whole: Run, world_size: int
