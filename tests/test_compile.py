@@ -64,7 +64,9 @@ def compare(mode: str, backend: str, sharded: bool = False, lora: LoraConfig | N
     assert_same(step(mode, backend, sharded, lora), step(mode, None, sharded, lora))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode != "full")]
+)
 def test_compiled_parts_compute_the_same(mode: str) -> None:
     run_distributed(compare, 1, mode, "aot_eager")
 

@@ -87,6 +87,7 @@ def samples_of(recipe: Recipe) -> list[list[int]]:
     return batches
 
 
+@pytest.mark.slow  # the data alone are read so in tests/data, by every row
 def test_row4_mid_epoch_other_ranks_read_the_same_samples_in_each_global_batch(
     tiny_recipe: Tiny, tmp_path: Path
 ) -> None:

@@ -404,6 +404,7 @@ def through_s3(environment: dict[str, str], root: Path, url: str) -> list[str]:
     return mine
 
 
+@pytest.mark.slow
 def test_on_s3_only_the_first_copy_downloads(tmp_path: Path, s3: dict[str, str]) -> None:
     downloads = run_distributed(through_s3, 4, s3, tmp_path, "s3://bucket/run")
     assert sorted(downloads[0] + downloads[1]) == [f"__{rank}_0.distcp" for rank in range(4)]
