@@ -67,7 +67,7 @@ def run_jobs(
         _deal_out(len(jobs), processes, advance, done)
     finally:
         for process in processes.values():
-            process.terminate()
+            process.kill()  # one that hangs in the fork of a process with threads hears nothing else
         for connection, process in processes.items():
             process.join()
             connection.close()
