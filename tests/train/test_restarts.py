@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moefoundry.callbacks.signals import EXIT_STOPPED
 from moefoundry.config import Recipe
+from moefoundry.config.errors import EXIT_STOPPED
 from tests.distributed import _remove_shared_memory, start_server
 from tests.train.runs import finished, run_recipe
 from tests.train.test_resume import kill_in_batch_9

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from moefoundry.callbacks.signals import EXIT_STOPPED
 from moefoundry.config import Recipe
+from moefoundry.config.errors import EXIT_STOPPED
 from moefoundry.data.loader import STOP_SIGNALS
 from moefoundry.runs.facts import RunState, read_facts
 from tests.distributed import RankError, captured_output, run_distributed

@@ -8,7 +8,6 @@ each batch.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from typing import Any
@@ -20,7 +19,6 @@ from composer.utils import dist
 
 from moefoundry.data.loader import STOP_SIGNALS
 
-EXIT_STOPPED = os.EX_TEMPFAIL  # 75: "try again later"; neither a success nor what a crash or a bare signal gives
 REPEAT_SECONDS = 5.0
 """A signal to a process group reaches a rank twice: at once, and passed on by its launcher, which got it too. Only one
 that comes later than this after the first is a second request."""

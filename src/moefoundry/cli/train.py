@@ -69,9 +69,9 @@ def _train(recipe: Recipe, layers: Layers, world_size: int, arguments: list[str]
 
     check_data(recipe, world_size)  # before what takes seconds to import
 
-    from moefoundry.callbacks.signals import EXIT_STOPPED
     from moefoundry.config import redact_argument
     from moefoundry.config.dump import origins
+    from moefoundry.config.errors import EXIT_STOPPED
     from moefoundry.trainer import stopped_by, train
 
     command = [*_command(world_size, sys.argv[0]), *map(redact_argument, arguments)]

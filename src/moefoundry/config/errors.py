@@ -10,6 +10,9 @@ from moefoundry.config.spec import redact
 EXIT_USER_ERROR = 2
 """Exit status of a command that met a :class:`UserError`."""
 
+EXIT_STOPPED = 75
+"""Exit status of training that a signal stopped, and that has saved: ``EX_TEMPFAIL``, "try again later"."""
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -382,6 +382,10 @@ class ModelConfig:
         assert self.ffn_hidden_size is not None, "checked with the recipe"
         return self.ffn_hidden_size
 
+    def is_dense(self, index: int) -> bool:
+        """Tell if the block ``index`` has a dense FFN."""
+        return index < self.n_dense_layers or index in self.dense_layers
+
     def is_linear(self, index: int) -> bool:
         """Tell if the block ``index`` has linear attention; those of multi-token prediction, behind all, have not."""
         return self.linear_attention is not None and index < self.n_layers and self.linear_attention.is_linear(index)

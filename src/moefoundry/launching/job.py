@@ -13,7 +13,6 @@ from moefoundry.config.schema_launch import LaunchConfig
 from moefoundry.version import __version__
 
 RECIPE_FILE = "recipe.yaml"
-STOPPED, USER_ERROR = 75, 2  # exit statuses of training: saved, to be resumed; an error that its user must put right
 MASTER_PORT = 29500
 WAIT = ("--wait", "120")
 """Options of `train`: a run that is started again may find the signs of life of one whose machine was lost."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from moefoundry.config import Problem
-from moefoundry.launching.job import MASTER_PORT, RECIPE_FILE, USER_ERROR, Job, Written, fitting_name, lost_run_dir
+from moefoundry.config.errors import EXIT_USER_ERROR
+from moefoundry.launching.job import MASTER_PORT, RECIPE_FILE, Job, Written, fitting_name, lost_run_dir
 from moefoundry.launching.manifest import to_yaml
 from moefoundry.launching.shell import machine_script
 
@@ -55,7 +56,7 @@ def _jobset(job: Job, name: str) -> dict[str, Any]:
     queue = {"labels": {"kueue.x-k8s.io/queue-name": launch.queue}} if launch.queue else {}
     user_error = {
         "action": "FailJob",
-        "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [USER_ERROR]},
+        "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": [EXIT_USER_ERROR]},
     }
     failed = {"name": "userError", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     template = {

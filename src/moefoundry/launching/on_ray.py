@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from moefoundry.config import load_recipe
-from moefoundry.config.errors import UserError
+from moefoundry.config.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from moefoundry.config.schema_launch import LaunchConfig
-from moefoundry.launching.job import RECIPE_FILE, STOPPED, USER_ERROR, WAIT, ranks_per_node
+from moefoundry.launching.job import RECIPE_FILE, WAIT, ranks_per_node
 
 LOST = 255  # status of a machine that has gone
 PLACING_SECONDS = 3600
@@ -48,7 +48,7 @@ def main(path: str) -> int:
         if attempt:
             print(f"start {attempt + 1}: the last one ended with status {status}", flush=True)
         status = _attempt(group, machine, launch, text)
-        if status in (0, USER_ERROR):
+        if status in (0, EXIT_USER_ERROR):
             break
     return status
 
@@ -75,7 +75,7 @@ def _attempt(group: Any, machine: dict[str, float], launch: LaunchConfig, text: 
             status = ray.get(done)
         except ray.exceptions.RayError:
             status = LOST
-    if running and status == STOPPED:  # the others have saved, too, and are about to end
+    if running and status == EXIT_STOPPED:  # the others have saved, too, and are about to end
         _, running = ray.wait(running, num_returns=len(running), timeout=launch.grace_seconds)
     for reference in running:
         ray.cancel(reference)
@@ -97,7 +97,7 @@ def _ranks(launch: LaunchConfig, text: str, number: int, address: str, port: int
     """Run the ranks of one machine, and end them where the task is cancelled. Returns composer's status."""
     if lacking := [name for name in launch.environment if name not in os.environ]:
         print(f"error: launch.environment: {', '.join(lacking)} not set on {socket.gethostname()}", file=sys.stderr)
-        return USER_ERROR
+        return EXIT_USER_ERROR
     recipe = Path(f"machine{number}", RECIPE_FILE).absolute()
     recipe.parent.mkdir(exist_ok=True)
     recipe.write_text(text, encoding="utf-8")
@@ -125,4 +125,4 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(EXIT_USER_ERROR)

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from moefoundry.config import Problem
+from moefoundry.config.errors import EXIT_STOPPED
 from moefoundry.config.urls import is_url
-from moefoundry.launching.job import STOPPED, Job, Written, fitting_name, lost_run_dir
+from moefoundry.launching.job import Job, Written, fitting_name, lost_run_dir
 from moefoundry.launching.manifest import to_yaml
 from moefoundry.launching.shell import machine_script
 
@@ -58,7 +59,7 @@ def _resources(job: Job) -> dict[str, Any]:
         **({"memory": f"{launch.memory_per_node}+"} if launch.memory_per_node else {}),
         **({"image_id": f"docker:{launch.image}"} if launch.image else {}),
         "use_spot": launch.spot,
-        "job_recovery": {"max_restarts_on_errors": launch.max_restarts, "recover_on_exit_codes": [STOPPED]},
+        "job_recovery": {"max_restarts_on_errors": launch.max_restarts, "recover_on_exit_codes": [EXIT_STOPPED]},
     }
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import shlex
 
 from moefoundry.config import Problem
-from moefoundry.launching.job import STOPPED, USER_ERROR, WAIT, Job, Written, fitting_name
+from moefoundry.config.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from moefoundry.launching.job import WAIT, Job, Written, fitting_name
 from moefoundry.launching.shell import AWAIT, preparation
 
 SCRIPT = "job.sbatch"
@@ -95,8 +96,8 @@ requeue() {{
     fi
 }}
 case $status in
-0 | {USER_ERROR}) ;; # done; an error that its user must put right
-{STOPPED} | {BEFORE_TRAINING}) requeue ;; # stopped and saved; stopped before training
+0 | {EXIT_USER_ERROR}) ;; # done; an error that its user must put right
+{EXIT_STOPPED} | {BEFORE_TRAINING}) requeue ;; # stopped and saved; stopped before training
 *) if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.launch.max_restarts} ]; then requeue; fi ;;
 esac
 exit "$status"

@@ -90,7 +90,7 @@ class Block(nn.Module):
         self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.dense_width, activation)
-            if layer_index < cfg.n_dense_layers or layer_index in cfg.dense_layers
+            if cfg.is_dense(layer_index)
             else MoELayer(cfg.d_model, cfg.moe, activation)
         )
 

@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from moefoundry.config.errors import EXIT_STOPPED
 from moefoundry.sweeping.trials import Trial, write_whole
 
 ENDED, LOG = "trial.json", "log.txt"
-EXIT_STOPPED = 75
 ASKING_SECONDS = 1.0
 LEASE_SECONDS = 90
 """Time that a run of an earlier, killed sweep is given to save and end."""

@@ -160,19 +160,14 @@ def kept_blocks(model: ModelConfig) -> list[int]:
     """Choose a block of each kind, the first, and a second one with experts."""
     kinds = [kind_of(model, index) for index in range(model.n_layers)]
     kept = {kinds.index(kind) for kind in kinds}
-    with_experts = [index for index in range(model.n_layers) if not is_dense(model, index)]
+    with_experts = [index for index in range(model.n_layers) if not model.is_dense(index)]
     return sorted(kept | set(with_experts[:2]))
 
 
 def kind_of(model: ModelConfig, index: int) -> tuple[object, ...]:
     """Describe a block by all in which it may differ from others."""
     window = model.attention.window_of(index)
-    return (index < model.n_dense_layers, is_dense(model, index), window, model.is_linear(index))
-
-
-def is_dense(model: ModelConfig, index: int) -> bool:
-    """Tell if a block has a dense FFN."""
-    return index < model.n_dense_layers or index in model.dense_layers
+    return (index < model.n_dense_layers, model.is_dense(index), window, model.is_linear(index))
 
 
 def places_of(listed: list[int], besides: list[int], kept: list[int]) -> list[int]:

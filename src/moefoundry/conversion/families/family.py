@@ -209,7 +209,7 @@ def ffn_width(cfg: ModelConfig) -> int:
 
 def dense_layers(cfg: ModelConfig) -> list[int]:
     """List the indices of the blocks with a dense FFN, in order."""
-    return [i for i in range(cfg.n_layers) if i < cfg.n_dense_layers or i in cfg.dense_layers]
+    return [i for i in range(cfg.n_layers) if cfg.is_dense(i)]
 
 
 def with_dense_layers(cfg: ModelConfig, dense: list[int]) -> ModelConfig:
