@@ -51,7 +51,7 @@ SLOW_MESHES = [
     (1, 4, 4, None),
 ]
 """Those of 8 ranks, and of 2 and 4 those whose parts others have, too."""
-STEPS = 5
+STEPS = 3
 SEQUENCES, LENGTH = 16, 16
 SEED = 5
 DRAWN_BYTES = 3 * 16 * 32 * 4  # weights are drawn slice by slice; the largest slice is one expert's matrix
@@ -72,6 +72,7 @@ FP32_MODES = [Mode(checkpointing, count) for checkpointing in ActivationCheckpoi
 FLOAT64 = Mode(ActivationCheckpointing.full, 4, torch.float64)
 LINEAR = Mode(ActivationCheckpointing.selective, 4, torch.float64, linear=True)
 FEW_MODES = [PLAIN, Mode(ActivationCheckpointing.selective, 4), Mode(ActivationCheckpointing.full, 1), FLOAT64, LINEAR]
+FOUR_RANKS_MODES = [Mode(ActivationCheckpointing.selective, 4), FLOAT64, LINEAR]
 ALL_MODES = [*FP32_MODES, FLOAT64, LINEAR]
 EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in ALL_MODES]
 
@@ -261,7 +262,8 @@ def sharded(request: pytest.FixtureRequest) -> Sharded:
     replicate, shard, expert, _ = request.param
     num_experts = experts_for(expert)
     slow_modes = EIGHT_RANKS_MODES if replicate * shard == 8 else ALL_MODES
-    modes = slow_modes if request.param in SLOW_MESHES else FEW_MODES
+    few_modes = FOUR_RANKS_MODES if replicate * shard == 4 else FEW_MODES
+    modes = slow_modes if request.param in SLOW_MESHES else few_modes
     ranks = run_distributed(observe, replicate * shard, request.param, num_experts, modes)
     return Sharded(replicate, shard, num_experts, modes, ranks)
 

@@ -78,7 +78,7 @@ class Table:
         return self._made.get(name)
 
     def _installed(self) -> dict[str, list[EntryPoint]]:
-        return _entry_points(f"moefoundry.{self.kind}", tuple(sys.path))
+        return _entry_points(tuple(sys.path)).get(f"moefoundry.{self.kind}", {})
 
     def _load(self, points: list[EntryPoint]) -> Part:
         packages = [f"{point.dist.name} {point.dist.version}" if point.dist else point.module for point in points]
@@ -108,11 +108,14 @@ def _config_problem(config: type | None, base: type | None) -> str:
 
 
 @cache
-def _entry_points(group: str, search_path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
-    """Entry points of a group by name; ``search_path`` is Python's, and only a key of the cache."""
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=group):
-        found.setdefault(point.name, []).append(point)
+def _entry_points(search_path: tuple[str, ...]) -> dict[str, dict[str, list[EntryPoint]]]:
+    """Entry points of all groups of parts, by group and name; ``search_path`` is Python's, and only a cache's key."""
+    installed = entry_points()
+    found: dict[str, dict[str, list[EntryPoint]]] = {}
+    for group in (name for name in installed.groups if name.startswith("moefoundry.")):
+        by_name = found.setdefault(group, {})
+        for point in installed.select(group=group):
+            by_name.setdefault(point.name, []).append(point)
     return found
 
 

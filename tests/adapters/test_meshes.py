@@ -26,7 +26,7 @@ FP32, BF16 = PrecisionConfig(), PrecisionConfig(compute=Compute.bf16)
 FP8 = PrecisionConfig(fp8=Fp8Config(Fp8Recipe.deepseek_v3))
 PLAIN = LoraConfig(rank=4, alpha=8.0, train_router=True)
 DORA = LoraConfig(rank=4, alpha=8.0, dora=True, use_rslora=True, targets=["attention", "experts.up_proj"])
-MESHES, SLOW_MESHES = [(2, 2, 2)], [(1, 2, 1), (1, 2, 2), (1, 4, 1), (1, 4, 4)]
+MESHES, SLOW_MESHES = [(1, 2, 2)], [(1, 2, 1), (2, 2, 2), (1, 4, 1), (1, 4, 4)]
 
 
 class Outcome(NamedTuple):

@@ -63,7 +63,7 @@ def load_each_other(root: Path, meshes: list[Mesh], num_experts: int, every_pair
 
 @pytest.mark.parametrize(
     ("num_experts", "meshes"),
-    [(4, MESHES[4]), (2, [(1, 4, 1), (1, 4, 2)])],
+    [pytest.param(4, MESHES[4], marks=pytest.mark.slow), (2, [(1, 4, 1), (1, 4, 2)])],
     ids=["4 experts", "2 experts, cut along rows"],
 )
 @pytest.mark.parametrize("every_pair", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["chain", "every pair"])

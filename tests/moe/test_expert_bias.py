@@ -133,7 +133,7 @@ def test_biases_equal_the_simulation_by_hand() -> None:
         (1, Mode(activation_checkpointing="selective")),
         (2, Mode((1, 2, 1), micro_batches=2, activation_checkpointing="full")),
         (2, Mode((1, 2, 2))),
-        (4, Mode((2, 2, 2), micro_batches=2)),
+        pytest.param(4, Mode((2, 2, 2), micro_batches=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -26,7 +26,7 @@ from moefoundry.config import (
 )
 from tests.distributed import run_distributed
 
-MESHES = [None, (1, 2, 2), (2, 2, 2)]
+MESHES = [None, (1, 2, 2), pytest.param((2, 2, 2), marks=pytest.mark.slow)]
 
 
 def config(backend: str, capacity_factor: float | None) -> ModelConfig:

@@ -78,7 +78,7 @@ def test_a_step_sends_what_is_planned(mesh):
     check([recipe_of(mesh, mode) for mode in MODES])
 
 
-@pytest.mark.parametrize("mesh", [(1, 4, 2), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param((1, 4, 2), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
 def test_gradients_are_scattered_after_each_micro_batch_and_summed_after_the_last_which_may_be_smaller(mesh):
     micro_batch = "device_train_microbatch_size=2"
     check([recipe_of(mesh, micro_batch, MODES[-1], sequences=sequences) for sequences in (4, 3)])

@@ -20,6 +20,10 @@ from tests.train.runs import LOSSES, Run, finished, run_recipe
 Tiny = Callable[..., Recipe]
 STEPS = ("max_duration=14ba", "save_interval=2ba", "save_num_checkpoints_to_keep=-1", "eval_interval=5ba")
 EVAL = "metrics/eval/LanguageCrossEntropy"
+TWO_RANKS = pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2], indirect=True, scope="module"
+)
+"""And, in the slow set, one."""
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids="{0} ranks".format)
@@ -37,6 +41,7 @@ def checkpoint(run: Run, batch: int) -> str:
     return f"load_path={run.run_dir / 'checkpoints' / f'ba{batch}'}"
 
 
+@TWO_RANKS
 def test_resumed_within_an_epoch(tiny_recipe: Tiny, tmp_path: Path, whole: Run, world_size: int) -> None:
     """And, from a checkpoint of the resumed run, once more, within the next epoch."""
     second = run_recipe(tiny_recipe(tmp_path / "second", *STEPS, checkpoint(whole, 4)), world_size)
@@ -109,6 +114,7 @@ def kill_in_batch_9() -> None:
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), Killer()]
 
 
+@TWO_RANKS
 def test_a_killed_run_resumes_by_itself(tiny_recipe: Tiny, tmp_path: Path, whole: Run, world_size: int) -> None:
     recipe = tiny_recipe(tmp_path, *STEPS, "autoresume=true", "save_async=false")  # no save is in flight in batch 9
     with pytest.raises(RankError, match=f"rank {world_size - 1} ended with exit status -9"):

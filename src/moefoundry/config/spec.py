@@ -359,12 +359,13 @@ def _usable_class(spec: Spec, tree: dict[str, Any], default: Any) -> Any:
 
 def architecture_of(value: Any) -> Any:
     """Put the default in place of every key below a schema object that is no architecture."""
+    default = type(value)()
     changes = {}
     for name, spec in specs(type(value)).items():
         own = getattr(value, name)
         if not spec.architecture:
-            changes[name] = getattr(type(value)(), name)
-        elif dataclasses.is_dataclass(own):
+            changes[name] = getattr(default, name)
+        elif hasattr(own, "__dataclass_fields__"):
             changes[name] = architecture_of(own)
     return dataclasses.replace(value, **changes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from moefoundry.config import (
     ScoreFunction,
 )
 from moefoundry.config.schema_linear_attention import INTERVAL_OF_FULL
-from moefoundry.config.spec import architecture_of
+from moefoundry.config.spec import architecture_of, specs
 from moefoundry.conversion.families.keys import Keys
 
 
@@ -260,15 +260,13 @@ def _windowed_layers(attention: GqaConfig, n_layers: int) -> list[int] | None:
     return blocks if 0 < len(blocks) < n_layers else None
 
 
-def _leaves(cfg: ModelConfig) -> dict[str, object]:
+def _leaves(value: Any, prefix: str = "") -> dict[str, object]:
+    """Map the path of every key that is no mapping to its value."""
     found: dict[str, object] = {}
-
-    def walk(value: object, path: str) -> None:
-        if isinstance(value, dict):
-            for key, child in value.items():
-                walk(child, f"{path}.{key}" if path else key)
+    for name in specs(type(value)):
+        own = getattr(value, name)
+        if hasattr(own, "__dataclass_fields__"):
+            found |= _leaves(own, f"{prefix}{name}.")
         else:
-            found[path] = value
-
-    walk(asdict(cfg), "")
+            found[f"{prefix}{name}"] = own
     return found
