@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from benchmarks.harness import Comparison, in_turn
 from benchmarks.ranks import on_ranks
-from moefoundry.ops.permute import permute, sum_rows
+from moefoundry.ops.permute import RowOrder, permute, sum_rows
 
 RANKS, ROUNDS = 4, 41
 PEERS = {"routed": "routed rows", "routed_new": "routed rows, new buffers", "sent_new": "rows sent, new buffers"}
@@ -51,6 +51,13 @@ CASES = (
 )
 
 
+class Copies:
+    """Experts that copy tokens to rows, and add up the rows: what the exchange is for."""
+
+    def __call__(self, tokens: torch.Tensor, weights: torch.Tensor, order: RowOrder) -> torch.Tensor:
+        return sum_rows(permute(tokens, order), order)
+
+
 def compare(quick: bool) -> list[Comparison]:
     """Three comparisons for each case."""
     rounds = 1 if quick else ROUNDS
@@ -74,22 +81,19 @@ def _compare(case: Case, rounds: int) -> list[Comparison]:
 
 
 def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
-    from moefoundry.moe.dispatch import AllToAllDispatcher
+    from moefoundry.moe.dispatch import AllToAllDispatcher, pairs_and_slots
 
     case, group = Case(*sizes), dist.group.WORLD
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randn(case.tokens, case.width, generator=generator)
     ids = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top_k, dim=-1).indices
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
-    dispatcher = AllToAllDispatcher(case.experts, group)
-    _, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
-    sent = metadata.hops[0].splits.send, metadata.hops[0].splits.receive
-    routed = _splits_of_slots(ids // (case.experts // RANKS))
+    dispatcher, copies = AllToAllDispatcher(case.experts, group), Copies()
+    sent, routed = (_splits(counts) for counts in pairs_and_slots(ids, case.experts, RANKS))
     there, back = (tokens.new_zeros(sum(split), case.width) for split in routed)
 
     def ours() -> None:
-        arrived, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
-        dispatcher.combine(sum_rows(permute(arrived, metadata.order), metadata.order), metadata)
+        dispatcher.dispatch(tokens, ids, weights).mix(copies)
 
     def bare() -> None:
         send, receive = routed
@@ -111,9 +115,8 @@ def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
         return in_turn(contenders, rounds, warmup=2, ready=dist.barrier)
 
 
-def _splits_of_slots(rank_of_slot: torch.Tensor) -> tuple[list[int], list[int]]:
-    """How many slots go to each rank, and come from it."""
-    send = torch.bincount(rank_of_slot.flatten(), minlength=RANKS)
+def _splits(send: torch.Tensor) -> tuple[list[int], list[int]]:
+    """How many rows go to each rank, and come from it."""
     receive = torch.empty_like(send)
     dist.all_to_all_single(receive, send)
     return send.tolist(), receive.tolist()
