@@ -85,13 +85,6 @@ def passes(request: pytest.FixtureRequest) -> dict[Way, Passes]:
     return run_distributed(observe, 2, request.param)[0]
 
 
-@pytest.fixture
-def one_hop(request: pytest.FixtureRequest, passes: dict[Way, Passes]) -> dict[Way, Passes]:
-    if "one_hop" not in request.node.name:
-        pytest.skip("two hops pass rows on in between")
-    return passes
-
-
 def under_way(events: list[str]) -> list[int]:
     """How many exchanges are under way at each product."""
     counts, now = [], 0
@@ -110,26 +103,64 @@ FORWARD, BACKWARD = 3, 6
 """Products of a chunk: gate, up and down; then two gradients of each."""
 
 
-def test_the_order_of_three_chunks_in_one_hop(one_hop: dict[Way, Passes]) -> None:
-    """Counts; experts and weights of three chunks; their tokens. Then each chunk is waited for, computed and returned.
-    The backward pass has the same order, from its end."""
-    forward, backward, _ = one_hop[Way()]
-    products = ["product"] * FORWARD
-    assert forward == [
-        *("start 0", "wait 0", "start 1", "start 2", "start 3", "start 4", "start 5", "start 6"),
-        *("wait 1", "wait 4", *products, "start 7"),
-        *("wait 2", "wait 5", *products, "start 8"),
-        *("wait 3", "wait 6", *products, "start 9"),
-        *("wait 7", "wait 8", "wait 9"),
-    ]
-    products = ["product"] * BACKWARD
-    assert backward == [
-        *("start 0", "start 1", "start 2"),  # gradients of the results: those of the last chunk are needed first
-        *("wait 0", *products, "start 3", "start 4"),
-        *("wait 1", *products, "start 5", "start 6"),
-        *("wait 2", *products, "start 7", "start 8"),
-        *("wait 7", "wait 5", "wait 3", "wait 8", "wait 6", "wait 4"),
-    ]
+def started(*numbers: int) -> list[str]:
+    return [f"start {number}" for number in numbers]
+
+
+def waited(*numbers: int) -> list[str]:
+    return [f"wait {number}" for number in numbers]
+
+
+def passed_on(*pairs: tuple[int, int]) -> list[str]:
+    """Exchanges that are waited for, each before another is started with its rows."""
+    return [event for first, second in pairs for event in (f"wait {first}", f"start {second}")]
+
+
+GO, BACK = ["product"] * FORWARD, ["product"] * BACKWARD
+IN_ONE_HOP = (
+    [
+        *started(0), *waited(0),  # counts
+        *started(1, 2, 3),  # experts and weights of three chunks
+        *started(4, 5, 6),  # their tokens
+        *waited(1, 4), *GO, *started(7),  # results of the first chunk
+        *waited(2, 5), *GO, *started(8),
+        *waited(3, 6), *GO, *started(9),
+        *waited(7, 8, 9),
+    ],
+    [
+        *started(0, 1, 2),  # gradients of the results: those of the last chunk are needed first
+        *waited(0), *BACK, *started(3, 4),  # gradients of its tokens and weights
+        *waited(1), *BACK, *started(5, 6),
+        *waited(2), *BACK, *started(7, 8),
+        *waited(7, 5, 3, 8, 6, 4),
+    ],
+)  # fmt: skip
+IN_TWO_HOPS = (
+    [
+        *started(0, 1, 2, 3, 4, 5),  # counts were gathered; as above, between nodes
+        *passed_on((0, 6), (3, 7)),  # the first chunk, inside the node
+        *passed_on((1, 8), (4, 9)), *waited(6, 7), *GO, *started(10),
+        *passed_on((2, 11), (5, 12)), *waited(8, 9), *GO, *started(13), *passed_on((10, 14)),
+        *waited(11, 12), *GO, *started(15), *passed_on((13, 16)),
+        *passed_on((15, 17)),
+        *waited(14, 16, 17),
+    ],
+    [
+        *started(0, 1, 2),
+        *passed_on((0, 3)),
+        *passed_on((1, 4)), *waited(3), *BACK, *started(5, 6),
+        *passed_on((2, 7)), *waited(4), *BACK, *started(8, 9), *passed_on((5, 10), (6, 11)),
+        *waited(7), *BACK, *started(12, 13), *passed_on((8, 14), (9, 15)),
+        *passed_on((12, 16), (13, 17)),
+        *waited(16, 14, 10, 17, 15, 11),
+    ],
+)  # fmt: skip
+
+
+def test_the_order_of_three_chunks(passes: dict[Way, Passes]) -> None:
+    """What is computed, and what is under way meanwhile; the backward pass has the same order, from its end."""
+    forward, backward, _ = passes[Way()]
+    assert (forward, backward) == (IN_ONE_HOP if forward[1] == "wait 0" else IN_TWO_HOPS)
 
 
 @pytest.mark.parametrize("checkpointing", ActivationCheckpointing)
