@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.ranks import on_ranks
 
 RANKS, CHUNKS = 4, (1, 2, 4)
-TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 2048, 512, 512, 16, 4
+TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 512, 256, 256, 16, 4
 WAIT = "_c10d_functional::wait_tensor"
 
 

@@ -80,7 +80,8 @@ class Buffers:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
-        self.room, self._buffer = 0, None
+        self.room = 0
+        self._buffer: Any = None
 
     def get(self, tokens_TD: Tensor, top_k: int, chunks: int) -> Any:
         """Give a buffer with room for a chunk of the tokens of every rank; all ranks call it together."""
