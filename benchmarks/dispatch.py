@@ -5,23 +5,36 @@ move rows as they lie, there and back, forward only like ours:
 
 - *routed rows*: the T * K rows, one for each (token, expert), into buffers that exist;
 - *routed rows, new buffers*: the same, each into a new buffer, as code under autograd has to. Ours does;
-- *rows sent*: only the (token, rank) pairs that our dispatch sends, into new buffers. What is left is its own work:
-  counting, sorting, gathering, copying to experts, and two sums.
+- *rows sent*: only the (token, rank) pairs that our dispatch sends, into new buffers. What is left is its own work.
+
+Ours is measured with the copies to experts and their sum, for which the bare sides of routed rows do as much; and
+without, where experts return the tokens as they came, beside the rows sent. The notes have the CPU time of each part.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from benchmarks.harness import Comparison, in_turn
 from benchmarks.ranks import on_ranks
-from moefoundry.ops.permute import permute, sum_rows
+from moefoundry.ops.permute import RowOrder, gather_rows, order_by_expert, permute, sum_of_rows, sum_rows
 
 RANKS, ROUNDS = 4, 41
 PEERS = {"routed": "routed rows", "routed_new": "routed rows, new buffers", "sent_new": "rows sent, new buffers"}
+PARTS = {
+    "counts": "agreeing on counts",
+    "slots": "experts and weights, there",
+    "orders": "sorting by rank and by expert",
+    "gather": "copies of tokens for each rank",
+    "rows": "rows, there and back",
+    "sum": "sums of what comes back",
+}
 TARGET = round(1 / 1.3, 2)
 
 
@@ -51,45 +64,68 @@ CASES = (
 )
 
 
-def compare(quick: bool) -> list[Comparison]:
-    """Three comparisons for each case."""
+def compare(quick: bool) -> tuple[list[Comparison], list[str]]:
+    """Three comparisons for each case, and a note on the parts of each."""
     rounds = 1 if quick else ROUNDS
-    return [comparison for case in (CASES[:1] if quick else CASES) for comparison in _compare(case, rounds)]
+    cases = CASES[:1] if quick else CASES
+    found = [(case, *on_ranks(_measure, RANKS, tuple(case), rounds)) for case in cases]
+    comparisons = [comparison for case, seconds, _ in found for comparison in _compare(case, seconds)]
+    return comparisons, [_note(case, cpu_seconds) for case, _, cpu_seconds in found]
 
 
-def _compare(case: Case, rounds: int) -> list[Comparison]:
-    seconds = on_ranks(_measure, RANKS, tuple(case), rounds)
-    return [
-        Comparison(
-            benchmark="dispatch + combine",
+def _compare(case: Case, seconds: dict[str, list[float]]) -> list[Comparison]:
+    def comparison(benchmark: str, ours: str, peer: str) -> Comparison:
+        return Comparison(
+            benchmark=benchmark,
             case=f"{case}: {RANKS} ranks x {case.mebibytes:.0f} MiB",
             unit="s",
-            peer=f"two all_to_all_single: {description}",
-            ours=seconds["ours"],
+            peer=f"two all_to_all_single: {PEERS[peer]}",
+            ours=seconds[ours],
             theirs=seconds[peer],
-            target=TARGET if peer != "sent_new" else None,
+            target=TARGET,
         )
-        for peer, description in PEERS.items()
-    ]
+
+    with_copies = [comparison("dispatch + copies + combine", "ours", peer) for peer in ("routed", "routed_new")]
+    return [*with_copies, comparison("dispatch + combine", "exchange", "sent_new")]
 
 
-def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
-    from moefoundry.moe.dispatch import AllToAllDispatcher
+def _note(case: Case, seconds: dict[str, list[float]]) -> str:
+    def milliseconds(name: str) -> str:
+        return f"{1e3 * statistics.median(seconds[name]):.2f}"
 
-    case, group = Case(*sizes), dist.group.WORLD
+    parts = ", ".join(f"{name} {milliseconds(key)}" for key, name in PARTS.items())
+    return (
+        f"dispatch, {case}, CPU ms of one of {RANKS} ranks, medians: bare exchanges of the rows sent "
+        f"{milliseconds('sent_new')}; dispatch + combine {milliseconds('exchange')}; its parts, each alone: {parts}"
+    )
+
+
+class Copies:
+    """Experts that copy tokens to rows, and add up the rows."""
+
+    def __call__(self, tokens: torch.Tensor, weights: torch.Tensor, order: RowOrder) -> torch.Tensor:
+        return sum_rows(permute(tokens, order), order)
+
+
+class Nothing:
+    """Experts that return the tokens."""
+
+    def __call__(self, tokens: torch.Tensor, weights: torch.Tensor, order: RowOrder) -> torch.Tensor:
+        return tokens
+
+
+def _measure(sizes: tuple[int, ...], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of all sides; CPU seconds of the rows sent, of ours, and of its parts."""
+    from moefoundry.moe.dispatch import AllToAllDispatcher, pairs_and_slots
+
+    case = Case(*sizes)
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randn(case.tokens, case.width, generator=generator)
     ids = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top_k, dim=-1).indices
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
-    dispatcher = AllToAllDispatcher(case.experts, group)
-    _, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
-    sent = metadata.hops[0].splits.send, metadata.hops[0].splits.receive
-    routed = _splits_of_slots(ids // (case.experts // RANKS))
+    dispatcher = AllToAllDispatcher(case.experts, dist.group.WORLD)
+    sent, routed = (_splits(counts) for counts in pairs_and_slots(ids, case.experts, RANKS))
     there, back = (tokens.new_zeros(sum(split), case.width) for split in routed)
-
-    def ours() -> None:
-        arrived, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
-        dispatcher.combine(sum_rows(permute(arrived, metadata.order), metadata.order), metadata)
 
     def bare() -> None:
         send, receive = routed
@@ -102,18 +138,52 @@ def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
         dist.all_to_all_single(there.new_empty(sum(send), case.width), came, send, receive)
 
     contenders = {
-        "ours": ours,
+        "ours": lambda: dispatcher.dispatch(tokens, ids, weights).mix(Copies()),
         "routed": bare,
         "routed_new": lambda: bare_new(*routed),
+        "exchange": lambda: dispatcher.dispatch(tokens, ids, weights).mix(Nothing()),
         "sent_new": lambda: bare_new(*sent),
     }
     with torch.no_grad():
-        return in_turn(contenders, rounds, warmup=2, ready=dist.barrier)
+        seconds = in_turn(contenders, rounds, warmup=2, ready=dist.barrier)
+        contenders = {name: contenders[name] for name in ("sent_new", "exchange")}
+        contenders |= _parts(dispatcher, tokens, ids, weights)
+        return seconds, in_turn(contenders, -(-rounds // 2), warmup=1, ready=dist.barrier, clock=time.process_time)
 
 
-def _splits_of_slots(rank_of_slot: torch.Tensor) -> tuple[list[int], list[int]]:
-    """How many slots go to each rank, and come from it."""
-    send = torch.bincount(rank_of_slot.flatten(), minlength=RANKS)
+def _parts(
+    dispatcher: Any, tokens: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+) -> dict[str, Callable[[], Any]]:
+    """The parts of an exchange, each by itself, with the inputs that it has there."""
+    from moefoundry.moe.dispatch import next_hop, pack_slots, unpack_slots
+    from moefoundry.ops.all_to_all import all_to_all_rows
+
+    (((splits,), num_rows),) = dispatcher._plan([ids])
+    hop, local = next_hop(ids, dispatcher.num_experts, splits), dispatcher.num_experts // RANKS
+
+    def slots() -> torch.Tensor:
+        return all_to_all_rows(gather_rows(pack_slots(weights, ids), hop.order), splits)
+
+    arrived = slots()
+
+    def orders() -> None:
+        next_hop(ids, dispatcher.num_experts, splits)
+        _, here = unpack_slots(arrived, hop, local)
+        order_by_expert(here, local, here >= 0, num_rows)
+
+    rows = gather_rows(tokens, hop.order)
+    return {
+        "counts": lambda: dispatcher._plan([ids]),
+        "slots": slots,
+        "orders": orders,
+        "gather": lambda: gather_rows(tokens, hop.order),
+        "rows": lambda: all_to_all_rows(all_to_all_rows(rows, splits), splits.reverse()),
+        "sum": lambda: sum_of_rows(rows, hop.order),
+    }
+
+
+def _splits(send: torch.Tensor) -> tuple[list[int], list[int]]:
+    """How many rows go to each rank, and come from it."""
     receive = torch.empty_like(send)
     dist.all_to_all_single(receive, send)
     return send.tolist(), receive.tolist()

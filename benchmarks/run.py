@@ -12,6 +12,7 @@ from benchmarks import harness
 
 NAMES = ("moe_layer", "end_to_end", "startup", "dispatch", "mesh", "ema")
 BUSY = 0.5  # load average of a machine that is not quiet
+Found = list[harness.Comparison] | tuple[list[harness.Comparison], list[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,9 @@ def report(name: str, args: argparse.Namespace) -> None:
     about = harness.machine(args.threads, args.allocator)
     if about["load_average"] > BUSY:
         print(f"warning: load average {about['load_average']:.2f}; the machine is not quiet", file=sys.stderr)
-    record = harness.Record(name, about, BENCHMARKS[name](args))
+    found = BENCHMARKS[name](args)
+    comparisons, notes = found if isinstance(found, tuple) else (found, [])
+    record = harness.Record(name, about, comparisons, notes)
     print(
         harness.render([record]) if args.quick else f"{harness.write(record)}\n{harness.render([record])}", flush=True
     )
@@ -76,7 +79,7 @@ def run_startup(args: argparse.Namespace) -> list[harness.Comparison]:
     return startup.compare(args.threads, quick=args.quick)
 
 
-def run_dispatch(args: argparse.Namespace) -> list[harness.Comparison]:
+def run_dispatch(args: argparse.Namespace) -> Found:
     from benchmarks import dispatch
 
     return dispatch.compare(quick=args.quick)
@@ -106,7 +109,7 @@ def prepare_data() -> None:
     subprocess.run(command, cwd=harness.ROOT.parent, check=True)
 
 
-BENCHMARKS: dict[str, Callable[[argparse.Namespace], list[harness.Comparison]]] = {
+BENCHMARKS: dict[str, Callable[[argparse.Namespace], Found]] = {
     "moe_layer": run_moe_layer,
     "end_to_end": run_end_to_end,
     "startup": run_startup,

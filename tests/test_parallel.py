@@ -65,14 +65,21 @@ class Mode(NamedTuple):
     dtype: torch.dtype = torch.float32
     fp8: Fp8Recipe | None = None
     linear: bool = False
+    chunks: int = 1
 
 
 PLAIN = Mode()
 FP32_MODES = [Mode(checkpointing, count) for checkpointing in ActivationCheckpointing for count in (1, 4)]
 FLOAT64 = Mode(ActivationCheckpointing.full, 4, torch.float64)
 LINEAR = Mode(ActivationCheckpointing.selective, 4, torch.float64, linear=True)
-FEW_MODES = [PLAIN, Mode(ActivationCheckpointing.selective, 4), Mode(ActivationCheckpointing.full, 1), FLOAT64, LINEAR]
-FOUR_RANKS_MODES = [Mode(ActivationCheckpointing.selective, 4), FLOAT64, LINEAR]
+FEW_MODES = [
+    PLAIN,
+    Mode(ActivationCheckpointing.selective, 4, chunks=2),
+    Mode(ActivationCheckpointing.full, 1, chunks=3),
+    FLOAT64._replace(chunks=2),
+    LINEAR,
+]
+FOUR_RANKS_MODES = [Mode(ActivationCheckpointing.selective, 4, chunks=2), FLOAT64, LINEAR]
 ALL_MODES = [*FP32_MODES, FLOAT64, LINEAR]
 EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in ALL_MODES]
 
@@ -97,7 +104,7 @@ def with_linear_attention(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, norm=NormConfig(zero_centered=True), attention=attention, linear_attention=linear)
 
 
-def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelConfig:
+def model_config(num_experts: int, dtype: torch.dtype = torch.float32, chunks: int = 1) -> ModelConfig:
     """A small model; four ranks do not divide its 67 tokens."""
     return ModelConfig(
         vocab_size=67,
@@ -129,6 +136,7 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32) -> ModelC
             router=RouterConfig(gate_bias=True),
             balance=BalanceConfig(aux_loss_weight=0.1, z_loss_weight=0.01),
             backend="loop" if dtype == torch.float64 else "grouped_mm",
+            dispatch_chunks=chunks,
         ),
     )
 
@@ -142,7 +150,7 @@ def build(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
     mesh = None
     if mesh_sizes is not None:
         mesh = build_meshes(resolve_degrees(MeshConfig(*mesh_sizes), mesh_sizes[0] * mesh_sizes[1]), "cpu")
-    cfg = model_config(num_experts, mode.dtype)
+    cfg = model_config(num_experts, mode.dtype, mode.chunks)
     with torch.device("meta"):
         model = MoETransformer(with_linear_attention(cfg) if mode.linear else cfg).to(mode.dtype)
     parallelize(model, mesh, PrecisionConfig(fp8=Fp8Config(mode.fp8)), mode.activation_checkpointing)

@@ -55,6 +55,7 @@ from moefoundry.foundry import ComposerDPO, ComposerMoECausalLM, CountTargets, c
 from moefoundry.mesh import Meshes
 from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import MoETransformer, meta_model
+from moefoundry.moe.deep_ep import check_dispatcher
 from moefoundry.moe.mixture import check_backend
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
 from moefoundry.planning.describe import parameter_counts
@@ -162,6 +163,8 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
         describe_fp8(recipe.precision.fp8, place)
     dtype = torch.bfloat16 if recipe.precision.compute == Compute.bf16 else torch.float32
     check_backend(recipe.model.moe, recipe.model.d_model, place, dtype)
+    if meshes is not None and meshes.expert.size() > 1:
+        check_dispatcher(recipe.model.moe, place, dtype)
     model = meta_model(recipe.model)
     if recipe.lora is not None:
         apply_lora(model, recipe.lora)

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from moefoundry.adapters import Adapter, init_adapters
-from moefoundry.config import ActivationCheckpointing, Fp8Recipe, PrecisionConfig
+from moefoundry.config import ActivationCheckpointing, Dispatcher, Fp8Recipe, MoEConfig, PrecisionConfig
 from moefoundry.mesh import MeshDegrees, Meshes
 from moefoundry.model.init import init_weights
 from moefoundry.model.transformer import Block, MoETransformer
-from moefoundry.moe.dispatch import AllToAllDispatcher
+from moefoundry.moe.deep_ep import Buffers, DeepEpDispatcher
+from moefoundry.moe.dispatch import AllToAllDispatcher, TokenDispatcher
+from moefoundry.moe.experts import GroupedExperts
 from moefoundry.moe.layer import MoELayer
 from moefoundry.moe.two_hop import TwoHopDispatcher
 from moefoundry.ops.all_to_all import EXCHANGE_OPS
@@ -89,21 +91,26 @@ def materialize(model: MoETransformer, device: torch.device | str, seed: int) ->
 
 def _divide_experts(model: MoETransformer, meshes: Meshes) -> None:
     """Give each rank of the expert axis its share of every layer's experts, and each layer its dispatcher."""
+    buffers = Buffers(meshes.expert.get_group())
     for layer in moe_layers(model):
         for module in layer.experts.modules():  # adapters, too
             for name, weight in module.named_parameters(recurse=False):
                 share = distribute_tensor(weight.detach(), meshes.expert, [Shard(0)])
                 module.register_parameter(name, nn.Parameter(share, requires_grad=weight.requires_grad))
-        dispatcher = _dispatcher(model.cfg.moe.num_experts, meshes)
-        dispatcher.codec = codec_of_rows(layer.experts)
-        layer.dispatcher = dispatcher
+        layer.dispatcher = _dispatcher(model.cfg.moe, layer.experts, meshes, buffers)
 
 
-def _dispatcher(num_experts: int, meshes: Meshes) -> AllToAllDispatcher:
-    group = meshes.expert.get_group()
-    if meshes.expert_hops is None:
-        return AllToAllDispatcher(num_experts, group)
-    return TwoHopDispatcher(num_experts, group, *(mesh.get_group() for mesh in meshes.expert_hops))
+def _dispatcher(cfg: MoEConfig, experts: GroupedExperts, meshes: Meshes, buffers: Buffers) -> TokenDispatcher:
+    if cfg.dispatcher == Dispatcher.deepep:
+        return DeepEpDispatcher(cfg.num_experts, buffers)
+    group, hops = meshes.expert.get_group(), meshes.expert_hops
+    dispatcher = (
+        AllToAllDispatcher(cfg.num_experts, group)
+        if hops is None
+        else TwoHopDispatcher(cfg.num_experts, group, *(mesh.get_group() for mesh in hops))
+    )
+    dispatcher.codec = codec_of_rows(experts)
+    return dispatcher
 
 
 def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing) -> None:
@@ -147,6 +154,7 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
         for layer in moe_layers(model):
             place = partial(_placement_of_experts, ranks=meshes.expert_fsdp.size(-1))
             fully_shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=of_experts, shard_placement_fn=place)
+            register_fsdp_forward_method(layer.experts, "in_chunks")
     for block in model.blocks:
         fully_shard(block, mesh=meshes.dense, mp_policy=policy)
     for module in model.mtp:

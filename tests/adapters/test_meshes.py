@@ -51,7 +51,7 @@ def train(mesh: tuple[int, int, int] | None, lora: LoraConfig, precision: Precis
 
     rank, ranks = (0, 1) if mesh is None else (dist.get_rank(), dist.get_world_size())
     meshes = None if mesh is None else build_meshes(resolve_degrees(MeshConfig(*mesh), ranks), "cpu")
-    model = meta_model(model_config(EXPERTS))
+    model = meta_model(model_config(EXPERTS, chunks=1 if mesh is None else 2))
     apply_lora(model, lora)
     checkpointing = ActivationCheckpointing.none if mesh is None else ActivationCheckpointing.full
     parallelize(model, meshes, precision, checkpointing)

@@ -134,6 +134,8 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
         ([*BLOCKS, "model.d_model=64"], None, ["model.d_model"]),
         ([*BLOCKS, "precision.compute=bf16_emulated"], None, ["model.moe.backend"]),
         ([*BLOCKS, "precision.fp8.recipe=deepseek_v3"], None, ["model.moe.backend"]),
+        (["model.moe.dispatcher=deepep"], None, ["model.moe.dispatcher"]),
+        (["model.moe.dispatcher=deepep", "precision.compute=bf16"], None, []),
         # mesh
         (["mesh.replicate=-1"], None, ["mesh.shard"]),
         (["mesh.replicate=-1", "mesh.shard=2"], 4, []),

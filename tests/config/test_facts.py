@@ -10,7 +10,7 @@ FREE = (
     "format_version",
     *("run_name", "run_dir", "autoresume", "load_path", "load_weights_only", "allow_batch_size_change", "max_duration"),
     "curriculum",
-    *("scheduler.timing", "mesh.", "model.moe.backend", "lora.base", "activation_checkpointing"),
+    *("scheduler.timing", "mesh.", "model.moe.backend", "model.moe.dispatch", "lora.base", "activation_checkpointing"),
     "model.linear_attention.backend",
     *(
         "device_train_microbatch_size",
@@ -34,7 +34,7 @@ FREE = (
 )
 NOT_ARCHITECTURE = (
     *("model.init.", "model.document_masking", "model.moe.router.input_jitter", "model.moe.balance."),
-    *("model.moe.capacity_factor", "model.moe.backend", "model.mtp.loss_weight"),
+    *("model.moe.capacity_factor", "model.moe.backend", "model.moe.dispatch", "model.mtp.loss_weight"),
     "model.linear_attention.backend",
 )
 RECIPES = (

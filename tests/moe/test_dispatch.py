@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefoundry.ops.permute import permute, permute_slots, sum_rows
+from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
 from tests.collectives import CrossingBytes
 from tests.distributed import run_distributed
 
@@ -70,16 +71,32 @@ def expert(rows: Tensor, index: int) -> Tensor:
     return torch.sin(rows * (index + 1)) + index
 
 
-def dispatch_and_combine(dispatcher: Any, routing: str, rank: int, ranks: int, first_expert: int) -> Result:
+class Sines:
+    """The experts of a rank, numbered from ``first``; they note how many rows each chunk has."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.received = first, []
+
+    def __call__(self, tokens: Tensor, weights: Tensor, order: RowOrder) -> Tensor:
+        rows = permute(tokens, order)
+        self.received.append(len(rows))
+        groups = rows.split(order.tokens_per_expert_E.tolist())
+        rows = torch.cat([expert(group, self.first + i) for i, group in enumerate(groups)])
+        return sum_rows(rows * permute_slots(weights, order).unsqueeze(1).to(rows.dtype), order)
+
+    def in_chunks(self, links: Any, schedule: Callable[..., Any]) -> Any:
+        return schedule(links, self)
+
+
+def dispatch_and_combine(
+    dispatcher: Any, routing: str, rank: int, ranks: int, first_expert: int, chunks: int = 1
+) -> Result:
     tokens, ids, weights, kept = case(routing, rank, ranks)
-    arrived, metadata = dispatcher.dispatch(tokens, ids, weights, kept).wait()
-    rows = permute(arrived, metadata.order)
-    groups = rows.split(metadata.order.tokens_per_expert_E.tolist())
-    rows = torch.cat([expert(group, first_expert + i) for i, group in enumerate(groups)])
-    rows = rows * permute_slots(metadata.weights_PK, metadata.order).unsqueeze(1)
-    out = dispatcher.combine(sum_rows(rows, metadata.order), metadata)
+    experts = Sines(first_expert)
+    out = dispatcher.dispatch(tokens, ids, weights, kept, chunks).mix(experts)
     (out * torch.arange(1.0, WIDTH + 1)).sum().backward()
-    return Result(out.detach(), tokens.grad, weights.grad, len(rows))
+    assert len(experts.received) == chunks
+    return Result(out.detach(), tokens.grad, weights.grad, sum(experts.received))
 
 
 def one_by_one(routing: str, rank: int, ranks: int) -> Result:
@@ -114,10 +131,19 @@ def dispatcher_of(kind: str, num_experts: int = EXPERTS) -> Any:
     return TwoHopDispatcher(num_experts, dist.group.WORLD, *groups_of_nodes(2))
 
 
-def on_ranks(kind: str, routings: list[str]) -> list[Result]:
+CHUNKS = [1, 2, 5, 20]
+"""The last is more than there are tokens, so that some chunks are empty on every rank."""
+
+
+def on_ranks(kind: str, routings: list[str]) -> list[list[Result]]:
+    """For each routing, the results by number of chunks."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    dispatcher = dispatcher_of(kind)
-    return [dispatch_and_combine(dispatcher, routing, rank, ranks, rank * EXPERTS // ranks) for routing in routings]
+    dispatcher, first = dispatcher_of(kind), rank * EXPERTS // ranks
+
+    def results(routing: str) -> list[Result]:
+        return [dispatch_and_combine(dispatcher, routing, rank, ranks, first, chunks) for chunks in CHUNKS]
+
+    return [results(routing) for routing in routings]
 
 
 def assert_same(result: Result, expected: Result) -> None:
@@ -130,14 +156,24 @@ def test_the_local_dispatcher_equals_slot_by_slot(routing: str) -> None:
     assert_same(dispatch_and_combine(dispatcher_of("local"), routing, 0, 2, 0), one_by_one(routing, 0, 2))
 
 
+def test_the_local_dispatcher_has_nothing_to_send_in_chunks() -> None:
+    experts, (tokens, ids, weights, _) = Sines(0), case("random", 0, 2)
+    dispatcher_of("local").dispatch(tokens, ids, weights, chunks=3).mix(experts)
+    assert experts.received == [TOKENS * TOP_K]
+
+
 @pytest.mark.parametrize(("kind", "ranks"), [("one_hop", 2), ("one_hop", 4), ("two_hop", 2), ("two_hop", 4)])
 def test_row17_experts_on_ranks_equal_slot_by_slot(kind: str, ranks: int) -> None:
     results = run_distributed(on_ranks, ranks, kind, ROUTINGS)
     for index, routing in enumerate(ROUTINGS):
         cases = [case(routing, rank, ranks) for rank in range(ranks)]
         for rank in range(ranks):
-            assert_same(results[rank][index], one_by_one(routing, rank, ranks))
-        received = [result[index].received for result in results]
+            whole, *in_chunks = results[rank][index]
+            assert_same(whole, one_by_one(routing, rank, ranks))
+            for other in in_chunks:  # every sum has the same addends in the same order
+                assert all(torch.equal(a, b) for a, b in zip(other[:3], whole[:3], strict=True))
+                assert other.received == whole.received
+        received = [result[index][0].received for result in results]
         assert sum(received) == sum(c.ids.numel() if c.kept is None else int(c.kept.sum()) for c in cases)
         if routing == "all_to_one_rank":
             assert received[:-1] == [0] * (ranks - 1)
@@ -165,7 +201,7 @@ class QuantizedBackward(torch.autograd.Function):
         return quantized(grad)
 
 
-def in_fp8(kind: str, routings: list[str]) -> list[tuple[Result, Result]]:
+def in_fp8(kind: str, routings: list[str], chunks: int) -> list[tuple[Result, Result]]:
     """On this rank: what the dispatcher gives with FP8 on its spreading legs, and the same slot by slot."""
     from moefoundry.ops.fp8.wire import Fp8Codec
 
@@ -180,12 +216,8 @@ def in_fp8(kind: str, routings: list[str]) -> list[tuple[Result, Result]]:
         for ours in (True, False):
             leaves = [x.float().requires_grad_() for x in (tokens, weights)]
             if ours:
-                arrived, metadata = dispatcher.dispatch(leaves[0], ids, leaves[1], kept).wait()
-                rows = permute(arrived, metadata.order)
-                first, sizes = rank * EXPERTS // ranks, metadata.order.tokens_per_expert_E.tolist()
-                rows = torch.cat([expert(group, first + i) for i, group in enumerate(rows.split(sizes))])
-                rows = rows * permute_slots(metadata.weights_PK, metadata.order).unsqueeze(1)
-                out = dispatcher.combine(sum_rows(rows, metadata.order), metadata)
+                exchange = dispatcher.dispatch(leaves[0], ids, leaves[1], kept, chunks)
+                out = exchange.mix(Sines(rank * EXPERTS // ranks))
             else:
                 sent, out = quantized(leaves[0]), leaves[0] * 0
                 for t, k in ((t, k) for t in range(len(ids)) for k in range(TOP_K)):
@@ -200,9 +232,9 @@ def in_fp8(kind: str, routings: list[str]) -> list[tuple[Result, Result]]:
     return results
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("one_hop", 2), ("two_hop", 4)])
-def test_rows_in_fp8_are_quantized_once_each_way_and_sums_are_not(kind: str, ranks: int) -> None:
-    for results in run_distributed(in_fp8, ranks, kind, ROUTINGS):
+@pytest.mark.parametrize(("kind", "ranks", "chunks"), [("one_hop", 2, 1), ("one_hop", 2, 3), ("two_hop", 4, 3)])
+def test_rows_in_fp8_are_quantized_once_each_way_and_sums_are_not(kind: str, ranks: int, chunks: int) -> None:
+    for results in run_distributed(in_fp8, ranks, kind, ROUTINGS, chunks):
         for routing, (result, expected) in zip(ROUTINGS, results, strict=True):
             for name in ("out", "grad_tokens", "grad_weights"):
                 got, wanted = getattr(result, name), getattr(expected, name)
@@ -222,7 +254,7 @@ class Traffic(NamedTuple):
 WIDE, MANY = 1024, 64  # a row is 4 KiB
 
 
-def count_traffic(kind: str, top_k: int, fp8: bool = False) -> Traffic:
+def count_traffic(kind: str, top_k: int, fp8: bool = False, chunks: int = 1) -> Traffic:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     num_experts, nodes = 16, 2
     generator = torch.Generator().manual_seed(rank)
@@ -236,11 +268,7 @@ def count_traffic(kind: str, top_k: int, fp8: bool = False) -> Traffic:
 
         dispatcher.codec = Fp8Codec()
     with CrossingBytes(ranks // nodes) as counter:
-        arrived, metadata = dispatcher.dispatch(tokens, ids, weights).wait()
-        rows = permute(arrived, metadata.order).sin() * permute_slots(metadata.weights_PK, metadata.order).unsqueeze(
-            1
-        ).to(dtype)
-        dispatcher.combine(sum_rows(rows, metadata.order), metadata).sum().backward()
+        dispatcher.dispatch(tokens, ids, weights, chunks=chunks).mix(Sines(0)).sum().backward()
     node_pairs = pairs_away(ids, num_experts, nodes, rank // (ranks // nodes))
     rank_pairs = pairs_away(ids, num_experts, ranks, rank)
     numbers = torch.tensor([counter.crossing, counter.sent, node_pairs, rank_pairs])
@@ -259,7 +287,7 @@ FRINGE = 1.02  # counts, numbers and weights of experts
 
 @pytest.mark.parametrize("top_k", [2, 6])
 def test_one_hop_sends_a_token_once_to_each_rank(top_k: int) -> None:
-    traffic = run_distributed(count_traffic, 4, "one_hop", top_k)[0]
+    traffic = run_distributed(count_traffic, 4, "one_hop", top_k, False, top_k // 2)[0]  # in one chunk, or in three
     needed = LEGS * traffic.rank_pairs * WIDE * 4
     assert needed <= traffic.sent <= FRINGE * needed
 

@@ -16,7 +16,7 @@ from moefoundry.config import load_recipe
 from moefoundry.model.transformer import meta_model
 from moefoundry.parallel import materialize
 from moefoundry.planning.devices import ACCELERATORS
-from moefoundry.planning.estimate import Estimate, estimate
+from moefoundry.planning.estimate import CALL_SECONDS, Estimate, estimate
 from moefoundry.planning.work import block_work, head_work
 from tests.conftest import QUICKSTART
 
@@ -44,6 +44,21 @@ def test_flops_are_those_that_torch_counts(attention: str) -> None:
     # The counter counts every pair of positions; half of them, and the diagonal, are seen.
     ours = seq_len * sum(work.attention for work in works)
     assert ours == pytest.approx(of_attention * (seq_len + 1) / (2 * seq_len))
+
+
+def test_exchanges_in_chunks_hide_behind_the_experts() -> None:
+    """A quarter of each pass's half of the exchanges stays, and what the experts' products do not hide."""
+    whole, cut = estimated(), estimated("model.moe.dispatch_chunks=4")
+    calls, more_calls = (
+        sum(entry.calls for entry in each.plan.traffic if entry.collective == "all_to_all") for each in (whole, cut)
+    )
+    exchanged, experts = whole.step.exchange + (more_calls - calls) * CALL_SECONDS, cut.step.experts
+    left = max(0.0, exchanged * 3 / 8 - experts / 3) + max(0.0, exchanged * 3 / 8 - experts * 2 / 3)
+    assert cut.step.exchange == pytest.approx(exchanged / 4 + left, rel=1e-3)
+    assert cut.step.exchange < whole.step.exchange + (more_calls - calls) * CALL_SECONDS
+    assert cut.step.experts >= whole.step.experts
+    here = [estimated("mesh.expert=1", f"model.moe.dispatch_chunks={chunks}").step for chunks in (1, 4)]
+    assert here[0] == here[1], "nothing is exchanged"
 
 
 def test_a_window_and_recomputation_cost_what_they_should() -> None:

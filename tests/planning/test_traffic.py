@@ -73,9 +73,13 @@ MESHES = [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in SL
 MODES = [f"activation_checkpointing={mode}" for mode in ("none", "selective", "full")]
 
 
+IN_CHUNKS = "model.moe.dispatch_chunks=5"
+
+
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_a_step_sends_what_is_planned(mesh):
-    check([recipe_of(mesh, mode) for mode in MODES])
+    ways = ([MODES[0]], [MODES[1], IN_CHUNKS], [MODES[2]], [MODES[2], IN_CHUNKS])
+    check([recipe_of(mesh, *way) for way in ways])
 
 
 @pytest.mark.parametrize("mesh", [pytest.param((1, 4, 2), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
@@ -91,7 +95,8 @@ def test_multi_token_prediction_and_a_balance_loss_over_all_ranks():
 
 
 def test_experts_on_several_nodes_are_reached_in_two_hops():
-    check([recipe_of((1, 4, 4), mode) for mode in MODES], gpus_per_node=2)
+    ways = ([MODES[0]], [MODES[1]], [MODES[2], IN_CHUNKS])
+    check([recipe_of((1, 4, 4), *way) for way in ways], gpus_per_node=2)
 
 
 def test_tokens_of_limited_groups_reach_fewer_nodes_and_ranks():

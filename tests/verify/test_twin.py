@@ -73,8 +73,10 @@ def test_adapters_keep_their_scale() -> None:
 
 
 def test_what_is_lost_is_named() -> None:
-    recipe = load_recipe(QUICKSTART, ["compile=true", "model.moe.backend=triton"])
+    narrow = ["precision.compute=bf16", "model.moe.dispatcher=deepep"]
+    recipe = load_recipe(QUICKSTART, ["compile=true", "model.moe.backend=triton", *narrow])
     assert make_twin(recipe, Path("/nowhere")).lost == (
         "compile: True",
         "model.moe.backend: triton; auto takes its place",
+        "model.moe.dispatcher: deepep; all_to_all takes its place",
     )

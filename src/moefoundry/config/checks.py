@@ -19,6 +19,7 @@ from moefoundry.config.preference_rules import preference_problems
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
 from moefoundry.config.schema_data import StreamConfig
+from moefoundry.config.schema_model import Dispatcher
 from moefoundry.config.schema_parts import (
     AdamWConfig,
     Compute,
@@ -230,6 +231,14 @@ def _blocks_of_megablocks(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         if chosen in (*Fp8Recipe, Compute.bf16_emulated):
             message = f"megablocks has no products for precision.{path}={chosen}"
             yield Problem("model.moe.backend", message, "auto, grouped_mm, loop")
+
+
+@rule("model.moe.dispatcher", "precision.compute")
+def _rows_of_deepep(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    compute = recipe.precision.compute
+    if recipe.model.moe.dispatcher == Dispatcher.deepep and compute != Compute.bf16:
+        message = f"model.moe.dispatcher=deepep moves BF16, but precision.compute is {compute}"
+        yield Problem("model.moe.dispatcher", message, "all_to_all", suggestion="precision.compute=bf16")
 
 
 @rule("precision.fp8")

@@ -41,6 +41,13 @@ class Assignment(StrEnum):
     uniform = "uniform"
 
 
+class Dispatcher(StrEnum):
+    """Ways to bring tokens to experts on other ranks."""
+
+    all_to_all = "all_to_all"
+    deepep = "deepep"
+
+
 class AuxLossScope(StrEnum):
     """Tokens over which the load-balance loss takes its means."""
 
@@ -235,6 +242,22 @@ class MoEConfig:
         free_on_resume=True,
         architecture=False,
         renamed_from=("mlp_impl", "experts_implementation"),
+    )
+    dispatcher: Dispatcher = key(
+        Dispatcher.all_to_all,
+        "Brings tokens to experts on other ranks: all_to_all, or by DeepEP's kernels, if its package is installed.",
+        free_on_resume=True,
+        architecture=False,
+        other_values={"alltoall": "all_to_all", "flex": "deepep"},
+        renamed_from=("moe_token_dispatcher_type",),
+    )
+    dispatch_chunks: int = key(
+        1,
+        "In training, tokens go to experts on other ranks in so many chunks: one travels while another is computed.",
+        ge=1,
+        le=64,
+        free_on_resume=True,
+        architecture=False,
     )
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 VERSION_KEY = "format_version"
 
 ADDED: dict[int, dict[str, dict[str, Any]]] = {
@@ -78,6 +78,9 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         },
         "model.moe.num_experts": {"model.moe.projection_bias": False},
         "model.moe.router.score_function": {"model.moe.router.gate_bias": False},
+    },
+    4: {
+        "model.moe.num_experts": {"model.moe.dispatcher": "all_to_all", "model.moe.dispatch_chunks": 1},
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

@@ -1,79 +1,77 @@
 """Bring each token to the ranks of its experts, and the results back.
 
 A dispatcher is the only part of the layer that knows where experts are. All dispatchers share one interface, and keep
-nothing between calls: ``dispatch`` returns a frozen :class:`DispatchMetadata` for ``combine``.
+nothing between calls: ``dispatch`` returns an exchange, whose ``mix`` waits for the tokens, lets the experts compute,
+and brings the results back.
 
 A token is sent once to each rank that has experts of it, not once for each expert (as in DeepEP,
 https://github.com/deepseek-ai/DeepEP): that rank copies it for its experts, and adds up their results before it sends
 them back. Weights are sent with the tokens, and applied by the experts, so no result is kept for their gradient.
 
-Dispatch copies tokens to ranks, combine sums what comes back; each is the other's transpose, and so its backward pass.
-The two exchanges that copy (dispatch, and combine's backward pass) can send rows in another form: :class:`RowCodec`.
+Tokens may go in chunks. Then the tokens of one chunk travel while the experts compute another, and its results while
+they compute the next; the backward pass does the same in reverse order (``moe/hops.py``):
 
-P is the number of tokens on a rank after dispatch, G the number of ranks of a group.
+    experts      | chunk 0 | chunk 1 | chunk 2 | ...
+    under way    | tokens 1, 2, ... | results 0, tokens 2, ... | results 1, ...
+
+Every rank has the same number of chunks, some of them perhaps empty, and starts the same exchanges in the same order.
+
+P is the number of tokens (of a chunk) on a rank after dispatch, G the number of ranks of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from moefoundry.ops.all_to_all import Splits, all_to_all_rows, start_all_to_all, wait_for
-from moefoundry.ops.permute import RowOrder, count_by_expert, gather_rows, order_by_expert, sum_of_rows
+from moefoundry.moe.hops import Flight, Hop, RowCodec, arrive, collect, depart, pass_back, pass_on, send_back
+from moefoundry.ops.all_to_all import Splits, all_to_all_rows
+from moefoundry.ops.permute import RowOrder, count_by_expert, order_by_expert
 
-
-@dataclass(frozen=True)
-class Hop:
-    """One exchange of tokens among the ranks of a group.
-
-    Attributes:
-        order: Order of the (token, rank) pairs, by rank.
-        splits: Number of tokens sent to each rank, and received from it.
-    """
-
-    order: RowOrder
-    splits: Splits
+Mix = Callable[[Tensor, Tensor, RowOrder], Tensor]
+"""``(tokens_PD, weights_PK, order) -> mixed_PD``: the weighted sum of each token's experts on this rank."""
 
 
-@dataclass(frozen=True)
-class DispatchMetadata:
-    """The slots of the P tokens on this rank after dispatch, and the way back.
+class Experts(Protocol):
+    """The experts, as an exchange calls them: as a :data:`Mix`, or once for all chunks."""
 
-    Attributes:
-        weights_PK: Weight of each slot in the sum over its token's experts; differentiable.
-        order: Order of the slots that are for this rank's experts: its R rows.
-        hops: The exchanges that brought the tokens; none if all experts are on this rank.
-    """
+    def __call__(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
+        """Mix each token's experts on this rank."""
+        ...
 
-    weights_PK: Tensor
-    order: RowOrder
-    hops: tuple[Hop, ...] = ()
+    def in_chunks(self, links: Any, schedule: Callable[[Any, Mix], Any]) -> Any:
+        """Call ``schedule(links, mix)``.
+
+        Args:
+            links: The tensors through which the gradients of all chunks leave.
+            schedule: Mixes one chunk after the other, and returns tensors through which the gradients come.
+        """
+        ...
 
 
-class PendingExchange(NamedTuple):
-    """A dispatch that has been started.
+class Exchange(Protocol):
+    """Tokens that have been sent to their experts; computation before :meth:`mix` overlaps with it."""
 
-    Attributes:
-        wait: Wait for the tokens, [P, D], and their metadata. Call it once; computation before it overlaps with the
-            exchange.
-    """
-
-    wait: Callable[[], tuple[Tensor, DispatchMetadata]]
+    def mix(self, experts: Experts) -> Tensor:
+        """Wait for the tokens, mix their experts, and bring the results back, [T, D]; called once."""
+        ...
 
 
 class TokenDispatcher(Protocol):
     """Interface of dispatchers."""
 
     def dispatch(
-        self, tokens_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor, kept_TK: Tensor | None = None
-    ) -> PendingExchange:
+        self,
+        tokens_TD: Tensor,
+        topk_expert_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        chunks: int = 1,
+    ) -> Exchange:
         """Start to send each token to the ranks of its experts.
 
         Args:
@@ -81,40 +79,103 @@ class TokenDispatcher(Protocol):
             topk_expert_ids_TK: int64 [T, K], distinct within a token.
             topk_weights_TK: [T, K], differentiable; sent with the tokens.
             kept_TK: bool [T, K], slots that are sent; None sends all.
+            chunks: Number of chunks in which the tokens are sent, the same on all ranks.
         """
-        ...
-
-    def combine(self, mixed_PD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        """Send results back and add up those of each token, [P, D] -> [T, D]."""
         ...
 
 
 class LocalDispatcher:
-    """Dispatcher for experts that are all on this rank: tokens stay."""
+    """Dispatcher for experts that are all on this rank: tokens stay, and there is nothing to send in chunks."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
 
     def dispatch(
-        self, tokens_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor, kept_TK: Tensor | None = None
-    ) -> PendingExchange:
+        self,
+        tokens_TD: Tensor,
+        topk_expert_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        chunks: int = 1,
+    ) -> Exchange:
         order = order_by_expert(topk_expert_ids_TK, self.num_experts, kept_TK)
-        return PendingExchange(lambda: (tokens_TD, DispatchMetadata(topk_weights_TK, order)))
-
-    def combine(self, mixed_PD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        return mixed_PD
+        return _AtHome(tokens_TD, topk_weights_TK, order)
 
 
-class RowCodec(Protocol):
-    """Another form of rows for the exchange, such as FP8 with scales."""
+class _AtHome:
+    """The exchange of a :class:`LocalDispatcher`."""
 
-    def encode(self, rows_TD: Tensor) -> Tensor:
-        """Encode [T, D] -> [T, ...], row by row."""
+    def __init__(self, tokens_TD: Tensor, weights_TK: Tensor, order: RowOrder) -> None:
+        self.arguments = tokens_TD, weights_TK, order
+
+    def mix(self, experts: Experts) -> Tensor:
+        return experts(*self.arguments)
+
+
+class Chunk(Protocol):
+    """One chunk of an exchange: its tokens are under way, then its results.
+
+    Attributes:
+        links: The tensors through which its gradients leave, and later come.
+    """
+
+    links: tuple[Tensor, ...]
+
+    def pass_on(self) -> None:
+        """Wait for the hops before the last one, and start the last one; nothing if there is one hop."""
         ...
 
-    def decode(self, sent_R: Tensor, like: Tensor) -> Tensor:
-        """Decode [R, ...] -> [R, D], with the width and dtype of ``like``."""
+    def arrive(self) -> tuple[Tensor, Tensor, RowOrder]:
+        """Wait for the last hop: the arguments of :data:`Mix`."""
         ...
+
+    def send_back(self, mixed_PD: Tensor) -> None:
+        """Start to send the results back."""
+        ...
+
+    def pass_back(self) -> None:
+        """Wait for the hops but the last one on the way back, and start the last one."""
+        ...
+
+
+class ChunkedExchange:
+    """An exchange of one or more chunks.
+
+    Args:
+        chunks: The chunks, in the order of their tokens.
+        collect: Waits for the results, [T, D], of chunks that have all been sent back.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], collect: Callable[[], Tensor]) -> None:
+        self.chunks, self.collect = chunks, collect
+
+    def mix(self, experts: Experts) -> Tensor:
+        if len(self.chunks) == 1:
+            (chunk,) = self.chunks
+            chunk.pass_on()
+            chunk.send_back(experts(*chunk.arrive()))
+            chunk.pass_back()
+        else:
+            links = experts.in_chunks([chunk.links for chunk in self.chunks], self._schedule)
+            for chunk, link in zip(self.chunks, links, strict=True):
+                chunk.links = link
+        return self.collect()
+
+    def _schedule(self, links: Sequence[tuple[Tensor, ...]], mix: Mix) -> list[tuple[Tensor, ...]]:
+        """Mix chunk after chunk, while the tokens of the next and the results of the one before are under way."""
+        for chunk, link in zip(self.chunks, links, strict=True):
+            chunk.links = link
+        self.chunks[0].pass_on()
+        for before, chunk, following in zip(
+            (None, *self.chunks[:-1]), self.chunks, (*self.chunks[1:], None), strict=True
+        ):
+            if following is not None:
+                following.pass_on()
+            chunk.send_back(mix(*chunk.arrive()))
+            if before is not None:
+                before.pass_back()
+        self.chunks[-1].pass_back()
+        return [chunk.links for chunk in self.chunks]
 
 
 class AllToAllDispatcher:
@@ -138,43 +199,107 @@ class AllToAllDispatcher:
     codec: RowCodec | None = None
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
-        if num_experts % group.size():
-            raise ValueError(f"{num_experts} experts do not divide among {group.size()} ranks")
+        check_divides(num_experts, group)
         self.num_experts = num_experts
         self.group = group
 
     def dispatch(
-        self, tokens_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor, kept_TK: Tensor | None = None
-    ) -> PendingExchange:
+        self,
+        tokens_TD: Tensor,
+        topk_expert_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        kept_TK: Tensor | None = None,
+        chunks: int = 1,
+    ) -> Exchange:
         expert_ids_TK = topk_expert_ids_TK if kept_TK is None else topk_expert_ids_TK.where(kept_TK, -1)
-        splits, num_rows = self._plan(expert_ids_TK)
-        first = next_hop(expert_ids_TK, self.num_experts, splits[0])
-        slots = start_hop(pack_slots(topk_weights_TK, expert_ids_TK), first)
-        tokens = start_hop(tokens_TD, first, self.codec)
+        ids = expert_ids_TK.tensor_split(chunks)
+        plans = self._plan(ids)
+        hops = [next_hop(each, self.num_experts, splits[0]) for each, (splits, _) in zip(ids, plans, strict=True)]
+        slots, tokens = ([Flight() for _ in hops] for _ in range(2))
+        slot_links = depart(pack_slots(topk_weights_TK, expert_ids_TK), hops, slots)
+        token_links = depart(tokens_TD, hops, tokens, self.codec)
+        parts = [
+            _RowsInChunk(links, flights, hop, splits[1:], num_rows, self.num_experts, self.codec)
+            for links, flights, hop, (splits, num_rows) in zip(
+                zip(slot_links, token_links, strict=True), zip(slots, tokens, strict=True), hops, plans, strict=True
+            )
+        ]
+        return ChunkedExchange(parts, lambda: collect([part.links[0] for part in parts], hops, tokens, self.codec))
 
-        def wait() -> tuple[Tensor, DispatchMetadata]:
-            hops, num_experts = [first], self.num_experts // first.splits.group.size()
-            weights_PK, ids_PK = unpack_slots(finish_hops(slots, hops), first, num_experts)
-            for split in splits[1:]:
-                hop, num_experts = next_hop(ids_PK, num_experts, split), num_experts // split.group.size()
-                packed = finish_hops(start_hop(pack_slots(weights_PK, ids_PK), hop), [hop])
-                weights_PK, ids_PK = unpack_slots(packed, hop, num_experts)
-                hops.append(hop)
-            order = order_by_expert(ids_PK, num_experts, ids_PK >= 0, num_rows)
-            return finish_hops(tokens, hops), DispatchMetadata(weights_PK, order, tuple(hops))
+    def _plan(self, chunks: Sequence[Tensor]) -> list[tuple[list[Splits], int]]:
+        """Agree on the splits of each hop, and on the number of rows for this rank's experts, for each chunk.
 
-        return PendingExchange(wait)
+        Args:
+            chunks: Experts of the tokens of each chunk, int64 [T, K].
+        """
+        ranks = self.group.size()
+        counted = [torch.stack(pairs_and_slots(ids_TK, self.num_experts, ranks), dim=1) for ids_TK in chunks]
+        counts_GC2, one_each = torch.stack(counted, dim=1), [1] * ranks
+        received_GC2 = all_to_all_rows(counts_GC2, Splits(one_each, one_each, self.group))
+        counts_C3G = torch.stack([counts_GC2[..., 0], *received_GC2.unbind(2)]).movedim(2, 0)
+        return [([Splits(send, receive, self.group)], sum(rows)) for send, receive, rows in counts_C3G.tolist()]
 
-    def combine(self, mixed_PD: Tensor, metadata: DispatchMetadata) -> Tensor:
-        return _Combine.apply(mixed_PD, metadata.hops, self.codec)
 
-    def _plan(self, expert_ids_TK: Tensor) -> tuple[list[Splits], int]:
-        """Agree on the splits of each hop, and on the number of rows for this rank's experts."""
-        counts_G2 = torch.stack(pairs_and_slots(expert_ids_TK, self.num_experts, self.group.size()), dim=1)
-        one_each = [1] * self.group.size()
-        received_G2 = all_to_all_rows(counts_G2, Splits(one_each, one_each, self.group))
-        send, receive, rows = torch.stack([counts_G2[:, 0], *received_G2.unbind(1)]).tolist()
-        return [Splits(send, receive, self.group)], sum(rows)
+class _RowsInChunk:
+    """A :class:`Chunk` of an :class:`AllToAllDispatcher`.
+
+    Args:
+        links: Links of the slots, and of the tokens.
+        flights: Their flights.
+        hop: The first hop, which has been started.
+        splits: Splits of the hops after it.
+        num_rows: Rows for this rank's experts.
+        num_experts: Experts of the ranks of the first hop.
+        codec: Form in which tokens are sent.
+    """
+
+    def __init__(
+        self,
+        links: tuple[Tensor, ...],
+        flights: tuple[Flight, ...],
+        hop: Hop,
+        splits: Sequence[Splits],
+        num_rows: int,
+        num_experts: int,
+        codec: RowCodec | None,
+    ) -> None:
+        self.links, self.hops, self.splits = links, [hop], splits
+        self.slots, self.tokens = flights
+        self.num_rows, self.codec = num_rows, codec
+        self.num_experts = num_experts // hop.splits.group.size()
+
+    def pass_on(self) -> None:
+        slots_link, tokens_link = self.links
+        for splits in self.splits:
+            weights_PK, ids_PK = self._land_slots(slots_link)
+            arriving, onward = self.hops[-1], next_hop(ids_PK, self.num_experts, splits)
+            (slots_link,) = depart(pack_slots(weights_PK, ids_PK), [onward], [self.slots])
+            tokens_link = pass_on(tokens_link, arriving, onward, self.tokens)
+            self.num_experts //= splits.group.size()
+            self.hops.append(onward)
+        self.links = slots_link, tokens_link
+
+    def arrive(self) -> tuple[Tensor, Tensor, RowOrder]:
+        slots_link, tokens_link = self.links
+        weights_PK, ids_PK = self._land_slots(slots_link)
+        order = order_by_expert(ids_PK, self.num_experts, ids_PK >= 0, self.num_rows)
+        return arrive(tokens_link, self.hops[-1], self.tokens, self.codec), weights_PK, order
+
+    def send_back(self, mixed_PD: Tensor) -> None:
+        self.links = (send_back(mixed_PD, self.hops[-1], self.tokens, self.codec),)
+
+    def pass_back(self) -> None:
+        for arriving, onward in zip(self.hops[-2::-1], self.hops[:0:-1], strict=True):
+            self.links = (pass_back(self.links[0], arriving, onward, self.tokens),)
+
+    def _land_slots(self, link: Tensor) -> tuple[Tensor, Tensor]:
+        return unpack_slots(arrive(link, self.hops[-1], self.slots), self.hops[-1], self.num_experts)
+
+
+def check_divides(num_experts: int, group: dist.ProcessGroup) -> None:
+    """Raise ``ValueError`` where the size of ``group`` does not divide ``num_experts``."""
+    if num_experts % group.size():
+        raise ValueError(f"{num_experts} experts do not divide among {group.size()} ranks")
 
 
 def next_hop(expert_ids_TK: Tensor, num_experts: int, splits: Splits) -> Hop:
@@ -217,91 +342,3 @@ def pairs_and_slots(expert_ids_TK: Tensor, num_experts: int, num_places: int) ->
     """Count the tokens that have an expert at each place, and their slots there; both int64 [num_places]."""
     places_TK = expert_ids_TK // (num_experts // num_places)
     return needed_places(places_TK, num_places).sum(dim=0), count_by_expert(places_TK, num_places, places_TK >= 0)
-
-
-class StartedHop(NamedTuple):
-    """A hop that has been started.
-
-    Attributes:
-        pending: Rows being received; only :func:`~moefoundry.ops.all_to_all.wait_for` may read them.
-        sent: Stand-in for the rows sent: their shape, no memory, and the gradient that comes back.
-        codec: Form in which the rows are sent.
-    """
-
-    pending: Tensor
-    sent: Tensor
-    codec: RowCodec | None
-
-
-def start_hop(rows_T: Tensor, hop: Hop, codec: RowCodec | None = None) -> StartedHop:
-    """Start to send rows [T, ...]; :func:`finish_hops` waits for them.
-
-    In the backward pass :func:`finish_hops` starts the exchange of gradients, and this function waits for it: the
-    backward pass of what is computed in between overlaps with it.
-    """
-    pending, sent = _StartHop.apply(rows_T, hop, codec)
-    return StartedHop(pending, sent, codec)
-
-
-def finish_hops(started: StartedHop, hops: list[Hop]) -> Tensor:
-    """Wait for the first hop, and do the others; [P, ...]."""
-    return _FinishHops.apply(started.sent, started.pending, tuple(hops), started.codec)
-
-
-def spread(rows_T: Tensor, hops: tuple[Hop, ...]) -> Tensor:
-    """Send rows over ``hops``, [T, ...] -> [P, ...]."""
-    for hop in hops:
-        rows_T = all_to_all_rows(gather_rows(rows_T, hop.order), hop.splits)
-    return rows_T
-
-
-def collect(rows_P: Tensor, hops: tuple[Hop, ...]) -> Tensor:
-    """Send rows back and add up those of each token, [P, ...] -> [T, ...]; the transpose of :func:`spread`."""
-    for hop in reversed(hops):
-        rows_P = sum_of_rows(all_to_all_rows(rows_P, hop.splits.reverse()), hop.order)
-    return rows_P
-
-
-class _StartHop(Function):
-    @staticmethod
-    def forward(ctx: Any, rows_T: Tensor, hop: Hop, codec: RowCodec | None) -> tuple[Tensor, Tensor]:
-        ctx.hop = hop
-        sent = rows_T if codec is None else codec.encode(rows_T)
-        pending = start_all_to_all(gather_rows(sent, hop.order), hop.splits)
-        ctx.mark_non_differentiable(pending)
-        return pending, rows_T.new_empty(1).expand(sum(hop.splits.send), *rows_T.shape[1:])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: None, grad_pending: Tensor) -> tuple[Tensor, None, None]:
-        return sum_of_rows(wait_for(grad_pending), ctx.hop.order), None, None
-
-
-class _FinishHops(Function):
-    @staticmethod
-    def forward(ctx: Any, sent: Tensor, pending: Tensor, hops: tuple[Hop, ...], codec: RowCodec | None) -> Tensor:
-        ctx.hops = hops
-        rows = spread(wait_for(pending), hops[1:])
-        return rows.view_as(rows) if codec is None else codec.decode(rows, sent)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, None, None, None]:
-        first, *others = ctx.hops
-        return start_all_to_all(collect(grad_P, tuple(others)), first.splits.reverse()), None, None, None
-
-
-class _Combine(Function):
-    """:func:`collect`; the backward pass spreads gradients in the codec's form."""
-
-    @staticmethod
-    def forward(ctx: Any, mixed_PD: Tensor, hops: tuple[Hop, ...], codec: RowCodec | None) -> Tensor:
-        ctx.hops, ctx.codec = hops, codec
-        return collect(mixed_PD, hops)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.codec is None:
-            return spread(grad_TD, ctx.hops), None, None
-        return ctx.codec.decode(spread(ctx.codec.encode(grad_TD), ctx.hops), grad_TD), None, None

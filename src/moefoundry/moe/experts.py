@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moefoundry.config import MoEConfig
+from moefoundry.moe.dispatch import Mix
 from moefoundry.moe.mixture import Mixture, RowMixture, build_mixture
 from moefoundry.ops.expert_bias import HiddenLayer, weighted_biases
 from moefoundry.ops.gradient_scale import scale_gradient
@@ -73,6 +77,13 @@ class GroupedExperts(nn.Module):
         if self.down_proj_bias is None:
             return mixed_PD
         return mixed_PD + weighted_biases(weights_PK, local_experts(self.down_proj_bias), order)
+
+    def in_chunks(self, links: Any, schedule: Callable[[Any, Mix], Any]) -> Any:
+        """Mix chunks of tokens one after the other, in one pass through this module for FSDP.
+
+        See :class:`~moefoundry.moe.dispatch.Experts`.
+        """
+        return schedule(links, self.forward)
 
     def mix(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
         """Compute :meth:`forward` without the biases of ``down``."""

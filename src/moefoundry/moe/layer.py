@@ -2,10 +2,10 @@
 
 Follow one token. The router scores it against every expert and keeps the best K. ``dispatch`` sends it to the ranks of
 those experts. There it becomes a row of each of its experts there; each expert is a SwiGLU over its rows, and the
-results, times the router's weights, are added up. ``combine`` brings the sums back and adds them. The output of the
-shared experts, which see every token, is added. No token is dropped, unless the recipe sets a capacity: then, in
-training, a slot that its expert cannot take is not dispatched, and adds nothing. Padding is left out at the very
-beginning: to routing, losses and statistics it is as if it were not there.
+results, times the router's weights, are added up. The sums come back and are added. The output of the shared experts,
+which see every token, is added. No token is dropped, unless the recipe sets a capacity: then, in training, a slot that
+its expert cannot take is not dispatched, and adds nothing. Padding is left out at the very beginning: to routing,
+losses and statistics it is as if it were not there.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class MoELayer(nn.Module):
         self.router_losses: Sequence[Callable[[Tensor, Tensor], Tensor]] = ()
         self.aux_loss_scope = cfg.balance.aux_loss_scope
         self.capacity_factor = cfg.capacity_factor
+        self.dispatch_chunks = cfg.dispatch_chunks
 
     def forward(self, x_BSD: Tensor, real_T: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
         """Compute the output, [B, S, D] -> [B, S, D], and the statistics of the tokens.
@@ -91,11 +92,10 @@ class MoELayer(nn.Module):
         kept_TK = None
         if self.capacity_factor is not None and self.training:
             kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)
-        pending = self.dispatcher.dispatch(tokens_TD, routing.topk_expert_ids, routing.topk_weights, kept_TK)
+        routed = routing.topk_expert_ids, routing.topk_weights, kept_TK
+        exchange = self.dispatcher.dispatch(tokens_TD, *routed, self.dispatch_chunks if self.training else 1)
         shared_TD = self._shared(tokens_TD)  # while tokens are exchanged
-        tokens_PD, metadata = pending.wait()
-        mixed_PD = self.experts(tokens_PD, metadata.weights_PK, metadata.order)
-        out_TD = self.dispatcher.combine(mixed_PD, metadata)
+        out_TD = exchange.mix(self.experts)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
         if real_T is not None:

@@ -16,6 +16,7 @@ A is the number of nodes of the group, M the number of its ranks in each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -49,22 +50,39 @@ class TwoHopDispatcher(AllToAllDispatcher):
             raise ValueError(f"{between.size()} nodes of {inside.size()} ranks are not {group.size()} ranks")
         self.between, self.inside = between, inside
 
-    def _plan(self, expert_ids_TK: Tensor) -> tuple[list[Splits], int]:
+    def _plan(self, chunks: Sequence[Tensor]) -> list[tuple[list[Splits], int]]:
+        nodes, ranks = self.between.size(), self.inside.size()
+        counted = torch.stack([self._count(ids_TK) for ids_TK in chunks])
+        gathered = all_gather_rows(counted, self.group).view(nodes, ranks, len(chunks), -1)
+        sizes = torch.cat([size for counts_AMX in gathered.unbind(2) for size in self._sizes(counts_AMX)])
+        counts = iter(sizes.tolist())  # the one wait for the host
+        plans = []
+        for _ in chunks:
+            cross, crossed, send, receive = (list(islice(counts, size)) for size in (nodes, nodes, ranks, ranks))
+            plans.append(([Splits(cross, crossed, self.between), Splits(send, receive, self.inside)], next(counts)))
+        return plans
+
+    def _count(self, expert_ids_TK: Tensor) -> Tensor:
+        """Count this rank's tokens for each node and rank, and their slots for each rank, int64 [A + 2 A M]."""
+        nodes = self.between.size()
+        pairs_A, _ = pairs_and_slots(expert_ids_TK, self.num_experts, nodes)
+        return torch.cat([pairs_A, *pairs_and_slots(expert_ids_TK, self.num_experts, nodes * self.inside.size())])
+
+    def _sizes(self, counts_AMX: Tensor) -> list[Tensor]:
+        """Sizes of both hops of this rank, sent and received, and its number of rows.
+
+        Args:
+            counts_AMX: What :meth:`_count` gives on each rank, by node and place.
+        """
         nodes, ranks = self.between.size(), self.inside.size()
         node, place = self.between.rank(), self.inside.rank()
-        pairs_A, _ = pairs_and_slots(expert_ids_TK, self.num_experts, nodes)
-        pairs_G, slots_G = pairs_and_slots(expert_ids_TK, self.num_experts, nodes * ranks)
-        gathered = all_gather_rows(torch.cat([pairs_A, pairs_G, slots_G]), self.group).view(nodes, ranks, -1)
         # by sender's node and place, then by the experts' node and place there
-        pairs_AMA, pairs_AMAM, slots_AMAM = gathered.split([nodes, nodes * ranks, nodes * ranks], dim=2)
+        pairs_AMA, pairs_AMAM, slots_AMAM = counts_AMX.split([nodes, nodes * ranks, nodes * ranks], dim=2)
         pairs_AMAM, slots_AMAM = (counts.view(nodes, ranks, nodes, ranks) for counts in (pairs_AMAM, slots_AMAM))
-        sizes = [
+        return [
             pairs_AMA[node, place],
             pairs_AMA[:, place, node],
             pairs_AMAM[:, place, node].sum(0),
             pairs_AMAM[:, :, node, place].sum(0),
             slots_AMAM[:, :, node, place].sum().view(1),
         ]
-        counts = iter(torch.cat(sizes).tolist())  # the one wait for the host
-        cross, crossed, send, receive = (list(islice(counts, size)) for size in (nodes, nodes, ranks, ranks))
-        return [Splits(cross, crossed, self.between), Splits(send, receive, self.inside)], next(counts)

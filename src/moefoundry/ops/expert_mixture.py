@@ -82,7 +82,7 @@ class _ExpertMixture(Function):
             g_nF = torch.mm(x_nD, gate[e].T, out=gate_NF[rows])
             u_nF = torch.mm(x_nD, up[e].T, out=up_NF[rows])
             h_nF = aten.silu.out(g_nF, out=h[:n]).mul_(u_nF).mul_(weight_N1[rows])
-            out_TD.index_add_(0, token_N[rows], torch.mm(h_nF, down[e].T, out=y[:n]))
+            _add_rows(out_TD, token_N[rows], torch.mm(h_nF, down[e].T, out=y[:n]))
         slot_N = order.slot_of_row_N
         ctx.save_for_backward(tokens_TD, gate, up, down, gate_NF, up_NF, weight_N1, token_N, slot_N)
         ctx.counts, ctx.slots = counts, weights_TK.shape
@@ -117,7 +117,7 @@ class _ExpertMixture(Function):
             torch.mm(dg_nF.T, x_nD, out=grad_gate[e])
             torch.mm(du_nF.T, x_nD, out=grad_up[e])
             dx_nD = torch.mm(dg_nF, gate[e], out=dx[:n]).addmm_(du_nF, up[e])
-            grad_tokens_TD.index_add_(0, ids, dx_nD)
+            _add_rows(grad_tokens_TD, ids, dx_nD)
         grad_weights_TK = weight_N1.new_zeros(ctx.slots)
         grad_weights_TK.view(-1)[slot_N] = grad_weight_N
         return grad_tokens_TD, grad_weights_TK, grad_gate, grad_up, grad_down, None
@@ -130,6 +130,11 @@ def _experts(counts: list[int]) -> Iterator[tuple[int, slice]]:
         if count:
             yield e, slice(start, start + count)
         start += count
+
+
+def _add_rows(out_TD: Tensor, tokens_n: Tensor, rows_nD: Tensor) -> None:
+    """Add rows to those of their tokens. ``index_add_`` has the same result, and takes many times as long."""
+    out_TD.scatter_add_(0, tokens_n.unsqueeze(1).expand_as(rows_nD), rows_nD)
 
 
 def _buffers(number: int, counts: list[int], like: Tensor) -> list[Tensor]:

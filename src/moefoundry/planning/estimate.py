@@ -3,7 +3,11 @@
 A roofline: products take their FLOPs over a share of the peak, other operations their bytes over a share of the
 memory's bandwidth, collectives their bytes over a share of the slower of link and network, and a call's latency. A
 block that launches its kernels more slowly than they run takes the time of the launches. FSDP's collectives are hidden
-behind the rest of the step up to a share; exchanges of tokens are not. Experts are used evenly.
+behind the rest of the step up to a share. Experts are used evenly.
+
+Exchanges of tokens are not hidden, unless the tokens go in N chunks. Then in each pass the first chunk on its way to
+the experts, and the last on its way back, are waited for: 1/N of the exchange; what remains of it hides behind the
+experts' products. Each chunk has its own calls, launches its own kernels, and reads the experts' weights anew.
 
 The shares are one set of constants for all devices, models and meshes. ``benchmarks/estimates.py`` compares them with
 published runs.
@@ -43,6 +47,9 @@ CALL_SECONDS = 20e-6
 LAUNCH_SECONDS, LAUNCHES = 4.5e-6, 125
 """A kernel's launch, and the launches of a block in one pass (``tests/model/step_counts.json``)."""
 
+CHUNK_LAUNCHES = 55
+"""Further launches of an MoE block in one pass for each chunk of tokens after the first."""
+
 OPTIMIZER_BYTES = 16
 """Bytes of fp32 parameters and gradients that AdamW reads and writes for an element, beside its moments."""
 
@@ -59,7 +66,7 @@ class StepTime:
         experts: Products with the experts' weights.
         other: Norms, routing, activations, and whatever else moves memory.
         launches: Time in which the device waits for launches.
-        exchange: Exchange of tokens among the ranks of ``mesh.expert``.
+        exchange: Exchange of tokens among the ranks of ``mesh.expert`` that nothing hides.
         sharding: Collectives of FSDP that nothing hides.
         optimizer: The optimizer's update.
     """
@@ -169,17 +176,19 @@ def estimate_of(recipe: Recipe, device: Accelerator, plan: Plan, sharded: Sharde
 
 def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work], head: Work, peak: float) -> StepTime:
     tokens, passes = plan.tokens_per_step, PASSES[recipe.activation_checkpointing]
+    chunks = recipe.model.moe.dispatch_chunks if plan.mesh.expert > 1 else 1
     bandwidth = MEMORY_SHARE * device.memory_tb_per_s * 1e12
     narrow = FP8_SHARE if recipe.precision.fp8.recipe else 1.0
     linear = sum(work.linear for work in works) * passes / (peak * SHARE_OF_PEAK["linear"] * narrow)
     head_seconds = 3 * head.linear / (_bf16(device) * SHARE_OF_PEAK["linear"])
     attention = sum(work.attention for work in works) * (passes + 0.5) / (_bf16(device) * SHARE_OF_PEAK["attention"])
     experts = sum(work.experts for work in works) * passes / (peak * SHARE_OF_PEAK["experts"] * narrow)
-    reads = plan.micro_batches * passes * _expert_bytes(recipe, plan, works) / bandwidth
+    reads = chunks * plan.micro_batches * passes * _expert_bytes(recipe, plan, works) / bandwidth
     recomputed = 1 if recipe.activation_checkpointing != ActivationCheckpointing.none else 0
     moved = sum(work.moved for work in works) * (3 + recomputed) / bandwidth
     computed = tokens * (linear + head_seconds + attention + moved) + max(tokens * experts, reads)
-    launched = plan.micro_batches * len(works) * passes * LAUNCHES * LAUNCH_SECONDS * 2 / 3
+    launches = len(works) * LAUNCHES + _sparse(works) * (chunks - 1) * CHUNK_LAUNCHES
+    launched = plan.micro_batches * passes * launches * LAUNCH_SECONDS * 2 / 3
     exchange = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective == "all_to_all")
     sharding = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective != "all_to_all")
     moments = plan.memory.optimizer
@@ -189,10 +198,25 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
         experts=max(tokens * experts, reads),
         other=tokens * moved,
         launches=max(0.0, launched - computed),
-        exchange=exchange,
+        exchange=_exposed(exchange, max(tokens * experts, reads), chunks, passes),
         sharding=max(0.0, sharding - HIDDEN_SHARE * computed),
         optimizer=optimizer,
     )
+
+
+def _exposed(exchange: float, experts: float, chunks: int, passes: int) -> float:
+    """Seconds of the exchanges of a step that the experts' products do not hide."""
+    recomputed = passes - 3
+    forward, backward = (1 + recomputed) / (2 + recomputed), 1 / (2 + recomputed)  # shares of the exchanges
+    exposed = 0.0
+    for sent, computed in ((forward, (1 + recomputed) / passes), (backward, 2 / passes)):
+        exposed += sent * exchange / chunks + max(0.0, sent * exchange * (1 - 1 / chunks) - computed * experts)
+    return exposed
+
+
+def _sparse(works: Sequence[Work]) -> int:
+    """Count the blocks with experts."""
+    return sum(work.experts > 0 for work in works)
 
 
 def _scaled(work: Work, share: float) -> Work:
@@ -212,9 +236,9 @@ def _peak(recipe: Recipe, device: Accelerator) -> float:
 
 def _expert_bytes(recipe: Recipe, plan: Plan, works: Sequence[Work]) -> float:
     """Bytes of the experts' weights that a pass over all blocks reads on one rank."""
-    moe, sparse = recipe.model.moe, sum(work.experts > 0 for work in works)
+    moe = recipe.model.moe
     elements = 3 * moe.expert_hidden_size * recipe.model.d_model * moe.num_experts / plan.mesh.expert
-    return sparse * elements * compute_dtype(recipe.precision).itemsize
+    return _sparse(works) * elements * compute_dtype(recipe.precision).itemsize
 
 
 def _seconds(entry: Traffic, device: Accelerator) -> float:

@@ -8,6 +8,8 @@ a rank that has several of its experts. Metrics and the gradient norm, a few kB,
 FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
 reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows are sent to the experts and
 back, forward and backward; if the forward pass is recomputed (``full``), once more. ``selective`` keeps received rows.
+In chunks (``model.moe.dispatch_chunks``) the same rows go in more calls, and counts are of each chunk. DeepEP is
+counted as if it were ``all_to_all``.
 """
 
 from __future__ import annotations
@@ -69,9 +71,9 @@ class Ledger:
         """Count the ranks of a group along ``axis``."""
         return len(self.groups[axis][0])
 
-    def add(self, collective: str, axis: str, sent: int, calls: int = 1) -> None:
-        """Add ``calls`` collectives that send ``sent`` bytes each."""
-        self.calls[collective, axis] += calls
+    def add(self, collective: str, axis: str, sent: int, calls: int = 1, parts: int = 1) -> None:
+        """Add ``calls`` collectives that send ``sent`` bytes each, in so many parts."""
+        self.calls[collective, axis] += calls * parts
         self.sent[collective, axis] += calls * sent
 
     def add_all_reduce(self, axis: str, size: int, calls: int = 1) -> None:
@@ -94,13 +96,14 @@ class Ledger:
     def add_exchange(self, routed: Routed, layers: int, runs: int) -> None:
         """Add the exchanges of ``layers`` MoE layers, with ``runs`` forward passes each before the backward pass."""
         ranks, pairs = self.ranks(EXPERT), routed.pairs_by_rank
-        self.add("all_to_all", EXPERT, (ranks - 1) * 2 * COUNT_BYTES, layers * runs)
+        self.add("all_to_all", EXPERT, (ranks - 1) * 2 * COUNT_BYTES * routed.chunks, layers * runs)
         self._add_hop(EXPERT, sum(pairs[1:]), (ranks - 1) * pairs[0], routed, layers, runs)
 
     def add_two_hop_exchange(self, routed: Routed, layers: int, runs: int) -> None:
         """Add the exchanges in two hops: a token is sent once to each node, and from there once to each rank."""
         ranks, nodes, places = self.ranks(EXPERT), self.ranks(EXPERT_NODE), self.ranks(EXPERT_PLACE)
-        self.add("all_gather", EXPERT, (ranks - 1) * (nodes + 2 * ranks) * COUNT_BYTES, layers * runs)
+        counts = (nodes + 2 * ranks) * COUNT_BYTES * routed.chunks
+        self.add("all_gather", EXPERT, (ranks - 1) * counts, layers * runs)
         pairs = routed.pairs_by_node
         self._add_hop(EXPERT_NODE, sum(pairs[1:]), (nodes - 1) * pairs[0], routed, layers, runs)
         pairs = [nodes * count for count in routed.pairs_by_rank[:places]]
@@ -108,11 +111,11 @@ class Ledger:
 
     def _add_hop(self, axis: str, go: int, back: int, routed: Routed, layers: int, runs: int) -> None:
         """Add one hop: rank 0 sends ``go`` tokens, and returns ``back`` tokens that it received."""
-        self.add("all_to_all", axis, go * routed.slot_bytes, layers * runs)
-        self.add("all_to_all", axis, back * routed.slot_bytes, layers)  # gradients of the weights
+        self.add("all_to_all", axis, go * routed.slot_bytes, layers * runs, routed.chunks)
+        self.add("all_to_all", axis, back * routed.slot_bytes, layers, routed.chunks)  # gradients of the weights
         # backward, once: gradients of the results are sent to the experts, gradients of the tokens return
-        self.add("all_to_all", axis, go * routed.spread_bytes, layers * (runs + 1))
-        self.add("all_to_all", axis, back * routed.collected_bytes, layers * (runs + 1))
+        self.add("all_to_all", axis, go * routed.spread_bytes, layers * (runs + 1), routed.chunks)
+        self.add("all_to_all", axis, back * routed.collected_bytes, layers * (runs + 1), routed.chunks)
 
     def entries(self, gpus_per_node: int) -> list[Traffic]:
         """List the traffic, by collective and axis."""
@@ -139,6 +142,7 @@ class Routed:
         spread_bytes: Bytes of a token's row to its experts.
         collected_bytes: Bytes of a row back.
         slot_bytes: Bytes of the numbers and weights of a token's K experts.
+        chunks: Chunks in which the tokens go.
     """
 
     pairs_by_rank: list[int]
@@ -146,6 +150,7 @@ class Routed:
     spread_bytes: int
     collected_bytes: int
     slot_bytes: int
+    chunks: int
 
 
 def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
@@ -164,6 +169,7 @@ def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
         spread_bytes=row_bytes(width) if fp8 else width * dtype.itemsize,
         collected_bytes=width * dtype.itemsize,
         slot_bytes=2 * moe.top_k * weight_bytes,
+        chunks=moe.dispatch_chunks,
     )
 
 

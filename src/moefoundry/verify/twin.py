@@ -23,6 +23,7 @@ from moefoundry.config import (
     AttentionConfig,
     CallbacksConfig,
     ConfigError,
+    Dispatcher,
     Fp8Config,
     GqaConfig,
     LinearAttentionConfig,
@@ -89,6 +90,8 @@ def make_twin(recipe: Recipe, room: Path, ranks: int = 4, gpu: bool = False) -> 
     lost = [f"compile: {recipe.compile}"] if recipe.compile else []
     if recipe.model.moe.backend != model.moe.backend:
         lost.append(f"model.moe.backend: {recipe.model.moe.backend}; {model.moe.backend} takes its place")
+    if recipe.model.moe.dispatcher != model.moe.dispatcher:
+        lost.append(f"model.moe.dispatcher: {recipe.model.moe.dispatcher}; {model.moe.dispatcher} takes its place")
     if recipe.precision.fp8.backend != (fp8 := small_fp8(recipe.precision.fp8, model)).backend:
         lost.append(f"precision.fp8.backend: {recipe.precision.fp8.backend}; the definitions take its place")
     twin = replace(
@@ -238,6 +241,7 @@ def small_moe(moe: MoEConfig, ranks: int) -> MoEConfig:
         router=replace(moe.router, num_groups=groups, top_k_groups=kept),
         balance=replace(moe.balance, bias_freeze_at=moe.balance.bias_freeze_at and f"{BATCHES - 2}ba"),
         backend="auto" if moe.backend in KERNELS else moe.backend,
+        dispatcher=Dispatcher.all_to_all,
     )
 
 

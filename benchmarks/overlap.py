@@ -1,0 +1,86 @@
+"""``python -m benchmarks.overlap --out DIR``: what is computed while tokens travel, as Chrome traces of gloo ranks.
+
+One MoE layer with its experts on four ranks, forward and backward, with its tokens in 1, 2 and 4 chunks: DIR gets the
+trace of rank 0 of each. Exchanges are the spans ``gloo:all_to_all``, the experts' products ``aten::_grouped_mm``, and
+``wait_tensor`` is the time for which a rank stands still. The ranks share the cores on which gloo moves the rows: the
+traces show the order of things, and not how much is gained where a network moves them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.ranks import on_ranks
+
+RANKS, CHUNKS = 4, (1, 2, 4)
+TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 512, 256, 256, 16, 4
+WAIT = "_c10d_functional::wait_tensor"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overlap", description="Trace exchanges that overlap.")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the traces")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a rank")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for chunks in CHUNKS:
+        path = args.out / f"chunks-{chunks}.json"
+        seconds = on_ranks(trace, RANKS, chunks, args.tokens, str(path))
+        print(f"{path}: {seconds['step']:.3f} s forward and backward, {seconds['waiting']:.3f} s of it waiting")
+
+
+def trace(chunks: int, tokens: int, path: str) -> dict[str, float]:
+    """Train a layer for three steps, of which the last is traced."""
+    layer = build(chunks)
+    x = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
+    for _ in range(2):
+        step(layer, x)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        step(layer, x)
+    if dist.get_rank() == 0:
+        profiler.export_chrome_trace(path)
+    events = profiler.events()
+    waiting = sum(event.cpu_time_total for event in events if event.name == WAIT) / 1e6
+    whole = max(event.time_range.end for event in events) - min(event.time_range.start for event in events)
+    return {"step": whole / 1e6, "waiting": waiting}
+
+
+def build(chunks: int) -> Any:
+    """An MoE layer that holds this rank's experts."""
+    from moefoundry.config import MoEConfig
+    from moefoundry.moe.dispatch import AllToAllDispatcher
+    from moefoundry.moe.layer import MoELayer
+
+    cfg = MoEConfig(
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        expert_hidden_size=HIDDEN,
+        num_shared_experts=1,
+        backend="grouped_mm",
+        dispatch_chunks=chunks,
+    )
+    layer = MoELayer(WIDTH, cfg)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    for name, weight in list(layer.experts.named_parameters()):
+        setattr(layer.experts, name, nn.Parameter(weight.detach()[: EXPERTS // RANKS].clone()))
+    layer.dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD)
+    return layer
+
+
+def step(layer: Any, x: torch.Tensor) -> None:
+    dist.barrier()
+    out, stats = layer(x)
+    (out.sum() + stats.z_loss).backward()
+
+
+if __name__ == "__main__":
+    main()
