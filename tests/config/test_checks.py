@@ -54,6 +54,8 @@ def test_row22_check_recipe_alone():
 
 
 WINDOWED = "model.attention.sliding_window_layers"
+WINDOW_ROPE = "model.attention.sliding_window_rope"
+YARN, BANDS = "yarn: {factor: 4, original_max_seq_len: 64}", "llama3_rope: {factor: 4}"
 BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
 
 
@@ -95,6 +97,19 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
         *(
             (["model.attention.sliding_window=8", f"{WINDOWED}={blocks}"], None, [WINDOWED])
             for blocks in ("[]", "[2,6]")
+        ),
+        # rotary embeddings of some blocks
+        (["model.attention.unrotated_layers=[0,5]"], None, []),
+        (["model.attention.unrotated_layers=[0,6]"], None, ["model.attention.unrotated_layers"]),
+        (["model.attention.sliding_window=8", f"{WINDOW_ROPE}={{rope_theta: 5}}"], None, []),
+        ([f"{WINDOW_ROPE}={{rope_theta: 5}}"], None, [WINDOW_ROPE]),
+        (
+            [
+                "model.attention.sliding_window=8",
+                f"{WINDOW_ROPE}={{rope_theta: 5, {YARN}, {BANDS}}}",
+            ],
+            None,
+            [f"{WINDOW_ROPE}.llama3_rope"],
         ),
         # routing by groups
         (["model.moe.router={num_groups: 3}"], None, ["model.moe.router.num_groups"]),

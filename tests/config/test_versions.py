@@ -44,7 +44,7 @@ def test_a_recipe_of_the_first_version_means_what_it_meant() -> None:
 def test_no_other_key_that_matters_was_added_without_a_version() -> None:
     """A key that later recipes have and the first had not is in ``ADDED``, is free on resume, or comes with a mapping
     that was null."""
-    attention = ("yarn.", "llama3_rope.", "kv_", "q", "v_", "indexer.")
+    attention = ("yarn.", "llama3_rope.", "kv_", "q", "v_", "indexer.", "sliding_window_rope.")
     data = (f"{loader}.dataset.{name}." for loader in ("train_loader", "eval_loader") for name in ("fim", "streams"))
     linear = "model.linear_attention."
     new_mappings = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, YarnConfig
+from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, WindowRopeConfig, YarnConfig
 from moefoundry.foundry import ComposerMoECausalLM, count_tokens, with_counts
 from moefoundry.model.targets import shifted_targets
 from moefoundry.model.transformer import MoETransformer
@@ -17,6 +17,15 @@ KINDS = {
     "window": GqaConfig(n_heads=4, n_kv_heads=2, sliding_window=3),
     "yarn": GqaConfig(n_heads=4, n_kv_heads=4, yarn=YARN),
     "sinks": GqaConfig(n_heads=4, n_kv_heads=2, sinks=True, sliding_window=3, sliding_window_layers=[1]),
+    "ropes": GqaConfig(
+        n_heads=4,
+        n_kv_heads=2,
+        yarn=YARN,
+        sliding_window=3,
+        sliding_window_layers=[0],
+        sliding_window_rope=WindowRopeConfig(50.0),
+        unrotated_layers=[1],
+    ),
     "latent": MlaConfig(**MLA, q_lora_rank=10),
     "latent_yarn": MlaConfig(**MLA, yarn=YARN),
     "linear": LINEAR,

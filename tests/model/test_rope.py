@@ -1,12 +1,23 @@
 """Rotary embedding: what a rotation is, transformers' YaRN, and fp32 whatever the block computes in."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import _compute_yarn_parameters
 
-from moefoundry.config import Compute, GqaConfig, MeshConfig, ModelConfig, PrecisionConfig, YarnConfig
+from moefoundry.config import (
+    Compute,
+    GqaConfig,
+    MeshConfig,
+    ModelConfig,
+    PrecisionConfig,
+    WindowRopeConfig,
+    YarnConfig,
+)
 from moefoundry.conversion.families.rope_scaling import write_yarn
+from moefoundry.model.context import AttentionKind, attention_contexts
 from moefoundry.model.rope import rotate, rotate_interleaved, rotation
 from tests.distributed import run_distributed
 from tests.model.peers import max_positions
@@ -36,6 +47,25 @@ def test_conventions_by_hand() -> None:
     cos, sin = torch.tensor([2.0, 0.2]).cos(), torch.tensor([2.0, 0.2]).sin()
     torch.testing.assert_close(rotate(x, rot).flatten(), torch.stack([cos[0], -sin[1], sin[0], cos[1]]))
     torch.testing.assert_close(rotate_interleaved(x, rot).flatten(), torch.stack([cos[0], sin[0], -sin[1], cos[1]]))
+
+
+def test_blocks_have_the_rotation_that_is_theirs() -> None:
+    """Each block's queries and keys by the block alone: with a base of its own, without, or with that of all."""
+    window = WindowRopeConfig(50.0)
+    attention = GqaConfig(
+        n_heads=2, n_kv_heads=2, sliding_window=3, sliding_window_layers=[0], sliding_window_rope=window
+    )
+    attention.unrotated_layers = [1]
+    cfg, ids = replace(tiny_config(), attention=attention), batch(1, 6)
+    blocks = [AttentionKind(attention.window_of(i), attention.is_rotated(i)) for i in range(3)]
+    contexts = attention_contexts(cfg, blocks, ids)
+    width, positions = attention.rotary_dim(cfg.d_model), torch.arange(6)
+    for kind, theta in zip(blocks, (50.0, None, attention.rope_theta), strict=True):
+        if theta is None:
+            assert contexts[kind].rotation.width == 0
+        else:
+            assert torch.equal(contexts[kind].rotation.cos, rotation(positions, width, GqaConfig(rope_theta=theta)).cos)
+    assert [contexts[kind].mask is None for kind in blocks] == [False, True, True]
 
 
 @CONVENTIONS

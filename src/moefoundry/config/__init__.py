@@ -16,6 +16,7 @@ from moefoundry.config.schema_attention import (
     Llama3RopeConfig,
     MlaConfig,
     QkNorm,
+    WindowRopeConfig,
     YarnConfig,
 )
 from moefoundry.config.schema_launch import LaunchConfig
@@ -94,8 +95,8 @@ __all__ = [
     "Moments", "MtpConfig", "MultipliersConfig", "NonFinite", "NormConfig", "NormKind", "NormPosition",
     "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
     "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SwigluConfig", "SystemMonitorConfig",
-    "TaskConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig",
-    "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers",
-    "load_model", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
+    "TaskConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig",
+    "WindowRopeConfig", "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten",
+    "key", "load_layers", "load_model", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on

@@ -5,19 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.schema_attention import GqaConfig
+from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, WindowRopeConfig
 from moefoundry.config.schema_model import ModelConfig
+
+PATH = "model.attention"
 
 
 def window_problems(model: ModelConfig) -> Iterator[Problem]:
-    """Yield what is wrong with the list of blocks that have a sliding window."""
-    attention, path = model.attention, "model.attention.sliding_window_layers"
-    if not isinstance(attention, GqaConfig) or (blocks := attention.sliding_window_layers) is None:
+    """Yield what is wrong with the blocks that have a sliding window, or have no rotary embedding."""
+    attention = model.attention
+    if not isinstance(attention, GqaConfig):
         return
+    if attention.sliding_window_rope is not None and attention.sliding_window is None:
+        path = f"{PATH}.sliding_window_rope"
+        yield Problem(path, f"on, and {PATH}.sliding_window is null", allowed="null")
+    yield from _blocks_beyond(model, "unrotated_layers", attention.unrotated_layers)
+    if (blocks := attention.sliding_window_layers) is None:
+        return
+    path = f"{PATH}.sliding_window_layers"
     if attention.sliding_window is None:
-        yield Problem(path, "lists blocks, but model.attention.sliding_window is null", allowed="null")
+        yield Problem(path, f"lists blocks, but {PATH}.sliding_window is null", allowed="null")
     elif not blocks:
-        yield Problem(path, "no block", allowed="null for all", suggestion="model.attention.sliding_window=null")
-    elif beyond := [index for index in blocks if index >= model.n_layers]:
+        yield Problem(path, "no block", allowed="null for all", suggestion=f"{PATH}.sliding_window=null")
+    else:
+        yield from _blocks_beyond(model, "sliding_window_layers", blocks)
+
+
+def _blocks_beyond(model: ModelConfig, key: str, blocks: list[int]) -> Iterator[Problem]:
+    if beyond := [index for index in blocks if index >= model.n_layers]:
         message = f"no block {', '.join(map(str, beyond))}, for model.n_layers is {model.n_layers}"
-        yield Problem(path, message, allowed=f"0 to {model.n_layers - 1}")
+        yield Problem(f"{PATH}.{key}", message, allowed=f"0 to {model.n_layers - 1}")
+
+
+def rope_problems(attention: AttentionConfig) -> Iterator[Problem]:
+    """Yield what is wrong with extensions of rotary embeddings."""
+    yield from _extension_problems(PATH, attention)
+    if isinstance(attention, GqaConfig) and attention.sliding_window_rope is not None:
+        yield from _extension_problems(f"{PATH}.sliding_window_rope", attention.sliding_window_rope)
+
+
+def _extension_problems(path: str, rope: AttentionConfig | WindowRopeConfig) -> Iterator[Problem]:
+    yarn, bands = rope.yarn, rope.llama3_rope
+    if yarn is not None and bands is not None:
+        yield Problem(f"{path}.llama3_rope", f"on, and {path}.yarn is on, too", allowed="one of them")
+    if bands is not None and bands.high_freq_factor <= bands.low_freq_factor:
+        message = f"{bands.high_freq_factor} is not more than low_freq_factor, {bands.low_freq_factor}"
+        yield Problem(f"{path}.llama3_rope.high_freq_factor", message, allowed=f"above {bands.low_freq_factor}")
+    if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
+        message = f"{yarn.beta_fast} rotations are not more than {path}.yarn.beta_slow, {yarn.beta_slow}"
+        yield Problem(f"{path}.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")

@@ -214,6 +214,7 @@ _TABLES = (
                 "sarvam_moe": "ling:SarvamMoe",
                 "bailing_moe": "ling:BailingMoe",
                 "gpt_oss": "gpt_oss:GptOss",
+                "olmo3": "olmo2:Olmo3",
             }.items()
         },
         base=None,

@@ -63,6 +63,19 @@ class Llama3RopeConfig:
 
 
 @dataclass
+class WindowRopeConfig:
+    """Rotary embedding of the blocks with a sliding window, in place of the others' keys of the same names."""
+
+    rope_theta: float = key(
+        REQUIRED, "Base of their rotary position embedding.", customary="10000, or that of the other blocks", gt=0
+    )
+    yarn: YarnConfig | None = key(None, "Their context extension; null leaves the frequencies as they are.")
+    llama3_rope: Llama3RopeConfig | None = key(
+        None, "Their context extension as in Llama 3.1 and later; null leaves the frequencies as they are."
+    )
+
+
+@dataclass
 class AttentionConfig:
     """Keys that every attention kind has; the keys of one kind are in its subclass."""
 
@@ -112,6 +125,14 @@ class AttentionConfig:
     def window_of(self, block: int) -> int | None:
         """Give the window of one block, counted from 0; the modules of multi-token prediction come last."""
         return self.window
+
+    def is_rotated(self, block: int) -> bool:
+        """Tell if one block, counted as in :meth:`window_of`, has a rotary embedding."""
+        return True
+
+    def rope_of(self, window: int | None) -> AttentionConfig | WindowRopeConfig:
+        """Give the mapping with the rotary embedding of blocks with this window."""
+        return self
 
 
 @dataclass
@@ -173,6 +194,13 @@ class GqaConfig(AttentionConfig):
         ),
     )
 
+    sliding_window_rope: WindowRopeConfig | None = key(
+        None, "Rotary embedding of the blocks with a window; null is that of all."
+    )
+    unrotated_layers: list[int] = key(
+        list, "Blocks (from 0) without a rotary embedding, whose queries and keys have no position.", ge=0
+    )
+
     def head_width(self, d_model: int) -> int:
         """Width of a head."""
         return self.head_dim or d_model // self.n_heads
@@ -190,6 +218,12 @@ class GqaConfig(AttentionConfig):
     def window_of(self, block: int) -> int | None:
         layers = self.sliding_window_layers
         return self.sliding_window if layers is None or block in layers else None
+
+    def is_rotated(self, block: int) -> bool:
+        return block not in self.unrotated_layers
+
+    def rope_of(self, window: int | None) -> AttentionConfig | WindowRopeConfig:
+        return self if window is None else self.sliding_window_rope or self
 
 
 @dataclass

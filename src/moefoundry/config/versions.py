@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 VERSION_KEY = "format_version"
 
 ADDED: dict[int, dict[str, dict[str, Any]]] = {
@@ -78,6 +78,12 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         },
         "model.moe.num_experts": {"model.moe.projection_bias": False},
         "model.moe.router.score_function": {"model.moe.router.gate_bias": False},
+    },
+    4: {
+        "model.attention.n_kv_heads": {
+            "model.attention.sliding_window_rope": None,
+            "model.attention.unrotated_layers": [],
+        },
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

@@ -1,4 +1,4 @@
-"""Positions and masks of a forward pass, computed once for all attention layers with the same window.
+"""Positions and masks of a forward pass, computed once for all attention layers of a kind.
 
 S new tokens follow P cached ones, of which a layer with a window has the last ones only; it attends to L tokens in all.
 Without documents, window and cache there is no mask, so that the kernels for plain causal attention apply.
@@ -16,6 +16,18 @@ from torch import Tensor
 from moefoundry.config import ModelConfig
 from moefoundry.model.rope import Rotation, rotation
 from moefoundry.ops.attention_sinks import attend_with_sinks
+
+
+class AttentionKind(NamedTuple):
+    """What tells attention layers of a model apart, their weights aside.
+
+    Attributes:
+        window: Tokens a position sees, itself included; None if it sees all before it.
+        rotated: Queries and keys have a rotary embedding.
+    """
+
+    window: int | None = None
+    rotated: bool = True
 
 
 class AttentionContext(NamedTuple):
@@ -44,22 +56,22 @@ def attention_context(
 
     Arguments are those of :func:`attention_contexts`.
     """
-    window = cfg.attention.window
-    return attention_contexts(cfg, [window], input_ids_BS, sequence_id_BS, num_cached)[window]
+    kind = AttentionKind(cfg.attention.window)
+    return attention_contexts(cfg, [kind], input_ids_BS, sequence_id_BS, num_cached)[kind]
 
 
 def attention_contexts(
     cfg: ModelConfig,
-    windows: Iterable[int | None],
+    kinds: Iterable[AttentionKind],
     input_ids_BS: Tensor,
     sequence_id_BS: Tensor | None = None,
     num_cached: int = 0,
-) -> dict[int | None, AttentionContext]:
-    """Compute the contexts of a forward pass over ``input_ids_BS``, by window.
+) -> dict[AttentionKind, AttentionContext]:
+    """Compute the contexts of a forward pass over ``input_ids_BS``, by kind.
 
     Args:
-        cfg: Has the kind of attention.
-        windows: Windows that layers have; None is none.
+        cfg: Has the attention.
+        kinds: Kinds of attention layers.
         input_ids_BS: Gives shape and device.
         sequence_id_BS: int64 [B, S], ascending; tokens of one document have the same. Positions start at 0 in each
             document, and no token sees another document. None is one document a row.
@@ -68,13 +80,18 @@ def attention_contexts(
     attention, seq_len = cfg.attention, input_ids_BS.shape[1]
     indices_L = torch.arange(num_cached + seq_len, device=input_ids_BS.device)
     positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
-    turns = rotation(positions, attention.rotary_dim(cfg.d_model), attention)
+    rotations: dict[tuple[bool, int], Rotation] = {}
     contexts = {}
-    for window in dict.fromkeys(windows):
+    for kind in dict.fromkeys(kinds):
+        window, rope = kind.window, attention.rope_of(kind.window)
+        width = attention.rotary_dim(cfg.d_model) if kind.rotated else 0
+        turned = rope is attention, width
+        if turned not in rotations:
+            rotations[turned] = rotation(positions, width, rope)
         cached = num_cached if window is None else min(num_cached, window - 1)
         mask = _mask(indices_L[: cached + seq_len], cached, window, sequence_id_BS)
         is_causal = mask is None and cached == 0
-        contexts[window] = AttentionContext(turns, mask, is_causal, window, sequence_id_BS)
+        contexts[kind] = AttentionContext(rotations[turned], mask, is_causal, window, sequence_id_BS)
     return contexts
 
 

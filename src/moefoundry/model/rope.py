@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from moefoundry.config import AttentionConfig, Llama3RopeConfig, YarnConfig
+from moefoundry.config import AttentionConfig, Llama3RopeConfig, WindowRopeConfig, YarnConfig
 
 
 class Rotation:
@@ -26,15 +26,20 @@ class Rotation:
         self.cos = cos
         self.sin = sin
 
+    @property
+    def width(self) -> int:
+        """Width that is rotated; 0 rotates nothing."""
+        return 2 * self.cos.shape[-1]
 
-def rotation(positions: Tensor, width: int, cfg: AttentionConfig) -> Rotation:
+
+def rotation(positions: Tensor, width: int, cfg: AttentionConfig | WindowRopeConfig) -> Rotation:
     """Compute the rotation of tokens by their positions.
 
     It is computed in each forward pass, so that the model has no buffer that ``to_empty`` would clear.
 
     Args:
         positions: int64 [S], or [B, S].
-        width: d, even.
+        width: d, even; 0 rotates nothing.
         cfg: Has the base of the frequencies, and the factors of an extension.
     """
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moefoundry.config import AuxLossScope, ModelConfig, NormPosition
 from moefoundry.model.attention import Attention, build_attention
 from moefoundry.model.cache import KVCache, LayerCache
-from moefoundry.model.context import AttentionContext, attention_contexts
+from moefoundry.model.context import AttentionContext, AttentionKind, attention_contexts
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
@@ -76,12 +76,12 @@ class Block(nn.Module):
     """Transformer block, with norms before attention and FFN, or after them.
 
     Attributes:
-        window: Tokens that a position sees, itself included; None if it sees all before it.
+        kind: Kind of its attention.
     """
 
     def __init__(self, cfg: ModelConfig, layer_index: int) -> None:
         super().__init__()
-        self.window = cfg.attention.window_of(layer_index)
+        self.kind = AttentionKind(cfg.attention.window_of(layer_index), cfg.attention.is_rotated(layer_index))
         activation = Activation(cfg.swiglu.alpha, cfg.swiglu.limit, cfg.swiglu.offset)
         self.attention_norm = build_norm(cfg.d_model, cfg.norm)
         self.attention: Attention = GatedDeltaNet(cfg) if cfg.is_linear(layer_index) else build_attention(cfg)
@@ -235,12 +235,12 @@ class MoETransformer(nn.Module):
         real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
         real_T = None if real is None else real.places()
         x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
-        windows, num_cached = [layer.window for layer in self.layers], 0 if cache is None else cache.length
-        contexts = attention_contexts(self.cfg, windows, input_ids_BS, documents, num_cached)
+        kinds, num_cached = [layer.kind for layer in self.layers], 0 if cache is None else cache.length
+        contexts = attention_contexts(self.cfg, kinds, input_ids_BS, documents, num_cached)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[RoutingStats] = []
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            x_BSD, layer_stats = layer(x_BSD, contexts[layer.window], layer_cache, real_T)
+            x_BSD, layer_stats = layer(x_BSD, contexts[layer.kind], layer_cache, real_T)
             if layer_stats is not None:
                 stats.append(layer_stats)
         if cache is not None:
@@ -295,8 +295,8 @@ class MoETransformer(nn.Module):
         sums, stats = [], []
         for depth, module in enumerate(self.mtp, start=1):
             documents = None if documents_BS is None else documents_BS[:, :-depth]
-            window = cast(Block, module.block).window
-            context = attention_contexts(self.cfg, [window], labels_BS[:, :-depth], documents)[window]
+            kind = cast(Block, module.block).kind
+            context = attention_contexts(self.cfg, [kind], labels_BS[:, :-depth], documents)[kind]
             real_T = None if real is None else real.places(depth)
             hidden_BSD, normed_BSD, module_stats = module(hidden_BSD[:, :-1], embedded_BSD[:, depth:], context, real_T)
             targets_BS = shifted_targets(labels_BS, documents_BS, shift=depth + 1)[:, :-depth]

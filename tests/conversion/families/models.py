@@ -32,6 +32,7 @@ from moefoundry.config import (
     RouterConfig,
     ScoreFunction,
     SwigluConfig,
+    WindowRopeConfig,
     YarnConfig,
 )
 from moefoundry.conversion.families import FAMILIES, Piece
@@ -53,7 +54,7 @@ def model_config(attention: AttentionConfig, n_layers: int = 2, **changes: objec
 
 def dense(attention: AttentionConfig, **changes: object) -> ModelConfig:
     moe = MoEConfig(num_experts=1, top_k=1, expert_hidden_size=48)
-    return model_config(attention, n_dense_layers=2, ffn_hidden_size=48, moe=moe, **changes)
+    return model_config(attention, **({"n_dense_layers": 2, "ffn_hidden_size": 48, "moe": moe} | changes))
 
 
 def sparse(attention: AttentionConfig, router: RouterConfig | None = None, **changes: object) -> ModelConfig:
@@ -129,6 +130,7 @@ QWEN2 = replace(GQA, bias=AttentionBias.qkv)
 QWEN3 = replace(GQA, qk_norm=QkNorm.head, head_dim=12)
 QWEN3_NEXT = replace(QWEN3, rotary_fraction=0.5, output_gate=True)
 OLMOE = replace(GQA, qk_norm=QkNorm.full)
+OLMO3 = replace(OLMOE, sliding_window=5, rope_theta=5e5)
 DBRX = {"norm": NormConfig(NormKind.layernorm, 1e-5)}
 AFTER = {"norm": NormConfig(position=NormPosition.after)}
 HUNYUAN = replace(GQA, qk_norm=QkNorm.head_after_rope)
@@ -264,6 +266,18 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
     "olmo2": {
         "plain": dense(OLMOE, **AFTER),
         "biased": dense(replace(OLMOE, bias=AttentionBias.all), tie_embeddings=True, **AFTER),
+    },
+    "olmo3": {
+        "plain": dense(replace(OLMO3, sliding_window_layers=[0]), **AFTER),
+        "window": dense(
+            replace(OLMO3, sliding_window_layers=[0, 2], sliding_window_rope=WindowRopeConfig(2e4)),
+            **{"n_layers": 4, "n_dense_layers": 4, "tie_embeddings": True},
+            **AFTER,
+        ),
+        "yarn": dense(
+            replace(OLMO3, sliding_window_layers=[0], yarn=YARN, sliding_window_rope=WindowRopeConfig(5e5)), **AFTER
+        ),
+        "all": dense(replace(OLMO3, bias=AttentionBias.all, yarn=YARN), **AFTER),
     },
     "flex_olmo": {
         "plain": sparse(OLMOE, NOT_NORMALIZED, **AFTER),

@@ -104,7 +104,10 @@ FACTS: dict[str, tuple[int | None, int | None, list[str]]] = {
         None,
         [*OF_QWEN3_NEXT, LINEAR, f"{LAYER}linear_attn.in_proj_{{qkv,z,b,a}}.weight", *MODULE],
     ),
-    "olmo2": (355, None, [ENDS, f"{LAYER}post_{{attention,feedforward}}_layernorm.weight", GQA, QK_NORM, DENSE]),
+    **dict.fromkeys(
+        ("olmo2", "olmo3"),
+        (355, None, [ENDS, f"{LAYER}post_{{attention,feedforward}}_layernorm.weight", GQA, QK_NORM, DENSE]),
+    ),
     "flex_olmo": (
         None,
         None,

@@ -237,10 +237,10 @@ def computed(cfg: ModelConfig) -> ModelConfig:
     if isinstance(attention, GqaConfig):
         width = attention.head_width(cfg.d_model)
         attention = replace(
-            attention,
+            with_fewest_window_keys(attention, cfg.n_layers),
             head_dim=width,
             softmax_scale=attention.softmax_scale or width**-0.5,
-            sliding_window_layers=_windowed_layers(attention, cfg.n_layers),
+            unrotated_layers=sorted(attention.unrotated_layers),
         )
     linear = cfg.linear_attention
     if linear is not None:
@@ -254,10 +254,17 @@ def computed(cfg: ModelConfig) -> ModelConfig:
     )
 
 
-def _windowed_layers(attention: GqaConfig, n_layers: int) -> list[int] | None:
-    """List the blocks with a window, in order; None where all have it, or none."""
+def with_fewest_window_keys(attention: GqaConfig, n_layers: int) -> GqaConfig:
+    """Set the keys of windows in the recipe's shortest form: no list of blocks or rotary embedding without need."""
     blocks = [index for index in range(n_layers) if attention.window_of(index) is not None]
-    return blocks if 0 < len(blocks) < n_layers else None
+    if not blocks:
+        return replace(attention, sliding_window=None, sliding_window_layers=None, sliding_window_rope=None)
+    own = attention.sliding_window_rope and vars(attention.sliding_window_rope)
+    if len(blocks) == n_layers:
+        return replace(attention, sliding_window_layers=None, sliding_window_rope=None, **(own or {}))
+    same = own is None or own == {key: getattr(attention, key) for key in own}
+    rope = None if same else attention.sliding_window_rope
+    return replace(attention, sliding_window_layers=blocks, sliding_window_rope=rope)
 
 
 def _leaves(cfg: ModelConfig) -> dict[str, object]:

@@ -3,6 +3,8 @@
     transformers 4   rope_theta: 1e6            rope_scaling: null, or {rope_type: yarn, factor: 8.0, ...}
     transformers 5   rope_parameters: {rope_theta: 1e6, rope_type: default, or yarn, factor: 8.0, ...}
 
+    of each kind     rope_parameters: {full_attention: {rope_theta: ...}, sliding_attention: {rope_theta: ...}}
+
 Extensions are YaRN, and ``llama3``, that of Llama 3.1 and later.
 
 Both are read. The older form is written, which transformers 5 reads as well, and transformers 4 passes over the newer.
@@ -12,10 +14,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from moefoundry.config import AttentionConfig, Llama3RopeConfig, YarnConfig
+from moefoundry.config import AttentionConfig, GqaConfig, Llama3RopeConfig, WindowRopeConfig, YarnConfig
 from moefoundry.conversion.families.keys import Keys
 
 NEW, OLD, FRACTION = "rope_parameters", "rope_scaling", "partial_rotary_factor"
+KINDS = ("full_attention", "sliding_attention")
 DEFAULTS = {"rope_type": "default", "beta_fast": 32.0, "beta_slow": 1.0}
 
 
@@ -38,8 +41,11 @@ class Rope(NamedTuple):
     @property
     def keys(self) -> dict[str, Any]:
         """Keys of an attention's config."""
-        name = "llama3_rope" if isinstance(self.scaling, Llama3RopeConfig) else "yarn"
-        return {"rope_theta": self.theta, name: self.scaling}
+        return {
+            "rope_theta": self.theta,
+            "yarn": self.scaling if isinstance(self.scaling, YarnConfig) else None,
+            "llama3_rope": self.scaling if isinstance(self.scaling, Llama3RopeConfig) else None,
+        }
 
 
 def read_rope(keys: Keys, older: Keys | None = None, partial: bool = False) -> Rope:
@@ -63,13 +69,36 @@ def read_rope(keys: Keys, older: Keys | None = None, partial: bool = False) -> R
     newer = keys.nested(NEW, {**DEFAULTS, "rope_theta": theta, FRACTION: fraction})
     if partial and not keys.stated(FRACTION):
         fraction = newer.number(FRACTION)
-    new_theta = newer.number("rope_theta")
-    if older.stated("rope_theta") and new_theta != theta:
-        older.refuse("rope_theta", f"{new_theta}, as {NEW}.rope_theta says")
-    new_scaling = _read_scaling(keys, NEW, fraction, newer)
-    if keys.has(OLD) and new_scaling != scaling:
-        keys.refuse(OLD, f"what {NEW} says")
-    return Rope(new_theta, new_scaling, fraction)
+    found = Rope(newer.number("rope_theta"), _read_scaling(keys, NEW, fraction, newer), fraction)
+    _refuse_another(keys, older, Rope(theta, scaling, fraction), found, NEW)
+    return found
+
+
+def read_ropes(keys: Keys) -> tuple[Rope, Rope]:
+    """Read the rotary embeddings of blocks that see all, and of those with a window.
+
+    The older form has one base for both, and extends those of the first kind only.
+    """
+    theta = keys.number("rope_theta")
+    plain = Rope(theta, None, 1.0)
+    older = Rope(theta, _read_scaling(keys, OLD, 1.0) if keys.has(OLD) else None, 1.0)
+    if not keys.has(NEW):
+        return older, plain
+    both, found = keys.nested(NEW, {}), []
+    for kind in KINDS:
+        newer = both.nested(kind, {**DEFAULTS, "rope_theta": theta})
+        found.append(Rope(newer.number("rope_theta"), _read_scaling(keys, kind, 1.0, newer), 1.0))
+    both.finish()
+    _refuse_another(keys, keys, older, found[0], f"{NEW}.{KINDS[0]}")
+    return found[0], found[1]
+
+
+def _refuse_another(keys: Keys, with_theta: Keys, older: Rope, newer: Rope, name: str) -> None:
+    """Refuse the older form where it says something else than the newer, the mapping ``name``."""
+    if with_theta.stated("rope_theta") and newer.theta != older.theta:
+        with_theta.refuse("rope_theta", f"{newer.theta}, as {name}.rope_theta says")
+    if keys.has(OLD) and newer.scaling != older.scaling:
+        keys.refuse(OLD, f"what {name} says")
 
 
 def _read_scaling(keys: Keys, name: str, fraction: float, scaling: Keys | None = None) -> Scaling | None:
@@ -117,7 +146,7 @@ def _yarn(keys: Keys, scaling: Keys) -> YarnConfig:
     )
 
 
-def write_scaling(attention: AttentionConfig) -> dict[str, Any] | None:
+def write_scaling(attention: AttentionConfig | WindowRopeConfig) -> dict[str, Any] | None:
     """Write ``rope_scaling`` of an attention."""
     bands = attention.llama3_rope
     if bands is None:
@@ -129,6 +158,16 @@ def write_scaling(attention: AttentionConfig) -> dict[str, Any] | None:
         "low_freq_factor": bands.low_freq_factor,
         "high_freq_factor": bands.high_freq_factor,
     }
+
+
+def write_ropes(attention: GqaConfig) -> dict[str, Any]:
+    """Write ``rope_parameters`` of each kind of blocks."""
+    of_windows = attention.sliding_window_rope or attention
+    return {kind: _parameters(rope) for kind, rope in zip(KINDS, (attention, of_windows), strict=True)}
+
+
+def _parameters(rope: AttentionConfig | WindowRopeConfig) -> dict[str, Any]:
+    return {"rope_theta": rope.rope_theta, **(write_scaling(rope) or {"rope_type": "default"})}
 
 
 def write_yarn(yarn: YarnConfig | None) -> dict[str, Any] | None:
