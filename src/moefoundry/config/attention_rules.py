@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, WindowRopeConfig
+from moefoundry.config.schema import Recipe
+from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, IndexerStage, WindowRopeConfig
 from moefoundry.config.schema_model import ModelConfig
 
 PATH = "model.attention"
@@ -35,6 +36,18 @@ def _blocks_beyond(model: ModelConfig, key: str, blocks: list[int]) -> Iterator[
     if beyond := [index for index in blocks if index >= model.n_layers]:
         message = f"no block {', '.join(map(str, beyond))}, for model.n_layers is {model.n_layers}"
         yield Problem(f"{PATH}.{key}", message, allowed=f"0 to {model.n_layers - 1}")
+
+
+def indexer_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Yield what is wrong with the training of an indexer."""
+    trained = recipe.model.attention.trained_indexer
+    if trained is None:
+        return
+    path = f"{PATH}.indexer.stage"
+    if recipe.lora is not None:
+        yield Problem(path, f"{trained.stage}, and lora leaves all but adapters as it is", allowed="frozen")
+    if recipe.ema is not None and trained.stage == IndexerStage.warm_up:
+        yield Problem("ema", f"on, and {path}={trained.stage} changes no weight but the indexers'", allowed="null")
 
 
 def rope_problems(attention: AttentionConfig) -> Iterator[Problem]:

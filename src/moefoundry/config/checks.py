@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from moefoundry.config.attention_rules import rope_problems, window_problems
+from moefoundry.config.attention_rules import indexer_problems, rope_problems, window_problems
 from moefoundry.config.curriculum_rules import curriculum_problems
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
@@ -177,6 +177,11 @@ def _gate_of_nothing(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 @rule("model.attention", "model.n_layers")
 def _windows(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     yield from window_problems(recipe.model)
+
+
+@rule("model.attention", "lora", "ema")
+def _indexers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from indexer_problems(recipe)
 
 
 @rule("model.attention")

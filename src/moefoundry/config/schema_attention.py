@@ -75,6 +75,42 @@ class WindowRopeConfig:
     )
 
 
+class IndexerStage(StrEnum):
+    """Stages of training a sparse attention."""
+
+    frozen = "frozen"
+    warm_up = "warm_up"
+    sparse = "sparse"
+
+
+@dataclass
+class IndexerConfig:
+    """Sparse attention of DeepSeek-V3.2: the keys that a query sees are chosen by narrow heads of their own."""
+
+    top_k: int = key(
+        2048,
+        "Keys that a query sees; shorter sequences are dense.",
+        ge=1,
+        renamed_from=("index_topk",),
+    )
+    n_heads: int = key(64, "Heads that score keys.", ge=1, renamed_from=("index_n_heads",))
+    head_dim: int = key(
+        128, "Width of such a head; more than qk_rope_head_dim.", ge=2, renamed_from=("index_head_dim",)
+    )
+    stage: IndexerStage = key(
+        IndexerStage.frozen,
+        "What trains: warm_up these heads alone, beside dense attention; sparse all; frozen all but these heads.",
+        architecture=False,
+    )
+    loss_weight: float = key(
+        1.0,
+        "Weight of the divergence of their choice from attention, summed over layers.",
+        gt=0,
+        le=MAX_FACTOR,
+        architecture=False,
+    )
+
+
 @dataclass
 class AttentionConfig:
     """Keys that every attention kind has; the keys of one kind are in its subclass."""
@@ -133,6 +169,11 @@ class AttentionConfig:
     def rope_of(self, window: int | None) -> AttentionConfig | WindowRopeConfig:
         """Give the mapping with the rotary embedding of blocks with this window."""
         return self
+
+    @property
+    def trained_indexer(self) -> IndexerConfig | None:
+        """The indexer of sparse attention, where its heads train."""
+        return None
 
 
 @dataclass
@@ -227,22 +268,6 @@ class GqaConfig(AttentionConfig):
 
 
 @dataclass
-class IndexerConfig:
-    """Sparse attention of DeepSeek-V3.2: the keys that a query sees are chosen by narrow heads of their own."""
-
-    top_k: int = key(
-        2048,
-        "Keys that a query sees; shorter sequences are dense. Training leaves the choice as it is.",
-        ge=1,
-        renamed_from=("index_topk",),
-    )
-    n_heads: int = key(64, "Heads that score keys.", ge=1, renamed_from=("index_n_heads",))
-    head_dim: int = key(
-        128, "Width of such a head; more than qk_rope_head_dim.", ge=2, renamed_from=("index_head_dim",)
-    )
-
-
-@dataclass
 class MlaConfig(AttentionConfig):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434), in the published weights' interleaved RoPE."""
 
@@ -256,3 +281,8 @@ class MlaConfig(AttentionConfig):
 
     def rotary_dim(self, d_model: int) -> int:
         return self.qk_rope_head_dim
+
+    @property
+    def trained_indexer(self) -> IndexerConfig | None:
+        indexer = self.indexer
+        return None if indexer is None or indexer.stage == IndexerStage.frozen else indexer

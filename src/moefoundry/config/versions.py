@@ -84,6 +84,10 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
             "model.attention.sliding_window_rope": None,
             "model.attention.unrotated_layers": [],
         },
+        "model.attention.indexer.top_k": {
+            "model.attention.indexer.stage": "frozen",
+            "model.attention.indexer.loss_weight": 1.0,
+        },
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

@@ -23,8 +23,13 @@ class Attention(nn.Module):
 
     recompute_up_projections = False
 
-    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        """[B, S, D] -> [B, S, D]; with a cache, the S tokens follow those in it."""
+    def forward(
+        self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, S, D] -> [B, S, D]; with a cache, the S tokens follow those in it.
+
+        A kind that has a loss of its own gives it for each token, too, [B, S].
+        """
         raise NotImplementedError
 
 

@@ -16,10 +16,12 @@ from typing import NamedTuple, Self, cast, overload
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import AuxLossScope, ModelConfig, NormPosition
+from moefoundry.config import AuxLossScope, IndexerStage, ModelConfig, NormPosition
 from moefoundry.model.attention import Attention, build_attention
+from moefoundry.model.block_stats import BlockStats
 from moefoundry.model.cache import KVCache, LayerCache
 from moefoundry.model.context import AttentionContext, AttentionKind, attention_contexts
+from moefoundry.model.indexer import train_indexers_alone
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
@@ -28,7 +30,7 @@ from moefoundry.model.output_head import OutputHead, multiplied
 from moefoundry.model.padding import RealTokens
 from moefoundry.model.preferences import log_probs_of_pairs
 from moefoundry.model.targets import count_targets, shifted_targets
-from moefoundry.moe.balance import StepCounts, balance_loss_of_means
+from moefoundry.moe.balance import StepCounts, balance_loss_of_means, mean_over_tokens
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.ops.swiglu import Activation
@@ -50,6 +52,9 @@ class CausalLMLosses(NamedTuple):
         of_targets, of_tokens: The recipe's ``losses`` by name, times their weights: means over targets, and sums over
             MoE layers of means over tokens. Empty in evaluation.
         log_probs: [B, 2], log-probabilities of the responses of pairs, where the model is to give them.
+        indexer_kl: [L], divergences of the indexers' choice, means over tokens; those of multi-token prediction come
+            last. None where no indexer learns.
+        indexer: Their sum, times the recipe's weight; 0 where none learns.
     """
 
     lm: Tensor
@@ -64,11 +69,13 @@ class CausalLMLosses(NamedTuple):
     of_tokens: dict[str, Tensor]
     log_probs: Tensor | None = None
     lm_of_rows: Tensor | None = None
+    indexer_kl: Tensor | None = None
+    indexer: Tensor | float = 0.0
 
     @property
     def total(self) -> Tensor:
         """The loss that is minimized."""
-        further = [*self.of_targets.values(), *self.of_tokens.values()]
+        further = [*self.of_targets.values(), *self.of_tokens.values(), self.indexer]
         return sum(further, start=self.lm + self.balance + self.z + self.mtp)
 
 
@@ -100,17 +107,22 @@ class Block(nn.Module):
         context: AttentionContext,
         cache: LayerCache | None = None,
         real_T: Tensor | None = None,
-    ) -> tuple[Tensor, RoutingStats | None]:
-        """Compute [B, S, D] -> [B, S, D], and the routing statistics if the block has experts.
+    ) -> tuple[Tensor, BlockStats]:
+        """Compute [B, S, D] -> [B, S, D], and statistics.
 
         ``real_T`` tells tokens from padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them.
         """
-        attended_BSD = self.attention(self._input(self.attention_norm, x_BSD), context, cache)
-        x_BSD = x_BSD + self._output(self.attention_norm, attended_BSD)
+        attended, kl = self.attention(self._input(self.attention_norm, x_BSD), context, cache), None
+        if isinstance(attended, tuple):
+            attended, kl_BS = attended
+            kl_T = kl_BS.flatten() if real_T is None else kl_BS.flatten().index_select(0, real_T)
+            kl = mean_over_tokens(kl_T)
+        x_BSD = x_BSD + self._output(self.attention_norm, attended)
         if isinstance(self.ffn, MoELayer):
-            out_BSD, stats = self.ffn(self._input(self.ffn_norm, x_BSD), real_T)
-            return x_BSD + self._output(self.ffn_norm, out_BSD), stats
-        return x_BSD + self._output(self.ffn_norm, self.ffn(self._input(self.ffn_norm, x_BSD))), None
+            out_BSD, routing = self.ffn(self._input(self.ffn_norm, x_BSD), real_T)
+            return x_BSD + self._output(self.ffn_norm, out_BSD), BlockStats(routing, kl)
+        out_BSD = self.ffn(self._input(self.ffn_norm, x_BSD))
+        return x_BSD + self._output(self.ffn_norm, out_BSD), BlockStats(None, kl)
 
     def _input(self, norm: Norm, x_BSD: Tensor) -> Tensor:
         return x_BSD if self.norm_after else norm(x_BSD)
@@ -161,6 +173,10 @@ class MoETransformer(nn.Module):
         )
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        trained = cfg.attention.trained_indexer
+        self.indexer_weight = 0.0 if trained is None else trained.loss_weight
+        if trained is not None and trained.stage == IndexerStage.warm_up:
+            train_indexers_alone(self)
 
     @property
     def blocks(self) -> list[Block]:
@@ -238,11 +254,10 @@ class MoETransformer(nn.Module):
         kinds, num_cached = [layer.kind for layer in self.layers], 0 if cache is None else cache.length
         contexts = attention_contexts(self.cfg, kinds, input_ids_BS, documents, num_cached)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
-        stats: list[RoutingStats] = []
+        stats: list[BlockStats] = []
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
             x_BSD, layer_stats = layer(x_BSD, contexts[layer.kind], layer_cache, real_T)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+            stats.append(layer_stats)
         if cache is not None:
             cache.length += input_ids_BS.shape[1]
         hidden_BSD = self.norm(x_BSD)
@@ -288,7 +303,7 @@ class MoETransformer(nn.Module):
         labels_BS: Tensor,
         documents_BS: Tensor | None,
         real: RealTokens | None,
-    ) -> tuple[Tensor, list[RoutingStats]]:
+    ) -> tuple[Tensor, list[BlockStats]]:
         """Sum the cross entropy over all modules of multi-token prediction and targets; and list their statistics."""
         if labels_BS.shape[1] <= len(self.mtp):
             raise ValueError(f"sequences of {labels_BS.shape[1]} tokens leave none to model.mtp.depth {len(self.mtp)}")
@@ -304,8 +319,8 @@ class MoETransformer(nn.Module):
             stats.append(module_stats)
         return torch.stack(sums).sum(), stats
 
-    def _weighted(self, stats: list[RoutingStats], real: RealTokens | None) -> list[RoutingStats]:
-        """Weigh the losses of layers by their tokens, where other micro-batches may have more or fewer."""
+    def _weighted(self, stats: list[BlockStats], real: RealTokens | None) -> list[BlockStats]:
+        """Weigh the losses of blocks by their tokens, where other micro-batches may have more or fewer."""
         if self.tokens_per_sample is None or real is None or not self.training:
             return stats
         of_main, *of_mtp = real.shares(self.tokens_per_sample)
@@ -318,11 +333,13 @@ class MoETransformer(nn.Module):
         mtp: Tensor,
         of_targets: dict[str, Tensor],
         num_targets: Tensor,
-        stats: list[RoutingStats],
+        of_blocks: list[BlockStats],
         log_probs_B2: Tensor | None,
     ) -> CausalLMLosses:
         weights = self.cfg.moe.balance
         none = lm.new_zeros(())
+        stats = [block.routing for block in of_blocks if block.routing is not None]
+        kls = [block.indexer_kl for block in of_blocks if block.indexer_kl is not None]
         counts_LE = (
             torch.stack([s.tokens_per_expert for s in stats])
             if stats
@@ -340,6 +357,8 @@ class MoETransformer(nn.Module):
             of_targets=of_targets,
             of_tokens=self._of_tokens(stats),
             log_probs=log_probs_B2,
+            indexer_kl=torch.stack(kls) if kls else None,
+            indexer=sum(kls, start=none) * self.indexer_weight,
         )
 
     def _of_tokens(self, stats: list[RoutingStats]) -> dict[str, Tensor]:

@@ -26,7 +26,6 @@ class DeepseekV32(Glm4MoeLite):
 
     name = "deepseek_v32"
     architecture = "DeepseekV32ForCausalLM"
-    absent = "training of the indexers"
     defaults: ClassVar[dict[str, Any]] = {
         **DeepseekV3.defaults,
         "routed_scaling_factor": 2.5,
