@@ -32,7 +32,7 @@ SIZES = re.compile(
 EACH = re.compile(
     r"attention\.(kind|n_kv_heads)|init\.|norm\.eps|moe\.(num_experts|top_k|expert_hidden_size|backend|balance)"
 )
-OFF_BY_DEFAULT = ("yarn", "llama3_rope", "sliding_window_rope", "linear_attention")
+OFF_BY_DEFAULT = ("yarn", "llama3_rope", "longrope", "linear_attention")
 
 
 def keys_of(family: str) -> list[str]:

@@ -108,7 +108,7 @@ def _dispatcher(num_experts: int, meshes: Meshes) -> AllToAllDispatcher:
 
 def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing) -> None:
     """Checkpoint each block's ``forward`` itself; a wrapper module would change the parameters' names."""
-    draws = model.cfg.moe.router.input_jitter > 0 or any(
+    draws = model.cfg.moe.router.draws or any(
         isinstance(module, Adapter) and module.dropout.p > 0 for module in model.modules()
     )
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}

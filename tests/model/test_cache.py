@@ -13,7 +13,6 @@ from moefoundry.config import (
     ModelConfig,
     QkNorm,
     RouterConfig,
-    WindowRopeConfig,
     YarnConfig,
 )
 from moefoundry.model.cache import KVCache
@@ -37,7 +36,7 @@ KINDS = {
         yarn=YARN,
         sliding_window=3,
         sliding_window_layers=[0],
-        sliding_window_rope=WindowRopeConfig(50.0),
+        sliding_window_rope_theta=50.0,
         unrotated_layers=[1],
     ),
     "latent_sinks": MlaConfig(**MLA, sinks=True),

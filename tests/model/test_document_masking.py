@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, WindowRopeConfig, YarnConfig
+from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, YarnConfig
 from moefoundry.foundry import ComposerMoECausalLM, count_tokens, with_counts
 from moefoundry.model.targets import shifted_targets
 from moefoundry.model.transformer import MoETransformer
@@ -23,7 +23,7 @@ KINDS = {
         yarn=YARN,
         sliding_window=3,
         sliding_window_layers=[0],
-        sliding_window_rope=WindowRopeConfig(50.0),
+        sliding_window_rope_theta=50.0,
         unrotated_layers=[1],
     ),
     "latent": MlaConfig(**MLA, q_lora_rank=10),

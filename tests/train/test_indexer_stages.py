@@ -8,19 +8,27 @@ import pytest
 import torch
 
 from moefoundry.checkpoint.out_of_core import StoredTensors
-from moefoundry.config import Recipe, UserError
+from moefoundry.config import Recipe, UserError, load_recipe
 from tests.train.runs import Run, run_recipe
 
 LATENT = (
-    "kind: mla, n_heads: 4, q_lora_rank: 16, kv_lora_rank: 16, qk_nope_head_dim: 8, qk_rope_head_dim: 4, v_head_dim: 8"
+    "model.attention={kind: mla, n_heads: 4, q_lora_rank: 16, kv_lora_rank: 16, qk_nope_head_dim: 8, v_head_dim: 8, "
+    "qk_rope_head_dim: 4"
 )
-SIZES = "top_k: 8, n_heads: 2, head_dim: 8"
+Stage = Callable[..., Recipe]
 COMMON = ("max_duration=6ba", "save_interval=6ba", "scheduler.t_warmup=0ba", "eval_interval=6ba")
 
 
-def attention(stage: str | None = None) -> str:
-    indexer = "" if stage is None else f", indexer: {{{SIZES}, stage: {stage}}}"
-    return f"model.attention={{{LATENT}{indexer}}}"
+@pytest.fixture(scope="module")
+def stage(tiny_overrides: Callable[..., list[str]]) -> Stage:
+    """``stage(run_dir, "frozen", "key=value", ...)``: a tiny recipe of a stage, or with dense attention."""
+
+    def recipe(run_dir: Path, name: str | None, *changes: str) -> Recipe:
+        indexer = "" if name is None else f", indexer: {{top_k: 8, n_heads: 2, head_dim: 8, stage: {name}}}"
+        others = [each for each in tiny_overrides(run_dir) if not each.startswith("model.attention")]
+        return load_recipe(None, [*others, f"{LATENT}{indexer}}}", *COMMON, *changes])
+
+    return recipe
 
 
 def stored(run: Run) -> dict[str, torch.Tensor]:
@@ -33,12 +41,12 @@ def begun(run: Run) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def dense(tiny_recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run_recipe(tiny_recipe(tmp_path_factory.mktemp("dense") / "run", attention(), *COMMON))
+def dense(stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run_recipe(stage(tmp_path_factory.mktemp("dense") / "run", None))
 
 
-def test_from_dense_attention_to_sparse(tiny_recipe: Callable[..., Recipe], tmp_path: Path, dense: Run) -> None:
-    warm = run_recipe(tiny_recipe(tmp_path / "warm", attention("warm_up"), *COMMON, *begun(dense)))
+def test_from_dense_attention_to_sparse(stage: Stage, tmp_path: Path, dense: Run) -> None:
+    warm = run_recipe(stage(tmp_path / "warm", "warm_up", *begun(dense)))
     before, after = stored(dense), stored(warm)
     assert after.keys() - before.keys() == {name for name in after if ".indexer." in name}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items()), "all else is frozen"
@@ -49,33 +57,28 @@ def test_from_dense_attention_to_sparse(tiny_recipe: Callable[..., Recipe], tmp_
     whole, lm = total
     assert whole == pytest.approx(lm + sum(warm.metrics[0][f"loss/train/{name}"] for name in parts))
 
-    sparse = run_recipe(tiny_recipe(tmp_path / "sparse", attention("sparse"), *COMMON, *begun(warm)), 2)
+    sparse = run_recipe(stage(tmp_path / "sparse", "sparse", *begun(warm)), 2)
     trained = stored(sparse)
     assert trained.keys() == after.keys()
     assert not any(torch.equal(trained[name], after[name]) for name in after if name.endswith("_proj.weight"))
     assert not any(torch.equal(trained[name], after[name]) for name in after if ".indexer." in name)
     assert sparse.column("loss/train/lm")[6] < dense.column("loss/train/lm")[6]
 
-    frozen = run_recipe(tiny_recipe(tmp_path / "frozen", attention("frozen"), *COMMON, *begun(sparse)))
+    frozen = run_recipe(stage(tmp_path / "frozen", "frozen", *begun(sparse)))
     assert all(torch.equal(stored(frozen)[name], trained[name]) for name in trained if ".indexer." in name)
     assert "indexer/kl" not in frozen.metrics[0]
 
 
-def test_a_stage_that_is_stopped_goes_on_with_the_same_numbers(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path, dense: Run
-) -> None:
-    changes = (attention("warm_up"), *COMMON, *begun(dense))
-    whole = run_recipe(tiny_recipe(tmp_path / "whole", *changes))
-    part = run_recipe(tiny_recipe(tmp_path / "part", *changes, "max_duration=3ba", "save_interval=3ba"))
-    goes_on = f"load_path={part.run_dir}", "load_weights_only=false", "max_duration=6ba"
-    resumed = run_recipe(tiny_recipe(tmp_path / "resumed", *changes, *goes_on))
+def test_a_stage_that_is_stopped_goes_on_with_the_same_numbers(stage: Stage, tmp_path: Path, dense: Run) -> None:
+    whole = run_recipe(stage(tmp_path / "whole", "warm_up", *begun(dense), "save_interval=3ba"))
+    goes_on = f"load_path={whole.run_dir}/checkpoints/ba3"
+    resumed = run_recipe(stage(tmp_path / "resumed", "warm_up", goes_on))
+    assert resumed.exact() == whole.exact(4)
     assert resumed.column("indexer/kl") == {batch: kl for batch, kl in whole.column("indexer/kl").items() if batch > 3}
 
 
-def test_only_indexers_that_learn_may_be_missing(
-    tiny_recipe: Callable[..., Recipe], tmp_path: Path, dense: Run
-) -> None:
+def test_only_indexers_that_learn_may_be_missing(stage: Stage, tmp_path: Path, dense: Run) -> None:
     with pytest.raises(UserError, match=r"another architecture:\n  model.attention.indexer.top_k: \S+ there, 8 here"):
-        run_recipe(tiny_recipe(tmp_path / "frozen", attention("frozen"), *COMMON, *begun(dense)))
+        run_recipe(stage(tmp_path / "frozen", "frozen", *begun(dense)))
     recipe = json.loads((dense.run_dir / "checkpoints" / "ba6" / "state.json").read_text())["recipe"]
     assert recipe["model.attention.indexer"] is None

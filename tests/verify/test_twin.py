@@ -62,7 +62,7 @@ def test_a_window_keeps_its_share_of_the_length() -> None:
 
 
 def test_a_block_of_each_rotary_embedding_is_kept() -> None:
-    keys = "sliding_window: 128, sliding_window_layers: [1, 2, 3], sliding_window_rope: {rope_theta: 5}"
+    keys = "sliding_window: 128, sliding_window_layers: [1, 2, 3], sliding_window_rope_theta: 5"
     attention = twin_of(f"model.attention={{n_heads: 8, n_kv_heads: 4, {keys}, unrotated_layers: [3]}}").model.attention
     seen = {(attention.window_of(i), attention.is_rotated(i)) for i in range(4)}
     assert seen == {(None, True), (12, True), (12, False)}

@@ -15,9 +15,9 @@ from moefoundry.config.schema_attention import (
     IndexerConfig,
     IndexerStage,
     Llama3RopeConfig,
+    LongRopeConfig,
     MlaConfig,
     QkNorm,
-    WindowRopeConfig,
     YarnConfig,
 )
 from moefoundry.config.schema_launch import LaunchConfig
@@ -32,9 +32,6 @@ from moefoundry.config.schema_model import (
     MoEConfig,
     MtpConfig,
     MultipliersConfig,
-    NormConfig,
-    NormKind,
-    NormPosition,
     RouterConfig,
     ScoreFunction,
     SwigluConfig,
@@ -53,6 +50,7 @@ from moefoundry.config.schema_monitors import (
     TensorBoardConfig,
     WandbConfig,
 )
+from moefoundry.config.schema_norm import NormConfig, NormKind, NormPosition
 from moefoundry.config.schema_parts import (
     ActivationCheckpointing,
     AdamWConfig,
@@ -82,6 +80,7 @@ from moefoundry.config.schema_parts import (
     TokenizerConfig,
     WarmupConfig,
 )
+from moefoundry.config.schema_router import SparseMixerConfig
 from moefoundry.config.schema_tasks import TaskConfig
 
 # fmt: off
@@ -91,13 +90,14 @@ __all__ = [
     "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "DpoConfig",
     "EmaConfig", "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig", "GradientClippingConfig",
     "IndexerConfig", "IndexerStage", "InitConfig", "LRMonitorConfig", "LaunchConfig", "LinearAttentionConfig",
-    "LinearBackend", "LinearDecayWithWarmupConfig", "Llama3RopeConfig", "LoaderConfig", "LoggersConfig", "LoraConfig",
-    "LossConfig", "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig",
-    "ModelConfig", "Moments", "MtpConfig", "MultipliersConfig", "NonFinite", "NormConfig", "NormKind", "NormPosition",
-    "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
-    "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SwigluConfig", "SystemMonitorConfig",
-    "TaskConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig",
-    "WindowRopeConfig", "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten",
-    "key", "load_layers", "load_model", "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
+    "LinearBackend", "LinearDecayWithWarmupConfig", "Llama3RopeConfig", "LoaderConfig", "LoggersConfig",
+    "LongRopeConfig", "LoraConfig", "LossConfig", "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig",
+    "MlaConfig", "MoEConfig", "ModelConfig", "Moments", "MtpConfig", "MultipliersConfig", "NonFinite", "NormConfig",
+    "NormKind", "NormPosition", "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig",
+    "RouterConfig", "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SparseMixerConfig", "SpeedMonitorConfig",
+    "SwigluConfig", "SystemMonitorConfig", "TaskConfig", "TensorBoardConfig", "TokenizerConfig", "UserError",
+    "WandbConfig", "WarmupConfig", "YarnConfig", "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe",
+    "flatten", "key", "load_layers", "load_model", "load_recipe", "recipe_of", "redact_argument", "redacted",
+    "split_arguments",
 ]
 # fmt: on

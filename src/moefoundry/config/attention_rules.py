@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.schema import Recipe
-from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, IndexerStage, WindowRopeConfig
+from moefoundry.config.schema_attention import GqaConfig, IndexerStage
 from moefoundry.config.schema_model import ModelConfig
 
 PATH = "model.attention"
+EXTENSIONS = ("yarn", "llama3_rope", "longrope")
 
 
 def window_problems(model: ModelConfig) -> Iterator[Problem]:
@@ -17,8 +18,8 @@ def window_problems(model: ModelConfig) -> Iterator[Problem]:
     attention = model.attention
     if not isinstance(attention, GqaConfig):
         return
-    if attention.sliding_window_rope is not None and attention.sliding_window is None:
-        path = f"{PATH}.sliding_window_rope"
+    if attention.sliding_window_rope_theta is not None and attention.sliding_window is None:
+        path = f"{PATH}.sliding_window_rope_theta"
         yield Problem(path, f"on, and {PATH}.sliding_window is null", allowed="null")
     yield from _blocks_beyond(model, "unrotated_layers", attention.unrotated_layers)
     if (blocks := attention.sliding_window_layers) is None:
@@ -50,20 +51,20 @@ def indexer_problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("ema", f"on, and {path}={trained.stage} changes no weight but the indexers'", allowed="null")
 
 
-def rope_problems(attention: AttentionConfig) -> Iterator[Problem]:
+def rope_problems(model: ModelConfig) -> Iterator[Problem]:
     """Yield what is wrong with extensions of rotary embeddings."""
-    yield from _extension_problems(PATH, attention)
-    if isinstance(attention, GqaConfig) and attention.sliding_window_rope is not None:
-        yield from _extension_problems(f"{PATH}.sliding_window_rope", attention.sliding_window_rope)
-
-
-def _extension_problems(path: str, rope: AttentionConfig | WindowRopeConfig) -> Iterator[Problem]:
-    yarn, bands = rope.yarn, rope.llama3_rope
-    if yarn is not None and bands is not None:
-        yield Problem(f"{path}.llama3_rope", f"on, and {path}.yarn is on, too", allowed="one of them")
+    attention, pairs = model.attention, model.attention.rotary_dim(model.d_model) // 2
+    yarn, bands, longrope = attention.yarn, attention.llama3_rope, attention.longrope
+    given = [name for name in EXTENSIONS if getattr(attention, name) is not None]
+    if len(given) > 1:
+        yield Problem(f"{PATH}.{given[1]}", f"on, and {PATH}.{given[0]} is on, too", allowed="one of them")
     if bands is not None and bands.high_freq_factor <= bands.low_freq_factor:
         message = f"{bands.high_freq_factor} is not more than low_freq_factor, {bands.low_freq_factor}"
-        yield Problem(f"{path}.llama3_rope.high_freq_factor", message, allowed=f"above {bands.low_freq_factor}")
+        yield Problem(f"{PATH}.llama3_rope.high_freq_factor", message, allowed=f"above {bands.low_freq_factor}")
     if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
-        message = f"{yarn.beta_fast} rotations are not more than {path}.yarn.beta_slow, {yarn.beta_slow}"
-        yield Problem(f"{path}.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")
+        message = f"{yarn.beta_fast} rotations are not more than {PATH}.yarn.beta_slow, {yarn.beta_slow}"
+        yield Problem(f"{PATH}.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")
+    for name in () if longrope is None else ("short_factors", "long_factors"):
+        if (count := len(getattr(longrope, name))) != pairs:
+            message = f"{count} factors, and {pairs} pairs of a head turn"
+            yield Problem(f"{PATH}.longrope.{name}", message, allowed=f"a list of {pairs}")

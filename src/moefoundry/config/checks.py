@@ -16,6 +16,7 @@ from moefoundry.config.lora_rules import lora_problems
 from moefoundry.config.making import chosen_parts
 from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
 from moefoundry.config.preference_rules import preference_problems
+from moefoundry.config.router_rules import picking_problems
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
 from moefoundry.config.schema_data import StreamConfig
@@ -89,6 +90,11 @@ def _top_k(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if moe.top_k > moe.num_experts:
         message = f"{moe.top_k} experts for each token, but model.moe.num_experts is {moe.num_experts}"
         yield Problem("model.moe.top_k", message, allowed=f"1 to {moe.num_experts}")
+
+
+@rule("model.moe.router", "model.moe.balance.bias_update_rate")
+def _picking(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from picking_problems(recipe.model.moe)
 
 
 @rule("model.moe.top_k", "model.moe.num_experts", "model.moe.router", "model.moe.balance.bias_update_rate")
@@ -184,7 +190,7 @@ def _indexers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     yield from indexer_problems(recipe)
 
 
-@rule("model.attention")
+@rule("model.attention", "model.d_model")
 def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     attention = recipe.model.attention
     if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
@@ -195,7 +201,7 @@ def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         if attention.indexer.head_dim < attention.qk_rope_head_dim:
             message = f"{attention.indexer.head_dim} is less than qk_rope_head_dim, {attention.qk_rope_head_dim}"
             yield Problem("model.attention.indexer.head_dim", message, allowed=f">= {attention.qk_rope_head_dim}")
-    yield from rope_problems(attention)
+    yield from rope_problems(recipe.model)
 
 
 @rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision.compute")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moefoundry.config.field import MAX_FACTOR, REQUIRED, key
@@ -63,15 +63,27 @@ class Llama3RopeConfig:
 
 
 @dataclass
-class WindowRopeConfig:
-    """Rotary embedding of the blocks with a sliding window, in place of the others' keys of the same names."""
+class LongRopeConfig:
+    """Context extension by LongRoPE (arXiv 2402.13753), which has other frequencies for longer sequences."""
 
-    rope_theta: float = key(
-        REQUIRED, "Base of their rotary position embedding.", customary="10000, or that of the other blocks", gt=0
+    original_max_seq_len: int = key(
+        REQUIRED,
+        "Longest sequence, in tokens, with the short factors; a longer one has the long factors at all positions.",
+        customary="the max_seq_len that the weights were trained with",
+        ge=1,
+        renamed_from=("original_max_position_embeddings",),
     )
-    yarn: YarnConfig | None = key(None, "Their context extension; null leaves the frequencies as they are.")
-    llama3_rope: Llama3RopeConfig | None = key(
-        None, "Their context extension as in Llama 3.1 and later; null leaves the frequencies as they are."
+    short_factors: list[float] = key(
+        REQUIRED, "Divisors of the frequencies, one for each pair that turns.", customary="1 to 3", gt=0
+    )
+    long_factors: list[float] = key(
+        REQUIRED, "The same, of longer sequences.", customary="1 for the fastest to 60 for the slowest", gt=0
+    )
+    short_magnitude: float = key(
+        1.0, "Magnitude of cosines and sines.", gt=0, le=MAX_FACTOR, renamed_from=("short_mscale",)
+    )
+    long_magnitude: float = key(
+        1.0, "The same, of longer sequences.", gt=0, le=MAX_FACTOR, renamed_from=("long_mscale",)
     )
 
 
@@ -139,6 +151,10 @@ class AttentionConfig:
         None, "Context extension of Llama 3.1 and later; null leaves the frequencies as they are."
     )
 
+    longrope: LongRopeConfig | None = key(
+        None, "Context extension by LongRoPE; null leaves the frequencies as they are."
+    )
+
     sinks: bool = key(
         False,
         "Each head has a learned logit in the softmax's denominator, so that it may attend to nothing.",
@@ -166,8 +182,8 @@ class AttentionConfig:
         """Tell if one block, counted as in :meth:`window_of`, has a rotary embedding."""
         return True
 
-    def rope_of(self, window: int | None) -> AttentionConfig | WindowRopeConfig:
-        """Give the mapping with the rotary embedding of blocks with this window."""
+    def rope_of(self, window: int | None) -> AttentionConfig:
+        """Give the attention with the rotary embedding of blocks with this window."""
         return self
 
     @property
@@ -235,8 +251,12 @@ class GqaConfig(AttentionConfig):
         ),
     )
 
-    sliding_window_rope: WindowRopeConfig | None = key(
-        None, "Rotary embedding of the blocks with a window; null is that of all."
+    sliding_window_rope_theta: float | None = key(
+        None,
+        "Base of the rotary embedding of the blocks with a window, which no extension changes then; null is that of "
+        "the others, extended as theirs.",
+        gt=0,
+        renamed_from=("rope_local_base_freq", "swa_rope_theta"),
     )
     unrotated_layers: list[int] = key(
         list, "Blocks (from 0) without a rotary embedding, whose queries and keys have no position.", ge=0
@@ -263,8 +283,11 @@ class GqaConfig(AttentionConfig):
     def is_rotated(self, block: int) -> bool:
         return block not in self.unrotated_layers
 
-    def rope_of(self, window: int | None) -> AttentionConfig | WindowRopeConfig:
-        return self if window is None else self.sliding_window_rope or self
+    def rope_of(self, window: int | None) -> AttentionConfig:
+        theta = self.sliding_window_rope_theta
+        if window is None or theta is None:
+            return self
+        return replace(self, rope_theta=theta, yarn=None, llama3_rope=None, longrope=None)
 
 
 @dataclass

@@ -80,8 +80,10 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
         "model.moe.router.score_function": {"model.moe.router.gate_bias": False},
     },
     4: {
+        "model.d_model": {"model.norm.bias": False, "model.head_bias": False},
+        "model.attention.n_heads": {"model.attention.longrope": None},
         "model.attention.n_kv_heads": {
-            "model.attention.sliding_window_rope": None,
+            "model.attention.sliding_window_rope_theta": None,
             "model.attention.unrotated_layers": [],
         },
         "model.attention.indexer.top_k": {

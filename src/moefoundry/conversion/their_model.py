@@ -131,7 +131,7 @@ def block_config(cfg: ModelConfig, index: int) -> ModelConfig:
             attention,
             sliding_window=window,
             sliding_window_layers=None,
-            sliding_window_rope=None if window is None else attention.sliding_window_rope,
+            sliding_window_rope_theta=None if window is None else attention.sliding_window_rope_theta,
             unrotated_layers=[] if attention.is_rotated(index) else [0],
         )
     return replace(

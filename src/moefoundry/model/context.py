@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefoundry.config import ModelConfig
+from moefoundry.config import LongRopeConfig, ModelConfig
 from moefoundry.model.rope import Rotation, rotation
 from moefoundry.ops.attention_sinks import attend_with_sinks
 
 
 class AttentionKind(NamedTuple):
-    """What tells attention layers of a model apart, their weights aside.
+    """The difference between attention layers of a model, beside their weights.
 
     Attributes:
         window: Tokens a position sees, itself included; None if it sees all before it.
@@ -76,10 +76,14 @@ def attention_contexts(
         sequence_id_BS: int64 [B, S], ascending; tokens of one document have the same. Positions start at 0 in each
             document, and no token sees another document. None is one document a row.
         num_cached: P.
+
+    Raises:
+        ValueError: The cache has keys of LongRoPE's short factors, and with these tokens the long ones are due.
     """
     attention, seq_len = cfg.attention, input_ids_BS.shape[1]
     indices_L = torch.arange(num_cached + seq_len, device=input_ids_BS.device)
     positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
+    lengths: Tensor | None = None  # of what each token is in; few need it
     rotations: dict[tuple[bool, int], Rotation] = {}
     contexts = {}
     for kind in dict.fromkeys(kinds):
@@ -87,12 +91,33 @@ def attention_contexts(
         width = attention.rotary_dim(cfg.d_model) if kind.rotated else 0
         turned = rope is attention, width
         if turned not in rotations:
-            rotations[turned] = rotation(positions, width, rope)
+            if rope.longrope is not None:
+                _check_cached(rope.longrope, num_cached, seq_len)
+                lengths = _lengths(indices_L, sequence_id_BS)
+            rotations[turned] = rotation(positions, width, rope, lengths)
         cached = num_cached if window is None else min(num_cached, window - 1)
         mask = _mask(indices_L[: cached + seq_len], cached, window, sequence_id_BS)
         is_causal = mask is None and cached == 0
         contexts[kind] = AttentionContext(rotations[turned], mask, is_causal, window, sequence_id_BS)
     return contexts
+
+
+def _lengths(indices_L: Tensor, sequence_id_BS: Tensor | None) -> Tensor:
+    return indices_L.new_tensor(len(indices_L)) if sequence_id_BS is None else tokens_of_documents(sequence_id_BS)
+
+
+def _check_cached(longrope: LongRopeConfig, num_cached: int, num_new: int) -> None:
+    border = longrope.original_max_seq_len
+    if 0 < num_cached <= border < num_cached + num_new:
+        raise ValueError(f"{num_cached} tokens are cached, and beyond {border} LongRoPE turns all keys otherwise")
+
+
+def tokens_of_documents(sequence_id_BS: Tensor) -> Tensor:
+    """Count the tokens of the document that each token is in, int64 [B, S]."""
+    starts_BS = (positions_in_documents(sequence_id_BS) == 0).long()
+    documents_BS = starts_BS.cumsum(dim=1) - 1
+    counts_BS = torch.zeros_like(documents_BS).scatter_add(1, documents_BS, torch.ones_like(documents_BS))
+    return counts_BS.gather(1, documents_BS)
 
 
 def positions_in_documents(sequence_id_BS: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from this loss. ``stage`` says what trains:
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,7 @@ class Indexer(nn.Module):
     @torch.no_grad()
     def _chosen(self, scores: Scores, context: AttentionContext) -> AttentionContext:
         scores_B1SL = scores.of(slice(None)).unsqueeze(1)
-        seen = _seen(context, slice(None), *scores_B1SL.shape[2:], scores_B1SL.device)
+        seen = _seen(context, slice(None), scores_B1SL.shape[2], scores_B1SL.shape[3], scores_B1SL.device)
         best = scores_B1SL.masked_fill(~seen, -torch.inf).topk(self.top_k, dim=-1).indices
         chosen = torch.zeros_like(scores_B1SL, dtype=torch.bool).scatter(-1, best, True)
         return context._replace(mask=chosen & seen, is_causal=False)
@@ -179,7 +179,7 @@ def divergence(
 
     length = q_BHSd.shape[2]
     parts = [slice(first, min(first + QUERIES, length)) for first in range(0, length, QUERIES)]
-    options = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return torch.cat([checkpoint(of_queries, scores, part, **options) for part in parts], dim=1)
 
 

@@ -43,6 +43,7 @@ class CausalLMLosses(NamedTuple):
         lm: Mean cross entropy over the targets that are not ignored, nats.
         balance, z: Sums over MoE layers of the layers' losses (means over tokens), times the recipe's weights.
         mtp: Multi-token prediction, times its weight; 0 without it, and in evaluation.
+        indexer: Sum of ``indexer_kl``, times the recipe's weight; 0 where no indexer learns.
         num_targets: int64 scalar, targets that count.
         tokens_per_expert: int64 [L, E], one row for each MoE layer; in training, multi-token prediction's come last.
         dropped_slots: int64 [L], slots that a capacity dropped.
@@ -54,13 +55,13 @@ class CausalLMLosses(NamedTuple):
         log_probs: [B, 2], log-probabilities of the responses of pairs, where the model is to give them.
         indexer_kl: [L], divergences of the indexers' choice, means over tokens; those of multi-token prediction come
             last. None where no indexer learns.
-        indexer: Their sum, times the recipe's weight; 0 where none learns.
     """
 
     lm: Tensor
     balance: Tensor
     z: Tensor
     mtp: Tensor
+    indexer: Tensor
     num_targets: Tensor
     tokens_per_expert: Tensor
     dropped_slots: Tensor
@@ -70,17 +71,16 @@ class CausalLMLosses(NamedTuple):
     log_probs: Tensor | None = None
     lm_of_rows: Tensor | None = None
     indexer_kl: Tensor | None = None
-    indexer: Tensor | float = 0.0
 
     @property
     def total(self) -> Tensor:
         """The loss that is minimized."""
-        further = [*self.of_targets.values(), *self.of_tokens.values(), self.indexer]
-        return sum(further, start=self.lm + self.balance + self.z + self.mtp)
+        further = [*self.of_targets.values(), *self.of_tokens.values()]
+        return sum(further, start=self.lm + self.balance + self.z + self.mtp + self.indexer)
 
 
 class Block(nn.Module):
-    """Transformer block, with norms before attention and FFN, or after them.
+    """Transformer block, with norms before attention and FFN, after them, or both; the second are ``post`` then.
 
     Attributes:
         kind: Kind of its attention.
@@ -94,6 +94,9 @@ class Block(nn.Module):
         self.attention: Attention = GatedDeltaNet(cfg) if cfg.is_linear(layer_index) else build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
         self.norm_after = cfg.norm.position == NormPosition.after
+        both = cfg.norm.position == NormPosition.both
+        self.attention_post_norm = build_norm(cfg.d_model, cfg.norm) if both else None
+        self.ffn_post_norm = build_norm(cfg.d_model, cfg.norm) if both else None
         self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.dense_width, activation)
@@ -112,23 +115,26 @@ class Block(nn.Module):
 
         ``real_T`` tells tokens from padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them.
         """
-        attended, kl = self.attention(self._input(self.attention_norm, x_BSD), context, cache), None
+        attended = self.attention(self._input(self.attention_norm, x_BSD), context, cache)
+        kl: Tensor | None = None
         if isinstance(attended, tuple):
             attended, kl_BS = attended
-            kl_T = kl_BS.flatten() if real_T is None else kl_BS.flatten().index_select(0, real_T)
-            kl = mean_over_tokens(kl_T)
-        x_BSD = x_BSD + self._output(self.attention_norm, attended)
-        if isinstance(self.ffn, MoELayer):
-            out_BSD, routing = self.ffn(self._input(self.ffn_norm, x_BSD), real_T)
-            return x_BSD + self._output(self.ffn_norm, out_BSD), BlockStats(routing, kl)
-        out_BSD = self.ffn(self._input(self.ffn_norm, x_BSD))
-        return x_BSD + self._output(self.ffn_norm, out_BSD), BlockStats(None, kl)
+            kl_T = kl_BS.flatten()
+            kl = mean_over_tokens(kl_T if real_T is None else kl_T.index_select(0, real_T))
+        x_BSD = x_BSD + self._output(self.attention_norm, self.attention_post_norm, attended)
+        ffn, routing = self.ffn, None
+        if isinstance(ffn, MoELayer):
+            out_BSD, routing = ffn(self._input(self.ffn_norm, x_BSD), real_T)
+        else:
+            out_BSD = ffn(self._input(self.ffn_norm, x_BSD))
+        return x_BSD + self._output(self.ffn_norm, self.ffn_post_norm, out_BSD), BlockStats(routing, kl)
 
     def _input(self, norm: Norm, x_BSD: Tensor) -> Tensor:
         return x_BSD if self.norm_after else norm(x_BSD)
 
-    def _output(self, norm: Norm, out_BSD: Tensor) -> Tensor:
-        return multiplied(norm(out_BSD) if self.norm_after else out_BSD, self.residual)
+    def _output(self, norm: Norm, post_norm: Norm | None, out_BSD: Tensor) -> Tensor:
+        last = norm if self.norm_after else post_norm
+        return multiplied(out_BSD if last is None else last(out_BSD), self.residual)
 
 
 def meta_model(cfg: ModelConfig) -> MoETransformer:
@@ -166,7 +172,7 @@ class MoETransformer(nn.Module):
             Block(cfg, index) for index in range(cfg.n_layers)
         )
         self.norm = build_norm(cfg.d_model, cfg.norm)
-        self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=False)
+        self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
         self.lm_head.divisor = cfg.multipliers.logits_divisor
         self.mtp: Sequence[MTPModule] = nn.ModuleList(  # type: ignore[assignment]  # as above
             MTPModule(cfg, Block(cfg, cfg.n_layers + index)) for index in range(cfg.mtp.depth)
@@ -350,6 +356,7 @@ class MoETransformer(nn.Module):
             balance=sum(self._balance_losses(stats, counts_LE), start=none) * weights.aux_loss_weight,
             z=sum((s.z_loss for s in stats), start=none) * weights.z_loss_weight,
             mtp=mtp,
+            indexer=sum(kls, start=none) * self.indexer_weight,
             num_targets=num_targets,
             tokens_per_expert=counts_LE,
             dropped_slots=torch.stack([s.dropped_slots for s in stats]) if stats else num_targets.new_zeros((0,)),
@@ -358,7 +365,6 @@ class MoETransformer(nn.Module):
             of_tokens=self._of_tokens(stats),
             log_probs=log_probs_B2,
             indexer_kl=torch.stack(kls) if kls else None,
-            indexer=sum(kls, start=none) * self.indexer_weight,
         )
 
     def _of_tokens(self, stats: list[RoutingStats]) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from moefoundry.config import (
     PrecisionConfig,
     Recipe,
     SchedulerConfig,
+    SparseMixerConfig,
     WarmupConfig,
     check_recipe,
 )
@@ -305,7 +306,9 @@ def exact(recipe: Recipe) -> Recipe:
 
 
 def without_draws(recipe: Recipe) -> Recipe:
-    """Leave out jitter and dropout, which draw other numbers on other ranks."""
+    """Leave out jitter, sampled experts and dropout, which draw other numbers on other ranks."""
     router = replace(recipe.model.moe.router, input_jitter=0.0)
+    if isinstance(router, SparseMixerConfig):
+        router = replace(router, sampled=False)
     model = replace(recipe.model, moe=replace(recipe.model.moe, router=router))
     return replace(recipe, model=model, lora=recipe.lora and replace(recipe.lora, dropout=0.0))

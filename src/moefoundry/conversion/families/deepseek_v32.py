@@ -47,7 +47,7 @@ class DeepseekV32(Glm4MoeLite):
         return super().read_config({key: value for key, value in hf.items() if not said.get(key)})
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
-        sizes = {name: keys.size(key) for name, key in KEYS.items()}
+        sizes: dict[str, Any] = {name: keys.size(key) for name, key in KEYS.items()}
         keys.only("mlp_bias", False)
         attention = super()._read_attention(keys)
         assert isinstance(attention, MlaConfig)

@@ -19,6 +19,7 @@ from moefoundry.config import (
     Problem,
     ScoreFunction,
 )
+from moefoundry.config.attention_rules import EXTENSIONS
 from moefoundry.config.schema_linear_attention import INTERVAL_OF_FULL
 from moefoundry.config.spec import architecture_of
 from moefoundry.conversion.families.keys import Keys
@@ -258,13 +259,14 @@ def with_fewest_window_keys(attention: GqaConfig, n_layers: int) -> GqaConfig:
     """Set the keys of windows in the recipe's shortest form: no list of blocks or rotary embedding without need."""
     blocks = [index for index in range(n_layers) if attention.window_of(index) is not None]
     if not blocks:
-        return replace(attention, sliding_window=None, sliding_window_layers=None, sliding_window_rope=None)
-    own = attention.sliding_window_rope and vars(attention.sliding_window_rope)
+        return replace(attention, sliding_window=None, sliding_window_layers=None, sliding_window_rope_theta=None)
+    rope = attention.rope_of(attention.sliding_window)
+    own = {name: getattr(rope, name) for name in ("rope_theta", *EXTENSIONS)}
     if len(blocks) == n_layers:
-        return replace(attention, sliding_window_layers=None, sliding_window_rope=None, **(own or {}))
-    same = own is None or own == {key: getattr(attention, key) for key in own}
-    rope = None if same else attention.sliding_window_rope
-    return replace(attention, sliding_window_layers=blocks, sliding_window_rope=rope)
+        return replace(attention, sliding_window_layers=None, sliding_window_rope_theta=None, **own)
+    same = all(getattr(attention, name) == value for name, value in own.items())
+    theta = None if same else attention.sliding_window_rope_theta
+    return replace(attention, sliding_window_layers=blocks, sliding_window_rope_theta=theta)
 
 
 def _leaves(cfg: ModelConfig) -> dict[str, object]:
