@@ -32,6 +32,7 @@ SIZES = re.compile(
 EACH = re.compile(
     r"attention\.(kind|n_kv_heads)|init\.|norm\.eps|moe\.(num_experts|top_k|expert_hidden_size|backend|balance)"
 )
+OFF_BY_DEFAULT = ("yarn", "llama3_rope", "longrope", "linear_attention")
 
 
 def keys_of(family: str) -> list[str]:
@@ -58,7 +59,7 @@ def leaves(cfg: ModelConfig) -> dict[str, object]:
     found: dict[str, object] = {}
 
     def walk(value: object, path: str) -> None:
-        if isinstance(value, dict) and not path.endswith(("yarn", "llama3_rope", "linear_attention")):
+        if isinstance(value, dict) and not path.endswith(OFF_BY_DEFAULT):
             for key, child in value.items():
                 walk(child, f"{path}.{key}" if path else key)
         else:

@@ -209,9 +209,11 @@ def test_errors_are_as_strict_as_the_schemas_own(site: Path) -> None:
         "callbacks.steps_per_second.every: got 0; allowed: an integer >= 1"
     ]
     assert problems("model.moe.router={score_function: tempered_sotmax, scale: -1}") == [
-        "model.moe.router.score_function: got 'tempered_sotmax'; allowed: softmax, sigmoid, tempered_softmax; "
-        "did you mean 'tempered_softmax'?",
-        "model.moe.router.scale: got -1.0; allowed: a number > 0 and <= 1000000.0",
+        "model.moe.router.score_function: got 'tempered_sotmax'; allowed: softmax, sigmoid, sparsemixer, "
+        "tempered_softmax; did you mean 'tempered_softmax'?"
+    ]
+    assert problems("model.moe.router={score_function: tempered_softmax, scale: -1}") == [
+        "model.moe.router.scale: got -1.0; allowed: a number > 0 and <= 1000000.0"
     ]
     assert problems("model.moe.router={score_function: tempered_softmax, temperature: 0}") == [
         "model.moe.router.temperature: got 0.0; allowed: a number > 0"

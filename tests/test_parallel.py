@@ -114,7 +114,8 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32, chunks: i
         ffn_hidden_size=48,
         init=InitConfig(std=0.1),
         swiglu=SwigluConfig(alpha=1.2, limit=1.0, offset=0.5),
-        norm=NormConfig(position=NormPosition.after),
+        norm=NormConfig(position=NormPosition.both, bias=True),
+        head_bias=True,
         attention=GqaConfig(
             n_heads=4,
             n_kv_heads=2,
@@ -124,6 +125,8 @@ def model_config(num_experts: int, dtype: torch.dtype = torch.float32, chunks: i
             sinks=True,
             sliding_window=5,
             sliding_window_layers=[1],
+            sliding_window_rope_theta=50.0,
+            unrotated_layers=[0],
         ),
         multipliers=MultipliersConfig(embedding=2.0, residual=0.5, logits_divisor=1.5),
         moe=MoEConfig(

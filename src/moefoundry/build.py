@@ -26,6 +26,7 @@ from moefoundry.callbacks.data import DataMonitor
 from moefoundry.callbacks.ema import Ema
 from moefoundry.callbacks.expert_bias import ExpertBias
 from moefoundry.callbacks.health import FiniteCheck, GradientNorm
+from moefoundry.callbacks.indexer import IndexerMonitor
 from moefoundry.callbacks.learning_rate import LearningRate
 from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.preferences import PreferenceMonitor
@@ -250,6 +251,7 @@ def build_callbacks(
             DataMonitor(stream_names(recipe.train_loader), source_tokens),
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
             build_expert_bias(model),
+            IndexerMonitor() if recipe.model.attention.trained_indexer else None,
             IclTasks(recipe) if recipe.icl_tasks is not None else None,
             PreferenceMonitor() if recipe.dpo is not None else None,
             *make_parts("callbacks", Callback, recipe.callbacks, recipe),

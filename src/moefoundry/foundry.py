@@ -95,6 +95,8 @@ class ComposerMoECausalLM(ComposerModel):
         losses = {"lm": outputs.lm * share, "balance": outputs.balance, "z": outputs.z}
         if self.model.cfg.mtp.depth:
             losses["mtp"] = outputs.mtp * share
+        if outputs.indexer_kl is not None:
+            losses["indexer"] = outputs.indexer
         losses |= {name: value * share for name, value in outputs.of_targets.items()} | outputs.of_tokens
         return {"total": sum(losses.values(), start=outputs.lm.new_zeros(())), **losses}
 

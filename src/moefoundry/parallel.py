@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moefoundry.adapters import Adapter, init_adapters
 from moefoundry.config import ActivationCheckpointing, Dispatcher, Fp8Recipe, MoEConfig, PrecisionConfig
-from moefoundry.mesh import MeshDegrees, Meshes
+from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
 from moefoundry.model.transformer import Block, MoETransformer
 from moefoundry.moe.deep_ep import Buffers, DeepEpDispatcher
@@ -108,7 +108,7 @@ def _dispatcher(cfg: MoEConfig, experts: GroupedExperts, meshes: Meshes, buffers
 
 def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing) -> None:
     """Checkpoint each block's ``forward`` itself; a wrapper module would change the parameters' names."""
-    draws = model.cfg.moe.router.input_jitter > 0 or any(
+    draws = model.cfg.moe.router.draws or any(
         isinstance(module, Adapter) and module.dropout.p > 0 for module in model.modules()
     )
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}

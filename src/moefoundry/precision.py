@@ -32,6 +32,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moefoundry.adapters import AdaptedExperts, ExpertAdapter, LinearAdapter, Magnitude, has_adapter
 from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
+from moefoundry.model.indexer import Indexer
 from moefoundry.model.linear_attention import Decay, GatedDeltaNet
 from moefoundry.model.output_head import OutputHead
 from moefoundry.moe.experts import FeedForward, GroupedExperts
@@ -95,7 +96,9 @@ def full_precision_modules(model: nn.Module, cfg: PrecisionConfig) -> list[nn.Mo
     """List modules whose parameters must not be cast; each becomes an FSDP unit that stays fp32."""
     if cfg.compute != Compute.bf16:
         return []
-    return [module for module in model.modules() if isinstance(module, Router | Magnitude | Decay)]
+    kinds = Router | Magnitude | Decay | Indexer
+    held = [module for module in model.modules() if isinstance(module, kinds)]
+    return [module for module in held if next(module.parameters(), None) is not None]  # a frozen indexer has buffers
 
 
 class EmulatedLinear(nn.Linear):

@@ -54,6 +54,9 @@ def test_row22_check_recipe_alone():
 
 
 WINDOWED = "model.attention.sliding_window_layers"
+WINDOW_ROPE = "model.attention.sliding_window_rope_theta"
+YARN, BANDS = "yarn: {factor: 4, original_max_seq_len: 64}", "llama3_rope: {factor: 4}"
+LONGROPE = f"original_max_seq_len: 8, short_factors: {[1.0] * 16}, long_factors: {[2.0] * 16}"
 BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
 
 
@@ -95,6 +98,18 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
         *(
             (["model.attention.sliding_window=8", f"{WINDOWED}={blocks}"], None, [WINDOWED])
             for blocks in ("[]", "[2,6]")
+        ),
+        # rotary embeddings of some blocks
+        (["model.attention.unrotated_layers=[0,5]"], None, []),
+        (["model.attention.unrotated_layers=[0,6]"], None, ["model.attention.unrotated_layers"]),
+        (["model.attention.sliding_window=8", f"{WINDOW_ROPE}=5"], None, []),
+        ([f"{WINDOW_ROPE}=5"], None, [WINDOW_ROPE]),
+        ([f"model.attention={{{YARN}, {BANDS}}}"], None, ["model.attention.llama3_rope"]),
+        ([f"model.attention.longrope={{{LONGROPE}}}"], None, []),
+        (
+            [f"model.attention.longrope={{{LONGROPE}}}", "model.attention.head_dim=16"],
+            None,
+            ["model.attention.longrope.long_factors", "model.attention.longrope.short_factors"],
         ),
         # routing by groups
         (["model.moe.router={num_groups: 3}"], None, ["model.moe.router.num_groups"]),

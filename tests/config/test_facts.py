@@ -36,6 +36,7 @@ NOT_ARCHITECTURE = (
     *("model.init.", "model.document_masking", "model.moe.router.input_jitter", "model.moe.balance."),
     *("model.moe.capacity_factor", "model.moe.backend", "model.moe.dispatch", "model.mtp.loss_weight"),
     "model.linear_attention.backend",
+    *("model.attention.indexer.stage", "model.attention.indexer.loss_weight", "model.moe.router.sampled"),
 )
 RECIPES = (
     [],

@@ -88,8 +88,10 @@ def test_no_file_gives_the_defaults_with_interpolations_resolved():
 
 def test_every_variant_defaults_to_its_own_tag():
     for _, spec in walk(Recipe):
-        for tag, cls in (spec.variants or {}).items():
-            assert getattr(cls(), spec.tag) == tag
+        variants = spec.variants or {}
+        for tag, cls in variants.items():
+            assert variants[getattr(cls(), spec.tag)] is cls, "softmax and sigmoid have one"
+            assert getattr(cls(), spec.tag) == tag or [*variants.values()].count(cls) > 1
 
 
 def test_file_then_overrides_in_order(tmp_path):
@@ -106,7 +108,7 @@ def test_an_empty_file_is_refused(tmp_path, text):
     with pytest.raises(ConfigError, match=rf"{path}: is empty; allowed: a mapping of keys to values$"):
         load_recipe(path)
     found = problems_of(path=write(tmp_path, "{}"))
-    optional = (".yarn.", ".llama3_rope.", ".linear_attention.")
+    optional = (".yarn.", ".llama3_rope.", ".longrope.", ".linear_attention.")
     required = {key for key, spec in every_key().items() if spec.required and not any(part in key for part in optional)}
     assert required >= set(found)
     assert all(problem.message.startswith("missing: ") for problem in found.values())
@@ -387,10 +389,13 @@ def required_beside(path: str) -> dict[str, Any]:
     extensions = {
         "yarn": ("factor", "original_max_seq_len"),
         "llama3_rope": ("factor",),
+        "longrope": ("original_max_seq_len",),
         "linear_attention": ("n_key_heads", "n_value_heads"),
     }
     mapping = path.rpartition(".")[0]
-    return {f"{mapping}.{key}": 64 for key in extensions.get(mapping.rpartition(".")[2], ())}
+    lists = ("short_factors", "long_factors") if mapping.endswith(".longrope") else ()
+    numbers = extensions.get(mapping.rpartition(".")[2], ())
+    return {f"{mapping}.{key}": [1.0] * 16 for key in lists} | {f"{mapping}.{key}": 64 for key in numbers}
 
 
 @pytest.mark.parametrize(("path", "spec", "tags"), leaves())

@@ -14,7 +14,7 @@ from tests.conftest import QUICK
 
 FIRST = json.loads(Path(__file__).with_name("first_recipe.json").read_text(encoding="utf-8"))
 """The recipe of a checkpoint that the first release wrote."""
-OF_LATENT_ATTENTION = {"model.attention.indexer"}
+OF_LATENT_ATTENTION = {f"model.attention.indexer{key}" for key in ("", ".stage", ".loss_weight")}
 BESIDE = {key: value for tables in ADDED.values() for keys in tables.values() for key, value in keys.items()}
 
 
@@ -44,7 +44,7 @@ def test_a_recipe_of_the_first_version_means_what_it_meant() -> None:
 def test_no_other_key_that_matters_was_added_without_a_version() -> None:
     """A key that later recipes have and the first had not is in ``ADDED``, is free on resume, or comes with a mapping
     that was null."""
-    attention = ("yarn.", "llama3_rope.", "kv_", "q", "v_", "indexer.")
+    attention = ("yarn.", "llama3_rope.", "kv_", "q", "v_", "indexer.", "longrope.")
     data = (f"{loader}.dataset.{name}." for loader in ("train_loader", "eval_loader") for name in ("fim", "streams"))
     linear = "model.linear_attention."
     new_mappings = (
@@ -53,6 +53,7 @@ def test_no_other_key_that_matters_was_added_without_a_version() -> None:
         "lora.",
         "losses.",
         linear,
+        *(f"model.moe.router.{name}" for name in ("margin", "sampled")),  # of a score function that was not there
         *(f"model.attention.{name}" for name in attention),
         *data,
     )

@@ -106,7 +106,7 @@ def test_a_recipe_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--family gpt", "--family: no model family 'gpt'; there are bailing_moe, dbrx"),
+        ("--family gpt", "--family: no model family 'gpt'; there are afmoe, bailing_moe"),
         ("--active 1B", "a size is --active N and --total N together"),
         ("--active 1B --total 1B", "--total 1B: with 1.2B active, the least is 2.01B"),
         ("--active 5M --total 1B", "--active 5M: with a vocabulary of 50304 the nearest is"),

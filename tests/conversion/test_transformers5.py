@@ -50,7 +50,7 @@ WRITERS = ("mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe", "minimax_m2", "olm
 SPECIAL = re.compile(r"<\|?\w+\|?>")
 GPT_OSS = VARIANTS["gpt_oss"]["plain"]
 PACKABLE = replace(GPT_OSS, moe=replace(GPT_OSS.moe, expert_hidden_size=32))
-NOT_FUSED = ("llama", "qwen2", "qwen3", "olmo2", "dbrx", "sarvam_moe", "bailing_moe")
+NOT_FUSED = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "dbrx", "sarvam_moe", "bailing_moe")
 FUSED = [family for family in VARIANTS if family not in NOT_FUSED]
 cases = pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case) for case in CASES])
 

@@ -30,6 +30,15 @@ KINDS = {
     "linear": LINEAR,
     "linear_alone": replace(LINEAR, layers=[0, 1, 2], conv_width=3),
     "sinks": GqaConfig(n_heads=4, n_kv_heads=2, sinks=True, sliding_window=3, sliding_window_layers=[0, 2]),
+    "ropes": GqaConfig(
+        n_heads=4,
+        n_kv_heads=2,
+        yarn=YARN,
+        sliding_window=3,
+        sliding_window_layers=[0],
+        sliding_window_rope_theta=50.0,
+        unrotated_layers=[1],
+    ),
     "latent_sinks": MlaConfig(**MLA, sinks=True),
 }
 PARTS = {"one_by_one": [1] * 12, "prompt_then_one_by_one": [8, 1, 1, 1, 1], "several_at_once": [5, 4, 3]}

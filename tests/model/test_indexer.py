@@ -73,7 +73,7 @@ def test_the_best_keys_remain(documents: Tensor | None) -> None:
     if documents is not None:
         seen = seen & (documents[:, :, None] == documents[:, None])
         context = context._replace(rotation=attention_context(model_of(MLA), ids).rotation)
-    found = made(x, q, context)
+    found, _ = made(x, q, context)
     assert not found.is_causal
     assert found.mask is not None
     assert torch.equal(found.mask[:, 0], chosen_by_a_loop(made, x, q, seen))
@@ -82,16 +82,16 @@ def test_the_best_keys_remain(documents: Tensor | None) -> None:
 def test_as_many_keys_as_it_lets_through_are_dense() -> None:
     made, (x, q) = indexer(), inputs()
     context = attention_context(model_of(MLA), torch.zeros(2, 3, dtype=torch.int64))
-    assert made(x[:, :3], q[:, :3], context) is context
+    assert made(x[:, :3], q[:, :3], context)[0] is context
 
 
 def test_a_cache_chooses_what_the_whole_sequence_does() -> None:
     made, (x, q) = indexer(), inputs()
-    whole = made(x, q, attention_context(model_of(MLA), torch.zeros(2, LENGTH, dtype=torch.int64)))
+    whole, _ = made(x, q, attention_context(model_of(MLA), torch.zeros(2, LENGTH, dtype=torch.int64)))
     cache = LayerCache()
     for start, stop in ((0, 4), (4, 5), (5, LENGTH)):
         ids = torch.zeros(2, stop - start, dtype=torch.int64)
-        part = made(x[:, start:stop], q[:, start:stop], attention_context(model_of(MLA), ids, None, start), cache)
+        part, _ = made(x[:, start:stop], q[:, start:stop], attention_context(model_of(MLA), ids, None, start), cache)
         assert part.mask is not None
         assert torch.equal(part.mask, whole.mask[:, :, start:stop, :stop])  # type: ignore[index]
 

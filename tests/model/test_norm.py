@@ -50,6 +50,26 @@ def test_of_a_narrow_input_only_itself_is_kept_and_gradients_are_those_of_fp32(k
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("kind", list(NormKind))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_bias_is_added_and_trains(kind: NormKind, dtype: torch.dtype) -> None:
+    norm, plain = build_norm(WIDTH, NormConfig(kind=kind, bias=True)), build_norm(WIDTH, NormConfig(kind=kind))
+    torch.manual_seed(0)
+    weight, bias, x, grad = torch.randn(WIDTH), torch.randn(WIDTH), torch.randn(4, WIDTH), torch.randn(4, WIDTH)
+    norm.load_state_dict({"weight": weight, "bias": bias})
+    plain.load_state_dict({"weight": weight})
+    x = x.to(dtype).requires_grad_()
+    wide = x.detach().double().requires_grad_()
+    expected = plain.double()(wide) + bias
+    out = norm(x)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=2 * eps, atol=1e-6)
+    out.backward(grad.to(dtype))
+    expected.backward(grad.to(dtype).double())
+    for ours, theirs in ((x, wide.grad), (norm.weight, plain.weight.grad), (norm.bias, grad.to(dtype).double().sum(0))):
+        torch.testing.assert_close(ours.grad.double(), theirs, rtol=4 * eps, atol=1e-5)
+
+
 def test_the_recipes_norm_is_the_blocks_and_the_last_one() -> None:
     cfg = tiny_config()
     cfg.norm = NormConfig(kind=NormKind.layernorm, eps=1e-5)

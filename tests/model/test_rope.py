@@ -1,16 +1,29 @@
 """Rotary embedding: what a rotation is, transformers' YaRN, and fp32 whatever the block computes in."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import _compute_yarn_parameters
 
-from moefoundry.config import Compute, GqaConfig, MeshConfig, ModelConfig, PrecisionConfig, YarnConfig
+from moefoundry.config import (
+    Compute,
+    GqaConfig,
+    LongRopeConfig,
+    MeshConfig,
+    ModelConfig,
+    PrecisionConfig,
+    YarnConfig,
+)
 from moefoundry.conversion.families.rope_scaling import write_yarn
+from moefoundry.evaluation.generation import greedy
+from moefoundry.model.cache import KVCache
+from moefoundry.model.context import AttentionKind, attention_context, attention_contexts
 from moefoundry.model.rope import rotate, rotate_interleaved, rotation
 from tests.distributed import run_distributed
 from tests.model.peers import max_positions
-from tests.model.tiny import batch, meta_model, tiny_config
+from tests.model.tiny import batch, meta_model, tiny_config, tiny_model
 
 CONVENTIONS = pytest.mark.parametrize("turn", [rotate, rotate_interleaved])
 
@@ -36,6 +49,59 @@ def test_conventions_by_hand() -> None:
     cos, sin = torch.tensor([2.0, 0.2]).cos(), torch.tensor([2.0, 0.2]).sin()
     torch.testing.assert_close(rotate(x, rot).flatten(), torch.stack([cos[0], -sin[1], sin[0], cos[1]]))
     torch.testing.assert_close(rotate_interleaved(x, rot).flatten(), torch.stack([cos[0], sin[0], -sin[1], cos[1]]))
+
+
+LONGROPE = LongRopeConfig(8, [1.0, 1.1, 1.5, 2.0], [1.0, 3.0, 9.0, 40.0], 1.1, 1.3)
+
+
+def test_longrope_by_hand_of_each_document_by_its_length() -> None:
+    """Documents of 5 and 10 tokens, and a row of one: the factors by length, at all positions."""
+    documents = torch.tensor([[0] * 5 + [1] * 10, [0] * 15])
+    attention = GqaConfig(n_heads=4, n_kv_heads=2, head_dim=8, rope_theta=100.0, longrope=LONGROPE)
+    cfg = replace(tiny_config(), attention=attention)
+    found = attention_context(cfg, batch(2, 15), documents).rotation
+    for row, positions, is_long in ((0, slice(0, 5), False), (0, slice(5, 15), True), (1, slice(0, 15), True)):
+        length = positions.stop - positions.start
+        for pair, power in enumerate((0, 0.25, 0.5, 0.75)):
+            factor = (LONGROPE.long_factors if is_long else LONGROPE.short_factors)[pair]
+            angles = torch.arange(length) / (factor * 100.0**power)
+            magnitude = 1.3 if is_long else 1.1
+            for values, turned in ((found.cos, angles.cos()), (found.sin, angles.sin())):
+                torch.testing.assert_close(values[row, 0, positions, pair], magnitude * turned, rtol=0, atol=2e-6)
+
+
+def test_longrope_when_a_text_grows_beyond_the_short_factors() -> None:
+    """Each token as by the whole text without a cache, alone and in a batch; a cache of short factors is no use."""
+    cfg = replace(tiny_config(), attention=GqaConfig(n_heads=4, n_kv_heads=2, head_dim=8, longrope=LONGROPE))
+    model = tiny_model(cfg).eval()
+    ids = batch(1, 6)[0]
+    expected = ids
+    for _ in range(5):
+        with torch.no_grad():
+            expected = torch.cat([expected, model(expected[None])[0, -1:].argmax(dim=-1)])
+    assert greedy(model, ids, 5).tolist() == expected[6:].tolist()
+    cache = KVCache(cfg.n_layers)
+    model(ids[None], cache=cache)
+    with pytest.raises(ValueError, match="6 tokens are cached, and beyond 8 LongRoPE turns all keys otherwise"):
+        model(batch(1, 3), cache=cache)
+
+
+def test_blocks_have_the_rotation_that_is_theirs() -> None:
+    """Each block's queries and keys by the block alone: with a base of its own, without, or with that of all."""
+    attention = GqaConfig(
+        n_heads=2, n_kv_heads=2, sliding_window=3, sliding_window_layers=[0], sliding_window_rope_theta=50.0
+    )
+    attention.unrotated_layers = [1]
+    cfg, ids = replace(tiny_config(), attention=attention), batch(1, 6)
+    blocks = [AttentionKind(attention.window_of(i), attention.is_rotated(i)) for i in range(3)]
+    contexts = attention_contexts(cfg, blocks, ids)
+    width, positions = attention.rotary_dim(cfg.d_model), torch.arange(6)
+    for kind, theta in zip(blocks, (50.0, None, attention.rope_theta), strict=True):
+        if theta is None:
+            assert contexts[kind].rotation.width == 0
+        else:
+            assert torch.equal(contexts[kind].rotation.cos, rotation(positions, width, GqaConfig(rope_theta=theta)).cos)
+    assert [contexts[kind].mask is None for kind in blocks] == [False, True, True]
 
 
 @CONVENTIONS

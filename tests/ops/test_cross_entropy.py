@@ -70,6 +70,20 @@ def test_value_and_gradients_equal_torch_in_float64(chunk: int) -> None:
     assert_equal_in_float64(linear_cross_entropy(hidden, weight, labels, chunk), hidden, weight, labels)
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_with_a_bias_it_equals_torch_in_float64(chunk: int) -> None:
+    hidden, weight, labels = case()
+    bias = torch.randn(len(weight), dtype=torch.float64).requires_grad_()
+    got = linear_cross_entropy(hidden, weight, labels, chunk, bias_V=bias)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    torch.testing.assert_close(got, expected, rtol=1e-13, atol=0)
+    operands = (hidden, weight, bias)
+    torch.testing.assert_close(
+        torch.autograd.grad(2 * got, operands), torch.autograd.grad(2 * expected, operands), rtol=0, atol=1e-12
+    )
+
+
 def test_reference_equals_torch_in_float64() -> None:
     hidden, weight, labels = case()
     assert_equal_in_float64(linear_cross_entropy_reference(hidden, weight, labels), hidden, weight, labels)

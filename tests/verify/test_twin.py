@@ -61,6 +61,14 @@ def test_a_window_keeps_its_share_of_the_length() -> None:
     assert twin_of(window.replace("128", "4096")).model.attention.window == 4096, "sees all, as before"
 
 
+def test_a_block_of_each_rotary_embedding_is_kept() -> None:
+    keys = "sliding_window: 128, sliding_window_layers: [1, 2, 3], sliding_window_rope_theta: 5"
+    attention = twin_of(f"model.attention={{n_heads: 8, n_kv_heads: 4, {keys}, unrotated_layers: [3]}}").model.attention
+    seen = {(attention.window_of(i), attention.is_rotated(i)) for i in range(4)}
+    assert seen == {(None, True), (12, True), (12, False)}
+    assert attention.rope_of(12).rope_theta == 5
+
+
 def test_heads_keep_an_even_part_that_turns() -> None:
     attention = twin_of("model.attention={n_heads: 8, n_kv_heads: 4, head_dim: 96, rotary_fraction: 0.4}").model
     assert attention.attention.rotary_dim(attention.d_model) % 2 == 0

@@ -1,7 +1,7 @@
 """``run_dir/metrics.jsonl``: one JSON object for every batch, with full float precision.
 
     batch                                   1-based
-    loss/train/{total,lm,balance,z,mtp}     means over the tokens of the global batch, nats; total is the sum
+    loss/train/{total,lm,balance,z,mtp,indexer}   means over the tokens of the global batch, nats; total is the sum
     grad_norm                               before clipping
     lr                                      learning rate
     data/wait_seconds                       until every rank had its batch
@@ -11,6 +11,7 @@
     throughput/tokens_per_sec               all ranks
     throughput/device/mfu                   model FLOPs a second / the device's peak, on known GPUs in BF16 or FP8
     moe/{max_violation,router_entropy,dropped_fraction,expert_bias_max_abs}
+    indexer/kl                              mean over tokens and layers, nats, where indexers learn
     moe/load/layer{i}                       list of E shares
     metrics/eval/LanguageCrossEntropy       nats a token, in the batches after which the model was evaluated
     metrics/LABEL/N-shot/METRIC             in the same batches, of each of the recipe's icl_tasks

@@ -25,6 +25,7 @@ from moefoundry.config.versions import without_effect
 from moefoundry.data.fit import directory_of, sources_of
 from moefoundry.data.identity import INDEX_FILE, read_shards, stream_digest
 
+INDEXER = "model.attention.indexer"
 MOMENTS = "precision.optimizer_moments"
 SHUFFLE_SEED = "train_loader.dataset.shuffle_seed"
 TRAINING_DATA = "train_loader.dataset"
@@ -114,9 +115,11 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
     if has_adapters and recipe.lora is None:
         merging = f"merge them into their base first: moefoundry convert merge {checkpoint}"
         raise UserError(f"{checkpoint} has adapters alone; {merging}, or train them on: lora.rank={saved['lora.rank']}")
-    check_architecture(checkpoint, saved, here, ADAPTERS if has_adapters else ())
     begins_anew = recipe.lora is not None and not has_adapters
-    if document.get(WEIGHTS_ONLY) or begins_anew or (recipe.load_weights_only and not own):
+    weights_only = document.get(WEIGHTS_ONLY) or begins_anew or (recipe.load_weights_only and not own)
+    known = _with_indexer(saved, here) if weights_only and recipe.model.attention.trained_indexer else saved
+    check_architecture(checkpoint, known, here, ADAPTERS if has_adapters else ())
+    if weights_only:
         return Start(checkpoint, own, weights_only=True)
     if not own:
         _check_something_is_left(checkpoint, document["timestamp"] or {}, recipe.max_duration)
@@ -133,6 +136,14 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
     if seeds[0] is not None and seeds[0] != seeds[1] and here[ORDER[0]]:
         _note(f"{SHUFFLE_SEED}: {seeds[1]}; the data go on in the order of {checkpoint}, that of {seeds[0]}")
     return Start(checkpoint, own, schedule_changes=_schedule_changes(saved, here, document.get("lr")))
+
+
+def _with_indexer(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give a flat recipe without an indexer that of ``here``, which begins to learn on the other weights."""
+    if saved.get(INDEXER, ABSENT) is not None:
+        return saved
+    own = {key: value for key, value in here.items() if key.startswith(f"{INDEXER}.")}
+    return {key: value for key, value in saved.items() if key != INDEXER} | own
 
 
 def check_architecture(

@@ -2,12 +2,12 @@
 
 Tensors carry the names of the single-process model whatever the mesh, so any mesh can read them:
 
-    model/{parameter}             parameters that train, and persistent buffers
+    model/{parameter}             parameters, those that train where there are adapters; and persistent buffers
     optimizer/{parameter}/{slot}  exp_avg, exp_avg_sq, step
     ema/{parameter}               moving average, where the recipe has ``ema``
     rng/{rank}/{generator}        generator state of each rank: torch, cuda, numpy, python
 
-Where some parameters do not train, a checkpoint names the one that has them (``base.py``), and a resume reads both.
+A checkpoint of adapters names the one that has the other parameters (``base.py``), and a resume reads both.
 Nothing else is stored as a tensor and nothing at all as a pickle: hyperparameters come from the recipe, positions and
 counters are JSON. The state of Python's and NumPy's generators is packed into integer tensors for that reason. A
 schedule has no state: the learning rate follows from the recipe and the position.
@@ -38,6 +38,8 @@ from moefoundry.config import UserError
 if TYPE_CHECKING:
     from composer.core import State
 
+INDEXER = ".attention.indexer."
+
 
 class Averages(Protocol):
     """Averages of the parameters: :class:`moefoundry.callbacks.ema.Ema`."""
@@ -57,7 +59,7 @@ class RunState:
         data_digests: Digests of the run's data.
         averages: Averages of the parameters; None without ``ema``.
         metrics: Gives the metrics of this batch that decide which checkpoints are kept, by name.
-        base: Checkpoint of the parameters that do not train; None where all train.
+        base: Checkpoint of the parameters that adapters leave as they are; None without adapters.
         source_tokens: Tokens of each source of the training data so far.
     """
 
@@ -77,11 +79,17 @@ class RunState:
     def tensors(self, state: State) -> dict[str, Tensor]:
         """Collect the tensors of a checkpoint, sharing memory with the run where that is possible."""
         return {
-            **trained_tensors(state.model),
+            **self.held_tensors(state.model),
             **optimizer_tensors(state.model, state.optimizers[0]),
             **rng_tensors(rank()),
             **(self.averages.tensors() if self.averages else {}),
         }
+
+    def held_tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """List the parameters of the model, without those of the base, and its buffers, sharing memory with it."""
+        if self.base is not None:
+            return trained_tensors(model)
+        return {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
 
     def document(self, state: State) -> dict[str, Any]:
         """Make ``state.json``, the same on every rank."""
@@ -125,7 +133,7 @@ class RunState:
                     self.averages.restart()
                 return seconds
         document, index = on_rank_zero(lambda: read_state(checkpoint)), read_index(checkpoint)
-        tensors = _stored_or_no_buffer(trained_tensors(state.model), index, state.model)
+        tensors = _stored_or_new(self.held_tensors(state.model), index, state.model)
         averaged = any(name.startswith("ema/") for name in index.tensors)
         if self.averages and averaged:
             tensors |= self.averages.tensors()
@@ -176,14 +184,16 @@ def _load_base(model: nn.Module, checkpoint: Path) -> None:
     adapters = adapter_names(model)
     tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items() if name not in adapters}
     index = read_index(checkpoint)
-    load(index, _stored_or_no_buffer(tensors, index, model))
+    load(index, _stored_or_new(tensors, index, model))
     start_magnitudes(model)
 
 
-def _stored_or_no_buffer(tensors: Mapping[str, Tensor], index: Index, model: nn.Module) -> dict[str, Tensor]:
-    """Leave out the buffers that a checkpoint lacks."""
-    buffers = {f"model/{name}" for name, _ in model.named_buffers()}
-    return {name: tensor for name, tensor in tensors.items() if name in index.tensors or name not in buffers}
+def _stored_or_new(tensors: Mapping[str, Tensor], index: Index, model: nn.Module) -> dict[str, Tensor]:
+    """Leave out what a checkpoint lacks and a run may begin anew: buffers, and indexers if it has none."""
+    new = {f"model/{name}" for name, _ in model.named_buffers()}
+    indexers = {name for name in tensors if INDEXER in name}
+    new |= set() if any(name in index.tensors for name in indexers) else indexers
+    return {name: tensor for name, tensor in tensors.items() if name in index.tensors or name not in new}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:

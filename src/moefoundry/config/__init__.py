@@ -13,7 +13,9 @@ from moefoundry.config.schema_attention import (
     AttentionConfig,
     GqaConfig,
     IndexerConfig,
+    IndexerStage,
     Llama3RopeConfig,
+    LongRopeConfig,
     MlaConfig,
     QkNorm,
     YarnConfig,
@@ -31,9 +33,6 @@ from moefoundry.config.schema_model import (
     MoEConfig,
     MtpConfig,
     MultipliersConfig,
-    NormConfig,
-    NormKind,
-    NormPosition,
     RouterConfig,
     ScoreFunction,
     SwigluConfig,
@@ -52,6 +51,7 @@ from moefoundry.config.schema_monitors import (
     TensorBoardConfig,
     WandbConfig,
 )
+from moefoundry.config.schema_norm import NormConfig, NormKind, NormPosition
 from moefoundry.config.schema_parts import (
     ActivationCheckpointing,
     AdamWConfig,
@@ -81,6 +81,7 @@ from moefoundry.config.schema_parts import (
     TokenizerConfig,
     WarmupConfig,
 )
+from moefoundry.config.schema_router import SparseMixerConfig
 from moefoundry.config.schema_tasks import TaskConfig
 
 # fmt: off
@@ -89,14 +90,15 @@ __all__ = [
     "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "CometConfig", "Compute",
     "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "Dispatcher",
     "DpoConfig", "EmaConfig", "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig",
-    "GradientClippingConfig", "IndexerConfig", "InitConfig", "LRMonitorConfig", "LaunchConfig", "LinearAttentionConfig",
-    "LinearBackend", "LinearDecayWithWarmupConfig", "Llama3RopeConfig", "LoaderConfig", "LoggersConfig", "LoraConfig",
-    "LossConfig", "LossesConfig", "MLflowConfig", "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig",
-    "ModelConfig", "Moments", "MtpConfig", "MultipliersConfig", "NonFinite", "NormConfig", "NormKind", "NormPosition",
-    "OptimizerConfig", "PrecisionConfig", "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig",
-    "ScheduleTiming", "SchedulerConfig", "ScoreFunction", "SpeedMonitorConfig", "SwigluConfig", "SystemMonitorConfig",
-    "TaskConfig", "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig",
-    "advice", "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_model",
+    "GradientClippingConfig", "IndexerConfig", "IndexerStage", "InitConfig", "LRMonitorConfig", "LaunchConfig",
+    "LinearAttentionConfig", "LinearBackend", "LinearDecayWithWarmupConfig", "Llama3RopeConfig", "LoaderConfig",
+    "LoggersConfig", "LongRopeConfig", "LoraConfig", "LossConfig", "LossesConfig", "MLflowConfig",
+    "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig", "Moments", "MtpConfig",
+    "MultipliersConfig", "NonFinite", "NormConfig", "NormKind", "NormPosition", "OptimizerConfig", "PrecisionConfig",
+    "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig",
+    "ScoreFunction", "SparseMixerConfig", "SpeedMonitorConfig", "SwigluConfig", "SystemMonitorConfig", "TaskConfig",
+    "TensorBoardConfig", "TokenizerConfig", "UserError", "WandbConfig", "WarmupConfig", "YarnConfig", "advice",
+    "annotated", "check_recipe", "diff_recipes", "dump_recipe", "flatten", "key", "load_layers", "load_model",
     "load_recipe", "recipe_of", "redact_argument", "redacted", "split_arguments",
 ]
 # fmt: on

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from moefoundry.config.attention_rules import window_problems
+from moefoundry.config.attention_rules import indexer_problems, rope_problems, window_problems
 from moefoundry.config.curriculum_rules import curriculum_problems
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
@@ -16,6 +16,7 @@ from moefoundry.config.lora_rules import lora_problems
 from moefoundry.config.making import chosen_parts
 from moefoundry.config.mesh_rules import degree_problems, divisors, expert_problems
 from moefoundry.config.preference_rules import preference_problems
+from moefoundry.config.router_rules import picking_problems
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_attention import GqaConfig, MlaConfig
 from moefoundry.config.schema_data import StreamConfig
@@ -90,6 +91,11 @@ def _top_k(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if moe.top_k > moe.num_experts:
         message = f"{moe.top_k} experts for each token, but model.moe.num_experts is {moe.num_experts}"
         yield Problem("model.moe.top_k", message, allowed=f"1 to {moe.num_experts}")
+
+
+@rule("model.moe.router", "model.moe.balance.bias_update_rate")
+def _picking(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from picking_problems(recipe.model.moe)
 
 
 @rule("model.moe.top_k", "model.moe.num_experts", "model.moe.router", "model.moe.balance.bias_update_rate")
@@ -180,9 +186,14 @@ def _windows(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     yield from window_problems(recipe.model)
 
 
-@rule("model.attention")
+@rule("model.attention", "lora", "ema")
+def _indexers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    yield from indexer_problems(recipe)
+
+
+@rule("model.attention", "model.d_model")
 def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    attention, yarn = recipe.model.attention, recipe.model.attention.yarn
+    attention = recipe.model.attention
     if isinstance(attention, MlaConfig) and attention.qk_rope_head_dim % 2:
         yield Problem("model.attention.qk_rope_head_dim", f"{attention.qk_rope_head_dim} is odd", allowed=EVEN)
     if isinstance(attention, MlaConfig) and attention.indexer is not None:
@@ -191,16 +202,7 @@ def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         if attention.indexer.head_dim < attention.qk_rope_head_dim:
             message = f"{attention.indexer.head_dim} is less than qk_rope_head_dim, {attention.qk_rope_head_dim}"
             yield Problem("model.attention.indexer.head_dim", message, allowed=f">= {attention.qk_rope_head_dim}")
-    bands = attention.llama3_rope
-    if yarn is not None and bands is not None:
-        yield Problem("model.attention.llama3_rope", "on, and model.attention.yarn is on, too", allowed="one of them")
-    if bands is not None and bands.high_freq_factor <= bands.low_freq_factor:
-        message = f"{bands.high_freq_factor} is not more than low_freq_factor, {bands.low_freq_factor}"
-        allowed = f"above {bands.low_freq_factor}"
-        yield Problem("model.attention.llama3_rope.high_freq_factor", message, allowed=allowed)
-    if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
-        message = f"{yarn.beta_fast} rotations are not more than model.attention.yarn.beta_slow, {yarn.beta_slow}"
-        yield Problem("model.attention.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")
+    yield from rope_problems(recipe.model)
 
 
 @rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision.compute")

@@ -27,6 +27,7 @@ from moefoundry.config.schema_parts import (
     OptimizerConfig,
     SchedulerConfig,
 )
+from moefoundry.config.schema_router import SparseMixerConfig
 from moefoundry.config.schema_tasks import (
     CodeTaskConfig,
     GenerationTaskConfig,
@@ -171,6 +172,7 @@ _TABLES = (
         {
             "softmax": Part(RouterConfig, "moefoundry.moe.router:softmax"),
             "sigmoid": Part(RouterConfig, "moefoundry.moe.router:sigmoid"),
+            "sparsemixer": Part(SparseMixerConfig, "moefoundry.moe.sparse_mixer:SparseMixer"),
         },
         RouterConfig,
     ),
@@ -214,6 +216,11 @@ _TABLES = (
                 "sarvam_moe": "ling:SarvamMoe",
                 "bailing_moe": "ling:BailingMoe",
                 "gpt_oss": "gpt_oss:GptOss",
+                "olmo3": "olmo2:Olmo3",
+                "phimoe": "phimoe:PhiMoe",
+                "mellum": "mellum:Mellum",
+                "exaone_moe": "exaone_moe:ExaoneMoe",
+                "afmoe": "afmoe:Afmoe",
             }.items()
         },
         base=None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from moefoundry.config.field import MAX_FACTOR, REQUIRED, key
@@ -63,6 +63,67 @@ class Llama3RopeConfig:
 
 
 @dataclass
+class LongRopeConfig:
+    """Context extension by LongRoPE (arXiv 2402.13753), which has other frequencies for longer sequences."""
+
+    original_max_seq_len: int = key(
+        REQUIRED,
+        "Longest sequence, in tokens, with the short factors; a longer one has the long factors at all positions.",
+        customary="the max_seq_len that the weights were trained with",
+        ge=1,
+        renamed_from=("original_max_position_embeddings",),
+    )
+    short_factors: list[float] = key(
+        REQUIRED, "Divisors of the frequencies, one for each pair that turns.", customary="1 to 3", gt=0
+    )
+    long_factors: list[float] = key(
+        REQUIRED, "The same, of longer sequences.", customary="1 for the fastest to 60 for the slowest", gt=0
+    )
+    short_magnitude: float = key(
+        1.0, "Magnitude of cosines and sines.", gt=0, le=MAX_FACTOR, renamed_from=("short_mscale",)
+    )
+    long_magnitude: float = key(
+        1.0, "The same, of longer sequences.", gt=0, le=MAX_FACTOR, renamed_from=("long_mscale",)
+    )
+
+
+class IndexerStage(StrEnum):
+    """Stages of training a sparse attention."""
+
+    frozen = "frozen"
+    warm_up = "warm_up"
+    sparse = "sparse"
+
+
+@dataclass
+class IndexerConfig:
+    """Sparse attention of DeepSeek-V3.2: the keys that a query sees are chosen by narrow heads of their own."""
+
+    top_k: int = key(
+        2048,
+        "Keys that a query sees; shorter sequences are dense.",
+        ge=1,
+        renamed_from=("index_topk",),
+    )
+    n_heads: int = key(64, "Heads that score keys.", ge=1, renamed_from=("index_n_heads",))
+    head_dim: int = key(
+        128, "Width of such a head; more than qk_rope_head_dim.", ge=2, renamed_from=("index_head_dim",)
+    )
+    stage: IndexerStage = key(
+        IndexerStage.frozen,
+        "What trains: warm_up these heads alone, beside dense attention; sparse all; frozen all but these heads.",
+        architecture=False,
+    )
+    loss_weight: float = key(
+        1.0,
+        "Weight of the divergence of their choice from attention, summed over layers.",
+        gt=0,
+        le=MAX_FACTOR,
+        architecture=False,
+    )
+
+
+@dataclass
 class AttentionConfig:
     """Keys that every attention kind has; the keys of one kind are in its subclass."""
 
@@ -90,6 +151,10 @@ class AttentionConfig:
         None, "Context extension of Llama 3.1 and later; null leaves the frequencies as they are."
     )
 
+    longrope: LongRopeConfig | None = key(
+        None, "Context extension by LongRoPE; null leaves the frequencies as they are."
+    )
+
     sinks: bool = key(
         False,
         "Each head has a learned logit in the softmax's denominator, so that it may attend to nothing.",
@@ -112,6 +177,19 @@ class AttentionConfig:
     def window_of(self, block: int) -> int | None:
         """Give the window of one block, counted from 0; the modules of multi-token prediction come last."""
         return self.window
+
+    def is_rotated(self, block: int) -> bool:
+        """Tell if one block, counted as in :meth:`window_of`, has a rotary embedding."""
+        return True
+
+    def rope_of(self, window: int | None) -> AttentionConfig:
+        """Give the attention with the rotary embedding of blocks with this window."""
+        return self
+
+    @property
+    def trained_indexer(self) -> IndexerConfig | None:
+        """The indexer of sparse attention, where its heads train."""
+        return None
 
 
 @dataclass
@@ -173,6 +251,17 @@ class GqaConfig(AttentionConfig):
         ),
     )
 
+    sliding_window_rope_theta: float | None = key(
+        None,
+        "Base of the rotary embedding of the blocks with a window, which no extension changes then; null is that of "
+        "the others, extended as theirs.",
+        gt=0,
+        renamed_from=("rope_local_base_freq", "swa_rope_theta"),
+    )
+    unrotated_layers: list[int] = key(
+        list, "Blocks (from 0) without a rotary embedding, whose queries and keys have no position.", ge=0
+    )
+
     def head_width(self, d_model: int) -> int:
         """Width of a head."""
         return self.head_dim or d_model // self.n_heads
@@ -191,21 +280,14 @@ class GqaConfig(AttentionConfig):
         layers = self.sliding_window_layers
         return self.sliding_window if layers is None or block in layers else None
 
+    def is_rotated(self, block: int) -> bool:
+        return block not in self.unrotated_layers
 
-@dataclass
-class IndexerConfig:
-    """Sparse attention of DeepSeek-V3.2: the keys that a query sees are chosen by narrow heads of their own."""
-
-    top_k: int = key(
-        2048,
-        "Keys that a query sees; shorter sequences are dense. Training leaves the choice as it is.",
-        ge=1,
-        renamed_from=("index_topk",),
-    )
-    n_heads: int = key(64, "Heads that score keys.", ge=1, renamed_from=("index_n_heads",))
-    head_dim: int = key(
-        128, "Width of such a head; more than qk_rope_head_dim.", ge=2, renamed_from=("index_head_dim",)
-    )
+    def rope_of(self, window: int | None) -> AttentionConfig:
+        theta = self.sliding_window_rope_theta
+        if window is None or theta is None:
+            return self
+        return replace(self, rope_theta=theta, yarn=None, llama3_rope=None, longrope=None)
 
 
 @dataclass
@@ -222,3 +304,8 @@ class MlaConfig(AttentionConfig):
 
     def rotary_dim(self, d_model: int) -> int:
         return self.qk_rope_head_dim
+
+    @property
+    def trained_indexer(self) -> IndexerConfig | None:
+        indexer = self.indexer
+        return None if indexer is None or indexer.stage == IndexerStage.frozen else indexer

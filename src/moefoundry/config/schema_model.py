@@ -11,20 +11,7 @@ from enum import StrEnum
 from moefoundry.config.field import INTERVAL, MAX_FACTOR, REQUIRED, key
 from moefoundry.config.schema_attention import AttentionConfig, GqaConfig
 from moefoundry.config.schema_linear_attention import LinearAttentionConfig
-
-
-class NormKind(StrEnum):
-    """Kinds of normalization."""
-
-    rmsnorm = "rmsnorm"
-    layernorm = "layernorm"
-
-
-class NormPosition(StrEnum):
-    """Places of a block's norms."""
-
-    before = "before"
-    after = "after"
+from moefoundry.config.schema_norm import NormConfig
 
 
 class ScoreFunction(StrEnum):
@@ -54,37 +41,6 @@ class AuxLossScope(StrEnum):
     sequence = "sequence"
     micro_batch = "micro_batch"
     global_batch = "global_batch"
-
-
-@dataclass
-class NormConfig:
-    """Normalization layers."""
-
-    kind: NormKind = key(
-        NormKind.rmsnorm,
-        "Normalization layer; neither kind has a bias.",
-        renamed_from=("norm_type", "normalization"),
-        other_values={
-            "low_precision_rmsnorm": "rmsnorm",
-            "rms_norm": "rmsnorm",
-            "low_precision_layernorm": "layernorm",
-            "layer_norm": "layernorm",
-        },
-    )
-    eps: float = key(
-        1.0e-6,
-        "Added to the mean square before the root.",
-        gt=0,
-        renamed_from=("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "layernorm_epsilon"),
-    )
-    zero_centered: bool = key(
-        False,
-        "Multiply by 1 plus the weights, which begin at 0; norms inside attention, too.",
-        renamed_from=("apply_layernorm_1p", "layernorm_zero_centered_gamma"),
-    )
-    position: NormPosition = key(
-        NormPosition.before, "Norms of a block stand before attention and FFN, or after them (OLMo-2)."
-    )
 
 
 @dataclass
@@ -144,6 +100,11 @@ class RouterConfig:
     gate_bias: bool = key(
         False, "The gate has a learned bias, which changes scores and weights; not that of bias_update_rate."
     )
+
+    @property
+    def draws(self) -> bool:
+        """True where training draws random numbers."""
+        return self.input_jitter > 0
 
 
 @dataclass
@@ -384,6 +345,7 @@ class ModelConfig:
         renamed_from=("tie_word_embeddings", "enable_weight_tying"),
         instead_of={"untie_embeddings_and_output_weights": "model.tie_embeddings says the opposite"},
     )
+    head_bias: bool = key(False, "The output head has a bias.", renamed_from=("lm_head_bias",))
     init: InitConfig = key(InitConfig, "Initial weights.", architecture=False, renamed_from=("init_config",))
     attention: AttentionConfig = key(GqaConfig, "Attention.", table="attention_kinds", renamed_from=("attn_config",))
     linear_attention: LinearAttentionConfig | None = key(

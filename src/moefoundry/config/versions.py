@@ -81,6 +81,16 @@ ADDED: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {
         "model.moe.num_experts": {"model.moe.dispatcher": "all_to_all", "model.moe.dispatch_chunks": 1},
+        "model.d_model": {"model.norm.bias": False, "model.head_bias": False},
+        "model.attention.n_heads": {"model.attention.longrope": None},
+        "model.attention.n_kv_heads": {
+            "model.attention.sliding_window_rope_theta": None,
+            "model.attention.unrotated_layers": [],
+        },
+        "model.attention.indexer.top_k": {
+            "model.attention.indexer.stage": "frozen",
+            "model.attention.indexer.loss_weight": 1.0,
+        },
     },
 }
 """Version -> a key that its recipes have -> keys beside it that some of them lack, and what a recipe without means."""

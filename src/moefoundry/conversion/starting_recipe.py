@@ -27,7 +27,7 @@ from moefoundry.config import (
 from moefoundry.config.dump import scalar
 from moefoundry.config.spec import every_key, join, plain, specs
 from moefoundry.conversion.families import Family
-from moefoundry.conversion.families.family import dense_layers
+from moefoundry.conversion.families.family import dense_layers, with_fewest_window_keys
 
 TRAINED_LENGTH = 4096  # tokens of a sequence in pre-training, whatever length the model was extended to
 SHOWN = re.compile(
@@ -167,8 +167,10 @@ def starting_recipe(
     """
     name = re.sub(r"[^\w.\-]+|^\.+$", "-", name).strip("-") or "run"
     length, size = min(max_seq_len or TRAINED_LENGTH, TRAINED_LENGTH), Size.of(cfg)
-    if load_path is None and isinstance(cfg.attention.yarn, YarnConfig):
-        cfg = replace(cfg, attention=replace(cfg.attention, yarn=None))  # extensions come after pre-training
+    if load_path is None and isinstance(cfg.attention.yarn, YarnConfig):  # extensions come after pre-training
+        attention = replace(cfg.attention, yarn=None)
+        few = with_fewest_window_keys(attention, cfg.n_layers) if isinstance(attention, GqaConfig) else attention
+        cfg = replace(cfg, attention=few)
     chosen = (_pretraining if load_path is None else _continued)(size, length)
     checkpointing = "selective" if size.total > 2e9 else "none"
     odd = {"model.moe.backend": ("loop", "the faster ones want widths that 8 divides")}

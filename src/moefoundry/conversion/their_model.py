@@ -126,7 +126,14 @@ def block_config(cfg: ModelConfig, index: int) -> ModelConfig:
     """Make the config of a model of one block, that of this index; only that of the last has the vocabulary."""
     dense, linear, attention = index in dense_layers(cfg), cfg.linear_attention, cfg.attention
     if isinstance(attention, GqaConfig):
-        attention = replace(attention, sliding_window=attention.window_of(index), sliding_window_layers=None)
+        window = attention.window_of(index)
+        attention = replace(
+            attention,
+            sliding_window=window,
+            sliding_window_layers=None,
+            sliding_window_rope_theta=None if window is None else attention.sliding_window_rope_theta,
+            unrotated_layers=[] if attention.is_rotated(index) else [0],
+        )
     return replace(
         cfg,
         attention=attention,

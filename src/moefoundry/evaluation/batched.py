@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from moefoundry.checkpoint.ranks import from_every_rank, rank
-from moefoundry.evaluation.generation import Choice, most_likely
+from moefoundry.evaluation.generation import Choice, most_likely, turns_anew
 from moefoundry.model.cache import KVCache
 from moefoundry.model.transformer import MoETransformer
 
@@ -135,13 +135,16 @@ class BatchedModel:
         """Continue the prompts of a batch. Ranks take steps until all have ended."""
         length = min((len(prompt.tokens) for prompt in prompts), default=1)
         cache, texts = KVCache(len(self.model.layers)), [_Text(prompt, length) for prompt in prompts]
-        ids = [prompt.tokens[:length] for prompt in prompts]
+        ids = read = [prompt.tokens[:length] for prompt in prompts]
         while self._anyone(not all(text.ended for text in texts)):
             if all(text.ended for text in texts):  # of this rank
-                ids, cache = [[0]], KVCache(len(self.model.layers))
+                ids, read, cache = [[0]], [[0]], KVCache(len(self.model.layers))
+            elif turns_anew(self.model.cfg, cache):
+                ids, cache = read, KVCache(len(self.model.layers))
             logits_BV = self.model(torch.tensor(ids, device=self.device), cache=cache)[:, -1]
             likeliest = logits_BV.argmax(dim=-1).tolist()  # of all at once: the host waits for the device
             ids = [[text.step(*each)] for text, *each in zip(texts, logits_BV, likeliest, strict=False)]
+            read = [[*row, *new] for row, new in zip(read, ids, strict=False)]
         return [text.new for text in texts]
 
     def _anyone(self, goes_on: bool) -> bool:

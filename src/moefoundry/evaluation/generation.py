@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moefoundry.config import ModelConfig
 from moefoundry.evaluation.prompts import PromptTokenizer
 from moefoundry.model.cache import KVCache
 from moefoundry.model.transformer import MoETransformer
@@ -92,11 +93,20 @@ def generate(
         choose: Picks the next token by the logits of the last.
     """
     cache = KVCache(len(model.layers))
-    ids_BS = prompt_ids.unsqueeze(0)
+    ids_BS = all_ids_BS = prompt_ids.unsqueeze(0)
     for _ in range(max_new_tokens):
+        if turns_anew(model.cfg, cache):
+            cache, ids_BS = KVCache(len(model.layers)), all_ids_BS
         token = choose(model(ids_BS, cache=cache)[0, -1])
         yield int(token)
         ids_BS = token.to(ids_BS.device).view(1, 1)
+        all_ids_BS = torch.cat([all_ids_BS, ids_BS], dim=1)
+
+
+def turns_anew(cfg: ModelConfig, cache: KVCache) -> bool:
+    """Tell if the next token makes a text so long that LongRoPE turns its keys otherwise than those in the cache."""
+    longrope = cfg.attention.longrope
+    return longrope is not None and cache.length == longrope.original_max_seq_len
 
 
 def greedy(

@@ -23,8 +23,13 @@ class Attention(nn.Module):
 
     recompute_up_projections = False
 
-    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
-        """[B, S, D] -> [B, S, D]; with a cache, the S tokens follow those in it."""
+    def forward(
+        self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, S, D] -> [B, S, D]; with a cache, the S tokens follow those in it.
+
+        A kind that has a loss of its own gives it for each token, too, [B, S].
+        """
         raise NotImplementedError
 
 
@@ -51,7 +56,7 @@ class GroupedQueryAttention(Attention):
     def __init__(self, cfg: GqaConfig, model: ModelConfig) -> None:
         super().__init__()
         d_model, norm_eps = model.d_model, model.norm.eps
-        self.head_dim, self.rotary_dim = cfg.head_width(d_model), cfg.rotary_dim(d_model)
+        self.head_dim = cfg.head_width(d_model)
         self.turn = rotate_interleaved if cfg.rotary_interleaved else rotate
         self.scale = cfg.softmax_scale
         self.clip_qkv = cfg.clip_qkv
@@ -90,10 +95,12 @@ class GroupedQueryAttention(Attention):
         return norm(self._rotate(self._heads(x, None), rotation))
 
     def _rotate(self, x_BHSd: Tensor, rotation: Rotation) -> Tensor:
-        """Turn the first ``rotary_dim`` elements of each head (all but GLM-4.5 and MiniMax turn whole heads)."""
-        if self.rotary_dim == self.head_dim:
+        """Turn the first elements of each head, as many as the rotation has (most families turn whole heads)."""
+        if rotation.width == 0:
+            return x_BHSd
+        if rotation.width == self.head_dim:
             return self.turn(x_BHSd, rotation)
-        turned, rest = x_BHSd.split([self.rotary_dim, self.head_dim - self.rotary_dim], dim=-1)
+        turned, rest = x_BHSd.split([rotation.width, self.head_dim - rotation.width], dim=-1)
         return torch.cat([self.turn(turned, rotation), rest], dim=-1)
 
     def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Positions and masks of a forward pass, computed once for all attention layers with the same window.
+"""Positions and masks of a forward pass, computed once for all attention layers of a kind.
 
 S new tokens follow P cached ones, of which a layer with a window has the last ones only; it attends to L tokens in all.
 Without documents, window and cache there is no mask, so that the kernels for plain causal attention apply. On a GPU no
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefoundry.config import GqaConfig, MlaConfig, ModelConfig
+from moefoundry.config import GqaConfig, LongRopeConfig, MlaConfig, ModelConfig
 from moefoundry.model.rope import Rotation, rotation
 from moefoundry.ops.attention_sinks import attend_with_sinks
 from moefoundry.ops.segment_attention import (
@@ -25,6 +25,18 @@ from moefoundry.ops.segment_attention import (
     segments_of_rows,
     takes_segments,
 )
+
+
+class AttentionKind(NamedTuple):
+    """The difference between attention layers of a model, beside their weights.
+
+    Attributes:
+        window: Tokens a position sees, itself included; None if it sees all before it.
+        rotated: Queries and keys have a rotary embedding.
+    """
+
+    window: int | None = None
+    rotated: bool = True
 
 
 class AttentionContext(NamedTuple):
@@ -86,49 +98,64 @@ def _first(lengths: Sequence[int], tokens: int) -> list[int]:
 def attention_context(
     cfg: ModelConfig, input_ids_BS: Tensor, sequence_id_BS: Tensor | None = None, num_cached: int = 0
 ) -> AttentionContext:
-    """Compute the context of a forward pass over ``input_ids_BS`` in fp32 for layers with the window of all."""
-    window = cfg.attention.window
+    """Compute the context of a forward pass over ``input_ids_BS`` in fp32 for layers with the window of all.
+
+    Arguments are those of :func:`attention_contexts`.
+    """
+    kind = AttentionKind(cfg.attention.window)
     documents = None if sequence_id_BS is None else Documents(sequence_id_BS)
-    return attention_contexts(cfg, [window], input_ids_BS, documents, num_cached)[window]
+    return attention_contexts(cfg, [kind], input_ids_BS, documents, num_cached)[kind]
 
 
 def attention_contexts(
     cfg: ModelConfig,
-    windows: Iterable[int | None],
+    kinds: Iterable[AttentionKind],
     input_ids_BS: Tensor,
     documents: Documents | None = None,
     num_cached: int = 0,
     dtype: torch.dtype = torch.float32,
-) -> dict[int | None, AttentionContext]:
-    """Compute the contexts of a forward pass over ``input_ids_BS``, by window.
+) -> dict[AttentionKind, AttentionContext]:
+    """Compute the contexts of a forward pass over ``input_ids_BS``, by kind.
 
     Args:
-        cfg: Has the kind of attention.
-        windows: Windows that layers have; None is none.
+        cfg: Has the attention.
+        kinds: Kinds of attention layers.
         input_ids_BS: Gives shape and device.
         documents: Positions start at 0 in each document, and no token sees another document. None is one document a
             row.
         num_cached: P.
         dtype: Of queries, keys and values.
+
+    Raises:
+        ValueError: The cache has keys of LongRoPE's short factors, and with these tokens the long ones are due.
     """
     attention, (rows, seq_len) = cfg.attention, input_ids_BS.shape
     indices_L = torch.arange(num_cached + seq_len, device=input_ids_BS.device)
     sequence_id_BS = None if documents is None else documents.ids_BS
     positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
-    turns = rotation(positions, attention.rotary_dim(cfg.d_model), attention)
     segments = None
     if num_cached == 0 and _takes_segments(cfg, input_ids_BS.device, dtype):
         segments = _segments(documents, rows, seq_len, input_ids_BS.device)
+    lengths: Tensor | None = None  # of what each token is in; few need it
+    rotations: dict[tuple[bool, int], Rotation] = {}
     contexts = {}
-    for window in dict.fromkeys(windows):
+    for kind in dict.fromkeys(kinds):
+        window, rope = kind.window, attention.rope_of(kind.window)
+        width = attention.rotary_dim(cfg.d_model) if kind.rotated else 0
+        turned = rope is attention, width
+        if turned not in rotations:
+            if rope.longrope is not None:
+                _check_cached(rope.longrope, num_cached, seq_len)
+                lengths = _lengths(indices_L, sequence_id_BS)
+            rotations[turned] = rotation(positions, width, rope, lengths)
         plain = documents is None and (window is None or window >= seq_len) and not attention.sinks
         if segments is not None and not plain:
-            contexts[window] = AttentionContext(turns, None, True, window, sequence_id_BS, segments)
+            contexts[kind] = AttentionContext(rotations[turned], None, True, window, sequence_id_BS, segments)
             continue
         cached = num_cached if window is None else min(num_cached, window - 1)
         mask = _mask(indices_L[: cached + seq_len], cached, window, sequence_id_BS)
         is_causal = mask is None and cached == 0
-        contexts[window] = AttentionContext(turns, mask, is_causal, window, sequence_id_BS)
+        contexts[kind] = AttentionContext(rotations[turned], mask, is_causal, window, sequence_id_BS)
     return contexts
 
 
@@ -148,6 +175,24 @@ def _segments(documents: Documents | None, rows: int, length: int, device: torch
         return segments_of_rows(rows, length, device)
     lengths = lengths_of_documents(documents.ids_BS) if documents.lengths is None else documents.lengths
     return segments_of_lengths([tokens for row in lengths for tokens in row], device)
+
+
+def _lengths(indices_L: Tensor, sequence_id_BS: Tensor | None) -> Tensor:
+    return indices_L.new_tensor(len(indices_L)) if sequence_id_BS is None else tokens_of_documents(sequence_id_BS)
+
+
+def _check_cached(longrope: LongRopeConfig, num_cached: int, num_new: int) -> None:
+    border = longrope.original_max_seq_len
+    if 0 < num_cached <= border < num_cached + num_new:
+        raise ValueError(f"{num_cached} tokens are cached, and beyond {border} LongRoPE turns all keys otherwise")
+
+
+def tokens_of_documents(sequence_id_BS: Tensor) -> Tensor:
+    """Count the tokens of the document that each token is in, int64 [B, S]."""
+    starts_BS = (positions_in_documents(sequence_id_BS) == 0).long()
+    documents_BS = starts_BS.cumsum(dim=1) - 1
+    counts_BS = torch.zeros_like(documents_BS).scatter_add(1, documents_BS, torch.ones_like(documents_BS))
+    return counts_BS.gather(1, documents_BS)
 
 
 def positions_in_documents(sequence_id_BS: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
+from moefoundry.model.indexer import Indexer
 from moefoundry.model.linear_attention import Decay
 from moefoundry.model.norm import Norm
 
@@ -34,6 +35,7 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
         ValueError: A parameter is still on the meta device.
     """
     starts = {id(module.weight): module.start for module in model.modules() if isinstance(module, Norm)}
+    starts |= {id(module.k_norm_weight): 1.0 for module in model.modules() if isinstance(module, Indexer)}
     decays = {id(module.A_log): module for module in model.modules() if isinstance(module, Decay)}
     starts |= {id(module.dt_bias): module.DT_BIAS for module in decays.values()}
     for name, parameter in model.named_parameters():

@@ -19,7 +19,7 @@ from moefoundry.moe.balance import normalized
 from moefoundry.moe.router import TINY
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 
-TAKEN = ("total", "lm", "balance", "z", "mtp")
+TAKEN = ("total", "lm", "balance", "z", "mtp", "indexer")
 """Names of the losses that every run has."""
 
 

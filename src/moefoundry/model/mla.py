@@ -16,7 +16,7 @@ from moefoundry.config import MlaConfig, ModelConfig
 from moefoundry.model.attention import Attention
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext, attend
-from moefoundry.model.indexer import Indexer
+from moefoundry.model.indexer import Indexer, Scores, divergence
 from moefoundry.model.norm import RMSNorm
 from moefoundry.model.rope import rotate_interleaved, yarn_mscale
 from moefoundry.ops.recompute import ATTENTION_OPS, keeping
@@ -57,22 +57,40 @@ class MultiHeadLatentAttention(Attention):
         self.sinks = nn.Parameter(torch.empty(cfg.n_heads)) if cfg.sinks else None
         self.scale = softmax_scale(cfg)
 
-    def forward(self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, context: AttentionContext, cache: LayerCache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """[B, S, D] -> [B, S, D]; where an indexer learns, the divergence of its choice [B, S], too."""
         q_BSR = x_BSD if self.q_lora_rank is None else self.q_a_proj(x_BSD)
-        if self.indexer is not None and (cache is not None or x_BSD.shape[1] > self.indexer.top_k):
-            with torch.no_grad():
-                narrow_BSR = self.q_a_norm(q_BSR)
-            context = self.indexer(x_BSD, narrow_BSR, context, None if cache is None else cache.beside)
+        context, scores = self._choose_keys(x_BSD, q_BSR, context, cache)
         latent_BSR, k_rope_BSP = self.kv_a_proj(x_BSD).split(self.kv_a_widths, dim=-1)
+        inputs = q_BSR, latent_BSR, k_rope_BSP, context
         if not self.recompute_up_projections or cache is not None:
-            return self.o_proj(self._attend(q_BSR, latent_BSR, k_rope_BSP, context, cache))
-        return self.o_proj(self._attend_twice(q_BSR, latent_BSR, k_rope_BSP, context))
+            heads, learned = self._attend(*inputs, cache, scores)
+        else:
+            heads, learned = self._attend_twice(*inputs, None, scores)
+        out_BSD = self.o_proj(heads)
+        return out_BSD if learned is None else (out_BSD, learned)
+
+    def _choose_keys(
+        self, x_BSD: Tensor, q_BSR: Tensor, context: AttentionContext, cache: LayerCache | None
+    ) -> tuple[AttentionContext, Scores | None]:
+        """Leave the keys in the context that queries are to see; give their scores where these learn."""
+        indexer = self.indexer
+        if indexer is None or (cache is None and not indexer.learns and x_BSD.shape[1] <= indexer.top_k):
+            return context, None
+        with torch.no_grad():
+            narrow_BSR = self.q_a_norm(q_BSR)
+        chosen: tuple[AttentionContext, Scores | None] = indexer(
+            x_BSD.detach(), narrow_BSR, context, None if cache is None else cache.beside
+        )
+        return chosen
 
     @torch.compiler.disable  # it cannot trace selective checkpointing
-    def _attend_twice(self, *inputs: Any) -> Tensor:
+    def _attend_twice(self, *inputs: Any) -> tuple[Tensor, Tensor | None]:
         """Run :meth:`_attend` without a cache; the backward pass runs it again, except attention itself."""
         options: dict[str, Any] = {"use_reentrant": False}  # the state of random numbers is kept: adapters draw some
-        return checkpoint(self._attend, *inputs, None, context_fn=keeping(ATTENTION_OPS), **options)
+        return checkpoint(self._attend, *inputs, context_fn=keeping(ATTENTION_OPS), **options)
 
     def _attend(
         self,
@@ -81,8 +99,9 @@ class MultiHeadLatentAttention(Attention):
         k_rope_BSP: Tensor,
         context: AttentionContext,
         cache: LayerCache | None,
-    ) -> Tensor:
-        """Compute the heads' outputs, [B, S, H * V], from the narrow vectors."""
+        scores: Scores | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the heads' outputs, [B, S, H * V], from the narrow vectors, and what scores learn from."""
         q_nope_BHSN, q_rope_BHSP = self._heads(self._queries(q_BSR)).split(self.qk_widths, dim=-1)
         latent_BLR = self.kv_a_norm(latent_BSR)
         k_rope_B1LP = rotate_interleaved(k_rope_BSP.unsqueeze(1), context.rotation)
@@ -91,7 +110,10 @@ class MultiHeadLatentAttention(Attention):
         k_nope_BHLN, v_BHLV = self._heads(self.kv_b_proj(latent_BLR)).split(self.kv_b_widths, dim=-1)
         q_BHSd = torch.cat([q_nope_BHSN, rotate_interleaved(q_rope_BHSP, context.rotation)], dim=-1)
         k_BHLd = torch.cat([k_nope_BHLN, k_rope_B1LP.expand(-1, self.n_heads, -1, -1)], dim=-1)
-        return attend(q_BHSd, k_BHLd, v_BHLV, context, self.scale, self.sinks)
+        out = attend(q_BHSd, k_BHLd, v_BHLV, context, self.scale, self.sinks)
+        if scores is None:
+            return out, None
+        return out, divergence(scores, q_BHSd, k_BHLd, context, self.scale, self.sinks)
 
     def _queries(self, q_BSR: Tensor) -> Tensor:
         if self.q_lora_rank is None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moefoundry.config import ModelConfig
+from moefoundry.model.block_stats import BlockStats
 from moefoundry.model.context import AttentionContext
 from moefoundry.model.norm import build_norm
-from moefoundry.moe.layer import RoutingStats
 
 
 class MTPModule(nn.Module):
@@ -39,7 +39,7 @@ class MTPModule(nn.Module):
 
     def forward(
         self, hidden_BSD: Tensor, embedded_BSD: Tensor, context: AttentionContext, real_T: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, RoutingStats]:
+    ) -> tuple[Tensor, Tensor, BlockStats]:
         """Predict one token further.
 
         Args:

@@ -1,4 +1,4 @@
-"""Normalization layers: a weight, no bias, and fp32 arithmetic for narrower inputs, as in the published families.
+"""Normalization layers: a weight, maybe a bias, and fp32 arithmetic for narrower inputs, as in published families.
 
 For a narrower input only the input is kept for backward, where its fp32 copy and the norm are computed again. On a GPU
 RMSNorm is one kernel, which makes no copy.
@@ -26,11 +26,13 @@ class Norm(nn.Module):
         width: Elements of a vector.
         eps: Added before the root.
         zero_centered: The factor of an element is its weight plus 1.
+        bias: Add a bias.
     """
 
-    def __init__(self, width: int, eps: float, zero_centered: bool = False) -> None:
+    def __init__(self, width: int, eps: float, zero_centered: bool = False, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
         self.eps = eps
         self.offset = 1.0 if zero_centered else 0.0
 
@@ -41,55 +43,63 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.promote_types(x.dtype, torch.float32) == x.dtype:
-            return self._scaled(x, self.weight.to(x.dtype))
-        return _InFloat32.apply(x, self.weight, self._scaled)
+            return self._scaled(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return _InFloat32.apply(x, self.weight, self.bias, self._scaled)
 
-    def _scaled(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._normalize(x, weight + self.offset if self.offset else weight)
+    def _scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._normalize(x, weight + self.offset if self.offset else weight, bias)
 
-    def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
 
 class RMSNorm(Norm):
-    """``x / sqrt(mean(x**2) + eps) * weight`` over the last dim (arXiv 1910.07467)."""
+    """``x / sqrt(mean(x**2) + eps) * weight + bias`` over the last dim (arXiv 1910.07467)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        kernels = row_kernels(x)
+        kernels = row_kernels(x) if self.bias is None else None
         if kernels is None:
             return super().forward(x)
         return kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
-    def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+    def _normalize(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = F.rms_norm(x, weight.shape, weight, self.eps)
+        return out if bias is None else out + bias
 
 
 class LayerNorm(Norm):
-    """``(x - mean(x)) / sqrt(var(x) + eps) * weight`` over the last dim (arXiv 1607.06450), no bias (DBRX)."""
+    """``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`` over the last dim (arXiv 1607.06450)."""
 
-    def _normalize(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.layer_norm(x, weight.shape, weight, eps=self.eps)
+    def _normalize(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class _InFloat32(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, normalize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        normalize: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
         ctx.normalize = normalize
-        return normalize(x.float(), weight.float()).to(x.dtype)
+        return normalize(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        inputs = [tensor.float().detach().requires_grad_() for tensor in (x, weight)]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        given = [tensor for tensor in ctx.saved_tensors if tensor is not None]
+        inputs = [tensor.float().detach().requires_grad_() for tensor in given]
         with torch.enable_grad():
-            out = ctx.normalize(*inputs)
-        grad_x, grad_weight = torch.autograd.grad(out, inputs, grad.float())
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+            out = ctx.normalize(*inputs, *[None] * (3 - len(inputs)))
+        found = torch.autograd.grad(out, inputs, grad.float())
+        grads = [each.to(tensor.dtype) for each, tensor in zip(found, given, strict=True)]
+        return (*grads, *[None] * (4 - len(grads)))
 
 
 def build_norm(width: int, cfg: NormConfig) -> Norm:
     """Make the norm that the recipe's ``model.norm`` declares."""
     kinds = {NormKind.rmsnorm: RMSNorm, NormKind.layernorm: LayerNorm}
-    return kinds[cfg.kind](width, cfg.eps, cfg.zero_centered)
+    return kinds[cfg.kind](width, cfg.eps, cfg.zero_centered, cfg.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,16 +53,13 @@ class OutputHead(nn.Linear):
             return self._logits(hidden_BSD)
         if each:
             return torch.cat(self._by_chunk(_cross_entropies, hidden_BSD, targets_BS)).view_as(targets_BS)
-        return linear_cross_entropy(
-            hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
-        )
+        return linear_cross_entropy(hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), **self._options())
 
     def sum_and_rows(self, hidden_BSD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Sum the cross entropies, as ``forward`` does, and those of each row, [B], without gradient."""
         hidden_BSD = multiplied(hidden_BSD, 1 / self.divisor)
-        total, losses_T = linear_cross_entropies(
-            hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten(), operand_dtype=self.operand_dtype
-        )
+        operands = hidden_BSD.flatten(0, 1), self.weight, targets_BS.flatten()
+        total, losses_T = linear_cross_entropies(*operands, **self._options())
         return total, losses_T.view_as(targets_BS).sum(dim=1)
 
     def sums_over_targets(self, losses: Sequence[NamedLoss], hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
@@ -91,7 +89,11 @@ class OutputHead(nn.Linear):
         if self.operand_dtype is None:
             return super().forward(hidden_BSD)
         operands = (round_operand(x, self.operand_dtype) for x in (hidden_BSD, self.weight))
-        return round_gradient(nn.functional.linear(*operands), self.operand_dtype)
+        logits_BSV = round_gradient(nn.functional.linear(*operands), self.operand_dtype)
+        return logits_BSV if self.bias is None else logits_BSV + self.bias
+
+    def _options(self) -> dict[str, Any]:
+        return {"operand_dtype": self.operand_dtype, "bias_V": self.bias}
 
 
 def _cross_entropies(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

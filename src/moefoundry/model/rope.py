@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from moefoundry.config import AttentionConfig, Llama3RopeConfig, YarnConfig
+from moefoundry.config import AttentionConfig, Llama3RopeConfig, LongRopeConfig, YarnConfig
 from moefoundry.ops.row_kernels import row_kernels
 
 
@@ -27,26 +27,38 @@ class Rotation:
         self.cos = cos
         self.sin = sin
 
+    @property
+    def width(self) -> int:
+        """Width that is rotated; 0 rotates nothing."""
+        return 2 * self.cos.shape[-1]
 
-def rotation(positions: Tensor, width: int, cfg: AttentionConfig) -> Rotation:
+
+def rotation(positions: Tensor, width: int, cfg: AttentionConfig, lengths: Tensor | None = None) -> Rotation:
     """Compute the rotation of tokens by their positions.
 
     It is computed in each forward pass, so that the model has no buffer that ``to_empty`` would clear.
 
     Args:
         positions: int64 [S], or [B, S].
-        width: d, even.
+        width: d, even; 0 rotates nothing.
         cfg: Has the base of the frequencies, and the factors of an extension.
+        lengths: Tokens of the sequence that each token is in, int64, a scalar or as ``positions``; LongRoPE needs it.
     """
     exponents = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width
-    frequencies, magnitude = 1.0 / cfg.rope_theta**exponents, 1.0
+    wavelengths = cfg.rope_theta**exponents  # over 2 pi
+    frequencies: Tensor = 1.0 / wavelengths
+    magnitude: Tensor | float = 1.0
     if cfg.yarn is not None:
         frequencies, magnitude = _extended(frequencies, cfg.rope_theta, cfg.yarn), _magnitude(cfg.yarn)
     if cfg.llama3_rope is not None:
         frequencies = _divided_where_slow(frequencies, cfg.llama3_rope)
+    if cfg.longrope is not None:
+        assert lengths is not None, "the caller knows them"
+        frequencies, magnitude = _of_length(wavelengths, cfg.longrope, lengths.unsqueeze(-1))
     angles = positions.unsqueeze(-1).float() * frequencies
-    if positions.dim() == 2:
-        angles = angles.unsqueeze(1)  # the same for all heads
+    if positions.dim() == 2:  # the same for all heads
+        angles = angles.unsqueeze(1)
+        magnitude = magnitude.unsqueeze(1) if isinstance(magnitude, Tensor) and magnitude.dim() == 3 else magnitude
     return Rotation(angles.cos() * magnitude, angles.sin() * magnitude)
 
 
@@ -108,6 +120,14 @@ def _divided_where_slow(frequencies: Tensor, cfg: Llama3RopeConfig) -> Tensor:
     rotations = cfg.original_max_seq_len / (2 * math.pi / frequencies)
     fast = ((rotations - cfg.low_freq_factor) / (cfg.high_freq_factor - cfg.low_freq_factor)).clamp(0, 1)
     return (1 - fast) * frequencies / cfg.factor + fast * frequencies
+
+
+def _of_length(wavelengths: Tensor, cfg: LongRopeConfig, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose frequencies, [..., d/2], and magnitudes, [..., 1], as LongRoPE does by the lengths, [..., 1]."""
+    is_long = lengths > cfg.original_max_seq_len
+    short, long = (wavelengths.new_tensor(factors) for factors in (cfg.short_factors, cfg.long_factors))
+    magnitudes = wavelengths.new_tensor([cfg.short_magnitude, cfg.long_magnitude])
+    return 1.0 / (torch.where(is_long, long, short) * wavelengths), torch.where(is_long, magnitudes[1], magnitudes[0])
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

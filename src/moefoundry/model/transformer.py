@@ -16,10 +16,12 @@ from typing import NamedTuple, Self, cast, overload
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import AuxLossScope, ModelConfig, NormPosition
+from moefoundry.config import AuxLossScope, IndexerStage, ModelConfig, NormPosition
 from moefoundry.model.attention import Attention, build_attention
+from moefoundry.model.block_stats import BlockStats
 from moefoundry.model.cache import KVCache, LayerCache
-from moefoundry.model.context import AttentionContext, Documents, attention_contexts
+from moefoundry.model.context import AttentionContext, AttentionKind, Documents, attention_contexts
+from moefoundry.model.indexer import train_indexers_alone
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
@@ -28,7 +30,7 @@ from moefoundry.model.output_head import OutputHead, multiplied
 from moefoundry.model.padding import RealTokens
 from moefoundry.model.preferences import log_probs_of_pairs
 from moefoundry.model.targets import count_targets, shifted_targets
-from moefoundry.moe.balance import StepCounts, balance_loss_of_means
+from moefoundry.moe.balance import StepCounts, balance_loss_of_means, mean_over_tokens
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
 from moefoundry.ops.swiglu import Activation
@@ -41,6 +43,7 @@ class CausalLMLosses(NamedTuple):
         lm: Mean cross entropy over the targets that are not ignored, nats.
         balance, z: Sums over MoE layers of the layers' losses (means over tokens), times the recipe's weights.
         mtp: Multi-token prediction, times its weight; 0 without it, and in evaluation.
+        indexer: Sum of ``indexer_kl``, times the recipe's weight; 0 where no indexer learns.
         num_targets: int64 scalar, targets that count.
         tokens_per_expert: int64 [L, E], one row for each MoE layer; in training, multi-token prediction's come last.
         dropped_slots: int64 [L], slots that a capacity dropped.
@@ -50,12 +53,15 @@ class CausalLMLosses(NamedTuple):
         of_targets, of_tokens: The recipe's ``losses`` by name, times their weights: means over targets, and sums over
             MoE layers of means over tokens. Empty in evaluation.
         log_probs: [B, 2], log-probabilities of the responses of pairs, where the model is to give them.
+        indexer_kl: [L], divergences of the indexers' choice, means over tokens; those of multi-token prediction come
+            last. None where no indexer learns.
     """
 
     lm: Tensor
     balance: Tensor
     z: Tensor
     mtp: Tensor
+    indexer: Tensor
     num_targets: Tensor
     tokens_per_expert: Tensor
     dropped_slots: Tensor
@@ -64,29 +70,33 @@ class CausalLMLosses(NamedTuple):
     of_tokens: dict[str, Tensor]
     log_probs: Tensor | None = None
     lm_of_rows: Tensor | None = None
+    indexer_kl: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
         """The loss that is minimized."""
         further = [*self.of_targets.values(), *self.of_tokens.values()]
-        return sum(further, start=self.lm + self.balance + self.z + self.mtp)
+        return sum(further, start=self.lm + self.balance + self.z + self.mtp + self.indexer)
 
 
 class Block(nn.Module):
-    """Transformer block, with norms before attention and FFN, or after them.
+    """Transformer block, with norms before attention and FFN, after them, or both; the second are ``post`` then.
 
     Attributes:
-        window: Tokens that a position sees, itself included; None if it sees all before it.
+        kind: Kind of its attention.
     """
 
     def __init__(self, cfg: ModelConfig, layer_index: int) -> None:
         super().__init__()
-        self.window = cfg.attention.window_of(layer_index)
+        self.kind = AttentionKind(cfg.attention.window_of(layer_index), cfg.attention.is_rotated(layer_index))
         activation = Activation(cfg.swiglu.alpha, cfg.swiglu.limit, cfg.swiglu.offset)
         self.attention_norm = build_norm(cfg.d_model, cfg.norm)
         self.attention: Attention = GatedDeltaNet(cfg) if cfg.is_linear(layer_index) else build_attention(cfg)
         self.ffn_norm = build_norm(cfg.d_model, cfg.norm)
         self.norm_after = cfg.norm.position == NormPosition.after
+        both = cfg.norm.position == NormPosition.both
+        self.attention_post_norm = build_norm(cfg.d_model, cfg.norm) if both else None
+        self.ffn_post_norm = build_norm(cfg.d_model, cfg.norm) if both else None
         self.residual = cfg.multipliers.residual
         self.ffn: FeedForward | MoELayer = (
             FeedForward(cfg.d_model, cfg.dense_width, activation)
@@ -100,23 +110,31 @@ class Block(nn.Module):
         context: AttentionContext,
         cache: LayerCache | None = None,
         real_T: Tensor | None = None,
-    ) -> tuple[Tensor, RoutingStats | None]:
-        """Compute [B, S, D] -> [B, S, D], and the routing statistics if the block has experts.
+    ) -> tuple[Tensor, BlockStats]:
+        """Compute [B, S, D] -> [B, S, D], and statistics.
 
         ``real_T`` tells tokens from padding, as :class:`~moefoundry.moe.layer.MoELayer` takes them.
         """
-        attended_BSD = self.attention(self._input(self.attention_norm, x_BSD), context, cache)
-        x_BSD = x_BSD + self._output(self.attention_norm, attended_BSD)
-        if isinstance(self.ffn, MoELayer):
-            out_BSD, stats = self.ffn(self._input(self.ffn_norm, x_BSD), real_T)
-            return x_BSD + self._output(self.ffn_norm, out_BSD), stats
-        return x_BSD + self._output(self.ffn_norm, self.ffn(self._input(self.ffn_norm, x_BSD))), None
+        attended = self.attention(self._input(self.attention_norm, x_BSD), context, cache)
+        kl: Tensor | None = None
+        if isinstance(attended, tuple):
+            attended, kl_BS = attended
+            kl_T = kl_BS.flatten()
+            kl = mean_over_tokens(kl_T if real_T is None else kl_T.index_select(0, real_T))
+        x_BSD = x_BSD + self._output(self.attention_norm, self.attention_post_norm, attended)
+        ffn, routing = self.ffn, None
+        if isinstance(ffn, MoELayer):
+            out_BSD, routing = ffn(self._input(self.ffn_norm, x_BSD), real_T)
+        else:
+            out_BSD = ffn(self._input(self.ffn_norm, x_BSD))
+        return x_BSD + self._output(self.ffn_norm, self.ffn_post_norm, out_BSD), BlockStats(routing, kl)
 
     def _input(self, norm: Norm, x_BSD: Tensor) -> Tensor:
         return x_BSD if self.norm_after else norm(x_BSD)
 
-    def _output(self, norm: Norm, out_BSD: Tensor) -> Tensor:
-        return multiplied(norm(out_BSD) if self.norm_after else out_BSD, self.residual)
+    def _output(self, norm: Norm, post_norm: Norm | None, out_BSD: Tensor) -> Tensor:
+        last = norm if self.norm_after else post_norm
+        return multiplied(out_BSD if last is None else last(out_BSD), self.residual)
 
 
 def meta_model(cfg: ModelConfig) -> MoETransformer:
@@ -154,13 +172,17 @@ class MoETransformer(nn.Module):
             Block(cfg, index) for index in range(cfg.n_layers)
         )
         self.norm = build_norm(cfg.d_model, cfg.norm)
-        self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=False)
+        self.lm_head = OutputHead(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
         self.lm_head.divisor = cfg.multipliers.logits_divisor
         self.mtp: Sequence[MTPModule] = nn.ModuleList(  # type: ignore[assignment]  # as above
             MTPModule(cfg, Block(cfg, cfg.n_layers + index)) for index in range(cfg.mtp.depth)
         )
         if cfg.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        trained = cfg.attention.trained_indexer
+        self.indexer_weight = 0.0 if trained is None else trained.loss_weight
+        if trained is not None and trained.stage == IndexerStage.warm_up:
+            train_indexers_alone(self)
 
     @property
     def blocks(self) -> list[Block]:
@@ -237,14 +259,13 @@ class MoETransformer(nn.Module):
         real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
         real_T = None if real is None else real.places()
         x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
-        windows, num_cached = [layer.window for layer in self.layers], 0 if cache is None else cache.length
-        contexts = attention_contexts(self.cfg, windows, input_ids_BS, documents, num_cached, x_BSD.dtype)
+        kinds, num_cached = [layer.kind for layer in self.layers], 0 if cache is None else cache.length
+        contexts = attention_contexts(self.cfg, kinds, input_ids_BS, documents, num_cached, x_BSD.dtype)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
-        stats: list[RoutingStats] = []
+        stats: list[BlockStats] = []
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
-            x_BSD, layer_stats = layer(x_BSD, contexts[layer.window], layer_cache, real_T)
-            if layer_stats is not None:
-                stats.append(layer_stats)
+            x_BSD, layer_stats = layer(x_BSD, contexts[layer.kind], layer_cache, real_T)
+            stats.append(layer_stats)
         if cache is not None:
             cache.length += input_ids_BS.shape[1]
         hidden_BSD = self.norm(x_BSD)
@@ -298,15 +319,15 @@ class MoETransformer(nn.Module):
         labels_BS: Tensor,
         documents: Documents | None,
         real: RealTokens | None,
-    ) -> tuple[Tensor, list[RoutingStats]]:
+    ) -> tuple[Tensor, list[BlockStats]]:
         """Sum the cross entropy over all modules of multi-token prediction and targets; and list their statistics."""
         if labels_BS.shape[1] <= len(self.mtp):
             raise ValueError(f"sequences of {labels_BS.shape[1]} tokens leave none to model.mtp.depth {len(self.mtp)}")
         sums, stats, ids_BS = [], [], None if documents is None else documents.ids_BS
         for depth, module in enumerate(self.mtp, start=1):
             rest = None if documents is None else documents.without_last(depth)
-            window, dtype = cast(Block, module.block).window, hidden_BSD.dtype
-            context = attention_contexts(self.cfg, [window], labels_BS[:, :-depth], rest, dtype=dtype)[window]
+            kind, dtype = cast(Block, module.block).kind, hidden_BSD.dtype
+            context = attention_contexts(self.cfg, [kind], labels_BS[:, :-depth], rest, dtype=dtype)[kind]
             real_T = None if real is None else real.places(depth)
             hidden_BSD, normed_BSD, module_stats = module(hidden_BSD[:, :-1], embedded_BSD[:, depth:], context, real_T)
             targets_BS = shifted_targets(labels_BS, ids_BS, shift=depth + 1)[:, :-depth]
@@ -314,8 +335,8 @@ class MoETransformer(nn.Module):
             stats.append(module_stats)
         return torch.stack(sums).sum(), stats
 
-    def _weighted(self, stats: list[RoutingStats], real: RealTokens | None) -> list[RoutingStats]:
-        """Weigh the losses of layers by their tokens, where other micro-batches may have more or fewer."""
+    def _weighted(self, stats: list[BlockStats], real: RealTokens | None) -> list[BlockStats]:
+        """Weigh the losses of blocks by their tokens, where other micro-batches may have more or fewer."""
         if self.tokens_per_sample is None or real is None or not self.training:
             return stats
         of_main, *of_mtp = real.shares(self.tokens_per_sample)
@@ -328,11 +349,13 @@ class MoETransformer(nn.Module):
         mtp: Tensor,
         of_targets: dict[str, Tensor],
         num_targets: Tensor,
-        stats: list[RoutingStats],
+        of_blocks: list[BlockStats],
         log_probs_B2: Tensor | None,
     ) -> CausalLMLosses:
         weights = self.cfg.moe.balance
         none = lm.new_zeros(())
+        stats = [block.routing for block in of_blocks if block.routing is not None]
+        kls = [block.indexer_kl for block in of_blocks if block.indexer_kl is not None]
         counts_LE = (
             torch.stack([s.tokens_per_expert for s in stats])
             if stats
@@ -343,6 +366,7 @@ class MoETransformer(nn.Module):
             balance=sum(self._balance_losses(stats, counts_LE), start=none) * weights.aux_loss_weight,
             z=sum((s.z_loss for s in stats), start=none) * weights.z_loss_weight,
             mtp=mtp,
+            indexer=sum(kls, start=none) * self.indexer_weight,
             num_targets=num_targets,
             tokens_per_expert=counts_LE,
             dropped_slots=torch.stack([s.dropped_slots for s in stats]) if stats else num_targets.new_zeros((0,)),
@@ -350,6 +374,7 @@ class MoETransformer(nn.Module):
             of_targets=of_targets,
             of_tokens=self._of_tokens(stats),
             log_probs=log_probs_B2,
+            indexer_kl=torch.stack(kls) if kls else None,
         )
 
     def _of_tokens(self, stats: list[RoutingStats]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,13 @@ TINY = 1e-20
 
 Score = Callable[[Tensor], Tensor]
 """Router logits [T, E] -> scores [T, E], above 0, of the same dtype."""
+
+
+class Picker(Protocol):
+    """A score function that picks the experts, and weighs them, itself."""
+
+    def pick(self, logits_TE: Tensor, top_k: int, training: bool) -> tuple[Tensor, Tensor]: ...
+
 
 SCORE_KEY = "model.moe.router.score_function"
 
@@ -46,7 +53,7 @@ class Routing(NamedTuple):
         router_logits: [T, E] fp32, before the score function.
         scores: [T, E] fp32, after it.
         topk_weights: [T, K] fp32, normalized and scaled as the recipe says.
-        topk_expert_ids: int64 [T, K], distinct within a token, in descending order of score plus bias.
+        topk_expert_ids: int64 [T, K], distinct within a token, in descending order of score plus bias, or as picked.
     """
 
     router_logits: Tensor
@@ -62,6 +69,7 @@ class Router(nn.Module):
         score: Score function, router logits -> scores.
         product: Product of the gate, [T, D] x [E, D] -> [T, E]; a precision policy may set one that keeps less for
             the backward pass.
+        picks: The score function picks the experts itself.
         expert_bias: fp32 [E], a buffer without gradient, added to the scores for the choice of experts only; None if
             scores are softmax and ``bias_update_rate`` is 0.
     """
@@ -75,6 +83,7 @@ class Router(nn.Module):
         self.top_k = cfg.top_k
         self.cfg, self.group_votes = cfg.router, cfg.group_votes
         self.score: Score = make_part("router_scores", cfg.router.score_function, SCORE_KEY, cfg.router)
+        self.picks = hasattr(self.score, "pick") and cfg.router.assignment == Assignment.scores
         bias = torch.zeros(cfg.num_experts, dtype=torch.float32) if cfg.has_expert_bias else None
         self.register_buffer("expert_bias", bias)
 
@@ -94,8 +103,11 @@ class Router(nn.Module):
         if scores_TE.shape != logits_TE.shape or scores_TE.dtype != logits_TE.dtype:
             given, wanted = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (scores_TE, logits_TE))
             raise UserError(f"{SCORE_KEY}: {self.cfg.score_function} gives scores {given} for logits {wanted}")
-        expert_ids_TK = self._choose(scores_TE.detach())
-        weights_TK = scores_TE.gather(1, expert_ids_TK)
+        if self.picks:
+            weights_TK, expert_ids_TK = cast(Picker, self.score).pick(logits_TE, self.top_k, self.training)
+        else:
+            expert_ids_TK = self._choose(scores_TE.detach())
+            weights_TK = scores_TE.gather(1, expert_ids_TK)
         if self.cfg.normalize_topk:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
         return Routing(logits_TE, scores_TE, weights_TK * self.cfg.scale, expert_ids_TK)

@@ -97,7 +97,7 @@ def local_numel(parameter: nn.Parameter) -> int:
 
 def _signature(layer: Block) -> object:
     parameters = ((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
-    return layer.window, *parameters
+    return layer.kind, *parameters
 
 
 def _repeated(units: Iterable[Unit], kind: list[int]) -> list[Unit]:

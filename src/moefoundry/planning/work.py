@@ -53,7 +53,7 @@ def block_work(cfg: ModelConfig, block: Block, seq_len: int, c: int) -> Work:
         c: Bytes of an element in the compute dtype.
     """
     width, widths = cfg.d_model, _attention_widths(cfg)
-    attention = 2 * sum(widths) * _positions_seen(seq_len, block.window)
+    attention = 2 * sum(widths) * _positions_seen(seq_len, block.kind.window)
     if isinstance(block.attention, GatedDeltaNet):
         widths, attention = block.attention.widths, _linear_attention(block.attention)
     sparse = isinstance(block.ffn, MoELayer)

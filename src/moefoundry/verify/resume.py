@@ -101,8 +101,9 @@ def followed(batches: Mapping[int, Mapping[str, Any]]) -> dict[int, dict[str, An
 
 def draws(recipe: Recipe) -> str:
     """Name the key with which ranks draw random numbers in training; empty if none does."""
-    if recipe.model.moe.router.input_jitter:
-        return "model.moe.router.input_jitter"
+    router = recipe.model.moe.router
+    if router.draws:
+        return f"model.moe.router.{'input_jitter' if router.input_jitter else 'sampled'}"
     return "lora.dropout" if recipe.lora is not None and recipe.lora.dropout else ""
 
 

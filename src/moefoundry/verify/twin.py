@@ -37,6 +37,7 @@ from moefoundry.config import (
     PrecisionConfig,
     Recipe,
     SchedulerConfig,
+    SparseMixerConfig,
     WarmupConfig,
     check_recipe,
 )
@@ -169,8 +170,9 @@ def kept_blocks(model: ModelConfig) -> list[int]:
 
 def kind_of(model: ModelConfig, index: int) -> tuple[object, ...]:
     """Describe a block by all in which it may differ from others."""
-    window = model.attention.window_of(index)
-    return (index < model.n_dense_layers, model.is_dense(index), window, model.is_linear(index))
+    attention = model.attention
+    seen = attention.window_of(index), attention.is_rotated(index)
+    return (index < model.n_dense_layers, model.is_dense(index), *seen, model.is_linear(index))
 
 
 def places_of(listed: list[int], besides: list[int], kept: list[int]) -> list[int]:
@@ -203,10 +205,12 @@ def small_attention(attention: AttentionConfig, d_model: int, length: int) -> tu
 
 
 def with_windows_of(attention: AttentionConfig, blocks: list[int]) -> AttentionConfig:
-    """Give the kept blocks the windows that they had."""
-    if not isinstance(attention, GqaConfig) or (layers := attention.sliding_window_layers) is None:
+    """Give the kept blocks the windows and rotary embeddings that they had."""
+    if not isinstance(attention, GqaConfig):
         return attention
-    return replace(attention, sliding_window_layers=places_of(layers, [], blocks))
+    layers, unrotated = attention.sliding_window_layers, places_of(attention.unrotated_layers, [], blocks)
+    windowed = None if layers is None else places_of(layers, [], blocks)
+    return replace(attention, sliding_window_layers=windowed, unrotated_layers=unrotated)
 
 
 def small_linear(linear: LinearAttentionConfig, blocks: list[int]) -> LinearAttentionConfig:
@@ -306,7 +310,9 @@ def exact(recipe: Recipe) -> Recipe:
 
 
 def without_draws(recipe: Recipe) -> Recipe:
-    """Leave out jitter and dropout, which draw other numbers on other ranks."""
+    """Leave out jitter, sampled experts and dropout, which draw other numbers on other ranks."""
     router = replace(recipe.model.moe.router, input_jitter=0.0)
+    if isinstance(router, SparseMixerConfig):
+        router = replace(router, sampled=False)
     model = replace(recipe.model, moe=replace(recipe.model.moe, router=router))
     return replace(recipe, model=model, lora=recipe.lora and replace(recipe.lora, dropout=0.0))

@@ -21,6 +21,7 @@ from moefoundry.config import (
     InitConfig,
     LinearAttentionConfig,
     Llama3RopeConfig,
+    LongRopeConfig,
     MlaConfig,
     ModelConfig,
     MoEConfig,
@@ -31,6 +32,7 @@ from moefoundry.config import (
     QkNorm,
     RouterConfig,
     ScoreFunction,
+    SparseMixerConfig,
     SwigluConfig,
     YarnConfig,
 )
@@ -53,7 +55,7 @@ def model_config(attention: AttentionConfig, n_layers: int = 2, **changes: objec
 
 def dense(attention: AttentionConfig, **changes: object) -> ModelConfig:
     moe = MoEConfig(num_experts=1, top_k=1, expert_hidden_size=48)
-    return model_config(attention, n_dense_layers=2, ffn_hidden_size=48, moe=moe, **changes)
+    return model_config(attention, **({"n_dense_layers": 2, "ffn_hidden_size": 48, "moe": moe} | changes))
 
 
 def sparse(attention: AttentionConfig, router: RouterConfig | None = None, **changes: object) -> ModelConfig:
@@ -89,6 +91,10 @@ def deepseek(
     router = router or RouterConfig(ScoreFunction.sigmoid, normalize, 2.5, num_groups, top_k_groups)
     sizes = {"n_layers": 3, "n_dense_layers": 1, "ffn_hidden_size": 48, "moe": experts(router, shared=shared)}
     return model_config(attention, **(sizes | changes))
+
+
+def afmoe(attention: GqaConfig, **changes: object) -> ModelConfig:
+    return deepseek(attention, norm=NormConfig(position=NormPosition.both, eps=1e-5), **changes)
 
 
 def hybrid(attention: AttentionConfig | None = None, shared: int = 1, **changes: object) -> ModelConfig:
@@ -129,8 +135,16 @@ QWEN2 = replace(GQA, bias=AttentionBias.qkv)
 QWEN3 = replace(GQA, qk_norm=QkNorm.head, head_dim=12)
 QWEN3_NEXT = replace(QWEN3, rotary_fraction=0.5, output_gate=True)
 OLMOE = replace(GQA, qk_norm=QkNorm.full)
+OLMO3 = replace(OLMOE, sliding_window=5, rope_theta=5e5)
 DBRX = {"norm": NormConfig(NormKind.layernorm, 1e-5)}
 AFTER = {"norm": NormConfig(position=NormPosition.after)}
+MELLUM = replace(QWEN3, sliding_window=5, rope_theta=5e5)
+EXAONE = replace(QWEN3, sliding_window=5)
+AFMOE = replace(EXAONE, output_gate=True)
+PHI = replace(GQA, rope_theta=5e3)
+PHI_NORM = {"norm": NormConfig(NormKind.layernorm, 1e-5, bias=True)}
+PICKED = experts(SparseMixerConfig(margin=0.3), top_k=2)
+LONGROPE = LongRopeConfig(64, [1.0, 1.1, 1.3, 2.0], [1.0, 2.0, 5.0, 9.0], 1.1, 1.3)
 HUNYUAN = replace(GQA, qk_norm=QkNorm.head_after_rope)
 DEEPSEEK_YARN = replace(YARN, mscale=1.0, mscale_all_dim=0.7, beta_fast=16.0)
 VARIANTS: dict[str, dict[str, ModelConfig]] = {
@@ -264,6 +278,42 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
     "olmo2": {
         "plain": dense(OLMOE, **AFTER),
         "biased": dense(replace(OLMOE, bias=AttentionBias.all), tie_embeddings=True, **AFTER),
+    },
+    "olmo3": {
+        "plain": dense(replace(OLMO3, sliding_window_layers=[0]), **AFTER),
+        "window": dense(
+            replace(OLMO3, sliding_window_layers=[0, 2], sliding_window_rope_theta=2e4),
+            **{"n_layers": 4, "n_dense_layers": 4, "tie_embeddings": True},
+            **AFTER,
+        ),
+        "yarn": dense(replace(OLMO3, sliding_window_layers=[0], yarn=YARN, sliding_window_rope_theta=5e5), **AFTER),
+        "all": dense(replace(OLMO3, bias=AttentionBias.all, yarn=YARN), **AFTER),
+    },
+    "phimoe": {
+        "plain": sparse(replace(PHI, bias=AttentionBias.all), moe=PICKED, head_bias=True, **PHI_NORM),
+        "window": sparse(replace(PHI, sliding_window=5), moe=PICKED, **PHI_NORM),
+        "longrope": sparse(
+            replace(PHI, longrope=LONGROPE), moe=experts(SparseMixerConfig(margin=0.2), 8, 2), **PHI_NORM
+        ),
+        "tied": sparse(PHI, moe=PICKED, tie_embeddings=True, **PHI_NORM),
+    },
+    "mellum": {
+        "plain": sparse(replace(MELLUM, sliding_window_layers=[0], sliding_window_rope_theta=1e4)),
+        "yarn": sparse(
+            replace(MELLUM, sliding_window_layers=[1, 2], sliding_window_rope_theta=5e5, yarn=YARN),
+            NOT_NORMALIZED,
+            **{"n_layers": 4, "n_dense_layers": 1, "dense_layers": [3], "ffn_hidden_size": 48, "tie_embeddings": True},
+        ),
+        "biased": sparse(replace(MELLUM, sliding_window=None, bias=AttentionBias.all)),
+    },
+    "exaone_moe": {
+        "plain": deepseek(replace(EXAONE, sliding_window_layers=[0, 1], unrotated_layers=[2])),
+        "groups": deepseek(EXAONE, num_groups=4, top_k_groups=2, shared=2, n_layers=4, dense_layers=[2]),
+        "no_shared": deepseek(EXAONE, shared=0, normalize=False, tie_embeddings=True),
+    },
+    "afmoe": {
+        "plain": afmoe(replace(AFMOE, sliding_window_layers=[0, 1], unrotated_layers=[2]), shared=1),
+        "scaled": afmoe(AFMOE, shared=2, multipliers=MultipliersConfig(embedding=32**0.5), tie_embeddings=True),
     },
     "flex_olmo": {
         "plain": sparse(OLMOE, NOT_NORMALIZED, **AFTER),

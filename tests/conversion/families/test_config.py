@@ -194,6 +194,19 @@ def test_all_problems_of_a_config_are_named_at_once() -> None:
     ]
 
 
+def test_rotary_embeddings_that_a_family_has_not_are_refused() -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    text = refused("olmo3", rope_parameters={"sliding_attention": yarn})
+    assert "rope_parameters.sliding_attention: got " in text
+    assert text.endswith("allowed: no extension, or what full_attention says")
+    assert "rope_theta: got 10000.0; allowed: 500000.0, as rope_parameters" in refused("olmo3", rope_theta=1e4)
+    longrope = FAMILIES["phimoe"].write_config(VARIANTS["phimoe"]["longrope"], 64)["rope_scaling"]
+    assert 'rope_scaling.rope_type: got "longrope"; allowed: yarn, llama3' in refused("mixtral", rope_scaling=longrope)
+    assert 'rope_scaling.rope_type: got "yarn"; allowed: longrope, default' in refused("phimoe", rope_scaling=yarn)
+    assert "rope_scaling.long_factor: got [0]" in refused("phimoe", rope_scaling=longrope | {"long_factor": [0]})
+    assert "num_experts_per_tok: got 3; allowed: 2" in refused("phimoe", num_experts_per_tok=3)
+
+
 def test_an_unknown_model_type_is_named_with_those_there_are() -> None:
     for other in ("qwen2_vl", "deepseek_vl", "jamba"):  # whose names are near to some here, and whose models are not
         with pytest.raises(UserError, match=rf"model_type '{other}' is not among the families: llama, .*, dbrx, .*$"):

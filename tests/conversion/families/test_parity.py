@@ -64,6 +64,19 @@ def test_the_fused_attention_of_transformers_gives_the_same(family: str) -> None
     )
 
 
+@torch.no_grad()
+def test_longrope_of_texts_beyond_the_original_length() -> None:
+    """Transformers 5 has the short factors there, with the magnitude of the long ones."""
+    cfg = VARIANTS["phimoe"]["longrope"]
+    longrope = replace(cfg.attention.longrope, original_max_seq_len=16)
+    cfg, ids = replace(cfg, attention=replace(cfg.attention, longrope=longrope)), sample()
+    model = transformers_model("phimoe", cfg)
+    ours = our_model("phimoe", cfg, their_tensors(model))
+    for length in (16, 17, 24):
+        expected = model(ids[:, :length]).logits
+        torch.testing.assert_close(ours(ids[:, :length]), expected, rtol=0, atol=ABSOLUTE)
+
+
 def test_prediction_of_further_tokens_equals_deepseeks() -> None:
     """Transformers leaves these modules out; here they are put together from its layers, as DeepSeek's report says."""
     cfg, ids = replace(VARIANTS["deepseek_v3"]["plain"], mtp=MtpConfig(depth=2, loss_weight=0.3)), sample()

@@ -104,7 +104,40 @@ FACTS: dict[str, tuple[int | None, int | None, list[str]]] = {
         None,
         [*OF_QWEN3_NEXT, LINEAR, f"{LAYER}linear_attn.in_proj_{{qkv,z,b,a}}.weight", *MODULE],
     ),
-    "olmo2": (355, None, [ENDS, f"{LAYER}post_{{attention,feedforward}}_layernorm.weight", GQA, QK_NORM, DENSE]),
+    "phimoe": (
+        None,
+        None,
+        [
+            ENDS,
+            "{model.norm,lm_head}.bias",
+            f"{LAYER}{{input,post_attention}}_layernorm.{{weight,bias}}",
+            f"{LAYER}self_attn.{{q,k,v,o}}_proj.{{weight,bias}}",
+            MIXTRAL,
+        ],
+    ),
+    "mellum": (None, None, [ENDS, NORMS, GQA, QK_NORM, EXPERTS]),
+    "exaone_moe": (
+        None,
+        None,
+        [
+            *(ENDS, NORMS, GQA, QK_NORM, DENSE, EXPERTS),
+            f"{LAYER}mlp.{{shared_experts.{FFN},e_score_correction_bias}}",
+        ],
+    ),
+    "afmoe": (
+        None,
+        None,
+        [
+            *(ENDS, NORMS, GQA, QK_NORM, DENSE),
+            f"{LAYER}{{pre,post}}_mlp_layernorm.weight",
+            f"{LAYER}self_attn.gate_proj.weight",
+            f"{LAYER}mlp.{{router.gate.weight,expert_bias,{{shared_experts,experts.#}}.{FFN}}}",
+        ],
+    ),
+    **dict.fromkeys(
+        ("olmo2", "olmo3"),
+        (355, None, [ENDS, f"{LAYER}post_{{attention,feedforward}}_layernorm.weight", GQA, QK_NORM, DENSE]),
+    ),
     "flex_olmo": (
         None,
         None,

@@ -49,6 +49,8 @@ def features(cfg: ModelConfig) -> dict[str, object]:
         "multipliers": cfg.multipliers,
         "swiglu": cfg.swiglu,
         "sinks": attention.sinks,
+        "rotated": [attention.is_rotated(block) for block in range(4)],
+        "head_bias": cfg.head_bias,
         "windows": [attention.window_of(block) is not None for block in range(3)],
         "biased_experts": moe.projection_bias,
         "gate": moe.shared_expert_gate,

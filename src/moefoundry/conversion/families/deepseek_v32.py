@@ -26,7 +26,6 @@ class DeepseekV32(Glm4MoeLite):
 
     name = "deepseek_v32"
     architecture = "DeepseekV32ForCausalLM"
-    absent = "training of the indexers"
     defaults: ClassVar[dict[str, Any]] = {
         **DeepseekV3.defaults,
         "routed_scaling_factor": 2.5,
@@ -48,7 +47,7 @@ class DeepseekV32(Glm4MoeLite):
         return super().read_config({key: value for key, value in hf.items() if not said.get(key)})
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
-        sizes = {name: keys.size(key) for name, key in KEYS.items()}
+        sizes: dict[str, Any] = {name: keys.size(key) for name, key in KEYS.items()}
         keys.only("mlp_bias", False)
         attention = super()._read_attention(keys)
         assert isinstance(attention, MlaConfig)

@@ -19,6 +19,7 @@ from moefoundry.config import (
     Problem,
     ScoreFunction,
 )
+from moefoundry.config.attention_rules import EXTENSIONS
 from moefoundry.config.schema_linear_attention import INTERVAL_OF_FULL
 from moefoundry.config.spec import architecture_of, specs
 from moefoundry.conversion.families.keys import Keys
@@ -237,10 +238,10 @@ def computed(cfg: ModelConfig) -> ModelConfig:
     if isinstance(attention, GqaConfig):
         width = attention.head_width(cfg.d_model)
         attention = replace(
-            attention,
+            with_fewest_window_keys(attention, cfg.n_layers),
             head_dim=width,
             softmax_scale=attention.softmax_scale or width**-0.5,
-            sliding_window_layers=_windowed_layers(attention, cfg.n_layers),
+            unrotated_layers=sorted(attention.unrotated_layers),
         )
     linear = cfg.linear_attention
     if linear is not None:
@@ -254,10 +255,18 @@ def computed(cfg: ModelConfig) -> ModelConfig:
     )
 
 
-def _windowed_layers(attention: GqaConfig, n_layers: int) -> list[int] | None:
-    """List the blocks with a window, in order; None where all have it, or none."""
+def with_fewest_window_keys(attention: GqaConfig, n_layers: int) -> GqaConfig:
+    """Set the keys of windows in the recipe's shortest form: no list of blocks or rotary embedding without need."""
     blocks = [index for index in range(n_layers) if attention.window_of(index) is not None]
-    return blocks if 0 < len(blocks) < n_layers else None
+    if not blocks:
+        return replace(attention, sliding_window=None, sliding_window_layers=None, sliding_window_rope_theta=None)
+    rope = attention.rope_of(attention.sliding_window)
+    own = {name: getattr(rope, name) for name in ("rope_theta", *EXTENSIONS)}
+    if len(blocks) == n_layers:
+        return replace(attention, sliding_window_layers=None, sliding_window_rope_theta=None, **own)
+    same = all(getattr(attention, name) == value for name, value in own.items())
+    theta = None if same else attention.sliding_window_rope_theta
+    return replace(attention, sliding_window_layers=blocks, sliding_window_rope_theta=theta)
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, object]:

@@ -97,6 +97,15 @@ class Keys:
         """Read a number of at least 0."""
         return float(self._take(key, "a number of at least 0", lambda v: type(v) in (int, float) and v >= 0))
 
+    def numbers(self, key: str) -> list[float]:
+        """Read a list of numbers above 0."""
+        value = self._take(
+            key,
+            "a list of numbers above 0",
+            lambda v: isinstance(v, list) and all(type(x) in (int, float) and x > 0 for x in v),
+        )
+        return [float(x) for x in value] if isinstance(value, list) else []
+
     def flag(self, key: str) -> bool:
         """Read a boolean."""
         return bool(self._take(key, "true or false", lambda v: isinstance(v, bool)))

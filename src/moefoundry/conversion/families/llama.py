@@ -18,7 +18,7 @@ from moefoundry.config import (
 )
 from moefoundry.conversion.families.family import Family, Piece, dense_layers, ffn_width
 from moefoundry.conversion.families.keys import Keys
-from moefoundry.conversion.families.rope_scaling import read_rope, write_scaling
+from moefoundry.conversion.families.rope_scaling import Rope, read_rope, write_scaling
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 
@@ -79,12 +79,13 @@ class Llama(Family):
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         return self._read_gqa(keys)
 
-    def _read_gqa(self, keys: Keys) -> GqaConfig:
+    def _read_gqa(self, keys: Keys, rope: Rope | None = None) -> GqaConfig:
+        """Read grouped-query attention, and its rotary embedding unless that is read already."""
         n_heads, d_model = keys.size("num_attention_heads"), keys.size("hidden_size")
         head_dim = keys.size("head_dim") if keys.has("head_dim") else None
         if self.bias_of_key is None:
             keys.only("attention_bias", False)
-        rope = read_rope(keys, partial=self.partial_rotation)
+        rope = rope or read_rope(keys, partial=self.partial_rotation)
         return GqaConfig(
             n_heads=n_heads,
             n_kv_heads=keys.size("num_key_value_heads") if keys.has("num_key_value_heads") else n_heads,
