@@ -80,12 +80,15 @@ class FiniteCheck(Callback):
         self._losses: dict[str, Tensor] = {}
         self._skipped_in_a_row = 0
 
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._losses = {}
+
     def after_loss(self, state: State, logger: Logger) -> None:
         for name, loss in state.loss.items():  # sums over micro-batches
             self._losses[name] = self._losses[name] + loss.detach() if name in self._losses else loss.detach()
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        losses, self._losses = self._losses, {}
+        losses = self._losses
         finite = losses["total"].isfinite() & self.gradient_norm.norm.isfinite()
         finite = finite.to(torch.int32)
         dist.all_reduce(finite, reduce_operation="MIN")
