@@ -9,7 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from composer.utils import dist
 
 from moefoundry.build import build_trainer
 from moefoundry.callbacks.checkpointing import Checkpointing
+from moefoundry.callbacks.hangs import forget_hangs, watched_for_hangs
 from moefoundry.callbacks.health import named_collectives
 from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.signals import StopOnSignal
@@ -71,6 +72,8 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
         warnings.filterwarnings("ignore", message)
     run_dir = Path(recipe.run_dir)
     with sole_owner(run_dir), named_collectives(recipe.dist_timeout), dead_processes_named():
+        if dist.get_global_rank() == 0:
+            forget_hangs(run_dir)
         trainer = build_trainer(recipe)
         recipe = trainer.recipe
         if dist.get_global_rank() == 0:
@@ -83,6 +86,7 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
                 print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
             with (
                 noted(trainer, recipe, command, origins or {}),
+                watched_for_hangs(run_dir, recipe.dist_timeout) if dist.get_world_size() > 1 else nullcontext(),
                 explained_shortage(trainer),
             ):
                 trainer.fit()
