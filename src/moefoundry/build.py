@@ -29,6 +29,7 @@ from moefoundry.callbacks.health import FiniteCheck, GradientNorm
 from moefoundry.callbacks.learning_rate import LearningRate
 from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.micro_batches import MicroBatches
+from moefoundry.callbacks.nonfinite import NonFiniteSearch
 from moefoundry.callbacks.preferences import PreferenceMonitor
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
@@ -134,8 +135,9 @@ def assemble(recipe: Recipe) -> MeshTrainer:
         spin_dataloaders=False,
     )
     trainer.recipe, trainer.meshes = recipe, meshes
+    kinds = (NonFiniteSearch, MicroBatches)
+    trainer.around = [each.repeating for kind in kinds for each in trainer.state.callbacks if isinstance(each, kind)]
     if micro_batches is not None:
-        trainer.around = [micro_batches.repeating]
         trainer.on_trial = micro_batches.on_trial
     continues = start is not None and start.own
     with together():
@@ -257,7 +259,10 @@ def build_callbacks(
             GlobalBatchBalance(model.step_counts) if model.step_counts else None,
         ],
         Phase.GRADIENTS: [gradient_norm],
-        Phase.CHECK: [FiniteCheck(gradient_norm, recipe.nonfinite)],
+        Phase.CHECK: [
+            FiniteCheck(gradient_norm, recipe.nonfinite),
+            NonFiniteSearch(Path(recipe.run_dir), checkpointing.run),
+        ],
         Phase.OBSERVE: [
             DataMonitor(stream_names(recipe.train_loader), source_tokens),
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),

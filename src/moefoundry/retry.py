@@ -102,17 +102,34 @@ def can_forget() -> bool:
     return hasattr(FSDPModule, "reset_iter_state")  # since torch 2.14
 
 
-def forget_step(model: nn.Module) -> None:
-    """Bring a model that has left a step back to where it was before, and free what the step has allocated.
+def forget_step(model: nn.Module, release: bool = True) -> None:
+    """Bring a model that has left a step back to where it was before.
 
     Gradients are dropped, whole and in shards, and FSDP's state of the step.
+
+    Args:
+        model: The model.
+        release: Give the memory of the step back to the device, which waits for it: for steps that all ranks have left.
     """
     for _ in range(2):  # a unit shows its whole parameters before FSDP is reset, and its shards after that
         for parameter in model.parameters():
             parameter.grad = None
         root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
-        if root is not None:
+        if root is not None and can_forget():
             root.reset_iter_state()
     gc.collect()
-    if torch.cuda.is_available():
+    if release and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def generator_states() -> list[Tensor]:
+    """Copy the states of torch's generators, which forward and backward passes draw from."""
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if on_gpu else [])]
+
+
+def restore_generators(states: list[Tensor]) -> None:
+    """Put back what :func:`generator_states` has copied."""
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state)

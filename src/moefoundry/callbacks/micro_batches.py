@@ -20,11 +20,16 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from moefoundry.checkpoint.ranks import rank
-from moefoundry.checkpoint.state import restore_rng, rng_tensors
 from moefoundry.config import UserError
 from moefoundry.config.curriculum import Stage, stage_at
-from moefoundry.retry import MemoryEndedError, can_forget, forget_step, left_together
+from moefoundry.retry import (
+    MemoryEndedError,
+    can_forget,
+    forget_step,
+    generator_states,
+    left_together,
+    restore_generators,
+)
 
 T = TypeVar("T")
 KEY = "device_train_microbatch_size"
@@ -80,14 +85,14 @@ class MicroBatches(Callback):
         assert self._stage is not None, "the batch has begun"
         if self._stage.name not in self.sizes:
             return train_batch()
-        batch, generators = state.batch, rng_tensors(rank())
+        batch, generators = state.batch, generator_states()
         while True:
             try:
                 return train_batch()
             except MemoryEndedError as ended:
                 said = str(ended)
-            state.batch, state.outputs, state.loss = batch, None, {}
-            restore_rng(generators, rank())
+            state.batch, state.outputs, state.loss = batch, [], []
+            restore_generators(generators)
             forget_step(state.model)
             self._halve(state, said)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -88,7 +88,7 @@ def measure(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Usa
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = _bytes(parameter.grad for parameter in trained if parameter.grad is not None)
     state = _bytes(value for slots in optimizer.state.values() for value in slots.values() if isinstance(value, Tensor))
-    forget_step(model)
+    forget_step(model, release=False)
     parameters = _bytes(model.parameters())
     return Usage(
         parameters=parameters,
@@ -101,7 +101,7 @@ def measure(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Usa
     )
 
 
-def _bytes(tensors: Iterator[Tensor] | Iterator[nn.Parameter]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
