@@ -17,7 +17,6 @@ from tests.train.test_health import in_the_third_batch_of_the_last_rank, infinit
 
 Tiny = Callable[..., Recipe]
 STEPS = ("max_duration=4ba", "save_interval=2ba", "eval_loader=null", "mesh={replicate: 1, shard: 2, expert: 2}")
-FIRST = "first: output of model.layers.1.ffn.shared_experts on rank 1, float32 [128, 32]: "
 
 
 def infinite_output() -> None:
@@ -35,8 +34,8 @@ def infinite_output() -> None:
         def before_forward(self, state: Any, logger: Any) -> None:
             if in_the_third_batch_of_the_last_rank(state):
                 module = state.model.model.layers[1].ffn.shared_experts
-                module._forward_hooks.clear()
-                module.register_forward_hook(spoil, prepend=True)
+                if not hasattr(module, "spoilt"):
+                    module.spoilt = module.register_forward_hook(spoil, prepend=True)
 
     add_callback(Fault(), first=True)
 
