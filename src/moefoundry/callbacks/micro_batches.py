@@ -62,7 +62,9 @@ class MicroBatches(Callback):
         self._proven = 0
         self._group: torch.distributed.ProcessGroup | None = None
         if torch.distributed.is_initialized() and dist.get_world_size() > 1:
-            self._group = torch.distributed.new_group(timeout=timedelta(seconds=timeout_seconds), backend="gloo")
+            group = torch.distributed.new_group(timeout=timedelta(seconds=timeout_seconds), backend="gloo")
+            assert isinstance(group, torch.distributed.ProcessGroup), "this rank is in it"
+            self._group = group
 
     def batch_start(self, state: State, logger: Logger) -> None:
         stage = stage_at(self.stages, state.timestamp.batch.value)

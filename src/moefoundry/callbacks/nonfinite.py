@@ -95,7 +95,11 @@ class NonFiniteSearch(Callback):
         restore_generators(generators)
         forget_step(state.model)
         saved = self._save(state)
-        raise NonFiniteError(f"{said}\n{self._search(state, train_batch)}{saved}")
+        try:
+            first = self._search(state, train_batch)
+        except Exception as error:  # whatever comes of a step that should not be
+            first = f"first: not found, as the step could not be repeated: {type(error).__name__}: {error}"
+        raise NonFiniteError(f"{said}\n{first}{saved}")
 
     def _save(self, state: State) -> str:
         """Save the state before the step; say where, and warn where that fails."""
@@ -115,9 +119,11 @@ class NonFiniteSearch(Callback):
     def _search(self, state: State, train_batch: Callable[[], Any]) -> str:
         """Repeat the step under hooks; say what all ranks have found."""
         self._repeats = True
-        with watched(state.model) as found, suppress(NonFiniteError, _Repeated):
-            train_batch()
-        self._repeats = False
+        try:
+            with watched(state.model) as found, suppress(NonFiniteError, _Repeated):
+                train_batch()
+        finally:
+            self._repeats = False
         findings = [each for each in dist.all_gather_object(found[0] if found else None) if each is not None]
         if not findings:
             return "first: no parameter, input, output or gradient of a module, when the step was repeated"
