@@ -1,4 +1,4 @@
-"""Where each rank is, when training stands still.
+"""Places of all ranks, when training stands still.
 
 A thread of every rank looks at its main thread. Where that has been at one place, in one collective, for half of
 ``dist_timeout``, the rank asks for reports by a file in the run's directory, which the threads of all ranks look for:

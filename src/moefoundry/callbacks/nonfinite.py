@@ -1,4 +1,4 @@
-"""Where a step first stops being finite.
+"""First tensor of a step that is not finite.
 
 A step that is not finite is brought back to its beginning on all ranks: batch, generators, no gradients. Its state is
 saved, as a checkpoint apart from those of the run, and the forward and backward passes are repeated under hooks that

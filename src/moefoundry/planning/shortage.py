@@ -1,4 +1,4 @@
-"""What is said where memory has ended on a rank: the plan beside what was used, and the smallest change that fits.
+"""Message of a rank whose memory has ended: plan and use side by side, and the smallest change that fits.
 
 The change is sought on the run's own mesh: a smaller micro-batch, more activation checkpointing, or both. Where the
 run has used more than the plan says, so it is taken to do with the change. ``moefoundry recommend`` tries other meshes.
