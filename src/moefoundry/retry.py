@@ -44,7 +44,7 @@ class _AskBeforeCollectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
             return NotImplemented  # it comes again with what it is made of
-        if func.namespace in NAMESPACES and "wait" not in func.__name__:
+        if getattr(func, "namespace", "") in NAMESPACES and "wait" not in func.__name__:
             room = _room_for_result(func, args)
             tell(self.group, ended=False)
             del room

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -188,6 +189,10 @@ def _size(recipe: Recipe) -> int:
 
 
 def record(run_dir: Path, rank: int, recipe: Recipe, batch: int, size: int, used: Usage) -> None:
-    """Write down that memory has ended: a run that chooses its micro-batch begins with a smaller one the next time."""
+    """Write down that memory has ended: a run that chooses its micro-batch begins with a smaller one the next time.
+
+    Nothing is said where the file cannot be written: there is worse to say.
+    """
     facts = {"batch": batch + 1, "stage": stage_at(stages_of(recipe), batch).name, "size": size, "used": asdict(used)}
-    (run_dir / RECORD.format(rank=rank)).write_text(json.dumps(facts, indent=2) + "\n")
+    with suppress(OSError):
+        (run_dir / RECORD.format(rank=rank)).write_text(json.dumps(facts, indent=2) + "\n")
