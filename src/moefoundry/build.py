@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from composer import DataSpec, Evaluator, Trainer
+from composer import DataSpec, Evaluator
 from composer.core import Algorithm, Callback
 from composer.devices import Device
 from composer.loggers import LoggerDestination
@@ -29,6 +29,8 @@ from moefoundry.callbacks.health import FiniteCheck, GradientNorm
 from moefoundry.callbacks.indexer import IndexerMonitor
 from moefoundry.callbacks.learning_rate import LearningRate
 from moefoundry.callbacks.metrics_file import MetricsFile
+from moefoundry.callbacks.micro_batches import MicroBatches
+from moefoundry.callbacks.nonfinite import NonFiniteSearch
 from moefoundry.callbacks.preferences import PreferenceMonitor
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
 from moefoundry.callbacks.signals import StopOnSignal
@@ -36,11 +38,12 @@ from moefoundry.callbacks.speed import Utilization
 from moefoundry.callbacks.trackers import build_trackers, note_entries, start_trackers, try_trackers
 from moefoundry.checkpoint.base import digest_of_tensors
 from moefoundry.checkpoint.ranks import on_rank_zero, together
-from moefoundry.checkpoint.run_dir import DOWNLOADS, claim_run_dir, open_run, store_of
+from moefoundry.checkpoint.run_dir import CONFIG_FILE, DOWNLOADS, claim_run_dir, open_run, store_of
 from moefoundry.checkpoint.save import Saver, retain_and_upload
 from moefoundry.checkpoint.start import Start, data_digests
 from moefoundry.checkpoint.state import RunState
 from moefoundry.checkpoint.store import Retention
+from moefoundry.composer_patches import MeshTrainer
 from moefoundry.config import Compute, ConfigError, LoaderConfig, Recipe, UserError, flatten
 from moefoundry.config.curriculum import stages_of
 from moefoundry.config.making import make_part, make_parts
@@ -61,6 +64,7 @@ from moefoundry.moe.mixture import check_backend
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
 from moefoundry.planning.describe import parameter_counts
 from moefoundry.planning.devices import known_device
+from moefoundry.planning.micro_batch import sizes_here, with_sizes
 from moefoundry.planning.work import flops_per_token
 from moefoundry.precision import describe_fp8
 from moefoundry.world import degrees_of, setup_meshes, torch_device
@@ -78,7 +82,7 @@ class Phase(Enum):
     AVERAGE = "average parameters in a thread, when no callback changes them any more"
 
 
-def build_trainer(recipe: Recipe) -> Trainer:
+def build_trainer(recipe: Recipe) -> MeshTrainer:
     """Assemble the run.
 
     Raises:
@@ -92,11 +96,12 @@ def build_trainer(recipe: Recipe) -> Trainer:
         raise
 
 
-def assemble(recipe: Recipe) -> Trainer:
+def assemble(recipe: Recipe) -> MeshTrainer:
     """Build all parts, and claim ``run_dir`` when nothing is left that can fail."""
     composer_patches.apply()
     device = get_device(None)
     meshes = setup_meshes(recipe, device)
+    recipe, micro_batches = build_micro_batches(recipe, meshes, device)
     on_rank_zero(lambda: try_services(recipe))
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
@@ -109,7 +114,7 @@ def assemble(recipe: Recipe) -> Trainer:
         on_rank_zero(lambda: check_reference(recipe, start))
     materialize(model, torch_device(device), recipe.seed)
     metrics_file = MetricsFile(run_dir)
-    trainer = composer_patches.MeshTrainer(
+    trainer = MeshTrainer(
         model=wrapped(recipe, model),
         optimizers=make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe),
         train_dataloader=train_data,
@@ -118,7 +123,7 @@ def assemble(recipe: Recipe) -> Trainer:
         eval_interval=recipe.eval_interval if evaluators else 0,
         max_duration=recipe.max_duration,
         device_train_microbatch_size=recipe.device_train_microbatch_size,
-        callbacks=build_callbacks(recipe, model, metrics_file, digests, start),
+        callbacks=build_callbacks(recipe, model, metrics_file, digests, start, micro_batches),
         algorithms=make_parts("algorithms", Algorithm, recipe.algorithms, recipe),
         loggers=[metrics_file, *build_console(recipe, model)],
         parallelism_config=None if meshes is None else ParallelismConfig(fsdp2=FSDP2Config()),
@@ -131,6 +136,11 @@ def assemble(recipe: Recipe) -> Trainer:
         log_to_console=False,
         spin_dataloaders=False,
     )
+    trainer.recipe, trainer.meshes = recipe, meshes
+    kinds = (NonFiniteSearch, MicroBatches)
+    trainer.around = [each.repeating for kind in kinds for each in trainer.state.callbacks if isinstance(each, kind)]
+    if micro_batches is not None:
+        trainer.on_trial = micro_batches.on_trial
     continues = start is not None and start.own
     with together():
         trackers = build_trackers(recipe.loggers, run_dir, continues)
@@ -231,22 +241,32 @@ def stream_names(cfg: LoaderConfig | None) -> list[str]:
 
 
 def build_callbacks(
-    recipe: Recipe, model: MoETransformer, metrics_file: MetricsFile, digests: Mapping[str, str], start: Start | None
+    recipe: Recipe,
+    model: MoETransformer,
+    metrics_file: MetricsFile,
+    digests: Mapping[str, str],
+    start: Start | None,
+    micro_batches: MicroBatches | None = None,
 ) -> list[Callback]:
     """Build the run's callbacks, in the order of :class:`Phase`; ``digests`` are those of the run's data."""
     clipping = recipe.algorithms.gradient_clipping
     gradient_norm = GradientNorm(clipping.clipping_threshold if clipping else None)
     ema = Ema(recipe.ema) if recipe.ema else None
     source_tokens: dict[str, int] = {}
+    checkpointing = build_checkpointing(recipe, metrics_file, digests, start, ema, source_tokens)
     phases: dict[Phase, list[Callback | None]] = {
         Phase.PREPARE: [
             Curriculum(stages_of(recipe)) if recipe.curriculum else None,
+            micro_batches,
             CountTargets(),
             LearningRate(recipe, start.schedule_changes if start else ""),
             GlobalBatchBalance(model.step_counts) if model.step_counts else None,
         ],
         Phase.GRADIENTS: [gradient_norm],
-        Phase.CHECK: [FiniteCheck(gradient_norm, recipe.nonfinite)],
+        Phase.CHECK: [
+            FiniteCheck(gradient_norm, recipe.nonfinite),
+            NonFiniteSearch(Path(recipe.run_dir), checkpointing.run),
+        ],
         Phase.OBSERVE: [
             DataMonitor(stream_names(recipe.train_loader), source_tokens),
             RoutingMonitor(metrics_file.record, moe_layer_indices(model)),
@@ -258,10 +278,26 @@ def build_callbacks(
             build_utilization(recipe, metrics_file),
         ],
         Phase.STOP: [StopOnSignal()],
-        Phase.SAVE: [build_checkpointing(recipe, metrics_file, digests, start, ema, source_tokens)],
+        Phase.SAVE: [checkpointing],
         Phase.AVERAGE: [ema],
     }
     return [callback for phase in Phase for callback in phases[phase] if callback]
+
+
+def build_micro_batches(recipe: Recipe, meshes: Meshes | None, device: Device) -> tuple[Recipe, MicroBatches | None]:
+    """Choose the micro-batches that the recipe leaves to the run; None where it leaves none."""
+    run_dir = Path(recipe.run_dir)
+    sizes = sizes_here(recipe, meshes, torch_device(device), dist.get_local_world_size(), run_dir / CONFIG_FILE)
+    if not sizes:
+        return recipe, None
+    if dist.get_global_rank() == 0:
+        for stage, size in sizes.items():
+            print(f"device_train_microbatch_size: auto is {size}{f' in stage {stage}' * bool(stage)}", file=sys.stderr)
+
+    def keep(sizes: Mapping[str, int]) -> None:
+        on_rank_zero(lambda: claim_run_dir(with_sizes(recipe, sizes)))
+
+    return with_sizes(recipe, sizes), MicroBatches(stages_of(recipe), sizes, keep, recipe.dist_timeout)
 
 
 def build_utilization(recipe: Recipe, metrics_file: MetricsFile) -> Utilization | None:

@@ -4,6 +4,8 @@
   sharded already, on the recipe's mesh: :class:`MeshTrainer` leaves it as it is.
 - ``Trainer._train_microbatch`` is the one place that knows which micro-batch is the last of a batch, and only after the
   last have gradients to be summed over ``replicate``: :class:`MeshTrainer` says so to FSDP before each.
+- ``Trainer._train_batch`` trains a batch, and in it ``Trainer._train_microbatches`` all but the optimizer's step:
+  :class:`MeshTrainer` lets others repeat the first, and leave the second.
 - ``Trainer._compute_and_log_metrics`` logs NaN for a metric that has measured nothing: :class:`MeshTrainer` leaves such
   metrics out, which say so (``measured``).
 - ``collect_env.get_cpu_model`` starts an interpreter to learn a name that nothing uses: it is replaced.
@@ -13,23 +15,54 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import composer
 from composer import Trainer
+from composer.core import State
 from composer.loggers import MLFlowLogger
 from composer.utils import collect_env, dist
 from torchmetrics import Metric
 
-from moefoundry.config import UserError
+from moefoundry.config import Recipe, UserError
+from moefoundry.mesh import Meshes
 from moefoundry.parallel import sum_between_copies
 
 TESTED = "0.32.1"
-OVERRIDDEN = ("_wrap_model_for_distributed", "_train_microbatch", "_compute_and_log_metrics")
+OVERRIDDEN = (
+    *("_wrap_model_for_distributed", "_train_batch", "_train_microbatches", "_train_microbatch"),
+    "_compute_and_log_metrics",
+)
 
 
 class MeshTrainer(Trainer):
-    """A ``Trainer`` that takes a model as it is: sharded already, on the recipe's own mesh."""
+    """A ``Trainer`` that takes a model as it is: sharded already, on the recipe's own mesh.
+
+    Attributes:
+        recipe: The recipe that is trained, with what was chosen for this run.
+        meshes: The meshes of its ranks; None where the model is not sharded.
+        around: Functions that are called with the state and a function that trains the batch, and call it; the
+            outermost first.
+        on_trial: Gives the context of the forward and backward passes of a batch.
+    """
+
+    recipe: Recipe
+    meshes: Meshes | None = None
+    around: Sequence[Callable[[State, Callable[[], Any]], Any]] = ()
+    on_trial: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def _train_batch(self, use_grad_scaling: bool) -> Any:
+        train: Callable[[], Any] = partial(super()._train_batch, use_grad_scaling)
+        for each in reversed(self.around):
+            train = partial(each, self.state, train)
+        return train()
+
+    def _train_microbatches(self, *args: Any, **options: Any) -> Any:
+        with self.on_trial():
+            return super()._train_microbatches(*args, **options)
 
     def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
         pass

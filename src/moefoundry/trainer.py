@@ -9,7 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,23 @@ from composer.utils import dist
 
 from moefoundry.build import build_trainer
 from moefoundry.callbacks.checkpointing import Checkpointing
+from moefoundry.callbacks.hangs import forget_hangs, watched_for_hangs
 from moefoundry.callbacks.health import named_collectives
 from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.checkpoint.lease import held
 from moefoundry.checkpoint.ranks import on_rank_zero
 from moefoundry.checkpoint.run_dir import store_of
-from moefoundry.config import Recipe, advice, flatten
+from moefoundry.composer_patches import MeshTrainer
+from moefoundry.config import LocalError, Recipe, advice, flatten
+from moefoundry.config.curriculum import stage_at, stages_of
 from moefoundry.conversion.families import exports_as
 from moefoundry.data.loader import dead_processes_named
 from moefoundry.evaluation.generation import complete
 from moefoundry.mesh import MeshDegrees
 from moefoundry.model.transformer import MoETransformer
+from moefoundry.planning.micro_batch import with_sizes
+from moefoundry.planning.shortage import explain, measure, record
 from moefoundry.runs.history import add_event
 from moefoundry.version import __version__
 from moefoundry.world import degrees_of
@@ -65,8 +70,12 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
     """
     for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    with sole_owner(Path(recipe.run_dir)), named_collectives(recipe.dist_timeout), dead_processes_named():
+    run_dir = Path(recipe.run_dir)
+    with sole_owner(run_dir), named_collectives(recipe.dist_timeout), dead_processes_named():
+        if dist.get_global_rank() == 0:
+            forget_hangs(run_dir)
         trainer = build_trainer(recipe)
+        recipe = trainer.recipe
         if dist.get_global_rank() == 0:
             for problem in advice(recipe):
                 print(f"warning: {problem}", file=sys.stderr, flush=True)
@@ -75,7 +84,11 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
         if max_duration is None or timestamp < max_duration:
             if dist.get_global_rank() == 0 and recipe.log_to_console:
                 print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
-            with noted(trainer, recipe, command, origins or {}):
+            with (
+                noted(trainer, recipe, command, origins or {}),
+                watched_for_hangs(run_dir, recipe.dist_timeout) if dist.get_world_size() > 1 else nullcontext(),
+                explained_shortage(trainer),
+            ):
                 trainer.fit()
         elif dist.get_global_rank() == 0:
             message = f"batch {timestamp.batch.value} of {max_duration.to_timestring()}: nothing left to train"
@@ -118,6 +131,30 @@ def noted(trainer: Trainer, recipe: Recipe, command: Sequence[str], origins: Map
         raise
     finally:
         add_event(run_dir, "end", batch=trainer.state.timestamp.batch.value, state=state, reason=reason)
+
+
+@contextmanager
+def explained_shortage(trainer: MeshTrainer) -> Iterator[None]:
+    """Put the plan of memory beside what was used, where memory ends.
+
+    Raises:
+        LocalError: In place of ``torch.OutOfMemoryError``, on the ranks that have met it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        state, recipe, rank = trainer.state, trainer.recipe, dist.get_global_rank()
+        said = " ".join(str(error).split()).partition(" If reserved")[0]
+        if state.dataloader_label != "train":
+            cure = f"take a smaller device_eval_batch_size than {recipe.device_eval_batch_size}"
+            raise LocalError(f"memory ended on rank {rank} in an evaluation: {said}; {cure}") from None
+        used = measure(state.model, state.optimizers[0], state.device.tensor_to_device(torch.empty(0)).device)
+        batch, size = state.timestamp.batch.value, state.device_train_microbatch_size
+        stage = stage_at(stages_of(recipe), batch)
+        recipe = with_sizes(recipe, {stage.name: int(size or 1)})
+        record(Path(recipe.run_dir), rank, recipe, batch, int(size or 1), used)
+        text = explain(recipe, trainer.meshes, dist.get_world_size(), batch, used)
+        raise LocalError(f"batch {batch + 1}: memory ended on rank {rank}: {said}\n{text}") from None
 
 
 def environment(degrees: MeshDegrees) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_where_nothing_is_the_same_it_says_what_to_write(override, words):
         ("precision=fp32", "precision.compute=fp32"),
         ("precision=amp_fp16", "precision.compute"),
         ("precision.compute=amp_bf16", "bf16"),
-        ("device_train_microbatch_size=auto", "1"),
+        ("device_train_microbatch_size=aut", "auto"),
         ("activation_checkpointing=true", "full"),
         ("optimizer=AdamW", "optimizer.name=adamw"),
         ("optimizer.name=decoupled_adamw", "adamw"),

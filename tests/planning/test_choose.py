@@ -9,10 +9,11 @@ import pytest
 
 from moefoundry.cli.main import main
 from moefoundry.config import ConfigError, Recipe, load_recipe
-from moefoundry.planning.choose import HEADROOM, Choice, choose
+from moefoundry.planning.choose import Choice, choose
 from moefoundry.planning.choose_table import choose_table, overrides
 from moefoundry.planning.devices import ACCELERATORS, Accelerator, accelerator
 from moefoundry.planning.estimate import estimate
+from moefoundry.planning.micro_batch import HEADROOM
 from tests.conftest import QUICKSTART
 
 WORLD = 8

@@ -54,6 +54,9 @@ class DataMonitor(Callback):
             self.tokens[source] = self.tokens.get(source, 0) + number
             logger.log_metrics({f"tokens/{source}": self.tokens[source]})
 
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._sums.zero_()
+
     def after_loss(self, state: State, logger: Logger) -> None:
         """Add up the losses of a micro-batch."""
         if self.sources:
@@ -68,4 +71,3 @@ class DataMonitor(Callback):
         for source, (loss, targets) in zip(self.sources, self._sums.T.tolist(), strict=True):
             if targets:
                 logger.log_metrics({f"loss/train/source/{source}": loss / targets})
-        self._sums.zero_()

@@ -33,13 +33,16 @@ class ExpertBias(Callback):
         self.freeze_at = None if freeze_at is None else Time.from_timestring(freeze_at)
         self._tokens_per_expert_LE: Tensor | None = None
 
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._tokens_per_expert_LE = None
+
     def after_loss(self, state: State, logger: Logger) -> None:
         counts_LE = state.outputs.tokens_per_expert
         before_LE = self._tokens_per_expert_LE
         self._tokens_per_expert_LE = counts_LE.clone() if before_LE is None else before_LE + counts_LE
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        counts_LE, self._tokens_per_expert_LE = self._tokens_per_expert_LE, None
+        counts_LE = self._tokens_per_expert_LE
         assert counts_LE is not None, "no forward pass in this batch"
         assert state.previous_timestamp is not None, "set before every batch_end"
         biases = [router.expert_bias for router in self.routers if router.expert_bias is not None]

@@ -81,12 +81,15 @@ class FiniteCheck(Callback):
         self._losses: dict[str, Tensor] = {}
         self._skipped_in_a_row = 0
 
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._losses = {}
+
     def after_loss(self, state: State, logger: Logger) -> None:
         for name, loss in state.loss.items():  # sums over micro-batches
             self._losses[name] = self._losses[name] + loss.detach() if name in self._losses else loss.detach()
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        losses, self._losses = self._losses, {}
+        losses = self._losses
         finite = losses["total"].isfinite() & self.gradient_norm.norm.isfinite()
         finite = finite.to(torch.int32)
         dist.all_reduce(finite, reduce_operation="MIN")
@@ -164,18 +167,24 @@ def named_collectives(timeout_seconds: float) -> Iterator[None]:
     except RuntimeError as error:
         if "gloo" not in str(error) and not isinstance(error, torch.distributed.DistError):
             raise
+        which = last_collective() or "a collective"
         raise CollectiveError(
-            f"rank {dist.get_global_rank()}: {_last_collective()} failed: another rank did not join it within "
+            f"rank {dist.get_global_rank()}: {which} failed: another rank did not join it within "
             f"dist_timeout, {timeout_seconds:g} seconds, or has ended ({error})"
         ) from error
 
 
-def _last_collective() -> str:
-    """Describe the collective that this rank began last, from torch's flight recorder, which is on by default."""
+def last_collective(only_unfinished: bool = False) -> str:
+    """Describe the collective that this rank began last, from torch's flight recorder, which is on by default.
+
+    Empty where there is none, or, with ``only_unfinished``, where it is not one of NCCL that goes on.
+    """
     trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
     if not trace.get("entries"):
-        return "a collective"
+        return ""
     last = trace["entries"][-1]
+    if only_unfinished and (not last["profiling_name"].startswith("nccl") or last.get("state") == "completed"):
+        return ""
     operands = [f"{dtype}{size}" for dtype, size in zip(last["input_dtypes"], last["input_sizes"], strict=True)]
     number, group = last["collective_seq_id"], last["process_group"][1]
     return f"{last['profiling_name']}({', '.join(operands)}), number {number} of group {group}"

@@ -15,6 +15,9 @@ class PreferenceMonitor(Callback):
     def __init__(self) -> None:
         self._sums: Tensor | None = None  # margins, pairs with one above 0, pairs
 
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._sums = None
+
     def after_loss(self, state: State, logger: Logger) -> None:
         margins_B = state.model.margins(state.outputs, state.batch).detach().double()
         right = (margins_B > 0).double().sum()
@@ -22,7 +25,7 @@ class PreferenceMonitor(Callback):
         self._sums = sums if self._sums is None else self._sums + sums
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        sums, self._sums = self._sums, None
+        sums = self._sums
         assert sums is not None, "no forward pass in this batch"
         dist.all_reduce(sums)
         margin, right, pairs = sums.tolist()

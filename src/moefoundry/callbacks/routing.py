@@ -50,6 +50,9 @@ class RoutingMonitor(Callback):
         self._dropped_slots_L: Tensor | None = None
         self._entropy_sum_L: Tensor | None = None
 
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        self._tokens_per_expert_LE, self._dropped_slots_L, self._entropy_sum_L = None, None, None
+
     def after_loss(self, state: State, logger: Logger) -> None:
         self.add(state.outputs)
 
@@ -68,7 +71,6 @@ class RoutingMonitor(Callback):
         assert counts_LE is not None, "no forward pass in this batch"
         assert dropped_L is not None, "set with the counts"
         assert entropy_L is not None, "set with the counts"
-        self._tokens_per_expert_LE, self._dropped_slots_L, self._entropy_sum_L = None, None, None
         if counts_LE.numel() == 0:
             return
         dist.all_reduce(counts_LE)
@@ -91,5 +93,5 @@ class GlobalBatchBalance(Callback):
     def __init__(self, counts: StepCounts) -> None:
         self.counts = counts
 
-    def batch_start(self, state: State, logger: Logger) -> None:
+    def before_train_batch(self, state: State, logger: Logger) -> None:
         self.counts.begin_step()

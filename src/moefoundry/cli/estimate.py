@@ -45,8 +45,9 @@ def command(
     from moefoundry.planning.devices import accelerator
     from moefoundry.planning.estimate import estimate
     from moefoundry.planning.estimate_table import estimate_table
+    from moefoundry.planning.micro_batch import fitted
 
     device = accelerator(gpu)
-    found = estimate(recipe, world_size, device)
+    found = estimate(fitted(recipe, world_size, device.linked_devices, device.memory_gb), world_size, device)
     print(json.dumps(found.to_json(), indent=2) if as_json else estimate_table(found, price))
     return EXIT_NO if exit_code and not found.plan.fits(device.memory_gb) else 0

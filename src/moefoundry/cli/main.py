@@ -34,6 +34,7 @@ COMMANDS = {
     "prepare": "Turn text into token shards.",
     "recommend": "Fastest mesh and micro-batch of a recipe on N devices, and what makes it fit.",
     "reference": "Score preference data with a frozen reference, for dpo.",
+    "replay": "Repeat the step at which a run was not finite, and say where that began.",
     "report": "One HTML file about a run, or about several.",
     "runs": "Table of the runs in a directory.",
     "sweep": "Train a recipe over values of its keys, and compare.",

@@ -33,10 +33,11 @@ def command(
     recipe = load_recipe(path, overrides, world_size=world_size)
 
     from moefoundry.conversion.families import exports_as
+    from moefoundry.planning.micro_batch import fitted
     from moefoundry.planning.plan import make_plan
     from moefoundry.planning.table import plan_table
 
-    plan = make_plan(recipe, world_size, gpus_per_node)
+    plan = make_plan(fitted(recipe, world_size, gpus_per_node, memory_gb), world_size, gpus_per_node)
     export = exports_as(recipe.model)
     if as_json:
         print(json.dumps({**plan.to_json(memory_gb), "export": export}, indent=2))

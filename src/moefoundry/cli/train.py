@@ -99,14 +99,14 @@ def _is_to_say(error: UserError) -> bool:
     """Tell if this rank prints the error.
 
     All ranks find the same in a recipe: rank 0 prints it. An error of one node, such as a missing file, is printed by
-    the first rank of that node; an error in data by the rank that has read them.
+    the first rank of that node; one of a rank, as in data or for want of memory, by that rank.
     """
-    from moefoundry.config import ConfigError, DataError
+    from moefoundry.config import ConfigError, LocalError
     from moefoundry.config.errors import RecipeFileError
 
     if isinstance(error, ConfigError) and not isinstance(error, RecipeFileError):
         return _rank() == 0
-    return _rank("LOCAL_RANK") == 0 or isinstance(error, DataError)
+    return _rank("LOCAL_RANK") == 0 or isinstance(error, LocalError)
 
 
 def _tell_torchrun(error: UserError) -> None:

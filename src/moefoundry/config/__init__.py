@@ -3,8 +3,8 @@
 from moefoundry.config.advice import advice
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.dump import annotated, diff_recipes, dump_recipe, flatten, redacted
-from moefoundry.config.errors import ConfigError, DataError, Problem, UserError
-from moefoundry.config.field import REQUIRED, key
+from moefoundry.config.errors import ConfigError, DataError, LocalError, Problem, UserError
+from moefoundry.config.field import REQUIRED, Auto, key
 from moefoundry.config.loader import load_layers, load_model, load_recipe, recipe_of
 from moefoundry.config.overrides import redact_argument, split_arguments
 from moefoundry.config.schema import Recipe
@@ -87,12 +87,12 @@ from moefoundry.config.schema_tasks import TaskConfig
 # fmt: off
 __all__ = [
     "REQUIRED", "ActivationCheckpointing", "AdamWConfig", "AlgorithmsConfig", "Assignment", "AttentionBias",
-    "AttentionConfig", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "CometConfig", "Compute",
-    "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig", "Dispatcher",
-    "DpoConfig", "EmaConfig", "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig",
+    "AttentionConfig", "Auto", "AuxLossScope", "BalanceConfig", "CallbacksConfig", "ClippingType", "CometConfig",
+    "Compute", "ConfigError", "ConstantWithWarmupConfig", "CosineWithWarmupConfig", "DataError", "DatasetConfig",
+    "Dispatcher", "DpoConfig", "EmaConfig", "FileLoggerConfig", "Fp8Backend", "Fp8Config", "Fp8Recipe", "GqaConfig",
     "GradientClippingConfig", "IndexerConfig", "IndexerStage", "InitConfig", "LRMonitorConfig", "LaunchConfig",
     "LinearAttentionConfig", "LinearBackend", "LinearDecayWithWarmupConfig", "Llama3RopeConfig", "LoaderConfig",
-    "LoggersConfig", "LongRopeConfig", "LoraConfig", "LossConfig", "LossesConfig", "MLflowConfig",
+    "LocalError", "LoggersConfig", "LongRopeConfig", "LoraConfig", "LossConfig", "LossesConfig", "MLflowConfig",
     "MemoryMonitorConfig", "MeshConfig", "MlaConfig", "MoEConfig", "ModelConfig", "Moments", "MtpConfig",
     "MultipliersConfig", "NonFinite", "NormConfig", "NormKind", "NormPosition", "OptimizerConfig", "PrecisionConfig",
     "Problem", "QkNorm", "Recipe", "ReportConfig", "RouterConfig", "ScheduleTiming", "SchedulerConfig",

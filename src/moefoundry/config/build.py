@@ -173,6 +173,11 @@ class Builder:
             if isinstance(value, str) and value in list(kind):
                 return kind(value)
             return self._fail(path, f"got {show(value)}", allowed, _nearest(value, options(spec), spec))
+        if spec.words is not None and isinstance(value, str):
+            if value in list(spec.words):
+                return spec.words(value)
+            near = _nearest(value, [str(word) for word in spec.words], spec)
+            return self._fail(path, f"got {show(value)} (a string)", allowed, near)
         accepted = (int, float) if kind is float else (kind,)
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             return self._fail(path, f"got {show(value)} ({_type_name(value)})", allowed, _nearest(value, [], spec))

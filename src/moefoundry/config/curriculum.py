@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from moefoundry.config.field import Auto
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_curriculum import StageConfig, StageStreamConfig
 
@@ -28,7 +29,7 @@ class Stage:
         end: Number of the batch behind its last; None if it does not end.
         batch_size: Sequences of a global batch.
         seq_len: Tokens of a sequence.
-        microbatch_size: Sequences of a forward pass of one rank.
+        microbatch_size: Sequences of a forward pass of one rank; ``auto`` where the run chooses.
         proportions: Relative shares of streams in its rows, by name; None takes them as the dataset's streams say.
     """
 
@@ -37,7 +38,7 @@ class Stage:
     end: int | None
     batch_size: int
     seq_len: int
-    microbatch_size: int
+    microbatch_size: int | Auto
     proportions: tuple[tuple[str, float], ...] | None = None
 
     @property
@@ -79,7 +80,7 @@ def stages_of_flat(flat: Mapping[str, Any]) -> tuple[Stage, ...]:
 
 
 def _resolved(
-    curriculum: Mapping[str, StageConfig] | None, batch_size: int, seq_len: int, microbatch_size: int
+    curriculum: Mapping[str, StageConfig] | None, batch_size: int, seq_len: int, microbatch_size: int | Auto
 ) -> tuple[Stage, ...]:
     stages: list[Stage] = []
     first, tokens = 0, 0

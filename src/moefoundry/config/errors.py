@@ -53,8 +53,12 @@ class UserError(Exception):
         return redact(super().__str__())
 
 
-class DataError(UserError):
-    """Data that prove unusable while they are read, perhaps on one rank alone: that rank has to say so."""
+class LocalError(UserError):
+    """An error that perhaps one rank alone has met: that rank has to say so."""
+
+
+class DataError(LocalError):
+    """Data that prove unusable while they are read."""
 
 
 class ConfigError(UserError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import field
+from enum import StrEnum
 from typing import Any
 
 DURATION = r"\d{1,18}(ba|ep|tok|sp)|\d{1,18}(\.\d{1,18})?dur"  # no more digits than an int64 holds
@@ -42,6 +43,12 @@ PATTERN_HINTS = {
     BATCHES: "a positive integer and ba",
     BORDER: "a positive integer and ba or tok",
 }
+
+
+class Auto(StrEnum):
+    """The word in place of a number that the run chooses."""
+
+    auto = "auto"
 
 
 REQUIRED: Any = ...

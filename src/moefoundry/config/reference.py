@@ -106,6 +106,7 @@ def type_of(spec: Spec) -> str:
         name = "name"
     else:
         name = f"list of {names.get(spec.item, 'name')}s" if spec.item else names.get(spec.kind, "name")
+    name = " or ".join([name, *(f"`{word}`" for word in spec.words or ())])
     return f"{name} or null" if spec.optional else name
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, REQUIRED, key
+from moefoundry.config.field import BATCHES, INTERVAL, MAX_BATCH, MAX_SEED, MAX_TIMEOUT, NAME, REQUIRED, Auto, key
 from moefoundry.config.schema_curriculum import StageConfig
 from moefoundry.config.schema_launch import LaunchConfig
 from moefoundry.config.schema_lora import LoraConfig
@@ -215,9 +215,10 @@ class Recipe:
         le=MAX_BATCH,
         renamed_from=("global_batch_size", "train_batch_size"),
     )
-    device_train_microbatch_size: int = key(
+    device_train_microbatch_size: int | Auto = key(
         1,
-        "Sequences of one forward pass of one rank.",
+        "Sequences of one forward pass of one rank; auto takes as many as fit by the plan of memory, and fewer where "
+        "memory ends.",
         ge=1,
         le=MAX_BATCH,
         free_on_resume=True,
@@ -227,7 +228,6 @@ class Recipe:
             "grad_accum": "it follows from device_train_microbatch_size and the batch of a rank",
             "device_train_grad_accum": "it follows from device_train_microbatch_size and the batch of a rank",
         },
-        other_values={"auto": "1"},
     )
     device_eval_batch_size: int = key(
         1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moefoundry.config.field import BORDER, MAX_BATCH, REQUIRED, key
+from moefoundry.config.field import BORDER, MAX_BATCH, REQUIRED, Auto, key
 
 
 @dataclass
@@ -28,8 +28,8 @@ class StageConfig:
     global_train_batch_size: int | None = key(
         None, "Sequences of one optimizer step, over all ranks.", ge=1, le=MAX_BATCH
     )
-    device_train_microbatch_size: int | None = key(
-        None, "Sequences of one forward pass of one rank.", ge=1, le=MAX_BATCH
+    device_train_microbatch_size: int | Auto | None = key(
+        None, "Sequences of one forward pass of one rank; auto as in the recipe.", ge=1, le=MAX_BATCH
     )
     streams: dict[str, StageStreamConfig] | None = key(
         None, "The streams that are read, by their names in train_loader.dataset.streams; null reads them as that says."

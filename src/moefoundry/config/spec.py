@@ -35,6 +35,7 @@ class Spec:
         item: The type of a list's elements, else None.
         entry: The dataclass of each mapping in a mapping whose keys are names that its author chooses, else None.
         optional: Null is accepted.
+        words: Words that are accepted beside values of ``kind``; None without any.
         variants: Those of the field and those listed in ``table``; None where all of them have the same keys.
 
     The others are the arguments of :func:`moefoundry.config.field.key`.
@@ -45,6 +46,7 @@ class Spec:
     item: Any
     entry: Any
     optional: bool
+    words: type[StrEnum] | None
     doc: str
     required: bool
     customary: str
@@ -87,13 +89,13 @@ def _specs(cls: Any) -> dict[str, Spec]:
     hints = get_type_hints(cls)
     result = {}
     for field in dataclasses.fields(cls):
-        kind, optional = _split_optional(hints[field.name])
+        kind, optional, words = _split_hint(hints[field.name])
         item = get_args(kind)[0] if get_origin(kind) is list else None
         entry = get_args(kind)[1] if get_origin(kind) is dict else None
         facts = {**field.metadata, "table": TABLES.get(field.metadata["table"] or "")}
         if facts["table"] is not None and facts["tag"] and dataclasses.is_dataclass(kind):
             facts["variants"] = _listed_variants(facts["table"], kind)
-        result[field.name] = Spec(field.name, get_origin(kind) or kind, item, entry, optional, **facts)
+        result[field.name] = Spec(field.name, get_origin(kind) or kind, item, entry, optional, words, **facts)
     return result
 
 
@@ -103,11 +105,15 @@ def _listed_variants(table: Table, kind: Any) -> dict[str, type] | None:
     return None if set(configs.values()) == {kind} else configs
 
 
-def _split_optional(hint: Any) -> tuple[Any, bool]:
+def _split_hint(hint: Any) -> tuple[Any, bool, type[StrEnum] | None]:
+    """Split a type into the kind of a value, whether it may be null, and the words beside it."""
     if get_origin(hint) not in (Union, types.UnionType):
-        return hint, False
+        return hint, False, None
     kinds = [part for part in get_args(hint) if part is not type(None)]
-    return kinds[0] if len(kinds) == 1 else object, len(kinds) < len(get_args(hint))
+    optional, words = len(kinds) < len(get_args(hint)), None
+    if len(kinds) == 2 and isinstance(kinds[1], type) and issubclass(kinds[1], StrEnum):
+        words = kinds.pop()
+    return kinds[0] if len(kinds) == 1 else object, optional, words
 
 
 def walk(cls: type, prefix: str = "") -> Iterator[tuple[str, Spec]]:
@@ -299,6 +305,8 @@ def describe(spec: Spec, kind: Any = None) -> str:
         text = PATTERN_HINTS[spec.pattern]
     else:
         text = "a path" if spec.path else f"{noun} {bounds}".rstrip()
+    if spec.words is not None:
+        text = ", ".join([*map(str, spec.words), text])
     return f"{text}, or null" if spec.optional and kind is spec.kind else text
 
 

@@ -185,7 +185,7 @@ def starting_recipe(
         "train_loader.num_workers": (4, "loader processes of each rank"),
         "optimizer.name": ("adamw", "with betas 0.9 and 0.95, weight decay 0.1"),
         "scheduler.name": ("cosine_with_warmup", "or linear_decay_with_warmup, constant_with_warmup"),
-        "device_train_microbatch_size": (1, "sequences of one forward pass; raise it while memory lasts"),
+        "device_train_microbatch_size": (1, "sequences of one forward pass; auto takes as many as fit"),
         **chosen,
         **({} if load_path is None else {"load_path": (load_path, "the weights")}),
         **({} if load_path is None else {"load_weights_only": (True, "counters, schedule and data begin anew")}),

@@ -33,7 +33,7 @@ FATES = {
     "max_duration": Fate("max_duration", "an integer becomes epochs"),
     "max_seq_len": Fate("max_seq_len"),
     "global_train_batch_size": Fate("global_train_batch_size"),
-    "device_train_microbatch_size": Fate("device_train_microbatch_size", "`auto` becomes 1"),
+    "device_train_microbatch_size": Fate("device_train_microbatch_size"),
     "device_eval_batch_size": Fate("device_eval_batch_size"),
     "device_train_batch_size": Fate("", SET_BY_LLM_FOUNDRY),
     "device_train_grad_accum": Fate("", SET_BY_LLM_FOUNDRY),

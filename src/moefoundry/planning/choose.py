@@ -12,6 +12,7 @@ from typing import Any
 
 from moefoundry.config import (
     ActivationCheckpointing,
+    Auto,
     Compute,
     ConfigError,
     Moments,
@@ -25,12 +26,10 @@ from moefoundry.config.schema_parts import Fp8Config, Fp8Recipe, MeshConfig, Pre
 from moefoundry.mesh import MeshDegrees, resolve_degrees
 from moefoundry.planning.devices import Accelerator
 from moefoundry.planning.estimate import Estimate, estimate_of
+from moefoundry.planning.micro_batch import HEADROOM, fitting_sizes, with_sizes
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.plan import plan_of
 from moefoundry.planning.world import fake_world
-
-HEADROOM = 0.08
-"""Share of a device's memory that is left for what a plan does not count: CUDA's context, buffers of NCCL, gaps."""
 
 PERMANENT_BYTES = {Moments.fp32: 16, Moments.bf16: 12, Moments.bf16_stochastic: 12}
 """Bytes of an element's parameter, gradient and two moments."""
@@ -138,7 +137,10 @@ class _Search:
         with fake_world(self.world_size):
             if not problems:
                 degrees = resolve_degrees(self.recipe.mesh, self.world_size, self.device.linked_devices)
-                given = self._estimate(self.recipe, degrees, self.outline.shard(self.recipe, degrees))
+                sharded = self.outline.shard(self.recipe, degrees)
+                as_run = with_sizes(self.recipe, fitting_sizes(self.recipe, self.world_size, sharded, self.limit))
+                given = self._estimate(as_run, degrees, sharded)
+                self.own |= {"device_train_microbatch_size": as_run.device_train_microbatch_size}
                 self.own |= {f"mesh.{name}": getattr(degrees, name) for name in ("replicate", "shard", "expert")}
             precisions = [self.recipe.precision] if keep_precision else _precisions(self.recipe, self.device)
             self._try(precisions)
@@ -224,8 +226,9 @@ def _precisions(recipe: Recipe, device: Accelerator) -> list[PrecisionConfig]:
 def _micro_batches(recipe: Recipe, world_size: int) -> list[int]:
     """List powers of two, the recipe's own size and all of a rank's sequences, in ascending order."""
     sequences = recipe.global_train_batch_size // world_size
-    powers = [2**n for n in range(sequences.bit_length())]
-    return sorted({size for size in (*powers, recipe.device_train_microbatch_size, sequences) if size <= sequences})
+    powers, own = [2**n for n in range(sequences.bit_length())], recipe.device_train_microbatch_size
+    sizes = {*powers, sequences, *([] if isinstance(own, Auto) else [own])}
+    return sorted(size for size in sizes if size <= sequences)
 
 
 def _size_of_change(candidate: Candidate) -> tuple[bool, int, float]:

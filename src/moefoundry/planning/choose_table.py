@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from moefoundry.config.spec import show_leaf
-from moefoundry.planning.choose import HEADROOM, Candidate, Choice
+from moefoundry.planning.choose import Candidate, Choice
 from moefoundry.planning.devices import Accelerator
 from moefoundry.planning.estimate import Estimate
+from moefoundry.planning.micro_batch import HEADROOM
 from moefoundry.planning.table import GIB, columns
 
 

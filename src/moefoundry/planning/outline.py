@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from moefoundry.adapters import apply_lora
 from moefoundry.config import Recipe
-from moefoundry.mesh import MeshDegrees, build_meshes
+from moefoundry.mesh import MeshDegrees, Meshes, build_meshes
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.transformer import Block, MoETransformer, meta_model
 from moefoundry.moe.layer import MoELayer
@@ -48,9 +48,12 @@ class Outline:
         self.model = model
 
     def shard(self, recipe: Recipe, degrees: MeshDegrees) -> ShardedOutline:
-        """Shard a copy as in training; one rank has it whole. Needs a process group."""
+        """Shard a copy as in training; on one rank that computes in fp32 it is not sharded. Needs a process group."""
+        return self.shard_on(recipe, build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None)
+
+    def shard_on(self, recipe: Recipe, meshes: Meshes | None) -> ShardedOutline:
+        """Shard a copy as :meth:`shard` does, on meshes that are there; None does not shard it."""
         model = copy.deepcopy(self.model)
-        meshes = build_meshes(degrees, "cpu") if degrees.world_size > 1 else None
         parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
         return ShardedOutline(self, model)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moefoundry.config import Recipe
+from moefoundry.config import Auto, Recipe
 from moefoundry.config.curriculum import of_stage, stages_of
 from moefoundry.mesh import MeshDegrees, resolve_degrees
 from moefoundry.planning.describe import ParameterCounts
@@ -105,7 +105,14 @@ def plan_of(
 
 
 def micro_batches(recipe: Recipe, world_size: int) -> list[int]:
-    """List the sequences of each micro-batch of a rank, as Composer divides its batch."""
+    """List the sequences of each micro-batch of a rank, as Composer divides its batch.
+
+    Raises:
+        ValueError: The recipe leaves the size to the run.
+    """
     sequences = recipe.global_train_batch_size // world_size
-    full, rest = divmod(sequences, recipe.device_train_microbatch_size)
-    return [recipe.device_train_microbatch_size] * full + [rest] * (rest > 0)
+    size = recipe.device_train_microbatch_size
+    if isinstance(size, Auto):
+        raise ValueError("the micro-batch is still to be chosen: planning.micro_batch")
+    full, rest = divmod(sequences, size)
+    return [size] * full + [rest] * (rest > 0)

@@ -104,8 +104,9 @@ def backward(
     state: Any = SimpleNamespace(batch=counted(own, recipe, place), model=wrapper)
     CountTargets().batch_start(state, None)
     if wrapper.model.step_counts is not None:
-        GlobalBatchBalance(wrapper.model.step_counts).batch_start(state, None)
+        GlobalBatchBalance(wrapper.model.step_counts).before_train_batch(state, None)
     rows, at_once = len(own["input_ids"]), recipe.device_train_microbatch_size
+    assert isinstance(at_once, int), "twins have a size"
     total: dict[str, Tensor] = {}
     for first in range(0, rows, at_once):
         part = counted({name: values[first : first + at_once] for name, values in own.items()}, recipe, place)
