@@ -57,7 +57,7 @@ from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.mixture import check_backend
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
-from moefoundry.planning.describe import parameter_counts
+from moefoundry.planning.describe import count_parameters
 from moefoundry.planning.devices import known_device
 from moefoundry.planning.work import flops_per_token
 from moefoundry.precision import describe_fp8
@@ -265,7 +265,7 @@ def build_utilization(recipe: Recipe, metrics_file: MetricsFile) -> Utilization 
     if device is None or recipe.precision.compute != Compute.bf16 or recipe.lora is not None:
         return None
     peak = device.bf16_tflops if recipe.precision.fp8.recipe is None else device.fp8_tflops
-    flops = flops_per_token(meta_model(recipe.model), recipe.max_seq_len)
+    flops = flops_per_token(recipe.model, recipe.max_seq_len)
     return Utilization(flops, peak * 1e12, metrics_file.values)
 
 
@@ -312,7 +312,7 @@ def build_console(recipe: Recipe, model: MoETransformer) -> list[LoggerDestinati
     if not (recipe.log_to_console or recipe.progress_bar):
         return []
     ranks = dist.get_world_size()
-    title = f"{recipe.run_name}: {parameter_counts(model)}; {ranks} rank{'s' if ranks > 1 else ''}"
+    title = f"{recipe.run_name}: {count_parameters(recipe.model, recipe.lora)}; {ranks} rank{'s' if ranks > 1 else ''}"
     if recipe.precision.fp8.recipe is not None:
         title += f"; FP8 {describe_fp8(recipe.precision.fp8, next(model.parameters()).device)}"
     return [Console(title, recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]

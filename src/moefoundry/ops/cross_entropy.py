@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moefoundry.ops.sizes import CHUNK_TOKENS
+
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 1024
 
 
 def linear_cross_entropy(
