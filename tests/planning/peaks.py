@@ -14,8 +14,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
+from torch.distributed.fsdp import FSDPModule
 
 from moefoundry.config import Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
@@ -165,13 +166,27 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     materialize(model, "cpu", 0)
     sequences, length = recipe.device_train_microbatch_size, recipe.max_seq_len
     tokens = torch.arange(sequences * length).view(sequences, length) % recipe.model.vocab_size
+    sum_between_copies(model, False)
     model(tokens, tokens).total.backward()
     sum_between_copies(model, True)
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    memory = memory_of([*model.parameters(), *model.buffers(), *gradients, tokens])
+    memory = memory_of([*model.parameters(), *model.buffers(), tokens])
+    memory.note([*gradients_of(model), *sums_of_a_copy(model)])
     with memory, kernels_of_a_gpu(memory):
         model(tokens, tokens).total.backward()
-    return Measured(bytes_of(model.parameters()), bytes_of(gradients), memory.peak)
+    gradients = bytes_of(gradients_of(model))
+    return Measured(bytes_of(model.parameters()), gradients, memory.peak - gradients)
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """Gradients that there are."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def sums_of_a_copy(model: nn.Module) -> list[Tensor]:
+    """What FSDP has in place of gradients until they are summed over the copies of the model."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    return [group._partial_reduce_output for group in groups if group._partial_reduce_output is not None]
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -189,7 +204,7 @@ def both_trackers(recipe: Recipe) -> tuple[int, int]:
     materialize(model, "cpu", 0)
     tokens = torch.arange(recipe.max_seq_len).unsqueeze(0) % recipe.model.vocab_size
     model(tokens, tokens).total.backward()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradients = gradients_of(model)
     with PeakMemory([*model.parameters(), *model.buffers(), *gradients, tokens]) as ours:
         model(tokens, tokens).total.backward()
     tracker = MemTracker()

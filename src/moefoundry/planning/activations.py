@@ -8,6 +8,7 @@ also results of products, attention and exchanges; the forward pass is run again
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from moefoundry.config import ActivationCheckpointing, ModelConfig, NormPosition
 from moefoundry.planning.attention_stages import attention_stages
@@ -52,6 +53,7 @@ def block_activations(
     fp8: bool = False,
     linear: bool = False,
     masked: bool = False,
+    rows: float = inf,
 ) -> BlockActivations:
     """Estimate the activations of a block.
 
@@ -64,10 +66,11 @@ def block_activations(
         fp8: The FP8 recipe is ``deepseek_v3``.
         linear: The block has linear attention.
         masked: Its attention takes a mask.
+        rows: Rows of an expert.
     """
     width = cfg.d_model
-    ffn = moe_stages(cfg, c, exchanged, fp8) if sparse else dense_stages(cfg, cfg.dense_width, c, fp8, owns_input=True)
-    attention = attention_stages(cfg, c, fp8, linear, masked)
+    ffn = moe_stages(cfg, c, exchanged, fp8, rows) if sparse else dense_stages(cfg, cfg.dense_width, c, fp8)
+    attention = attention_stages(cfg, c, fp8, linear, masked, mode == ActivationCheckpointing.none)
     of_norm = norm(width, c)
     after = cfg.norm.position == NormPosition.after
     halves = [[of_norm, *half] if after else [*half, of_norm] for half in (ffn, attention)]

@@ -17,16 +17,17 @@ from moefoundry.planning.units import FP32
 E4M3_ROW, E5M6_ROW = 129 / 128, 193 / 128
 
 
-def attention_stages(cfg: ModelConfig, c: int, fp8: bool, linear: bool, masked: bool) -> list[Stage]:
+def attention_stages(cfg: ModelConfig, c: int, fp8: bool, linear: bool, masked: bool, alone: bool) -> list[Stage]:
     """List the stages of a block's attention, from its output to its input.
 
-    Where it takes a mask, keys and values are copied for every query head.
+    Where it takes a mask, keys and values are copied for every query head. FP8's recomputation inside MLA is ``alone``,
+    without that of whole blocks.
     """
     if linear:
         assert cfg.linear_attention is not None, "a block has linear attention only where the recipe declares it"
         return _linear(cfg.d_model, cfg.linear_attention, c, fp8)
     if isinstance(cfg.attention, MlaConfig):
-        return _latent(cfg.d_model, cfg.attention, c, fp8)
+        return _latent(cfg.d_model, cfg.attention, c, fp8, fp8 and alone)
     return _grouped_query(cfg, c, fp8, masked)
 
 
@@ -63,7 +64,7 @@ def _grouped_query(cfg: ModelConfig, c: int, fp8: bool, masked: bool) -> list[St
     return stages
 
 
-def _latent(width: int, cfg: MlaConfig, c: int, fp8: bool) -> list[Stage]:
+def _latent(width: int, cfg: MlaConfig, c: int, fp8: bool, again: bool) -> list[Stage]:
     queries = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
     key_values, out = cfg.n_heads * (cfg.qk_nope_head_dim + cfg.v_head_dim), cfg.n_heads * cfg.v_head_dim
     latents, rope = (cfg.q_lora_rank or 0) + cfg.kv_lora_rank, cfg.qk_rope_head_dim
@@ -71,18 +72,18 @@ def _latent(width: int, cfg: MlaConfig, c: int, fp8: bool) -> list[Stage]:
     inside = c * (2 * queries + key_values)  # queries and keys; values are a part of key_values
     last = Stage(E5M6_ROW * out if fp8 else 0, 2 * c * out, c * width, ATTENTION, 0.25)
     core = Stage(
-        saved=c * out + sums + (0 if fp8 else inside),
-        held=c * (2 * queries + 2 * out + key_values) + (inside if fp8 else 0),
+        saved=c * out + sums + (0 if again else inside),
+        held=c * (2 * queries + 2 * out + key_values) + (inside if again else 0),
         kept=c * out + sums,
     )
     up = Stage(
-        saved=c * (latents + rope) if fp8 else c * 2 * latents,
+        saved=c * (latents + rope) if again else (c + (E4M3_ROW if fp8 else c)) * latents,
         held=c * (2 * queries + 2 * key_values) + turned,
         kept=c * (queries + key_values),
         weights=ATTENTION,
         share=0.5,
     )
-    source = c * width if fp8 and cfg.q_lora_rank is None else 0  # input of the queries' projection
+    source = c * width if again and cfg.q_lora_rank is None else 0  # input of the queries' projection
     down = Stage(
         saved=(E4M3_ROW * width if fp8 else c * width) + source,
         held=c * (latents + rope + 2 * width),

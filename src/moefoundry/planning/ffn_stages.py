@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from moefoundry.config import ModelConfig, SwigluConfig
 from moefoundry.moe.dealing import dealt_once
+from moefoundry.ops.sizes import TILE
 from moefoundry.planning.stages import EXPERTS, FFN, Stage, beside, swiglu
 from moefoundry.planning.units import FP32
 
@@ -21,14 +22,14 @@ INDEX_BYTES = 36
 """Bytes of a slot in all: its order, expert and weight, and the row's weight."""
 
 
-def dense_stages(cfg: ModelConfig, hidden: int, c: int, fp8: bool, owns_input: bool) -> list[Stage]:
+def dense_stages(cfg: ModelConfig, hidden: int, c: int, fp8: bool, owns_input: bool = True) -> list[Stage]:
     """List the stages of a dense FFN; ``owns_input`` is false where another operation keeps the input, too."""
-    width = cfg.d_model
+    width, plain = cfg.d_model, cfg.swiglu == SwigluConfig()
     if fp8:
-        return [_fp8_feed_forward(width, hidden, c, owns_input, rows=0)]
+        return [_fp8_feed_forward(width, hidden, c, plain, owns_input)]
     return [
         Stage(saved=c * hidden, held=c * hidden, weights=FFN, share=1 / 3),
-        swiglu(hidden, c, weighted=False, plain=cfg.swiglu == SwigluConfig()),
+        swiglu(hidden, c, weighted=False, plain=plain),
         Stage(held=c * (2 * hidden + width), kept=c * hidden, weights=FFN, share=1 / 3),
         Stage(
             saved=c * width if owns_input else 0,
@@ -40,13 +41,13 @@ def dense_stages(cfg: ModelConfig, hidden: int, c: int, fp8: bool, owns_input: b
     ]
 
 
-def moe_stages(cfg: ModelConfig, c: int, exchanged: int, fp8: bool) -> list[Stage]:
-    """List the stages of an MoE layer whose experts are on ``exchanged`` ranks."""
+def moe_stages(cfg: ModelConfig, c: int, exchanged: int, fp8: bool, rows: float) -> list[Stage]:
+    """List the stages of an MoE layer whose experts are on ``exchanged`` ranks, and have ``rows`` rows each."""
     moe, width = cfg.moe, cfg.d_model
-    stages = _rows(cfg, c, fp8)
+    stages = _rows(cfg, c, fp8, rows)
     if exchanged > 1:
         places = ranks_of_a_token(cfg, exchanged)
-        stages = beside(stages, c * places * width)  # the gradient of a token at each of its ranks
+        stages = beside(stages, (c + (E4M3_ROW if fp8 else 0)) * places * width)  # a token's gradient at its ranks
         stages.append(Stage(held=2 * c * places * width, kept=2 * c * places * width))
     if moe.num_shared_experts:
         shared = dense_stages(cfg, moe.num_shared_experts * moe.expert_hidden_size, c, fp8, owns_input=False)
@@ -74,16 +75,16 @@ def ranks_of_a_token(cfg: ModelConfig, ranks: int) -> float:
     return sum(len({expert // (moe.num_experts // ranks) for expert in ids}) for ids in dealt) / len(dealt)
 
 
-def _rows(cfg: ModelConfig, c: int, fp8: bool) -> list[Stage]:
+def _rows(cfg: ModelConfig, c: int, fp8: bool, rows: float) -> list[Stage]:
     """List the stages of a token's rows, from their sum to the copies of the token."""
     moe, width, hidden, slots = cfg.moe, cfg.d_model, cfg.moe.expert_hidden_size, cfg.moe.top_k
+    plain = cfg.swiglu == SwigluConfig()
     if fp8:
-        stages = [_fp8_feed_forward(width, hidden, c, owns_input=True, rows=slots)]
+        stages = [_times(_fp8_feed_forward(width, hidden, c, plain, rows=rows), slots)]
     else:
-        middle = swiglu(hidden, c, weighted=True, plain=cfg.swiglu == SwigluConfig() and not moe.projection_bias)
         stages = [
             Stage(c * hidden, c * (width + hidden), weights=EXPERTS, share=1 / 3),
-            middle,
+            swiglu(hidden, c, weighted=True, plain=plain),
             Stage(0, c * (2 * hidden + width), c * hidden, EXPERTS, 1 / 3),
             Stage(c * width, c * (hidden + 2 * width), c * hidden, EXPERTS, 1 / 3),
             Stage(0, c * width, c * width),
@@ -98,16 +99,25 @@ def _times(stage: Stage, rows: int) -> Stage:
     return Stage(rows * stage.saved, rows * stage.held, rows * stage.kept, stage.weights, stage.share)
 
 
-def _fp8_feed_forward(width: int, hidden: int, c: int, owns_input: bool, rows: int) -> Stage:
-    """Describe the whole FFN of a token's ``rows``; 0 is the dense FFN, whose output's gradient is the block's."""
-    incoming = c * width if rows else 0
-    middle = incoming + c * (7 if rows else 6) * hidden
-    last = incoming + c * (5 * hidden + 2 * width)
-    stage = Stage(
-        saved=E4M3_ROW * ((width if owns_input else 0) + 2 * hidden) + (4 if rows else 0),
-        held=max(middle, last) + E4M3_ROW * (hidden + width),
+def _fp8_feed_forward(
+    width: int, hidden: int, c: int, plain: bool, owns_input: bool = True, rows: float | None = None
+) -> Stage:
+    """Describe a whole FFN, of one row. Its gradients come in FP8, too.
+
+    Operands of gradients of weights are in tiles of 128 rows; those of an expert begin with a new tile. ``rows`` are
+    those of an expert, or None for a dense FFN, whose output's gradient is the block's.
+    """
+    incoming = 0 if rows is None else c * width
+    padded = 1.0 if rows is None else 1 + (TILE - 1) / rows
+    held = max(
+        2 * c * hidden + swiglu(hidden, c, rows is not None, plain).held + padded * hidden,
+        c * (5 * hidden + 2 * width) + (1 + padded) * hidden,  # gradient of the input
+        c * (5 * hidden + width) + padded * (2 * hidden + width),  # gradients of gate and up
+    )
+    return Stage(
+        saved=E4M3_ROW * ((width if owns_input else 0) + 2 * hidden) + (0 if rows is None else 4),
+        held=incoming + E4M3_ROW * width + held,
         kept=c * (2 * hidden + width),
-        weights=EXPERTS if rows else FFN,
+        weights=FFN if rows is None else EXPERTS,
         share=1.0,
     )
-    return _times(stage, max(rows, 1))

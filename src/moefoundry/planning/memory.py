@@ -107,7 +107,8 @@ def transients(
     root, units_of = _by_block(blocks, units)
     mode, fp8 = recipe.activation_checkpointing, recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
     kinds = {(block.sparse, block.linear, block.masked) for block in blocks}
-    of_kind = {kind: block_activations(cfg, kind[0], mode, c, recipe.mesh.expert, fp8, *kind[1:]) for kind in kinds}
+    ranks, rows = recipe.mesh.expert, sequences * recipe.max_seq_len * cfg.moe.top_k / cfg.moe.num_experts
+    of_kind = {kind: block_activations(cfg, kind[0], mode, c, ranks, fp8, *kind[1:], rows * ranks) for kind in kinds}
     activations = [of_kind[block.sparse, block.linear, block.masked] for block in blocks]
     tokens = [sequences * block.positions for block in blocks]
     saved = [number * each.saved for number, each in zip(tokens, activations, strict=True)]
