@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from moefoundry.config import Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
 from moefoundry.ops.fp8 import gemm, quantization
+from moefoundry.optim import build_adamw
 from moefoundry.parallel import materialize, needs_mesh, parallelize, sum_between_copies
 from tests.memory import PeakMemory, storage_of
 from tests.planning.sharded import built
@@ -39,6 +40,7 @@ class Measured(NamedTuple):
 
     parameters: int
     gradients: int
+    moments: int
     peak: int
 
 
@@ -173,8 +175,11 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     memory.note([*gradients_of(model), *sums_of_a_copy(model)])
     with memory, kernels_of_a_gpu(memory):
         model(tokens, tokens).total.backward()
-    gradients = bytes_of(gradients_of(model))
-    return Measured(bytes_of(model.parameters()), gradients, memory.peak - gradients)
+    gradients, moments = bytes_of(gradients_of(model)), recipe.precision.optimizer_moments
+    optimizer = build_adamw(model, recipe.optimizer, moments)
+    optimizer.step()
+    state = [slots[name] for slots in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return Measured(bytes_of(model.parameters()), gradients, bytes_of(state), memory.peak - gradients)
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:

@@ -56,10 +56,9 @@ def check(recipes: Iterable[Recipe], ranks: int) -> Iterator[str]:
     for index, recipe in enumerate(recipes):
         plan = make_plan(recipe, ranks).memory
         name = f"{recipe.run_name} {recipe.activation_checkpointing} {recipe.precision}"
-        exact = max(rank[index].parameters for rank in measured), max(rank[index].gradients for rank in measured)
-        if exact != (plan.parameters, plan.gradients):
-            yield f"{name}: parameters and gradients {exact} planned {plan.parameters, plan.gradients}"
-        peak = max(rank[index].peak for rank in measured)
+        *exact, peak = (max(values) for values in zip(*(rank[index] for rank in measured), strict=True))
+        if exact != [plan.parameters, plan.gradients, plan.optimizer]:
+            yield f"{name}: {exact} of parameters, gradients and moments; planned {plan}"
         if plan.peak.total != pytest.approx(peak, rel=WITHIN):
             yield f"{name}: peak {peak:,} planned {plan.peak.total:,} ({plan.peak.moment})"
 
