@@ -34,15 +34,6 @@ QWEN2_57B = (
     *("model.attention.head_dim=128", "model.moe.num_experts=64", "model.moe.expert_hidden_size=2560"),
     "model.moe.num_shared_experts=8",
 )
-GPT_OSS_20B = (
-    *("model.d_model=2880", "model.n_layers=24", "model.attention.n_heads=64", "model.attention.n_kv_heads=8"),
-    *("model.attention.head_dim=64", "model.moe.num_experts=32", "model.moe.top_k=4", "model.vocab_size=201088"),
-    "model.moe.expert_hidden_size=2880",
-)
-KIMI_K2 = (
-    *("model.moe.num_experts=384", "model.moe.router.num_groups=1", "model.moe.router.top_k_groups=1"),
-    *("model.attention.n_heads=64", "model.n_dense_layers=1", "model.vocab_size=163840", "model.mtp.depth=0"),
-)
 
 
 @dataclass(frozen=True)
@@ -76,16 +67,17 @@ H100, B200, GB200 = (ACCELERATORS[name] for name in ("h100", "b200", "gb200"))
 FULL = ("precision={compute: bf16}",)
 AUTOMODEL, MEGATRON = "AutoModel performance summary", "Megatron-Core, arXiv 2504.14960"
 QWEN3, MOONLIGHT, DEEPSEEK = "qwen3-30b-a3b", "moonlight-16b-a3b", "deepseek-v3-671b"
-OSS, KIMI, MIXTRAL, QWEN2 = BF16 + GPT_OSS_20B, FULL + KIMI_K2, BF16 + MIXTRAL_8X22B, BF16 + QWEN2_57B
+OSS, KIMI = "gpt-oss-20b", "kimi-k2-1026b"
+MIXTRAL, QWEN2 = BF16 + MIXTRAL_8X22B, BF16 + QWEN2_57B
 V3_2048 = "DeepSeek-V3, 2048 H800, FP8"
 RUNS = (
     Run("Qwen3-30B-A3B, 8 H100", QWEN3, BF16, (1, 8, 8), (256, 4), H100, 12040, "tokens/s", AUTOMODEL),
-    Run("GPT-OSS-20B, 8 H100", QWEN3, OSS, (1, 8, 8), (256, 4), H100, 279, "TFLOP/s", AUTOMODEL),
+    Run("GPT-OSS-20B, 8 H100", OSS, BF16, (1, 8, 8), (256, 4), H100, 279, "TFLOP/s", AUTOMODEL),
     Run("DeepSeek-V3, 256 H100", DEEPSEEK, FULL, (1, 256, 64), (2048, 2), H100, 250, "TFLOP/s", AUTOMODEL),
     Run(
         "Kimi K2, 256 H100",
-        DEEPSEEK,
-        FULL + KIMI_K2,
+        KIMI,
+        FULL,
         (1, 256, 64),
         (2048, 2),
         H100,
@@ -110,7 +102,7 @@ RUNS = (
     Run(
         "Mixtral 8x22B, 128 H100",
         "mixtral-8x7b",
-        BF16 + MIXTRAL_8X22B,
+        MIXTRAL,
         (1, 128, 8),
         (1024, 4),
         H100,

@@ -39,8 +39,8 @@ from moefoundry.ops.fp8 import (
     retile,
     wgrad,
 )
-from moefoundry.ops.fp8.wire import row_bytes
 from moefoundry.ops.permute import order_by_expert
+from moefoundry.ops.sizes import row_bytes
 from moefoundry.precision import apply_precision
 
 NOT_RUN = "not run: torch.cuda.is_available() is False"

@@ -1,7 +1,7 @@
-"""Write ``configs/hardware/`` and the table of ``docs/hardware.md``: the published recipes on 8, 64, 512 and 2048 H100.
+"""Write ``configs/hardware/`` and the tables of ``docs/hardware.md``: published recipes on 8, 64, 512 and 2048 H100.
 
-    python docs/hardware.py            the table, from the files that are there
-    python docs/hardware.py --search [RECIPE...]   first the files of these, or of those without any (minutes each)
+    python docs/hardware.py            the tables, from the files that are there
+    python docs/hardware.py --search [RECIPE...]   first the files of these, or of all (seconds each)
 
 Mesh, micro-batch and checkpointing are those that ``moefoundry recommend`` finds, in BF16 and in FP8.
 """
@@ -23,6 +23,16 @@ ROOT = Path(__file__).parents[1]
 PUBLISHED, HARDWARE = ROOT / "configs/pretrain", ROOT / "configs/hardware"
 PAGE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- begin: python docs/hardware.py -->\n", "<!-- end -->\n"
+USES = (
+    ("pretraining", "hardware/qwen3-30b-a3b-64xh100-bf16", 64, ()),
+    ("continued training", "hardware/qwen3-30b-a3b-64xh100-bf16", 64, ("load_path=imported", "load_weights_only=true")),
+    ("upcycling", "hardware/qwen1.5-moe-14b-64xh100-bf16", 64, ("load_path=upcycled", "load_weights_only=true")),
+    ("finetuning", "finetune/finetune-olmoe-1b-7b", 8, ()),
+    ("preferences", "finetune/dpo-olmoe-1b-7b", 8, ()),
+    ("adapters", "finetune/olmoe-1b-7b-lora", 8, ()),
+    ("adapters", "finetune/qwen3-30b-a3b-lora", 8, ()),
+)
+"""Uses of trained weights, each with a recipe, its H100, and overrides."""
 DEVICES = (8, 64, 512, 2048)
 PRECISIONS = {"bf16": "precision.fp8.recipe=null", "fp8": "precision.fp8.recipe=deepseek_v3"}
 H100 = accelerator("h100")
@@ -95,6 +105,18 @@ def row(case: Case) -> str:
     return f"| {link} | {case.devices} | {case.precision.upper()} | {mesh} | {speed} |"
 
 
+def uses() -> str:
+    """Write the table of uses."""
+    rows = ["| use | recipe | overrides | H100 | tokens/s each | MFU | GiB |", "|---|---|---|---|---|---|---|"]
+    for use, name, devices, overrides in USES:
+        file = ROOT / f"configs/{name}.yaml"
+        found = estimate(load_recipe(str(file), list(overrides), devices), devices, H100)
+        keys = f"`{' '.join(overrides)}`" if overrides else ""
+        figures = f"{found.tokens_per_second:,.0f} | {found.mfu:.0%} | {found.plan.memory.total / GIB:.0f}"
+        rows.append(f"| {use} | [{file.stem}](../configs/{name}.yaml) | {keys} | {devices} | {figures} |")
+    return "\n".join(rows) + "\n"
+
+
 def table() -> str:
     """Write the table of all files."""
     rows = [row(case) for case in cases() if case.file.exists()]
@@ -104,14 +126,14 @@ def table() -> str:
 
 def main() -> None:
     if "--search" in sys.argv:
-        known = {path.name.partition("xh100")[0].rpartition("-")[0] for path in HARDWARE.glob("*.yaml")}
-        wanted = sys.argv[2:] or sorted({case.recipe for case in cases()} - known)
+        wanted = sys.argv[2:] or sorted({case.recipe for case in cases()})
         for case in (case for name in wanted for case in cases() if case.recipe == name):
+            case.file.unlink(missing_ok=True)  # of an earlier search, which fits no more
             if (found := search(case)) is not None:
                 case.file.write_text(text_of(case, found))
                 print(case.file.name, flush=True)
     before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}{table()}{END}{rest.partition(END)[2]}")
+    PAGE.write_text(f"{before}{BEGIN}{uses()}\n{table()}{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

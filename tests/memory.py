@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,21 +17,53 @@ from torch.utils._pytree import tree_leaves
 class PeakMemory(TorchDispatchMode):
     """Bytes of the storages that operations returned while the mode was on, at the moment when most were alive.
 
+    Args:
+        without: Tensors that do not count.
+
     Attributes:
         peak: That many; storages on the meta device have none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, without: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.storages: dict[StorageWeakRef, int] = {}
+        self.without = {storage_of(tensor)._cdata for tensor in without}
+        self.storages: dict[StorageWeakRef, float] = {}
         self.peak = 0
+        self._paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and not leaf.is_meta:
-                storage = (leaf.to_local() if isinstance(leaf, DTensor) else leaf).untyped_storage()
-                self.storages[StorageWeakRef(storage)] = storage.nbytes()
-        self.storages = {storage: size for storage, size in self.storages.items() if not storage.expired()}
-        self.peak = max(self.peak, sum(self.storages.values()))
+        if not self._paused:
+            self.note(out)
         return out
+
+    def note(self, out: Any, share: float = 1.0, beside: int = 0) -> None:
+        """Count new storages of ``out``, a ``share`` of their bytes; ``beside`` bytes exist for a moment."""
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and not leaf.is_meta and storage_of(leaf)._cdata not in self.without:
+                self.storages.setdefault(StorageWeakRef(storage_of(leaf)), share)
+        self.peak = max(self.peak, self.now() + beside)
+
+    def now(self) -> int:
+        """Bytes that are alive; FSDP changes the sizes of storages."""
+        self.storages = {storage: share for storage, share in self.storages.items() if not storage.expired()}
+        return round(sum(share * _nbytes(storage) for storage, share in self.storages.items()))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing that operations return in here."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+
+def storage_of(tensor: Tensor) -> UntypedStorage:
+    """The storage of a tensor, or of this rank's part of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+
+
+def _nbytes(storage: StorageWeakRef) -> int:
+    alive = torch.UntypedStorage._new_with_weak_ptr(storage.cdata)
+    return 0 if alive is None else alive.nbytes()

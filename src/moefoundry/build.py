@@ -62,9 +62,10 @@ from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.deep_ep import check_dispatcher
 from moefoundry.moe.mixture import check_backend
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
-from moefoundry.planning.describe import parameter_counts
+from moefoundry.planning.describe import count_parameters
 from moefoundry.planning.devices import known_device
-from moefoundry.planning.micro_batch import sizes_here, with_sizes
+from moefoundry.planning.micro_batch import with_sizes
+from moefoundry.planning.this_device import sizes_here
 from moefoundry.planning.work import flops_per_token
 from moefoundry.precision import describe_fp8
 from moefoundry.world import degrees_of, setup_meshes, torch_device
@@ -101,7 +102,7 @@ def assemble(recipe: Recipe) -> MeshTrainer:
     composer_patches.apply()
     device = get_device(None)
     meshes = setup_meshes(recipe, device)
-    recipe, micro_batches = build_micro_batches(recipe, meshes, device)
+    recipe, micro_batches = build_micro_batches(recipe, device)
     on_rank_zero(lambda: try_services(recipe))
     train_data = build_data(recipe.train_loader, recipe, recipe.global_train_batch_size // dist.get_world_size())
     eval_data = recipe.eval_loader and build_data(recipe.eval_loader, recipe, recipe.device_eval_batch_size)
@@ -284,10 +285,10 @@ def build_callbacks(
     return [callback for phase in Phase for callback in phases[phase] if callback]
 
 
-def build_micro_batches(recipe: Recipe, meshes: Meshes | None, device: Device) -> tuple[Recipe, MicroBatches | None]:
+def build_micro_batches(recipe: Recipe, device: Device) -> tuple[Recipe, MicroBatches | None]:
     """Choose the micro-batches that the recipe leaves to the run; None where it leaves none."""
     run_dir = Path(recipe.run_dir)
-    sizes = sizes_here(recipe, meshes, torch_device(device), dist.get_local_world_size(), run_dir / CONFIG_FILE)
+    sizes = sizes_here(recipe, torch_device(device), dist.get_local_world_size(), run_dir / CONFIG_FILE)
     if not sizes:
         return recipe, None
     if dist.get_global_rank() == 0:
@@ -306,7 +307,7 @@ def build_utilization(recipe: Recipe, metrics_file: MetricsFile) -> Utilization 
     if device is None or recipe.precision.compute != Compute.bf16 or recipe.lora is not None:
         return None
     peak = device.bf16_tflops if recipe.precision.fp8.recipe is None else device.fp8_tflops
-    flops = flops_per_token(meta_model(recipe.model), recipe.max_seq_len)
+    flops = flops_per_token(recipe.model, recipe.max_seq_len)
     return Utilization(flops, peak * 1e12, metrics_file.values)
 
 
@@ -353,7 +354,7 @@ def build_console(recipe: Recipe, model: MoETransformer) -> list[LoggerDestinati
     if not (recipe.log_to_console or recipe.progress_bar):
         return []
     ranks = dist.get_world_size()
-    title = f"{recipe.run_name}: {parameter_counts(model)}; {ranks} rank{'s' if ranks > 1 else ''}"
+    title = f"{recipe.run_name}: {count_parameters(recipe.model, recipe.lora)}; {ranks} rank{'s' if ranks > 1 else ''}"
     if recipe.precision.fp8.recipe is not None:
         title += f"; FP8 {describe_fp8(recipe.precision.fp8, next(model.parameters()).device)}"
     return [Console(title, recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]

@@ -20,7 +20,6 @@ adapters (``lora``) are computed beside them as ``precision.compute`` says:
 
 from __future__ import annotations
 
-import difflib
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import cast
@@ -31,7 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from moefoundry.adapters import AdaptedExperts, ExpertAdapter, LinearAdapter, Magnitude, has_adapter
-from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, Problem, UserError
+from moefoundry.config import Compute, ConfigError, Fp8Config, Fp8Recipe, PrecisionConfig, UserError
+from moefoundry.config.fp8_rules import exclude_problems
 from moefoundry.model.indexer import Indexer
 from moefoundry.model.linear_attention import Decay, GatedDeltaNet
 from moefoundry.model.output_head import OutputHead
@@ -171,12 +171,7 @@ def _asked(cfg: Fp8Config) -> Backend | None:
 def _chosen(model: nn.Module, exclude: list[str]) -> dict[str, nn.Module]:
     """List the modules, by name, that no pattern excludes, directly or through a module around them."""
     modules = dict(model.named_modules())
-    problems = []
-    for pattern in exclude:
-        if pattern not in Fp8Config().exclude and not any(fnmatchcase(name, pattern) for name in modules):
-            near = "".join(difflib.get_close_matches(pattern, modules, 1))
-            problems.append(Problem("precision.fp8.exclude", f"no module is named {pattern!r}", suggestion=near))
-    if problems:
+    if problems := exclude_problems(exclude, modules):
         raise ConfigError(problems)
 
     def excluded(name: str) -> bool:

@@ -33,7 +33,7 @@ from moefoundry.config.curriculum import stage_at, stages_of
 from moefoundry.conversion.families import exports_as
 from moefoundry.data.loader import dead_processes_named
 from moefoundry.evaluation.generation import complete
-from moefoundry.mesh import MeshDegrees
+from moefoundry.mesh import MeshDegrees, resolve_degrees
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.planning.micro_batch import with_sizes
 from moefoundry.planning.shortage import explain, measure, record
@@ -152,8 +152,9 @@ def explained_shortage(trainer: MeshTrainer) -> Iterator[None]:
         batch, size = state.timestamp.batch.value, state.device_train_microbatch_size
         stage = stage_at(stages_of(recipe), batch)
         recipe = with_sizes(recipe, {stage.name: int(size or 1)})
+        degrees = resolve_degrees(recipe.mesh, dist.get_world_size(), dist.get_local_world_size())
         record(Path(recipe.run_dir), rank, recipe, batch, int(size or 1), used)
-        text = explain(recipe, trainer.meshes, dist.get_world_size(), batch, used)
+        text = explain(recipe, degrees, batch, used)
         raise LocalError(f"batch {batch + 1}: memory ended on rank {rank}: {said}\n{text}") from None
 
 

@@ -113,3 +113,15 @@ def test_a_bad_recipe_is_refused_before_torch_is_imported():
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=True)
+
+
+def test_plans_import_nothing_heavy():
+    script = (
+        "import sys\n"
+        "from moefoundry.cli.main import main\n"
+        f"words = [{QUICKSTART!r}, '--world-size', '4']\n"
+        "assert [main([name, *words]) for name in ('plan', 'estimate', 'recommend')] == [0, 0, 0]\n"
+        "print(sorted({'torch', 'numpy', 'composer', 'moefoundry.model.transformer'} & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -175,7 +175,7 @@ def test_what_is_kept_for_the_backward_pass_is_estimated() -> None:
     measured = sum(storage.nbytes() for storage in kept.values()) / 256
     dense = replace(cfg, linear_attention=None)
     estimates = [
-        block_activations(each, False, ActivationCheckpointing.none, 4, False, linear=each is cfg).saved
+        block_activations(each, False, ActivationCheckpointing.none, 4, linear=each is cfg).saved
         for each in (cfg, dense)
     ]
     softmax = 4 * (64 + 2 * 64 + 2 * 32) + 4 * 4  # the module's docstring

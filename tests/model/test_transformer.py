@@ -11,7 +11,7 @@ from moefoundry.config import AttentionConfig, UserError
 from moefoundry.model.attention import build_attention
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from moefoundry.moe.layer import MoELayer, RoutingStats
-from moefoundry.ops.cross_entropy import CHUNK_TOKENS
+from moefoundry.ops.sizes import CHUNK_TOKENS
 from tests.model.tiny import EXPERTS, VOCAB, batch, gradients, tiny_config, tiny_model
 
 B, S = 3, 12

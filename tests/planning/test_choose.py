@@ -91,6 +91,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     told = capsys.readouterr().out
     assert "does not suit this number of devices" in told
     assert "global_train_batch_size" in told
+    assert "a world size of 3 fits with: global_train_batch_size=6" in told
     assert main([*command, "4", "--json", "precision.compute=bf16"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"]

@@ -17,6 +17,7 @@ from moefoundry.model.transformer import meta_model
 from moefoundry.parallel import materialize
 from moefoundry.planning.devices import ACCELERATORS
 from moefoundry.planning.estimate import CALL_SECONDS, Estimate, estimate
+from moefoundry.planning.outline import Outline
 from moefoundry.planning.work import block_work, head_work
 from tests.conftest import QUICKSTART
 
@@ -31,15 +32,16 @@ def estimated(*overrides: str, device=H100, world_size: int = 8) -> Estimate:
 
 @pytest.mark.parametrize("attention", ["model.attention.n_kv_heads=2", MLA])
 def test_flops_are_those_that_torch_counts(attention: str) -> None:
-    cfg, seq_len = load_recipe(QUICKSTART, [attention, "model.moe.backend=loop"]).model, 64
+    recipe, seq_len = load_recipe(QUICKSTART, [attention, "model.moe.backend=loop"]), 64
+    cfg, blocks = recipe.model, Outline(recipe).blocks
     model = meta_model(cfg).eval()
     materialize(model, "cpu", 17)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, seq_len, dtype=torch.int64))
-    works = [block_work(cfg, block, seq_len, 4) for block in model.blocks]
+    works = [block_work(cfg, index, weights, seq_len, 4) for index, weights in enumerate(blocks)]
     counted = {str(name): flops for name, flops in counter.get_flop_counts()["Global"].items()}
     of_attention = sum(flops for name, flops in counted.items() if "bmm" in name)
-    products = sum(work.linear + work.experts for work in works) + head_work(model).linear
+    products = sum(work.linear + work.experts for work in works) + head_work(cfg).linear
     assert seq_len * products == sum(counted.values()) - of_attention
     # The counter counts every pair of positions; half of them, and the diagonal, are seen.
     ours = seq_len * sum(work.attention for work in works)
@@ -84,6 +86,21 @@ def test_times_follow_the_device() -> None:
     assert faster.mfu < base.mfu
 
 
+def test_shared_experts_hide_a_part_of_the_exchange_and_few_rows_an_expert_cost_more() -> None:
+    base, none = estimated("model.moe.num_shared_experts=2"), estimated("model.moe.num_shared_experts=0")
+    assert 0 < base.step.exchange < none.step.exchange
+    more = estimated("max_seq_len=4096")
+    few = estimated("max_seq_len=4096", "device_train_microbatch_size=1")
+    assert few.plan.rows_per_expert * 2 == more.plan.rows_per_expert == 2048
+    assert few.step.experts / more.step.experts == pytest.approx((1 + 64 / 1024) / (1 + 64 / 2048))
+
+
+def test_attention_with_a_mask_runs_over_all_pairs() -> None:
+    plain, windowed = estimated("max_seq_len=2048"), estimated("max_seq_len=2048", "model.attention.sliding_window=16")
+    assert windowed.flops_per_token < plain.flops_per_token
+    assert windowed.step.products > plain.step.products
+
+
 def test_the_length_of_the_run() -> None:
     tokens = estimated("max_duration=8388608tok")
     batches = estimated("max_duration=1024ba")
@@ -122,10 +139,9 @@ def test_an_unknown_device_is_one_line(text: str | None, message: str, tmp_path:
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_published_runs() -> None:
     found = [ratio for _, _, ratio in ratios()]
-    assert statistics.median(abs(ratio - 1) for ratio in found) < 0.3
+    assert statistics.median(abs(ratio - 1) for ratio in found) <= 0.25
     assert all(0.5 < ratio < 2 for ratio in found)
 
 

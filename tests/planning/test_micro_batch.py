@@ -11,7 +11,7 @@ import pytest
 from moefoundry.cli.main import main
 from moefoundry.config import Auto, Recipe, load_recipe
 from moefoundry.config.curriculum import stages_of
-from moefoundry.planning import micro_batch
+from moefoundry.planning import this_device
 from moefoundry.planning.choose import choose
 from moefoundry.planning.devices import accelerator
 from moefoundry.planning.micro_batch import HEADROOM, divisions, fitted, left_open, with_sizes
@@ -95,11 +95,11 @@ def test_memory_of_a_host_is_shared_by_its_ranks_and_limited_by_its_container(
     import torch
 
     here = torch.device("cpu")
-    monkeypatch.setattr(micro_batch, "CGROUP", tmp_path)
-    free = micro_batch.device_memory(here, 1)
-    assert micro_batch.device_memory(here, 4) == pytest.approx(free / 4, rel=0.2)
+    monkeypatch.setattr(this_device, "CGROUP", tmp_path)
+    free = this_device.device_memory(here, 1)
+    assert this_device.device_memory(here, 4) == pytest.approx(free / 4, rel=0.2)
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
-    assert micro_batch.device_memory(here, 2) == 1000
+    assert this_device.device_memory(here, 2) == 1000
     (tmp_path / "memory.max").write_text("max\n")
-    assert micro_batch.device_memory(here, 1) > 1e6
+    assert this_device.device_memory(here, 1) > 1e6

@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from moefoundry.config import Recipe, load_recipe
+from moefoundry.config import MeshConfig, Recipe, load_recipe
+from moefoundry.mesh import resolve_degrees
 from moefoundry.planning import shortage
 from moefoundry.planning.memory import Memory, memory
 from moefoundry.planning.outline import Outline
 from moefoundry.planning.shortage import Allocator, Usage, cause, explain, measure, smallest_change
 from tests.conftest import QUICKSTART
 
+ONE = resolve_degrees(MeshConfig(), 1, 1)
 WIDE = ("model.d_model=1024", "model.moe.expert_hidden_size=512", "max_seq_len=2048", "global_train_batch_size=8")
 
 
@@ -23,7 +25,7 @@ def recipe(*changes: str) -> Recipe:
 
 
 def planned(own: Recipe, size: int) -> Memory:
-    return memory(Outline(own).shard_on(own, None), own, size)
+    return memory(Outline(own).shard(own, ONE), own, size)
 
 
 def used(plan: Memory, total: int, factor: float = 1.0, **kinds: int) -> Usage:
@@ -51,7 +53,7 @@ def test_kinds_are_measured() -> None:
 
 def test_the_smallest_change_is_a_smaller_micro_batch_if_one_fits() -> None:
     own = recipe()
-    plan, sharded = planned(own, 8), Outline(own).shard_on(own, None)
+    plan, sharded = planned(own, 8), Outline(own).shard(own, ONE)
     for wanted in (4, 2, 1):
         total = planned(own, wanted).total + 1
         assert smallest_change(own, sharded, 1, used(plan, total)) == {"device_train_microbatch_size": wanted}
@@ -62,7 +64,7 @@ def test_the_smallest_change_is_a_smaller_micro_batch_if_one_fits() -> None:
 
 def test_with_one_sequence_activations_are_recomputed() -> None:
     own = recipe("device_train_microbatch_size=1")
-    plan, sharded = planned(own, 1), Outline(own).shard_on(own, None)
+    plan, sharded = planned(own, 1), Outline(own).shard(own, ONE)
     modes = [replace(own, activation_checkpointing=mode) for mode in ("selective", "full")]
     totals = [memory(sharded, each, 1).total for each in modes]
     assert plan.total > totals[0] > totals[1]
@@ -88,7 +90,7 @@ def test_the_cause_is_named(changes: dict[str, float], said: str) -> None:
 
 def test_a_stage_of_a_curriculum_is_named() -> None:
     own = recipe("curriculum={short: {until: 3ba, max_seq_len: 1024}, long: {}}")
-    text = explain(own, None, 1, 5, used(planned(own, 8), planned(own, 4).total + 1))
+    text = explain(own, ONE, 5, used(planned(own, 8), planned(own, 4).total + 1))
     assert text.splitlines()[-1] == "smallest change that fits: curriculum.long.device_train_microbatch_size=4"
-    nothing = explain(own, None, 1, 5, used(planned(own, 8), 10**6))
+    nothing = explain(own, ONE, 5, used(planned(own, 8), 10**6))
     assert "moefoundry recommend RECIPE --world-size 1" in nothing.splitlines()[-1]

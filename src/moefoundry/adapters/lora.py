@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moefoundry.adapters.adapter import AdaptedExperts, Adapter, ExpertAdapter, LinearAdapter, add_adapter
-from moefoundry.config import ConfigError, LoraConfig, Problem
+from moefoundry.config import ConfigError, LoraConfig
+from moefoundry.config.lora_rules import target_problems
 from moefoundry.model.init import fill_by_row
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.moe.experts import GroupedExperts
@@ -41,7 +41,9 @@ def apply_lora(model: MoETransformer, cfg: LoraConfig) -> None:
         ConfigError: A target names no weight of the model, or none of them names any.
     """
     places = list(_places(model))
-    _check_targets(cfg, places)
+    known = {place.group for place in places} | {f"{place.group}.{place.name}" for place in places}
+    if problems := target_problems(cfg, known):
+        raise ConfigError(problems)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     scale = cfg.alpha / (math.sqrt(cfg.rank) if cfg.use_rslora else cfg.rank)
@@ -141,17 +143,3 @@ def _adapt(place: _Place, cfg: LoraConfig, scale: float) -> None:
     linear = cast(nn.Linear, place.owner)
     linear.lora = LinearAdapter(linear, cfg.rank, scale, cfg.dropout, cfg.dora)
     linear.register_forward_hook(add_adapter)
-
-
-def _check_targets(cfg: LoraConfig, places: list[_Place]) -> None:
-    known = {place.group for place in places} | {f"{place.group}.{place.name}" for place in places}
-    problems = []
-    for index, target in enumerate(cfg.targets):
-        if "." in target and target not in known:
-            near = "".join(difflib.get_close_matches(target, known, 1))
-            problems.append(Problem(f"lora.targets[{index}]", f"the model has no {target}", suggestion=near))
-    if not problems and not known & set(cfg.targets):
-        message = f"the model has none of {', '.join(cfg.targets)}"
-        problems.append(Problem("lora.targets", message, allowed=", ".join(sorted(known))))
-    if problems:
-        raise ConfigError(problems)

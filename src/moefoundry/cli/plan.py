@@ -24,7 +24,7 @@ def command(
 ) -> int:
     """Print the memory of a rank and the bytes that it sends, by collective and mesh axis.
 
-    Nothing is allocated: the model is built and sharded on meta tensors, as training would. docs/plan.md says which
+    Nothing is built: parameters and shards follow from the recipe, as training would have them. docs/plan.md says which
     figures are exact. With --json sizes are in bytes, and memory.fits tells whether the recipe fits.
     """
     from moefoundry.config import load_recipe, split_arguments

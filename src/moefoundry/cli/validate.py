@@ -1,7 +1,6 @@
 """``moefoundry validate``: find what can be wrong with a recipe, on any machine, in under a second.
 
-Nothing heavy is imported, with one exception: only the model itself can say which modules there are for
-``precision.fp8.exclude`` to name, so it is built on meta. That takes about three seconds, nearly all to import torch.
+Nothing heavy is imported, save torch for an attention kind of another package, whose modules must be built to be known.
 
 The rules are those by which training refuses a recipe: ``config/`` for the recipe, ``data/fit.py`` for its data.
 """
@@ -153,13 +152,10 @@ def _goes_on(recipe: Recipe) -> bool:
 
 def check_names(recipe: Recipe) -> None:
     """Refuse names of modules that do not exist, as training does."""
-    from moefoundry.config import Fp8Config
+    from moefoundry.config import ConfigError
+    from moefoundry.config.fp8_rules import exclude_problems
+    from moefoundry.planning.weights import module_names
 
     fp8 = recipe.precision.fp8
-    if fp8.recipe is None or set(fp8.exclude) <= set(Fp8Config().exclude):
-        return
-
-    from moefoundry.model.transformer import meta_model
-    from moefoundry.precision import apply_precision
-
-    apply_precision(meta_model(recipe.model), recipe.precision)
+    if fp8.recipe is not None and (problems := exclude_problems(fp8.exclude, module_names(recipe.model))):
+        raise ConfigError(problems)

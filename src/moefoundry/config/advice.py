@@ -25,6 +25,14 @@ def advice(recipe: Recipe) -> list[Problem]:
     return [Problem("model.moe.router.normalize_topk", message, suggestion="model.moe.router.normalize_topk=false")]
 
 
+def fit_advice(recipe: Recipe, problems: list[Problem], world_size: int) -> str:
+    """Say how a recipe whose ``problems`` come of its number of ranks alone would fit ``world_size``; or nothing."""
+    if not {problem.path for problem in problems} <= {*KEYS_OF_RANKS}:
+        return ""
+    overrides = fitting_overrides(recipe, world_size)
+    return f"a world size of {world_size} fits with: {' '.join(overrides)}" if overrides else ""
+
+
 def fitting_overrides(recipe: Recipe, world_size: int) -> list[str]:
     """Find overrides of :data:`KEYS_OF_RANKS`, as few as do, with which ``recipe`` fits ``world_size`` ranks.
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moefoundry.config.advice import KEYS_OF_RANKS, fitting_overrides
+from moefoundry.config.advice import fit_advice
 from moefoundry.config.build import Builder
 from moefoundry.config.checks import check_recipe
 from moefoundry.config.errors import ConfigError, Problem
@@ -109,7 +109,7 @@ def recipe_of(layers: Layers, world_size: int | None = None, check: bool = True)
         if builder.missing:
             advice = NO_RECIPE if layers.name == OVERRIDES else LACKING if len(builder.missing) > 3 else ""
         else:
-            advice = _advice(recipe, problems, None if builder.unsound else world_size)
+            advice = fit_advice(recipe, problems, world_size) if world_size and not builder.unsound else ""
         raise ConfigError(problems, layers.name, advice)
     return recipe
 
@@ -127,14 +127,6 @@ def _upgrade(layers: Layers) -> None:
 
 def _located(problem: Problem, origin: str) -> Problem:
     return problem if problem.file or origin in ("", OVERRIDE) else replace(problem, file=origin)
-
-
-def _advice(recipe: Recipe, problems: list[Problem], world_size: int | None) -> str:
-    """Say how a recipe that is right but for its number of ranks would fit that number."""
-    if world_size is None or not {problem.path for problem in problems} <= {*KEYS_OF_RANKS}:
-        return ""
-    overrides = fitting_overrides(recipe, world_size)
-    return f"a world size of {world_size} fits with: {' '.join(overrides)}" if overrides else ""
 
 
 def _sources(path: str, references: dict[str, list[str]]) -> set[str]:

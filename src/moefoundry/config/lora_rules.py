@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from moefoundry.config.errors import Problem
 from moefoundry.config.schema import Recipe
+from moefoundry.config.schema_lora import LoraConfig
 from moefoundry.config.schema_parts import Compute
 from moefoundry.config.urls import url_problem
 
@@ -37,3 +39,16 @@ def lora_problems(recipe: Recipe) -> Iterator[Problem]:
         message = f"the grouped_mm backend needs rows of whole 16 bytes, but {lora.rank} is not divisible by {multiple}"
         allowed = f"multiples of {multiple} with precision.compute={recipe.precision.compute}"
         yield Problem("lora.rank", message, allowed, suggestion="model.moe.backend=loop")
+
+
+def target_problems(cfg: LoraConfig, known: set[str]) -> list[Problem]:
+    """List what is wrong with the targets of adapters, of a model that has the groups and weights ``known``."""
+    problems = []
+    for index, target in enumerate(cfg.targets):
+        if "." in target and target not in known:
+            near = "".join(difflib.get_close_matches(target, known, 1))
+            problems.append(Problem(f"lora.targets[{index}]", f"the model has no {target}", suggestion=near))
+    if not problems and not known & set(cfg.targets):
+        message = f"the model has none of {', '.join(cfg.targets)}"
+        problems.append(Problem("lora.targets", message, allowed=", ".join(sorted(known))))
+    return problems

@@ -11,13 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moefoundry.model.losses import NamedLoss, sums_over_targets
 from moefoundry.ops.cross_entropy import (
-    CHUNK_TOKENS,
     IGNORE_INDEX,
     linear_cross_entropies,
     linear_cross_entropy,
     softmax_dtype,
 )
 from moefoundry.ops.rounding import round_gradient, round_operand
+from moefoundry.ops.sizes import CHUNK_TOKENS
 
 
 def multiplied(x: Tensor, factor: float) -> Tensor:

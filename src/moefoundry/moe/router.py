@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moefoundry.config import Assignment, MoEConfig, RouterConfig, UserError
 from moefoundry.config.making import make_part
+from moefoundry.moe.dealing import dealt_once
 from moefoundry.ops.permute import count_by_expert
 from moefoundry.ops.wide_linear import wide_linear, widened
 
@@ -154,21 +155,8 @@ def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, cfg: RouterConfi
 
 @cache
 def _dealt_once(top_k: int, num_experts: int, num_groups: int, top_k_groups: int, device: torch.device) -> Tensor:
-    """Assign experts to the P tokens after which the assignment repeats, int64 [P, K].
-
-    In a round of G tokens, every group comes up once for each slot k. So its experts come up in turn if slot k of round
-    r takes number ``r * K + k`` of them.
-    """
-    group_size = num_experts // num_groups
-    rounds = group_size // math.gcd(group_size, top_k)
-    draw = torch.Generator().manual_seed(0)
-    members_GM = torch.stack([torch.randperm(group_size, generator=draw) for _ in range(num_groups)])
-    groups_RG = torch.stack([torch.randperm(num_groups, generator=draw) for _ in range(rounds)])
-    token_P1, slot_K = torch.arange(rounds * num_groups).unsqueeze(1), torch.arange(top_k)
-    round_P1 = token_P1 // num_groups
-    group_PK = groups_RG[round_P1, (token_P1 + slot_K * top_k_groups // top_k) % num_groups]
-    member_PK = members_GM[group_PK, (round_P1 * top_k + slot_K) % group_size]
-    return (group_PK * group_size + member_PK).to(device)
+    """Give :func:`~moefoundry.moe.dealing.dealt_once` on a device, int64 [P, K]."""
+    return torch.tensor(dealt_once(top_k, num_experts, num_groups, top_k_groups), device=device)
 
 
 def within_capacity(scores_TE: Tensor, topk_expert_ids_TK: Tensor, capacity_factor: float) -> Tensor:

@@ -18,9 +18,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.row_kernels import row_kernels
+from moefoundry.ops.sizes import CHUNK_TOKENS
 
 IGNORE_INDEX = -100
-CHUNK_TOKENS = 1024
 KERNEL_CHUNK_TOKENS = 4 * CHUNK_TOKENS
 """Tokens of a chunk for the kernel, which makes no fp32 copy of narrow logits and no second tensor for their gradient:
 2 bytes where operators have 8."""

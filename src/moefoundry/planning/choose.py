@@ -21,6 +21,7 @@ from moefoundry.config import (
     check_recipe,
     flatten,
 )
+from moefoundry.config.advice import fit_advice
 from moefoundry.config.curriculum import KEY as CURRICULUM
 from moefoundry.config.schema_parts import Fp8Config, Fp8Recipe, MeshConfig, PrecisionConfig
 from moefoundry.mesh import MeshDegrees, resolve_degrees
@@ -29,7 +30,6 @@ from moefoundry.planning.estimate import Estimate, estimate_of
 from moefoundry.planning.micro_batch import HEADROOM, fitting_sizes, with_sizes
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.plan import plan_of
-from moefoundry.planning.world import fake_world
 
 PERMANENT_BYTES = {Moments.fp32: 16, Moments.bf16: 12, Moments.bf16_stochastic: 12}
 """Bytes of an element's parameter, gradient and two moments."""
@@ -69,6 +69,7 @@ class Choice:
     Attributes:
         given: The recipe as it is; None if it is not valid for the number of devices.
         problems: Reasons why it is not.
+        advice: Overrides with which it would be, in a line; empty if it is, or none are known.
         fits: The recipe as it is fits.
         best: The fastest candidates that fit and leave the precision as it is, each with another mesh.
         other_precision: The fastest that changes the precision; None if it is not faster than the best.
@@ -79,6 +80,7 @@ class Choice:
 
     given: Estimate | None
     problems: list[str]
+    advice: str
     fits: bool
     best: list[Candidate]
     other_precision: Candidate | None
@@ -91,6 +93,7 @@ class Choice:
         return {
             "given": self.given.to_json() if self.given else None,
             "problems": self.problems,
+            "advice": self.advice,
             "fits": self.fits,
             "best": [candidate.to_json() for candidate in self.best],
             "other_precision": self.other_precision.to_json() if self.other_precision else None,
@@ -134,18 +137,17 @@ class _Search:
     def run(self, count: int, keep_precision: bool) -> Choice:
         """Try everything; BF16 moments only where nothing fits without them."""
         problems, given = check_recipe(self.recipe, self.world_size), None
-        with fake_world(self.world_size):
-            if not problems:
-                degrees = resolve_degrees(self.recipe.mesh, self.world_size, self.device.linked_devices)
-                sharded = self.outline.shard(self.recipe, degrees)
-                as_run = with_sizes(self.recipe, fitting_sizes(self.recipe, self.world_size, sharded, self.limit))
-                given = self._estimate(as_run, degrees, sharded)
-                self.own |= {"device_train_microbatch_size": as_run.device_train_microbatch_size}
-                self.own |= {f"mesh.{name}": getattr(degrees, name) for name in ("replicate", "shard", "expert")}
-            precisions = [self.recipe.precision] if keep_precision else _precisions(self.recipe, self.device)
-            self._try(precisions)
-            if not keep_precision and not self._fitting() and self.recipe.precision.optimizer_moments == Moments.fp32:
-                self._try([replace(each, optimizer_moments=Moments.bf16) for each in precisions])
+        if not problems:
+            degrees = resolve_degrees(self.recipe.mesh, self.world_size, self.device.linked_devices)
+            sharded = self.outline.shard(self.recipe, degrees)
+            as_run = with_sizes(self.recipe, fitting_sizes(self.recipe, self.world_size, sharded, self.limit))
+            given = self._estimate(as_run, degrees, sharded)
+            self.own |= {"device_train_microbatch_size": as_run.device_train_microbatch_size}
+            self.own |= {f"mesh.{name}": getattr(degrees, name) for name in ("replicate", "shard", "expert")}
+        precisions = [self.recipe.precision] if keep_precision else _precisions(self.recipe, self.device)
+        self._try(precisions)
+        if not keep_precision and not self._fitting() and self.recipe.precision.optimizer_moments == Moments.fp32:
+            self._try([replace(each, optimizer_moments=Moments.bf16) for each in precisions])
         fitting = self._fitting()
         fits = given is not None and given.plan.memory.total <= self.limit
         best = _fastest_of_each_mesh([each for each in fitting if each.same_numbers])[:count]
@@ -153,6 +155,7 @@ class _Search:
         return Choice(
             given=given,
             problems=[str(problem) for problem in problems],
+            advice=fit_advice(self.recipe, problems, self.world_size) if problems else "",
             fits=fits,
             best=best,
             other_precision=next((each for each in other if not best or each.seconds < best[0].seconds), None),

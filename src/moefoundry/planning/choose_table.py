@@ -54,6 +54,7 @@ def _figures(estimate: Estimate) -> tuple[str, ...]:
 
 def _verdict(choice: Choice) -> list[str]:
     unsuited = ["", "as it is, the recipe does not suit this number of devices:", *choice.problems]
+    unsuited += [choice.advice] if choice.advice else []
     if choice.least is None:
         return [*unsuited, "no other mesh, micro-batch or precision makes it suit"]
     if choice.best or choice.smallest:

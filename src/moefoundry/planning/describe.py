@@ -1,12 +1,12 @@
-"""Parameter counts of a recipe's model, from a build on meta tensors, which allocates nothing."""
+"""Parameter counts of a recipe's model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moefoundry.config import ModelConfig
-from moefoundry.model.transformer import MoETransformer, meta_model
-from moefoundry.moe.layer import MoELayer
+from moefoundry.config import LoraConfig, ModelConfig
+from moefoundry.planning.weights import Weight, all_blocks, mtp_weights, root_weights
 
 
 @dataclass(frozen=True)
@@ -35,26 +35,27 @@ class ParameterCounts:
         return f"{_short(self.total)} parameters, {_short(self.active)} active{part}{further}"
 
 
-def count_parameters(cfg: ModelConfig) -> ParameterCounts:
-    """Count the parameters of the model that ``cfg`` declares."""
-    return parameter_counts(meta_model(cfg))
-
-
-def parameter_counts(model: MoETransformer) -> ParameterCounts:
-    """Count the parameters of a built model, sharded or not."""
-    moe = model.cfg.moe
-    mtp = sum(parameter.numel() for module in model.mtp for parameter in module.parameters())
-    total = sum(parameter.numel() for parameter in model.parameters()) - mtp
-    experts = [layer.ffn.experts for layer in model.layers if isinstance(layer.ffn, MoELayer)]
-    routed = sum(parameter.numel() for module in experts for parameter in module.parameters())
+def count_parameters(cfg: ModelConfig, lora: LoraConfig | None = None) -> ParameterCounts:
+    """Count the parameters of the model that ``cfg`` declares, with the adapters of ``lora``."""
+    blocks, frozen = all_blocks(cfg, lora), lora is not None
+    layers, further = blocks[: cfg.n_layers], blocks[cfg.n_layers :]
+    of_mtp = cfg.mtp.depth * _numel(mtp_weights(cfg)) + sum(map(_numel, further))
+    root = _numel(root_weights(cfg))
+    total = root + sum(map(_numel, layers))
+    routed = sum(weight.numel for block in layers for weight in block if weight.of_experts)
+    still = sum(weight.numel for block in layers for weight in block if not weight.trained)
     return ParameterCounts(
         total=total,
-        active=total - routed + routed * moe.top_k // moe.num_experts,
+        active=total - routed + routed * cfg.moe.top_k // cfg.moe.num_experts,
         routed_experts=routed,
-        embedding=model.embed_tokens.weight.numel(),
-        mtp=mtp,
-        frozen=sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad),
+        embedding=cfg.vocab_size * cfg.d_model,
+        mtp=of_mtp,
+        frozen=still + root + of_mtp if frozen else 0,
     )
+
+
+def _numel(weights: Sequence[Weight]) -> int:
+    return sum(weight.numel for weight in weights)
 
 
 def _short(count: int) -> str:

@@ -5,9 +5,10 @@ memory's bandwidth, collectives their bytes over a share of the slower of link a
 block that launches its kernels more slowly than they run takes the time of the launches. FSDP's collectives are hidden
 behind the rest of the step up to a share. Experts are used evenly.
 
-Exchanges of tokens are not hidden, unless the tokens go in N chunks. Then in each pass the first chunk on its way to
-the experts, and the last on its way back, are waited for: 1/N of the exchange; what remains of it hides behind the
-experts' products. Each chunk has its own calls, launches its own kernels, and reads the experts' weights anew.
+Exchanges of tokens are hidden behind the shared experts, and where the tokens go in N chunks also behind the others.
+Then in each pass the first chunk on its way to the experts, and the last on its way back, are waited for: 1/N of the
+exchange; what remains of it hides behind the experts' products. Each chunk has its own calls, launches its own kernels,
+and reads the experts' weights anew.
 
 The shares are one set of constants for all devices, models and meshes. ``benchmarks/estimates.py`` compares them with
 published runs.
@@ -15,7 +16,6 @@ published runs.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,18 +27,23 @@ from moefoundry.planning.devices import Accelerator
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.plan import Plan, plan_of
 from moefoundry.planning.traffic import Traffic
-from moefoundry.planning.units import compute_dtype
-from moefoundry.planning.work import Work, block_work, head_work
-from moefoundry.planning.world import fake_world
+from moefoundry.planning.units import compute_bytes
+from moefoundry.planning.work import Work, head_work, model_flops
 
-SHARE_OF_PEAK = {"linear": 0.5, "experts": 0.57, "attention": 0.42}
-"""Shares of the peak that products reach."""
+SHARE_OF_PEAK = {"linear": 0.5, "experts": 0.57, "attention": 0.42, "masked": 0.21}
+"""Shares of the peak that products reach. Attention by a kernel that takes a mask runs at half the rate of the causal
+one (arXiv 2307.08691, figures 4 to 6: xFormers' beside FlashAttention-2)."""
+
+TILE_ROWS = 128
+"""Rows of a tile of grouped products: an expert's last tile is half empty, in the mean."""
 
 FP8_SHARE = 0.75
 """Factor of those shares for FP8 products, with their casts and scales."""
 
-MEMORY_SHARE, LINK_SHARE, NETWORK_SHARE = 0.42, 0.65, 0.82
-HIDDEN_SHARE = 0.7
+MEMORY_SHARE, LINK_SHARE, NETWORK_SHARE = 0.4, 0.82, 0.82
+"""Shares of the bandwidths. On NVLink NCCL reaches 370 of 450 GB/s (NVIDIA/nccl-tests, issue 212)."""
+
+HIDDEN_SHARE = 0.6
 """Share of the step's computation behind which FSDP's collectives hide."""
 
 CALL_SECONDS = 20e-6
@@ -145,8 +150,7 @@ def estimate(recipe: Recipe, world_size: int, device: Accelerator) -> Estimate:
         ConfigError: The mesh does not fit the world size.
     """
     degrees, outline = resolve_degrees(recipe.mesh, world_size, device.linked_devices), Outline(recipe)
-    with fake_world(world_size):
-        sharded = outline.shard(recipe, degrees)
+    sharded = outline.shard(recipe, degrees)
     found, stages = [], stages_of(recipe)
     for stage in stages:
         alike = of_stage(recipe, stage)
@@ -156,20 +160,16 @@ def estimate(recipe: Recipe, world_size: int, device: Accelerator) -> Estimate:
     if recipe.curriculum is None or counts is None:
         return largest
     seconds = sum(batches * each.step.total for batches, each in zip(counts, found, strict=True))
-    tokens = sum(batches * stage.tokens_per_batch for batches, stage in zip(counts, stages, strict=True))
-    return replace(largest, run_tokens=tokens, run_seconds=seconds)
+    return replace(largest, run_tokens=_run_tokens(recipe), run_seconds=seconds)
 
 
 def estimate_of(recipe: Recipe, device: Accelerator, plan: Plan, sharded: ShardedOutline) -> Estimate:
     """Estimate the speed of a plan, whose model is ``sharded``."""
-    c, seq_len = compute_dtype(recipe.precision).itemsize, recipe.max_seq_len
-    works = [
-        _scaled(block_work(recipe.model, block, seq_len, c), planned.positions / seq_len)
-        for block, planned in zip(sharded.blocks, sharded.planned_blocks(seq_len), strict=True)
-    ]
-    head, peak = head_work(sharded.model), _peak(recipe, device)
+    c, seq_len = compute_bytes(recipe.precision), recipe.max_seq_len
+    works = sharded.outline.works(seq_len, c)
+    head, peak = head_work(recipe.model), _peak(recipe, device)
     step = _step(recipe, device, plan, works, head, peak)
-    flops = 3 * (sum(work.flops for work in works) + head.flops)
+    flops = model_flops(works, head)
     mfu = flops * plan.tokens_per_step / (step.total * peak)
     return Estimate(plan, device, step, flops, mfu, _run_tokens(recipe))
 
@@ -181,8 +181,9 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
     narrow = FP8_SHARE if recipe.precision.fp8.recipe else 1.0
     linear = sum(work.linear for work in works) * passes / (peak * SHARE_OF_PEAK["linear"] * narrow)
     head_seconds = 3 * head.linear / (_bf16(device) * SHARE_OF_PEAK["linear"])
-    attention = sum(work.attention for work in works) * (passes + 0.5) / (_bf16(device) * SHARE_OF_PEAK["attention"])
-    experts = sum(work.experts for work in works) * passes / (peak * SHARE_OF_PEAK["experts"] * narrow)
+    attention = sum(map(_attention_seconds, works)) * (passes + 0.5) / _bf16(device)
+    padded = 1 + TILE_ROWS / 2 * chunks / plan.rows_per_expert
+    experts = sum(work.experts for work in works) * passes * padded / (peak * SHARE_OF_PEAK["experts"] * narrow)
     reads = chunks * plan.micro_batches * passes * _expert_bytes(recipe, plan, works) / bandwidth
     recomputed = 1 if recipe.activation_checkpointing != ActivationCheckpointing.none else 0
     moved = sum(work.moved for work in works) * (3 + recomputed) / bandwidth
@@ -190,6 +191,8 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
     launches = len(works) * LAUNCHES + _sparse(works) * (chunks - 1) * CHUNK_LAUNCHES
     launched = plan.micro_batches * passes * launches * LAUNCH_SECONDS * 2 / 3
     exchange = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective == "all_to_all")
+    exposed = _exposed(exchange, max(tokens * experts, reads), chunks, passes)
+    shared = tokens * sum(work.shared for work in works) / (peak * SHARE_OF_PEAK["linear"] * narrow)
     sharding = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective != "all_to_all")
     moments = plan.memory.optimizer
     optimizer = (OPTIMIZER_BYTES * plan.memory.parameters // 4 + 2 * moments) / bandwidth
@@ -198,7 +201,7 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
         experts=max(tokens * experts, reads),
         other=tokens * moved,
         launches=max(0.0, launched - computed),
-        exchange=_exposed(exchange, max(tokens * experts, reads), chunks, passes),
+        exchange=exposed - _behind_shared_experts(exposed, shared, passes - 2),
         sharding=max(0.0, sharding - HIDDEN_SHARE * computed),
         optimizer=optimizer,
     )
@@ -219,8 +222,21 @@ def _sparse(works: Sequence[Work]) -> int:
     return sum(work.experts > 0 for work in works)
 
 
-def _scaled(work: Work, share: float) -> Work:
-    return Work(*(share * value for value in (work.linear, work.experts, work.attention, work.moved)))
+def _attention_seconds(work: Work) -> float:
+    """Seconds of a token's attention in a forward pass, times the device's peak."""
+    if work.masked:
+        return work.masked / SHARE_OF_PEAK["masked"]
+    return work.attention / SHARE_OF_PEAK["attention"]
+
+
+def _behind_shared_experts(exchange: float, shared: float, forward_passes: int) -> float:
+    """Seconds of exchanges that shared experts hide.
+
+    Rows go to the experts and back in each forward pass, and in the backward pass. While they go, and while their
+    gradients come back, shared experts compute; ``shared`` is the time of their forward pass.
+    """
+    leg = exchange / (2 * (forward_passes + 1))
+    return forward_passes * min(leg, shared) + min(leg, 2 * shared)
 
 
 def _bf16(device: Accelerator) -> float:
@@ -238,7 +254,7 @@ def _expert_bytes(recipe: Recipe, plan: Plan, works: Sequence[Work]) -> float:
     """Bytes of the experts' weights that a pass over all blocks reads on one rank."""
     moe = recipe.model.moe
     elements = 3 * moe.expert_hidden_size * recipe.model.d_model * moe.num_experts / plan.mesh.expert
-    return _sparse(works) * elements * compute_dtype(recipe.precision).itemsize
+    return _sparse(works) * elements * compute_bytes(recipe.precision)
 
 
 def _seconds(entry: Traffic, device: Accelerator) -> float:
@@ -254,8 +270,9 @@ def _seconds(entry: Traffic, device: Accelerator) -> float:
 
 
 def _run_tokens(recipe: Recipe) -> int | None:
-    found = re.fullmatch(r"(\d+)(tok|ba|sp)", recipe.max_duration)
-    if not found:
+    """Count the positions of a whole run; None if its length is given in epochs."""
+    stages = stages_of(recipe)
+    counts = batches_until(stages, recipe.max_duration)
+    if counts is None:
         return None
-    tokens = recipe.max_seq_len * {"tok": 0, "sp": 1, "ba": recipe.global_train_batch_size}[found[2]]
-    return int(found[1]) * (tokens or 1)
+    return sum(batches * stage.tokens_per_batch for batches, stage in zip(counts, stages, strict=True))

@@ -4,8 +4,8 @@ Permanent are this rank's shards of fp32 parameters, and of gradients and optimi
 memory is largest at one of these moments of a micro-batch:
 
     the loss            all saved activations, the logits of a chunk, the output head's gradient in fp32
-    block i backward    saved activations of blocks up to i and the working set of i; block i gathered, and the one
-                        before it, which is prefetched; its gradients, in the compute dtype and in their reduction
+    block i backward    saved activations of blocks before i, and those of a stage of i; block i gathered, and the one
+                        before it, which is prefetched; gradients in the compute dtype and in their reduction
     the end             gradients of the root unit (embedding and head), in the same two forms
 
 The root unit stays gathered. All gradients are counted at each of these moments, as they exist from the second
@@ -16,15 +16,17 @@ The moving average of the parameters is in the memory of the host, and counted s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from moefoundry.config import Fp8Recipe, Moments, Recipe
-from moefoundry.ops.cross_entropy import CHUNK_TOKENS
-from moefoundry.planning.activations import FP32, block_activations
-from moefoundry.planning.outline import ShardedOutline, local_numel
-from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
-from moefoundry.precision import full_precision_modules
+from moefoundry.ops.sizes import CHUNK_TOKENS
+from moefoundry.planning.activations import Moment, block_activations
+from moefoundry.planning.outline import ShardedOutline
+from moefoundry.planning.stages import ATTENTION
+from moefoundry.planning.stages import EXPERTS as EXPERTS_GROUP
+from moefoundry.planning.units import FP32, PlannedBlock, Unit, compute_bytes
+from moefoundry.planning.weights import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -97,48 +99,139 @@ def memory(outline: ShardedOutline, recipe: Recipe, sequences: int) -> Memory:
     )
 
 
-def _narrow_copies(outline: ShardedOutline, recipe: Recipe) -> int:
+def _narrow_copies(sharded: ShardedOutline, recipe: Recipe) -> int:
     """Compute the bytes of the copies that one rank multiplies by; FSDP makes its own when it gathers."""
-    itemsize = compute_dtype(recipe.precision).itemsize
-    if outline.units or itemsize == FP32:
+    itemsize = compute_bytes(recipe.precision)
+    if sharded.units or itemsize == FP32:
         return 0
-    spared = [each for block in outline.blocks for each in full_precision_modules(block, recipe.precision)]
-    return itemsize * (outline.owned - sum(local_numel(p) for module in spared for p in module.parameters()))
+    spared = sum(weight.numel for block in sharded.outline.blocks for weight in block if weight.wide_module)
+    return itemsize * (sharded.owned - spared)
 
 
 def transients(
     blocks: Sequence[PlannedBlock], units: Sequence[Unit], recipe: Recipe, sequences: int
 ) -> list[Transient]:
     """List every moment that may be the largest, in order of time."""
-    cfg, c = recipe.model, compute_dtype(recipe.precision).itemsize
-    root = [unit for unit in units if unit.name == ""]
-    units_of = [[unit for unit in units if f"{unit.name}.".startswith(f"{block.name}.")] for block in blocks]
-    exchanged, mode = recipe.mesh.expert > 1, recipe.activation_checkpointing
-    fp8 = recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
-    activations = [block_activations(cfg, block.sparse, mode, c, exchanged, fp8, block.linear) for block in blocks]
-    saved = [sequences * b.positions * a.saved for b, a in zip(blocks, activations, strict=True)]
-    working = [sequences * b.positions * a.working for b, a in zip(blocks, activations, strict=True)]
-    tokens = sequences * recipe.max_seq_len
-    head, heads = 0 if recipe.lora else cfg.vocab_size * cfg.d_model, 1 + cfg.mtp.depth  # elements that have a gradient
-    narrow = c if c < FP32 else 0  # bytes of an fp32 element's copy in the compute dtype
-    loss = Transient(
-        "the loss",
-        gathered_parameters=_gathered(root),
-        unreduced_gradients=head * (heads * FP32 + narrow),
-        activations=sum(saved) + heads * tokens * cfg.d_model * (FP32 + 2 * c),
-        logits=min(tokens, CHUNK_TOKENS) * cfg.vocab_size * (FP32 + 2 * narrow),
-    )
-    backward = [
-        Transient(
-            f"backward of {block.name}",
-            gathered_parameters=_gathered([*root, *units_of[i], *(units_of[i - 1] if i else [])]),
-            unreduced_gradients=head * c + _gradients(units_of[i]) + _in_reduction(units_of[i]),
-            activations=sum(saved[: i + 1]) + working[i],
+    cfg, c = recipe.model, compute_bytes(recipe.precision)
+    root, units_of = _by_block(blocks, units)
+    mode, fp8 = recipe.activation_checkpointing, recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
+    kinds = {(block.sparse, block.linear, block.masked) for block in blocks}
+    ranks, rows = recipe.mesh.expert, sequences * recipe.max_seq_len * cfg.moe.top_k / cfg.moe.num_experts
+    of_kind = {kind: block_activations(cfg, kind[0], mode, c, ranks, fp8, *kind[1:], rows * ranks) for kind in kinds}
+    activations = [of_kind[block.sparse, block.linear, block.masked] for block in blocks]
+    tokens = [sequences * block.positions for block in blocks]
+    saved = [number * each.saved for number, each in zip(tokens, activations, strict=True)]
+    head = 0 if recipe.lora else cfg.vocab_size * cfg.d_model  # elements that have a gradient
+    backward, before = [], sum(saved)
+    for i, block in reversed(list(enumerate(blocks))):
+        before -= saved[i]
+        heads_left, beside = _further(i - cfg.n_layers, cfg.mtp.depth)
+        held = _Held(block, units_of[i], units_of[i + 1] if i + 1 < len(blocks) else [], c)
+        moments = [(round(tokens[i] * alive), gradients) for alive, gradients in held.moments(activations[i].moments)]
+        moments.append((tokens[i] * c * cfg.d_model, _gradients(units_of[i]) + _in_reduction(units_of[i])))
+        alive, gradients = max(moments, key=sum)
+        backward.append(
+            Transient(
+                f"backward of {block.name}",
+                gathered_parameters=_gathered([*root, *units_of[i]]) + _in_flight(units_of[i - 1] if i else []),
+                unreduced_gradients=head * ((c if units else 0) + FP32 * heads_left) + gradients,
+                activations=before + beside * tokens[i] * c * cfg.d_model + alive,
+            )
         )
-        for i, block in reversed(list(enumerate(blocks)))
-    ]
     end = Transient("the end of the backward pass", 0, _gradients(root) + _in_reduction(root), 0)
-    return [loss, *backward, end]
+    return [*_losses(recipe, root, units_of, sum(saved), sequences * recipe.max_seq_len, head), *backward, end]
+
+
+def _by_block(blocks: Sequence[PlannedBlock], units: Sequence[Unit]) -> tuple[list[Unit], list[list[Unit]]]:
+    """Divide units into the root's and those of each block."""
+    found: dict[str, list[Unit]] = {block.name: [] for block in blocks}
+    root = [unit for unit in units if unit.name == ""]
+    for unit in units:
+        if unit.name:
+            found[".".join(unit.name.split(".")[:2])].append(unit)
+    return root, list(found.values())
+
+
+def _losses(
+    recipe: Recipe, root: list[Unit], units_of: list[list[Unit]], saved: int, tokens: int, head: int
+) -> list[Transient]:
+    """List the moments of the loss: its forward pass, a chunk of tokens at a time, and its backward pass.
+
+    The forward pass computes gradients of the hidden states and of the head, the latter in fp32; the backward pass
+    multiplies both.
+    """
+    cfg, c = recipe.model, compute_bytes(recipe.precision)
+    narrow = c if c < FP32 else 0  # bytes of an fp32 element's copy in the compute dtype
+    heads, of_hidden = 1 + cfg.mtp.depth, tokens * c * cfg.d_model
+    gathered = _gathered(root)
+    last = [unit for unit in units_of[-1][-1:] if unit.shards > 1] if units_of else []
+    chunk = min(tokens, CHUNK_TOKENS) * cfg.vocab_size
+    return [
+        Transient(
+            "the loss",
+            gathered_parameters=gathered + _gathered(last),
+            unreduced_gradients=head * (heads * FP32 + narrow),
+            activations=saved + (3 + 5 * cfg.mtp.depth) * of_hidden,
+            logits=chunk * 2 * FP32,
+        ),
+        Transient(
+            "the loss's backward pass",
+            gathered_parameters=gathered + _gathered(last),
+            unreduced_gradients=head * ((heads + 1) * FP32 + narrow),
+            activations=saved + (3 + 5 * cfg.mtp.depth) * of_hidden,
+        ),
+    ]
+
+
+def _further(module: int, depth: int) -> tuple[int, int]:
+    """Count what multi-token prediction keeps while a block runs backward: heads' gradients, and vectors of D a token.
+
+    The heads run backward last first. Of the main head and of each module before this one there are the output, its
+    input and the gradient; a module also has its two inputs side by side. The embeddings' gradient stays to the end.
+
+    Args:
+        module: Number of the module that has the block; below 0 for the model's own blocks.
+        depth: Number of modules.
+    """
+    if module < 0:
+        return 0, min(1, depth)
+    return 1 + module, 3 + 2 + 4 * module
+
+
+class _Held:
+    """Gradients of weights while a block runs backward.
+
+    Where FSDP reduces them, gradients of a unit add up until its reduction, whose input stays until the next reduction;
+    otherwise each is added to what is there at once.
+    """
+
+    def __init__(self, block: PlannedBlock, units: list[Unit], later: list[Unit], c: int) -> None:
+        self.block, self.c, self.reduces = block, c, bool(units)
+        self.experts = next((unit for unit in units if unit.name.endswith(EXPERTS)), None)
+        self.wide = any(unit.param_bytes != c for unit in units)
+        self.pending = later[0].reduce_input if later else 0
+
+    def moments(self, stages: Iterable[Moment]) -> Iterator[tuple[float, int]]:
+        """Yield the bytes a token of activations, and the bytes of gradients of weights, at each stage."""
+        made, pending, experts = 0.0, self.pending, 0.0
+        for stage in stages:
+            elements = self.block.weights.get(stage.weights, 0) * stage.share
+            if not self.reduces:
+                yield stage.alive, round(elements * self.c)
+                continue
+            if self.experts is not None and experts > 0.99:  # all are computed, and reduced before the others
+                yield stage.alive, round(made) + _in_reduction([self.experts])
+                made, pending, experts = 0.0, self.experts.reduce_input, 0.0
+            experts += stage.share if stage.weights == EXPERTS_GROUP else 0
+            made += elements * self.c
+            if stage.weights == ATTENTION and self.wide and self.block.sparse:
+                pending = 0  # the router's gradients were reduced, which lets the others go
+            yield stage.alive, round(made) + pending
+
+
+def _in_flight(units: Iterable[Unit]) -> int:
+    """Bytes of parameters that are gathered ahead."""
+    return sum(unit.gathered for unit in units if unit.shards > 1)
 
 
 def _gathered(units: Iterable[Unit]) -> int:
@@ -146,9 +239,9 @@ def _gathered(units: Iterable[Unit]) -> int:
 
 
 def _gradients(units: Iterable[Unit]) -> int:
-    return sum(unit.gradients for unit in units)
+    return sum(unit.gradients for unit in units if not unit.name.endswith(EXPERTS))
 
 
-def _in_reduction(units: Iterable[Unit]) -> int:
-    """Compute the largest input and output of a reduction; FSDP keeps one at a time."""
-    return max((unit.reduce_input + unit.trained_shard_numel * unit.reduce_bytes for unit in units), default=0)
+def _in_reduction(units: Sequence[Unit]) -> int:
+    """Compute the input and output of the reduction of the outermost of these units."""
+    return sum(unit.reduce_input + unit.trained_shard_numel * unit.reduce_bytes for unit in units[:1])

@@ -1,28 +1,17 @@
-"""Sharded model with one block of each kind, which stands for all of them.
-
-Blocks whose parameters have the same names, shapes and dtypes are sharded alike, and those with the same window
-compute alike. So a plan shards the first of each
-kind, and counts it as often as the model has it: seconds become tenths for deep models.
-"""
+"""Model of a recipe as plans see it: its parameters, and the units in which rank 0 of a mesh has them."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from torch import nn
-from torch.distributed.tensor import DTensor
-
-from moefoundry.adapters import apply_lora
-from moefoundry.config import Recipe
-from moefoundry.mesh import MeshDegrees, Meshes, build_meshes
-from moefoundry.model.linear_attention import GatedDeltaNet
-from moefoundry.model.transformer import Block, MoETransformer, meta_model
-from moefoundry.moe.layer import MoELayer
-from moefoundry.parallel import parallelize
-from moefoundry.planning.describe import ParameterCounts, parameter_counts
-from moefoundry.planning.units import PlannedBlock, Unit, fsdp_units
+from moefoundry.config import Compute, PrecisionConfig, Recipe
+from moefoundry.mesh import MeshDegrees
+from moefoundry.planning import stages
+from moefoundry.planning.describe import ParameterCounts, count_parameters
+from moefoundry.planning.units import PlannedBlock, Unit, unit_of
+from moefoundry.planning.weights import EXPERTS, Weight, all_blocks, check_targets, mtp_weights, root_weights
+from moefoundry.planning.work import Work, block_work, takes_mask
 
 
 class Outline:
@@ -32,84 +21,125 @@ class Outline:
         recipe: The recipe; only ``model`` and ``lora`` matter here.
 
     Attributes:
+        cfg: The recipe's ``model``.
         counts: Parameters of the whole model.
-        kind: For each of the layers, its index among those that stand for all.
+        blocks: Parameters of each block; those of multi-token prediction are last, and equal blocks share a list.
+        mtp: Parameters of a module of multi-token prediction, without its block.
+        root: Parameters of the rest.
+
+    Raises:
+        ConfigError: ``lora`` has targets that the model lacks.
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        model = meta_model(recipe.model)
+        cfg = self.cfg = recipe.model
         if recipe.lora is not None:
-            apply_lora(model, recipe.lora)
-        self.counts: ParameterCounts = parameter_counts(model)
-        kinds: dict[object, int] = {}
-        self.kind = [kinds.setdefault(_signature(layer), len(kinds)) for layer in model.layers]
-        kept = [model.layers[self.kind.index(index)] for index in range(len(kinds))]
-        model.layers = nn.ModuleList(kept)  # type: ignore[assignment]  # typed as what it holds
-        self.model = model
+            check_targets(cfg, recipe.lora)
+        self.counts: ParameterCounts = count_parameters(cfg, recipe.lora)
+        self.blocks = all_blocks(cfg, recipe.lora)
+        self._works: dict[tuple[int, int], list[Work]] = {}
+        full = recipe.lora is None
+        self.mtp = [replace(weight, trained=weight.trained and full) for weight in mtp_weights(cfg)]
+        self.root = [replace(weight, trained=weight.trained and full) for weight in root_weights(cfg)]
+
+    def works(self, seq_len: int, c: int) -> list[Work]:
+        """Count the work of every block, a token of a sequence; arguments as of :func:`~.work.block_work`."""
+        if (seq_len, c) not in self._works:
+            cfg, found = self.cfg, []
+            for index, weights in enumerate(self.blocks):
+                positions = seq_len - max(0, index + 1 - cfg.n_layers)
+                found.append(block_work(cfg, index, weights, seq_len, c).times(positions / seq_len))
+            self._works[seq_len, c] = found
+        return self._works[seq_len, c]
 
     def shard(self, recipe: Recipe, degrees: MeshDegrees) -> ShardedOutline:
-        """Shard a copy as in training; on one rank that computes in fp32 it is not sharded. Needs a process group."""
-        return self.shard_on(recipe, build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None)
-
-    def shard_on(self, recipe: Recipe, meshes: Meshes | None) -> ShardedOutline:
-        """Shard a copy as :meth:`shard` does, on meshes that are there; None does not shard it."""
-        model = copy.deepcopy(self.model)
-        parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
-        return ShardedOutline(self, model)
+        """Shard the model as training does; one rank has it whole."""
+        return ShardedOutline(self, recipe.precision, degrees)
 
 
 class ShardedOutline:
-    """The same on a mesh, with all blocks again.
+    """The same on a mesh.
 
     Attributes:
-        blocks: A module for each block of the whole model; those of multi-token prediction are last.
-        units: FSDP units of the whole model; none if it is not sharded.
+        outline: The model.
+        degrees: Degrees of the mesh.
+        units: FSDP units, parents before children; none if the model is not sharded.
         owned: Elements of all parameters of rank 0, without padding.
         trained: Elements of those that train.
     """
 
-    def __init__(self, outline: Outline, model: MoETransformer) -> None:
-        self.model = model
-        further = model.blocks[len(model.layers) :]
-        self.blocks: list[Block] = [*(model.layers[kind] for kind in outline.kind), *further]
-        self.units = _repeated(fsdp_units(model), outline.kind)
-        layers = {id(parameter) for layer in model.layers for parameter in layer.parameters()}
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in layers]
-        held = [*rest, *(parameter for kind in outline.kind for parameter in model.layers[kind].parameters())]
-        self.owned = sum(map(local_numel, held))
-        self.trained = sum(local_numel(parameter) for parameter in held if parameter.requires_grad)
+    def __init__(self, outline: Outline, precision: PrecisionConfig, degrees: MeshDegrees) -> None:
+        self.outline, self.degrees = outline, degrees
+        self.units: list[Unit] = []
+        self._planned: dict[int, list[PlannedBlock]] = {}
+        if degrees.world_size > 1:
+            self.units = list(_units(outline, precision, degrees))
+            self.owned = sum(unit.shard_numel for unit in self.units)  # rank 0 has whole chunks
+            self.trained = sum(unit.trained_shard_numel for unit in self.units)
+        else:
+            counts = outline.counts
+            self.owned = counts.total + counts.mtp
+            self.trained = self.owned - counts.frozen
 
     def planned_blocks(self, seq_len: int) -> list[PlannedBlock]:
         """List the blocks in order; those of multi-token prediction are last, each with one position less."""
-        depth = len(self.model.mtp)
-        last = len(self.blocks) - depth
-        names = [f"layers.{i}" for i in range(last)] + [f"mtp.{i}" for i in range(depth)]
-        lost = [0] * last + list(range(1, depth + 1))
+        if seq_len not in self._planned:
+            self._planned[seq_len] = self._plan_blocks(seq_len)
+        return self._planned[seq_len]
+
+    def _plan_blocks(self, seq_len: int) -> list[PlannedBlock]:
+        cfg, names = self.outline.cfg, block_names(self.outline)
+        groups = {id(weights): _groups(weights, self.degrees.expert) for weights in self.outline.blocks}
         return [
             PlannedBlock(
-                name, isinstance(block.ffn, MoELayer), seq_len - less, isinstance(block.attention, GatedDeltaNet)
+                name=name,
+                sparse=not cfg.is_dense(index),
+                positions=seq_len - max(0, index + 1 - cfg.n_layers),
+                linear=cfg.is_linear(index),
+                masked=takes_mask(cfg, index, seq_len),
+                weights=groups[id(self.outline.blocks[index])],
             )
-            for name, block, less in zip(names, self.blocks, lost, strict=True)
+            for index, name in enumerate(names)
         ]
 
 
-def local_numel(parameter: nn.Parameter) -> int:
-    """Count the elements of this rank's share."""
-    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
+def block_names(outline: Outline) -> list[str]:
+    """List the names of the blocks, or of the multi-token-prediction modules around them."""
+    cfg = outline.cfg
+    return [f"layers.{index}" for index in range(cfg.n_layers)] + [f"mtp.{index}" for index in range(cfg.mtp.depth)]
 
 
-def _signature(layer: Block) -> object:
-    parameters = ((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
-    return layer.kind, *parameters
+def _units(outline: Outline, precision: PrecisionConfig, degrees: MeshDegrees) -> Iterator[Unit]:
+    # The root stays gathered after the forward pass, since the backward pass begins with it.
+    yield unit_of("", outline.root, precision, degrees, gathers=1)
+    made: dict[int, list[Unit]] = {}
+    for name, weights in zip(block_names(outline), outline.blocks, strict=True):
+        if id(weights) not in made:
+            made[id(weights)] = list(_block_units(weights, precision, degrees))
+        block = name
+        if name.startswith("mtp."):
+            yield unit_of(name, outline.mtp, precision, degrees)
+            block = f"{name}.block"
+        for unit in made[id(weights)]:
+            yield replace(unit, name=f"{block}.{unit.name}" if unit.name else block)
 
 
-def _repeated(units: Iterable[Unit], kind: list[int]) -> list[Unit]:
-    """Give every layer the units of its kind, in the order of the model."""
-    units = list(units)
-    root = [unit for unit in units if not unit.name.startswith("layers.")]
-    layers = []
-    for index, of_kind in enumerate(kind):
-        prefix = f"layers.{of_kind}"
-        own = [unit for unit in units if f"{unit.name}.".startswith(f"{prefix}.")]
-        layers += [replace(unit, name=f"layers.{index}{unit.name.removeprefix(prefix)}") for unit in own]
-    return [*root[:1], *layers, *root[1:]]
+def _block_units(weights: Sequence[Weight], precision: PrecisionConfig, degrees: MeshDegrees) -> Iterator[Unit]:
+    """Yield the units of a block, named by their modules in it; the block's own has no name."""
+    groups: dict[str, list[Weight]] = {"": []}
+    for weight in weights:
+        module = weight.wide_module if precision.compute == Compute.bf16 else None
+        if degrees.expert > 1 and weight.of_experts:
+            module = EXPERTS
+        groups.setdefault(module or "", []).append(weight)
+    for module, members in groups.items():
+        yield unit_of(module, members, precision, degrees)
+
+
+def _groups(weights: Sequence[Weight], expert_ranks: int) -> dict[str, int]:
+    """Count the elements that train of each group."""
+    found = dict.fromkeys((stages.EXPERTS, stages.FFN, stages.ATTENTION), 0)
+    for weight in weights:
+        group = stages.EXPERTS if weight.of_experts else stages.FFN if "ffn" in weight.name else stages.ATTENTION
+        found[group] += weight.numel // (expert_ranks if weight.of_experts else 1) if weight.trained else 0
+    return found

@@ -1,7 +1,7 @@
 """Plan of a recipe on any number of ranks, without the ranks: memory and traffic of one rank.
 
-The functions that training uses build the mesh and the sharded model, on meta tensors in a simulated world; the figures
-are read from the resulting shards.
+Nothing is built, and torch is not imported: shards follow from the recipe's keys. Tests compare them with those of the
+model that training builds, shards and runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from moefoundry.planning.describe import ParameterCounts
 from moefoundry.planning.memory import Memory, memory
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.traffic import Traffic, step_traffic
-from moefoundry.planning.world import fake_world
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,7 @@ def make_plan(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> Plan:
         ConfigError: The mesh does not fit the world size.
     """
     degrees, outline = resolve_degrees(recipe.mesh, world_size, gpus_per_node), Outline(recipe)
-    with fake_world(world_size):
-        sharded = outline.shard(recipe, degrees)
+    sharded = outline.shard(recipe, degrees)
     plans = [
         replace(plan_of(of_stage(recipe, stage), degrees, gpus_per_node, outline, sharded), stage=stage.name)
         for stage in stages_of(recipe)

@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 from moefoundry.config import ActivationCheckpointing, Auto, Recipe
 from moefoundry.config.curriculum import KEY as CURRICULUM
 from moefoundry.config.curriculum import of_stage, stage_at, stages_of
-from moefoundry.mesh import Meshes
+from moefoundry.mesh import MeshDegrees
 from moefoundry.planning.memory import Memory, memory
-from moefoundry.planning.micro_batch import RECORD, divisions
+from moefoundry.planning.micro_batch import divisions
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.table import GIB, columns
+from moefoundry.planning.this_device import RECORD
 from moefoundry.retry import forget_step
 
 LARGE = 0.1
@@ -107,24 +108,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
-def explain(recipe: Recipe, meshes: Meshes | None, world_size: int, batch: int, used: Usage) -> str:
+def explain(recipe: Recipe, degrees: MeshDegrees, batch: int, used: Usage) -> str:
     """Put the plan beside what was used, and name the kind that is beyond and the smallest change that fits.
 
     Args:
         recipe: The recipe, with the size of its micro-batch.
-        meshes: The run's meshes.
-        world_size: Number of ranks.
+        degrees: Degrees of the run's mesh.
         batch: Batch in which memory ended, from 0.
         used: What was used.
     """
     stage = stage_at(stages_of(recipe), batch)
     alike = of_stage(recipe, stage)
-    sharded = Outline(recipe).shard_on(recipe, meshes)
+    sharded = Outline(recipe).shard(recipe, degrees)
     planned = memory(sharded, alike, _size(alike))
-    changes = smallest_change(alike, sharded, world_size, used)
+    changes = smallest_change(alike, sharded, degrees.world_size, used)
     key = f"{CURRICULUM}.{stage.name}." if stage.name else ""
     words = " ".join(f"{key if name.startswith('device') else ''}{name}={value}" for name, value in changes.items())
-    more = f"moefoundry recommend RECIPE --world-size {world_size}"
+    more = f"moefoundry recommend RECIPE --world-size {degrees.world_size}"
     change = f"smallest change that fits: {words}" if words else f"on this mesh nothing fits; others: {more}"
     return "\n".join([*_table(planned, used), cause(planned, used), change])
 

@@ -18,15 +18,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from moefoundry.config import ActivationCheckpointing, AuxLossScope, Fp8Recipe, Recipe
 from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, REPLICATE, MeshDegrees
-from moefoundry.moe.dispatch import pairs_and_slots
-from moefoundry.moe.router import deal_in_turn
-from moefoundry.ops.fp8.wire import row_bytes
-from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
-from moefoundry.planning.world import WORLD, groups_by_axis, most_remote_peers
+from moefoundry.moe.dealing import dealt_once, tokens_by_place
+from moefoundry.ops.sizes import row_bytes
+from moefoundry.planning.units import FP32, PlannedBlock, Unit, compute_bytes
+from moefoundry.planning.world import WORLD, groups_by_axis, peers_on_other_nodes
 
 COUNT_BYTES = 8
 """Bytes of a count of rows, int64."""
@@ -119,6 +116,7 @@ class Ledger:
 
     def entries(self, gpus_per_node: int) -> list[Traffic]:
         """List the traffic, by collective and axis."""
+        remote = peers_on_other_nodes(self.degrees, gpus_per_node)
         return [
             Traffic(
                 collective=collective,
@@ -126,7 +124,7 @@ class Ledger:
                 ranks=self.ranks(axis),
                 calls=self.calls[collective, axis],
                 sent=sent,
-                across_nodes=sent * most_remote_peers(self.groups[axis], gpus_per_node) // max(1, self.ranks(axis) - 1),
+                across_nodes=sent * remote[axis] // max(1, self.ranks(axis) - 1),
             )
             for (collective, axis), sent in self.sent.items()
         ]
@@ -155,20 +153,15 @@ class Routed:
 
 def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
     """Route ``tokens`` tokens."""
-    moe, dtype = recipe.model.moe, compute_dtype(recipe.precision)
-    ids_TK = deal_in_turn(tokens, moe.top_k, moe.num_experts, moe.router, torch.device("cpu"))
-
-    def pairs(places: int) -> list[int]:
-        return pairs_and_slots(ids_TK, moe.num_experts, places)[0].tolist()
-
-    weight_bytes = torch.promote_types(dtype, torch.float32).itemsize
+    moe, router, c = recipe.model.moe, recipe.model.moe.router, compute_bytes(recipe.precision)
+    dealt = dealt_once(moe.top_k, moe.num_experts, router.num_groups, router.top_k_groups)
     width, fp8 = recipe.model.d_model, recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
     return Routed(
-        pairs_by_rank=pairs(degrees.expert),
-        pairs_by_node=pairs(degrees.expert_nodes),
-        spread_bytes=row_bytes(width) if fp8 else width * dtype.itemsize,
-        collected_bytes=width * dtype.itemsize,
-        slot_bytes=2 * moe.top_k * weight_bytes,
+        pairs_by_rank=tokens_by_place(tokens, dealt, moe.num_experts, degrees.expert),
+        pairs_by_node=tokens_by_place(tokens, dealt, moe.num_experts, degrees.expert_nodes),
+        spread_bytes=row_bytes(width) if fp8 else width * c,
+        collected_bytes=width * c,
+        slot_bytes=2 * moe.top_k * FP32,
         chunks=moe.dispatch_chunks,
     )
 

@@ -7,15 +7,17 @@ and reduced tensors are padded to the first rank's share; optimizer state is not
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from math import prod
 
-import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from moefoundry.config import Compute, PrecisionConfig
+from moefoundry.mesh import EXPERT_SHARD, SHARD, MeshDegrees
+from moefoundry.planning.weights import EXPERTS, Weight
 
-from moefoundry.config import PrecisionConfig
-from moefoundry.precision import mixed_precision
+FP32 = 4
+"""Bytes of an element."""
 
 
 @dataclass(frozen=True)
@@ -72,45 +74,58 @@ class PlannedBlock:
         sparse: The block has an MoE layer.
         positions: Positions of a sequence that it computes.
         linear: The block has linear attention.
+        masked: Its attention takes a mask.
+        weights: Elements that train on a rank before they are sharded, by the groups of
+            :mod:`moefoundry.planning.stages`.
     """
 
     name: str
     sparse: bool
     positions: int
-    linear: bool = False
+    linear: bool
+    masked: bool
+    weights: Mapping[str, int]
 
 
-def compute_dtype(precision: PrecisionConfig) -> torch.dtype:
-    """Give the dtype of activations and gathered parameters."""
-    return mixed_precision(precision).param_dtype or torch.float32
+def compute_bytes(precision: PrecisionConfig) -> int:
+    """Give the bytes of an element of activations and gathered parameters."""
+    return 2 if precision.compute == Compute.bf16 else FP32
 
 
-def fsdp_units(model: nn.Module) -> list[Unit]:
-    """List the units of a model after ``parallelize``, parents before children; none if it is not sharded."""
-    return [
-        _unit(name, group)
-        for name, module in model.named_modules()
-        if isinstance(module, FSDPModule)
-        for group in module._get_fsdp_state()._fsdp_param_groups
-    ]
+def unit_of(
+    name: str, weights: Sequence[Weight], precision: PrecisionConfig, degrees: MeshDegrees, gathers: int = 2
+) -> Unit:
+    """Shard the parameters of a unit.
 
-
-def _unit(name: str, group: Any) -> Unit:
-    mesh, policy, parameters = group.mesh_info, group.mp_policy, group.fsdp_params
-    param_dtype = policy.param_dtype or torch.float32
-    # The root stays gathered after the forward pass, since the backward pass begins with it.
-    reshards = name != "" and group.post_forward_mesh_info is not None
-    trained = [parameter for parameter in parameters if parameter.sharded_param.requires_grad]
+    Args:
+        name: Name of the module; :data:`~moefoundry.planning.weights.EXPERTS` for experts that ranks divide.
+        weights: Its parameters. They stay in fp32 if all of them do.
+        precision: The recipe's ``precision``.
+        degrees: Degrees of the mesh.
+        gathers: All-gathers in a micro-batch where several ranks share it: forward and backward.
+    """
+    experts = name == EXPERTS
+    shards = degrees.shard // degrees.expert if experts else degrees.shard
+    wide = bool(weights) and all(weight.wide_module is not None for weight in weights)
+    shapes = [(weight.shape[0] // degrees.expert, *weight.shape[1:]) if experts else weight.shape for weight in weights]
+    share = [_share(shape, shards, experts) for shape in shapes]
+    trained = [weight.trained for weight in weights]
     return Unit(
         name=name,
-        axis=mesh.mesh.mesh_dim_names[mesh.shard_mesh_dim],
-        shards=mesh.shard_mesh_size,
-        copies=mesh.mesh.size() // mesh.shard_mesh_size,
-        shard_numel=sum(parameter.padded_sharded_param_size.numel() for parameter in parameters),
-        full_numel=sum(parameter._orig_size.numel() for parameter in parameters),
-        trained_shard_numel=sum(parameter.padded_sharded_param_size.numel() for parameter in trained),
-        trained_full_numel=sum(parameter._orig_size.numel() for parameter in trained),
-        param_bytes=param_dtype.itemsize,
-        reduce_bytes=(policy.reduce_dtype or param_dtype).itemsize,
-        gathers=0 if mesh.shard_mesh_size == 1 else 1 + reshards,
+        axis=EXPERT_SHARD if experts else SHARD,
+        shards=shards,
+        copies=degrees.replicate,
+        shard_numel=sum(share),
+        full_numel=sum(map(prod, shapes)),
+        trained_shard_numel=sum(compress(share, trained)),
+        trained_full_numel=sum(compress(map(prod, shapes), trained)),
+        param_bytes=FP32 if wide else compute_bytes(precision),
+        reduce_bytes=FP32,
+        gathers=gathers if shards > 1 else 0,
     )
+
+
+def _share(shape: Sequence[int], ranks: int, experts: bool) -> int:
+    """Count the elements of a rank's share, padded."""
+    dim = 1 if experts and ranks > shape[0] and shape[1] % ranks == 0 else 0
+    return -(-shape[dim] // ranks) * (prod(shape) // shape[dim])

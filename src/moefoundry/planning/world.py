@@ -1,17 +1,10 @@
-"""Simulated world: one process is rank 0 of any number of ranks, and collectives do nothing.
-
-PyTorch has this for tests of distributed code. Meshes, groups and shards are those of a real world.
-"""
+"""Ranks of a mesh, group by group, and the nodes that they are on."""
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-import torch.distributed as dist
+from functools import cache
+from itertools import product
 
 from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, EXPERT_SHARD, REPLICATE, SHARD, MeshDegrees
 
@@ -19,35 +12,34 @@ WORLD = "world"
 """The axis of collectives over all ranks."""
 
 
-@contextmanager
-def fake_world(size: int) -> Iterator[None]:
-    """Make this process rank 0 of ``size`` simulated ranks.
-
-    Raises:
-        ValueError: This process is in a process group already.
-    """
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        raise ValueError("a plan needs a process that is in no process group")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
+@cache
 def groups_by_axis(degrees: MeshDegrees) -> dict[str, list[list[int]]]:
     """List the ranks of every group along each mesh axis and :data:`WORLD`, as ``mesh.build_meshes`` has them."""
-    ranks = torch.arange(degrees.world_size)
-    ranks = ranks.view(degrees.replicate, degrees.shard // degrees.expert, degrees.expert_nodes, -1)
-    dims = {REPLICATE: [0], SHARD: [1, 2, 3], EXPERT_SHARD: [1], EXPERT: [2, 3], EXPERT_NODE: [2], EXPERT_PLACE: [3]}
-    groups = {WORLD: [ranks.flatten().tolist()]}
+    nodes = degrees.expert_nodes
+    sizes = (degrees.replicate, degrees.shard // degrees.expert, nodes, degrees.expert // nodes)
+    dims = {
+        REPLICATE: (0,),
+        SHARD: (1, 2, 3),
+        EXPERT_SHARD: (1,),
+        EXPERT: (2, 3),
+        EXPERT_NODE: (2,),
+        EXPERT_PLACE: (3,),
+    }
+    groups = {WORLD: [list(range(degrees.world_size))]}
+    places = list(product(*map(range, sizes)))  # a rank is its place in this order
     for axis, own in dims.items():
-        others = [dim for dim in range(ranks.dim()) if dim not in own]
-        size = math.prod(ranks.shape[dim] for dim in own)
-        groups[axis] = ranks.permute(*others, *own).reshape(-1, size).tolist()
+        members: dict[tuple[int, ...], list[int]] = {}
+        for rank, place in enumerate(places):
+            others = tuple(place[dim] for dim in range(len(sizes)) if dim not in own)
+            members.setdefault(others, []).append(rank)
+        groups[axis] = list(members.values())
     return groups
+
+
+@cache
+def peers_on_other_nodes(degrees: MeshDegrees, gpus_per_node: int) -> dict[str, int]:
+    """Count, for each axis, the peers on other nodes of the rank that has most of them."""
+    return {axis: most_remote_peers(groups, gpus_per_node) for axis, groups in groups_by_axis(degrees).items()}
 
 
 def most_remote_peers(groups: list[list[int]], gpus_per_node: int) -> int:

@@ -76,13 +76,11 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
     state = "pruned" if is_pruned(trial) else "done" if is_done(trial) else "unfinished"
     if not lines:
         return Result(trial.point, state)
-    from moefoundry.model.transformer import meta_model
-    from moefoundry.planning.describe import parameter_counts
+    from moefoundry.planning.describe import count_parameters
     from moefoundry.planning.work import flops_per_token
 
     recipe = load_recipe(sweep.recipe, trial.overrides, world_size=sweep.ranks)
-    model = meta_model(recipe.model)
-    counts, batches = parameter_counts(model), lines[-1]["batch"]
+    counts, batches = count_parameters(recipe.model), lines[-1]["batch"]
     stages = stages_of(recipe)
     numbers = zip(stages, batches_until(stages, f"{batches}ba") or [], strict=True)
     tokens = [(stage.seq_len, number * stage.tokens_per_batch) for stage, number in numbers]
@@ -98,7 +96,7 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
         tokens=sum(number for _, number in tokens),
         total=counts.total,
         active=counts.active,
-        flops=sum(number * flops_per_token(model, seq_len) for seq_len, number in tokens),
+        flops=sum(number * flops_per_token(recipe.model, seq_len) for seq_len, number in tokens),
     )
 
 

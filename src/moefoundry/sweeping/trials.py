@@ -56,10 +56,9 @@ class Budget:
                 [Problem("curriculum", "its borders do not move with --tokens and --flops", allowed="null")]
             )
         if self.flops is not None:
-            from moefoundry.model.transformer import meta_model
             from moefoundry.planning.work import flops_per_token
 
-            tokens = math.ceil(self.flops / flops_per_token(meta_model(recipe.model), recipe.max_seq_len))
+            tokens = math.ceil(self.flops / flops_per_token(recipe.model, recipe.max_seq_len))
         if tokens is None:
             return None
         return f"{max(1, math.ceil(tokens / (recipe.global_train_batch_size * recipe.max_seq_len)))}ba"

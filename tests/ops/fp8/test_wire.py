@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moefoundry.ops.fp8 import Tile, dequantize, quantize, quantize_rows_once
-from moefoundry.ops.fp8.wire import Fp8Codec, row_bytes
+from moefoundry.ops.fp8.wire import Fp8Codec
+from moefoundry.ops.sizes import row_bytes
 from tests.ops.fp8.samples import sample
 
 

@@ -13,11 +13,12 @@ triton_*.py                       the kernels
 from moefoundry.ops.fp8.backend import Backend
 from moefoundry.ops.fp8.coarse import Granularity, coarse_linear
 from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
-from moefoundry.ops.fp8.formats import TILE, Format, QuantizedTensor, Scaling, Tile
+from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Scaling, Tile
 from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
 from moefoundry.ops.fp8.linear import fp8_frozen_grouped_linear, fp8_kept_linear, fp8_linear
 from moefoundry.ops.fp8.mixture import fp8_mixture
 from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
+from moefoundry.ops.sizes import TILE
 
 __all__ = [
     "TILE",

@@ -76,9 +76,11 @@ class _FeedForward(Function):
             fprop(x_RD, quantize(weight, Tile.BLOCK, backend=backend), group_sizes_E, x.dtype, backend)
             for weight in (gate, up)
         )
-        for out, bias in ((gate_RF, gate_bias_EF), (up_RF, up_bias_EF)):
-            if bias is not None and group_sizes_E is not None:
-                out += bias.repeat_interleave(group_sizes_E, dim=0, output_size=len(out))
+        if gate_bias_EF is not None and up_bias_EF is not None and group_sizes_E is not None:
+            gate_RF, up_RF = (  # not in place: selective checkpointing may have kept the products
+                out + bias.repeat_interleave(group_sizes_E, dim=0, output_size=len(out))
+                for out, bias in ((gate_RF, gate_bias_EF), (up_RF, up_bias_EF))
+            )
         kept = [x_RD]
         if keep:
             kept += [quantize(gate_RF, Tile.ROW, backend=backend), quantize(up_RF, Tile.ROW, backend=backend)]

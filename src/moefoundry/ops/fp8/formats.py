@@ -19,8 +19,8 @@ from enum import Enum, StrEnum
 import torch
 from torch import Tensor
 
-TILE = 128
-"""Elements along a tiled dimension that share a scale, and elements of K between promotions to FP32."""
+from moefoundry.ops.sizes import TILE
+
 PACKED = 8
 """E5M6 values in three words of 32 bits; a row has a multiple of them."""
 
@@ -123,11 +123,6 @@ class QuantizedTensor:
             raise ValueError(f"only BLOCK tiles are the same transposed, not {self.tile.name}; use retile")
         *batch, rows, columns = self.shape
         return replace(self, values=self.values.mT, scales=self.scales.mT, shape=(*batch, columns, rows))
-
-
-def num_tiles(elements: int) -> int:
-    """Count the tiles of ``elements`` elements along a tiled dimension."""
-    return -(-elements // TILE)
 
 
 def num_column_tiles(rows: int, groups: int) -> int:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moefoundry.ops.fp8.formats import TILE, QuantizedTensor
+from moefoundry.ops.fp8.formats import QuantizedTensor
 from moefoundry.ops.fp8.reference import dequantize_reference
 from moefoundry.ops.fp8.tensor_cores import TensorCores
+from moefoundry.ops.sizes import TILE
 
 
 def multiply_reference(

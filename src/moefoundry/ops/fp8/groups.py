@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moefoundry.ops.fp8.formats import TILE
+from moefoundry.ops.sizes import TILE
 
 
 def padded_rows(group_sizes_E: Tensor, num_rows: int) -> Tensor:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefoundry.ops.fp8.e5m6 import decode_e5m6, encode_e5m6, pack_e5m6, unpack_e5m6
-from moefoundry.ops.fp8.formats import TILE, Format, QuantizedTensor, Scaling, Tile, num_column_tiles
+from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Scaling, Tile, num_column_tiles
 from moefoundry.ops.fp8.groups import all_rows, padded_rows
 from moefoundry.ops.fp8.scales import scale_values, scales_of
+from moefoundry.ops.sizes import TILE
 
 
 def quantize_reference(x: Tensor, tile: Tile, format: Format, scaling: Scaling) -> QuantizedTensor:

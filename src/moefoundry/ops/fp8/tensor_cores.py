@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moefoundry.ops.fp8.formats import TILE
+from moefoundry.ops.sizes import TILE
 
 INSTRUCTION_K = 32
 

@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moefoundry.ops.fp8 import triton_codec as codec
-from moefoundry.ops.fp8.formats import TILE, Format, QuantizedTensor, Scaling, Tile, num_column_tiles, num_tiles
+from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Scaling, Tile, num_column_tiles
 from moefoundry.ops.fp8.groups import all_rows
+from moefoundry.ops.sizes import TILE, num_tiles
 
 
 def tuned(configs: list[triton.Config]) -> list[triton.Config]:

@@ -12,16 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moefoundry.ops.fp8.backend import Backend
-from moefoundry.ops.fp8.formats import QuantizedTensor, Tile, num_tiles
+from moefoundry.ops.fp8.formats import QuantizedTensor, Tile
 from moefoundry.ops.fp8.quantization import dequantize, quantize_rows_once, remember_rows
-
-ALIGNMENT = 16
-"""Bytes that kernels read at a time."""
-
-
-def row_bytes(columns: int) -> int:
-    """Compute the bytes of a row of ``columns`` values."""
-    return -(-(columns + num_tiles(columns)) // ALIGNMENT) * ALIGNMENT
+from moefoundry.ops.sizes import num_tiles, row_bytes
 
 
 @dataclass(frozen=True)

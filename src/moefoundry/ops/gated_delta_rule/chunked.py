@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 64
+from moefoundry.ops.sizes import DELTA_CHUNK
+
 EPS = 1e-6  # added to the square of a length, as in flash-linear-attention
 
 
@@ -51,7 +52,7 @@ def chunked_delta_rule(
     """Compute :func:`~moefoundry.ops.gated_delta_rule.gated_delta_rule` in fp32 or wider."""
     wide = torch.promote_types(v_BSHV.dtype, torch.float32)
     (batch, seq_len, heads, width), key_heads = v_BSHV.shape, k_BSGK.shape[2]
-    chunk, groups = min(CHUNK, seq_len), (key_heads, heads // key_heads)
+    chunk, groups = min(DELTA_CHUNK, seq_len), (key_heads, heads // key_heads)
     q, k = (_chunks(_unit(x.to(wide)), chunk, (key_heads, 1)) for x in (q_BSGK, k_BSGK))
     q = q * q.shape[-1] ** -0.5
     v, beta = (_chunks(x.to(wide), chunk, groups) for x in (v_BSHV, beta_BSH))

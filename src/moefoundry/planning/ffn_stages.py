@@ -1,0 +1,123 @@
+"""Backward stages of FFNs: dense, and of experts, by :mod:`moefoundry.planning.stages`.
+
+F is the hidden width, K the experts of a token, E all of them. A token has K rows, used evenly by all ranks. The weight
+of a row is applied in SwiGLU, so no output of an expert is kept.
+
+With ``fp8.recipe: deepseek_v3`` an FFN is one operation, which keeps its input and SwiGLU's inputs in 129/128 bytes.
+"""
+
+from __future__ import annotations
+
+from moefoundry.config import ModelConfig, SwigluConfig
+from moefoundry.moe.dealing import dealt_once
+from moefoundry.ops.sizes import TILE
+from moefoundry.planning.stages import EXPERTS, FFN, Stage, beside, swiglu
+from moefoundry.planning.units import FP32
+
+E4M3_ROW = 129 / 128
+ORDER_BYTES = 16
+"""Bytes of a slot in the order of rows: its row, and the row's slot. Checkpointing does not drop the order, which also
+has 8 bytes of a token. An exchange has its own order, of the ranks that a token goes to."""
+INDEX_BYTES = 36
+"""Bytes of a slot in all: its order, expert and weight, and the row's weight."""
+
+
+def dense_stages(cfg: ModelConfig, hidden: int, c: int, fp8: bool, owns_input: bool = True) -> list[Stage]:
+    """List the stages of a dense FFN; ``owns_input`` is false where another operation keeps the input, too."""
+    width, plain = cfg.d_model, cfg.swiglu == SwigluConfig()
+    if fp8:
+        return [_fp8_feed_forward(width, hidden, c, plain, owns_input)]
+    return [
+        Stage(saved=c * hidden, held=c * hidden, weights=FFN, share=1 / 3),
+        swiglu(hidden, c, weighted=False, plain=plain),
+        Stage(held=c * (2 * hidden + width), kept=c * hidden, weights=FFN, share=1 / 3),
+        Stage(
+            saved=c * width if owns_input else 0,
+            held=c * (hidden + 2 * width),
+            kept=c * (hidden + width),
+            weights=FFN,
+            share=1 / 3,
+        ),
+    ]
+
+
+def moe_stages(cfg: ModelConfig, c: int, exchanged: int, fp8: bool, rows: float) -> list[Stage]:
+    """List the stages of an MoE layer whose experts are on ``exchanged`` ranks, and have ``rows`` rows each."""
+    moe, width = cfg.moe, cfg.d_model
+    stages = _rows(cfg, c, fp8, rows)
+    if exchanged > 1:
+        places = ranks_of_a_token(cfg, exchanged)
+        stages = beside(stages, (c + (E4M3_ROW if fp8 else 0)) * places * width)  # a token's gradient at its ranks
+        stages.append(Stage(held=2 * c * places * width, kept=2 * c * places * width))
+    if moe.num_shared_experts:
+        shared = dense_stages(cfg, moe.num_shared_experts * moe.expert_hidden_size, c, fp8, owns_input=False)
+        gate = [Stage(c * (width + 2), c * width)] if moe.shared_expert_gate else []
+        stages += beside([*gate, *shared], c * width)  # the experts' gradient of the input
+    experts = moe.num_experts
+    router = Stage(
+        saved=(E4M3_ROW if fp8 else c) * width + 2 * FP32 * experts + moe.top_k * (INDEX_BYTES - 4) + 8,
+        held=3 * FP32 * experts + (FP32 + 2 * c) * width,
+        kept=FP32 * experts,
+    )
+    return [*stages, router]
+
+
+def order_bytes(cfg: ModelConfig, exchanged: int) -> float:
+    """Count the bytes of the order of rows, which every mode keeps."""
+    of_exchange = ranks_of_a_token(cfg, exchanged) * ORDER_BYTES + 8 if exchanged > 1 else 0
+    return cfg.moe.top_k * ORDER_BYTES + 8 + of_exchange
+
+
+def ranks_of_a_token(cfg: ModelConfig, ranks: int) -> float:
+    """Mean number of ranks that have an expert of a token."""
+    moe, router = cfg.moe, cfg.moe.router
+    dealt = dealt_once(moe.top_k, moe.num_experts, router.num_groups, router.top_k_groups)
+    return sum(len({expert // (moe.num_experts // ranks) for expert in ids}) for ids in dealt) / len(dealt)
+
+
+def _rows(cfg: ModelConfig, c: int, fp8: bool, rows: float) -> list[Stage]:
+    """List the stages of a token's rows, from their sum to the copies of the token."""
+    moe, width, hidden, slots = cfg.moe, cfg.d_model, cfg.moe.expert_hidden_size, cfg.moe.top_k
+    plain = cfg.swiglu == SwigluConfig()
+    if fp8:
+        stages = [_times(_fp8_feed_forward(width, hidden, c, plain, rows=rows), slots)]
+    else:
+        stages = [
+            Stage(c * hidden, c * (width + hidden), weights=EXPERTS, share=1 / 3),
+            swiglu(hidden, c, weighted=True, plain=plain),
+            Stage(0, c * (2 * hidden + width), c * hidden, EXPERTS, 1 / 3),
+            Stage(c * width, c * (hidden + 2 * width), c * hidden, EXPERTS, 1 / 3),
+            Stage(0, c * width, c * width),
+        ]
+        stages = [_times(stage, slots) for stage in stages]
+    if moe.projection_bias:  # weights of slots by expert
+        stages[0:0] = [Stage(c * moe.num_experts, (c + FP32) * moe.num_experts, c * width)]
+    return stages
+
+
+def _times(stage: Stage, rows: int) -> Stage:
+    return Stage(rows * stage.saved, rows * stage.held, rows * stage.kept, stage.weights, stage.share)
+
+
+def _fp8_feed_forward(
+    width: int, hidden: int, c: int, plain: bool, owns_input: bool = True, rows: float | None = None
+) -> Stage:
+    """Describe a whole FFN, of one row. Its gradients come in FP8, too.
+
+    Operands of gradients of weights are in tiles of 128 rows; those of an expert begin with a new tile. ``rows`` are
+    those of an expert, or None for a dense FFN, whose output's gradient is the block's.
+    """
+    incoming = 0 if rows is None else c * width
+    padded = 1.0 if rows is None else 1 + (TILE - 1) / rows
+    held = max(
+        2 * c * hidden + swiglu(hidden, c, rows is not None, plain).held + padded * hidden,
+        c * (5 * hidden + 2 * width) + (1 + padded) * hidden,  # gradient of the input
+        c * (5 * hidden + width) + padded * (2 * hidden + width),  # gradients of gate and up
+    )
+    return Stage(
+        saved=E4M3_ROW * ((width if owns_input else 0) + 2 * hidden) + (0 if rows is None else 4),
+        held=incoming + E4M3_ROW * width + held,
+        kept=c * (2 * hidden + width),
+        weights=FFN if rows is None else EXPERTS,
+        share=1.0,
+    )

@@ -1,0 +1,221 @@
+"""The memory that steps of small models really take, as the kernels of a GPU would take it.
+
+Everything is run and counted as it is, except what a CPU computes in another way than a GPU does: norms, attention and
+FP8 formats are one kernel each there. Of these, results are counted and what is between is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.distributed.fsdp import FSDPModule
+
+from moefoundry.config import Recipe
+from moefoundry.mesh import build_meshes, resolve_degrees
+from moefoundry.ops.fp8 import gemm, quantization
+from moefoundry.optim import build_adamw
+from moefoundry.parallel import materialize, needs_mesh, parallelize, sum_between_copies
+from tests.memory import PeakMemory, storage_of
+from tests.planning.sharded import built
+
+aten = torch.ops.aten
+FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
+FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+FP8_KERNELS = (
+    *((quantization, f"{name}_reference") for name in ("quantize", "dequantize", "retile", "quantize_columns")),
+    *((gemm, f"{name}_reference") for name in ("multiply", "wgrad")),
+)
+
+
+class Measured(NamedTuple):
+    """Bytes of this rank."""
+
+    parameters: int
+    gradients: int
+    moments: int
+    peak: int
+
+
+class GpuLike(PeakMemory):
+    """Peak memory of operations, with the layouts and the inner buffers of a GPU's kernels.
+
+    A GPU's attention gives its output in the layout of the projection after it, and takes fewer heads of keys and
+    values than of queries as they are; its logsumexp makes a copy of its input.
+    """
+
+    inside_attention = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self._paused:
+            return out
+        if func is FLASH:
+            out = (out[0].transpose(1, 2).contiguous().transpose(1, 2), *out[1:])
+        if self.inside_attention and func is not FLASH and isinstance(out, Tensor):
+            given = [arg for arg in args if isinstance(arg, Tensor)]
+            self.note(out, share=min(1.0, given[0].numel() / out.numel()) if given and out.numel() else 1.0)
+        else:
+            self.note(out, beside=args[0].nbytes if func is aten.logsumexp.default else 0)
+        return out
+
+
+class _Norm(Function):
+    """A norm as one kernel each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, memory: PeakMemory, norm: Callable[..., Tensor]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.memory, ctx.norm = memory, norm
+        with memory.paused():
+            out = norm(x, weight)
+        memory.note(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+        with ctx.memory.paused(), torch.enable_grad():
+            gradients = torch.autograd.grad(ctx.norm(x, weight), (x, weight), grad)
+        ctx.memory.note(gradients)
+        return *gradients, None, None
+
+
+class _Attention(Function):
+    """Attention whose values are narrower than its queries, as one kernel each way; a CPU has none."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, memory: PeakMemory, options: dict[str, Any]) -> Tensor:
+        width = v.shape[-1]
+        with memory.paused():
+            wide, logs = FLASH(q, k, F.pad(v, (0, q.shape[-1] - width)), 0.0, **options)
+            out = wide[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
+        memory.note(wide, share=width / wide.shape[-1])  # while checkpointing keeps it
+        memory.note((out, logs))
+        ctx.save_for_backward(q, k, v, out, logs)
+        ctx.memory, ctx.options = memory, options
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, logs = ctx.saved_tensors
+        with ctx.memory.paused():
+            more = (0, q.shape[-1] - v.shape[-1])
+            wide = [F.pad(x, more) for x in (grad, v, out)]
+            grads = FLASH_BACKWARD(wide[0], q, k, *wide[1:], logs, 0.0, **ctx.options)
+            given = grads[0], grads[1], grads[2][..., : v.shape[-1]].contiguous()
+        ctx.memory.note(given)
+        return *given, None, None
+
+
+@contextmanager
+def kernels_of_a_gpu(memory: GpuLike) -> Iterator[None]:
+    """Count norms, attention and FP8 formats as one kernel each."""
+    rms, layer, attention = F.rms_norm, F.layer_norm, F.scaled_dot_product_attention
+
+    def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
+        return _Norm.apply(x, weight, memory, lambda x, weight: rms(x, shape, weight, eps))
+
+    def layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+        return _Norm.apply(x, weight, memory, lambda x, weight: layer(x, shape, weight, bias, eps))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if v.shape[-1] < q.shape[-1]:
+            return _Attention.apply(q, k, v, memory, {key: options[key] for key in ("is_causal", "attn_mask", "scale")})
+        memory.inside_attention = True
+        try:
+            return attention(q, k, v, **options)
+        finally:
+            memory.inside_attention = False
+
+    def as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            with memory.paused():
+                out = function(*args)
+            memory.note(out if isinstance(out, Tensor) else out.tensors)
+            return out
+
+        return counted
+
+    with ExitStack() as patches:
+        for name, function in (("rms_norm", rms_norm), ("layer_norm", layer_norm)):
+            patches.enter_context(patch.object(F, name, function))
+        patches.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
+        for module, name in FP8_KERNELS:
+            patches.enter_context(patch.object(module, name, as_kernel(getattr(module, name))))
+        yield
+
+
+def measure(recipes: list[Recipe], memory_of: Callable[..., GpuLike] = GpuLike) -> list[Measured]:
+    """Measure the second micro-batch of a step of each recipe, on this rank."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return [_measure(recipe, memory_of) for recipe in recipes]
+
+
+def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
+    degrees = resolve_degrees(recipe.mesh, dist.get_world_size(), 8)
+    meshes = build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None
+    model = built(recipe)
+    parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
+    materialize(model, "cpu", 0)
+    sequences, length = recipe.device_train_microbatch_size, recipe.max_seq_len
+    tokens = torch.arange(sequences * length).view(sequences, length) % recipe.model.vocab_size
+    sum_between_copies(model, False)
+    model(tokens, tokens).total.backward()
+    sum_between_copies(model, True)
+    memory = memory_of([*model.parameters(), *model.buffers(), tokens])
+    memory.note([*gradients_of(model), *sums_of_a_copy(model)])
+    with memory, kernels_of_a_gpu(memory):
+        model(tokens, tokens).total.backward()
+    gradients, moments = bytes_of(gradients_of(model)), recipe.precision.optimizer_moments
+    optimizer = build_adamw(model, recipe.optimizer, moments)
+    optimizer.step()
+    state = [slots[name] for slots in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return Measured(bytes_of(model.parameters()), gradients, bytes_of(state), memory.peak - gradients)
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    """Gradients that there are."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def sums_of_a_copy(model: nn.Module) -> list[Tensor]:
+    """What FSDP has in place of gradients until they are summed over the copies of the model."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    return [group._partial_reduce_output for group in groups if group._partial_reduce_output is not None]
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of tensors on this rank; those that share one count once."""
+    storages = {storage._cdata: storage.nbytes() for storage in map(storage_of, tensors)}
+    return sum(storages.values())
+
+
+def both_trackers(recipe: Recipe) -> tuple[int, int]:
+    """The peak of what comes and goes in a step on one rank, by :class:`PeakMemory` and by torch's own tracker."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    model = built(recipe)
+    parallelize(model, None, recipe.precision, recipe.activation_checkpointing)
+    materialize(model, "cpu", 0)
+    tokens = torch.arange(recipe.max_seq_len).unsqueeze(0) % recipe.model.vocab_size
+    model(tokens, tokens).total.backward()
+    gradients = gradients_of(model)
+    with PeakMemory([*model.parameters(), *model.buffers(), *gradients, tokens]) as ours:
+        model(tokens, tokens).total.backward()
+    tracker = MemTracker()
+    tracker.track_external(model, tokens, *gradients)
+    with tracker:
+        model(tokens, tokens).total.backward()
+    always = bytes_of([*model.parameters(), *model.buffers(), *gradients, tokens])
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return ours.peak, peak["Total"] - always
