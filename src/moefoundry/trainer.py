@@ -22,6 +22,7 @@ from moefoundry.build import build_trainer
 from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.hangs import forget_hangs, watched_for_hangs
 from moefoundry.callbacks.health import named_collectives
+from moefoundry.callbacks.live_view import LiveView
 from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.checkpoint.lease import held
@@ -85,6 +86,7 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
             if dist.get_global_rank() == 0 and recipe.log_to_console:
                 print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
             with (
+                view_ended(trainer),
                 noted(trainer, recipe, command, origins or {}),
                 watched_for_hangs(run_dir, recipe.dist_timeout) if dist.get_world_size() > 1 else nullcontext(),
                 explained_shortage(trainer),
@@ -102,6 +104,17 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
                 message = f"stopped by {signum.name}; go on from {store_of(Path(recipe.run_dir)).latest()}"
                 print(f"{message} with autoresume=true", file=sys.stderr, flush=True)
         return trainer
+
+
+@contextmanager
+def view_ended(trainer: Trainer) -> Iterator[None]:
+    """Give the terminal back when training has ended, before an error or a report is printed."""
+    try:
+        yield
+    finally:
+        for destination in trainer.logger.destinations:
+            if isinstance(destination, LiveView):
+                destination.end()
 
 
 @contextmanager

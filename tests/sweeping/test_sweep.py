@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moefoundry.cli.main import main
 from moefoundry.config import ConfigError
+from moefoundry.data.options import Part
 from moefoundry.sweeping.axes import drawn, grid, read_axes
 from moefoundry.sweeping.results import power_law, results_of, table, write_csv, write_plot
 from moefoundry.sweeping.run import Stopped, is_done, run_all
@@ -35,6 +38,11 @@ begun = len(file.read_text().splitlines()) if file.exists() else 0
 if "FAIL" in os.environ and os.environ["FAIL"] in str(run_dir):
     sys.exit("error: planted failure")
 for batch in range(begun + 1, 5):
+    if batch == 3 and "DIVERGE" in os.environ and os.environ["DIVERGE"] in str(run_dir):
+        ended = {"event": "end", "at": "2031-01-31T12:10:05+00:00", "batch": 2, "state": "failed"}
+        ended["reason"] = "NonFiniteError: batch 3: not finite: loss lm of rank 0"
+        (run_dir / "history.jsonl").write_text(json.dumps(ended) + "\\n")
+        sys.exit("error: batch 3: not finite")
     time.sleep(float(os.environ.get("SECONDS_OF_A_BATCH", 0)))
     loss = 6 / int(given["model.moe.num_experts"]) ** 0.1 - 0.01 * int(given["model.moe.top_k"])
     line = {"batch": batch, "loss/train/lm": loss, "moe/max_violation": 0.1}
@@ -110,7 +118,7 @@ def test_trials_that_do_not_validate_have_the_reason(tmp_path: Path) -> None:
     assert [trial.point for trial in invalid] == [{EXPERTS: "4", TOP_K: "8"}]
     assert "model.moe.top_k: 8 experts for each token, but model.moe.num_experts is 4" in invalid[0].problem
     assert len({trial.run_dir for trial in trials}) == 9
-    assert [part_of(trials, (index, 2)) for index in (1, 2)] == [trials[::2], trials[1::2]]
+    assert [part_of(trials, Part(index, 2)) for index in (1, 2)] == [trials[::2], trials[1::2]]
 
 
 def test_budgets_give_every_run_the_same_tokens_or_flops(tmp_path: Path) -> None:
@@ -161,6 +169,25 @@ def test_a_failed_run_is_named_and_tried_again(
     monkeypatch.delenv("FAIL")
     assert run_all(trials, trainer, 1, silent) == {}
     assert all(is_done(trial) or trial.problem for trial in trials)
+
+
+def test_a_run_that_diverges_has_a_state_of_its_own(
+    tmp_path: Path, trainer: Callable[[Trial], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_of(tmp_path / "sweep")
+    trials, words = trials_of(sweep), []
+    monkeypatch.setenv("DIVERGE", "num_experts_16-top_k_8")  # it would have the lowest loss
+    assert run_all(trials, trainer, 2, lambda trial, word: words.append(word)) == {}
+    assert any(word.startswith("diverged in batch 3 after") for word in words)
+    results = results_of(sweep, trials)
+    (diverged,) = [each for each in results if each.state == "diverged"]
+    assert (diverged.diverged_at, diverged.batches, diverged.loss) == (3, 2, None)
+    assert [each.state for each in results[:7]] == ["done"] * 7, "it is not among the best"
+    assert any(line.split()[:5] == ["16", "8", "diverged", "at", "3"] for line in table(results).splitlines())
+    write_csv(results, sweep.directory)
+    with (sweep.directory / "results.csv").open() as rows:
+        assert [row["diverged_at"] for row in csv.DictReader(rows) if row["state"] == "diverged"] == ["3"]
+    assert run_all(trials, lambda trial: ["/nowhere"], 1, silent) == {}, "it is not run again"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -228,13 +255,37 @@ def test_the_command_refuses_what_is_no_sweep(tmp_path: Path, capsys: pytest.Cap
     assert "a sweep with other overrides lies there" in capsys.readouterr().err
 
 
-def test_wandbs_agent_starts_our_runs(tmp_path: Path) -> None:
-    """By the arguments without hyphens that its sweeps offer."""
-    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+def test_wandbs_agent_starts_our_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent makes the command that the page shows, and the command's recipe is valid."""
+    from wandb import wandb_agent
 
-    command = {"args": {EXPERTS: {"value": 8}, "optimizer.lr": {"value": 1e-3}}, "run_id": "r", "program": "train.py"}
-    found = create_sweep_command_args(command)["args_no_hyphens"]
-    assert main(["validate", str(QUICKSTART), *found]) == 0
+    (text,) = re.findall(r"^```\n(program: .*?)^```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL | re.MULTILINE)
+    page = yaml.safe_load(text)
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(command)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb_agent, "AgentProcess", Process)
+    for variable, value in {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "", "WANDB_SWEEP_PARAM_PATH": ""}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    agent = wandb_agent.Agent(api=None, queue=None, sweep_id="s")
+    agent._sweep_command = page["command"]
+    chosen = {
+        name: {"value": values.get("values", [values.get("min")])[0]} for name, values in page["parameters"].items()
+    }
+    agent._command_run({"args": chosen, "program": page["program"], "run_id": "r"})
+    ((*start, recipe, loggers, top_k, rate),) = started
+    assert start == ["/usr/bin/env", "python", "scripts/train.py"]
+    monkeypatch.chdir(ROOT)
+    assert (recipe, loggers, top_k, rate) == (
+        *("configs/quickstart.yaml", "loggers.wandb={}", "model.moe.top_k=1", "optimizer.lr=0.0001"),
+    )
+    assert main(["validate", recipe, loggers, top_k, rate]) == 0
+    assert main(["validate", recipe, f"save_keep_best={page['metric']['name']}", "save_interval=100ba"]) == 0
 
 
 @pytest.mark.slow  # nine runs, each with its imports

@@ -57,7 +57,7 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
     notes += [f"note: {problem}" for problem in check_files(recipe, world_size or 1)]
     if notes:
         print("\n".join(notes), file=sys.stderr)
-    from moefoundry.config.curriculum import stages_of
+    from moefoundry.config.curriculum import described_stages
     from moefoundry.conversion.families import exports_as
 
     if as_json:
@@ -68,8 +68,7 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
     elif show or as_yaml:
         print(annotated(recipe, layers) if show else dump_recipe(recipe), end="")
     else:
-        stages = [stage.describe() for stage in stages_of(recipe)] if recipe.curriculum else []
-        print("\n".join([describe(recipe), *stages, f"export: {exports_as(recipe.model)}"]))
+        print("\n".join([describe(recipe), *described_stages(recipe), f"export: {exports_as(recipe.model)}"]))
 
 
 def _validate_foundry(recipe: FoundryRecipe, world_size: int | None, as_yaml: bool, as_json: bool) -> None:
@@ -154,8 +153,10 @@ def check_names(recipe: Recipe) -> None:
     """Refuse names of modules that do not exist, as training does."""
     from moefoundry.config import ConfigError
     from moefoundry.config.fp8_rules import exclude_problems
-    from moefoundry.planning.weights import module_names
+    from moefoundry.planning.weights import check_targets, module_names
 
-    fp8 = recipe.precision.fp8
+    fp8, lora = recipe.precision.fp8, recipe.lora
     if fp8.recipe is not None and (problems := exclude_problems(fp8.exclude, module_names(recipe.model))):
         raise ConfigError(problems)
+    if lora is not None:
+        check_targets(recipe.model, lora)

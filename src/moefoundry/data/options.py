@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -56,8 +57,8 @@ class PrepareOptions:
         layout: Documents of any length, which are packed when read, or packed samples of ``max_seq_len`` tokens. None
             is packed where ``max_seq_len`` is given, and else documents.
         kind: Texts; or records of instructions or preferences, which are stored as documents, with targets.
-        target_responses, target_prompts: Tokens of instructions that are to be predicted; see
-            :class:`~moefoundry.data.instructions.Targets`.
+        target_responses: Responses of instructions that are to be predicted.
+        target_prompts: Prompts that are to be predicted: ``none``, ``all`` or ``length>=N``.
         max_tokens: Tokens of a record's document, at most; None is any number.
         too_long: Treatment of records with more.
         workers: Processes, or 0 for this one alone; the number of cores if None. The result is always the same.
@@ -121,6 +122,18 @@ class Part:
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
             raise UserError(f"part={self}: the first of N parts is 1/N, and the last N/N")
+
+    @classmethod
+    def named(cls, text: str) -> Part:
+        """Read ``I/N``.
+
+        Raises:
+            UserError: It is something else, or there is no such part.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None:
+            raise UserError(f"part={text}: two numbers, such as 3/10")
+        return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
