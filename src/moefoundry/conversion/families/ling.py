@@ -81,8 +81,7 @@ class SarvamMoe(DeepseekMoe):
             keys.only(dropout, 0.0)
         keys.skip("router_dtype", "mtp_loss_scaling_factor")
         cfg = super()._read_ffn(keys, cfg)
-        width = cfg.moe.expert_hidden_size * cfg.moe.num_shared_experts
-        keys.only("moe_shared_expert_intermediate_size", width)
+        keys.only("moe_shared_expert_intermediate_size", cfg.moe.expert_hidden_size)  # of each
         return cfg
 
     def _write(self, cfg: ModelConfig) -> dict[str, Any]:
