@@ -74,7 +74,7 @@ def differences(cache: Path) -> dict[str, float]:
     """Largest difference of logits of each family's variants."""
     with TemporaryDirectory() as directory:
         write_cases(Path(directory))
-        peer = run_peer("save", Path(directory), cache)
+        peer = run_peer("compute", Path(directory), cache)
     found = dict.fromkeys(VARIANTS, 0.0)
     for family, variant in CASES:
         name = f"{family}-{variant}"

@@ -32,7 +32,7 @@ def family_config(family: str, variant: str = "plain", mtp_depth: int = 0) -> Mo
 
 def family_tensors(family: str, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Tensors as they are published: buffers in fp32, whatever the parameters; modules that predict further tokens
-    with their copies of embedding and head; and those without elements. Where this environment's transformers has no
+    with their copies of embedding and head. Where this environment's transformers has no
     such model, they have the shapes of our map, which the newer transformers is compared with elsewhere."""
     if family not in OLDER:
         names = TensorMap(FAMILIES[family], cfg)
@@ -56,8 +56,8 @@ def family_tensors(family: str, cfg: ModelConfig, dtype: torch.dtype = torch.flo
     }
     copies = FAMILIES[family].copies(cfg)
     copied = {name: tensors[original].clone() for name, original in copies.items() if name != "lm_head.weight"}
-    empty = {name: torch.zeros(shape, dtype=dtype) for name, shape in FAMILIES[family].unused_tensors(cfg).items()}
-    return tensors | copied | empty
+    unused = {name: shape for name, shape in FAMILIES[family].unused_tensors(cfg).items() if 0 not in shape}
+    return tensors | copied | {name: torch.zeros(shape, dtype=dtype) for name, shape in unused.items()}
 
 
 def write_hf(
@@ -151,8 +151,11 @@ def contents(directory: Path) -> dict[str, Tensor]:
 
 
 def assert_same_tensors(directory: Path, other: Path, but: Collection[str] = ()) -> None:
-    """The same names, dtypes, shapes and values, to the last bit; values of ``but`` may differ."""
-    ours, theirs = contents(directory), contents(other)
+    """The same names, dtypes, shapes and values, to the last bit; values of ``but`` may differ, and tensors without
+    elements may be there or not."""
+    ours, theirs = (
+        {name: tensor for name, tensor in contents(path).items() if tensor.numel()} for path in (directory, other)
+    )
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name

@@ -12,16 +12,19 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 
+from moefoundry.conversion.convert import export_hf, import_hf
 from moefoundry.conversion.families import FAMILIES
 from moefoundry.conversion.reference import newer_transformers
 from tests.conversion.families.models import CASES, STANDS_IN, VARIANTS, sizes
+from tests.conversion.hf import family_config, write_hf, write_mxfp4, write_tokenizer
 
 needs_oracle = pytest.mark.skipif(newer_transformers() is None, reason="`make oracle` has not been run")
 WITHOUT_VISION = (
@@ -29,6 +32,11 @@ WITHOUT_VISION = (
     "runpy.run_path(sys.argv[0], run_name='__main__')"
 )
 """Runs a script where torchvision, which takes seconds to import, is not there."""
+TEXTS, MXFP4, TOKENIZER = "text-", "mxfp4", "tokenizer"
+WRITERS = ("mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe", "minimax_m2", "olmo2")
+"""Families that write text; the tokens of all are compared."""
+GPT_OSS = VARIANTS["gpt_oss"]["plain"]
+PACKABLE = replace(GPT_OSS, moe=replace(GPT_OSS.moe, expert_hidden_size=32))
 SCRIPT = Path(__file__).with_name("transformers5.py")
 
 
@@ -71,7 +79,7 @@ def _digest(directory: Path, place: Path) -> str:
 
 
 def write_cases(directory: Path) -> None:
-    """Ask for every variant of every family, and for the defaults of each."""
+    """Ask for every variant of every family, and for the defaults of each; for experts in MXFP4, and for text."""
     configs = {
         f"{family}-{variant}": FAMILIES[family].write_config(VARIANTS[family][variant], 64, torch_dtype="float32")
         | {"model_type": STANDS_IN.get(family, family)}
@@ -79,3 +87,11 @@ def write_cases(directory: Path) -> None:
     }
     defaults = {family: sizes(family, configs[f"{family}-plain"]) for family in VARIANTS if family not in STANDS_IN}
     (directory / "cases.json").write_text(json.dumps({"configs": configs, "defaults": defaults}))
+    write_mxfp4(directory / MXFP4, PACKABLE)
+    with TemporaryDirectory() as place:
+        work = Path(place)
+        tokenizer = write_tokenizer(work / TOKENIZER)
+        for family in WRITERS:
+            write_hf(work / family, family, replace(family_config(family), vocab_size=270))
+            import_hf(work / family, work / f"{family}-checkpoint")
+            export_hf(work / f"{family}-checkpoint", directory / f"{TEXTS}{family}", family, tokenizer=tokenizer)

@@ -497,7 +497,7 @@ def test_what_went_in_and_what_came_out_have_the_same_checksums(
             {"quant_method": "gptq", "bits": 4},
             r"FP8 weights in blocks, MXFP4, and INT4 weights .* can be read, not .*gptq",
         ),
-        ({"quant_method": "fp8"}, "can be read, not quantization_config {'quant_method': 'fp8'}"),
+        ({"quant_method": "fp8"}, 'can be read, not quantization_config {"quant_method": "fp8"}'),
         (INT4 | {"format": "nvfp4-pack-quantized"}, "can be read, not quantization_config"),
         (INT4 | {"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, "can be read, not quantization_config"),
     ],
@@ -517,7 +517,7 @@ def test_other_quantized_weights_are_refused(tmp_path: Path, quantization: dict[
         ({"hidden_act": "gelu"}, 'hidden_act: got "gelu"; allowed: "silu"'),
         (
             {"quantization_config": {"quant_method": "awq"}},
-            "can be read, not quantization_config {'quant_method': 'awq'}",
+            'can be read, not quantization_config {"quant_method": "awq"}',
         ),
         (
             {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import moefoundry
 from moefoundry.config import MtpConfig, UserError
 from moefoundry.conversion.convert import export_hf, import_hf, load_model
+from moefoundry.conversion.families import FAMILIES
 from moefoundry.conversion.hf_directory import open_hf
 from tests.conversion.hf import (
     assert_same_tensors,
@@ -111,17 +112,17 @@ def test_a_prediction_module_that_is_there_in_part_is_an_error(tmp_path: Path) -
         open_hf(write_hf(tmp_path / "hf", "deepseek_v3", cfg, **changed))
 
 
-def test_tensors_without_elements_may_be_left_out(tmp_path: Path) -> None:
+def test_tensors_without_elements_may_be_there_and_are_not_written(tmp_path: Path) -> None:
     cfg = family_config("deepseek_v3", "no_shared")
-    tensors = family_tensors("deepseek_v3", cfg)
-    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    empty = {name: torch.zeros(shape) for name, shape in FAMILIES["deepseek_v3"].unused_tensors(cfg).items()}
     assert len(empty) == 6
-    whole = write_hf(tmp_path / "whole", "deepseek_v3", cfg)
-    hf = write_hf(tmp_path / "hf", "deepseek_v3", cfg, **dict.fromkeys(empty))
-    assert len(contents(hf)) == len(tensors) - 6
-    import_hf(hf, tmp_path / "checkpoint", tolerance=1e-4)
+    hf = write_hf(tmp_path / "hf", "deepseek_v3", cfg)
+    whole = write_hf(tmp_path / "whole", "deepseek_v3", cfg, **empty)
+    assert contents(whole).keys() - contents(hf).keys() == empty.keys()
+    import_hf(whole, tmp_path / "checkpoint", tolerance=1e-4)
     export_hf(tmp_path / "checkpoint", tmp_path / "back", "deepseek_v3", tolerance=1e-4)
-    assert_same_tensors(tmp_path / "back", whole)
+    assert contents(tmp_path / "back").keys() == contents(hf).keys()
+    assert_same_tensors(tmp_path / "back", hf)
 
 
 def test_no_error_is_a_wall(tmp_path: Path) -> None:
@@ -156,3 +157,47 @@ def test_a_git_lfs_pointer_is_called_that(tmp_path: Path, file: str) -> None:
         import_hf(hf, tmp_path / "checkpoint")
     assert str(raised.value) == f"{hf / file}: a git-lfs pointer, not the file itself; `git lfs pull` there fetches it"
     assert not (tmp_path / "checkpoint").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- what is not here
+
+
+@pytest.mark.parametrize(
+    ("family", "tensors"),
+    [
+        ("hy_v3", ("model.layers.3.enorm.weight", "model.layers.3.mlp.experts.0.up_proj.weight")),
+        ("ernie4_5_moe", ("model.mtp_emb_norm.0.weight", "model.mtp_block.0.mlp.up_proj.weight")),
+    ],
+)
+def test_modules_that_predict_further_tokens_are_left_out_with_a_note(
+    tmp_path: Path, family: str, tensors: tuple[str, ...]
+) -> None:
+    """Where they are published in a form that is not read here, as the config says."""
+    cfg = family_config(family)
+    hf = write_hf(tmp_path / "hf", family, cfg)
+    save_file(contents(hf) | {name: torch.ones(2) for name in tensors}, hf / "model.safetensors")
+    source = open_hf(change_config(hf, num_nextn_predict_layers=1))
+    assert source.cfg == cfg
+    assert len(source.notes) == 1
+    assert source.notes[0].startswith("the module that predicts a further token is left out: 2 tensors model.")
+    save_file(contents(hf) | {"model.layers.9.enorm.weight": torch.ones(2)}, hf / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.9\.enorm\.weight: not expected"):
+        open_hf(hf)
+
+
+def test_a_quantization_that_is_not_read_is_named_without_its_lists(tmp_path: Path) -> None:
+    hf = write_hf(tmp_path / "hf", "mixtral", family_config("mixtral"))
+    weights = {"num_bits": 8, "type": "float", "symmetric": True}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": [f"model.layers.{index}.mlp.gate" for index in range(999)],
+    }
+    with pytest.raises(UserError) as raised:
+        open_hf(change_config(hf, quantization_config=config))
+    text = str(raised.value)
+    assert '"format": "float-quantized", "weights": {"num_bits": 8' in text
+    assert "INT4 weights of compressed-tensors" in text
+    assert len(text.splitlines()) == 1
+    assert len(text) < 500

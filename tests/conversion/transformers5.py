@@ -1,19 +1,22 @@
-"""What the transformers of today computes, in a process of its own: ``transformers5.py save|load|adapt DIR``.
+"""What the transformers of today computes, in a process of its own: ``transformers5.py compute|adapt DIR``.
 
-    save   DIR/cases.json has a config by name: DIR/{name} is its model with random weights, saved; DIR/{name}-gradients
-           holds the gradients under the same names; DIR/{name}-fused the model with its experts in one tensor, as they
-           are in memory, where it is the family's first. It also has sizes by family, to be filled up with defaults.
-    load   every directory of DIR with a config.json is loaded; where it has a tokenizer, text is written with it; where
-           its experts are in MXFP4, they are unpacked before
-    adapt  every directory of DIR: the model in its "exported" with the adapters in its "peft"
+    compute  DIR/cases.json has a config by name: DIR/{name} is its model with random weights, saved; DIR/{name}-ours
+             the same weights with the config as it was given, loaded again; DIR/{name}-gradients holds the gradients
+             under the same names; DIR/{name}-fused the model with its experts in one tensor, as they are in memory,
+             where it is the family's first. It also has sizes by family, to be filled up with defaults. Every directory
+             that is there already is loaded: where it has a tokenizer, text is written with it; where its experts are
+             in MXFP4, they are unpacked before
+    adapt    every directory of DIR: the model in its "exported" with the adapters in its "peft"
 
-All write DIR/results.pt: logits, loss and greedy tokens of each model by name; the defaults; what was missing or
+Both write DIR/results.pt: logits, loss and greedy tokens of each model by name; the defaults; what was missing or
 unexpected, and the text. It imports nothing of this project.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -55,16 +58,23 @@ def results_of(model: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
         return found
 
 
-def save(directory: Path) -> None:
+def compute(directory: Path) -> None:
+    results: dict[str, Any] = {path.name: loaded(path) for path in sorted(directory.iterdir()) if path.is_dir()}
     asked = json.loads((directory / "cases.json").read_text())
-    results = {"defaults": {}}
+    results["defaults"] = {}
     for family, sizes in asked["defaults"].items():
         results["defaults"][family] = json.loads(AutoConfig.for_model(family, **sizes).to_json_string(use_diff=True))
     for name, config in asked["configs"].items():
+        text = json.dumps(config)  # its class adds to the mapping
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), **OPTIONS)
         randomize(model, seed=0)
         model.tie_weights()
         model.save_pretrained(directory / name)
+        ours = directory / f"{name}-ours"
+        ours.mkdir()
+        os.link(directory / name / "model.safetensors", ours / "model.safetensors")
+        (ours / "config.json").write_text(text)
+        results[ours.name] = loaded(ours, name)
         if name.endswith("-plain"):
             model.save_pretrained(directory / f"{name}-fused", save_original_format=False)
         results[name] = results_of(model, name)
@@ -95,24 +105,19 @@ def unpacked(directory: Path) -> torch.nn.Module:
     return model.float()
 
 
-def load(directory: Path) -> None:
-    results = {}
-    for path in sorted(path for path in directory.iterdir() if (path / "config.json").exists()):
-        if "quantization_config" in json.loads((path / "config.json").read_text()):
-            results[path.name] = results_of(unpacked(path), path.name)
-            continue
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, output_loading_info=True, **OPTIONS
-        )
-        results[path.name] = {"odd": {kind: sorted(map(str, names)) for kind, names in info.items() if names}}
-        if not (path / "tokenizer.json").exists():
-            results[path.name] |= results_of(model, path.name)
-            continue
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=NEW_TOKENS, do_sample=False)
-        results[path.name]["text"] = tokenizer.decode(tokens[0])
-        tokenizer.save_pretrained(path / "tokenizer5")
-    torch.save(results, directory / "results.pt")
+def loaded(path: Path, name: str = "") -> dict[str, Any]:
+    """Results of a directory, computed as those of ``name``, or of its own name."""
+    name = name or path.name
+    if "quantization_config" in json.loads((path / "config.json").read_text()):
+        return results_of(unpacked(path), name)
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **OPTIONS)
+    found: dict[str, Any] = {"odd": {kind: sorted(map(str, names)) for kind, names in info.items() if names}}
+    if not (path / "tokenizer.json").exists():
+        return found | results_of(model, name)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=NEW_TOKENS, do_sample=False)
+    tokenizer.save_pretrained(path / "tokenizer5")
+    return found | {"text": tokenizer.decode(tokens[0])}
 
 
 def adapt(directory: Path) -> None:
@@ -127,4 +132,4 @@ def adapt(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    {"save": save, "load": load, "adapt": adapt}[sys.argv[1]](Path(sys.argv[2]))
+    {"compute": compute, "adapt": adapt}[sys.argv[1]](Path(sys.argv[2]))

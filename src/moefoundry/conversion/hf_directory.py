@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,17 +66,17 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
     stored = SafetensorsReader(path, block, fp8_as or torch.bfloat16)
     cfg, notes = _with_the_prediction_modules_there(family, declared, stored.specs)
     tensors = SplitExperts(stored, family, cfg)
-    notes += _without_what_is_left_out(family, tensors)
+    notes += _without_what_is_left_out(family, cfg, tensors)
     names = TensorMap(family, cfg)
     names.check_theirs(tensors.specs, path)
     names.check_copies(tensors, path)
     return HfDirectory(path, config, family, cfg, tensors, names, notes)
 
 
-def _without_what_is_left_out(family: Family, tensors: SplitExperts) -> tuple[str, ...]:
+def _without_what_is_left_out(family: Family, cfg: ModelConfig, tensors: SplitExperts) -> tuple[str, ...]:
     """Drop the tensors of parts that the family leaves out, and say so of each part that is there."""
     notes = []
-    for beginning, part in family.left_out.items():
+    for beginning, part in family.left_out(cfg).items():
         dropped = {name for name in tensors.specs if name.startswith(beginning)}
         tensors.specs = {name: spec for name, spec in tensors.specs.items() if name not in dropped}
         if dropped:
@@ -127,7 +128,20 @@ def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
             if all(_is_int4(group) for group in groups.values()):
                 return DEEPSEEK_BLOCK
     known = "FP8 weights in blocks, MXFP4, and INT4 weights of compressed-tensors (pack-quantized, symmetric)"
-    raise UserError(f"{path / CONFIG}: {known} can be read, not quantization_config {quantization}")
+    raise UserError(f"{path / CONFIG}: {known} can be read, not quantization_config {_kind(quantization)}")
+
+
+def _kind(quantization: object) -> str:
+    """Show what tells one quantization from another, and not its lists of layers."""
+    if not isinstance(quantization, dict):
+        return repr(quantization)
+    shown = {key: value for key, value in quantization.items() if isinstance(value, str | int | float)}
+    shown |= {key: quantization[key] for key in ("weight_block_size",) if key in quantization}
+    groups = quantization.get("config_groups")
+    odd = [group for group in groups.values() if not _is_int4(group)] if isinstance(groups, dict) else []
+    if odd and isinstance(odd[0], dict):
+        shown |= {key: odd[0].get(key) for key in ("weights", "input_activations")}
+    return json.dumps(shown)
 
 
 def _is_int4(group: object) -> bool:

@@ -171,7 +171,8 @@ class TensorMap:
     def their_specs(self, ours: Mapping[str, TensorSpec], dtype: Dtype) -> dict[str, TensorSpec]:
         """Return shapes and dtypes of the family's tensors, as :meth:`their_blocks` makes them.
 
-        Copies are among them, but for a tied head's, which transformers makes itself.
+        Copies are among them, but for a tied head's, which transformers makes itself. Tensors without elements are not:
+        transformers warns of that, and vLLM takes no such file.
         """
         specs = {}
         for name, shape in self.their_shapes.items():
@@ -179,7 +180,8 @@ class TensorMap:
             specs[name] = TensorSpec(shape, self._dtype(sources[0], (ours[source] for source in sources), dtype))
         copies = {name: specs[other] for name, other in self.copies.items() if name != "lm_head.weight"}
         dtype_of_unused = next(iter(specs.values())).dtype
-        return specs | copies | {name: TensorSpec(shape, dtype_of_unused) for name, shape in self.unused.items()}
+        unused = {name: TensorSpec(shape, dtype_of_unused) for name, shape in self.unused.items() if 0 not in shape}
+        return specs | copies | unused
 
     def their_blocks(self, name: str, ours: Source, spec: TensorSpec) -> Iterator[Tensor]:
         """Yield the values of one tensor of the family, cut into rows."""

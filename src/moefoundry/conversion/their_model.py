@@ -116,7 +116,7 @@ def block_outputs(hf: Path, cfg: ModelConfig, stored_as: torch.dtype | None, fp8
         config = AutoConfig.for_model(**_config_of_block(raw, cfg, index))
         model = filled(config, {name: tensors.read(there) for name, there in own.items()}, cfg)
         with outputs_of(_blocks(_rounded(model, stored_as))) as outputs:
-            logits = model(inputs_embeds=hidden_BSD).logits
+            logits = model(inputs_embeds=hidden_BSD, use_cache=False).logits
         hidden_BSD = outputs[0]
         found.append(hidden_BSD)
     return Outputs(transformers.__version__, logits, found)

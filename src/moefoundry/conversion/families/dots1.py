@@ -28,6 +28,12 @@ class Dots1(DeepseekMoe):
         "max_window_layers": 62,
     }
 
+    def _read_groups(self, keys: Keys) -> tuple[int, int]:
+        if not (keys.has("n_group") or keys.has("topk_group")):  # null, as published
+            keys.assume("n_group", 1)
+            keys.assume("topk_group", 1)
+        return super()._read_groups(keys)
+
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         if keys.has("sliding_window") and keys.count("max_window_layers") < keys.size("num_hidden_layers"):
             keys.refuse("sliding_window", "null, as it is in some layers only")

@@ -19,6 +19,7 @@ from moefoundry.conversion.families.family import Piece, dense_layers, ffn_width
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts, ffn
 
+FIXED = {"moe_norm_min": 1e-12, "moe_gate": "topk", "moe_use_aux_free": True, "use_rmsnorm": True}
 BIAS_RATE = 0.001  # of an expert bias, which softmax scores have only where it is updated
 
 
@@ -47,6 +48,9 @@ class Ernie45Moe(Llama):
         weight = hf.get("router_aux_loss_coef", 0.001) / cfg.n_layers
         return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0, bias_update_rate=BIAS_RATE)
 
+    def left_out(self, cfg: ModelConfig) -> dict[str, str]:
+        return {"model.mtp_": "the module that predicts a further token"}
+
     def fits(self, cfg: ModelConfig) -> list[str]:
         balance = cfg.moe.balance
         if balance.bias_update_rate > 0:  # at whatever rate
@@ -60,7 +64,9 @@ class Ernie45Moe(Llama):
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         keys.alias("moe_num_experts", "num_experts")
         keys.alias("moe_k", "num_experts_per_tok")
-        keys.only("moe_norm_min", 1e-12)
+        for key, value in FIXED.items():
+            keys.only(key, value)
+        keys.skip("num_nextn_predict_layers", "moe_capacity")  # a capacity that only training has
         moe = MoEConfig(
             num_experts=keys.size("moe_num_experts"),
             top_k=keys.size("moe_k"),
@@ -74,7 +80,7 @@ class Ernie45Moe(Llama):
         )
 
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
-        sparse = sorted({*range(cfg.n_layers)} - {*dense_layers(cfg)}) or [0]
+        sparse = sorted({*range(cfg.n_layers)} - {*dense_layers(cfg)}) or [cfg.n_layers]  # a range behind the last
         return {
             "intermediate_size": ffn_width(cfg),
             "moe_num_experts": cfg.moe.num_experts,

@@ -72,7 +72,6 @@ class Family(ABC):
         length_key: Key of the tokens of a sequence.
         names_in_memory: Parts of tensors' names that transformers 5 changes in memory, as the files may be saved: part
             of the published name -> part of the other. Experts in one tensor each layer are known beside these.
-        left_out: Beginnings of tensors' names that are not read, of parts that are not here -> the part.
         stand_in: Family under whose name transformers has a model that computes the same, where it has none of this.
         absent: Parts of the published models that are not here, for the table of families.
     """
@@ -83,7 +82,6 @@ class Family(ABC):
     defaults: ClassVar[dict[str, Any]]
     length_key: ClassVar[str] = "max_position_embeddings"
     names_in_memory: ClassVar[dict[str, str]] = {}
-    left_out: ClassVar[dict[str, str]] = {}
     stand_in: ClassVar[str] = ""
     absent: ClassVar[str] = ""
 
@@ -182,6 +180,10 @@ class Family(ABC):
         """Map tensors that repeat another to it; a checkpoint there may hold them, or leave them out."""
         return {}
 
+    def left_out(self, cfg: ModelConfig) -> dict[str, str]:
+        """Map beginnings of tensors' names that are not read, of parts that are not here, to the part."""
+        return {}
+
     def prediction_depth(self, cfg: ModelConfig, tensors: Iterable[str]) -> int:
         """Count the modules of multi-token prediction that a checkpoint with these tensors holds."""
         there = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
@@ -190,8 +192,8 @@ class Family(ABC):
     def unused_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tensors that transformers has for parts that such a model lacks.
 
-        They are read by nothing, as of shared experts of width 0; zeros are written. A checkpoint there may leave them
-        out, of which transformers warns.
+        They are read by nothing, as of shared experts of width 0; zeros are written, where they have elements. A
+        checkpoint there may leave them out, of which transformers warns.
         """
         return {}
 

@@ -57,26 +57,24 @@ class Glm4MoeLite(DeepseekV3):
     }
 
     def _read_dense(self, keys: Keys, n_layers: int) -> list[int]:
-        if not keys.has("mlp_layer_types"):
-            return super()._read_dense(keys, n_layers)
-        dense = read_layer_types(keys, n_layers)
-        keys.skip("first_k_dense_replace")
-        if keys.stated("first_k_dense_replace"):
-            keys.only("first_k_dense_replace", next(n for n, index in enumerate([*dense, -1]) if n != index))
-        return dense
+        return read_dense(keys, n_layers)
 
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
-        keys = super()._write_ffn(cfg) | {"mlp_layer_types": write_layer_types(cfg)}
-        del keys["first_k_dense_replace"]  # the list says it
-        return keys
+        return super()._write_ffn(cfg) | {"mlp_layer_types": write_layer_types(cfg)}
 
 
-def read_layer_types(keys: Keys, n_layers: int) -> list[int]:
-    """Read the indices of the blocks with a dense FFN from ``mlp_layer_types``."""
+def read_dense(keys: Keys, n_layers: int) -> list[int]:
+    """Read the indices of the blocks with a dense FFN from ``mlp_layer_types``, or else ``first_k_dense_replace``."""
+    if not keys.has("mlp_layer_types"):
+        return list(range(min(keys.count("first_k_dense_replace"), n_layers)))
     types = keys.texts("mlp_layer_types", *LAYER_TYPES)
     if len(types) != n_layers:
         keys.refuse("mlp_layer_types", f"one for each of {n_layers} blocks")
-    return [index for index, name in enumerate(types) if name == LAYER_TYPES[0]]
+    dense = [index for index, name in enumerate(types) if name == LAYER_TYPES[0]]
+    keys.skip("first_k_dense_replace")
+    if keys.stated("first_k_dense_replace"):
+        keys.only("first_k_dense_replace", next(n for n, index in enumerate([*dense, -1]) if n != index))
+    return dense
 
 
 def write_layer_types(cfg: ModelConfig) -> list[str]:

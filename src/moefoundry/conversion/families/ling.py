@@ -22,6 +22,14 @@ KEYS = {
 }
 """DeepSeek's name of a key -> the published one."""
 SWITCHES = ("enable_expert_bias", "enable_routed_scaling", "enable_shared_expert")
+ASKED_FOR = {
+    "use_bias": False,
+    "use_rmsnorm": True,
+    "embedding_dropout": 0.0,
+    "router_dtype": "fp32",
+    "moe_router_enable_expert_bias": True,
+}
+"""Keys without which vLLM or SGLang builds no such model, or one with other norms or without the expert bias."""
 QKV = "query_key_value"
 
 
@@ -73,12 +81,11 @@ class SarvamMoe(DeepseekMoe):
             keys.only(dropout, 0.0)
         keys.skip("router_dtype", "mtp_loss_scaling_factor")
         cfg = super()._read_ffn(keys, cfg)
-        width = cfg.moe.expert_hidden_size * cfg.moe.num_shared_experts
-        keys.only("moe_shared_expert_intermediate_size", width)
+        keys.only("moe_shared_expert_intermediate_size", cfg.moe.expert_hidden_size)  # of each
         return cfg
 
     def _write(self, cfg: ModelConfig) -> dict[str, Any]:
-        keys = super()._write(cfg) | {"num_nextn_predict_layers": 0}
+        keys = super()._write(cfg) | {"num_nextn_predict_layers": 0, **ASKED_FOR}
         return {KEYS.get(key, key): value for key, value in keys.items()}
 
     # --------------------------------------------------------------------------------------------------------- tensors

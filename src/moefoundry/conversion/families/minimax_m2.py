@@ -54,7 +54,8 @@ class MinimaxM2(LlamaMoe):
 
     def _write_attention(self, cfg: ModelConfig) -> dict[str, Any]:
         assert isinstance(cfg.attention, GqaConfig)
-        return super()._write_attention(cfg) | {"rotary_dim": cfg.attention.rotary_dim(cfg.d_model)}
+        norm = {"use_qk_norm": True, "qk_norm_type": "per_layer"}  # without the first SGLang norms neither
+        return super()._write_attention(cfg) | {"rotary_dim": cfg.attention.rotary_dim(cfg.d_model), **norm}
 
     def _read_router(self, keys: Keys) -> RouterConfig:
         keys.only("scoring_func", "sigmoid")

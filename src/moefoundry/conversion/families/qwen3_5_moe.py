@@ -26,7 +26,9 @@ class Qwen35Moe(Qwen3Next):
     defaults: ClassVar[dict[str, Any]] = {**Qwen3Next.defaults, "mtp_use_dedicated_embeddings": False}
     mtp_key: ClassVar[str] = "mtp_num_hidden_layers"
     names_in_memory: ClassVar[dict[str, str]] = {"model.": "model.language_model."}
-    left_out: ClassVar[dict[str, str]] = {"model.visual.": "the vision tower"}
+
+    def left_out(self, cfg: ModelConfig) -> dict[str, str]:
+        return {"model.visual.": "the vision tower"}
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         return super().read_config(_of_text(hf))
