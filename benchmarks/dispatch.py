@@ -5,10 +5,11 @@ move rows as they lie, there and back, forward only like ours:
 
 - *routed rows*: the T * K rows, one for each (token, expert), into buffers that exist;
 - *routed rows, new buffers*: the same, each into a new buffer, as code under autograd has to. Ours does;
-- *rows sent*: only the (token, rank) pairs that our dispatch sends, into new buffers. What is left is its own work.
+- *rows sent*: only the (token, rank) pairs that our dispatch sends, into new buffers. What is left is its own work:
+  counting, sorting, gathering, copying to experts, and two sums.
 
-Ours is measured with the copies to experts and their sum, for which the bare sides of routed rows do as much; and
-without, where experts return the tokens as they came, beside the rows sent. The notes have the CPU time of each part.
+``dispatch_cpu`` compares CPU time, which other work on the machine hardly changes, and leaves out the copies to experts
+and their sum: experts return the tokens as they came. Its notes have the time of each part.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.harness import Comparison, in_turn
 from benchmarks.ranks import on_ranks
 from moefoundry.ops.permute import RowOrder, gather_rows, order_by_expert, permute, sum_of_rows, sum_rows
 
-RANKS, ROUNDS = 4, 41
+RANKS, ROUNDS, CPU_ROUNDS = 4, 41, 21
 PEERS = {"routed": "routed rows", "routed_new": "routed rows, new buffers", "sent_new": "rows sent, new buffers"}
 PARTS = {
     "counts": "agreeing on counts",
@@ -64,29 +65,50 @@ CASES = (
 )
 
 
-def compare(quick: bool) -> tuple[list[Comparison], list[str]]:
-    """Three comparisons for each case, and a note on the parts of each."""
+def compare(quick: bool) -> list[Comparison]:
+    """Three comparisons for each case."""
     rounds = 1 if quick else ROUNDS
+    return [comparison for case in (CASES[:1] if quick else CASES) for comparison in _compare(case, rounds)]
+
+
+def compare_cpu(quick: bool) -> tuple[list[Comparison], list[str]]:
+    """A comparison for each case, and a note on the parts."""
+    rounds = 1 if quick else CPU_ROUNDS
     cases = CASES[:1] if quick else CASES
-    found = [(case, *on_ranks(_measure, RANKS, tuple(case), rounds)) for case in cases]
-    comparisons = [comparison for case, seconds, _ in found for comparison in _compare(case, seconds)]
-    return comparisons, [_note(case, cpu_seconds) for case, _, cpu_seconds in found]
-
-
-def _compare(case: Case, seconds: dict[str, list[float]]) -> list[Comparison]:
-    def comparison(benchmark: str, ours: str, peer: str) -> Comparison:
-        return Comparison(
-            benchmark=benchmark,
-            case=f"{case}: {RANKS} ranks x {case.mebibytes:.0f} MiB",
-            unit="s",
-            peer=f"two all_to_all_single: {PEERS[peer]}",
-            ours=seconds[ours],
-            theirs=seconds[peer],
+    found = list(zip(cases, on_ranks(_measure_cpu, RANKS, [tuple(case) for case in cases], rounds), strict=True))
+    comparisons = [
+        Comparison(
+            benchmark="dispatch + combine, without copies to experts",
+            case=_sizes(case),
+            unit="CPU s",
+            peer="two all_to_all_single: rows sent, new buffers",
+            ours=seconds["ours"],
+            theirs=seconds["sent_new"],
             target=TARGET,
         )
+        for case, seconds in found
+    ]
+    return comparisons, [_note(case, seconds) for case, seconds in found]
 
-    with_copies = [comparison("dispatch + copies + combine", "ours", peer) for peer in ("routed", "routed_new")]
-    return [*with_copies, comparison("dispatch + combine", "exchange", "sent_new")]
+
+def _compare(case: Case, rounds: int) -> list[Comparison]:
+    seconds = on_ranks(_measure, RANKS, tuple(case), rounds)
+    return [
+        Comparison(
+            benchmark="dispatch + combine",
+            case=_sizes(case),
+            unit="s",
+            peer=f"two all_to_all_single: {description}",
+            ours=seconds["ours"],
+            theirs=seconds[peer],
+            target=TARGET if peer != "sent_new" else None,
+        )
+        for peer, description in PEERS.items()
+    ]
+
+
+def _sizes(case: Case) -> str:
+    return f"{case}: {RANKS} ranks x {case.mebibytes:.0f} MiB"
 
 
 def _note(case: Case, seconds: dict[str, list[float]]) -> str:
@@ -96,7 +118,7 @@ def _note(case: Case, seconds: dict[str, list[float]]) -> str:
     parts = ", ".join(f"{name} {milliseconds(key)}" for key, name in PARTS.items())
     return (
         f"dispatch, {case}, CPU ms of one of {RANKS} ranks, medians: bare exchanges of the rows sent "
-        f"{milliseconds('sent_new')}; dispatch + combine {milliseconds('exchange')}; its parts, each alone: {parts}"
+        f"{milliseconds('sent_new')}; dispatch + combine {milliseconds('ours')}; its parts, each alone: {parts}"
     )
 
 
@@ -114,17 +136,37 @@ class Nothing:
         return tokens
 
 
-def _measure(sizes: tuple[int, ...], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of all sides; CPU seconds of the rows sent, of ours, and of its parts."""
+class Inputs(NamedTuple):
+    """What a rank has: tokens, their experts and weights, and the splits of the rows sent and of the routed rows."""
+
+    tokens: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    dispatcher: Any
+    sent: tuple[list[int], list[int]]
+    routed: tuple[list[int], list[int]]
+
+
+def _inputs(case: Case) -> Inputs:
     from moefoundry.moe.dispatch import AllToAllDispatcher, pairs_and_slots
 
-    case = Case(*sizes)
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randn(case.tokens, case.width, generator=generator)
     ids = torch.rand(case.tokens, case.experts, generator=generator).topk(case.top_k, dim=-1).indices
     weights = torch.rand(case.tokens, case.top_k, generator=generator)
-    dispatcher = AllToAllDispatcher(case.experts, dist.group.WORLD)
     sent, routed = (_splits(counts) for counts in pairs_and_slots(ids, case.experts, RANKS))
+    return Inputs(tokens, ids, weights, AllToAllDispatcher(case.experts, dist.group.WORLD), sent, routed)
+
+
+def _bare_new(rows: torch.Tensor, send: list[int], receive: list[int]) -> None:
+    came = rows.new_empty(sum(receive), rows.shape[1])
+    dist.all_to_all_single(came, rows[: sum(send)], receive, send)
+    dist.all_to_all_single(rows.new_empty(sum(send), rows.shape[1]), came, send, receive)
+
+
+def _measure(sizes: tuple[int, ...], rounds: int) -> dict[str, list[float]]:
+    case = Case(*sizes)
+    tokens, ids, weights, dispatcher, sent, routed = _inputs(case)
     there, back = (tokens.new_zeros(sum(split), case.width) for split in routed)
 
     def bare() -> None:
@@ -132,23 +174,30 @@ def _measure(sizes: tuple[int, ...], rounds: int) -> tuple[dict[str, list[float]
         dist.all_to_all_single(back, there, receive, send)
         dist.all_to_all_single(there, back, send, receive)
 
-    def bare_new(send: list[int], receive: list[int]) -> None:
-        came = there.new_empty(sum(receive), case.width)
-        dist.all_to_all_single(came, there[: sum(send)], receive, send)
-        dist.all_to_all_single(there.new_empty(sum(send), case.width), came, send, receive)
-
     contenders = {
         "ours": lambda: dispatcher.dispatch(tokens, ids, weights).mix(Copies()),
         "routed": bare,
-        "routed_new": lambda: bare_new(*routed),
-        "exchange": lambda: dispatcher.dispatch(tokens, ids, weights).mix(Nothing()),
-        "sent_new": lambda: bare_new(*sent),
+        "routed_new": lambda: _bare_new(there, *routed),
+        "sent_new": lambda: _bare_new(there, *sent),
     }
     with torch.no_grad():
-        seconds = in_turn(contenders, rounds, warmup=2, ready=dist.barrier)
-        contenders = {name: contenders[name] for name in ("sent_new", "exchange")}
-        contenders |= _parts(dispatcher, tokens, ids, weights)
-        return seconds, in_turn(contenders, -(-rounds // 2), warmup=1, ready=dist.barrier, clock=time.process_time)
+        return in_turn(contenders, rounds, warmup=2, ready=dist.barrier)
+
+
+def _measure_cpu(cases: list[tuple[int, ...]], rounds: int) -> list[dict[str, list[float]]]:
+    return [_measure_cpu_of(Case(*sizes), rounds) for sizes in cases]
+
+
+def _measure_cpu_of(case: Case, rounds: int) -> dict[str, list[float]]:
+    tokens, ids, weights, dispatcher, sent, _ = _inputs(case)
+    rows = tokens.new_zeros(sum(sent[0]), case.width)
+    contenders = {
+        "ours": lambda: dispatcher.dispatch(tokens, ids, weights).mix(Nothing()),
+        "sent_new": lambda: _bare_new(rows, *sent),
+        **_parts(dispatcher, tokens, ids, weights),
+    }
+    with torch.no_grad():
+        return in_turn(contenders, rounds, warmup=2, ready=dist.barrier, clock=time.process_time)
 
 
 def _parts(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from benchmarks import harness
 
-NAMES = ("moe_layer", "end_to_end", "startup", "dispatch", "mesh", "ema")
+NAMES = ("moe_layer", "end_to_end", "startup", "dispatch", "dispatch_cpu", "mesh", "ema")
 BUSY = 0.5  # load average of a machine that is not quiet
 Found = list[harness.Comparison] | tuple[list[harness.Comparison], list[str]]
 
@@ -79,10 +79,16 @@ def run_startup(args: argparse.Namespace) -> list[harness.Comparison]:
     return startup.compare(args.threads, quick=args.quick)
 
 
-def run_dispatch(args: argparse.Namespace) -> Found:
+def run_dispatch(args: argparse.Namespace) -> list[harness.Comparison]:
     from benchmarks import dispatch
 
     return dispatch.compare(quick=args.quick)
+
+
+def run_dispatch_cpu(args: argparse.Namespace) -> Found:
+    from benchmarks import dispatch
+
+    return dispatch.compare_cpu(quick=args.quick)
 
 
 def run_mesh(args: argparse.Namespace) -> list[harness.Comparison]:
@@ -114,6 +120,7 @@ BENCHMARKS: dict[str, Callable[[argparse.Namespace], Found]] = {
     "end_to_end": run_end_to_end,
     "startup": run_startup,
     "dispatch": run_dispatch,
+    "dispatch_cpu": run_dispatch_cpu,
     "mesh": run_mesh,
     "ema": run_ema,
 }
