@@ -335,16 +335,3 @@ def test_training_changes_every_parameter() -> None:
     assert outcome.losses[-1] != outcome.losses[0]
     for name, weight in start.items():
         assert not torch.equal(weight, outcome.parameters[name]), name
-
-
-def bf16_without_a_mesh() -> None:
-    from moefoundry.config import Compute
-    from moefoundry.model.transformer import MoETransformer
-    from moefoundry.parallel import parallelize
-
-    parallelize(MoETransformer(model_config(6)), None, PrecisionConfig(compute=Compute.bf16))
-
-
-def test_bf16_without_a_mesh_is_refused() -> None:
-    with pytest.raises(ValueError, match="compute: bf16 needs a mesh, if only of one rank"):
-        run_distributed(bf16_without_a_mesh, 1)

@@ -173,8 +173,3 @@ def test_fsdp_casts_for_bf16_alone_and_spares_the_routers(compute: Compute) -> N
     else:
         assert policy.param_dtype is policy.reduce_dtype is None
         assert not spared
-
-
-def test_bf16_without_a_mesh_is_refused() -> None:
-    with pytest.raises(ValueError, match="compute: bf16 needs a mesh"):
-        tiny_model(tiny_config(), precision=PrecisionConfig(compute=Compute.bf16))

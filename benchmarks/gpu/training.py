@@ -21,9 +21,9 @@ from benchmarks.gpu.gpu_tests import QUICKSTART
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import host_syncs, largest_kernels, peak_bytes, timed
 from moefoundry.config import ModelConfig, Recipe, load_recipe
-from moefoundry.mesh import build_meshes, by_mesh, resolve_degrees
+from moefoundry.mesh import by_mesh
 from moefoundry.model.transformer import MoETransformer, meta_model
-from moefoundry.parallel import materialize, moe_layers, needs_mesh, parallelize
+from moefoundry.parallel import materialize, moe_layers, parallelize
 
 DATA_SHEET_TFLOPS = 989
 
@@ -143,10 +143,8 @@ def recipe_of(model: Model, changes: list[str]) -> Recipe:
 
 def build(recipe: Recipe, options: Options) -> MoETransformer:
     """The model as a run on one device builds it."""
-    degrees = resolve_degrees(recipe.mesh, 1)
-    meshes = build_meshes(degrees, options.device) if needs_mesh(degrees, recipe.precision) else None
     network = meta_model(recipe.model)
-    parallelize(network, meshes, recipe.precision, recipe.activation_checkpointing, recipe.compile)
+    parallelize(network, None, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     materialize(network, torch.device(options.device), recipe.seed)
     return network.train()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from moefoundry.config import AuxLossScope, ConfigError, Problem, UserError, load_model
+from moefoundry.model.context import lengths_of_documents
 from moefoundry.model.padding import count_at_depths
 from moefoundry.model.preferences import dpo_losses, reward_margins
 from moefoundry.model.targets import count_targets, shifted_targets
@@ -84,8 +85,8 @@ class ComposerMoECausalLM(ComposerModel):
         self.targets_per_sample: Tensor | None = None
 
     def forward(self, batch: Batch) -> CausalLMLosses:
-        documents, tokens_of_rows = batch.get("sequence_id"), batch.get("tokens_of_rows")
-        return self.model(batch["input_ids"], batch["labels"], sequence_id=documents, tokens_of_rows=tokens_of_rows)
+        told = {name: batch.get(name) for name in ("sequence_id", "tokens_of_rows", "document_lengths")}
+        return self.model(batch["input_ids"], batch["labels"], **told)
 
     def loss(self, outputs: CausalLMLosses, batch: Batch) -> dict[str, Tensor]:
         share: Tensor | float = 1.0  # of the global batch's targets, in units of what as many samples of it have
@@ -278,9 +279,14 @@ def with_counts(batch: Batch, document_masking: bool = True) -> dict[str, Any]:
 
     Returns:
         The batch with ``num_targets``, int64 [B], targets of each sample; and where there is a ``sequence_id`` with
-        ``tokens_of_rows``, a list of the tokens of each sample that are no padding.
+        ``tokens_of_rows``, a list of the tokens of each sample that are no padding; with ``document_masking`` also
+        ``document_lengths``, those of each document of each sample.
     """
     documents = batch.get("sequence_id")
     targets_BS = shifted_targets(batch["labels"], documents if document_masking else None)
     counted = {**batch, "num_targets": count_targets(targets_BS)}
-    return counted if documents is None else counted | {"tokens_of_rows": (documents >= 0).sum(dim=1).tolist()}
+    if documents is None:
+        return counted
+    if document_masking:
+        counted["document_lengths"] = lengths_of_documents(documents)
+    return counted | {"tokens_of_rows": (documents >= 0).sum(dim=1).tolist()}

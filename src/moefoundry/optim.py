@@ -3,8 +3,9 @@
 BF16 moments take half the memory, and checkpoints 8 bytes a parameter instead of 12. As in DeepSeek-V3 (arXiv
 2412.19437, section 3.3.3), master weights and gradients stay FP32. A step is torch's fused fp32 AdamW on moments cast
 to fp32, which are then rounded again; this rounding is the only difference from ``torch.optim.AdamW(fused=True)``.
-Torch itself takes BF16 moments of FP32 parameters only in its CUDA kernel, and rounds only to the nearest. Moments are
-cast a bounded number of elements at a time, those of small tensors together, on the rank's own shards.
+Torch itself takes BF16 moments of FP32 parameters only in its CUDA kernel, and rounds only to the nearest. On a GPU a
+kernel of our own does all of it (``ops/adamw_kernel.py``). Elsewhere moments are cast a bounded number of elements at a
+time, those of small tensors together, on the rank's own shards.
 
 Rounding to the nearest loses a change smaller than half a unit in the last place, which is between 2**-9 and 2**-8 of
 the value. ``exp_avg_sq`` changes by (1 - beta2)(g**2 - exp_avg_sq). So it does not change while g**2 differs from it by
@@ -15,8 +16,10 @@ gradient; the recipe's checks refuse that. Stochastic rounding is right on avera
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +33,12 @@ from torch.optim.adamw import adamw
 
 from moefoundry.config import AdamWConfig, Moments, Recipe
 from moefoundry.mesh import by_mesh
+from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
 from moefoundry.ops.stochastic_rounding import hash_bits, lower_half, round_stochastically, upper_half
 
 WIDE_ELEMENTS = 2**22
-"""Elements of each moment that are fp32 at a time: 32 MiB for both moments; three times that with random bits."""
+"""Elements of each moment that are fp32 at a time without a kernel: 32 MiB for both moments; three times that with
+random bits."""
 
 
 def adamw_of_recipe(cfg: AdamWConfig, model: nn.Module, recipe: Recipe) -> AdamW:
@@ -63,7 +68,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
     Weight matrices decay; norms, biases and embeddings do not.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -125,8 +130,12 @@ class Bf16MomentsAdamW(AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for pieces in _batches(self._pieces(group)):
-                _update(pieces, group, self.seed is not None)
+            for fused, pieces in groupby(self._pieces(group), key=lambda piece: _has_kernel(piece.parameter.device)):
+                if fused:
+                    _update_by_kernel(pieces, group, self.seed is not None)
+                    continue
+                for batch in _batches(pieces):
+                    _update(batch, group, self.seed is not None)
         return loss
 
     def _pieces(self, group: dict[str, Any]) -> Iterator[_Piece]:
@@ -144,10 +153,10 @@ class Bf16MomentsAdamW(AdamW):
             first_counter = int.from_bytes(digest[:4], "little")
             stored = [_shard(tensor).view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
             tensors = [_shard(parameter.grad).reshape(-1), *stored]
-            start = 0
+            start, most = 0, sys.maxsize if _has_kernel(tensors[0].device) else WIDE_ELEMENTS
             for run in _runs_of(parameter):
-                for done in range(0, run.size, WIDE_ELEMENTS):
-                    part = slice(start + done, start + min(done + WIDE_ELEMENTS, run.size))
+                for done in range(0, run.size, most):
+                    part = slice(start + done, start + min(done + most, run.size))
                     yield _Piece(steps_before, first_counter + run.first + done, *(t[part] for t in tensors))
                 start += run.size
 
@@ -252,6 +261,18 @@ def _update(pieces: Sequence[_Piece], group: dict[str, Any], stochastic: bool) -
     else:
         torch._foreach_copy_(stored[0], exp_avgs)
         torch._foreach_copy_(stored[1], exp_avg_sqs)
+
+
+def _has_kernel(device: torch.device) -> bool:
+    return choose_backend(device, QUANTIZER_CAPABILITY) is Backend.TRITON
+
+
+def _update_by_kernel(pieces: Iterable[_Piece], group: dict[str, Any], stochastic: bool) -> None:
+    from moefoundry.ops.adamw_kernel import Update, update_
+
+    update = Update(group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    for steps_before, counter, gradient, *stored in pieces:
+        update_(stored[0], gradient, stored[1], stored[2], update, steps_before, counter if stochastic else None)
 
 
 def _counters(pieces: Sequence[_Piece], sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """Transform the single-device model into a distributed one, in the one order that works.
 
-    precision -> expert parallelism -> activation checkpointing -> compilation -> FSDP
+    precision -> expert parallelism -> activation checkpointing -> compilation -> FSDP, or narrow copies on one device
 
 The model is built on meta, then transformed, then materialized: each rank allocates and fills only its own shard.
 """
@@ -21,12 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from moefoundry.adapters import Adapter, init_adapters
 from moefoundry.config import ActivationCheckpointing, Fp8Recipe, PrecisionConfig
-from moefoundry.mesh import MeshDegrees, Meshes
+from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
 from moefoundry.model.transformer import Block, MoETransformer
 from moefoundry.moe.dispatch import AllToAllDispatcher
 from moefoundry.moe.layer import MoELayer
 from moefoundry.moe.two_hop import TwoHopDispatcher
+from moefoundry.narrow_copies import NarrowCopies
 from moefoundry.ops.all_to_all import EXCHANGE_OPS
 from moefoundry.ops.fp8.gemm import MULTIPLY_OP
 from moefoundry.ops.recompute import ATTENTION_OPS, keeping
@@ -37,11 +38,6 @@ PRODUCT_OPS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._grouped_m
 KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS
 """Operators whose results ``selective`` keeps: products, attention and exchanges. Norms, activations and reorders are
 recomputed."""
-
-
-def needs_mesh(degrees: MeshDegrees, precision: PrecisionConfig) -> bool:
-    """Tell if FSDP has something to shard or to cast."""
-    return degrees.world_size > 1 or mixed_precision(precision).param_dtype is not None
 
 
 def parallelize(
@@ -59,9 +55,6 @@ def parallelize(
         precision: The recipe's ``precision``.
         activation_checkpointing: The recipe's ``activation_checkpointing``.
         compile: Compile the parts of each block.
-
-    Raises:
-        ValueError: BF16 without a mesh: FSDP casts the parameters, and needs a mesh of at least one rank.
     """
     apply_precision(model, precision)
     if meshes is not None and meshes.expert.size() > 1:
@@ -76,8 +69,8 @@ def parallelize(
         _compile(model)
     if meshes is not None:
         _shard(model, meshes, precision)
-    elif mixed_precision(precision).param_dtype is not None:
-        raise ValueError("compute: bf16 needs a mesh, if only of one rank: FSDP casts the parameters")
+    elif (dtype := mixed_precision(precision).param_dtype) is not None:
+        NarrowCopies(model, dtype, full_precision_modules(model, precision))
 
 
 def materialize(model: MoETransformer, device: torch.device | str, seed: int) -> None:

@@ -4,7 +4,8 @@ Master weights, reduced gradients and optimizer state are fp32 (AdamW's moments 
 the dtype of the matrix products' operands. The router's gate, norms, softmax and the loss are always fp32.
 
     fp32            no change
-    bf16            FSDP casts parameters and inputs to BF16 (the gate stays fp32)
+    bf16            FSDP casts parameters and inputs to BF16, or one device multiplies by BF16 copies of the parameters
+                    (``narrow_copies.py``); the gate stays fp32
     bf16_emulated   the operands of every Linear, of the experts and of the output head are rounded to BF16 and
                     multiplied in fp32: BF16's rounding on CPUs that multiply BF16 slowly or not at all. The embedding
                     and the inside of attention stay fp32.

@@ -12,13 +12,12 @@ from composer.utils import dist
 
 from moefoundry.config import Recipe
 from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, limit_waiting, resolve_degrees
-from moefoundry.parallel import needs_mesh
 
 
 def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
     """Join the process group and build the meshes; None where one plain process does."""
     degrees = degrees_of(recipe)
-    if not needs_mesh(degrees, recipe.precision):
+    if degrees.world_size == 1:
         return None
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", f"{recipe.run_dir}/nccl_trace_rank_")

@@ -28,7 +28,9 @@ from moefoundry.config import load_recipe
 from moefoundry.model import context
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.router import Router
+from moefoundry.ops.fp8.backend import Backend
 from moefoundry.ops.fused_experts import function as fused
+from moefoundry.ops.row_kernels import function as by_row
 
 GOLDEN = Path(__file__).with_name("step_counts.json")
 BACKENDS = ("grouped_mm", "triton")
@@ -97,12 +99,14 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **_
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[Launches]:
-    """Let attention and the fused experts take the way they take on a GPU."""
+    """Let attention, the fused experts and the kernels over rows take the way they take on a GPU."""
     launches = Launches()
     functional = mock.MagicMock(wraps=F, scaled_dot_product_attention=flash_attention)
     with (
         mock.patch.object(context, "F", functional),
         mock.patch.object(fused, "kernels", launches),
+        mock.patch.object(by_row, "kernels", launches),
+        mock.patch("moefoundry.ops.row_kernels.choose_backend", return_value=Backend.TRITON),
         mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=None),
     ):
         yield launches
@@ -137,9 +141,13 @@ def step(backend: str, blocks: int) -> tuple[Counter[str], Counter[str], int]:
 
 
 def count(backend: str) -> dict[str, Any]:
-    """Count the operators of a block by pass, and the bytes a token that it keeps for its backward pass."""
+    """Count the operators of a block by pass, and the bytes a token that it keeps for its backward pass.
+
+    ``outside`` has the operators outside the blocks: embedding, last norm, and the loss in chunks of the logits.
+    """
     (forward1, backward1, kept1), (forward2, backward2, kept2) = (step(backend, blocks) for blocks in (1, 2))
     return {
+        "outside": [_sorted(one - (two - one)) for one, two in ((forward1, forward2), (backward1, backward2))],
         "forward": _sorted(forward2 - forward1),
         "backward": _sorted(backward2 - backward1),
         "operators": [(forward2 - forward1).total(), (backward2 - backward1).total()],

@@ -112,6 +112,7 @@ def inspect(kernel: Any) -> Found:
 
 def launches() -> dict[str, Callable[[], Any]]:
     """Launches of every kernel, by name, on small operands whose values nobody reads."""
+    from moefoundry.ops import adamw_kernel
     from moefoundry.ops.block_sparse import function as blocks_of_experts
     from moefoundry.ops.block_sparse import layout
     from moefoundry.ops.block_sparse.kernels import missing
@@ -121,6 +122,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     from moefoundry.ops.fp8.formats import QuantizedTensor
     from moefoundry.ops.fused_experts import function as fused
     from moefoundry.ops.permute import order_by_expert
+    from moefoundry.ops.row_kernels import function as by_row
 
     rows = TOKENS * TOP_K
 
@@ -160,6 +162,25 @@ def launches() -> dict[str, Callable[[], Any]]:
             sparse, rows_PD, topology, transposed=True
         ),
     }
+    heads = bf16(2, TOKENS // 2, 12, 128).transpose(1, 2)
+    narrow = bf16(2, TOKENS // 2, 12, 64).transpose(1, 2)
+    wide, weight = bf16(TOKENS, 2048).requires_grad_(), bf16(2048).requires_grad_()
+    of_head, head_weight = bf16(TOKENS, 128).requires_grad_(), bf16(128).requires_grad_()
+    by_rows = {
+        "rows: RMSNorm": lambda: by_row.rms_norm(wide, weight, 1e-5).sum().backward(),
+        "rows: RMSNorm of heads": lambda: by_row.rms_norm(of_head, head_weight, 1e-5).sum().backward(),
+        "rows: rotation": lambda: by_row.rotate(heads, *torch.zeros(2, TOKENS // 2, 64)),
+        "rows: interleaved rotation": lambda: by_row.rotate(narrow, *torch.zeros(2, TOKENS // 2, 32), True),
+        "rows: cross entropy": lambda: by_row.cross_entropy_(bf16(TOKENS, 50304), sizes_E.repeat(2), gradient=True),
+    }
+    moments = torch.zeros(2, 2**16, dtype=torch.bfloat16)
+    constants = adamw_kernel.Update(1e-2, 0.9, 0.95, 1e-8, 0.1)
+    adamw = {
+        f"AdamW, {name}": lambda counter=counter: adamw_kernel.update_(
+            torch.zeros(2**16), torch.zeros(2**16), *moments, constants, 0, counter
+        )
+        for name, counter in (("to the nearest", None), ("stochastic", 2**32 - 1))
+    }
     power, scaling = Scaling.POWER_OF_TWO, "power-of-two scales"
     of_rows = {
         f"quantize {format.name} rows, {scaling}": lambda f=format: quantize.quantize_triton(x, Tile.ROW, f, power)
@@ -185,6 +206,8 @@ def launches() -> dict[str, Callable[[], Any]]:
         ),
         "experts: sum": lambda: fused.sum_rows(bf16(rows, WIDTH), order),
         **({} if missing() else blocks_of_stk),
+        **by_rows,
+        **adamw,
         "FP8 fprop": lambda: gemm.multiply_triton(tiles(rows, WIDTH), blocks(HIDDEN, WIDTH), sizes_E, torch.bfloat16),
         "FP8 dgrad": lambda: gemm.multiply_triton(
             tiles(rows, HIDDEN), blocks(HIDDEN, WIDTH).mT, sizes_E, torch.bfloat16

@@ -48,4 +48,4 @@ class ExpertBias(Callback):
             dist.all_reduce(counts_LE)
             for bias_E, step_E in zip(biases, expert_bias_step(counts_LE, self.rate), strict=True):
                 bias_E += step_E
-        logger.log_metrics({"moe/expert_bias_max_abs": torch.stack(biases).abs().max().item()})
+        logger.log_metrics({"moe/expert_bias_max_abs": torch.stack(biases).abs().max()})

@@ -54,10 +54,11 @@ class GradientNorm(Callback):
         parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
         norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         self.norm = norm
-        if self.max_norm is not None and norm.isfinite():  # clipping would spread what is not
+        if self.max_norm is not None:
+            known = norm.where(norm.isfinite(), 0.0)  # clipping would spread what is not
             for same_mesh in by_mesh(parameters):
-                torch.nn.utils.clip_grads_with_norm_(same_mesh, self.max_norm, norm.to(same_mesh[0].dtype))
-        logger.log_metrics({"grad_norm": norm.item()})
+                torch.nn.utils.clip_grads_with_norm_(same_mesh, self.max_norm, known.to(same_mesh[0].dtype))
+        logger.log_metrics({"grad_norm": norm})
 
 
 class FiniteCheck(Callback):

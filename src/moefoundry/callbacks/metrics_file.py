@@ -35,6 +35,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
@@ -71,26 +72,26 @@ class MetricsFile(LoggerDestination):
         for name, value in metrics.items():
             number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
             if number and (name == ESTIMATE or not name.startswith(LEFT_OUT_PREFIXES)):
-                self._pending[name] = float(value)
+                self._pending[name] = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
 
-    def record(self, metrics: dict[str, list[float]]) -> None:
-        """Take metrics that only this file can hold (Composer's other destinations want scalars)."""
+    def record(self, metrics: dict[str, Tensor]) -> None:
+        """Take vectors, which only this file can hold (Composer's other destinations want scalars)."""
         self._pending.update(metrics)
 
     def values(self, names: Sequence[str]) -> dict[str, float]:
         """Give those of these metrics that have been measured since the last line."""
-        return {name: self._pending[name] for name in names if name in self._pending}
+        return read_together({name: self._pending[name] for name in names if name in self._pending})
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Write the line of a batch, at its last event: after evaluation and after the save, as loggers run last."""
         if dist.get_global_rank() == 0 and self.path.exists():
             self._begin = self.path.stat().st_size
-        self._write({"batch": state.timestamp.batch.value, **self._pending})
+        self._write({"batch": state.timestamp.batch.value, **read_together(self._pending)})
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Complete the last batch's line: an evaluation at the end of training comes after it."""
         if self._written.get("batch") == state.timestamp.batch.value:
-            self._write({**self._written, **self._pending})
+            self._write({**self._written, **read_together(self._pending)})
 
     def _write(self, line: dict[str, Any]) -> None:
         self._written, self._pending = line, {}
@@ -99,6 +100,18 @@ class MetricsFile(LoggerDestination):
                 file.seek(self._begin)
                 file.write(json.dumps(line).encode() + b"\n")
                 file.truncate()
+
+
+def read_together(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Turn tensors into numbers and lists, for which the host waits once for each device."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    read: dict[str, Any] = {}
+    for device in {value.device for value in tensors.values()}:
+        own = {name: value for name, value in tensors.items() if value.device == device}
+        numbers = iter(torch.cat([value.double().flatten() for value in own.values()]).tolist())
+        for name, value in own.items():
+            read[name] = [next(numbers) for _ in range(value.numel())] if value.dim() else next(numbers)
+    return {name: read.get(name, value) for name, value in metrics.items()}
 
 
 def set_aside(path: Path, after: int) -> None:

@@ -39,11 +39,11 @@ class RoutingMonitor(Callback):
     - ``moe/load/layer{i}``: share of slots routed to each of E experts; shares sum to 1.
 
     Args:
-        record: Takes lists (see :class:`~moefoundry.callbacks.metrics_file.MetricsFile`).
+        record: Takes vectors (see :class:`~moefoundry.callbacks.metrics_file.MetricsFile`).
         layers: Index in the model of each layer with experts.
     """
 
-    def __init__(self, record: Callable[[dict[str, list[float]]], None], layers: list[int]) -> None:
+    def __init__(self, record: Callable[[dict[str, Tensor]], None], layers: list[int]) -> None:
         self.record = record
         self.layers = layers
         self._tokens_per_expert_LE: Tensor | None = None
@@ -76,13 +76,13 @@ class RoutingMonitor(Callback):
         dist.all_reduce(entropy_L)
         logger.log_metrics(
             {
-                "moe/max_violation": max_violation(counts_LE).mean().item(),
-                "moe/router_entropy": (entropy_L / counts_LE.sum(dim=-1)).mean().item(),
-                "moe/dropped_fraction": (dropped_L.sum() / counts_LE.sum()).item(),
+                "moe/max_violation": max_violation(counts_LE).mean(),
+                "moe/router_entropy": (entropy_L / counts_LE.sum(dim=-1)).mean(),
+                "moe/dropped_fraction": dropped_L.sum() / counts_LE.sum(),
             }
         )
         load_LE = counts_LE.double() / counts_LE.sum(dim=-1, keepdim=True)
-        self.record({f"moe/load/layer{i}": load.tolist() for i, load in zip(self.layers, load_LE, strict=True)})
+        self.record({f"moe/load/layer{i}": load for i, load in zip(self.layers, load_LE, strict=True)})
 
 
 class GlobalBatchBalance(Callback):

@@ -76,11 +76,11 @@ class MemoryMonitor(Callback):
         peak_host = torch.tensor(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB)
         peak_host = state.device.tensor_to_device(peak_host)
         dist.all_reduce(peak_host)
-        metrics = {"memory/peak_host_gib": peak_host.item()}
+        metrics = {"memory/peak_host_gib": peak_host}
         if peak_host.is_cuda:
             peak_device = state.device.tensor_to_device(torch.tensor(torch.cuda.max_memory_allocated() / GIB))
             dist.all_reduce(peak_device, reduce_operation="MAX")
-            metrics["memory/peak_device_gib"] = peak_device.item()
+            metrics["memory/peak_device_gib"] = peak_device
         logger.log_metrics(metrics)
 
 

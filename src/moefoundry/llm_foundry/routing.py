@@ -26,7 +26,7 @@ class _Counts(NamedTuple):
 class FoundryRoutingMonitor(RoutingMonitor):
     """Logs how evenly tokens are routed, in an MPT with ``ffn_type: moefoundry_moe`` and in ``moe_causal_lm``.
 
-    The metrics are those of :class:`RoutingMonitor`; in place of the list of an MoE layer's loads,
+    The metrics are those of :class:`RoutingMonitor`; in place of the vector of an MoE layer's loads,
     ``moe/max_load/layer{i}``: the largest of the shares that its experts have of the slots.
 
     Raises:
@@ -42,7 +42,7 @@ class FoundryRoutingMonitor(RoutingMonitor):
         if not self.layers:
             raise UserError(f"callbacks.moe_routing_monitor: the model has no experts of ffn_type {FFN_TYPE}")
         self.record = lambda loads: logger.log_metrics(
-            {name.replace("load", "max_load", 1): max(shares) for name, shares in loads.items()}
+            {name.replace("load", "max_load", 1): shares.max() for name, shares in loads.items()}
         )
 
     def after_loss(self, state: State, logger: Logger) -> None:

@@ -1,21 +1,30 @@
 """Positions and masks of a forward pass, computed once for all attention layers with the same window.
 
 S new tokens follow P cached ones, of which a layer with a window has the last ones only; it attends to L tokens in all.
-Without documents, window and cache there is no mask, so that the kernels for plain causal attention apply.
+Without documents, window and cache there is no mask, so that the kernels for plain causal attention apply. On a GPU no
+mask is made for documents and windows either: the kernel of ``ops/segment_attention.py`` takes the lengths of
+documents, which the host knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefoundry.config import ModelConfig
+from moefoundry.config import GqaConfig, MlaConfig, ModelConfig
 from moefoundry.model.rope import Rotation, rotation
 from moefoundry.ops.attention_sinks import attend_with_sinks
+from moefoundry.ops.segment_attention import (
+    Segments,
+    attend_in_segments,
+    segments_of_lengths,
+    segments_of_rows,
+    takes_segments,
+)
 
 
 class AttentionContext(NamedTuple):
@@ -28,6 +37,8 @@ class AttentionContext(NamedTuple):
         is_causal: True in the first of these cases; a flag, since a compiled graph knows no lengths.
         window: Tokens a position sees, itself included; None if it sees all before it.
         documents: int64 [B, S], document of each of the S new tokens; None is one document a row.
+        segments: Tokens see those before them in their segment; then there is no mask, whatever documents and window
+            are.
     """
 
     rotation: Rotation
@@ -35,25 +46,59 @@ class AttentionContext(NamedTuple):
     is_causal: bool
     window: int | None = None
     documents: Tensor | None = None
+    segments: Segments | None = None
+
+
+class Documents(NamedTuple):
+    """Documents of a batch; padding at the end of a row is one, too.
+
+    Attributes:
+        ids_BS: int64 [B, S], ascending in a row; tokens of one document have the same.
+        lengths: Tokens of each document of each row, known to the host; None lets it count them where it has to, for
+            which it waits for a GPU.
+    """
+
+    ids_BS: Tensor
+    lengths: Sequence[Sequence[int]] | None = None
+
+    def without_last(self, tokens: int) -> Documents:
+        """Leave out the last tokens of each row."""
+        if self.lengths is None:
+            return Documents(self.ids_BS[:, :-tokens])
+        length = self.ids_BS.shape[1] - tokens
+        return Documents(self.ids_BS[:, :-tokens], [_first(row, length) for row in self.lengths])
+
+
+def lengths_of_documents(ids_BS: Tensor) -> list[list[int]]:
+    """Count the tokens of each document of each row."""
+    return [row_S.unique_consecutive(return_counts=True)[1].tolist() for row_S in ids_BS.cpu()]
+
+
+def _first(lengths: Sequence[int], tokens: int) -> list[int]:
+    """Shorten documents to the first ``tokens`` tokens of their row."""
+    kept = []
+    for length in lengths:
+        kept.append(min(length, tokens))
+        tokens -= kept[-1]
+    return [length for length in kept if length]
 
 
 def attention_context(
     cfg: ModelConfig, input_ids_BS: Tensor, sequence_id_BS: Tensor | None = None, num_cached: int = 0
 ) -> AttentionContext:
-    """Compute the context of a forward pass over ``input_ids_BS`` for layers with the window of all.
-
-    Arguments are those of :func:`attention_contexts`.
-    """
+    """Compute the context of a forward pass over ``input_ids_BS`` in fp32 for layers with the window of all."""
     window = cfg.attention.window
-    return attention_contexts(cfg, [window], input_ids_BS, sequence_id_BS, num_cached)[window]
+    documents = None if sequence_id_BS is None else Documents(sequence_id_BS)
+    return attention_contexts(cfg, [window], input_ids_BS, documents, num_cached)[window]
 
 
 def attention_contexts(
     cfg: ModelConfig,
     windows: Iterable[int | None],
     input_ids_BS: Tensor,
-    sequence_id_BS: Tensor | None = None,
+    documents: Documents | None = None,
     num_cached: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[int | None, AttentionContext]:
     """Compute the contexts of a forward pass over ``input_ids_BS``, by window.
 
@@ -61,21 +106,48 @@ def attention_contexts(
         cfg: Has the kind of attention.
         windows: Windows that layers have; None is none.
         input_ids_BS: Gives shape and device.
-        sequence_id_BS: int64 [B, S], ascending; tokens of one document have the same. Positions start at 0 in each
-            document, and no token sees another document. None is one document a row.
+        documents: Positions start at 0 in each document, and no token sees another document. None is one document a
+            row.
         num_cached: P.
+        dtype: Of queries, keys and values.
     """
-    attention, seq_len = cfg.attention, input_ids_BS.shape[1]
+    attention, (rows, seq_len) = cfg.attention, input_ids_BS.shape
     indices_L = torch.arange(num_cached + seq_len, device=input_ids_BS.device)
+    sequence_id_BS = None if documents is None else documents.ids_BS
     positions = indices_L[num_cached:] if sequence_id_BS is None else positions_in_documents(sequence_id_BS)
     turns = rotation(positions, attention.rotary_dim(cfg.d_model), attention)
+    segments = None
+    if num_cached == 0 and _takes_segments(cfg, input_ids_BS.device, dtype):
+        segments = _segments(documents, rows, seq_len, input_ids_BS.device)
     contexts = {}
     for window in dict.fromkeys(windows):
+        plain = documents is None and (window is None or window >= seq_len) and not attention.sinks
+        if segments is not None and not plain:
+            contexts[window] = AttentionContext(turns, None, True, window, sequence_id_BS, segments)
+            continue
         cached = num_cached if window is None else min(num_cached, window - 1)
         mask = _mask(indices_L[: cached + seq_len], cached, window, sequence_id_BS)
         is_causal = mask is None and cached == 0
         contexts[window] = AttentionContext(turns, mask, is_causal, window, sequence_id_BS)
     return contexts
+
+
+def _takes_segments(cfg: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell if attention can be computed in segments: of a kind that has no mask of its own, and by the kernel."""
+    attention = cfg.attention
+    if type(attention) is GqaConfig:
+        return takes_segments(device, dtype, attention.head_width(cfg.d_model))
+    if type(attention) is MlaConfig and attention.indexer is None:
+        width = attention.qk_nope_head_dim + attention.qk_rope_head_dim
+        return takes_segments(device, dtype, max(width, attention.v_head_dim))
+    return False
+
+
+def _segments(documents: Documents | None, rows: int, length: int, device: torch.device) -> Segments:
+    if documents is None:
+        return segments_of_rows(rows, length, device)
+    lengths = lengths_of_documents(documents.ids_BS) if documents.lengths is None else documents.lengths
+    return segments_of_lengths([tokens for row in lengths for tokens in row], device)
 
 
 def positions_in_documents(sequence_id_BS: Tensor) -> Tensor:
@@ -114,13 +186,15 @@ def attend(
         q_BHSd: Queries of the S new tokens.
         k_BHLd: Keys of all L tokens; as many heads as queries, or a divisor.
         v_BHLd: Values of all L tokens; as many heads as keys, maybe of another width.
-        context: Has the mask.
+        context: Has the mask, or the segments.
         scale: Factor of the products; None is ``d ** -0.5``.
         sinks_H: Logit of each head that the softmax counts in its denominator, and nowhere else.
 
     Returns:
         [B, S, H * width of a value].
     """
+    if context.segments is not None:
+        return attend_in_segments(q_BHSd, k_BHLd, v_BHLd, context.segments, context.window, scale, sinks_H)
     if sinks_H is not None:
         out_BHSd = attend_with_sinks(q_BHSd, k_BHLd, v_BHLd, sinks_H, context.mask, context.is_causal, scale)
         return out_BHSd.transpose(1, 2).flatten(2)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moefoundry.config import AttentionConfig, Llama3RopeConfig, YarnConfig
+from moefoundry.ops.row_kernels import row_kernels
 
 
 class Rotation:
@@ -51,6 +52,8 @@ def rotation(positions: Tensor, width: int, cfg: AttentionConfig) -> Rotation:
 
 def rotate(x_BHSd: Tensor, rot: Rotation) -> Tensor:
     """Rotate the pairs (x[i], x[i + d/2]) of each head; computed in fp32, returned in the dtype of ``x``."""
+    if (kernels := row_kernels(x_BHSd)) is not None:
+        return kernels.rotate(x_BHSd, rot.cos, rot.sin)
     first, second = _at_least_fp32(x_BHSd).chunk(2, dim=-1)
     turned = torch.cat([first * rot.cos - second * rot.sin, second * rot.cos + first * rot.sin], dim=-1)
     return turned.to(x_BHSd.dtype)
@@ -58,6 +61,8 @@ def rotate(x_BHSd: Tensor, rot: Rotation) -> Tensor:
 
 def rotate_interleaved(x_BHSd: Tensor, rot: Rotation) -> Tensor:
     """Rotate the pairs (x[2i], x[2i + 1]) of each head; computed in fp32, returned in the dtype of ``x``."""
+    if (kernels := row_kernels(x_BHSd)) is not None:
+        return kernels.rotate(x_BHSd, rot.cos, rot.sin, interleaved=True)
     first, second = _at_least_fp32(x_BHSd).unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * rot.cos - second * rot.sin, second * rot.cos + first * rot.sin], dim=-1)
     return turned.flatten(-2).to(x_BHSd.dtype)

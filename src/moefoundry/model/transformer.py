@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from moefoundry.config import AuxLossScope, ModelConfig, NormPosition
 from moefoundry.model.attention import Attention, build_attention
 from moefoundry.model.cache import KVCache, LayerCache
-from moefoundry.model.context import AttentionContext, attention_contexts
+from moefoundry.model.context import AttentionContext, Documents, attention_contexts
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
 from moefoundry.model.mtp import MTPModule
@@ -179,7 +179,7 @@ class MoETransformer(nn.Module):
         """Keep tied weights tied: ``nn.Module`` gives each module a tensor of its own when it leaves meta."""
         super()._apply(fn, recurse)
         if self.cfg.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+            self.lm_head.register_parameter("weight", next(self.embed_tokens.parameters()))
         return self
 
     @overload
@@ -190,6 +190,7 @@ class MoETransformer(nn.Module):
         *,
         sequence_id: Tensor | None = None,
         tokens_of_rows: Sequence[int] | None = None,
+        document_lengths: Sequence[Sequence[int]] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor: ...
     @overload
@@ -200,6 +201,7 @@ class MoETransformer(nn.Module):
         *,
         sequence_id: Tensor | None = None,
         tokens_of_rows: Sequence[int] | None = None,
+        document_lengths: Sequence[Sequence[int]] | None = None,
     ) -> CausalLMLosses: ...
     def forward(
         self,
@@ -208,6 +210,7 @@ class MoETransformer(nn.Module):
         *,
         sequence_id: Tensor | None = None,
         tokens_of_rows: Sequence[int] | None = None,
+        document_lengths: Sequence[Sequence[int]] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor | CausalLMLosses:
         """Run the model.
@@ -220,6 +223,7 @@ class MoETransformer(nn.Module):
                 its end has -1 and ``IGNORE_INDEX`` as label. Required with ``document_masking``, which computes each
                 document as if it were alone; otherwise it tells padding only, which is never routed or counted.
             tokens_of_rows: Tokens of each row that are no padding; None counts them, for which the host waits.
+            document_lengths: Tokens of each document of each row, padding included; None likewise, where they matter.
             cache: Cache of the tokens before these, to which these are added; each row is one document then.
 
         Returns:
@@ -231,12 +235,13 @@ class MoETransformer(nn.Module):
         masked = self.cfg.document_masking and cache is None
         if masked and sequence_id is None:
             raise ValueError("model.document_masking is on: the model needs sequence_id, int64 [B, S], too")
-        documents = sequence_id if masked else None
+        documents = Documents(sequence_id, document_lengths) if masked and sequence_id is not None else None
+        ids = None if documents is None else documents.ids_BS
         real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
         real_T = None if real is None else real.places()
         x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
         windows, num_cached = [layer.window for layer in self.layers], 0 if cache is None else cache.length
-        contexts = attention_contexts(self.cfg, windows, input_ids_BS, documents, num_cached)
+        contexts = attention_contexts(self.cfg, windows, input_ids_BS, documents, num_cached, x_BSD.dtype)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[RoutingStats] = []
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
@@ -248,9 +253,9 @@ class MoETransformer(nn.Module):
         hidden_BSD = self.norm(x_BSD)
         if labels_BS is None:
             return self.lm_head(hidden_BSD)
-        targets_BS = shifted_targets(labels_BS, documents)
+        targets_BS = shifted_targets(labels_BS, ids)
         num_targets = count_targets(targets_BS).sum()
-        lm, log_probs_B2, lm_of_rows = self._cross_entropy(hidden_BSD, targets_BS, documents)
+        lm, log_probs_B2, lm_of_rows = self._cross_entropy(hidden_BSD, targets_BS, ids)
         lm = lm / num_targets.clamp(min=1)
         of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
         mtp = torch.zeros_like(lm)
@@ -286,20 +291,20 @@ class MoETransformer(nn.Module):
         hidden_BSD: Tensor,
         embedded_BSD: Tensor,
         labels_BS: Tensor,
-        documents_BS: Tensor | None,
+        documents: Documents | None,
         real: RealTokens | None,
     ) -> tuple[Tensor, list[RoutingStats]]:
         """Sum the cross entropy over all modules of multi-token prediction and targets; and list their statistics."""
         if labels_BS.shape[1] <= len(self.mtp):
             raise ValueError(f"sequences of {labels_BS.shape[1]} tokens leave none to model.mtp.depth {len(self.mtp)}")
-        sums, stats = [], []
+        sums, stats, ids_BS = [], [], None if documents is None else documents.ids_BS
         for depth, module in enumerate(self.mtp, start=1):
-            documents = None if documents_BS is None else documents_BS[:, :-depth]
-            window = cast(Block, module.block).window
-            context = attention_contexts(self.cfg, [window], labels_BS[:, :-depth], documents)[window]
+            rest = None if documents is None else documents.without_last(depth)
+            window, dtype = cast(Block, module.block).window, hidden_BSD.dtype
+            context = attention_contexts(self.cfg, [window], labels_BS[:, :-depth], rest, dtype=dtype)[window]
             real_T = None if real is None else real.places(depth)
             hidden_BSD, normed_BSD, module_stats = module(hidden_BSD[:, :-1], embedded_BSD[:, depth:], context, real_T)
-            targets_BS = shifted_targets(labels_BS, documents_BS, shift=depth + 1)[:, :-depth]
+            targets_BS = shifted_targets(labels_BS, ids_BS, shift=depth + 1)[:, :-depth]
             sums.append(self.lm_head(normed_BSD, targets_BS))
             stats.append(module_stats)
         return torch.stack(sums).sum(), stats

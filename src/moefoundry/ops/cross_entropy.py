@@ -3,7 +3,8 @@
 All logits of a batch, [T, V] in fp32, are usually the largest tensor of a training step. Here only one chunk of them
 exists at a time, and its loss and gradients are computed together (as in Liger Kernel's fused linear cross entropy,
 arXiv 2410.10989); so each of the three products is still computed once. Logits are computed in the dtype of the
-operands, and cast to fp32 (float64 stays float64) for the softmax.
+operands, and cast to fp32 (float64 stays float64) for the softmax. On a GPU one kernel reads narrow logits twice, and
+writes their gradient in their place; so a chunk of the same bytes has four times the tokens.
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moefoundry.ops.row_kernels import row_kernels
+
 IGNORE_INDEX = -100
 CHUNK_TOKENS = 1024
+KERNEL_CHUNK_TOKENS = 4 * CHUNK_TOKENS
+"""Tokens of a chunk for the kernel, which makes no fp32 copy of narrow logits and no second tensor for their gradient:
+2 bytes where operators have 8."""
 
 
 def linear_cross_entropy(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     labels_T: Tensor,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     operand_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Sum ``-log softmax(hidden @ weight.T)[label]`` over tokens, in nats.
@@ -33,7 +39,8 @@ def linear_cross_entropy(
         hidden_TD: [T, D].
         weight_VD: [V, D], same dtype.
         labels_T: int64 [T]; ``IGNORE_INDEX`` is no label.
-        chunk_tokens: Tokens whose logits exist at the same time.
+        chunk_tokens: Tokens whose logits exist at the same time; None is ``KERNEL_CHUNK_TOKENS`` where the kernel runs,
+            else ``CHUNK_TOKENS``.
         operand_dtype: Dtype to which operands of the three products are rounded (``ops/rounding.py``); None does not
             round.
 
@@ -47,7 +54,7 @@ def linear_cross_entropies(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     labels_T: Tensor,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     operand_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`linear_cross_entropy`, and the summands [T], which have no gradient; 0 where there is no label."""
@@ -78,7 +85,7 @@ class _LinearCrossEntropy(Function):
         hidden_TD: Tensor,
         weight_VD: Tensor,
         labels_T: Tensor,
-        chunk_tokens: int,
+        chunk_tokens: int | None,
         operand_dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=softmax_dtype(hidden_TD.dtype), device=hidden_TD.device)
@@ -87,21 +94,16 @@ class _LinearCrossEntropy(Function):
         grad_hidden_TD = torch.empty_like(hidden_TD) if want_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if want_weight else None
         weight_VD = _rounded(weight_VD, operand_dtype)
-        for start in range(0, hidden_TD.shape[0], chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            hidden, labels = _rounded(hidden_TD[rows], operand_dtype), labels_T[rows]
-            logits = (hidden @ weight_VD.T).to(total.dtype)
-            kept = labels != IGNORE_INDEX
-            target = labels.where(kept, 0).unsqueeze(1)
-            log_z = logits.logsumexp(dim=1, keepdim=True)
-            losses = (log_z - logits.gather(1, target)).squeeze(1) * kept
+        with_gradient, fused = want_hidden or want_weight, row_kernels(hidden_TD) is not None
+        step = chunk_tokens or (KERNEL_CHUNK_TOKENS if fused else CHUNK_TOKENS)
+        for start in range(0, hidden_TD.shape[0], step):
+            rows = slice(start, start + step)
+            hidden = _rounded(hidden_TD[rows], operand_dtype)
+            losses, grad_logits = _of_logits(hidden @ weight_VD.T, labels_T[rows], with_gradient)
             losses_T[rows] = losses
             total += losses.sum()
-            if not (want_hidden or want_weight):
+            if grad_logits is None:
                 continue
-            grad_logits = logits.sub_(log_z).exp_()  # softmax, in the memory of the logits
-            grad_logits.scatter_add_(1, target, -torch.ones_like(log_z))
-            grad_logits.mul_(kept.unsqueeze(1))
             grad_logits = _rounded(grad_logits.to(hidden.dtype), operand_dtype)
             if grad_hidden_TD is not None:
                 torch.mm(grad_logits, weight_VD, out=grad_hidden_TD[rows])
@@ -124,3 +126,21 @@ class _LinearCrossEntropy(Function):
         if grad_weight_VD is not None:
             grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, None, None, None
+
+
+def _of_logits(logits_NV: Tensor, labels_N: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Compute the losses of a chunk, and their gradient in the memory of the logits, or of their fp32 copy."""
+    kernels = row_kernels(logits_NV)
+    if kernels is not None:
+        losses_N = kernels.cross_entropy_(logits_NV, labels_N, with_gradient)
+        return losses_N, logits_NV if with_gradient else None
+    logits = logits_NV.to(softmax_dtype(logits_NV.dtype))
+    kept_N = labels_N != IGNORE_INDEX
+    label_N1 = labels_N.where(kept_N, 0).unsqueeze(1)
+    log_z_N1 = logits.logsumexp(dim=1, keepdim=True)
+    losses_N = (log_z_N1 - logits.gather(1, label_N1)).squeeze(1) * kept_N
+    if not with_gradient:
+        return losses_N, None
+    slopes = logits.sub_(log_z_N1).exp_()  # softmax
+    slopes.scatter_add_(1, label_N1, -torch.ones_like(log_z_N1))
+    return losses_N, slopes.mul_(kept_N.unsqueeze(1))

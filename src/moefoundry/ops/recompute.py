@@ -15,9 +15,10 @@ ATTENTION_OPS = frozenset(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._flash_attention_forward.default,
     }
 )
-"""Operators that ``scaled_dot_product_attention`` calls."""
+"""Operators that ``scaled_dot_product_attention`` calls, and that of attention in segments."""
 
 
 def keeping(ops: frozenset[Any]) -> Callable[[], tuple[TorchDispatchMode, TorchDispatchMode]]:

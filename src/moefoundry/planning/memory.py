@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from moefoundry.config import Fp8Recipe, Moments, Recipe
 from moefoundry.ops.cross_entropy import CHUNK_TOKENS
 from moefoundry.planning.activations import FP32, block_activations
-from moefoundry.planning.outline import ShardedOutline
+from moefoundry.planning.outline import ShardedOutline, local_numel
 from moefoundry.planning.units import PlannedBlock, Unit, compute_dtype
+from moefoundry.precision import full_precision_modules
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Memory:
     """Bytes of the rank that needs most; all but ``host`` on its device.
 
     Attributes:
-        parameters: fp32 shards, with FSDP's padding; exact.
+        parameters: fp32 shards, with FSDP's padding; on one rank all, and their narrow copies. Exact.
         gradients: Reduced gradients, as the parameters that train; exact.
         optimizer: AdamW's two moments of these, without padding; exact.
         peak: Transient memory at its largest moment; an estimate.
@@ -88,12 +89,21 @@ def memory(outline: ShardedOutline, recipe: Recipe, sequences: int) -> Memory:
     moment_bytes = FP32 if recipe.precision.optimizer_moments == Moments.fp32 else 2
     moments = transients(outline.planned_blocks(recipe.max_seq_len), units, recipe, sequences)
     return Memory(
-        parameters=FP32 * stored,
+        parameters=FP32 * stored + _narrow_copies(outline, recipe),
         gradients=FP32 * reduced,
         optimizer=2 * moment_bytes * trained,
         peak=max(moments, key=lambda moment: moment.total),
         host=2 * FP32 * trained if recipe.ema else 0,
     )
+
+
+def _narrow_copies(outline: ShardedOutline, recipe: Recipe) -> int:
+    """Compute the bytes of the copies that one rank multiplies by; FSDP makes its own when it gathers."""
+    itemsize = compute_dtype(recipe.precision).itemsize
+    if outline.units or itemsize == FP32:
+        return 0
+    spared = [each for block in outline.blocks for each in full_precision_modules(block, recipe.precision)]
+    return itemsize * (outline.owned - sum(local_numel(p) for module in spared for p in module.parameters()))
 
 
 def transients(

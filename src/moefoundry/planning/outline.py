@@ -20,7 +20,7 @@ from moefoundry.mesh import MeshDegrees, build_meshes
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.transformer import Block, MoETransformer, meta_model
 from moefoundry.moe.layer import MoELayer
-from moefoundry.parallel import needs_mesh, parallelize
+from moefoundry.parallel import parallelize
 from moefoundry.planning.describe import ParameterCounts, parameter_counts
 from moefoundry.planning.units import PlannedBlock, Unit, fsdp_units
 
@@ -48,9 +48,9 @@ class Outline:
         self.model = model
 
     def shard(self, recipe: Recipe, degrees: MeshDegrees) -> ShardedOutline:
-        """Shard a copy as in training; on one rank that computes in fp32 it is not sharded. Needs a process group."""
+        """Shard a copy as in training; one rank has it whole. Needs a process group."""
         model = copy.deepcopy(self.model)
-        meshes = build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None
+        meshes = build_meshes(degrees, "cpu") if degrees.world_size > 1 else None
         parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
         return ShardedOutline(self, model)
 
