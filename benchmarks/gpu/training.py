@@ -7,12 +7,9 @@ an H100's data sheet. The router is a real one with random weights on random tok
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.optim import AdamW
 
 from benchmarks.gpu import machine
@@ -76,38 +73,23 @@ MODELS = {
 
 def run_bf16(figures: Figures, options: Options) -> None:
     """BF16; compiled at the depth that compiles in time."""
-    with one_rank(options):
-        if options.tiny:
-            figures.run("tiny", measure, Model(TINY, 2, 2), [], options)
-            return
-        figures.run("OLMoE, 4 layers", measure, MODELS["OLMoE, 4 layers"], [], options)
-        figures.run("3B-A0.6B", measure, MODELS["3B-A0.6B"], [], options)
-        figures.run("OLMoE, 4 layers, compiled", measure, MODELS["OLMoE, 4 layers"], ["compile=true"], options)
-        grouped_mm = ["model.moe.backend=grouped_mm"]
-        figures.run("OLMoE, 4 layers, grouped_mm", measure, MODELS["OLMoE, 4 layers"], grouped_mm, options)
-        figures.run("OLMoE, 16 layers", measure, MODELS["OLMoE, 16 layers"], [], options)
+    if options.tiny:
+        figures.run("tiny", measure, Model(TINY, 2, 2), [], options)
+        return
+    figures.run("OLMoE, 4 layers", measure, MODELS["OLMoE, 4 layers"], [], options)
+    figures.run("3B-A0.6B", measure, MODELS["3B-A0.6B"], [], options)
+    figures.run("OLMoE, 4 layers, compiled", measure, MODELS["OLMoE, 4 layers"], ["compile=true"], options)
+    grouped_mm = ["model.moe.backend=grouped_mm"]
+    figures.run("OLMoE, 4 layers, grouped_mm", measure, MODELS["OLMoE, 4 layers"], grouped_mm, options)
+    figures.run("OLMoE, 16 layers", measure, MODELS["OLMoE, 16 layers"], [], options)
 
 
 def run_fp8(figures: Figures, options: Options) -> None:
     """FP8 in tiles and blocks; beside it what ``run_bf16`` measured."""
     fp8 = ["precision.fp8.recipe=deepseek_v3"]
-    with one_rank(options):
-        models = {"tiny": Model(TINY, 2, 2)} if options.tiny else dict(list(MODELS.items())[:2])
-        for name, model in models.items():
-            figures.run(f"{name}, fp8", measure, model, fp8, options)
-
-
-@contextmanager
-def one_rank(options: Options) -> Iterator[None]:
-    """A world of this process."""
-    backend = "gloo" if options.device == "cpu" else "nccl"
-    if options.device == "cuda":
-        torch.cuda.set_device(0)
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    models = {"tiny": Model(TINY, 2, 2)} if options.tiny else dict(list(MODELS.items())[:2])
+    for name, model in models.items():
+        figures.run(f"{name}, fp8", measure, model, fp8, options)
 
 
 def measure(part: Part, model: Model, changes: list[str], options: Options) -> None:

@@ -40,13 +40,14 @@ class NarrowCopies:
         self._copies: dict[int, _Copy] = {}  # by id of the parameter, which several modules may have
         self._stepped = False
         model.register_forward_pre_hook(self.refresh)
-        # fused optimizers change parameters behind autograd's back, which counts other changes
-        note = weakref.WeakMethod(self._note_step)
-        hook = register_optimizer_step_post_hook(lambda *_: (method := note()) and method())
-        weakref.finalize(self, hook.remove)
+        reference = weakref.ref(self)
 
-    def _note_step(self) -> None:
-        self._stepped = True
+        def note_step(*_: Any) -> None:
+            """Note a step: autograd counts changes of tensors, but not those that fused optimizers make."""
+            if (copies := reference()) is not None:
+                copies._stepped = True
+
+        weakref.finalize(self, register_optimizer_step_post_hook(note_step).remove)
 
     @torch.no_grad()
     def refresh(self, *_: Any) -> None:

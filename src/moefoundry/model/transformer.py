@@ -232,11 +232,8 @@ class MoETransformer(nn.Module):
         Raises:
             ValueError: ``document_masking`` without ``sequence_id`` or a cache.
         """
-        masked = self.cfg.document_masking and cache is None
-        if masked and sequence_id is None:
-            raise ValueError("model.document_masking is on: the model needs sequence_id, int64 [B, S], too")
-        documents = Documents(sequence_id, document_lengths) if masked and sequence_id is not None else None
-        ids = None if documents is None else documents.ids_BS
+        documents = None if cache is not None else self._documents(sequence_id, document_lengths)
+        ids_BS = None if documents is None else documents.ids_BS
         real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
         real_T = None if real is None else real.places()
         x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
@@ -253,9 +250,9 @@ class MoETransformer(nn.Module):
         hidden_BSD = self.norm(x_BSD)
         if labels_BS is None:
             return self.lm_head(hidden_BSD)
-        targets_BS = shifted_targets(labels_BS, ids)
+        targets_BS = shifted_targets(labels_BS, ids_BS)
         num_targets = count_targets(targets_BS).sum()
-        lm, log_probs_B2, lm_of_rows = self._cross_entropy(hidden_BSD, targets_BS, ids)
+        lm, log_probs_B2, lm_of_rows = self._cross_entropy(hidden_BSD, targets_BS, ids_BS)
         lm = lm / num_targets.clamp(min=1)
         of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
         mtp = torch.zeros_like(lm)
@@ -265,6 +262,14 @@ class MoETransformer(nn.Module):
             stats += further_stats
         losses = self._losses(lm, mtp, of_targets, num_targets, self._weighted(stats, real), log_probs_B2)
         return losses._replace(lm_of_rows=lm_of_rows)
+
+    def _documents(self, sequence_id: Tensor | None, lengths: Sequence[Sequence[int]] | None) -> Documents | None:
+        """Make the documents that do not see each other; None if a row is one."""
+        if not self.cfg.document_masking:
+            return None
+        if sequence_id is None:
+            raise ValueError("model.document_masking is on: the model needs sequence_id, int64 [B, S], too")
+        return Documents(sequence_id, lengths)
 
     def _cross_entropy(
         self, hidden_BSD: Tensor, targets_BS: Tensor, documents: Tensor | None
