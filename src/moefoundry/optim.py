@@ -270,7 +270,8 @@ def _has_kernel(device: torch.device) -> bool:
 def _update_by_kernel(pieces: Iterable[_Piece], group: dict[str, Any], stochastic: bool) -> None:
     from moefoundry.ops.adamw_kernel import Update, update_
 
-    update = Update(group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+    beta1, beta2 = group["betas"]
+    update = Update(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
     for steps_before, counter, gradient, *stored in pieces:
         update_(stored[0], gradient, stored[1], stored[2], update, steps_before, counter if stochastic else None)
 

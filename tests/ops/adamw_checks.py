@@ -32,26 +32,24 @@ def train(device: str, by_kernel: bool, seed: int | None) -> dict[str, Tensor]:
 
 
 def check_equal_to_operators(device: str, seed: int | None) -> None:
-    """Parameters to fp32's rounding; moments too, but for the few that this rounds the other way."""
+    """The same but for the few moments that another last bit of fp32 rounds the other way, and their parameters."""
     found, expected = (train(device, by_kernel, seed) for by_kernel in (True, False))
     for name, tensor in found.items():
         other = expected[name]
         assert tensor.dtype == other.dtype, name
-        if tensor.dtype == torch.bfloat16:
-            differ = tensor != other
-            assert differ.float().mean() < 2e-3, f"{name}: {int(differ.sum())}"
-            torch.testing.assert_close(tensor[differ], other[differ], rtol=2**-7, atol=1e-30)
-        else:
-            torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-5)
+        far = ~tensor.isclose(other, rtol=0 if tensor.dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+        assert far.float().mean() < 2e-3, f"{name}: {int(far.sum())}"
+        torch.testing.assert_close(tensor[far], other[far], rtol=2**-7, atol=1e-4)
 
 
-def check_rounding_of_what_is_not_finite(device: str) -> None:
-    """A gradient that is infinite or NaN makes the moments so, whatever the bits."""
+def check_what_is_not_finite(device: str) -> None:
+    """Moments of a gradient that is infinite or NaN are NaN, whatever the random bits; others are not touched."""
     from moefoundry.ops.adamw_kernel import Update, update_
 
-    values = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0, 0.0], device=device)
-    parameter, moments = torch.zeros(5, device=device), torch.zeros(2, 5, dtype=torch.bfloat16, device=device)
-    update_(parameter, values, *moments, Update(1e-2, 0.0, 0.0, 1e-8, 0.0), 0, counter=2**32 - 2)
-    assert moments[0].tolist()[:2] == [torch.inf, -torch.inf]
-    assert moments[:, 2].isnan().all()
-    assert moments[0].tolist()[3:] == [1.0, 0.0]
+    gradient = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0, 0.0], device=device)
+    for counter in (None, 2**32 - 2):
+        parameter, moments = torch.zeros(5, device=device), torch.zeros(2, 5, dtype=torch.bfloat16, device=device)
+        update_(parameter, gradient, *moments, Update(1e-2, 0.5, 0.5, 1e-8, 0.0), 0, counter)
+        assert moments[:, :3].isnan().all()
+        assert moments[:, 3:].tolist() == [[0.5, 0.0]] * 2
+        assert parameter[3:].tolist() == [torch.tensor(-1e-2).item(), 0.0]

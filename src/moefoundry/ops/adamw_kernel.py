@@ -108,11 +108,11 @@ def adamw(
     tl.store(parameter + place, p, mask=inside)
     if STOCHASTIC:
         bits = hashed((place + counter).to(tl.uint32))
-        tl.store(exp_avg + place, rounded(first, bits & 0xFFFF), mask=inside)
-        tl.store(exp_avg_sq + place, rounded(second, bits >> 16), mask=inside)
+        noise_of_first, noise_of_second = bits & 0xFFFF, bits >> 16
     else:
-        tl.store(exp_avg + place, first.to(tl.bfloat16), mask=inside)
-        tl.store(exp_avg_sq + place, second.to(tl.bfloat16), mask=inside)
+        noise_of_first, noise_of_second = to_nearest(first), to_nearest(second)
+    tl.store(exp_avg + place, rounded(first, noise_of_first), mask=inside)
+    tl.store(exp_avg_sq + place, rounded(second, noise_of_second), mask=inside)
 
 
 @triton.jit
@@ -123,6 +123,12 @@ def hashed(bits):
     bits ^= bits >> 15
     bits *= 0x846CA68B
     return bits ^ (bits >> 16)
+
+
+@triton.jit
+def to_nearest(x):
+    """Give the noise with which ``rounded`` rounds to the nearest, ties to even."""
+    return 0x7FFF + ((x.to(tl.uint32, bitcast=True) >> 16) & 1)
 
 
 @triton.jit

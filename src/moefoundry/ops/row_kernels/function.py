@@ -138,7 +138,8 @@ class _Rotate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, ctx.interleaved, -1.0), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, ctx.interleaved, -1.0), None, None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, sign: float) -> Tensor:
