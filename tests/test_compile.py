@@ -82,6 +82,34 @@ def test_compiled_parts_with_adapters_compute_the_same(sharded: bool) -> None:
     run_distributed(compare, 1 + sharded, "full", "aot_eager", sharded, lora)
 
 
+def graphs_of_parts() -> dict[str, list[tuple[int, int]]]:
+    """Graphs of each compiled part, and breaks between them."""
+    from moefoundry.config import MlaConfig
+    from moefoundry.model.context import Documents, attention_contexts
+    from tests.model.tiny import tiny_model, use_attention
+
+    found: dict[str, list[tuple[int, int]]] = {}
+    for attention in (None, MlaConfig(n_heads=4, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)):
+        cfg, ids = tiny_config(n_layers=2), batch()
+        if attention is not None:
+            use_attention(cfg, attention)
+        model = tiny_model(cfg)
+        dense, sparse = model.layers
+        x_BSD = model.embed_tokens(ids)
+        context = attention_contexts(cfg, [None], ids, Documents(torch.zeros_like(ids)))[None]
+        parts = {"attention": (dense.attention, context), "dense": (dense.ffn,), "router": (sparse.ffn.router,)}
+        for name, (part, *inputs) in parts.items():
+            torch._dynamo.reset()
+            explained = torch._dynamo.explain(part)(x_BSD.flatten(0, 1) if name == "router" else x_BSD, *inputs)
+            found.setdefault(name, []).append((explained.graph_count, explained.graph_break_count))
+    return found
+
+
+def test_each_compiled_part_is_one_graph() -> None:
+    [found] = run_distributed(graphs_of_parts, 1)
+    assert found == dict.fromkeys(["attention", "dense", "router"], [(1, 0)] * 2)
+
+
 @pytest.mark.slow
 def test_kernels_of_the_default_compiler_compute_the_same() -> None:
     run_distributed(compare, 1, "none", "inductor", timeout=280.0)

@@ -101,7 +101,12 @@ def compare(case: Case) -> None:
         assert value.dtype == theirs[name].dtype == torch.float32, name
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+SLOW = ("linear attention", "compiled")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()]
+)
 def test_one_device_computes_what_one_rank_of_fsdp_computes(case: Case) -> None:
     run_distributed(compare, 1, case)
 
