@@ -135,7 +135,7 @@ def _kind(quantization: object) -> str:
     """Show what tells one quantization from another, and not its lists of layers."""
     if not isinstance(quantization, dict):
         return repr(quantization)
-    shown = {key: value for key, value in quantization.items() if isinstance(value, str | int | float)}
+    shown: dict[str, Any] = {key: value for key, value in quantization.items() if isinstance(value, str | int | float)}
     shown |= {key: quantization[key] for key in ("weight_block_size",) if key in quantization}
     groups = quantization.get("config_groups")
     odd = [group for group in groups.values() if not _is_int4(group)] if isinstance(groups, dict) else []

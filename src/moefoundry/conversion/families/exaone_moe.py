@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from moefoundry.config import AttentionConfig, ModelConfig, QkNorm
 from moefoundry.conversion.families.deepseek_moe import DeepseekMoe
 from moefoundry.conversion.families.family import Piece
-from moefoundry.conversion.families.glm4_moe import read_layer_types, write_layer_types
+from moefoundry.conversion.families.glm4_moe import read_dense, write_layer_types
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.windows import read_windows, without_rotation, write_windows
 
@@ -37,7 +37,9 @@ class ExaoneMoe(DeepseekMoe):
     }
     bias_of_key = None
     names_in_memory: ClassVar[dict[str, str]] = {".mlp.e_score_correction_bias": f".{BIAS}"}
-    left_out: ClassVar[dict[str, str]] = {"mtp.": "prediction of further tokens"}
+
+    def left_out(self, cfg: ModelConfig) -> dict[str, str]:
+        return {"mtp.": "prediction of further tokens"}
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         every = None if keys.stated("layer_types") else keys.size("sliding_window_pattern")
@@ -56,10 +58,7 @@ class ExaoneMoe(DeepseekMoe):
         return replace(cfg, mtp=replace(cfg.mtp, depth=0))
 
     def _read_dense(self, keys: Keys, n_layers: int) -> list[int]:
-        if not keys.has("mlp_layer_types"):
-            return super()._read_dense(keys, n_layers)
-        keys.skip("first_k_dense_replace")
-        return read_layer_types(keys, n_layers)
+        return read_dense(keys, n_layers)
 
     def _write_ffn(self, cfg: ModelConfig) -> dict[str, Any]:
         keys = {RENAMED.get(key, key): value for key, value in super()._write_ffn(cfg).items() if key not in NOT_THERE}

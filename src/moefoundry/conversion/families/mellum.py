@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from moefoundry.config import AttentionConfig, GqaConfig, ModelConfig, QkNorm
 from moefoundry.conversion.families.family import ffn_width, with_dense_layers
-from moefoundry.conversion.families.glm4_moe import read_layer_types, write_layer_types
+from moefoundry.conversion.families.glm4_moe import read_dense, write_layer_types
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama
 from moefoundry.conversion.families.llama_moe import LlamaMoe
@@ -33,7 +33,9 @@ class Mellum(LlamaMoe):
     }
     width_key = "moe_intermediate_size"
     balance = Qwen3Moe.balance
-    left_out: ClassVar[dict[str, str]] = {"mtp.": "prediction of further tokens"}
+
+    def left_out(self, cfg: ModelConfig) -> dict[str, str]:
+        return {"mtp.": "prediction of further tokens"}
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         keys.assume(NEW, {kind: {"rope_theta": theta} for kind, theta in THETAS.items()})
@@ -50,7 +52,7 @@ class Mellum(LlamaMoe):
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         for name in ("num_mtp_layers", "num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types"):
             keys.skip(name)
-        dense = read_layer_types(keys, cfg.n_layers) if keys.has("mlp_layer_types") else []
+        dense = read_dense(keys, cfg.n_layers) if keys.has("mlp_layer_types") else []
         keys.skip("intermediate_size")
         width = keys.size("intermediate_size") if dense else None
         return with_dense_layers(replace(super()._read_ffn(keys, cfg), ffn_hidden_size=width), dense)
