@@ -22,7 +22,7 @@ from tests.planning.sharded import built, linear_weights, units_of
 
 ROOT = Path(__file__).parents[2]
 TWINS = sorted((ROOT / "configs/pretrain/tiny").glob("*.yaml"))
-ALL = "lora={rank: 4, dora: true, train_router: true}"
+ALL = "lora={rank: 8, dora: true, train_router: true}"
 ADAPTED = {
     "all": ("deepseek-v3-671b", ALL),
     "linear": ("qwen3-next-80b-a3b", "lora={targets: [attention, experts.up_proj]}"),
