@@ -13,9 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moefoundry.ops import sizes
 from moefoundry.ops.fp8 import formats, scales
 
-TILE = tl.constexpr(formats.TILE)
+TILE = tl.constexpr(sizes.TILE)
 PACKED = tl.constexpr(formats.PACKED)
 SMALLEST_SCALE = tl.constexpr(scales.SMALLEST_SCALE)
 INF_BITS = tl.constexpr(0x7F800000)
