@@ -66,7 +66,7 @@ def check(recipes: Iterable[Recipe], ranks: int) -> Iterator[str]:
 SAMPLE = {
     "one": [("qwen3-30b-a3b", "selective", "bf16"), ("deepseek-v3-671b", "none", "fp8")],
     "fsdp": [("glm-4.5-355b", "full", "fp32"), ("gpt-oss-20b", "none", "bf16")],
-    "experts": [("qwen3-next-80b-a3b", "full", "bf16"), ("dbrx-132b", "selective", "fp32")],
+    "experts": [("kimi-k2-1026b", "full", "bf16"), ("dbrx-132b", "selective", "fp32")],
 }
 
 
