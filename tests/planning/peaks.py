@@ -22,7 +22,7 @@ from moefoundry.config import Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
 from moefoundry.ops.fp8 import gemm, quantization
 from moefoundry.optim import build_adamw
-from moefoundry.parallel import materialize, needs_mesh, parallelize, sum_between_copies
+from moefoundry.parallel import materialize, parallelize, sum_between_copies
 from tests.memory import PeakMemory, storage_of
 from tests.planning.sharded import built
 
@@ -162,7 +162,7 @@ def measure(recipes: list[Recipe], memory_of: Callable[..., GpuLike] = GpuLike) 
 
 def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     degrees = resolve_degrees(recipe.mesh, dist.get_world_size(), 8)
-    meshes = build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None
+    meshes = build_meshes(degrees, "cpu") if degrees.world_size > 1 else None
     model = built(recipe)
     parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
     materialize(model, "cpu", 0)
@@ -171,7 +171,8 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     sum_between_copies(model, False)
     model(tokens, tokens).total.backward()
     sum_between_copies(model, True)
-    memory = memory_of([*model.parameters(), *model.buffers(), tokens])
+    parameters = [*model.parameters(), *narrow_copies_of(model)]
+    memory = memory_of([*parameters, *model.buffers(), tokens])
     memory.note([*gradients_of(model), *sums_of_a_copy(model)])
     with memory, kernels_of_a_gpu(memory):
         model(tokens, tokens).total.backward()
@@ -179,7 +180,12 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     optimizer = build_adamw(model, recipe.optimizer, moments)
     optimizer.step()
     state = [slots[name] for slots in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    return Measured(bytes_of(model.parameters()), gradients, bytes_of(state), memory.peak - gradients)
+    return Measured(bytes_of(parameters), gradients, bytes_of(state), memory.peak - gradients)
+
+
+def narrow_copies_of(model: nn.Module) -> list[Tensor]:
+    """Copies that one rank multiplies by; a module holds them beside its parameters."""
+    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:

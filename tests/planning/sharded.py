@@ -15,7 +15,7 @@ from moefoundry.adapters import apply_lora
 from moefoundry.config import Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
 from moefoundry.model.transformer import MoETransformer, meta_model
-from moefoundry.parallel import needs_mesh, parallelize
+from moefoundry.parallel import parallelize
 from moefoundry.planning.units import Unit
 
 
@@ -43,7 +43,7 @@ def units_of(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> list[Un
     """The units that FSDP makes; none if the model is not sharded."""
     degrees, model = resolve_degrees(recipe.mesh, world_size, gpus_per_node), built(recipe)
     with fake_world(world_size):
-        meshes = build_meshes(degrees, "cpu") if needs_mesh(degrees, recipe.precision) else None
+        meshes = build_meshes(degrees, "cpu") if degrees.world_size > 1 else None
         parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
         return [
             _unit(name, group)

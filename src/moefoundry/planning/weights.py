@@ -20,6 +20,7 @@ from moefoundry.config import (
     LoraConfig,
     MlaConfig,
     ModelConfig,
+    NormPosition,
     QkNorm,
 )
 from moefoundry.config.lora_rules import target_problems
@@ -75,6 +76,8 @@ def block_weights(cfg: ModelConfig, index: int, lora: LoraConfig | None = None) 
     With ``lora`` the block's weights are frozen, and adapters are beside them.
     """
     found = [*_norm(cfg, "attention_norm"), *_prefixed("attention", _attention(cfg, index)), *_norm(cfg, "ffn_norm")]
+    if cfg.norm.position == NormPosition.both:
+        found += [*_norm(cfg, "attention_post_norm"), *_norm(cfg, "ffn_post_norm")]
     found += _prefixed("ffn", _dense(cfg.d_model, cfg.dense_width) if cfg.is_dense(index) else _moe(cfg))
     if lora is None:
         return [replace(weight, trained=weight.of_indexer) for weight in found] if _indexers_alone(cfg) else found
