@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = {"moefoundry", "benchmarks", "tests"}
-PEERS = {"liger_kernel", "quack"}  # compared with in benchmarks/gpu, on machines that have them
+PEERS = {"liger_kernel", "quack", "vllm"}  # compared with in benchmarks/gpu and tests, on machines that have them
 # used where their users have installed them: large, or of old pins
 PROVIDED_FOR = {"comet_ml", "fla", "lm_eval", "megablocks", "mkdocs", "ray"}
 NOT_LOCKED = {
