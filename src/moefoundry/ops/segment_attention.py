@@ -89,9 +89,13 @@ def attend_in_segments(
     scale = q_BHSd.shape[-1] ** -0.5 if scale is None else scale
     batch, out_width = q_BHSd.shape[0], v_BGSw.shape[-1]
     width = max(q_BHSd.shape[-1], out_width)
-    q, k, v = (F.pad(x, (0, width - x.shape[-1])).transpose(1, 2).flatten(0, 1) for x in (q_BHSd, k_BGSd, v_BGSw))
+    q, k, v = (_widened(x, width).transpose(1, 2).flatten(0, 1) for x in (q_BHSd, k_BGSd, v_BGSw))
     out_THd = _InSegments.apply(q, k, v, sinks_H, segments, window, scale)
     return out_THd[..., :out_width].unflatten(0, (batch, -1)).flatten(2)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))  # which would copy
 
 
 class _InSegments(Function):
