@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # the tests' tiny models
 
 from moefoundry.config import GqaConfig, MlaConfig, ModelConfig, MtpConfig  # noqa: E402
+from moefoundry.config.spec import is_architecture  # noqa: E402
 from moefoundry.conversion.convert import load_hf  # noqa: E402
 from moefoundry.conversion.families import FAMILIES  # noqa: E402
 from tests.conversion.families.models import CASES, OLDER, VARIANTS  # noqa: E402
@@ -27,7 +28,7 @@ from tests.conversion.transformers5 import sample  # noqa: E402
 PAGE = Path(__file__).with_suffix(".md")
 BEGIN, END = "<!-- begin: python docs/families.py -->\n", "<!-- end -->\n"
 SIZES = re.compile(
-    r"(vocab_size|d_model|n_layers|n_dense_layers|ffn_hidden_size|init|balance|name|.*(n_heads|_dim|_rank|rope_theta))"
+    r"(vocab_size|d_model|n_layers|n_dense_layers|ffn_hidden_size|init|balance|name|rope_theta|.*(n_heads|_dim|_rank))"
 )
 EACH = re.compile(
     r"attention\.(kind|n_kv_heads)|init\.|norm\.eps|moe\.(num_experts|top_k|expert_hidden_size|backend|balance)"
@@ -42,7 +43,12 @@ def keys_of(family: str) -> list[str]:
         kind = type(cfg.attention)
         default = leaves(ModelConfig(attention=GqaConfig() if kind is GqaConfig else MlaConfig()))
         for key, value in leaves(cfg).items():
-            if default.get(key) != value and not SIZES.fullmatch(key.rpartition(".")[2]) and not EACH.match(key):
+            if (
+                default.get(key) != value
+                and is_architecture(f"model.{key}")
+                and not SIZES.fullmatch(key.rpartition(".")[2])
+                and not EACH.match(key)
+            ):
                 found[key] = None
     if not FAMILIES[family].fits(with_mtp(next(iter(VARIANTS[family].values())))):
         found["mtp.depth"] = None
