@@ -27,6 +27,7 @@ from moefoundry.callbacks.ema import Ema
 from moefoundry.callbacks.expert_bias import ExpertBias
 from moefoundry.callbacks.health import FiniteCheck, GradientNorm
 from moefoundry.callbacks.learning_rate import LearningRate
+from moefoundry.callbacks.live_view import LiveView, has_its_own_terminal
 from moefoundry.callbacks.metrics_file import MetricsFile
 from moefoundry.callbacks.preferences import PreferenceMonitor
 from moefoundry.callbacks.routing import GlobalBatchBalance, RoutingMonitor
@@ -308,11 +309,14 @@ def build_expert_bias(model: MoETransformer) -> ExpertBias | None:
 
 
 def build_console(recipe: Recipe, model: MoETransformer) -> list[LoggerDestination]:
-    """Build the logger that prints for people, if the recipe wants one."""
+    """Build what shows the run to people: lines, or a live view on a terminal that only rank 0 writes to."""
     if not (recipe.log_to_console or recipe.progress_bar):
         return []
+    live = recipe.progress_bar and has_its_own_terminal()
     ranks = dist.get_world_size()
     title = f"{recipe.run_name}: {parameter_counts(model)}; {ranks} rank{'s' if ranks > 1 else ''}"
     if recipe.precision.fp8.recipe is not None:
         title += f"; FP8 {describe_fp8(recipe.precision.fp8, next(model.parameters()).device)}"
-    return [Console(title, recipe.console_log_interval if recipe.log_to_console else None, recipe.progress_bar)]
+    lines = recipe.log_to_console and not live
+    console = Console(title if recipe.log_to_console else "", recipe.console_log_interval if lines else None)
+    return [console, *([LiveView(Path(recipe.run_dir))] if live and dist.get_global_rank() == 0 else [])]

@@ -21,6 +21,7 @@ from composer.utils import dist
 from moefoundry.build import build_trainer
 from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.callbacks.health import named_collectives
+from moefoundry.callbacks.live_view import LiveView
 from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.checkpoint.lease import held
@@ -75,7 +76,7 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
         if max_duration is None or timestamp < max_duration:
             if dist.get_global_rank() == 0 and recipe.log_to_console:
                 print(f"export: {exports_as(recipe.model)}", file=sys.stderr, flush=True)
-            with noted(trainer, recipe, command, origins or {}):
+            with view_ended(trainer), noted(trainer, recipe, command, origins or {}):
                 trainer.fit()
         elif dist.get_global_rank() == 0:
             message = f"batch {timestamp.batch.value} of {max_duration.to_timestring()}: nothing left to train"
@@ -89,6 +90,17 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
                 message = f"stopped by {signum.name}; go on from {store_of(Path(recipe.run_dir)).latest()}"
                 print(f"{message} with autoresume=true", file=sys.stderr, flush=True)
         return trainer
+
+
+@contextmanager
+def view_ended(trainer: Trainer) -> Iterator[None]:
+    """Give the terminal back when training has ended, before an error or a report is printed."""
+    try:
+        yield
+    finally:
+        for destination in trainer.logger.destinations:
+            if isinstance(destination, LiveView):
+                destination.end()
 
 
 @contextmanager

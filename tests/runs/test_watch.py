@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
-import pty
+import re
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from rich.console import Console
 
 from moefoundry.checkpoint.lease import held
 from moefoundry.cli.main import main
-from moefoundry.runs.live import bar, chunks, view
+from moefoundry.runs.live import bar, can_draw, chunks, drawn, view
 from moefoundry.runs.watching import Watched
+from tests.runs.terminal import Screen, environment, open_terminal, shown_by
 from tests.runs.writing import END, START, line_of, write_run
 
 
@@ -38,6 +38,8 @@ def test_the_view_has_what_one_asks_for(tmp_path: Path) -> None:
         text = shown([run], 80)
     for expected in ("one running", "batch 10 of 20", "5 s left", "3.5000 at 10", "1,010", "1.5 GiB", "half a bar"):
         assert expected in text, expected
+    assert re.search(r"loss +1\.8974 +held out +3\.5000", text)
+    assert re.search(r"data wait +0\.003 s a batch +save wait +0\.50 s", text)
     (layer,) = [line for line in text.splitlines() if "layer2" in line]
     assert "█▂▂▂ most 2.80" in layer
     assert "batch 5: held-out loss 4.0000" in text
@@ -85,7 +87,7 @@ def test_a_run_is_followed_from_before_it_has_a_recipe(tmp_path: Path) -> None:
 def watching(run: Path, **streams: int) -> subprocess.Popen[bytes]:
     program = "import sys; from moefoundry.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "watch", str(run), "--interval", "0.1"]
-    return subprocess.Popen(command, env=os.environ | {"TERM": "xterm"}, **streams)  # type: ignore[call-overload]
+    return subprocess.Popen(command, env=environment(), **streams)  # type: ignore[call-overload]
 
 
 def read_until(controller: int, expected: str, seconds: float = 30) -> str:
@@ -100,8 +102,7 @@ def read_until(controller: int, expected: str, seconds: float = 30) -> str:
 
 def test_a_terminal_follows_a_run_to_its_end(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", batches=1, history=[START])
-    controller, terminal = pty.openpty()
-    termios.tcsetwinsize(terminal, (40, 90))
+    controller, terminal = open_terminal()
     with held(run):
         process = watching(run, stdout=terminal, stderr=terminal)
         os.close(terminal)
@@ -130,3 +131,76 @@ def test_ctrl_c_ends_the_view_and_leaves_the_run_alone(tmp_path: Path) -> None:
         assert process.wait(30) == 130
         process.stdout.close()
         assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+DRAWING = """
+import logging, os, sys, warnings
+from pathlib import Path
+from rich.console import Console
+from moefoundry.runs.live import drawn
+from moefoundry.runs.watching import Watched
+
+early = logging.getLogger("early")
+early.addHandler(logging.StreamHandler())  # to standard error as it is before the view
+run = Watched(Path(sys.argv[1]))
+with drawn([run], Console(stderr=True)) as draw:
+    print("printed")
+    draw()
+    run.look()
+    draw()
+    warnings.warn("a warning")
+    early.warning("logged")
+    print("long " * 40 + "end", file=sys.stderr)
+    draw()
+    if sys.argv[2] == "error":
+        raise ValueError("an error")
+    if sys.argv[2] != "end":
+        os.kill(os.getpid(), int(sys.argv[2]))
+os.write(2, b"after\\n")
+"""
+
+
+@pytest.mark.parametrize("end", ["end", "error", str(int(signal.SIGKILL))])
+def test_the_view_leaves_a_terminal_in_order(tmp_path: Path, end: str) -> None:
+    """All that is printed stands above it once, and whatever comes after it below, also after a kill."""
+    run = write_run(tmp_path / "run", batches=3, history=[START, END | {"batch": 3, "state": "failed", "reason": "x"}])
+    text, status = shown_by([sys.executable, "-c", DRAWING, str(run), end])
+    screen = Screen.of(text)
+    assert status == {"end": 0, "error": 1}.get(end, -signal.SIGKILL)
+    (view_begins,), (batch,) = screen.where("run failed"), screen.where("batch 3 of 20")
+    (view_ends,) = screen.where("╰")
+    above = [screen.where(words) for words in ("printed", "a warning", "logged", "end")]
+    assert [len(found) for found in above] == [1] * len(above), screen.lines
+    assert sorted(above) == above
+    assert above[-1][0] < view_begins < batch < view_ends
+    assert screen.cursor
+    assert screen.column == 0
+    assert screen.row > view_ends
+    after = {"end": "after", "error": "ValueError: an error"}.get(end)
+    assert after is None or screen.where(after)[-1] > view_ends
+
+
+def test_a_view_is_cut_to_the_height_of_its_terminal(tmp_path: Path) -> None:
+    run = Watched(write_run(tmp_path / "run"))
+    console = Console(file=io.StringIO(), width=90, height=8, force_terminal=True)
+    with drawn([run], console) as draw:
+        draw()
+    screen = Screen.of(console.file.getvalue())  # type: ignore[attr-defined]
+    assert len(screen.where("batch 20 of 20")) == 1
+    assert len(screen.lines) == 8 + 1, "and the line that a view ends with"
+
+
+def test_a_view_is_only_drawn_for_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    controller, terminal = open_terminal()
+    with os.fdopen(terminal, "w", encoding="utf-8") as stream, os.fdopen(controller):
+        for variable in ("CI", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+            monkeypatch.delenv(variable, raising=False)
+        monkeypatch.setenv("TERM", "xterm")
+        assert can_draw(Console(file=stream))
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        assert not can_draw(Console(file=io.StringIO()))
+        monkeypatch.setenv("TERM", "dumb")
+        assert not can_draw(Console(file=stream))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("CI", "true")
+        assert not can_draw(Console(file=stream))

@@ -1,12 +1,9 @@
-"""What a person is left with: progress on a terminal, and at the end plots, a completion and a command."""
+"""What a person is left with at the end: plots, a completion and a command."""
 
 import errno
 import os
-import pty
 import shlex
 import sys
-import termios
-import tty
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -133,50 +130,3 @@ def test_a_report_of_a_run_dir_without_metrics_says_what_it_can(
         " the report has no metrics",
         " the report has no report.html",
     ]
-
-
-def train_on_a_terminal(recipe: Recipe) -> str:
-    """Train with standard error on a pseudo-terminal; what appeared there."""
-    import sys
-    import threading
-
-    from moefoundry.trainer import train
-
-    controller, terminal = pty.openpty()
-    tty.setraw(terminal)
-    termios.tcsetwinsize(terminal, (24, 80))
-    chunks: list[bytes] = []
-
-    def read() -> None:
-        try:
-            while chunk := os.read(controller, 4096):
-                chunks.append(chunk)
-        except OSError:  # the other side is closed
-            pass
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    stream = os.fdopen(terminal, "w")
-    saved = sys.stderr
-    sys.stderr = stream
-    try:
-        train(recipe)
-    finally:
-        sys.stderr = saved
-        stream.close()
-        reader.join()
-    return b"".join(chunks).decode()
-
-
-def test_progress_bar_on_a_terminal(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    (seen,) = run_distributed(train_on_a_terminal, 1, tiny_recipe(tmp_path / "bar", "console_log_interval=2ba"))
-    assert "\r" in seen
-    assert "4/4" in seen
-    assert "batch 4/4  loss" in seen, "lines appear above the bar"
-    (seen,) = run_distributed(train_on_a_terminal, 1, tiny_recipe(tmp_path / "none", "progress_bar=false"))
-    assert "\r" not in seen
-    assert "batch 1/4  loss" in seen
-    (seen,) = run_distributed(
-        train_on_a_terminal, 1, tiny_recipe(tmp_path / "silent", "progress_bar=false", "log_to_console=false")
-    )
-    assert seen == ""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from multiprocessing import resource_tracker
@@ -79,12 +79,16 @@ def test_row15_restarted_by_torchruns_agent(tiny_recipe: Callable[..., Recipe], 
 
 
 @contextmanager
-def launched(command: list[str], overrides: list[str], output: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A launcher of this environment on the training script; everything it starts is gone afterwards."""
+def launched(
+    command: list[str], overrides: list[str], output: Path | int, variables: Mapping[str, str] = os.environ
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A launcher of this environment on the training script; everything it starts is gone afterwards.
+
+    ``output`` is a file, or the descriptor of one, which is closed at the end."""
     binaries = Path(sys.executable).parent
     arguments = [binaries / command[0], *command[1:], "scripts/train.py", "configs/quickstart.yaml", *overrides]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with output.open("wb") as file:
+    environment = {**variables, "OMP_NUM_THREADS": "1"}
+    with open(output, "wb") as file:
         launcher = subprocess.Popen(arguments, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         try:
             yield launcher

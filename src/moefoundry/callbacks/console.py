@@ -1,37 +1,31 @@
-"""Output for people while a run trains: one line an interval, and a progress bar on a terminal."""
+"""Lines for people while a run trains: one an interval, and one an evaluation."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 from composer.core import State, Time
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
-from tqdm import tqdm
 
 from moefoundry.runs.words import shown_metrics
 
 
 class Console(LoggerDestination):
-    """Prints from rank 0.
+    """Prints to standard error, from rank 0.
 
     Args:
-        title: Printed when training begins.
+        title: Printed when training begins; may be empty.
         interval: Time between two lines (``10ba``, ``1ep``), besides those of the first batch and of the last; None
             prints only evaluations.
-        progress_bar: Show a bar, if ``stream`` is a terminal.
-        stream: Stream to print to; standard error if None.
     """
 
-    def __init__(self, title: str, interval: str | None, progress_bar: bool, stream: TextIO | None = None) -> None:
+    def __init__(self, title: str, interval: str | None) -> None:
         self.title = title
         self.interval = None if interval is None else Time.from_timestring(interval)
-        self.stream = sys.stderr if stream is None else stream
-        self.progress_bar = progress_bar and self.stream.isatty()
         self._metrics: dict[str, Any] = {}
         self._start = ""
-        self._bar: tqdm | None = None
 
     def log_traces(self, traces: dict[str, Any]) -> None:
         self._start = traces.get("start", self._start)
@@ -42,18 +36,11 @@ class Console(LoggerDestination):
             self._print(format_start_line(self._start, parts))
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        if self.interval is not None:
+        if self.title:
             self._print(self.title)
-        if self.progress_bar and dist.get_global_rank() == 0 and state.max_duration is not None:
-            duration, now = state.max_duration, state.timestamp.get(state.max_duration.unit)
-            self._bar = tqdm(
-                total=duration.value, initial=now.value, unit=duration.unit.value, file=self.stream, leave=False
-            )
 
     def batch_end(self, state: State, logger: Logger) -> None:
         assert state.max_duration is not None, "training has begun"
-        if self._bar is not None:
-            self._bar.update(state.timestamp.get(state.max_duration.unit).value - self._bar.n)
         if self.interval is None or state.previous_timestamp is None:
             return
         unit, step = self.interval.unit, self.interval.value
@@ -69,18 +56,9 @@ class Console(LoggerDestination):
                 f"batch {state.timestamp.batch.value}: held-out loss {float(self._metrics[name]):.4f} nats/token"
             )
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
     def _print(self, line: str) -> None:
-        if dist.get_global_rank() != 0:
-            return
-        if self._bar is not None:
-            self._bar.write(line, file=self.stream)
-        else:
-            print(line, file=self.stream, flush=True)
+        if dist.get_global_rank() == 0:
+            print(line, file=sys.stderr, flush=True)
 
 
 def format_start_line(start: str, parts: dict[str, float]) -> str:

@@ -28,17 +28,13 @@ def command(run_dirs: tuple[Path, ...], interval: float, plain: bool) -> None:
     from rich.console import Console
 
     from moefoundry.runs.facts import existing_run
+    from moefoundry.runs.live import can_draw, drawn
     from moefoundry.runs.watching import Watched, follow, print_lines
 
     runs = [Watched(existing_run(path)) for path in dict.fromkeys(run_dirs)]
     console = Console()
-    if plain or not console.is_terminal or console.is_dumb_terminal:
+    if plain or not can_draw(console):
         follow(runs, interval, print_lines)
         return
-
-    from rich.live import Live
-
-    from moefoundry.runs.live import view
-
-    with Live(view(runs, console.width), console=console, auto_refresh=False) as live:
-        follow(runs, interval, lambda run, new: live.update(view(runs, console.width), refresh=True))
+    with drawn(runs, console) as draw:
+        follow(runs, interval, lambda run, new: draw())

@@ -304,8 +304,12 @@ class Recipe:
         free_on_resume=True,
         renamed_from=("init_timeout_seconds",),
     )
-    progress_bar: bool = key(True, "Progress bar on a terminal.", free_on_resume=True)
-    log_to_console: bool = key(True, "Print metrics.", free_on_resume=True)
+    progress_bar: bool = key(
+        True,
+        "A live view on a terminal that no other rank writes to, and where `CI` is not set; lines stand elsewhere.",
+        free_on_resume=True,
+    )
+    log_to_console: bool = key(True, "Print metrics, where there is no live view.", free_on_resume=True)
     console_log_interval: str = key(
         "10ba",
         "Time between printed metrics.",

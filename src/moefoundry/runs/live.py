@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -35,6 +42,69 @@ FIGURES = (
     ("host memory", "memory/peak_host_gib", "{:.1f} GiB"),
     ("GPU memory", "memory/peak_device_gib", "{:.1f} GiB"),
 )
+
+
+def can_draw(console: Console) -> bool:
+    """Tell if a view can stay in its place: on a terminal of a person, which moves its cursor and shows the bars."""
+    terminal = console.file.isatty() and console.is_terminal and not console.is_dumb_terminal
+    return terminal and console.encoding.startswith("utf") and not os.environ.get("CI")
+
+
+@contextmanager
+def drawn(runs: Sequence[Watched], console: Console) -> Iterator[Callable[[], None]]:
+    """Keep a view of runs in its place, below all that this process prints, and leave its last state at the end.
+
+    The cursor stays visible, on an empty line below the view: the terminal is in order also after a process that ends
+    at once, and a line that another process or a C library writes begins there. Nothing draws but the caller and what
+    is printed; there is no thread.
+
+    Args:
+        runs: At least one.
+        console: Of a terminal for which :func:`can_draw` holds.
+
+    Yields:
+        A function that draws anew.
+    """
+    live = Live(
+        get_renderable=lambda: _Fitting(view(runs, console.width)),
+        console=console,
+        auto_refresh=False,
+        redirect_stdout=sys.stdout.isatty(),
+        redirect_stderr=sys.stderr.isatty(),
+    )
+    plain = sys.stderr
+    with live, _handlers_write_to(plain, sys.stderr):
+        console.show_cursor(True)
+        live.refresh()
+        yield live.refresh
+
+
+@contextmanager
+def _handlers_write_to(old: TextIO, new: TextIO) -> Iterator[None]:
+    """Let the handlers of logging that write to one stream write to another, above the view."""
+    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
+    found = {handler for logger in loggers if isinstance(logger, logging.Logger) for handler in logger.handlers}
+    moved = [each for each in found if isinstance(each, logging.StreamHandler) and each.stream is old]
+    for handler in moved:
+        handler.setStream(new)
+    try:
+        yield
+    finally:
+        for handler in moved:
+            handler.setStream(old)
+
+
+class _Fitting:
+    """What is drawn, cut to the height of the terminal, and an empty line below it."""
+
+    def __init__(self, drawing: RenderableType) -> None:
+        self.drawing = drawing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in console.render_lines(self.drawing, options, pad=False)[: console.height - 1]:
+            yield from line
+            yield Segment.line()
+        yield Segment.line()
 
 
 def view(runs: Sequence[Watched], width: int) -> RenderableType:
@@ -69,7 +139,9 @@ def _progress(run: Watched) -> RenderableType:
     text = Text(", ".join(words))
     if whole is None:
         return text
-    return Group(text, ProgressBar(total=whole, completed=min(facts.batch, whole)))
+    row = Table.grid(expand=True)  # a bar ends no line by itself
+    row.add_row(ProgressBar(total=whole, completed=min(facts.batch, whole)))
+    return Group(text, row)
 
 
 def _figures(run: Watched) -> Table:
