@@ -7,7 +7,7 @@ import pytest
 from moefoundry.cli.main import main
 from moefoundry.conversion.convert import import_hf
 from tests.conversion.hf import family_config, write_hf
-from tests.test_documentation import commands
+from tests.test_documentation import blocks, commands
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 PUBLISHED = {"Mixtral-8x7B": "mixtral", "Qwen3-0.6B-Base": "qwen3", "Qwen3-30B-A3B": "qwen3_moe"}
@@ -29,3 +29,6 @@ def test_documented_conversions_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             import_hf(hf, Path(name))
     for words in shown:
         assert main(["convert", *words]) == 0, words
+    for page, code in blocks("python"):
+        if page == "conversion.md":
+            exec(compile(code, page, "exec"), {})

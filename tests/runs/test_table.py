@@ -16,7 +16,7 @@ import pytest
 from moefoundry.checkpoint.lease import held
 from moefoundry.cli.main import main
 from moefoundry.runs.facts import RunState, read_facts
-from moefoundry.runs.metrics import Follower, held_out_losses, last_line, read_metrics
+from moefoundry.runs.metrics import Follower, last_line, read_metrics, scan
 from tests.runs.writing import END, START, line_of, write_run
 
 
@@ -71,6 +71,22 @@ def test_the_table_has_the_keys_that_differ(tmp_path: Path, capsys: pytest.Captu
     assert [row.split()[:2] for row in rows] == [["a", "finished"], ["b", "finished"]]
 
 
+def test_more_keys_than_fit_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "a")
+    keys = [f"optimizer.{key}" for key in ("lr=0.5", "weight_decay=0.3", "eps=1e-6")]
+    keys += [
+        f"model.moe.{key}" for key in ("top_k=1", "num_experts=8", "expert_hidden_size=16", "num_shared_experts=0")
+    ]
+    keys += [
+        f"model.{key}" for key in ("d_model=64", "n_layers=2", "ffn_hidden_size=32", "init.std=0.5", "vocab_size=512")
+    ]
+    write_run(tmp_path / "b", *keys, "seed=3", "save_interval=5ba", "model.moe.balance.aux_loss_weight=0.5")
+    assert main(["runs", str(tmp_path)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recipes also differ in ")]
+    assert len(line) < 200
+    assert line.endswith(" and 6 more; --json has all")
+
+
 def test_damaged_runs_are_listed_with_the_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "good")
     torn = write_run(tmp_path / "torn")
@@ -81,11 +97,18 @@ def test_damaged_runs_are_listed_with_the_reason(tmp_path: Path, capsys: pytest.
     (write_run(tmp_path / "bomb") / "config.yaml").write_text("".join(["a: &a {x: 1, y: 2, z: 3}\n", *levels]))
     (write_run(tmp_path / "no_metrics") / "metrics.jsonl").write_text("nothing\n")
     (write_run(tmp_path / "text") / "config.yaml").write_bytes(b"\xff\xfe run_name:")
+    holes = write_run(tmp_path / "holes") / "metrics.jsonl"
+    lines = holes.read_bytes().splitlines(keepends=True)
+    holes.write_bytes(b"".join([*lines[:4], b"\x00" * 9 + b"\n", lines[5][:30] + b"\n", *lines[6:]]))
+    with (write_run(tmp_path / "gap") / "history.jsonl").open("a") as file:
+        file.write('{"event": "sta\n{"event": "e')
     (tmp_path / "no_run").mkdir()
     (tmp_path / "only_lock").mkdir()
     (tmp_path / "only_lock" / "lease.json").write_text("{")
     problems = {name: run["problems"] for name, run in listed(tmp_path, capsys).items()}
-    assert problems.keys() == {"good", "torn", "no_yaml", "bomb", "no_metrics", "text", "only_lock"}
+    assert problems.keys() == {"good", "torn", "no_yaml", "bomb", "no_metrics", "text", "holes", "gap", "only_lock"}
+    assert problems["holes"] == ["metrics.jsonl: damaged, and passed over: 2 lines, the first is line 5"]
+    assert problems["gap"] == ["history.jsonl: damaged, and passed over: line 3"]
     assert problems["good"] == problems["torn"] == []
     assert problems["only_lock"] == ["config.yaml: No such file or directory"]
     assert problems["no_yaml"][0].startswith("config.yaml: while parsing")
@@ -121,10 +144,10 @@ def test_parts_of_metrics_are_read_as_the_whole_is(tmp_path: Path) -> None:
     assert [line["batch"] for line in lines] == list(range(1, 21))
     assert last_line(run) == lines[-1]
     key = "metrics/eval/LanguageCrossEntropy"
-    assert held_out_losses(run) == {line["batch"]: line[key] for line in lines if key in line}
+    assert scan(run) == ({line["batch"]: line[key] for line in lines if key in line}, [])
     (run / "metrics.jsonl").write_text("")
     assert last_line(run) is None
-    assert held_out_losses(run) == {}
+    assert scan(run) == ({}, [])
 
 
 def test_a_follower_reads_what_is_new(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class RunFacts:
         seconds: Time in training; None for runs of earlier releases.
         updated: Time of its last batch, or last other sign, in seconds since the epoch.
         events: Its history.
-        problems: Sentence on each file that cannot be read.
+        problems: Sentence on each file that cannot be read, or of which lines are damaged.
     """
 
     path: Path
@@ -148,14 +148,17 @@ def existing_run(path: Path) -> Path:
 
 def read_facts(run_dir: Path) -> RunFacts:
     """Read what a table needs of a run; nothing is written, and no damage is an error."""
-    facts = RunFacts(run_dir, events=history.read_history(run_dir))
+    events, damaged = history.read_lines(run_dir)
+    facts = RunFacts(run_dir, events=events, problems=metrics.passed_over(history.FILE_NAME, damaged))
     facts.recipe = _guarded(facts, CONFIG_FILE, {}, lambda: read_config(run_dir / CONFIG_FILE))
     if (file := run_dir / metrics.FILE_NAME).exists():
         line = _guarded(facts, metrics.FILE_NAME, None, lambda: metrics.last_line(run_dir))
         facts.last = line or {}
-        facts.held_out = _guarded(facts, metrics.FILE_NAME, {}, lambda: metrics.held_out_losses(run_dir))
+        facts.held_out, damaged = _guarded(facts, metrics.FILE_NAME, ({}, []), lambda: metrics.scan(run_dir))
         if line is None and file.stat().st_size:
             facts.problems.append(f"{metrics.FILE_NAME}: no whole line")
+        else:
+            facts.problems += metrics.passed_over(metrics.FILE_NAME, damaged)
     facts.checkpoints = _guarded(facts, CHECKPOINTS, [], CheckpointStore(run_dir / CHECKPOINTS).batches)
     files = [run_dir / name for name in (metrics.FILE_NAME, history.FILE_NAME, CONFIG_FILE)]
     facts.updated = max((path.stat().st_mtime for path in files if path.exists()), default=0.0)

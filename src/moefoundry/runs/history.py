@@ -34,20 +34,26 @@ def add_event(run_dir: Path, event: str, **facts: Any) -> None:
 
 
 def read_history(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the events of a run, oldest first; empty for runs of earlier releases. Lines that are torn are left out."""
+    """Read the events of a run, oldest first; empty for runs of earlier releases. Damaged lines are left out."""
+    return read_lines(run_dir)[0]
+
+
+def read_lines(run_dir: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Read events, and the numbers, from 1 on, of the damaged lines; a last one without its end is none."""
     try:
-        texts = (run_dir / FILE_NAME).read_text(errors="replace").splitlines()
+        texts = (run_dir / FILE_NAME).read_text(errors="replace").splitlines(keepends=True)
     except OSError:
-        return []
-    events = []
-    for text in texts:
+        return [], []
+    events, damaged = [], []
+    for number, text in enumerate(texts, 1):
         try:
             event = json.loads(text)
             datetime.fromisoformat(event["at"])
         except (ValueError, TypeError, KeyError):
+            damaged += [number] if text.endswith("\n") else []
             continue
         events.append(redacted(event))
-    return [event for event in events if event.get("event") in ("start", "end")]
+    return [event for event in events if event.get("event") in ("start", "end")], damaged
 
 
 def is_after(event: dict[str, Any], time: str) -> bool:

@@ -7,9 +7,8 @@ it must, and what reads all of it keeps one line at a time.
 from __future__ import annotations
 
 import json
-import mmap
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ LOAD_PREFIX = "moe/load/"
 TASK_METRIC = re.compile(r"metrics/[^/]+/\d+-shot/.+|icl/metrics/.+")
 END_BYTES = 4 * 2**20  # in which the last whole line is looked for
 
-_EVALUATED = re.compile(rb'"' + re.escape(EVAL_KEY).encode() + rb'": ([-+.\w]+)')
+_EVAL = f'"{EVAL_KEY}": '.encode()
+_EVALUATED = re.compile(re.escape(_EVAL) + rb"([-+.\w]+)")
 _BATCH = re.compile(rb'\{"batch": (\d+)')
 
 Line = dict[str, Any]
@@ -60,17 +60,32 @@ def last_line(run_dir: Path) -> Line | None:
     return next((line for text in reversed(texts) if (line := parse_line(text)) is not None), None)
 
 
-def held_out_losses(run_dir: Path) -> dict[int, float]:
-    """Find the held-out losses of a run by batch, without reading the rest of its lines."""
+def scan(run_dir: Path) -> tuple[dict[int, float], list[int]]:
+    """Find the held-out losses of a run by batch, and its damaged lines, without parsing the rest.
+
+    Returns:
+        The losses, and the numbers, from 1 on, of the lines that do not begin and end as lines do. The last line is not
+        among them where its end is missing: it is being written, or was when the run was killed.
+    """
     losses: dict[int, float] = {}
+    damaged: list[int] = []
     with (run_dir / FILE_NAME).open("rb") as file:
-        if not file.seek(0, 2):
-            return losses
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            for found in _EVALUATED.finditer(content):
-                if batch := _BATCH.match(content, content.rfind(b"\n", 0, found.start()) + 1):
-                    losses[int(batch[1])] = float(found[1])
-    return losses
+        for number, line in enumerate(file, 1):
+            batch = _BATCH.match(line)
+            if batch is None or not line.endswith(b"}\n"):
+                if line.endswith(b"\n"):
+                    damaged.append(number)
+            elif _EVAL in line and (found := _EVALUATED.search(line)):
+                losses[int(batch[1])] = float(found[1])
+    return losses, damaged
+
+
+def passed_over(name: str, numbers: Sequence[int]) -> list[str]:
+    """Say which lines of a file are damaged; nothing where none is."""
+    if not numbers:
+        return []
+    first = f"line {numbers[0]}" if len(numbers) == 1 else f"{len(numbers)} lines, the first is line {numbers[0]}"
+    return [f"{name}: damaged, and passed over: {first}"]
 
 
 def task_scores(metrics: list[Line]) -> dict[str, list[tuple[int, float]]]:

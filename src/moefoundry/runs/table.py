@@ -14,6 +14,7 @@ from moefoundry.runs.words import columns, duration, number
 
 NOT_COMPARED = ("run_name", "run_dir", "format_version")
 MAX_COLUMNS = 8  # of differing keys in a table for people
+MAX_NAMED = 3  # more of them, below it
 ABSENT = object()
 HEADINGS = ("run", "state", "batch", "loss", "held out", "best", "at", "tokens/s", "time", "saved")
 
@@ -86,8 +87,10 @@ def runs_table(runs: Sequence[RunFacts], root: Path) -> str:
     values = [[shown_value(run, key) if run.recipe else "" for key in shorts] for run in runs]
     rows = [[*HEADINGS, *shorts.values()], *([*_cells(run, root), *own] for run, own in zip(runs, values, strict=True))]
     lines = columns(rows, [False, False, *[True] * 7, False, *[False] * len(shorts)])
-    if len(keys) > len(shorts):
-        lines.append(f"recipes also differ in {', '.join(keys[MAX_COLUMNS:])}")
+    if rest := keys[MAX_COLUMNS:]:
+        named = ", ".join(rest[:MAX_NAMED])
+        more = f" and {len(rest) - MAX_NAMED} more; --json has all" if len(rest) > MAX_NAMED else ""
+        lines.append(f"recipes also differ in {named}{more}")
     for run in runs:
         notes = [*([run.reason] if run.reason and run.state != "running" else []), *run.problems]
         lines += [f"{_place(run, root)}: {note}" for note in notes]
