@@ -112,6 +112,8 @@ def test_errors_of_the_library_name_options(tmp_path: Path, capsys: pytest.Captu
     for options, message in [
         (["--max-seq-len", "1"], "--max-seq-len 1: at least 2"),
         (["--vocab-size", "300", "--max-vocab", "299"], "--vocab-size 300 exceeds --max-vocab 299"),
+        (["--workers", "0"], "--workers: '0' is not a positive integer"),
+        (["--part", "1/2", "--ray", "auto"], "--part 1/2: not with --ray, which prepares all parts"),
         (["--vocab-size=300", "--max-seq-len=9999"], "needs --max-seq-len 9999; add text"),
     ]:
         assert main(["prepare", *source, *options]) == 2

@@ -234,6 +234,15 @@ def test_names_of_modules_are_checked_against_the_model(capsys):
     )
 
 
+def test_targets_of_adapters_are_checked_against_the_model(capsys):
+    recipe = ["validate", QUICKSTART, "load_path=none", "precision.compute=fp32"]
+    assert main([*recipe, "lora.targets=[attention.q_proj, experts]"]) == 0
+    capsys.readouterr()
+    assert main([*recipe, "lora.targets=[attention.q_prog, experts]"]) == 2
+    (problem,) = [line for line in capsys.readouterr().err.splitlines() if "lora.targets" in line]
+    assert problem.endswith("lora.targets[0]: the model has no attention.q_prog; did you mean 'attention.q_proj'?")
+
+
 def test_overrides_alone_are_a_recipe_if_nothing_is_missing(capsys):
     assert main(["validate", *QUICK, "run_name=other"]) == 0
     assert "OK other" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import pytest
 
 from moefoundry.config import ConfigError, Recipe, flatten, load_recipe
-from moefoundry.config.curriculum import batches_until, past_of, stage_at, stages_of, stages_of_flat
+from moefoundry.config.curriculum import batches_until, described_stages, past_of, stage_at, stages_of, stages_of_flat
 from tests.conftest import QUICK
 
 STREAMS = "train_loader.dataset.streams={code: {local: a}, text: {local: b}}"
@@ -45,6 +45,20 @@ def test_where_stages_begin() -> None:
     assert batches_until(stages, "2ep") is None
     (only,) = stages_of(recipe("curriculum=null"))
     assert (only.first, only.end, only.batch_size, only.seq_len) == (0, None, 4, 512)
+
+
+def test_stages_are_described_as_far_as_the_run_goes() -> None:
+    assert described_stages(recipe("max_duration=110ba")) == [
+        "stage short: batches 1 to 98, 4 x 256 tokens",
+        "stage more: batches 99 to 110, 8 x 512 tokens, code 3, text 1",
+        "stage most: not reached; it would begin with batch 121, and the run ends before",
+        "stage last: not reached; it would begin with batch 147, and the run ends before",
+    ]
+    assert described_stages(recipe("max_duration=147ba"))[2:] == [
+        "stage most: batches 121 to 146, 16 x 512 tokens",
+        "stage last: from batch 147 on, 4 x 512 tokens",
+    ]
+    assert described_stages(recipe("curriculum=null", "max_duration=110ba")) == []
 
 
 def test_a_flat_recipe_has_the_same_stages() -> None:

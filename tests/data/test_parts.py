@@ -13,7 +13,7 @@ from moefoundry.cli.main import main
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare as prepare_module
 from moefoundry.data.options import Part, PrepareOptions
-from moefoundry.data.parts import merge_parts, part_named, prepare_part
+from moefoundry.data.parts import merge_parts, prepare_part
 from moefoundry.data.prepare import prepare
 from moefoundry.data.summary import Layout
 from moefoundry.data.tokenizer import train_tokenizer
@@ -112,7 +112,7 @@ def test_what_parts_cannot_have(options: PrepareOptions, change: dict, message: 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0"])
 def test_parts_that_there_are_not(text: str) -> None:
     with pytest.raises(UserError, match=f"part={text}: (two numbers|the first)"):
-        part_named(text)
+        Part.named(text)
 
 
 def test_the_command_line(options: PrepareOptions, capsys: pytest.CaptureFixture[str]) -> None:

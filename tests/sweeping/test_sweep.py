@@ -16,6 +16,7 @@ import pytest
 
 from moefoundry.cli.main import main
 from moefoundry.config import ConfigError
+from moefoundry.data.options import Part
 from moefoundry.sweeping.axes import drawn, grid, read_axes
 from moefoundry.sweeping.results import power_law, results_of, table, write_csv, write_plot
 from moefoundry.sweeping.run import Stopped, is_done, run_all
@@ -35,6 +36,11 @@ begun = len(file.read_text().splitlines()) if file.exists() else 0
 if "FAIL" in os.environ and os.environ["FAIL"] in str(run_dir):
     sys.exit("error: planted failure")
 for batch in range(begun + 1, 5):
+    if batch == 3 and "DIVERGE" in os.environ and os.environ["DIVERGE"] in str(run_dir):
+        ended = {"event": "end", "at": "2031-01-31T12:10:05+00:00", "batch": 2, "state": "failed"}
+        ended["reason"] = "NonFiniteError: batch 3: not finite: loss lm of rank 0"
+        (run_dir / "history.jsonl").write_text(json.dumps(ended) + "\\n")
+        sys.exit("error: batch 3: not finite")
     time.sleep(float(os.environ.get("SECONDS_OF_A_BATCH", 0)))
     loss = 6 / int(given["model.moe.num_experts"]) ** 0.1 - 0.01 * int(given["model.moe.top_k"])
     line = {"batch": batch, "loss/train/lm": loss, "moe/max_violation": 0.1}
@@ -110,7 +116,7 @@ def test_trials_that_do_not_validate_have_the_reason(tmp_path: Path) -> None:
     assert [trial.point for trial in invalid] == [{EXPERTS: "4", TOP_K: "8"}]
     assert "model.moe.top_k: 8 experts for each token, but model.moe.num_experts is 4" in invalid[0].problem
     assert len({trial.run_dir for trial in trials}) == 9
-    assert [part_of(trials, (index, 2)) for index in (1, 2)] == [trials[::2], trials[1::2]]
+    assert [part_of(trials, Part(index, 2)) for index in (1, 2)] == [trials[::2], trials[1::2]]
 
 
 def test_budgets_give_every_run_the_same_tokens_or_flops(tmp_path: Path) -> None:
@@ -161,6 +167,25 @@ def test_a_failed_run_is_named_and_tried_again(
     monkeypatch.delenv("FAIL")
     assert run_all(trials, trainer, 1, silent) == {}
     assert all(is_done(trial) or trial.problem for trial in trials)
+
+
+def test_a_run_that_diverges_has_a_state_of_its_own(
+    tmp_path: Path, trainer: Callable[[Trial], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_of(tmp_path / "sweep")
+    trials, words = trials_of(sweep), []
+    monkeypatch.setenv("DIVERGE", "num_experts_16-top_k_8")  # it would have the lowest loss
+    assert run_all(trials, trainer, 2, lambda trial, word: words.append(word)) == {}
+    assert any(word.startswith("diverged in batch 3 after") for word in words)
+    results = results_of(sweep, trials)
+    (diverged,) = [each for each in results if each.state == "diverged"]
+    assert (diverged.diverged_at, diverged.batches, diverged.loss) == (3, 2, None)
+    assert [each.state for each in results[:7]] == ["done"] * 7, "it is not among the best"
+    assert any(line.split()[:5] == ["16", "8", "diverged", "at", "3"] for line in table(results).splitlines())
+    write_csv(results, sweep.directory)
+    with (sweep.directory / "results.csv").open() as rows:
+        assert [row["diverged_at"] for row in csv.DictReader(rows) if row["state"] == "diverged"] == ["3"]
+    assert run_all(trials, lambda trial: ["/nowhere"], 1, silent) == {}, "it is not run again"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

@@ -173,6 +173,16 @@ def test_balance(tmp_path: Path) -> None:
     assert all(passed for passed, _ in results.values())
 
 
+@pytest.mark.slow
+def test_what_depends_on_micro_batches_is_not_said_to_be_tried(tmp_path: Path) -> None:
+    results = results_of(tmp_path, "balance", "model.moe.balance.aux_loss_scope=global_batch")
+    assert failed(results) == {}
+    assert "losses do not depend on recomputation" in results
+    passed, detail = results["neither depends on micro-batches"]
+    assert passed is None
+    assert detail == "not tried: aux_loss_scope global_batch depends on the micro-batch by definition"
+
+
 @pytest.mark.parametrize(
     ("plant", "claim"),
     [

@@ -208,6 +208,8 @@ def local_path(text: str) -> Path:
 def options_named(flags: Mapping[str, str]) -> Iterator[None]:
     """Turn ``max_loss=0.5`` into ``--max-loss 0.5`` in errors of the library, which name its own arguments.
 
+    ``max_loss=...``, with any value, becomes ``--max-loss``, and ``overwrite=True`` becomes ``--overwrite``.
+
     Args:
         flags: Options of the command by the arguments that they give.
 
@@ -221,7 +223,7 @@ def options_named(flags: Mapping[str, str]) -> Iterator[None]:
     except ConfigError:  # of keys, which it names
         raise
     except UserError as error:
-        pattern = rf"(?<![\w.])({'|'.join(flags)})=(True\b)?"
+        pattern = rf"(?<![\w.])({'|'.join(flags)})=(True\b|\.\.\.)?"
         text = re.sub(pattern, lambda match: flags[match[1]] + ("" if match[2] else " "), str(error))
         raise type(error)(text) from error
 

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moefoundry.cli.arguments import flags_of, former_option, json_option, local_path, options_named, place, required
+from moefoundry.cli.arguments import (
+    flags_of,
+    former_option,
+    json_option,
+    local_path,
+    options_named,
+    place,
+    positive,
+    required,
+)
 
 if TYPE_CHECKING:
     from moefoundry.data.parts import PartSummary
@@ -69,7 +78,9 @@ MERGE = "merge"
 @click.option("--max-docs", type=int, metavar="N", help="Use only the first N documents.")
 @click.option("--max-bytes", type=int, metavar="N", help="Use only the first documents of N bytes in all.")
 @click.option("--seed", type=int, metavar="N", help="Decides which files are held out (default 17).")
-@click.option("--workers", type=int, metavar="N", help="Processes (default: the cores). The result is always the same.")
+@click.option(
+    "--workers", type=positive, metavar="N", help="Processes (default: the cores). The result is always the same."
+)
 @click.option("--part", metavar="I/N", help="Prepare the I-th of N parts; `prepare merge OUT` joins them.")
 @click.option("--ray", metavar="ADDRESS", help="Do the work on a Ray cluster: auto, ray://HOST:PORT or local.")
 @click.option("--overwrite", is_flag=True, help="Replace a corpus that was prepared differently.")
@@ -123,8 +134,8 @@ def command(
 def _run(given: dict[str, Any], part: str | None, ray: str | None) -> tuple[PreparedSummary | PartSummary, str]:
     """Do what the options ask for; return the result, and the same for a person."""
     from moefoundry.config.errors import UserError
-    from moefoundry.data.options import PrepareOptions
-    from moefoundry.data.parts import merge_parts, part_named, prepare_part
+    from moefoundry.data.options import Part, PrepareOptions
+    from moefoundry.data.parts import merge_parts, prepare_part
     from moefoundry.data.prepare import prepare
     from moefoundry.data.ray_tasks import prepare_with_ray
 
@@ -146,7 +157,7 @@ def _run(given: dict[str, Any], part: str | None, ray: str | None) -> tuple[Prep
         options = PrepareOptions(**given)
         prepared = prepare_with_ray(options, ray) if ray else prepare(options)
         return prepared, describe(prepared)
-    done = prepare_part(PrepareOptions(**given), part_named(part))
+    done = prepare_part(PrepareOptions(**given), Part.named(part))
     text = f"{given['out']}: part {part} is finished ({done.blocks:,} blocks, {done.documents:,} documents, "
     return done, text + f"{done.tokens:,} tokens); when all are: moefoundry prepare {MERGE} {given['out']}"
 

@@ -11,22 +11,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, recipe_arguments
+from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, options_named, positive, recipe_arguments
 from moefoundry.cli.exits import EXIT_NO
 
 if TYPE_CHECKING:
+    from moefoundry.data.options import Part
     from moefoundry.sweeping.trials import Sweep, Trial
 
 SAMPLERS, PRUNERS = ("tpe", "random", "gp"), ("none", "median", "hyperband")
-
-
-def _part(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    index, slash, count = text.partition("/")
-    if not (slash and index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count)):
-        raise click.BadParameter(f"{text!r} is not I/N with I from 1 to N")
-    return int(index), int(count)
 
 
 @click.command("sweep", context_settings=RECIPE_COMMAND)
@@ -42,7 +34,7 @@ def _part(_: click.Context, __: click.Parameter, text: str | None) -> tuple[int,
 @click.option("--flops", type=click.FloatRange(min=1), metavar="X", help="Train every run for as many FLOPs.")
 @click.option("--ranks", type=positive, default="1", metavar="N", help="Ranks of a run (default 1).")
 @click.option("--parallel", type=positive, default="1", metavar="N", help="Runs side by side (default 1).")
-@click.option("--part", callback=_part, metavar="I/N", help="Run one part of N, as a task of an array job.")
+@click.option("--part", "part_text", metavar="I/N", help="Run one part of N, as a task of an array job.")
 @click.option("--dry-run", is_flag=True, help="Print the command of each run, and run none.")
 @json_option
 def command(
@@ -58,7 +50,7 @@ def command(
     flops: float | None,
     ranks: int,
     parallel: int,
-    part: tuple[int, int] | None,
+    part_text: str | None,
     dry_run: bool,
     as_json: bool,
 ) -> int:
@@ -78,10 +70,11 @@ def command(
     from moefoundry.sweeping.run import Stopped, command_of, run_all
     from moefoundry.sweeping.trials import Budget, Sweep, part_of
 
-    if searched and (draws or part or dry_run):
+    if searched and (draws or part_text or dry_run):
         raise click.UsageError("--optuna goes with neither --random, --part nor --dry-run")
     if tokens and flops:
         raise click.UsageError("--tokens and --flops are two lengths of a run; give one")
+    part = _part(part_text)
     path, overrides = split_arguments(arguments)
     axes, same = read_axes(overrides, zipped)
     if not axes:
@@ -116,6 +109,15 @@ def command(
     write_plot(results, sweep.directory)
     print(json.dumps([asdict(each) for each in results], indent=2) if as_json else table(results))
     return EXIT_NO if any_failed else 0
+
+
+def _part(text: str | None) -> Part | None:
+    if text is None:
+        return None
+    from moefoundry.data.options import Part
+
+    with options_named({"part": "--part"}):
+        return Part.named(text)
 
 
 def _announce(sweep: Sweep, trials: list[Trial], chosen: list[Trial]) -> None:

@@ -126,5 +126,7 @@ def _command(world_size: int, program: str) -> list[str]:
     binaries = Path(sys.executable).parent
     if binaries.is_relative_to(Path.cwd()):
         binaries = binaries.relative_to(Path.cwd())
-    launcher = [str(binaries / "composer"), "-n", str(world_size)] if world_size > 1 else [str(binaries / "python")]
-    return [*launcher, program] if Path(program).name == "train.py" else [*launcher, "-m", "moefoundry", "train"]
+    from moefoundry.launching.local import launcher
+
+    start = launcher(world_size, binaries / "python")
+    return [*start, program] if Path(program).name == "train.py" else [*start, "-m", "moefoundry", "train"]

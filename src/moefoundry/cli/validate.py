@@ -1,7 +1,8 @@
 """``moefoundry validate``: find what can be wrong with a recipe, on any machine, in under a second.
 
 Nothing heavy is imported, with one exception: only the model itself can say which modules there are for
-``precision.fp8.exclude`` to name, so it is built on meta. That takes about three seconds, nearly all to import torch.
+``precision.fp8.exclude`` and ``lora.targets`` to name one by one, so it is built on meta. That takes about three
+seconds, nearly all to import torch.
 
 The rules are those by which training refuses a recipe: ``config/`` for the recipe, ``data/fit.py`` for its data.
 """
@@ -58,7 +59,7 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
     notes += [f"note: {problem}" for problem in check_files(recipe, world_size or 1)]
     if notes:
         print("\n".join(notes), file=sys.stderr)
-    from moefoundry.config.curriculum import stages_of
+    from moefoundry.config.curriculum import described_stages
     from moefoundry.conversion.families import exports_as
 
     if as_json:
@@ -69,8 +70,7 @@ def command(arguments: list[str], world_size: int | None, show: bool, as_yaml: b
     elif show or as_yaml:
         print(annotated(recipe, layers) if show else dump_recipe(recipe), end="")
     else:
-        stages = [stage.describe() for stage in stages_of(recipe)] if recipe.curriculum else []
-        print("\n".join([describe(recipe), *stages, f"export: {exports_as(recipe.model)}"]))
+        print("\n".join([describe(recipe), *described_stages(recipe), f"export: {exports_as(recipe.model)}"]))
 
 
 def _validate_foundry(recipe: FoundryRecipe, world_size: int | None, as_yaml: bool, as_json: bool) -> None:
@@ -155,11 +155,14 @@ def check_names(recipe: Recipe) -> None:
     """Refuse names of modules that do not exist, as training does."""
     from moefoundry.config import Fp8Config
 
-    fp8 = recipe.precision.fp8
-    if fp8.recipe is None or set(fp8.exclude) <= set(Fp8Config().exclude):
-        return
+    fp8, lora = recipe.precision.fp8, recipe.lora
+    if fp8.recipe is not None and not set(fp8.exclude) <= set(Fp8Config().exclude):
+        from moefoundry.model.transformer import meta_model
+        from moefoundry.precision import apply_precision
 
-    from moefoundry.model.transformer import meta_model
-    from moefoundry.precision import apply_precision
+        apply_precision(meta_model(recipe.model), recipe.precision)
+    if lora is not None and any("." in target for target in lora.targets):
+        from moefoundry.adapters import apply_lora
+        from moefoundry.model.transformer import meta_model
 
-    apply_precision(meta_model(recipe.model), recipe.precision)
+        apply_lora(meta_model(recipe.model), lora)

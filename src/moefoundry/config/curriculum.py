@@ -127,6 +127,20 @@ def batches_until(stages: Sequence[Stage], duration: str) -> list[int] | None:
     return counts
 
 
+def described_stages(recipe: Recipe) -> list[str]:
+    """Sum each stage of a curriculum up in a line, as far as the run goes; nothing where there is none."""
+    stages = stages_of(recipe) if recipe.curriculum else ()
+    counts = batches_until(stages, recipe.max_duration)
+    if counts is None:  # in epochs, which a curriculum is not measured in
+        return []
+    return [
+        replace(stage, end=stage.end and stage.first + count).describe()
+        if count
+        else f"stage {stage.name}: not reached; it would begin with batch {stage.first + 1}, and the run ends before"
+        for stage, count in zip(stages, counts, strict=True)
+    ]
+
+
 def past_of(stages: Sequence[Stage], batches: int) -> list[Stage]:
     """List what has decided the first ``batches`` batches of a run; equal lists mean equal batches."""
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -121,6 +122,18 @@ class Part:
     def __post_init__(self) -> None:
         if not 1 <= self.number <= self.count:
             raise UserError(f"part={self}: the first of N parts is 1/N, and the last N/N")
+
+    @classmethod
+    def named(cls, text: str) -> Part:
+        """Read ``I/N``.
+
+        Raises:
+            UserError: It is something else, or there is no such part.
+        """
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if match is None:
+            raise UserError(f"part={text}: two numbers, such as 3/10")
+        return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"

@@ -124,18 +124,6 @@ def prepare_part(options: PrepareOptions, part: Part) -> PartSummary:
     return PartSummary(str(part), len(records), survey.documents, tokens)
 
 
-def part_named(text: str) -> Part:
-    """Read ``I/N``.
-
-    Raises:
-        UserError: It is something else, or there is no such part.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None:
-        raise UserError(f"part={text}: two numbers, such as 3/10")
-    return Part(int(match[1]), int(match[2]))
-
-
 def check_part(options: PrepareOptions, part: Part) -> None:
     """Refuse options that parts cannot have.
 

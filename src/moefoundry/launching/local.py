@@ -17,6 +17,10 @@ def local(job: Job) -> Written:
     problems = []
     if job.launch.nodes > 1:
         problems.append(Problem("launch.nodes", f"{job.launch.nodes}, but local is one machine", allowed="1"))
-    composer = [str(Path(job.python).parent / "composer"), "-n", str(job.ranks_per_node)]
-    start = composer if job.ranks_per_node > 1 else [job.python]
+    start = launcher(job.ranks_per_node, Path(job.python))
     return Written({}, [*start, "-m", "moefoundry", "train", job.recipe_path], problems)
+
+
+def launcher(ranks: int, python: Path) -> list[str]:
+    """Begin a command that starts a Python program on this machine: composer beside the interpreter, or that alone."""
+    return [str(python.parent / "composer"), "-n", str(ranks)] if ranks > 1 else [str(python)]

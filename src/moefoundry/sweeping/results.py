@@ -13,7 +13,7 @@ from typing import Any
 from moefoundry.config import load_recipe
 from moefoundry.config.curriculum import batches_until, stages_of
 from moefoundry.runs.metrics import EVAL_KEY, FILE_NAME, LOSS_KEY, SPEED_KEY, read_metrics
-from moefoundry.sweeping.run import is_done, is_pruned
+from moefoundry.sweeping.run import diverged_at, is_done, is_pruned
 from moefoundry.sweeping.trials import Sweep, Trial, write_whole
 
 VIOLATION = "moe/max_violation"
@@ -30,7 +30,7 @@ class Result:
 
     Attributes:
         point: Text of each swept key.
-        state: ``done``, ``pruned``, ``unfinished`` or ``invalid``.
+        state: ``done``, ``pruned``, ``diverged``, ``unfinished`` or ``invalid``.
         held_out: Last held-out loss, nats a token.
         train: Mean training loss of the last batches, nats a token.
         violation: Mean over the last batches of the largest load of an expert over its even share, less 1.
@@ -40,6 +40,7 @@ class Result:
         total: Parameters.
         active: Parameters that compute one token.
         flops: FLOPs of the model in all batches, forward and backward.
+        diverged_at: Batch whose loss or gradients were not finite.
         problem: Reason why the trial is invalid.
     """
 
@@ -54,11 +55,14 @@ class Result:
     total: int | None = None
     active: int | None = None
     flops: float | None = None
+    diverged_at: int | None = None
     problem: str = ""
 
     @property
     def loss(self) -> float | None:
-        """The held-out loss, or the training loss where nothing is held out."""
+        """The held-out loss, or the training loss where nothing is held out; None of a trial that has diverged."""
+        if self.diverged_at is not None:
+            return None
         return self.train if self.held_out is None else self.held_out
 
 
@@ -73,9 +77,11 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
     if trial.problem:
         return Result(trial.point, "invalid", problem=trial.problem)
     lines = metrics_of(trial)
+    diverged = diverged_at(trial)
     state = "pruned" if is_pruned(trial) else "done" if is_done(trial) else "unfinished"
+    state = state if diverged is None else "diverged"
     if not lines:
-        return Result(trial.point, state)
+        return Result(trial.point, state, diverged_at=diverged)
     from moefoundry.model.transformer import meta_model
     from moefoundry.planning.describe import parameter_counts
     from moefoundry.planning.work import flops_per_token
@@ -99,6 +105,7 @@ def result_of(sweep: Sweep, trial: Trial) -> Result:
         total=counts.total,
         active=counts.active,
         flops=sum(number * flops_per_token(model, seq_len) for seq_len, number in tokens),
+        diverged_at=diverged,
     )
 
 
@@ -166,7 +173,7 @@ def table(results: Sequence[Result]) -> str:
     keys = list(dict.fromkeys(key for each in results for key in each.point))
     head = (*(key.rpartition(".")[2] for key in keys), "state", "held-out", "train", "violation", "tokens/s", "active")
     rows = [
-        (*(each.point.get(key, "") for key in keys), each.state, *map(_short, _numbers(each)))
+        (*(each.point.get(key, "") for key in keys), _state(each), *map(_short, _numbers(each)))
         for each in results
         if each.state != "invalid"
     ]
@@ -177,6 +184,10 @@ def table(results: Sequence[Result]) -> str:
         for each in invalid:
             lines.append(f"  {' '.join(f'{key}={text}' for key, text in each.point.items())}: {each.problem}")
     return "\n".join(lines)
+
+
+def _state(each: Result) -> str:
+    return each.state if each.diverged_at is None else f"{each.state} at {each.diverged_at}"
 
 
 def _numbers(each: Result) -> tuple[float | None, ...]:

@@ -1,7 +1,8 @@
 """Running of trials: each in processes of its own, several at a time, on again after a kill.
 
 A trial has ended when its directory holds ``trial.json``; all others are started, or go on from their checkpoints, when
-the sweep is started again. A signal to the sweep stops its trials, which save; and so does its death.
+the sweep is started again. One whose loss or gradients were not finite has ended, too: it would come to the same end. A
+signal to the sweep stops its trials, which save; and so does its death.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from pathlib import Path
 from types import FrameType
 
 from moefoundry.config.errors import EXIT_STOPPED
+from moefoundry.launching.local import launcher
+from moefoundry.runs.history import read_history
 from moefoundry.sweeping.trials import Trial, write_whole
 
 ENDED, LOG = "trial.json", "log.txt"
@@ -40,7 +43,7 @@ class Stopped(Exception):  # noqa: N818  # an answer, not an error
 
 
 def is_done(trial: Trial) -> bool:
-    """Tell if a trial has ended well, or was pruned."""
+    """Tell if a trial has ended well, was pruned, or has diverged."""
     return (trial.run_dir / ENDED).exists()
 
 
@@ -49,12 +52,16 @@ def is_pruned(trial: Trial) -> bool:
     return is_done(trial) and bool(json.loads((trial.run_dir / ENDED).read_text()).get("pruned"))
 
 
+def diverged_at(trial: Trial) -> int | None:
+    """Give the batch whose loss or gradients were not finite, if that ended a trial."""
+    found = json.loads((trial.run_dir / ENDED).read_text()).get("diverged_at") if is_done(trial) else None
+    return None if found is None else int(found)
+
+
 def command_of(recipe: str | None, trial: Trial, ranks: int) -> list[str]:
     """Build the command of a trial's run."""
-    binaries = Path(sys.executable).parent
-    launcher = [str(binaries / "composer"), "-n", str(ranks)] if ranks > 1 else [sys.executable]
     return [
-        *launcher,
+        *launcher(ranks, Path(sys.executable)),
         "-m",
         "moefoundry",
         "train",
@@ -119,7 +126,8 @@ class Runner:
             is_hopeless: Asked every second; the trial ends, and counts as pruned, where it says so.
 
         Returns:
-            The exit status, 0 for a pruned trial too; None if it was stopped, or not started for a signal.
+            The exit status, 0 for a pruned trial and for one that has diverged, too; None if it was stopped, or not
+            started for a signal.
         """
         trial.run_dir.mkdir(parents=True, exist_ok=True)
         begin = time.monotonic()
@@ -131,12 +139,14 @@ class Runner:
         if self.stopped_by or (status == EXIT_STOPPED and not pruned):
             self.report(trial, "stopped; it goes on when the sweep is started again")
             return None
-        if status and not pruned:
+        diverged = _not_finite(trial.run_dir) if status and not pruned else None
+        if status and not pruned and diverged is None:
             self.report(trial, f"failed with exit status {status}: {_last_line(trial.run_dir / LOG)}")
             return status
-        ended = {"point": trial.point, "pruned": pruned, "seconds_of_last_start": seconds}
+        ended = {"point": trial.point, "pruned": pruned, "diverged_at": diverged, "seconds_of_last_start": seconds}
         write_whole(trial.run_dir / ENDED, json.dumps(ended))
-        self.report(trial, f"{'pruned' if pruned else 'done'} after {seconds:,.0f} s")
+        word = "pruned" if pruned else "done" if diverged is None else f"diverged in batch {diverged}"
+        self.report(trial, f"{word} after {seconds:,.0f} s")
         return 0
 
     def _start(self, trial: Trial) -> subprocess.Popen[bytes] | None:
@@ -188,6 +198,12 @@ def running(command: Callable[[Trial], list[str]], report: Report) -> Iterator[R
             signal.signal(number, handler)
     if runner.stopped_by:
         raise Stopped(runner.stopped_by)
+
+
+def _not_finite(run_dir: Path) -> int | None:
+    """Give the batch that was not finite, if the run's history says that this ended it (``callbacks/health.py``)."""
+    last = (read_history(run_dir) or [{}])[-1]
+    return int(last["batch"]) + 1 if str(last.get("reason", "")).startswith("NonFiniteError:") else None
 
 
 def _last_line(log: Path) -> str:

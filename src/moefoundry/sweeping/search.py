@@ -14,7 +14,7 @@ from moefoundry.config.errors import UserError
 from moefoundry.runs.metrics import EVAL_KEY
 from moefoundry.sweeping.axes import Axis, Point, Range
 from moefoundry.sweeping.results import metrics_of, result_of
-from moefoundry.sweeping.run import Report, Runner, is_pruned, running
+from moefoundry.sweeping.run import Report, Runner, diverged_at, is_pruned, running
 from moefoundry.sweeping.trials import Sweep, Trial
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class _Worker:
                 pruning.pass_on()
             loss = result_of(self.sweep, trial).loss
             self.failed |= status != 0
-            if is_pruned(trial):
+            if is_pruned(trial) or diverged_at(trial) is not None:
                 self.study.tell(number, state=self.states.PRUNED)
             elif status or loss is None:
                 self.study.tell(number, state=self.states.FAIL)

@@ -10,10 +10,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moefoundry.config import ConfigError, Problem, Recipe, load_recipe
 from moefoundry.config.errors import UserError
 from moefoundry.sweeping.axes import Point
+
+if TYPE_CHECKING:
+    from moefoundry.data.options import Part
 
 SWEEP_FILE, RUNS = "sweep.json", "runs"
 NAME_LENGTH = 60
@@ -126,10 +130,9 @@ class Sweep:
         write_whole(file, json.dumps(found, indent=2))
 
 
-def part_of(trials: Sequence[Trial], part: tuple[int, int]) -> list[Trial]:
-    """Choose the trials of part I of N, for array jobs of a scheduler."""
-    index, count = part
-    return [trial for number, trial in enumerate(trials) if number % count == index - 1]
+def part_of(trials: Sequence[Trial], part: Part) -> list[Trial]:
+    """Choose the trials of a part, for array jobs of a scheduler; neighbors, which are alike, go to different ones."""
+    return list(trials[part.number - 1 :: part.count])
 
 
 def _distinct(points: Iterable[Point]) -> list[Point]:
