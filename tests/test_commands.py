@@ -76,6 +76,7 @@ CHANGED = {
 }
 ADDED = (
     # page, first words, what is added
+    ("README.md", "moefoundry validate mine.yaml", SMALL),
     ("README.md", "composer -n 8 scripts/train.py mine.yaml", SMALL),
     ("README.md", "composer -n 8 scripts/train.py runs/mine/config.yaml", ("max_duration=3ba",)),
     ("families.md", "python scripts/train.py", ("max_duration=2ba",)),
@@ -173,8 +174,8 @@ def scene(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("my_texts", "text"):
         (root / name).mkdir()
         lines = [f"{number} words in a line of text, {number * 7919 % 1000}\n" for number in range(6000)]
-        for part in range(3):
-            (root / name / f"{part}.txt").write_text("".join(lines[part::3]))
+        for part in range(60):
+            (root / name / f"{part}.txt").write_text("".join(lines[part::60]))
     recipe: dict[str, object] = {}
     for override in (*TINY, "train_loader.dataset.local=data/mine", "model.moe.num_experts=8", "save_interval=2ba"):
         key, value = override.split("=", 1)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from moefoundry.checkpoint.lease import held
 from moefoundry.cli.main import main
-from moefoundry.runs.live import bar, can_draw, chunks, drawn, view
+from moefoundry.runs.live import Drawing, bar, can_draw, chunks, view
 from moefoundry.runs.watching import Watched
 from tests.runs.terminal import Screen, environment, open_terminal, shown_by
 from tests.runs.writing import END, START, line_of, write_run
@@ -137,21 +137,21 @@ DRAWING = """
 import logging, os, sys, warnings
 from pathlib import Path
 from rich.console import Console
-from moefoundry.runs.live import drawn
+from moefoundry.runs.live import Drawing
 from moefoundry.runs.watching import Watched
 
 early = logging.getLogger("early")
 early.addHandler(logging.StreamHandler())  # to standard error as it is before the view
 run = Watched(Path(sys.argv[1]))
-with drawn([run], Console(stderr=True)) as draw:
+with Drawing([run], Console(stderr=True)) as drawing:
     print("printed")
-    draw()
+    drawing.draw()
     run.look()
-    draw()
+    drawing.draw()
     warnings.warn("a warning")
     early.warning("logged")
     print("long " * 40 + "end", file=sys.stderr)
-    draw()
+    drawing.draw()
     if sys.argv[2] == "error":
         raise ValueError("an error")
     if sys.argv[2] != "end":
@@ -183,11 +183,24 @@ def test_the_view_leaves_a_terminal_in_order(tmp_path: Path, end: str) -> None:
 def test_a_view_is_cut_to_the_height_of_its_terminal(tmp_path: Path) -> None:
     run = Watched(write_run(tmp_path / "run"))
     console = Console(file=io.StringIO(), width=90, height=8, force_terminal=True)
-    with drawn([run], console) as draw:
-        draw()
+    with Drawing([run], console) as drawing:
+        drawing.draw()
     screen = Screen.of(console.file.getvalue())  # type: ignore[attr-defined]
     assert len(screen.where("batch 20 of 20")) == 1
     assert len(screen.lines) == 8 + 1, "and the line that a view ends with"
+
+
+def test_a_view_is_let_go_where_another_process_writes(tmp_path: Path) -> None:
+    run = Watched(write_run(tmp_path / "run"))
+    console = Console(file=io.StringIO(), width=90, height=40, force_terminal=True)
+    with Drawing([run], console) as drawing:
+        console.file.write("another\n")
+        drawing.let_go()
+        drawing.draw()
+        drawing.draw()
+    screen = Screen.of(console.file.getvalue())  # type: ignore[attr-defined]
+    (first, second), (another,) = screen.where("─ run finished"), screen.where("another")
+    assert first < screen.where("╰")[0] < another < second < screen.where("╰")[1]
 
 
 def test_a_view_is_only_drawn_for_a_person(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,8 +146,11 @@ def test_composers_launcher_on_a_terminal(tiny_overrides: Overrides, tmp_path: P
         status = launcher.wait(timeout=200)
     reader.join()
     screen = Screen.of(seen[0])
-    (begins,), (ends,) = screen.where("─ tiny"), screen.where("╰")
-    assert begins < ends < screen.row
+    tops, bottoms = screen.where("─ tiny"), screen.where("╰")
+    assert len(tops) == len(bottoms) == (2 if end == "stopped" else 1), screen.lines
+    assert sorted([*tops, *bottoms]) == [line for pair in zip(tops, bottoms, strict=True) for line in pair]
+    begins, ends = tops[-1], bottoms[-1]
+    assert ends < screen.row
     assert (screen.cursor, screen.column) == (True, 0)
     assert (status == 0) == (end == "finished")
     if end == "killed":

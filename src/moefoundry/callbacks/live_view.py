@@ -14,7 +14,8 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 from rich.console import Console
 
-from moefoundry.runs.live import can_draw, drawn
+from moefoundry.callbacks.signals import StopOnSignal
+from moefoundry.runs.live import Drawing, can_draw
 from moefoundry.runs.watching import Watched
 
 SECONDS = 0.5  # between two drawings, at least
@@ -36,11 +37,13 @@ class LiveView(LoggerDestination):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._run = Watched(self.run_dir)
-        self._draw = self._shown.enter_context(drawn([self._run], Console(stderr=True)))
+        self._drawing = self._shown.enter_context(Drawing([self._run], Console(stderr=True)))
         self._shown.callback(self._look)  # the end of the run is in the last state that is drawn
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        if time.monotonic() - self._drawn_at > SECONDS:
+        if any(isinstance(callback, StopOnSignal) and callback.stopped_by for callback in state.callbacks):
+            self._drawing.let_go()  # the launcher has said that it got the signal, or the terminal has shown ^C
+        elif time.monotonic() - self._drawn_at > SECONDS:
             self._look()
 
     def end(self) -> None:
@@ -51,7 +54,7 @@ class LiveView(LoggerDestination):
         self._drawn_at = time.monotonic()
         with suppress(OSError):  # a file that cannot be read now is no reason to end a run
             self._run.look()
-            self._draw()
+            self._drawing.draw()
 
 
 def has_its_own_terminal() -> bool:

@@ -28,7 +28,7 @@ def command(run_dirs: tuple[Path, ...], interval: float, plain: bool) -> None:
     from rich.console import Console
 
     from moefoundry.runs.facts import existing_run
-    from moefoundry.runs.live import can_draw, drawn
+    from moefoundry.runs.live import Drawing, can_draw
     from moefoundry.runs.watching import Watched, follow, print_lines
 
     runs = [Watched(existing_run(path)) for path in dict.fromkeys(run_dirs)]
@@ -36,5 +36,5 @@ def command(run_dirs: tuple[Path, ...], interval: float, plain: bool) -> None:
     if plain or not can_draw(console):
         follow(runs, interval, print_lines)
         return
-    with drawn(runs, console) as draw:
-        follow(runs, interval, lambda run, new: draw())
+    with Drawing(runs, console) as drawing:
+        follow(runs, interval, lambda run, new: drawing.draw())

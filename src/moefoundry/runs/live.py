@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -50,33 +50,46 @@ def can_draw(console: Console) -> bool:
     return terminal and console.encoding.startswith("utf") and not os.environ.get("CI")
 
 
-@contextmanager
-def drawn(runs: Sequence[Watched], console: Console) -> Iterator[Callable[[], None]]:
-    """Keep a view of runs in its place, below all that this process prints, and leave its last state at the end.
+class Drawing:
+    """A view of runs that stays in its place while the context lasts, below all that this process prints.
 
-    The cursor stays visible, on an empty line below the view: the terminal is in order also after a process that ends
-    at once, and a line that another process or a C library writes begins there. Nothing draws but the caller and what
-    is printed; there is no thread.
+    Its last state is left at the end. The cursor stays visible, on an empty line below the view: the terminal is in
+    order also after a process that ends at once, and a line that another process or a C library writes begins there.
+    Nothing draws but the caller and what is printed; there is no thread.
 
     Args:
         runs: At least one.
         console: Of a terminal for which :func:`can_draw` holds.
-
-    Yields:
-        A function that draws anew.
     """
-    live = Live(
-        get_renderable=lambda: _Fitting(view(runs, console.width)),
-        console=console,
-        auto_refresh=False,
-        redirect_stdout=sys.stdout.isatty(),
-        redirect_stderr=sys.stderr.isatty(),
-    )
-    plain = sys.stderr
-    with live, _handlers_write_to(plain, sys.stderr):
-        console.show_cursor(True)
-        live.refresh()
-        yield live.refresh
+
+    def __init__(self, runs: Sequence[Watched], console: Console) -> None:
+        self._live = Live(
+            get_renderable=lambda: _Fitting(view(runs, console.width)),
+            console=console,
+            auto_refresh=False,
+            redirect_stdout=sys.stdout.isatty(),
+            redirect_stderr=sys.stderr.isatty(),
+        )
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Drawing:
+        plain = sys.stderr
+        self._stack.enter_context(self._live)
+        self._stack.enter_context(_handlers_write_to(plain, sys.stderr))
+        self._live.console.show_cursor(True)
+        self.draw()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def draw(self) -> None:
+        """Draw anew, in place of the last drawing."""
+        self._live.refresh()
+
+    def let_go(self) -> None:
+        """Leave the last drawing where it is, as another process has written below it; the next begins there."""
+        self._live._live_render._shape = None  # the height that the cursor goes up by; rich has no other way
 
 
 @contextmanager
