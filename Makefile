@@ -23,7 +23,7 @@ PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup oracle quickstart test test-slow lint bench docs site docker clean
+.PHONY: help setup oracle mkdocs quickstart test test-slow lint bench docs site docker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,9 @@ endef
 oracle: setup ## install the newest transformers into .oracle, for tests and `convert --verify`; does nothing when up to date
 	@$(call install_beside,requirements-oracle.lock,$(ORACLE))
 
+mkdocs: setup ## install what builds the site into .mkdocs; does nothing when up to date
+	@$(call install_beside,requirements-docs.lock,$(MKDOCS))
+
 quickstart: setup ## train a small MoE on this machine's Python standard library, on CPU
 	$(BIN)/moefoundry prepare stdlib data/quickstart
 	threads=$$(( $$(nproc) / $(PROCESSES) )); \
@@ -84,10 +87,10 @@ quickstart: setup ## train a small MoE on this machine's Python standard library
 	$(BIN)/composer -n $(PROCESSES) scripts/train.py configs/quickstart.yaml run_name=quickstart autoresume=true \
 		icl_tasks=configs/tasks/quickstart.yaml $(ARGS)
 
-test: setup oracle lint ## lint, then every test that is not slow
+test: setup oracle mkdocs lint ## lint, then every test that is not slow
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-slow: setup oracle ## the slow tests
+test-slow: setup oracle mkdocs ## the slow tests
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup ## style, types, layer order, Dockerfile
@@ -107,8 +110,7 @@ docs: setup oracle ## regenerate the recipe reference, the table of families and
 	$(BIN)/python docs/architecture.py
 	$(BIN)/python docs/mesh.py
 
-site: setup ## build the pages of docs/ as a site, into build/site; a warning is an error
-	@$(call install_beside,requirements-docs.lock,$(MKDOCS))
+site: mkdocs ## build the pages of docs/ as a site, into build/site; a warning is an error
 	PYTHONPATH="$(MKDOCS)" NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 docker: ## build the GPU image

@@ -15,10 +15,15 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import yaml
 
+import moefoundry
+from moefoundry.cli.main import COMMANDS
+
 ROOT = Path(__file__).parents[1]
-INSTALLED = ROOT / ".mkdocs"  # by `make site`
+INSTALLED = ROOT / ".mkdocs"  # by `make mkdocs`, which `make test` begins with
 FRONT = "index.md"
 """The front page, which is README.md."""
+GENERATED = ["api.md", "commands.md"]
+"""Pages that docs/reference_pages.py makes of the code."""
 
 
 def pages(nav: object) -> Iterator[str]:
@@ -37,7 +42,7 @@ def pages(nav: object) -> Iterator[str]:
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = list(pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
     assert listed[:2] == [FRONT, "tutorial.md"]
-    assert sorted(listed) == sorted([FRONT, *(page.name for page in (ROOT / "docs").glob("*.md"))])
+    assert sorted(listed) == sorted([FRONT, *GENERATED, *(page.name for page in (ROOT / "docs").glob("*.md"))])
 
 
 def test_lock_adds_exact_versions_to_the_environments() -> None:
@@ -81,11 +86,10 @@ def dead_links(site: Path) -> list[str]:
     return dead
 
 
-@pytest.mark.slow
 def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     """Links between pages, and to files outside ``docs/``, lead somewhere; nothing is loaded from another server."""
     if not (INSTALLED / "mkdocs").exists() and find_spec("mkdocs") is None:
-        pytest.skip("mkdocs is not installed: `make site` has not been run")
+        pytest.skip("mkdocs is not installed: `make mkdocs` has not been run")
     site = tmp_path / "site"
     env = {**os.environ, "PYTHONPATH": f"{INSTALLED}:{os.environ.get('PYTHONPATH', '')}", "NO_MKDOCS_2_WARNING": "1"}
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)]
@@ -97,5 +101,11 @@ def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
     assert not re.findall(r"<(?:script|img|link rel=\"(?:stylesheet|preconnect)\")[^>]*(?:src|href)=\"https?:", front)
     recipe = (site / "repository/configs/pretrain/olmoe-1b-7b.yaml/index.html").read_text()
     assert "olmoe-1b-7b" in recipe
+    api, commands = ((site / name / "index.html").read_text() for name in ("api", "commands"))
+    for name in (*moefoundry._MODULES, "LoadedCheckpoint", "UserError"):
+        assert f'.{name}"' in api, f"{name} has an anchor"
+    assert ":class:" not in api
+    for name in (*COMMANDS, "convert export", "checkpoint delete"):
+        assert f"Usage: moefoundry {name} " in commands, name
     assert "token" in (site / "search/search_index.json").read_text()
     assert not [path for path in site.rglob("*.py") if path.is_file()]

@@ -166,7 +166,7 @@ def test_moved_environment_is_made_anew(ready: Project) -> None:
 
 @pytest.mark.parametrize(
     ("target", "directory", "lock_name"),
-    [("oracle", ".oracle", "requirements-oracle.lock"), ("site", ".mkdocs", "requirements-docs.lock")],
+    [("oracle", ".oracle", "requirements-oracle.lock"), ("mkdocs", ".mkdocs", "requirements-docs.lock")],
 )
 def test_what_lies_beside_the_environment_is_installed_once_for_each_lock_and_whole(
     ready: Project, target: str, directory: str, lock_name: str
@@ -224,6 +224,19 @@ def test_clean_keeps_environment_runs_and_data(ready: Project) -> None:
 def test_help_lists_every_target(project: Project) -> None:
     listed = {line.split()[0] for line in project.make().stdout.splitlines()}
     assert listed == {
-        *("help", "setup", "oracle", "quickstart", "test", "test-slow", "lint", "bench", "docs", "site", "docker"),
+        *(
+            "help",
+            "setup",
+            "oracle",
+            "mkdocs",
+            "quickstart",
+            "test",
+            "test-slow",
+            "lint",
+            "bench",
+            "docs",
+            "site",
+            "docker",
+        ),
         "clean",
     }

@@ -57,8 +57,8 @@ class PrepareOptions:
         layout: Documents of any length, which are packed when read, or packed samples of ``max_seq_len`` tokens. None
             is packed where ``max_seq_len`` is given, and else documents.
         kind: Texts; or records of instructions or preferences, which are stored as documents, with targets.
-        target_responses, target_prompts: Tokens of instructions that are to be predicted; see
-            :class:`~moefoundry.data.instructions.Targets`.
+        target_responses: Responses of instructions that are to be predicted.
+        target_prompts: Prompts that are to be predicted: ``none``, ``all`` or ``length>=N``.
         max_tokens: Tokens of a record's document, at most; None is any number.
         too_long: Treatment of records with more.
         workers: Processes, or 0 for this one alone; the number of cores if None. The result is always the same.
