@@ -47,18 +47,16 @@ def api_page() -> str:
     parts = ["# Python API: reference", "[python.md](python.md) has an example, which a test runs."]
     places = {name: f"{module}.{name}" for name, module in moefoundry._MODULES.items()}
     for name, place in (places | BESIDE).items():
-        parts.append(
-            f"::: {place}"
-            + ("\n    options: {members: false, show_signature: false}" if name in WITHOUT_MEMBERS else "")
-        )
-        parts += [WITHOUT_MEMBERS[name]] if name in WITHOUT_MEMBERS else []
+        elsewhere = WITHOUT_MEMBERS.get(name)
+        parts.append(f"::: {place}" + ("\n    options: {members: false, show_signature: false}" if elsewhere else ""))
+        parts += [elsewhere] if elsewhere else []
     return "\n\n".join(parts) + "\n"
 
 
 def commands_page() -> Iterator[str]:
     """Lines of the page of all commands, with what their ``--help`` prints."""
     yield "# Command line: reference"
-    yield "\nWhat `moefoundry COMMAND --help` prints. Exit statuses: [training.md](training.md#when-something-is-wrong).\n"
+    yield "\nWhat `moefoundry COMMAND --help` prints. [training.md](training.md#when-something-is-wrong) has errors.\n"
     with context_of(commands, None, "moefoundry") as context:
         for name in commands.list_commands(context):
             yield from command_section(commands, name, context)
