@@ -17,11 +17,10 @@ ROOT = Path(__file__).parents[2]
 OURS = {"moefoundry", "benchmarks", "tests"}
 PEERS = {"liger_kernel", "quack"}  # compared with in benchmarks/gpu, on machines that have them
 # used where their users have installed them: large, or of old pins
-PROVIDED_FOR = {"comet_ml", "fla", "lm_eval", "megablocks", "mkdocs", "optuna", "ray"}
+PROVIDED_FOR = {"comet_ml", "fla", "lm_eval", "megablocks", "mkdocs", "ray"}
 NOT_LOCKED = {
     "flash-linear-attention": "kernels for GPUs alone",
     "lm-eval": "140 MB with all that it needs, for one option of one command",
-    "optuna": "for one option of one command",
     "ray": "large, for one option of one command",
 }
 NOT_IMPORTED = {
@@ -83,8 +82,8 @@ def distributions(module: str) -> set[str]:
 @pytest.mark.parametrize(
     ("folders", "groups"),
     [
-        (("src", "scripts"), ("main", "gpu", "mlflow", "wandb")),
-        (("tests", "benchmarks", "docs"), ("main", "gpu", "mlflow", "tensorboard", "wandb", "dev")),
+        (("src", "scripts"), ("main", "gpu", "mlflow", "sweep", "wandb")),
+        (("tests", "benchmarks", "docs"), ("main", "gpu", "mlflow", "sweep", "tensorboard", "wandb", "dev")),
     ],
 )
 def test_what_is_imported_is_declared(folders: tuple[str, ...], groups: tuple[str, ...]) -> None:

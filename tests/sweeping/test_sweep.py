@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moefoundry.cli.main import main
 from moefoundry.config import ConfigError
@@ -253,13 +255,37 @@ def test_the_command_refuses_what_is_no_sweep(tmp_path: Path, capsys: pytest.Cap
     assert "a sweep with other overrides lies there" in capsys.readouterr().err
 
 
-def test_wandbs_agent_starts_our_runs(tmp_path: Path) -> None:
-    """By the arguments without hyphens that its sweeps offer."""
-    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+def test_wandbs_agent_starts_our_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its agent makes the command that the page shows, and the command's recipe is valid."""
+    from wandb import wandb_agent
 
-    command = {"args": {EXPERTS: {"value": 8}, "optimizer.lr": {"value": 1e-3}}, "run_id": "r", "program": "train.py"}
-    found = create_sweep_command_args(command)["args_no_hyphens"]
-    assert main(["validate", str(QUICKSTART), *found]) == 0
+    (text,) = re.findall(r"^```\n(program: .*?)^```", (ROOT / "docs/sweeps.md").read_text(), re.DOTALL | re.MULTILINE)
+    page = yaml.safe_load(text)
+    started: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], env: dict[str, str]) -> None:
+            started.append(command)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(wandb_agent, "AgentProcess", Process)
+    for variable, value in {"WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "", "WANDB_SWEEP_PARAM_PATH": ""}.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    agent = wandb_agent.Agent(api=None, queue=None, sweep_id="s")
+    agent._sweep_command = page["command"]
+    chosen = {
+        name: {"value": values.get("values", [values.get("min")])[0]} for name, values in page["parameters"].items()
+    }
+    agent._command_run({"args": chosen, "program": page["program"], "run_id": "r"})
+    ((*start, recipe, loggers, top_k, rate),) = started
+    assert start == ["/usr/bin/env", "python", "scripts/train.py"]
+    monkeypatch.chdir(ROOT)
+    assert (recipe, loggers, top_k, rate) == (
+        *("configs/quickstart.yaml", "loggers.wandb={}", "model.moe.top_k=1", "optimizer.lr=0.0001"),
+    )
+    assert main(["validate", recipe, loggers, top_k, rate]) == 0
+    assert main(["validate", recipe, f"save_keep_best={page['metric']['name']}", "save_interval=100ba"]) == 0
 
 
 @pytest.mark.slow  # nine runs, each with its imports
