@@ -63,6 +63,7 @@ SMALL = (
     *(each for each in TINY if each.startswith(("model", "max_seq_len", "global", "device_", "scheduler"))),
     *("model.moe.num_experts=8", "model.n_dense_layers=1", "precision.compute=fp32", "max_duration=2ba"),
     *("eval_interval=1000ba", "save_interval=1000ba", "model.attention.qk_norm=none", "model.vocab_size=32000"),
+    *("train_loader.num_workers=0", "callbacks.report=null"),
 )
 """Overrides that make a run of the large recipe that ``init`` writes end in seconds."""
 
@@ -83,14 +84,9 @@ ADDED = (
     ("evaluation.md", "moefoundry eval runs/mine --humaneval", ("--max-new-tokens", "4")),
     ("howto.md", "python scripts/train.py", ("save_remote=s3://bucket/runs/${run_name}", "max_duration=6ba")),
     ("launching.md", "moefoundry launch", ("--dry-run",)),
+    ("training.md", "moefoundry validate --show wide.yaml", ("max_seq_len=64", "global_train_batch_size=8")),
     ("training.md", "python scripts/train.py", ("run_name=alone",)),  # torchrun's has trained it already
 )
-ABSENT = {
-    # page: what its commands make, and must not find
-    "README.md": ("data/mine", "runs/mine"),
-    "data.md": ("data/mine",),
-    "howto.md": ("data/mine",),
-}
 STATUSES = {"doctor": {0, 1}}  # of a machine that it finds something wrong with
 
 
@@ -225,14 +221,17 @@ def test_the_commands_of_a_page_run(page: Path, scene: Path, tmp_path: Path, s3:
     shutil.copytree(scene, place)
     for name, text in re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         (place / name).write_text(text)
-    for name in ABSENT.get(page.name, ()):
-        path = place / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    made: set[str] = set()
+    if page.name == "README.md":  # its commands make the run
+        shutil.rmtree(place / "runs/mine")
     for number, line in enumerate(executed(page)):
         if "<<" in line or line.startswith("python -c"):
             run_script(line, place)
             continue
         ranks, arguments = as_ranks(in_this_place(page.name, shlex.split(line, comments=True), number))
+        if arguments[0] == "prepare" and arguments[2] not in made:
+            made.add(arguments[2])
+            shutil.rmtree(place / arguments[2], ignore_errors=True)
         succeed(arguments, ranks, place, s3)
 
 

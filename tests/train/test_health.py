@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moefoundry.callbacks.health import CollectiveError, NonFiniteError, named_collectives
 from moefoundry.config import Recipe
+from moefoundry.sweeping.run import not_finite
 from tests.distributed import captured_output, run_distributed
 from tests.train.runs import Run, finished, run_recipe
 
@@ -189,6 +190,7 @@ def test_row18_skipping_comes_to_an_end(tiny_recipe: Tiny, tmp_path: Path) -> No
     with pytest.raises(NonFiniteError, match=r"^batch 3: not finite: loss total, .* 2 steps before it were skipped\n"):
         run_recipe(tiny_recipe(tmp_path, *STEPS, "nonfinite=skip"), 1, nan_in_every_batch)
     assert finished(tmp_path).column("skipped_steps") == {1: 1, 2: 1}
+    assert not_finite(tmp_path) == 3, "as a sweep reads it"
 
 
 def without_the_check() -> None:

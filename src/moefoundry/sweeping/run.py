@@ -139,7 +139,7 @@ class Runner:
         if self.stopped_by or (status == EXIT_STOPPED and not pruned):
             self.report(trial, "stopped; it goes on when the sweep is started again")
             return None
-        diverged = _not_finite(trial.run_dir) if status and not pruned else None
+        diverged = not_finite(trial.run_dir) if status and not pruned else None
         if status and not pruned and diverged is None:
             self.report(trial, f"failed with exit status {status}: {_last_line(trial.run_dir / LOG)}")
             return status
@@ -200,7 +200,7 @@ def running(command: Callable[[Trial], list[str]], report: Report) -> Iterator[R
         raise Stopped(runner.stopped_by)
 
 
-def _not_finite(run_dir: Path) -> int | None:
+def not_finite(run_dir: Path) -> int | None:
     """Give the batch that was not finite, if the run's history says that this ended it (``callbacks/health.py``)."""
     last = (read_history(run_dir) or [{}])[-1]
     return int(last["batch"]) + 1 if str(last.get("reason", "")).startswith("NonFiniteError:") else None
