@@ -83,7 +83,13 @@ ADDED = (
     ("families.md", "python scripts/train.py", ("max_duration=2ba",)),
     ("evaluation.md", "moefoundry eval runs/mine --humaneval", ("--max-new-tokens", "4")),
     ("howto.md", "python scripts/train.py", ("save_remote=s3://bucket/runs/${run_name}", "max_duration=6ba")),
-    ("launching.md", "moefoundry launch", ("--dry-run",)),
+    ("launching.md", "moefoundry launch", ("--dry-run", "global_train_batch_size=64")),
+    ("launching.md", "moefoundry launch recipe.yaml --on k8s", ("launch.mounts=[claim:/data]", "run_dir=/data/mine")),
+    (
+        "launching.md",
+        "moefoundry launch recipe.yaml --on skypilot",
+        ("launch.mounts=[s3://b:/data]", "run_dir=/data/m"),
+    ),
     ("training.md", "moefoundry validate --show wide.yaml", ("max_seq_len=64", "global_train_batch_size=8")),
     ("training.md", "python scripts/train.py", ("run_name=alone",)),  # torchrun's has trained it already
 )
@@ -181,6 +187,7 @@ def scene(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             place = place.setdefault(part, {})  # type: ignore[assignment]
         place[last] = yaml.safe_load(value)
     recipe["ema"] = {"decay": 0.5}
+    recipe["launch"] = {"image": "moefoundry:1", "gpu_type": "H100", "workdir": "/srv/moefoundry"}
     (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for run in ("mine", "base", "wide"):
         succeed(["train", "recipe.yaml", f"run_name={run}", f"run_dir=runs/{run}"], 1, root)
