@@ -108,7 +108,7 @@ def _handlers_write_to(old: TextIO, new: TextIO) -> Iterator[None]:
 
 
 class _Fitting:
-    """What is drawn, cut to the height of the terminal, and an empty line below it."""
+    """A drawing, cut to the height of the terminal, and an empty line below it."""
 
     def __init__(self, drawing: RenderableType) -> None:
         self.drawing = drawing
