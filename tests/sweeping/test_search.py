@@ -44,6 +44,7 @@ def trainer(tmp_path: Path) -> Callable[[Trial], list[str]]:
     return lambda trial: [sys.executable, str(file), *trial.overrides]
 
 
+@pytest.mark.slow
 def test_a_search_nears_the_best_and_goes_on(tmp_path: Path, trainer: Callable[[Trial], list[str]]) -> None:
     sweep = sweep_of(tmp_path / "sweep")
     sweep.directory.mkdir()
