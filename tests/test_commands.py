@@ -228,7 +228,6 @@ def test_the_commands_of_a_page_run(page: Path, scene: Path, tmp_path: Path, s3:
     shutil.copytree(scene, place)
     for name, text in re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         (place / name).write_text(text)
-    made: set[str] = set()
     if page.name == "README.md":  # its commands make the run
         shutil.rmtree(place / "runs/mine")
     for number, line in enumerate(executed(page)):
@@ -236,8 +235,7 @@ def test_the_commands_of_a_page_run(page: Path, scene: Path, tmp_path: Path, s3:
             run_script(line, place)
             continue
         ranks, arguments = as_ranks(in_this_place(page.name, shlex.split(line, comments=True), number))
-        if arguments[0] == "prepare" and arguments[2] not in made:
-            made.add(arguments[2])
+        if arguments[0] == "prepare" and arguments[1] != "merge" and "--part" not in arguments:  # one of several ways
             shutil.rmtree(place / arguments[2], ignore_errors=True)
         succeed(arguments, ranks, place, s3)
 
