@@ -2,8 +2,8 @@
 
 One MoE layer with its experts on four ranks, forward and backward, with its tokens in 1, 2 and 4 chunks: DIR gets the
 trace of rank 0 of each. Exchanges are the spans ``gloo:all_to_all``, the experts' products ``aten::_grouped_mm``; what
-is printed is the share of the products' time at which an exchange is under way. The ranks share the cores on which gloo moves the rows: the
-traces show the order of things, and not how much is gained where a network moves them.
+is printed is the share of the products' time at which an exchange is under way. The ranks share the cores on which gloo
+moves the rows: the traces show the order of things, and not how much is gained where a network moves them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.ranks import on_ranks
 
 RANKS, CHUNKS = 4, (1, 2, 4)
-TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 512, 256, 256, 16, 4
+TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 2048, 512, 512, 16, 4
 EXCHANGE, PRODUCT = "gloo:all_to_all", "aten::_grouped_mm"
 
 
