@@ -1,14 +1,15 @@
 """``python -m benchmarks.overlap --out DIR``: what is computed while tokens travel, as Chrome traces of gloo ranks.
 
 One MoE layer with its experts on four ranks, forward and backward, with its tokens in 1, 2 and 4 chunks: DIR gets the
-trace of rank 0 of each. Exchanges are the spans ``gloo:all_to_all``, the experts' products ``aten::_grouped_mm``, and
-``wait_tensor`` is the time for which a rank stands still. The ranks share the cores on which gloo moves the rows: the
-traces show the order of things, and not how much is gained where a network moves them.
+trace of rank 0 of each. Exchanges are the spans ``gloo:all_to_all``, the experts' products ``aten::_grouped_mm``; what
+is printed is the share of the products' time at which an exchange is under way. The ranks share the cores on which gloo
+moves the rows: the traces show the order of things, and not how much is gained where a network moves them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.ranks import on_ranks
 
 RANKS, CHUNKS = 4, (1, 2, 4)
-TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 512, 256, 256, 16, 4
-WAIT = "_c10d_functional::wait_tensor"
+TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 2048, 512, 512, 16, 4
+EXCHANGE, PRODUCT = "gloo:all_to_all", "aten::_grouped_mm"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,11 +34,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for chunks in CHUNKS:
         path = args.out / f"chunks-{chunks}.json"
-        seconds = on_ranks(trace, RANKS, chunks, args.tokens, str(path))
-        print(f"{path}: {seconds['step']:.3f} s forward and backward, {seconds['waiting']:.3f} s of it waiting")
+        on_ranks(trace, RANKS, chunks, args.tokens, str(path))
+        print(f"{path}: an exchange under way at {share_with_an_exchange(path):.0%} of the products' time")
 
 
-def trace(chunks: int, tokens: int, path: str) -> dict[str, float]:
+def share_with_an_exchange(path: Path) -> float:
+    """Of the time of all products in a trace."""
+    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("ph") == "X"]
+    exchanges, products = (
+        sorted((event["ts"], event["ts"] + event["dur"]) for event in events if event["name"] == name)
+        for name in (EXCHANGE, PRODUCT)
+    )
+    return sum(covered(exchanges, *product) for product in products) / sum(end - start for start, end in products)
+
+
+def covered(spans: Sequence[tuple[float, float]], start: float, end: float) -> float:
+    """How much of a span is covered by others, which are sorted by their starts."""
+    total = 0.0
+    for first, last in spans:
+        total += max(0.0, min(last, end) - max(first, start))
+        start = max(start, min(last, end))
+    return total
+
+
+def trace(chunks: int, tokens: int, path: str) -> None:
     """Train a layer for three steps, of which the last is traced."""
     layer = build(chunks)
     x = torch.randn(1, tokens, WIDTH, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
@@ -47,10 +67,6 @@ def trace(chunks: int, tokens: int, path: str) -> dict[str, float]:
         step(layer, x)
     if dist.get_rank() == 0:
         profiler.export_chrome_trace(path)
-    events = profiler.events()
-    waiting = sum(event.cpu_time_total for event in events if event.name == WAIT) / 1e6
-    whole = max(event.time_range.end for event in events) - min(event.time_range.start for event in events)
-    return {"step": whole / 1e6, "waiting": waiting}
 
 
 def build(chunks: int) -> Any:
