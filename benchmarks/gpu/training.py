@@ -20,6 +20,7 @@ from benchmarks.gpu.timing import host_syncs, largest_kernels, peak_bytes, timed
 from moefoundry.config import ModelConfig, Recipe, load_recipe
 from moefoundry.mesh import by_mesh
 from moefoundry.model.transformer import MoETransformer, meta_model
+from moefoundry.ops.kernel_choice import use_fused_kernels
 from moefoundry.parallel import materialize, moe_layers, parallelize
 
 DATA_SHEET_TFLOPS = 989
@@ -119,13 +120,15 @@ def measure(part: Part, model: Model, changes: list[str], options: Options) -> N
 def recipe_of(model: Model, changes: list[str]) -> Recipe:
     """The quickstart's recipe with the model's changes and BF16."""
     return load_recipe(
-        QUICKSTART, [*model.overrides, f"model.n_layers={model.layers}", "precision.compute=bf16", *changes]
+        QUICKSTART,
+        [*model.overrides, f"model.n_layers={model.layers}", "precision.compute=bf16", "fused_kernels=true", *changes],
     )
 
 
 def build(recipe: Recipe, options: Options) -> MoETransformer:
     """The model as a run on one device builds it."""
     network = meta_model(recipe.model)
+    use_fused_kernels(recipe.fused_kernels)
     parallelize(network, None, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     materialize(network, torch.device(options.device), recipe.seed)
     return network.train()

@@ -62,6 +62,7 @@ from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.deep_ep import check_dispatcher
 from moefoundry.moe.mixture import check_backend
+from moefoundry.ops.kernel_choice import use_fused_kernels
 from moefoundry.parallel import materialize, moe_layer_indices, moe_layers, parallelize
 from moefoundry.planning.describe import count_parameters
 from moefoundry.planning.devices import known_device
@@ -101,6 +102,7 @@ def build_trainer(recipe: Recipe) -> MeshTrainer:
 def assemble(recipe: Recipe) -> MeshTrainer:
     """Build all parts, and claim ``run_dir`` when nothing is left that can fail."""
     composer_patches.apply()
+    use_fused_kernels(recipe.fused_kernels)
     device = get_device(None)
     meshes = setup_meshes(recipe, device)
     recipe, micro_batches = build_micro_batches(recipe, device)

@@ -34,6 +34,7 @@ from torch.optim.adamw import adamw
 from moefoundry.config import AdamWConfig, Moments, Recipe
 from moefoundry.mesh import by_mesh
 from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
+from moefoundry.ops.kernel_choice import fused_kernels
 from moefoundry.ops.stochastic_rounding import hash_bits, lower_half, round_stochastically, upper_half
 
 WIDE_ELEMENTS = 2**22
@@ -264,7 +265,7 @@ def _update(pieces: Sequence[_Piece], group: dict[str, Any], stochastic: bool) -
 
 
 def _has_kernel(device: torch.device) -> bool:
-    return choose_backend(device, QUANTIZER_CAPABILITY) is Backend.TRITON
+    return fused_kernels() and choose_backend(device, QUANTIZER_CAPABILITY) is Backend.TRITON
 
 
 def _update_by_kernel(pieces: Iterable[_Piece], group: dict[str, Any], stochastic: bool) -> None:

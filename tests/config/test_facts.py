@@ -12,6 +12,7 @@ FREE = (
     "curriculum",
     *("scheduler.timing", "mesh.", "model.moe.backend", "model.moe.dispatch", "lora.base", "activation_checkpointing"),
     "model.linear_attention.backend",
+    "fused_kernels",
     *(
         "device_train_microbatch_size",
         "device_eval_batch_size",
@@ -36,6 +37,7 @@ NOT_ARCHITECTURE = (
     *("model.init.", "model.document_masking", "model.moe.router.input_jitter", "model.moe.balance."),
     *("model.moe.capacity_factor", "model.moe.backend", "model.moe.dispatch", "model.mtp.loss_weight"),
     "model.linear_attention.backend",
+    "fused_kernels",
     *("model.attention.indexer.stage", "model.attention.indexer.loss_weight", "model.moe.router.sampled"),
 )
 RECIPES = (

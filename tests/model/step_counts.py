@@ -106,6 +106,7 @@ def as_on_a_gpu() -> Iterator[Launches]:
         mock.patch.object(context, "F", functional),
         mock.patch.object(fused, "kernels", launches),
         mock.patch.object(by_row, "kernels", launches),
+        mock.patch("moefoundry.ops.kernel_choice._fused", True),
         mock.patch("moefoundry.ops.row_kernels.choose_backend", return_value=Backend.TRITON),
         mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=None),
     ):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, ModelConfig, MtpConfig
 from moefoundry.foundry import with_counts
-from moefoundry.model.context import Documents, attention_contexts, lengths_of_documents
+from moefoundry.model.context import AttentionKind, Documents, attention_contexts, lengths_of_documents
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.ops import segment_attention
 from moefoundry.ops.fp8.backend import Backend
@@ -68,11 +68,10 @@ def test_windows_and_sinks_need_no_documents() -> None:
 def test_plain_attention_and_generation_are_left_alone() -> None:
     cfg = build(KINDS["grouped_query"], masking=False).cfg
     with mock.patch("moefoundry.model.context.takes_segments", return_value=True):
-        assert attention_contexts(cfg, [None], IDS)[None].segments is None
-        window = attention_contexts(cfg, [3, 99], IDS)
-        assert window[3].segments is not None
-        assert window[99].segments is None
-        assert attention_contexts(cfg, [3], IDS[:, :1], num_cached=5)[3].segments is None
+        plain, narrow, wide = (AttentionKind(window) for window in (None, 3, 99))
+        found = attention_contexts(cfg, [plain, narrow, wide], IDS)
+        assert [found[kind].segments is None for kind in (plain, narrow, wide)] == [True, False, True]
+        assert attention_contexts(cfg, [narrow], IDS[:, :1], num_cached=5)[narrow].segments is None
 
 
 def test_documents_without_their_last_tokens() -> None:
@@ -122,6 +121,7 @@ def test_on_a_gpu_no_mask_and_no_copies_of_keys_are_made(attention: AttentionCon
     cfg.document_masking = True
     length, lengths = 160, [[100, 60], [160]]
     with (
+        mock.patch("moefoundry.ops.kernel_choice._fused", True),
         mock.patch.object(segment_attention, "has_kernel", return_value=True),
         mock.patch("moefoundry.ops.row_kernels.choose_backend", return_value=Backend.REFERENCE),
         FakeTensorMode() if device == "cuda" else nullcontext(),

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefoundry.ops import segment_attention
+from moefoundry.ops import kernel_choice, segment_attention
 from moefoundry.ops.attention_sinks import attend_with_sinks_reference
+from moefoundry.ops.kernel_choice import use_fused_kernels
 from moefoundry.ops.segment_attention import (
     Segments,
     attend_in_segments,
@@ -83,9 +84,12 @@ def test_segments_by_hand() -> None:
     assert made.ends.dtype == torch.int32
 
 
-def test_what_the_kernel_takes() -> None:
+def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_choice, "_fused", False)  # and again at the end
     gpu = torch.device("cuda")
     with mock.patch.object(segment_attention, "has_kernel", lambda device: device.type == "cuda"):
+        assert not takes_segments(gpu, torch.bfloat16, 192), "not chosen"
+        use_fused_kernels(True)
         assert takes_segments(gpu, torch.bfloat16, 192)
         assert takes_segments(gpu, torch.float16, 256)
         assert not takes_segments(gpu, torch.float32, 128)

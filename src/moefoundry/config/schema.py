@@ -130,6 +130,13 @@ class Recipe:
         "torch.compile of attention, router and dense feed-forward networks.",
         renamed_from=("torch_compile", "compile_config"),
     )
+    fused_kernels: bool = key(
+        False,
+        "On an NVIDIA GPU, kernels of this project for norms, rotations, the softmax of the output logits and AdamW "
+        "with BF16 moments, and attention in segments where there are documents, windows or sinks. They equal "
+        "PyTorch's operators to rounding, and have not run on a GPU yet.",
+        free_on_resume=True,
+    )
     ema: EmaConfig | None = key(None, "Moving average of the parameters, in CPU memory.")
     tokenizer: TokenizerConfig = key(TokenizerConfig, "Tokenizer.")
     train_loader: LoaderConfig = key(LoaderConfig, "Training data.")

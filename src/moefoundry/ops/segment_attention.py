@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moefoundry.ops.kernel_choice import fused_kernels
+
 aten = torch.ops.aten
 NARROW = (torch.bfloat16, torch.float16)
 LARGEST_WIDTH, WIDTH_MULTIPLE = 256, 8
@@ -50,9 +52,9 @@ def segments_of_lengths(lengths: Sequence[int], device: torch.device) -> Segment
 
 
 def takes_segments(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Tell if :func:`attend_in_segments` can run on ``device`` with heads of this width and dtype."""
+    """Tell if :func:`attend_in_segments` is chosen, and can run on ``device`` with heads of this width and dtype."""
     fits = dtype in NARROW and width <= LARGEST_WIDTH and width % WIDTH_MULTIPLE == 0
-    return fits and has_kernel(device)
+    return fits and fused_kernels() and has_kernel(device)
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
+from moefoundry.ops.kernel_choice import fused_kernels
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -20,13 +21,13 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def row_kernels(x: Tensor) -> ModuleType | None:
-    """Give the module of functions over the kernels if they take ``x``: narrow, and on an NVIDIA GPU.
+    """Give the module of functions over the kernels if they are chosen and take ``x``: narrow, and on an NVIDIA GPU.
 
     Compiled code gets None: the compiler fuses the operators itself.
     """
     if x.dtype not in NARROW or torch.compiler.is_compiling():
         return None
-    if choose_backend(x.device, QUANTIZER_CAPABILITY) is not Backend.TRITON:
+    if not fused_kernels() or choose_backend(x.device, QUANTIZER_CAPABILITY) is not Backend.TRITON:
         return None
     from moefoundry.ops.row_kernels import function
 
