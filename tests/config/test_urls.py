@@ -8,7 +8,7 @@ import pytest
 
 from moefoundry.config import ConfigError, UserError, load_recipe
 from moefoundry.config.advice import fitting_overrides
-from moefoundry.config.spec import redact
+from moefoundry.config.secrets import redact
 from moefoundry.config.urls import is_url, path_problem, resolved, url_problem
 from tests.conftest import QUICK
 

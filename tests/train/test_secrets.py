@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moefoundry.config import ConfigError, dump_recipe, flatten, load_recipe, redact_argument
-from moefoundry.config.spec import REDACTED, redact
+from moefoundry.config.secrets import REDACTED, redact
 from tests.conftest import QUICKSTART
 from tests.distributed import captured_output, run_distributed
 from tests.test_extending import install

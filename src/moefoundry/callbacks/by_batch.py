@@ -15,7 +15,7 @@ from composer.core import Event, State
 from composer.loggers import Logger, LoggerDestination
 
 from moefoundry.config import UserError
-from moefoundry.config.spec import redact
+from moefoundry.config.secrets import redact
 from moefoundry.data.stores import one_line
 
 ENDS = (Event.BATCH_CHECKPOINT, Event.EVAL_AFTER_ALL, Event.FIT_END)

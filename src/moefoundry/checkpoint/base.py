@@ -22,7 +22,7 @@ from moefoundry.checkpoint.manifest import BASE, DATA_SUFFIX, Manifest, digest, 
 from moefoundry.checkpoint.remote import find_remote, is_downloaded, origin_of
 from moefoundry.checkpoint.store import find_checkpoint
 from moefoundry.config import Recipe, UserError
-from moefoundry.config.spec import redact
+from moefoundry.config.secrets import redact
 from moefoundry.config.urls import is_url, resolved
 
 

@@ -89,7 +89,7 @@ def verify(run: str, as_json: bool) -> int:
     """Read every byte; exit status 1 if any is not as it was saved."""
     from moefoundry.checkpoint.fetch import checkpoints_at, fetched_damage
     from moefoundry.checkpoint.store import STAGING_SUFFIX
-    from moefoundry.config.spec import redact
+    from moefoundry.config.secrets import redact
 
     found: dict[str, list[str]] = {}
     with checkpoints_at(run) as path:
@@ -118,7 +118,7 @@ def show(run: str, as_json: bool) -> None:
     from moefoundry.checkpoint.format import METADATA_FILE, read_metadata, stored_tensors
     from moefoundry.checkpoint.manifest import Manifest
     from moefoundry.checkpoint.store import find_checkpoint
-    from moefoundry.config.spec import redact
+    from moefoundry.config.secrets import redact
     from moefoundry.config.urls import is_url
 
     with checkpoint_at(run) as path:

@@ -62,7 +62,7 @@ def exit_status(run: Callable[[], int]) -> int:
 def _user_error(error: Exception) -> str:
     """Describe an error that the user can put right, without secrets; return an empty string for any other."""
     from moefoundry.config.errors import UserError
-    from moefoundry.config.spec import redact
+    from moefoundry.config.secrets import redact
 
     if isinstance(error, UserError):
         return str(error)
@@ -127,7 +127,7 @@ def _terminate(signum: int, frame: object) -> None:
 
 def hide_secrets() -> None:
     """Hide secrets in all tracebacks, warnings and log records of this process, also those of libraries."""
-    from moefoundry.config.spec import redact
+    from moefoundry.config.secrets import redact
 
     if logging.getLogRecordFactory() is _record:
         return
@@ -153,7 +153,7 @@ def hide_arguments() -> None:
 
 
 def _record(*args: Any, **options: Any) -> logging.LogRecord:
-    from moefoundry.config.spec import redact
+    from moefoundry.config.secrets import redact
 
     record = logging.LogRecord(*args, **options)
     try:
@@ -168,6 +168,6 @@ def _record(*args: Any, **options: Any) -> logging.LogRecord:
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    from moefoundry.config.spec import redact
+    from moefoundry.config.secrets import redact
 
     print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)

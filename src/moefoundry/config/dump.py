@@ -14,7 +14,8 @@ import yaml
 from moefoundry.config.layers import KeyPath, Layers, leaves_of
 from moefoundry.config.loader import with_defaults
 from moefoundry.config.schema import Recipe
-from moefoundry.config.spec import join, plain, redact, show_leaf
+from moefoundry.config.secrets import redact
+from moefoundry.config.spec import join, plain, show_leaf
 from moefoundry.config.yaml_reader import StrictDumper
 
 COLUMN = 56  # of comments, where a line is not longer

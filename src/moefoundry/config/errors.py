@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moefoundry.config.spec import redact
+from moefoundry.config.secrets import redact
 
 EXIT_USER_ERROR = 2
 """Exit status of a command that met a :class:`UserError`."""

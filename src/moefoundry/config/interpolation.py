@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moefoundry.config.errors import Problem
-from moefoundry.config.spec import INVALID, join, looks_secret, show
+from moefoundry.config.secrets import looks_secret
+from moefoundry.config.spec import INVALID, join, show
 
 _RESOLVERS = ("oc.env", "oc.decode")
 _KEY = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")

@@ -15,7 +15,8 @@ from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.layers import EXTENDS, OVERRIDE, KeyPath, Layers, leaves_of
-from moefoundry.config.spec import every_key, find_key, looks_secret, redact
+from moefoundry.config.secrets import looks_secret, redact
+from moefoundry.config.spec import every_key, find_key
 from moefoundry.config.urls import expanded
 from moefoundry.config.yaml_reader import parse_yaml
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 import tenacity
 
 from moefoundry.config import UserError
-from moefoundry.config.spec import redact
+from moefoundry.config.secrets import redact
 from moefoundry.config.urls import OBJECT_STORES, resolved
 from moefoundry.data.patience import unless_silent
 

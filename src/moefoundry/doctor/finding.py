@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any
 
-from moefoundry.config.spec import redact
+from moefoundry.config.secrets import redact
 
 
 class Status(StrEnum):

@@ -16,7 +16,8 @@ from moefoundry.config import Problem, Recipe
 from moefoundry.config.errors import ConfigError, UserError
 from moefoundry.config.layers import leaves_of
 from moefoundry.config.schema_launch import LaunchConfig
-from moefoundry.config.spec import plain, redact
+from moefoundry.config.secrets import redact
+from moefoundry.config.spec import plain
 from moefoundry.launching import kubernetes, local, ray_job, skypilot, slurm
 from moefoundry.launching.job import RECIPE_FILE, Job, Written, ranks_per_node, recipe_text
 

@@ -16,7 +16,8 @@ from omegaconf.resolvers import oc
 from moefoundry.config.dump import redacted
 from moefoundry.config.errors import ConfigError, Problem, first_few
 from moefoundry.config.loader import LLM_FOUNDRY_MODELS
-from moefoundry.config.spec import REDACTED, looks_secret, show
+from moefoundry.config.secrets import REDACTED, looks_secret
+from moefoundry.config.spec import show
 from moefoundry.llm_foundry.keys import BOOLEAN, INTEGER, LIST, MAPPING, REQUIRED, TOGETHER_WITH, TRAIN_KEYS
 
 ALLOW_CODE = "--allow-code-paths"

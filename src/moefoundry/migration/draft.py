@@ -7,7 +7,8 @@ from typing import Any
 
 from moefoundry.config.errors import ConfigError, Problem
 from moefoundry.config.layers import leaves_of
-from moefoundry.config.spec import REDACTED, show
+from moefoundry.config.secrets import REDACTED
+from moefoundry.config.spec import show
 from moefoundry.llm_foundry.recipe import without_secrets
 from moefoundry.migration.names import default_of, find_equal, fitting_value
 from moefoundry.migration.report import Fate, Line

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from moefoundry.config.layers import leaves_of
-from moefoundry.config.spec import REDACTED
+from moefoundry.config.secrets import REDACTED
 from moefoundry.llm_foundry.fit import Machine, fitted
 from moefoundry.llm_foundry.keys import REQUIRED, TRAIN_KEYS
 from moefoundry.llm_foundry.recipe import FoundryRecipe, without_secrets

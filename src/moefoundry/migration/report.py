@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from moefoundry.config.spec import redact, show_leaf
+from moefoundry.config.secrets import redact
+from moefoundry.config.spec import show_leaf
 from moefoundry.llm_foundry.recipe import without_secrets
 
 WIDTH = 110

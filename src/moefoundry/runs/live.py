@@ -18,7 +18,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from moefoundry.config.spec import redact
+from moefoundry.config.secrets import redact
 from moefoundry.runs.metrics import LOAD_PREFIX, LOSS_KEY, SPEED_KEY
 from moefoundry.runs.table import best_held_out
 from moefoundry.runs.watching import Watched

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moefoundry.config.spec import redact, show_leaf
+from moefoundry.config.secrets import redact
+from moefoundry.config.spec import show_leaf
 from moefoundry.data.summary import CORPUS_FILE, read_corpus_summary
 from moefoundry.runs.facts import RunFacts, read_facts
 from moefoundry.runs.figures import Plot, comparisons, plots_of

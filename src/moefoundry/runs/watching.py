@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from moefoundry.config.spec import redact
+from moefoundry.config.secrets import redact
 from moefoundry.runs.facts import RunFacts, RunState, add_lines, read_facts
 from moefoundry.runs.metrics import EVAL_KEY, SPEED_KEY, Follower, Line
 from moefoundry.runs.words import duration, shown_metrics
