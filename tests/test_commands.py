@@ -38,6 +38,8 @@ ELSEWHERE = (
     ("lora.md", "", "tests/conversion/test_adapters.py has these conversions"),
     ("sweeps.md", "", "nine long runs; tests/sweeping/test_sweep.py and the tutorial have short ones"),
     ("trackers.md", "", "needs accounts; tests/train/test_trackers.py has each tracker without its server"),
+    ("training.md", "moefoundry replay", "tests/train/test_nonfinite.py repeats a step that was saved"),
+    ("training.md", "composer -n 8 -m moefoundry replay", "tests/train/test_nonfinite.py repeats it on two ranks"),
     ("", "moefoundry verify", "minutes each; tests/verify/test_checks.py has every check"),
     ("balance.md", "python -m benchmarks.balance", "half an hour"),
     ("fp8.md", "python -m benchmarks.fp8_study", "30 runs of two minutes"),

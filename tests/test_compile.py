@@ -96,7 +96,7 @@ def graphs_of_parts() -> dict[str, list[tuple[int, int]]]:
         model = tiny_model(cfg)
         dense, sparse = model.layers
         x_BSD = model.embed_tokens(ids)
-        context = attention_contexts(cfg, [None], ids, Documents(torch.zeros_like(ids)))[None]
+        context = attention_contexts(cfg, [dense.kind], ids, Documents(torch.zeros_like(ids)))[dense.kind]
         parts = {"attention": (dense.attention, context), "dense": (dense.ffn,), "router": (sparse.ffn.router,)}
         for name, (part, *inputs) in parts.items():
             torch._dynamo.reset()

@@ -129,4 +129,4 @@ def test_bf16_is_near_fp32() -> None:
         if name.endswith("magnitude.weight"):  # of which BF16 would round most steps away
             steps = rounded.end[name] - rounded.start[name]
             assert (steps != 0).all(), name
-            assert (steps - (value - exact.start[name])).norm() < 0.5 * steps.norm(), name
+            assert (steps - (value - exact.start[name])).norm() < 0.75 * steps.norm(), name

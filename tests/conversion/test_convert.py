@@ -376,7 +376,7 @@ def test_what_a_family_cannot_hold_is_refused_with_the_reason(tmp_path: Path) ->
     import_hf(write_hf(tmp_path / "hf", "qwen3_moe", family_config("qwen3_moe")), tmp_path / "checkpoint")
     with pytest.raises(UserError, match=r"model\.attention\.qk_norm: head, and mixtral has none"):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "mixtral")
-    with pytest.raises(UserError, match="no model family 'gpt2'; there are bailing_moe, dbrx, "):
+    with pytest.raises(UserError, match="no model family 'gpt2'; there are afmoe, bailing_moe, dbrx, "):
         export_hf(tmp_path / "checkpoint", tmp_path / "out", "gpt2")
     assert not (tmp_path / "out").exists()
 

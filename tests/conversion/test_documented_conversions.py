@@ -1,5 +1,6 @@
 """The conversions that the pages show run, in the order of the pages, on tiny models under the names of large ones."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,13 @@ def test_documented_conversions_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     for name, family in (PUBLISHED | TRAINED).items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
-        hf = write_hf(Path(name if name in PUBLISHED else f"{family}-hf"), family, family_config(family))
+        cfg = family_config(family)
+        cfg = replace(cfg, moe=replace(cfg.moe, expert_hidden_size=24))  # rows of 16 bytes in BF16
+        hf = write_hf(Path(name if name in PUBLISHED else f"{family}-hf"), family, cfg)
         if name in TRAINED:
             import_hf(hf, Path(name))
     for words in shown:
         assert main(["convert", *words]) == 0, words
     for page, code in blocks("python"):
-        if page == "conversion.md":
+        if page == "conversion.md" and "import moefoundry" in code:
             exec(compile(code, page, "exec"), {})

@@ -22,7 +22,7 @@ from moefoundry.config.spec import plain
 from tests.config.mutations import Mutation, mutations
 from tests.distributed import run_distributed
 
-COUNT, FEWER = 1_000, 60
+COUNT, FEWER = 1_000, 120
 NUMBERS = count()
 SMALL = ("callbacks.report={max_new_tokens: 2, prompt: def}", "ema={evaluate: true}", "global_train_batch_size=4")
 MORE = ("model.n_layers=2", "precision.compute=bf16_emulated", "loggers.tensorboard={}", "save_keep_every=2ba")
