@@ -71,6 +71,7 @@ def test_compiled_parts_compute_the_same(mode: str) -> None:
     run_distributed(compare, 1, mode, "aot_eager")
 
 
+@pytest.mark.slow
 def test_compiled_parts_compute_the_same_on_a_mesh() -> None:
     run_distributed(compare, 2, "selective", "aot_eager", True)
 

@@ -49,6 +49,7 @@ SLOW_MESHES = [
     (1, 4, 1, None),
     (1, 4, 2, None),
     (1, 4, 4, None),
+    (1, 4, 4, 2),
 ]
 """Those of 8 ranks, and of 2 and 4 those whose parts others have, too."""
 STEPS = 3

@@ -105,6 +105,7 @@ def test_row4_mid_epoch_other_ranks_read_the_same_samples_in_each_global_batch(
         assert read(ranks, f"load_path={tmp_path / '2-0' / 'checkpoints' / 'ba2'}") == expected[2:], ranks
 
 
+@pytest.mark.slow
 def test_row27_a_resume_of_a_resume_and_a_second_resume_are_the_same_run(tiny_recipe: Tiny, tmp_path: Path) -> None:
     """Bit for bit, with experts that two ranks share."""
     steps = ("max_duration=8ba", "save_interval=2ba", "save_num_checkpoints_to_keep=-1", on((1, 2, 2)))

@@ -682,7 +682,9 @@ def test_imported_weights_may_be_balanced_by_a_bias(tiny_overrides: Callable[...
     assert 0 < bias.abs().max().item() <= 0.021
 
 
-@pytest.mark.parametrize("family", [pytest.param("mixtral", marks=pytest.mark.slow), "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=pytest.mark.slow) for family in ("mixtral", "deepseek_v3")]
+)
 def test_the_whole_way(tiny_overrides: Callable[..., list[str]], tmp_path: Path, family: str) -> None:
     """Imported, trained on a mesh of every axis, exported: transformers computes our loss with the trained weights."""
     cfg = replace(family_config(family, mtp_depth=1 if family == "deepseek_v3" else 0), vocab_size=384)

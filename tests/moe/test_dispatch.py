@@ -162,7 +162,14 @@ def test_the_local_dispatcher_has_nothing_to_send_in_chunks() -> None:
     assert experts.received == [TOKENS * TOP_K]
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("one_hop", 2), ("one_hop", 4), ("two_hop", 2), ("two_hop", 4)])
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [
+        ("one_hop", 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("one_hop", 4), ("two_hop", 2))),
+        ("two_hop", 4),
+    ],
+)
 def test_row17_experts_on_ranks_equal_slot_by_slot(kind: str, ranks: int) -> None:
     results = run_distributed(on_ranks, ranks, kind, ROUTINGS)
     for index, routing in enumerate(ROUTINGS):

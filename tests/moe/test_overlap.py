@@ -102,7 +102,9 @@ def test_the_host_waits_once_a_layer(mesh: str, fp8: Fp8Recipe | None) -> None:
     ("mesh", "forward", "backward"),
     [
         ("one_hop", 4, 3),  # counts; slots and rows; results; then the gradients of all but the counts
-        ("two_hop", 7, 6),  # counts; slots and rows, twice; results, twice; then gradients
+        pytest.param(
+            "two_hop", 7, 6, marks=pytest.mark.slow
+        ),  # counts; slots and rows, twice; results, twice; then gradients
     ],
 )
 def test_selective_checkpointing_exchanges_nothing_again(mesh: str, forward: int, backward: int) -> None:

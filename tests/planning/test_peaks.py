@@ -70,7 +70,7 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("mesh", SAMPLE)
+@pytest.mark.parametrize("mesh", ["one", "experts", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_sample_peaks_as_planned(mesh: str) -> None:
     replicate, shard, _ = MESHES[mesh]
     recipes = [recipe_of(name, mesh, mode, precision) for name, mode, precision in SAMPLE[mesh]]

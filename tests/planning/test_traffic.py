@@ -82,7 +82,9 @@ def test_a_step_sends_what_is_planned(mesh):
     check([recipe_of(mesh, *way) for way in ways])
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((1, 4, 2), marks=pytest.mark.slow), (2, 2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((1, 4, 2), (2, 2, 2))], ids=str
+)
 def test_gradients_are_scattered_after_each_micro_batch_and_summed_after_the_last_which_may_be_smaller(mesh):
     micro_batch = "device_train_microbatch_size=2"
     check([recipe_of(mesh, micro_batch, MODES[-1], sequences=sequences) for sequences in (4, 3)])

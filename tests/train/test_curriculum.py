@@ -72,7 +72,7 @@ def test_the_learning_rate_goes_by_the_tokens_that_were_read(whole: Run) -> None
     assert rates[max(rates)] == pytest.approx(1e-3, rel=0.2), "the end of the cosine"
 
 
-@pytest.mark.parametrize("batch", [5, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (6, 7)), 10])
+@pytest.mark.parametrize("batch", [5, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (6, 7, 10))])
 def test_a_resumed_run_is_the_run_that_never_stopped(staged: Tiny, tmp_path: Path, whole: Run, batch: int) -> None:
     """To every digit, before a border, at it and behind it."""
     workers = f"train_loader.num_workers={batch % 2}"

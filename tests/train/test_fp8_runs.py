@@ -54,6 +54,7 @@ def test_a_resume_on_the_same_mesh_has_the_same_bits(tiny_recipe: Tiny, tmp_path
     ("ranks", "mesh"),
     [(1, "mesh={shard: 1}"), pytest.param(2, "mesh={replicate: 2, shard: 1}", marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_a_resume_on_another_mesh_stays_within_the_noise_of_quantization(
     tiny_recipe: Tiny, tmp_path: Path, whole: Run, ranks: int, mesh: str
 ) -> None:

@@ -128,9 +128,16 @@ def watched(recipe: Recipe, fault: Callable[[], None]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fault", "named", "unnamed"),
     [
-        (infinite_loss, "batch 3: not finite: loss total, z of rank 1. ", "gradients"),
+        pytest.param(
+            infinite_loss, "batch 3: not finite: loss total, z of rank 1. ", "gradients", marks=pytest.mark.slow
+        ),
         (nan_loss, "batch 3: not finite: gradients of model.lm_head.weight, model.norm.weight, ", "no gradient"),
-        (infinite_gradient, f"batch 3: not finite: gradients of {WEIGHT} on rank 1. ", "loss"),
+        pytest.param(
+            infinite_gradient,
+            f"batch 3: not finite: gradients of {WEIGHT} on rank 1. ",
+            "loss",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_row18_all_ranks_stop_before_the_update(

@@ -67,6 +67,7 @@ def test_frozen_routers_keep_their_bias(whole: Run, base: Path) -> None:
         assert torch.equal(before.read(name), after.read(name))
 
 
+@pytest.mark.slow
 def test_resumed_to_the_last_bit(whole: Run, tiny_recipe: Tiny, base: Path, tmp_path: Path) -> None:
     """From its own checkpoint, and the base, which has been moved into a store."""
     shutil.copytree(whole.run_dir, tmp_path / "run")

@@ -69,7 +69,7 @@ def fixed_size(tiny_recipe: Tiny, tmp_path_factory: pytest.TempPathFactory) -> C
     [
         ((EXPERTS, JITTER), (1,), "forward"),
         pytest.param((EXPERTS, JITTER), (0,), "backward", marks=pytest.mark.slow),
-        ((SHARDS, "activation_checkpointing=full"), (0, 1), "backward"),
+        pytest.param((SHARDS, "activation_checkpointing=full"), (0, 1), "backward", marks=pytest.mark.slow),
         pytest.param((COPIES,), (1,), "backward", marks=pytest.mark.slow),
     ],
     ids=["experts-forward", "experts-backward", "shards-both-ranks", "copies"],
@@ -103,6 +103,7 @@ def test_it_halves_until_memory_lasts_and_a_resumed_run_keeps_the_size(tiny_reci
     assert "device_train_microbatch_size: auto is 1\n" in resumed.err
 
 
+@pytest.mark.slow
 def test_after_the_trial_the_run_ends_and_the_next_start_takes_half(tiny_recipe: Tiny, tmp_path: Path) -> None:
     """Memory ends in the fifth batch, on one of two ranks."""
     recipe = tiny_recipe(tmp_path, *STEPS, "max_duration=5ba", "save_interval=4ba", EXPERTS, AUTO, "autoresume=true")
@@ -140,6 +141,7 @@ def test_each_stage_has_its_size(tiny_recipe: Tiny, tmp_path: Path) -> None:
     assert [stage.device_train_microbatch_size for stage in kept.values()] == [1, 2, 2]
 
 
+@pytest.mark.slow
 def test_without_room_for_one_sequence_the_run_ends(tiny_recipe: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^batch 1: memory ended on rank 1"):
         run_recipe(tiny_recipe(tmp_path, *STEPS, EXPERTS, AUTO), 2, partial(little_memory, 0, (1,), "forward"))

@@ -87,6 +87,7 @@ def test_resumes_bit_for_bit(tiny_recipe: Tiny, tmp_path: Path, narrow: Run) -> 
     assert "moments" not in resumed.err
 
 
+@pytest.mark.slow
 def test_resumes_on_another_mesh(tiny_recipe: Tiny, tmp_path: Path, narrow: Run) -> None:
     """The same random bits: only gradients are summed in another order."""
     resumed = run_recipe(tiny_recipe(tmp_path, *STEPS, STOCHASTIC, from_batch_3(narrow)))

@@ -143,6 +143,7 @@ def test_fork_a_run(tiny_recipe: Tiny, tmp_path: Path, first: Seen) -> None:
     assert moved[0] < 3e-5 < 1e-3 < moved[1]
 
 
+@pytest.mark.slow
 def test_extending_a_run_says_what_becomes_of_the_rate(tiny_recipe: Tiny, tmp_path: Path) -> None:
     cosine = ("scheduler={name: cosine_with_warmup, t_warmup: 1ba, alpha_f: 0.1}", "autoresume=true")
     ended = run(tiny_recipe(tmp_path, *cosine, "max_duration=3ba", "eval_interval=2ba"))

@@ -68,6 +68,7 @@ def test_report_and_the_command_it_prints(
     assert "ba8" in run.checkpoints()
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_is_resumed_only_reports(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, REPORT, "autoresume=true", "eval_interval=2ba")
     first = run_recipe(recipe)

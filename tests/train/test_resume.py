@@ -145,6 +145,7 @@ def without_data_position() -> None:
 
 @pytest.mark.parametrize("world_size", [1], indirect=True, scope="module")
 @pytest.mark.parametrize("broken", [without_optimizer_state, without_data_position])
+@pytest.mark.slow
 def test_what_is_left_out_shows(
     tiny_recipe: Tiny, tmp_path: Path, whole: Run, world_size: int, broken: Callable[[], None]
 ) -> None:

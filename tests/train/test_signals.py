@@ -122,6 +122,7 @@ def test_row19_loader_processes_leave_signals_to_their_rank(
     assert finished(tmp_path).checkpoints() == ["ba3"]
 
 
+@pytest.mark.slow
 def test_row19_a_signal_in_the_last_batch_stops_nothing(tiny_overrides: Overrides, tmp_path: Path) -> None:
     arguments = tiny_overrides(tmp_path, *STEPS)
     ((status, out, err),) = run_distributed(train_with_signals, 1, arguments, [signal.SIGTERM], 6, False)

@@ -75,6 +75,7 @@ def alone(recipe: Tiny, whole: Run, tmp_path_factory: pytest.TempPathFactory) ->
     return run_recipe(recipe(tmp_path_factory.mktemp("alone"), *changes), 1)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_run_that_never_stopped(recipe: Tiny, tmp_path: Path, whole: Run) -> None:
     """In the middle of the second epoch, to every digit, losses and tokens of each source."""
     resumed = run_recipe(recipe(tmp_path, checkpoint(whole, 8)), 2)

@@ -133,6 +133,7 @@ def ignore_many_labels() -> None:
     TokenDataset.get_item = with_ignored  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_each_target_counts_once_however_unevenly_they_lie(tiny_recipe: Tiny, tmp_path: Path) -> None:
     def train(world_size: int, micro_batch: int) -> dict[str, list[float]]:
         changes = ["model.moe.balance={aux_loss_weight: 0.0, z_loss_weight: 0.0}", "eval_interval=2ba"]

@@ -186,7 +186,7 @@ def test_what_depends_on_micro_batches_is_not_said_to_be_tried(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("plant", "claim"),
     [
-        (counted_twice, "balance and z-loss are what they are defined to be"),
+        pytest.param(counted_twice, "balance and z-loss are what they are defined to be", marks=pytest.mark.slow),
         (counted_again_when_recomputed, "losses do not depend on micro-batches or recomputation"),
     ],
 )

@@ -20,6 +20,10 @@ def command(run: Path, overrides: tuple[str, ...]) -> int:
     recipe, perhaps with other values, and every module is looked at; nothing is trained and nothing of RUN changes.
     For several ranks: composer -n N -m moefoundry replay RUN; on another number of ranks: mesh.shard=-1.
     """
+    from moefoundry.config import UserError
+
+    if not run.is_dir():
+        raise UserError(f"{run}: no such directory; name the directory of a run")
     join_world(os.environ)
 
     from moefoundry.replay import replay

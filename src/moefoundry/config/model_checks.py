@@ -178,7 +178,7 @@ def _blocks_of_megablocks(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 def _rows_of_deepep(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     compute = recipe.precision.compute
     if recipe.model.moe.dispatcher == Dispatcher.deepep and compute != Compute.bf16:
-        message = f"model.moe.dispatcher=deepep moves BF16, but precision.compute is {compute}"
+        message = f"deepep moves BF16, but precision.compute is {compute}"
         yield Problem("model.moe.dispatcher", message, "all_to_all", suggestion="precision.compute=bf16")
 
 
