@@ -43,6 +43,7 @@ MESHES = [mesh for world_size in (1, 2, 4) for mesh in meshes_of(world_size)]
 SLOW_MESHES = [
     *meshes_of(8),
     (1, 2, 1, None),
+    (1, 2, 2, None),
     (2, 1, 1, None),
     (2, 2, 1, None),
     (4, 1, 1, None),
@@ -52,7 +53,7 @@ SLOW_MESHES = [
     (1, 4, 4, 2),
 ]
 """Those of 8 ranks, and of 2 and 4 those whose parts others have, too."""
-STEPS = 3
+STEPS = 2
 SEQUENCES, LENGTH = 16, 16
 SEED = 5
 DRAWN_BYTES = 3 * 16 * 32 * 4  # weights are drawn slice by slice; the largest slice is one expert's matrix

@@ -56,6 +56,7 @@ def size(mesh: Mesh) -> int:
         if a != b
     ],
 )
+@pytest.mark.slow
 def test_row3_the_next_losses_are_those_of_the_uninterrupted_run(
     tiny_recipe: Tiny, tmp_path: Path, whole: Callable[[Mesh], Run], saved_on: Mesh, resumed_on: Mesh
 ) -> None:

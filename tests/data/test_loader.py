@@ -183,6 +183,7 @@ def test_evaluation_counts_every_sample_once_on_any_number_of_ranks(corpus: Path
     assert sorted(everything) == sorted(itertools.chain(*run_distributed(counted, 1, config, 3)[0]))
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_one_number_on_any_number_of_ranks(
     tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

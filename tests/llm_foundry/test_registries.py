@@ -37,6 +37,7 @@ MPT = recipes.mpt(
     loss_fn="torch_crossentropy",
     additional_train_metrics=["exact_cross_entropy"],
 )
+pytestmark = pytest.mark.slow  # LLM Foundry trains and evaluates two models
 MODELS = {"mpt": MPT, "ours": OURS}
 
 

@@ -70,7 +70,7 @@ SAMPLE = {
 }
 
 
-@pytest.mark.parametrize("mesh", ["one", "experts", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mesh", ["one", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("experts", "fsdp"))])
 def test_a_sample_peaks_as_planned(mesh: str) -> None:
     replicate, shard, _ = MESHES[mesh]
     recipes = [recipe_of(name, mesh, mode, precision) for name, mode, precision in SAMPLE[mesh]]

@@ -68,6 +68,7 @@ def test_a_search_nears_the_best_and_goes_on(tmp_path: Path, trainer: Callable[[
     assert search(sweep, axes, 16, how, lambda trial: ["/nowhere"], 1, silent)[0] == trials, "nothing more is started"
 
 
+@pytest.mark.slow
 def test_hopeless_trials_are_pruned(
     tmp_path: Path, trainer: Callable[[Trial], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,7 @@ def train_on_a_full_disk(arguments: list[str], file: str | None) -> tuple[int, s
 @pytest.mark.parametrize(
     "in_background", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in the background", "waiting"]
 )
+@pytest.mark.slow
 def test_row26_a_full_disk_ends_the_run_and_the_last_checkpoint_is_gone_on_from(
     tiny_overrides: Overrides, tiny_recipe: Callable[..., Recipe], tmp_path: Path, in_background: bool
 ) -> None:

@@ -230,6 +230,7 @@ def error_of(recipe: Recipe) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_row14_a_late_rank_ends_all_and_the_collective_is_named(tiny_recipe: Tiny, tmp_path: Path) -> None:
     recipe = tiny_recipe(tmp_path, *STEPS, "dist_timeout=2", "mesh={replicate: 1, shard: 2, expert: 2}")
     first, late = run_distributed(error_of, 2, recipe)

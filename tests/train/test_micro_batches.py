@@ -129,6 +129,7 @@ def test_one_rank_repeats_any_batch_and_earlier_ones_stay(tiny_recipe: Tiny, tmp
     assert run_recipe(tiny_recipe(tmp_path / "rest", *steps, load, f"{KEY}=4")).exact(5) == run.exact(5)
 
 
+@pytest.mark.slow
 def test_each_stage_has_its_size(tiny_recipe: Tiny, tmp_path: Path) -> None:
     """The first stage has its own, and memory ends in the second."""
     stages = f"curriculum={{first: {{until: 2ba, {KEY}: 1}}, second: {{until: 4ba, {KEY}: auto}}, third: {{}}}}"

@@ -115,6 +115,7 @@ def kill_in_batch_9() -> None:
 
 
 @TWO_RANKS
+@pytest.mark.slow
 def test_a_killed_run_resumes_by_itself(tiny_recipe: Tiny, tmp_path: Path, whole: Run, world_size: int) -> None:
     recipe = tiny_recipe(tmp_path, *STEPS, "autoresume=true", "save_async=false")  # no save is in flight in batch 9
     with pytest.raises(RankError, match=f"rank {world_size - 1} ended with exit status -9"):
