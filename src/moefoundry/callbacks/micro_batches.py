@@ -20,15 +20,13 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
+from moefoundry.callbacks.step_start import StepStart
 from moefoundry.config import UserError
 from moefoundry.config.curriculum import Stage, stage_at
 from moefoundry.retry import (
     MemoryEndedError,
     can_forget,
-    forget_step,
-    generator_states,
     left_together,
-    restore_generators,
 )
 
 T = TypeVar("T")
@@ -87,15 +85,13 @@ class MicroBatches(Callback):
         assert self._stage is not None, "the batch has begun"
         if self._stage.name not in self.sizes:
             return train_batch()
-        batch, generators = state.batch, generator_states()
+        start = StepStart(state)
         while True:
             try:
                 return train_batch()
             except MemoryEndedError as ended:
                 said = str(ended)
-            state.batch, state.outputs, state.loss = batch, [], []
-            restore_generators(generators)
-            forget_step(state.model)
+            start.restore(state)
             self._halve(state, said)
 
     @contextmanager

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moefoundry.callbacks.health import NonFiniteError
+from moefoundry.callbacks.step_start import StepStart
 from moefoundry.checkpoint.save import Saver
 from moefoundry.checkpoint.state import RunState
 from moefoundry.checkpoint.store import CheckpointStore
 from moefoundry.config import UserError
-from moefoundry.retry import forget_step, generator_states, restore_generators
 
 T = TypeVar("T")
 DIRECTORY = "nonfinite"
@@ -86,14 +86,12 @@ class NonFiniteSearch(Callback):
         """
         if self.replays:
             raise ReplayedError(self._search(state, train_batch))
-        batch, generators = state.batch, generator_states()
+        start = StepStart(state)
         try:
             return train_batch()
         except NonFiniteError as error:
             said = str(error)
-        state.batch, state.outputs, state.loss = batch, [], []
-        restore_generators(generators)
-        forget_step(state.model)
+        start.restore(state)
         saved = self._save(state)
         try:
             first = self._search(state, train_batch)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
+NARROW = (torch.bfloat16, torch.float16)
+"""Dtypes that these kernels take."""
+
 _fused = False
 
 

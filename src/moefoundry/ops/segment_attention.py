@@ -20,10 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moefoundry.ops.kernel_choice import fused_kernels
+from moefoundry.ops.kernel_choice import NARROW, fused_kernels
 
 aten = torch.ops.aten
-NARROW = (torch.bfloat16, torch.float16)
 LARGEST_WIDTH, WIDTH_MULTIPLE = 256, 8
 CAPABILITY = (8, 0)
 

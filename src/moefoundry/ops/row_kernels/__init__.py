@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
-from moefoundry.ops.kernel_choice import fused_kernels
+from moefoundry.ops.kernel_choice import NARROW, fused_kernels
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-NARROW = (torch.bfloat16, torch.float16)
 
 
 def row_kernels(x: Tensor) -> ModuleType | None:
