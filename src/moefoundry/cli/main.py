@@ -24,7 +24,7 @@ COMMANDS = {
     "data": "Look at prepared data.",
     "doctor": "Check this machine: GPUs, versions, space, limits, an all-reduce.",
     "estimate": "Time of a step and length of a run on N devices.",
-    "eval": "Run code tasks with a checkpoint.",
+    "eval": "Score a checkpoint: tasks, held-out data, code, lm-evaluation-harness.",
     "explain": "Meaning of a key of a recipe.",
     "generate": "Continue a prompt with a checkpoint.",
     "init": "Write a commented recipe to start from.",
