@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.fp8.deep_gemm import in_tiles
 from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
 from moefoundry.ops.fp8.formats import QuantizedTensor, Tile
 from moefoundry.ops.fp8.quantization import quantize_rows_once, remember_rows
@@ -45,12 +47,25 @@ def fp8_mixture(
         hidden: Activation, and biases of gate and up.
         backend: The backend to use; None chooses by device.
     """
+    weights = gate_EFD, up_EFD, down_EDF
+    if backend is not Backend.DEEPGEMM:
+        return _mix(tokens_PD, weights_PK, weights, order, hidden, backend)
+    tokens_PD, weights_PK = (F.pad(each, (0, 0, 0, 1)) for each in (tokens_PD, weights_PK))
+    return _mix(tokens_PD, weights_PK, weights, in_tiles(order, len(tokens_PD) - 1), hidden, backend)[:-1]
+
+
+def _mix(
+    tokens_PD: Tensor,
+    weights_PK: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    order: RowOrder,
+    hidden: HiddenLayer,
+    backend: Backend | None,
+) -> Tensor:
     rows_RD = _FromTokens.apply(tokens_PD, order)
     out_RD = fp8_feed_forward(
         rows_RD,
-        gate_EFD,
-        up_EFD,
-        down_EDF,
+        *weights,
         order.tokens_per_expert_E,
         permute_slots(weights_PK, order),
         hidden,
