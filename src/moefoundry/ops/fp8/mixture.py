@@ -47,32 +47,24 @@ def fp8_mixture(
         hidden: Activation, and biases of gate and up.
         backend: The backend to use; None chooses by device.
     """
-    weights = gate_EFD, up_EFD, down_EDF
-    if backend is not Backend.DEEPGEMM:
-        return _mix(tokens_PD, weights_PK, weights, order, hidden, backend)
-    tokens_PD, weights_PK = (F.pad(each, (0, 0, 0, 1)) for each in (tokens_PD, weights_PK))
-    return _mix(tokens_PD, weights_PK, weights, in_tiles(order, len(tokens_PD) - 1), hidden, backend)[:-1]
-
-
-def _mix(
-    tokens_PD: Tensor,
-    weights_PK: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor],
-    order: RowOrder,
-    hidden: HiddenLayer,
-    backend: Backend | None,
-) -> Tensor:
+    num_tokens = len(tokens_PD)
+    if backend is Backend.DEEPGEMM:
+        order = in_tiles(order, num_tokens)
+        tokens_PD, weights_PK = (F.pad(each, (0, 0, 0, 1)) for each in (tokens_PD, weights_PK))
     rows_RD = _FromTokens.apply(tokens_PD, order)
     out_RD = fp8_feed_forward(
         rows_RD,
-        *weights,
+        gate_EFD,
+        up_EFD,
+        down_EDF,
         order.tokens_per_expert_E,
         permute_slots(weights_PK, order),
         hidden,
         backend,
         rows=gather_quantized(quantize_rows_once(tokens_PD, backend), order),
     )
-    return _SumRows.apply(out_RD, order, backend)
+    mixed_PD = _SumRows.apply(out_RD, order, backend)
+    return mixed_PD if len(mixed_PD) == num_tokens else mixed_PD[:num_tokens]
 
 
 def gather_quantized(x: QuantizedTensor, order: RowOrder) -> QuantizedTensor:
