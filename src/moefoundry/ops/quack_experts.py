@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
 from inspect import signature
 from typing import Any
 
@@ -57,6 +58,7 @@ def obstacle(tokens_TD: Tensor, hidden_size: int) -> str:
     return missing() if capability[0] == MAJOR else f"it is for compute capability {MAJOR}.x, not {capability}"
 
 
+@cache
 def missing() -> str:
     """Say why the package cannot be used; empty if it can."""
     if importlib.util.find_spec(MODULE.split(".")[0]) is None:
