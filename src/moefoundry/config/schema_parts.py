@@ -81,7 +81,9 @@ class Fp8Config:
         "head and the gates stay so in any case.",
     )
     backend: Fp8Backend | None = key(
-        None, "What runs the FP8 products; null takes the kernels where they can run, deepgemm needs the package."
+        None,
+        "What runs the FP8 products; null takes the kernels where they can run; deepgemm is for those of experts, and "
+        "needs the package of that name.",
     )
 
 
