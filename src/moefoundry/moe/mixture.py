@@ -26,13 +26,12 @@ BACKEND_KEY = "model.moe.backend"
 
 
 class Mixture(Protocol):
-    """A mixture backend. It may also have ``obstacle``, see :func:`check_backend`.
+    """A mixture backend. It may also have ``obstacle``, see :func:`check_backend`."""
 
-    Attributes:
-        takes_hidden: True if it takes ``hidden``; one without this attribute computes plain SwiGLU without biases.
-    """
-
-    takes_hidden: bool
+    @property
+    def takes_hidden(self) -> bool:
+        """True if it takes ``hidden``; one without this attribute computes plain SwiGLU without biases."""
+        ...
 
     def __call__(
         self,
