@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 OURS = {"moefoundry", "benchmarks", "tests"}
 PEERS = {"liger_kernel", "vllm"}  # compared with in benchmarks/gpu and tests, on machines that have them
 # used where their users have installed them: large, or of old pins
-PROVIDED_FOR = {"comet_ml", "deep_gemm", "fla", "lm_eval", "megablocks", "mkdocs", "quack", "ray"}
+PROVIDED_FOR = {"comet_ml", "cutlass", "deep_gemm", "fla", "lm_eval", "megablocks", "mkdocs", "quack", "ray"}
 NOT_LOCKED = {
     "flash-linear-attention": "kernels for GPUs alone",
     "quack-kernels": "kernels for GPUs alone, on 250 MB of a compiler",

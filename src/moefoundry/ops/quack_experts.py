@@ -36,7 +36,7 @@ from moefoundry.ops.permute import RowOrder
 
 PACKAGE, MODULE = "quack-kernels", "quack.gemm_interface"
 MAJOR = 9
-"""Of the compute capability for which the calls have been compiled."""
+"""First number of the compute capability for which the calls have been compiled."""
 ALIGNMENT = 8  # elements; rows are multiples of 16 bytes
 CALLS = {
     "gemm": {"cu_seqlens_m", "cu_seqlens_k", "A_idx", "concat_layout", "out", "tuned"},

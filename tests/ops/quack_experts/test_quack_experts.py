@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from inspect import signature
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from moefoundry.moe.mixture import build_mixture, check_backend
 from moefoundry.ops import quack_experts
 from moefoundry.ops.swiglu import Activation
 from moefoundry.planning.ffn_stages import moe_stages
+from tests.ops.compiling import inspect
 from tests.ops.fused_experts import checks as of_kernels
 from tests.ops.quack_experts import checks, stand_in
 
@@ -93,9 +95,17 @@ def test_a_package_that_is_not_there_or_another_is_named(monkeypatch: pytest.Mon
     assert missing() == ""
 
 
+def cubin_in(library: bytes) -> bytes:
+    """The machine code, an ELF file for CUDA inside of one for the host."""
+    starts = (match.start() for match in re.finditer(rb"\x7fELF", library))
+    return next(
+        library[start:] for start in starts if int.from_bytes(library[start + 18 : start + 20], "little") == 190
+    )
+
+
 @needs_package
 def test_the_package_has_these_signatures_and_compiles_these_calls(tmp_path: Path) -> None:
-    """Forward and backward on fake tensors: QuACK compiles each of the six products for compute capability 9.0."""
+    """Forward and backward on fake tensors; six products for compute capability 9.0, on tensor cores, none spills."""
     environment = os.environ | {"QUACK_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a", "QUACK_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.ops.quack_experts.real_package", str(PLACE)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -105,7 +115,13 @@ def test_the_package_has_these_signatures_and_compiles_these_calls(tmp_path: Pat
         assert parameters == list(signature(getattr(stand_in, name)).parameters), name
     assert found["lacking"] == ""
     assert found["calls"] == ["gemm_gated", "gemm", "gemm_dgated", "gemm", "gemm", "gemm"]
-    assert len([*tmp_path.rglob("*.o")]) == 6
+    codes = [cubin_in(file.read_bytes()) for file in tmp_path.rglob("*.o")]
+    kernels = [inspect(SimpleNamespace(asm={"cubin": code}, metadata=SimpleNamespace(shared=0))) for code in codes]
+    assert len(kernels) == 6
+    for kernel in kernels:
+        assert kernel["stack"] == 0, "it spills"
+        assert kernel["tensor cores"] == "HGMMA"
+        assert "TMA" in kernel["copies"]
 
 
 @pytest.mark.gpu

@@ -32,7 +32,7 @@ from moefoundry.ops.sizes import TILE
 
 PACKAGE, PRODUCT = "deep_gemm", "m_grouped_fp8_gemm_nt_contiguous"
 MAJOR = 9
-"""Of the compute capability whose layout of scales this is."""
+"""First number of the compute capability whose layout of scales this is."""
 ALIGNMENT = 16
 """Values of a whole number of 16 bytes, which a row must have."""
 
