@@ -6,15 +6,15 @@ that is not met is an assertion.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from moefoundry.ops.permute import RowOrder, sum_of_rows
 
 
 @dataclass(frozen=True)
@@ -177,11 +177,16 @@ def _interleaved(operand: Tensor) -> Tensor:
     return operand.unflatten(dim, (2, -1)).transpose(dim, dim + 1).flatten(dim, dim + 1)
 
 
-def install() -> None:
-    """Let ``import quack`` find this module's functions in this process."""
+def package() -> dict[str, ModuleType]:
+    """Make the modules that ``import quack`` is to find, by name."""
     package, interface, config = (ModuleType(name) for name in ("quack", "quack.gemm_interface", "quack.gemm_config"))
     package.__spec__ = ModuleSpec("quack", None)
-    functions: dict[str, Any] = {"gemm": gemm, "gemm_gated": gemm_gated, "gemm_dgated": gemm_dgated}
-    interface.__dict__.update(functions)
+    interface.__dict__.update(gemm=gemm, gemm_gated=gemm_gated, gemm_dgated=gemm_dgated)
     config.GemmConfig = GemmConfig
-    sys.modules |= {module.__name__: module for module in (package, interface, config)}
+    return {module.__name__: module for module in (package, interface, config)}
+
+
+def sum_rows(rows_ND: Tensor, order: RowOrder, row_weights_N: Tensor | None = None) -> Tensor:
+    """What the kernel of that name computes."""
+    weighted_ND = rows_ND if row_weights_N is None else rows_ND * row_weights_N.unsqueeze(1)
+    return sum_of_rows(weighted_ND, order).to(rows_ND.dtype)

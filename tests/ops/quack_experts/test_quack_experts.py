@@ -11,27 +11,31 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from moefoundry.config import ModelConfig, MoEConfig, UserError
 from moefoundry.moe.mixture import build_mixture, check_backend
 from moefoundry.ops import quack_experts
+from moefoundry.ops.permute import order_by_expert
 from moefoundry.ops.swiglu import Activation
 from moefoundry.planning.ffn_stages import moe_stages
 from tests.ops.compiling import inspect
-from tests.ops.fused_experts import checks as of_kernels
-from tests.ops.quack_experts import checks, stand_in
+from tests.ops.fused_experts.checks import check_equal_to_float64, check_no_rows, routed
+from tests.ops.quack_experts import stand_in
 
 PLACE = Path(os.environ.get("MOEFOUNDRY_QUACK", "/nowhere"))
 needs_package = pytest.mark.skipif(
     not (PLACE / "quack").is_dir(), reason="MOEFOUNDRY_QUACK names no directory with QuACK in it"
 )
+CUDA = 190
+"""Number of a CUDA machine in the head of an ELF file."""
 CASES = [
     pytest.param((37, 40, 24, 5, 2), 0.0, 1.0, id="odd"),
     pytest.param((24, 16, 8, 6, 1), 2.0, 1.0, id="top-1, empty experts"),
@@ -41,25 +45,54 @@ CASES = [
 ]
 
 
+@pytest.fixture
+def on_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in stand_in.package().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(quack_experts, "sum_rows", stand_in.sum_rows)
+
+
+def mix(*operands: Any) -> Tensor:
+    """Call it without the last argument, the hidden layer, which is the plain one."""
+    return quack_experts.quack_experts(*operands[:-1])
+
+
+@pytest.mark.usefixtures("on_stand_in")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("shape", "skew", "keep"), CASES)
-def test_on_a_stand_in(
-    interpreter: ProcessPoolExecutor,
-    dtype: torch.dtype,
-    shape: tuple[int, int, int, int, int],
-    skew: float,
-    keep: float,
-) -> None:
-    interpreter.submit(checks.check_equal_to_float64, dtype, shape, skew, keep).result()
+def test_on_a_stand_in(dtype: torch.dtype, shape: tuple[int, int, int, int, int], skew: float, keep: float) -> None:
+    check_equal_to_float64("cpu", dtype, shape, skew, keep, mix=mix)
 
 
-def test_kept_are_the_up_projections_and_the_routing(interpreter: ProcessPoolExecutor) -> None:
-    rows, hidden, experts = 64 * 2, 24, 4
-    kept = interpreter.submit(checks.bytes_kept, 64, 40, hidden, experts, 2).result()
-    assert kept == 2 * rows * 2 * hidden + 4 * rows + 4 * rows + 4 * (experts + 1)
-    moe = MoEConfig(num_experts=experts, top_k=2, expert_hidden_size=hidden, backend="quack", num_shared_experts=0)
-    *of_rows, _ = moe_stages(ModelConfig(vocab_size=64, d_model=40, n_layers=1, moe=moe), 2, 1, False, rows / experts)
-    assert 64 * sum(stage.saved for stage in of_rows) == kept - 4 * (experts + 1)
+@pytest.mark.usefixtures("on_stand_in")
+def test_no_tokens() -> None:
+    check_no_rows("cpu", quack_experts.quack_experts)
+
+
+@pytest.mark.usefixtures("on_stand_in")
+def test_kept_are_the_up_projections_and_the_routing() -> None:
+    tokens, width, hidden, experts, top_k = 64, 40, 24, 4, 2
+    rows = tokens * top_k
+    order = order_by_expert(routed(tokens, experts, top_k), experts)
+    shapes = (tokens, width), (tokens, top_k), *[(experts, hidden, width)] * 2, (experts, width, hidden)
+    operands = [torch.randn(*shape, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        quack_experts.quack_experts(*operands, order)
+    for operand in operands:
+        kept.pop(operand.untyped_storage().data_ptr(), None)
+    of_starts = 4 * (experts + 1)
+    assert sum(kept.values()) == 2 * rows * 2 * hidden + 4 * rows + 4 * rows + of_starts
+    moe = MoEConfig(num_experts=experts, top_k=top_k, expert_hidden_size=hidden, backend="quack", num_shared_experts=0)
+    *of_rows, _ = moe_stages(
+        ModelConfig(vocab_size=64, d_model=width, n_layers=1, moe=moe), 2, 1, False, rows / experts
+    )
+    assert tokens * sum(stage.saved for stage in of_rows) == sum(kept.values()) - of_starts
 
 
 def test_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +168,4 @@ def test_the_package_has_these_signatures_and_compiles_these_calls(tmp_path: Pat
     ],
 )
 def test_on_a_gpu(shape: tuple[int, int, int, int, int], skew: float, keep: float) -> None:
-    of_kernels.check_equal_to_float64(
-        "cuda",
-        torch.bfloat16,
-        shape,
-        skew,
-        keep,
-        mix=lambda *operands: quack_experts.quack_experts(*operands[:-1]),
-    )
+    check_equal_to_float64("cuda", torch.bfloat16, shape, skew, keep, mix=mix)
