@@ -129,3 +129,26 @@ def test_a_copy_is_made_when_its_parameter_has_changed(monkeypatch: pytest.Monke
     assert model.norm.weight.dtype == torch.bfloat16
     assert model.layers[1].ffn.router.gate.weight.dtype == torch.float32
     assert {value.dtype for value in model.state_dict().values()} == {torch.float32}
+
+
+def test_copies_that_a_module_wants_adjacent_are_halves_of_one_tensor() -> None:
+    """Before and after a step; the gradients are those of copies that lie apart."""
+    from moefoundry.moe.experts import GroupedExperts
+    from moefoundry.ops.quack_experts import stacked
+
+    found = []
+    for adjacent in ((), ("gate_proj", "up_proj")):
+        model = build(CASES["tied"], None)
+        experts = [module for module in model.modules() if isinstance(module, GroupedExperts)]
+        for module in experts:
+            module.adjacent = adjacent
+        for step in range(2):
+            model(batch(seed=step), batch(seed=step)).total.backward()
+            for module in experts:
+                both = stacked(module.gate_proj, module.up_proj)
+                assert (both.data_ptr() == module.gate_proj.data_ptr()) == bool(adjacent)
+                assert torch.equal(both, torch.cat([module.gate_proj, module.up_proj], dim=1))
+            torch.optim.SGD(model.parameters(), lr=1.0).step()
+        found.append([parameter.grad for parameter in model.parameters()])
+    for apart, together in zip(*found, strict=True):
+        assert torch.equal(apart, together)

@@ -21,8 +21,9 @@ def run(figures: Figures, options: Options) -> None:
     for shape in fp8.SHAPES:
         figures.run(f"experts {shape}", experts, shape)
     for layer_shape in SHAPES:
-        case = Case(layer_shape, "grouped_mm", ROUTERS[0], "fp8")
-        figures.run(f"layer {case}", measure, case, options)
+        for precision in ("fp8", "fp8 by DeepGEMM"):
+            case = Case(layer_shape, "grouped_mm", ROUTERS[0], precision)
+            figures.run(f"layer {case}", measure, case, options)
     for shape in fp8.SHAPES:
         figures.run(f"products {shape}", products, shape)
 

@@ -12,7 +12,10 @@ from benchmarks.gpu.figures import Figures, Part
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import tflops, timed
 
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "mosaicml", "mosaicml-streaming")
+PACKAGES = (
+    *("torch", "triton", "transformers", "liger-kernel", "quack-kernels", "sgl-deep-gemm"),
+    *("mosaicml", "mosaicml-streaming"),
+)
 PRODUCT = 8192  # M, N and K
 PEAK_PART = "bf16 product"
 

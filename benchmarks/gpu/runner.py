@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.fastest import fastest
 from benchmarks.gpu.figures import write_json
 from benchmarks.gpu.gpu_tests import ROOT
 from benchmarks.gpu.steps import Options, Step
@@ -65,7 +66,7 @@ class Run:
             print((self.options.out / "table.md").read_text(), flush=True)
 
     def write(self) -> None:
-        """``gpu.json`` with all figures so far, and ``table.md``."""
+        """``gpu.json`` with all figures so far, ``fastest.json`` for the package, and ``table.md``."""
         for step in self.steps:
             path = self.options.out / f"{step.name}.json"
             if path.exists():
@@ -74,6 +75,7 @@ class Run:
         if versions:
             self.record["versions"] = versions
         write_json(self.options.out / "gpu.json", self.record)
+        write_json(self.options.out / "fastest.json", fastest(self.record))
         (self.options.out / "table.md").write_text(render([self.record]))
 
     def _run_step(self, step: Step, following: Step | None) -> None:

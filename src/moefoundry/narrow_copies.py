@@ -7,12 +7,14 @@ the gradient of each micro-batch is added to that of the parameter (6 bytes, the
 Parameters stay as they are, fp32 under their own names: so do optimizer, averages and checkpoints. A copy is an
 attribute of its module under the name of the parameter. Python finds it before the registered parameter, and
 ``forward`` reads it like that, also where the backward pass runs it again.
+
+A module may want copies to lie in one tensor, each a slice of its second dimension: it names them in ``adjacent``.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -55,13 +57,14 @@ class NarrowCopies:
         copies: dict[int, _Copy] = {}
         stale = []
         for module in self.modules:
+            places = _Places(module, self.dtype)
             for name, parameter in module._parameters.items():
                 if parameter is None:
                     continue
                 copy = copies.get(id(parameter))
                 if copy is None:
                     before = self._copies.get(id(parameter))
-                    copy = copies[id(parameter)] = self._copy(parameter, before)
+                    copy = copies[id(parameter)] = self._copy(parameter, before, partial(places.take, name))
                     if copy is not before:
                         stale.append(copy)
                 module.__dict__[name] = copy.tensor
@@ -70,16 +73,36 @@ class NarrowCopies:
             sources = [copy.parameter.detach() for copy in stale]
             torch._foreach_copy_([copy.tensor.detach() for copy in stale], sources)
 
-    def _copy(self, parameter: nn.Parameter, before: _Copy | None) -> _Copy:
-        """Return ``before`` if its values are those of ``parameter``, else a copy to be filled."""
+    def _copy(self, parameter: nn.Parameter, before: _Copy | None, place: Callable[[], Tensor]) -> _Copy:
+        """Return ``before`` if its values are those of ``parameter``, else a copy to be filled, if new in ``place``."""
         state = parameter.data_ptr(), parameter._version
         if before is not None and _alike(before.tensor, parameter):
             stepped = self._stepped and parameter.requires_grad
             return before if before.state == state and not stepped else _Copy(parameter, before.tensor, state)
-        tensor = torch.empty_like(parameter, dtype=self.dtype, requires_grad=parameter.requires_grad)
+        tensor = place().requires_grad_(parameter.requires_grad)
         if parameter.requires_grad:
             tensor.register_post_accumulate_grad_hook(partial(_add_gradient, parameter))
         return _Copy(parameter, tensor, state)
+
+
+class _Places:
+    """Memory of new copies of one module's parameters."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module, self.dtype = module, dtype
+        self.adjacent: tuple[str, ...] = getattr(module, "adjacent", ())
+        self._whole: Tensor | None = None
+
+    def take(self, name: str) -> Tensor:
+        """Give the memory of the parameter ``name``, of its shape."""
+        parameter = self.module._parameters[name]
+        assert parameter is not None
+        if name not in self.adjacent:
+            return torch.empty_like(parameter, dtype=self.dtype, requires_grad=False)
+        first, second, *rest = parameter.shape
+        if self._whole is None:
+            self._whole = parameter.new_empty(first, second * len(self.adjacent), *rest, dtype=self.dtype)
+        return self._whole.narrow(1, second * self.adjacent.index(name), second).detach()
 
 
 class _Copy(NamedTuple):

@@ -57,6 +57,8 @@ WINDOWED = "model.attention.sliding_window_layers"
 WINDOW_ROPE = "model.attention.sliding_window_rope_theta"
 YARN, BANDS = "yarn: {factor: 4, original_max_seq_len: 64}", "llama3_rope: {factor: 4}"
 LONGROPE = f"original_max_seq_len: 8, short_factors: {[1.0] * 16}, long_factors: {[2.0] * 16}"
+NARROW = ["model.moe.expert_hidden_size=36", "precision.compute=bf16"]
+DEEPGEMM = ["precision.fp8.recipe=deepseek_v3", "precision.fp8.backend=deepgemm"]
 BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
 
 
@@ -139,7 +141,7 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
         (["model.moe.expert_hidden_size=30"], None, ["model.moe.expert_hidden_size"]),
         (["model.moe.expert_hidden_size=30", "model.moe.backend=loop"], None, []),
         (["model.moe.expert_hidden_size=36"], None, []),
-        (["model.moe.expert_hidden_size=36", "precision.compute=bf16"], None, ["model.moe.expert_hidden_size"]),
+        (NARROW, None, ["model.moe.expert_hidden_size"]),
         (["model.moe.expert_hidden_size=36", "precision.compute=bf16_emulated"], None, []),
         (["model.d_model=6", "model.attention={n_heads: 1, n_kv_heads: 1}"], None, ["model.d_model"]),
         # megablocks: blocks of 128 x 128, products as they are
@@ -149,8 +151,16 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
         ([*BLOCKS, "model.d_model=64"], None, ["model.d_model"]),
         ([*BLOCKS, "precision.compute=bf16_emulated"], None, ["model.moe.backend"]),
         ([*BLOCKS, "precision.fp8.recipe=deepseek_v3"], None, ["model.moe.backend"]),
+        (["model.moe.backend=quack"], None, ["model.moe.backend"]),
+        (["model.moe.backend=quack", "precision.compute=bf16"], None, []),
+        (["model.moe.backend=quack", *NARROW], None, ["model.moe.expert_hidden_size"]),
         (["model.moe.dispatcher=deepep"], None, ["model.moe.dispatcher"]),
         (["model.moe.dispatcher=deepep", "precision.compute=bf16"], None, []),
+        # deepgemm: BF16, rows of whole 16 bytes
+        ([*DEEPGEMM, "precision.compute=bf16"], None, []),
+        (DEEPGEMM, None, ["precision.fp8.backend"]),
+        ([*DEEPGEMM, "precision.fp8.recipe=rowwise"], None, ["precision.fp8.backend"]),
+        ([*DEEPGEMM, "precision.compute=bf16", "model.moe.expert_hidden_size=24"], None, [NARROW[0].partition("=")[0]]),
         # mesh
         (["mesh.replicate=-1"], None, ["mesh.shard"]),
         (["mesh.replicate=-1", "mesh.shard=2"], 4, []),

@@ -121,7 +121,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     from moefoundry.ops.fp8 import triton_quantize as quantize
     from moefoundry.ops.fp8.formats import QuantizedTensor
     from moefoundry.ops.fused_experts import function as fused
-    from moefoundry.ops.permute import order_by_expert
+    from moefoundry.ops.permute import order_by_expert, pad_order
     from moefoundry.ops.row_kernels import function as by_row
 
     rows = TOKENS * TOP_K
@@ -152,7 +152,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     gate, down = bf16(EXPERTS, HIDDEN, WIDTH), bf16(EXPERTS, WIDTH, HIDDEN)
     place = fused.Tiles(*(torch.zeros(rows // 128 + EXPERTS, dtype=torch.int32) for _ in range(3)))
     ends_E = sizes_E.cumsum(0, dtype=torch.int32)
-    padded = layout.pad_order(order, TOKENS)
+    padded = pad_order(order, TOKENS, 128)
     topology, rows_PD = layout.find_topology(padded, HIDDEN // 128), bf16(len(padded.slot_of_row_N), WIDTH)
     by_width, sparse = gate.flatten(0, 1), bf16(len(topology.row_indices), 128, 128)
     blocks_of_stk = {
@@ -205,6 +205,7 @@ def launches() -> dict[str, Callable[[], Any]]:
             x, hidden, token_of_row, ends_E, 1, gather_left=True
         ),
         "experts: sum": lambda: fused.sum_rows(bf16(rows, WIDTH), order),
+        "experts: weighted sum": lambda: fused.sum_rows(bf16(rows, WIDTH), order, weights),
         **({} if missing() else blocks_of_stk),
         **by_rows,
         **adamw,

@@ -15,11 +15,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 OURS = {"moefoundry", "benchmarks", "tests"}
-PEERS = {"liger_kernel", "quack", "vllm"}  # compared with in benchmarks/gpu and tests, on machines that have them
+PEERS = {"liger_kernel", "vllm"}  # compared with in benchmarks/gpu and tests, on machines that have them
 # used where their users have installed them: large, or of old pins
-PROVIDED_FOR = {"comet_ml", "fla", "lm_eval", "megablocks", "mkdocs", "ray"}
+PROVIDED_FOR = {"comet_ml", "cutlass", "deep_gemm", "fla", "lm_eval", "megablocks", "mkdocs", "quack", "ray"}
 NOT_LOCKED = {
     "flash-linear-attention": "kernels for GPUs alone",
+    "quack-kernels": "kernels for GPUs alone, on 250 MB of a compiler",
     "lm-eval": "140 MB with all that it needs, for one option of one command",
     "ray": "large, for one option of one command",
 }

@@ -146,14 +146,15 @@ def _rotations(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 
 @rule("model.d_model", "model.moe.expert_hidden_size", "model.moe.backend", "precision.compute")
 def _grouped_mm_strides(recipe: Recipe, _: int | None) -> Iterator[Problem]:
-    """``torch.nn.functional.grouped_mm`` wants strides that are multiples of 16 bytes."""
-    if recipe.model.moe.backend not in ("auto", "grouped_mm", "triton"):
+    """``torch.nn.functional.grouped_mm`` and others want strides that are multiples of 16 bytes."""
+    backend = "grouped_mm" if recipe.model.moe.backend == "auto" else recipe.model.moe.backend
+    if backend not in ("grouped_mm", "triton", "quack"):
         return
     multiple = 8 if recipe.precision.compute == Compute.bf16 else 4
     hidden = recipe.model.moe.expert_hidden_size
     for path, size in (("model.d_model", recipe.model.d_model), ("model.moe.expert_hidden_size", hidden)):
         if size % multiple:
-            message = f"the grouped_mm backend needs rows of whole 16 bytes, but {size} is not divisible by {multiple}"
+            message = f"the {backend} backend needs rows of whole 16 bytes, but {size} is not divisible by {multiple}"
             allowed = f"multiples of {multiple} with precision.compute={recipe.precision.compute}"
             yield Problem(path, message, allowed, suggestion="model.moe.backend=loop")
 
@@ -172,6 +173,14 @@ def _blocks_of_megablocks(recipe: Recipe, _: int | None) -> Iterator[Problem]:
         if chosen in (*Fp8Recipe, Compute.bf16_emulated):
             message = f"megablocks has no products for precision.{path}={chosen}"
             yield Problem("model.moe.backend", message, "auto, grouped_mm, loop")
+
+
+@rule("model.moe.backend", "precision.compute")
+def _products_of_quack(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    compute = recipe.precision.compute
+    if recipe.model.moe.backend == "quack" and compute != Compute.bf16:
+        message = f"quack multiplies BF16, but precision.compute is {compute}"
+        yield Problem("model.moe.backend", message, "auto, grouped_mm, loop", suggestion="precision.compute=bf16")
 
 
 @rule("model.moe.dispatcher", "precision.compute")
@@ -196,6 +205,22 @@ def _fp8_is_on(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 @rule("precision.fp8.recipe", "precision.fp8.backend")
 def _kernels_of_fp8(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     fp8 = recipe.precision.fp8
-    if fp8.recipe in (Fp8Recipe.tensorwise, Fp8Recipe.rowwise) and fp8.backend == Fp8Backend.triton:
+    if fp8.recipe in (Fp8Recipe.tensorwise, Fp8Recipe.rowwise) and fp8.backend not in (None, Fp8Backend.reference):
         message = f"recipe {fp8.recipe} is there to compare accuracy, and has no kernels"
         yield Problem("precision.fp8.backend", message, allowed="null, reference")
+
+
+@rule("model.d_model", "model.moe.expert_hidden_size", "precision", "lora")
+def _products_of_deepgemm(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    path, precision, width = "precision.fp8.backend", recipe.precision, recipe.model.d_model
+    if precision.fp8.recipe != Fp8Recipe.deepseek_v3 or precision.fp8.backend != Fp8Backend.deepgemm:
+        return
+    if precision.compute != Compute.bf16:
+        message = f"deepgemm gives BF16, but precision.compute is {precision.compute}"
+        yield Problem(path, message, "null, triton, reference", suggestion="precision.compute=bf16")
+    if recipe.lora is not None and any(target.split(".")[0] == "experts" for target in recipe.lora.targets):
+        yield Problem(path, "deepgemm has no place for adapters of experts", "null, triton, reference")
+    for name, size in {"d_model": width, "moe.expert_hidden_size": recipe.model.moe.expert_hidden_size}.items():
+        if size % 16:
+            message = f"deepgemm needs rows of whole 16 bytes, but {size} is not divisible by 16"
+            yield Problem(f"model.{name}", message, "multiples of 16", suggestion=f"{path}=triton")

@@ -180,7 +180,7 @@ _TABLES = (
         "mixture_backends",
         {
             name: Part(None, f"moefoundry.moe.mixture:{name}")
-            for name in ("auto", "triton", "grouped_mm", "loop", "megablocks")
+            for name in ("auto", "triton", "grouped_mm", "loop", "megablocks", "quack")
         },
         base=None,
     ),

@@ -198,7 +198,7 @@ class MoEConfig:
     backend: str = key(
         "auto",
         "How experts are computed; auto takes the fastest for the device, dtype and size, loop is the plain oracle, "
-        "megablocks is block-sparse.",
+        "megablocks is block-sparse, quack needs the package of that name.",
         table="mixture_backends",
         free_on_resume=True,
         architecture=False,

@@ -67,6 +67,7 @@ class Fp8Backend(StrEnum):
 
     reference = "reference"
     triton = "triton"
+    deepgemm = "deepgemm"
 
 
 @dataclass
@@ -79,7 +80,11 @@ class Fp8Config:
         "Modules, with all in them, whose products stay as precision.compute says; * stands for anything. The output "
         "head and the gates stay so in any case.",
     )
-    backend: Fp8Backend | None = key(None, "What runs the FP8 products; null takes the kernels where they can run.")
+    backend: Fp8Backend | None = key(
+        None,
+        "What runs the FP8 products; null takes the kernels where they can run; deepgemm is for those of experts, and "
+        "needs the package of that name.",
+    )
 
 
 @dataclass

@@ -53,6 +53,7 @@ class GroupedExperts(nn.Module):
         down_proj: [E, D, F].
         gate_proj_bias, up_proj_bias, down_proj_bias: [E, F], [E, F] and [E, D]; None without ``projection_bias``.
         mixture: The backend that computes them; a precision policy may set another.
+        adjacent: Names of weights whose narrow copies it wants in one tensor [E, 2F, D] (``narrow_copies.py``).
     """
 
     gate_proj_bias: nn.Parameter | None
@@ -70,6 +71,7 @@ class GroupedExperts(nn.Module):
             self.register_parameter(f"{name}_proj_bias", bias)
         self.activation = activation
         self.mixture: Mixture = build_mixture(cfg, activation)
+        self.adjacent = ("gate_proj", "up_proj") if getattr(self.mixture, "stacks", False) else ()
 
     def forward(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
         """Mix each token's experts on this rank, [P, D] -> [P, D]; arguments as in :class:`Mixture`."""

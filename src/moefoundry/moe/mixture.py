@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moefoundry.config import MoEConfig, UserError
 from moefoundry.config.making import make_part
+from moefoundry.moe.fastest import backends_by_speed, measured_layers
 from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer, add_bias
 from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop
@@ -25,13 +26,12 @@ BACKEND_KEY = "model.moe.backend"
 
 
 class Mixture(Protocol):
-    """A mixture backend. It may also have ``obstacle``, see :func:`check_backend`.
+    """A mixture backend. It may also have ``obstacle``, see :func:`check_backend`."""
 
-    Attributes:
-        takes_hidden: True if it takes ``hidden``; one without this attribute computes plain SwiGLU without biases.
-    """
-
-    takes_hidden: bool
+    @property
+    def takes_hidden(self) -> bool:
+        """True if it takes ``hidden``; one without this attribute computes plain SwiGLU without biases."""
+        ...
 
     def __call__(
         self,
@@ -130,13 +130,17 @@ def loop(cfg: MoEConfig) -> Mixture:
 
 @dataclass(frozen=True)
 class AutoMixture:
-    """The mixture by rows, or on a CPU one expert after the other where that is faster.
+    """The mixture that was measured to be fastest for the device, dtype and size; by rows where none was.
+
+    On a CPU that is one expert after the other for large layers in fp32; on a GPU ``fastest.json`` says.
 
     Attributes:
-        by_rows: The former.
+        by_rows: The mixture by rows.
+        cfg: Of which others are made.
     """
 
     by_rows: RowMixture
+    cfg: MoEConfig
     takes_hidden = True
 
     def __call__(
@@ -150,16 +154,31 @@ class AutoMixture:
         hidden: HiddenLayer = PLAIN_LAYER,
     ) -> Tensor:
         operands = tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order
+        if tokens_PD.device.type == "cuda" and measured_layers():
+            rows = len(order.slot_of_row_N) / max(len(down_EDF), 1)
+            mixture = self.on_gpu(tokens_PD, down_EDF.shape[-1], rows, hidden)
+            return mixture(*operands) if hidden.plain else mixture(*operands, hidden)
         bytes_of_rows = len(order.slot_of_row_N) * tokens_PD.shape[1] * tokens_PD.itemsize
         on_cpu = tokens_PD.device.type == "cpu" and tokens_PD.dtype == torch.float32
         if on_cpu and bytes_of_rows >= PAYS_FROM_BYTES and hidden.plain:
             return expert_mixture(*operands)
         return self.by_rows(*operands, hidden)
 
+    def on_gpu(self, tokens_PD: Tensor, hidden_size: int, rows: float, hidden: HiddenLayer) -> Mixture:
+        """Take the fastest backend that can run with these tokens and this hidden layer."""
+        device, dtype = torch.cuda.get_device_name(tokens_PD.device), str(tokens_PD.dtype).removeprefix("torch.")
+        for backend in backends_by_speed(device, dtype, tokens_PD.shape[1], hidden_size, rows):
+            mixture: Mixture = make_part("mixture_backends", backend, BACKEND_KEY, self.cfg)
+            obstacle = getattr(mixture, "obstacle", None)
+            takes = hidden.plain or getattr(mixture, "takes_hidden", False)
+            if takes and not (obstacle and obstacle(tokens_PD, hidden_size)):
+                return mixture
+        return self.by_rows
+
 
 def auto(cfg: MoEConfig) -> Mixture:
     """Use what was measured to be fastest for the device, dtype and size of the tokens; the one place that chooses."""
-    return AutoMixture(RowMixture(grouped_linear))
+    return AutoMixture(RowMixture(grouped_linear), cfg)
 
 
 @dataclass(frozen=True)
@@ -170,12 +189,15 @@ class KernelMixture:
         backend: Name of the backend.
         module: Module with ``obstacle(tokens_PD, hidden_size)``, a reason or None, and the function.
         function: Name of the mixture function there.
+        takes_hidden: The function takes ``hidden``.
+        stacks: It needs gate and up in one tensor [E, 2F, D], and copies them where they are not.
     """
 
     backend: str
     module: str
     function: str
-    takes_hidden = True
+    takes_hidden: bool = True
+    stacks: bool = False
 
     def __call__(
         self,
@@ -190,7 +212,8 @@ class KernelMixture:
         if found := self.obstacle(tokens_PD, down_EDF.shape[-1]):
             raise ValueError(f"{BACKEND_KEY}: {self.backend} cannot run: {found}; use {BACKEND_KEY}=auto")
         mixture: Mixture = load(f"{self.module}:{self.function}")
-        return mixture(tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order, hidden)
+        operands = tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order
+        return mixture(*operands, hidden) if self.takes_hidden else mixture(*operands)
 
     def obstacle(self, tokens_PD: Tensor, hidden_size: int) -> str:
         """Say why the kernels cannot run; empty if they can."""
@@ -205,3 +228,8 @@ def triton(cfg: MoEConfig) -> Mixture:
 def megablocks(cfg: MoEConfig) -> Mixture:
     """Use block-sparse products, as MegaBlocks does."""
     return KernelMixture("megablocks", "moefoundry.ops.block_sparse", "block_sparse_experts")
+
+
+def quack(cfg: MoEConfig) -> Mixture:
+    """Use QuACK's grouped GEMMs."""
+    return KernelMixture("quack", "moefoundry.ops.quack_experts", "quack_experts", takes_hidden=False, stacks=True)

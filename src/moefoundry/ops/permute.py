@@ -87,6 +87,38 @@ def count_by_expert(expert_ids: Tensor, num_experts: int, kept: Tensor | None = 
     return torch.zeros(num_experts, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
+def pad_order(order: RowOrder, num_tokens: int, block: int) -> RowOrder:
+    """Fill each expert's rows up to whole blocks of ``block`` rows, with rows of one token more.
+
+    That token, number ``num_tokens``, is for the caller to append, as zeros. It has no slot whose row is kept: its rows
+    are read by nothing, and get no gradient.
+
+    Args:
+        order: Rows without gaps.
+        num_tokens: T.
+        block: Rows of a block.
+
+    Returns:
+        An order of T + 1 tokens, of which ``tokens_per_expert_E`` counts whole blocks. It has as many rows as can be
+        needed, which the host knows; the last may be of no expert.
+    """
+    counts_E, rows = order.tokens_per_expert_E, len(order.slot_of_row_N)
+    padded_E = (counts_E + block - 1) // block * block
+    ends_E = counts_E.cumsum(0)
+    shift_E = (padded_E.cumsum(0) - padded_E) - (ends_E - counts_E)
+    row_N = torch.arange(rows, device=counts_E.device)
+    place_N = row_N + shift_E[torch.searchsorted(ends_E, row_N, right=True)]
+    size = (rows // block + min(len(counts_E), rows)) * block
+    slot_of_place = order.slot_of_row_N.new_full((size,), num_tokens * order.top_k)
+    return RowOrder(
+        slot_of_row_N=slot_of_place.index_copy(0, place_N, order.slot_of_row_N),
+        row_of_kept_slot_N=place_N[order.row_of_kept_slot_N],
+        first_of_token=F.pad(order.first_of_token, (0, 1), value=rows),
+        tokens_per_expert_E=padded_E,
+        top_k=order.top_k,
+    )
+
+
 def permute(tokens_TD: Tensor, order: RowOrder) -> Tensor:
     """Copy each token to the rows of its (kept) slots, in expert order, [T, D] -> [N, D]."""
     return _Permute.apply(tokens_TD, order)

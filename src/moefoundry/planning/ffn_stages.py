@@ -3,6 +3,8 @@
 F is the hidden width, K the experts of a token, E all of them. A token has K rows, used evenly by all ranks. The weight
 of a row is applied in SwiGLU, so no output of an expert is kept.
 
+The backends ``triton`` and ``quack`` gather rows inside their products: of a row they keep SwiGLU's inputs alone.
+
 With ``fp8.recipe: deepseek_v3`` an FFN is one operation, which keeps its input and SwiGLU's inputs in 129/128 bytes.
 """
 
@@ -15,6 +17,8 @@ from moefoundry.planning.stages import EXPERTS, FFN, Stage, beside, swiglu
 from moefoundry.planning.units import FP32
 
 E4M3_ROW = 129 / 128
+GATHERING = ("triton", "quack")
+"""Mixture backends that make no copies of tokens."""
 ORDER_BYTES = 16
 """Bytes of a slot in the order of rows: its row, and the row's slot. Checkpointing does not drop the order, which also
 has 8 bytes of a token. An exchange has its own order, of the ranks that a token goes to."""
@@ -48,7 +52,8 @@ def moe_stages(cfg: ModelConfig, c: int, exchanged: int, fp8: bool, rows: float)
     if exchanged > 1:
         places = ranks_of_a_token(cfg, exchanged)
         stages = beside(stages, (c + (E4M3_ROW if fp8 else 0)) * places * width)  # a token's gradient at its ranks
-        stages.append(Stage(held=2 * c * places * width, kept=2 * c * places * width))
+        arrived = c * places * width if moe.backend in GATHERING and not fp8 else 0  # without copies, they are kept
+        stages.append(Stage(arrived, held=2 * c * places * width, kept=2 * c * places * width))
     if moe.num_shared_experts:
         shared = dense_stages(cfg, moe.num_shared_experts * moe.expert_hidden_size, c, fp8, owns_input=False)
         gate = [Stage(c * (width + 2), c * width)] if moe.shared_expert_gate else []
@@ -81,6 +86,13 @@ def _rows(cfg: ModelConfig, c: int, fp8: bool, rows: float) -> list[Stage]:
     plain = cfg.swiglu == SwigluConfig()
     if fp8:
         stages = [_times(_fp8_feed_forward(width, hidden, c, plain, rows=rows), slots)]
+    elif moe.backend in GATHERING:
+        of_row = 2 * FP32  # its token and its weight
+        stages = [
+            Stage(held=3 * c * hidden + FP32, weights=EXPERTS, share=1 / 3),
+            Stage(2 * c * hidden + of_row, c * (2 * hidden + width), weights=EXPERTS, share=2 / 3),
+        ]
+        stages = [_times(stage, slots) for stage in stages]
     else:
         stages = [
             Stage(c * hidden, c * (width + hidden), weights=EXPERTS, share=1 / 3),

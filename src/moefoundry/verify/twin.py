@@ -48,7 +48,7 @@ HEAD_WIDTHS = (16, 24, 32, 48, 64, 96, 128)
 ROWS, BATCHES = 8, 7
 """Sequences of a global batch, and batches of a run: more than an epoch of the data that are made."""
 SAVED_EVERY = 2
-KERNELS = ("triton", "megablocks")
+KERNELS = ("triton", "megablocks", "quack")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moefoundry.ops.block_sparse import block_sparse_experts, function
-from moefoundry.ops.block_sparse.layout import find_topology, pad_order
-from moefoundry.ops.permute import RowOrder, order_by_expert
+from moefoundry.ops.block_sparse.layout import find_topology
+from moefoundry.ops.permute import RowOrder, order_by_expert, pad_order
 
 COUNTS = [[130, 0, 128, 1, 0], [0, 0, 300], [5], [1, 1, 1], [0, 256, 256, 0], [0, 0]]
 
@@ -25,7 +25,7 @@ def order_with(counts: list[int]) -> RowOrder:
 def test_rows_fill_whole_blocks(counts: list[int]) -> None:
     torch.manual_seed(0)
     order = order_with(counts)
-    padded, slots, expected = pad_order(order, sum(counts)), order.slot_of_row_N.tolist(), []
+    padded, slots, expected = pad_order(order, sum(counts), 128), order.slot_of_row_N.tolist(), []
     for count in counts:
         taken, slots = slots[:count], slots[count:]
         expected += taken + [sum(counts)] * (-count % 128)
@@ -40,7 +40,7 @@ def test_rows_fill_whole_blocks(counts: list[int]) -> None:
 @pytest.mark.parametrize("columns", [1, 3])
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_blocks_are_where_experts_are(counts: list[int], columns: int) -> None:
-    padded = pad_order(order_with(counts), sum(counts))
+    padded = pad_order(order_with(counts), sum(counts), 128)
     topology, rows = find_topology(padded, columns), len(padded.slot_of_row_N) // 128
     experts = [expert for expert, count in enumerate(counts) for _ in range(-(-count // 128))]
     real = [(row, expert * columns + c) for row, expert in enumerate(experts) for c in range(columns)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.expert_mixture import expert_mixture_reference
 from moefoundry.ops.fused_experts import function, fused_experts
-from moefoundry.ops.permute import RowOrder, order_by_expert
+from moefoundry.ops.permute import RowOrder, order_by_expert, sum_rows_reference
 from moefoundry.ops.swiglu import Activation
 
 SMALL = {name: function.Config(16, 32, 16, 4, 2) for name in function.CONFIGS}
@@ -80,14 +80,25 @@ def check_small_tiles(device: str, dtype: torch.dtype, *case: Any) -> None:
         check_equal_to_float64(device, dtype, *case)
 
 
-def check_no_rows(device: str) -> None:
+def check_no_rows(device: str, mix: Any = fused_experts) -> None:
     """No tokens at all."""
     leaves = [torch.zeros(*shape, device=device, dtype=torch.float16) for shape in ((0, 16), (0, 2), *[(4, 8, 16)] * 2)]
     leaves.append(torch.zeros(4, 16, 8, device=device, dtype=torch.float16))
     leaves = [leaf.requires_grad_() for leaf in leaves]
     order = order_by_expert(torch.zeros(0, 2, dtype=torch.int64, device=device), 4)
-    out = fused_experts(*leaves, order)
+    out = mix(*leaves, order)
     assert out.shape == (0, 16)
     for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
         assert grad.shape == leaf.shape
         assert not grad.any()
+
+
+def check_weighted_sum(device: str, tokens: int, width: int, top_k: int, keep: float) -> None:
+    """Rows of each token, times weights that the rows' dtype does not hold."""
+    torch.manual_seed(3)
+    kept = torch.rand(tokens, top_k) < keep
+    order = order_by_expert(routed(tokens, 5, top_k).to(device), 5, kept.to(device))
+    rows = torch.randn(len(order.slot_of_row_N), width, device=device, dtype=torch.float16)
+    weights = torch.rand(len(rows), device=device)
+    expected = sum_rows_reference(rows.double() * weights.double().unsqueeze(1), order)
+    torch.testing.assert_close(function.sum_rows(rows, order, weights), expected.half(), rtol=2e-3, atol=1e-6)

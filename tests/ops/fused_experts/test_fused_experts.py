@@ -36,6 +36,10 @@ def test_no_rows_interpreted(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(checks.check_no_rows, "cpu").result()
 
 
+def test_weighted_sum_interpreted(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(checks.check_weighted_sum, "cpu", 37, 40, 3, 0.7).result()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -57,3 +61,8 @@ def test_on_a_gpu(dtype: torch.dtype, shape: tuple[int, int, int, int, int], ske
 @pytest.mark.gpu
 def test_no_rows_on_a_gpu() -> None:
     checks.check_no_rows("cuda")
+
+
+@pytest.mark.gpu
+def test_weighted_sum_on_a_gpu() -> None:
+    checks.check_weighted_sum("cuda", 1000, 1536, 8, 0.9)

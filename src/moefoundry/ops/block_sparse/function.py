@@ -17,9 +17,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.block_sparse.kernels import BLOCK, missing, widened
-from moefoundry.ops.block_sparse.layout import Topology, find_topology, pad_order
+from moefoundry.ops.block_sparse.layout import Topology, find_topology
 from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
-from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
+from moefoundry.ops.permute import RowOrder, pad_order, permute, permute_slots, sum_rows
 from moefoundry.ops.swiglu import Activation, swiglu, swiglu_backward
 
 CAPABILITY = (8, 0)
@@ -63,7 +63,7 @@ def block_sparse_experts(
         order: Order of the slots that have rows.
         hidden: Activation, and biases of gate and up.
     """
-    padded = pad_order(order, len(tokens_TD))
+    padded = pad_order(order, len(tokens_TD), BLOCK)
     topology = find_topology(padded, gate_EFD.shape[1] // BLOCK)
     rows_PD = permute(F.pad(tokens_TD, (0, 0, 0, 1)), padded)
     weights_P = permute_slots(F.pad(weights_TK, (0, 0, 0, 1)), padded)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moefoundry.ops.block_sparse.kernels import BLOCK
@@ -36,41 +35,11 @@ class Topology(NamedTuple):
     blocks_t: Tensor
 
 
-def pad_order(order: RowOrder, num_tokens: int) -> RowOrder:
-    """Fill each expert's rows up to whole blocks, with rows of one token more.
-
-    That token, number ``num_tokens``, is for the caller to append, as zeros. It has no slot whose row is kept: its rows
-    are read by nothing, and get no gradient.
-
-    Args:
-        order: Rows without gaps.
-        num_tokens: T.
-
-    Returns:
-        An order of T + 1 tokens, of which ``tokens_per_expert_E`` counts whole blocks.
-    """
-    counts_E, rows = order.tokens_per_expert_E, len(order.slot_of_row_N)
-    padded_E = (counts_E + BLOCK - 1) // BLOCK * BLOCK
-    ends_E = counts_E.cumsum(0)
-    shift_E = (padded_E.cumsum(0) - padded_E) - (ends_E - counts_E)
-    row_N = torch.arange(rows, device=counts_E.device)
-    place_N = row_N + shift_E[torch.searchsorted(ends_E, row_N, right=True)]
-    size = (rows // BLOCK + min(len(counts_E), rows)) * BLOCK
-    slot_of_place = order.slot_of_row_N.new_full((size,), num_tokens * order.top_k)
-    return RowOrder(
-        slot_of_row_N=slot_of_place.index_copy(0, place_N, order.slot_of_row_N),
-        row_of_kept_slot_N=place_N[order.row_of_kept_slot_N],
-        first_of_token=F.pad(order.first_of_token, (0, 1), value=rows),
-        tokens_per_expert_E=padded_E,
-        top_k=order.top_k,
-    )
-
-
 def find_topology(padded: RowOrder, columns: int) -> Topology:
     """Place the blocks.
 
     Args:
-        padded: From :func:`pad_order`.
+        padded: From :func:`~moefoundry.ops.permute.pad_order`, in blocks of 128 rows.
         columns: C, block columns of each expert.
     """
     blocks_E = padded.tokens_per_expert_E // BLOCK

@@ -8,6 +8,7 @@ quantization.py, gemm.py          functions to call; they choose an implementati
 reference.py, e5m6.py, groups.py  the quantizers in plain PyTorch: their definition
 gemm_reference.py                 the products in plain PyTorch, and on a model of ``tensor_cores.py``
 triton_*.py                       the kernels
+deep_gemm.py                      grouped products by a package
 """
 
 from moefoundry.ops.fp8.backend import Backend

@@ -1,4 +1,4 @@
-"""Choice between two implementations: plain PyTorch anywhere, Triton kernels on NVIDIA GPUs.
+"""Choice between implementations: plain PyTorch anywhere, Triton kernels on NVIDIA GPUs, DeepGEMM by name.
 
 In Triton's interpreter (``TRITON_INTERPRET=1`` before the first import of triton) kernels also run on a CPU, slowly;
 there they are used only if they are asked for by name.
@@ -12,6 +12,8 @@ from importlib.util import find_spec
 
 import torch
 
+from moefoundry.ops.fp8 import deep_gemm
+
 QUANTIZER_CAPABILITY = (8, 0)  # BF16
 GEMM_CAPABILITY = (8, 9)  # tensor cores that take FP8
 
@@ -21,19 +23,29 @@ class Backend(StrEnum):
 
     REFERENCE = "reference"
     TRITON = "triton"
+    DEEPGEMM = "deepgemm"  # grouped products alone
 
 
-def choose_backend(device: torch.device, capability: tuple[int, int], asked: Backend | None = None) -> Backend:
+def choose_backend(
+    device: torch.device, capability: tuple[int, int], asked: Backend | None = None, grouped: bool = False
+) -> Backend:
     """Choose Triton if it can run on ``device``, unless a backend is asked for.
 
     Args:
         device: Device of the operands.
         capability: Compute capability that the kernel needs.
         asked: The backend to use, or None.
+        grouped: It is for Fprop or Dgrad with groups; for all else DeepGEMM is as None.
 
     Raises:
         ValueError: The backend that is asked for cannot run; the message says why.
     """
+    if asked is Backend.DEEPGEMM and grouped:
+        if found := deep_gemm.obstacle(device):
+            raise ValueError(f"backend deepgemm cannot run: {found}; use backend triton")
+        return asked
+    if asked is Backend.DEEPGEMM:
+        asked = None
     if asked is Backend.REFERENCE:
         return asked
     obstacle = _obstacle(device, capability, interpret=asked is Backend.TRITON)
@@ -44,7 +56,7 @@ def choose_backend(device: torch.device, capability: tuple[int, int], asked: Bac
 
 def describe_backend(device: torch.device, capability: tuple[int, int], asked: Backend | None = None) -> str:
     """Name the choice of :func:`choose_backend`, and the reason if Triton was possible to choose but cannot run."""
-    backend = choose_backend(device, capability, asked)
+    backend = choose_backend(device, capability, asked, grouped=True)
     if backend is asked or backend is Backend.TRITON:
         return backend
     return f"{backend} ({_obstacle(device, capability, interpret=False)})"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moefoundry.ops.fp8.backend import GEMM_CAPABILITY, Backend, choose_backend
+from moefoundry.ops.fp8.deep_gemm import multiply_deep_gemm
 from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Tile
 from moefoundry.ops.fp8.gemm_reference import multiply_reference, wgrad_reference
 
@@ -29,7 +30,7 @@ def fprop(
     Args:
         x_RI: [R, I], E4M3 in ``ROW`` tiles.
         weight: [O, I] in ``BLOCK`` tiles; [E, O, I] with groups.
-        group_sizes_E: int64 [E], sums to R; None multiplies all rows by one weight.
+        group_sizes_E: int64 [E], sums to R; None multiplies all rows by one weight. DeepGEMM needs multiples of 128.
         dtype: Dtype of the result, bfloat16 or float32; sums are always float32.
         backend: The backend to use; None chooses by device.
 
@@ -41,7 +42,7 @@ def fprop(
     groups = () if group_sizes_E is None else (len(group_sizes_E),)
     if weight.shape[:-2] != groups or weight.shape[-1] != x_RI.shape[-1]:
         raise ValueError(f"x {x_RI.shape} and weight {weight.shape} do not fit with groups {groups}")
-    backend = choose_backend(x_RI.values.device, GEMM_CAPABILITY, backend)
+    backend = choose_backend(x_RI.values.device, GEMM_CAPABILITY, backend, grouped=group_sizes_E is not None)
     return _multiply(*x_RI.tensors, *weight.tensors, group_sizes_E, dtype, backend)
 
 
@@ -99,6 +100,8 @@ def _multiply(
     weights = QuantizedTensor(weight, weight_scales, Tile.BLOCK, tuple(weight.shape))
     if backend == Backend.REFERENCE:
         return multiply_reference(x_RK, weights, group_sizes, dtype)
+    if backend == Backend.DEEPGEMM and group_sizes is not None:
+        return multiply_deep_gemm(x_RK, weights, group_sizes, dtype)
     from moefoundry.ops.fp8.triton_gemm import multiply_triton
 
     return multiply_triton(x_RK, weights, group_sizes, dtype)

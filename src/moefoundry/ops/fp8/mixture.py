@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.fp8.deep_gemm import in_tiles
 from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
 from moefoundry.ops.fp8.formats import QuantizedTensor, Tile
 from moefoundry.ops.fp8.quantization import quantize_rows_once, remember_rows
@@ -45,6 +47,10 @@ def fp8_mixture(
         hidden: Activation, and biases of gate and up.
         backend: The backend to use; None chooses by device.
     """
+    num_tokens = len(tokens_PD)
+    if backend is Backend.DEEPGEMM:
+        order = in_tiles(order, num_tokens)
+        tokens_PD, weights_PK = (F.pad(each, (0, 0, 0, 1)) for each in (tokens_PD, weights_PK))
     rows_RD = _FromTokens.apply(tokens_PD, order)
     out_RD = fp8_feed_forward(
         rows_RD,
@@ -57,7 +63,8 @@ def fp8_mixture(
         backend,
         rows=gather_quantized(quantize_rows_once(tokens_PD, backend), order),
     )
-    return _SumRows.apply(out_RD, order, backend)
+    mixed_PD = _SumRows.apply(out_RD, order, backend)
+    return mixed_PD if len(mixed_PD) == num_tokens else mixed_PD[:num_tokens]
 
 
 def gather_quantized(x: QuantizedTensor, order: RowOrder) -> QuantizedTensor:

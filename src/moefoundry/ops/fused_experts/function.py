@@ -294,8 +294,8 @@ def multiply_transposed(
     return grads
 
 
-def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
-    """Sum each token's rows in fp32, [N, D] -> [T, D]."""
+def sum_rows(rows_ND: Tensor, order: RowOrder, row_weights_N: Tensor | None = None) -> Tensor:
+    """Sum each token's rows, times their fp32 weights if given, in fp32, [N, D] -> [T, D]."""
     tokens, width = len(order.first_of_token) - 1, rows_ND.shape[1]
     out = rows_ND.new_empty(tokens, width)
     columns = min(SUM_COLUMNS, triton.next_power_of_2(width))
@@ -303,6 +303,7 @@ def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
         rows_ND,
         order.row_of_kept_slot_N,
         order.first_of_token,
+        row_weights_N,
         out,
         width,
         SLOTS=triton.next_power_of_2(order.top_k),

@@ -349,8 +349,8 @@ def weight_gradient(
 
 
 @triton.jit
-def gather_sum(rows, row_of_slot, first_of_token, out, width, SLOTS: tl.constexpr, N: tl.constexpr):
-    """Add up the rows of each token's slots, at most ``SLOTS``, in fp32."""
+def gather_sum(rows, row_of_slot, first_of_token, row_weights, out, width, SLOTS: tl.constexpr, N: tl.constexpr):
+    """Add up the rows of each token's slots, at most ``SLOTS``, in fp32; times ``row_weights``, if not None."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * N + tl.arange(0, N)
     slot = tl.load(first_of_token + token) + tl.arange(0, SLOTS)
@@ -359,5 +359,8 @@ def gather_sum(rows, row_of_slot, first_of_token, out, width, SLOTS: tl.constexp
     values = tl.load(
         rows + row[:, None] * width + column[None, :], mask=inside[:, None] & (column < width)[None, :], other=0.0
     )
-    total = tl.sum(values.to(tl.float32), 0)
+    values = values.to(tl.float32)
+    if row_weights is not None:
+        values *= tl.load(row_weights + row, mask=inside, other=0.0)[:, None]
+    total = tl.sum(values, 0)
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
