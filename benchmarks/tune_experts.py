@@ -48,7 +48,6 @@ TILINGS = {
         Config(128, 256, 128, 8, 2),
     ],
     "up_backward": [
-        Config(128, 256, 64, 8, 2),
         Config(128, 256, 32, 8, 3),
         Config(128, 256, 32, 8, 4),
         Config(128, 128, 64, 4, 2),
@@ -57,6 +56,7 @@ TILINGS = {
         Config(256, 128, 32, 8, 4),
     ],
     "down_backward_swiglu": [
+        Config(128, 256, 64, 8, 3),
         Config(128, 128, 64, 8, 3),
         Config(128, 128, 64, 8, 4),
         Config(128, 128, 32, 8, 6),

@@ -111,6 +111,36 @@ def test_each_compiled_part_is_one_graph() -> None:
     assert found == dict.fromkeys(["attention", "dense", "router"], [(1, 0)] * 2)
 
 
+def whole_layer() -> None:
+    """An MoE layer compiles as one graph, or this raises; the numbers stay the same."""
+    from moefoundry.config import MoEConfig
+    from moefoundry.moe.layer import MoELayer
+
+    torch.manual_seed(0)
+    cfg = MoEConfig(num_experts=8, top_k=2, expert_hidden_size=64, num_shared_experts=0, backend="grouped_mm")
+    layer = MoELayer(128, cfg).train()
+    layer.experts.to(torch.bfloat16)  # torch's compiler knows no grouped_mm of fp32
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    x_BSD = torch.randn(2, 64, 128, dtype=torch.bfloat16)
+
+    def outputs(call: torch.nn.Module) -> list[Tensor]:
+        x = x_BSD.clone().requires_grad_()
+        out, stats = call(x)
+        loss = out.float().square().sum() + stats.balance_loss
+        return [out, *torch.autograd.grad(loss, [x, *layer.parameters()])]
+
+    eager = outputs(layer)
+    torch._dynamo.reset()
+    for mine, other in zip(outputs(torch.compile(layer, backend="aot_eager", fullgraph=True)), eager, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.slow
+def test_a_layer_of_experts_is_one_graph() -> None:
+    run_distributed(whole_layer, 1)
+
+
 @pytest.mark.slow
 def test_kernels_of_the_default_compiler_compute_the_same() -> None:
     run_distributed(compare, 1, "none", "inductor", timeout=280.0)

@@ -9,10 +9,10 @@ from tests.model import step_counts
 
 @pytest.fixture(scope="module")
 def counted() -> dict[str, object]:
-    return {backend: step_counts.count(backend) for backend in step_counts.BACKENDS}
+    return step_counts.counted()
 
 
-def test_each_block_does_what_the_table_says(counted: dict[str, object]) -> None:
+def test_each_block_and_a_step_do_what_the_table_says(counted: dict[str, object]) -> None:
     golden = json.loads(step_counts.GOLDEN.read_text())
     assert counted == golden, "a change of these counts is made with: python -m tests.model.step_counts --update"
 
@@ -36,3 +36,12 @@ def test_a_wait_of_the_host_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Router, "forward", waits)
     with pytest.raises((NotImplementedError, RuntimeError), match=r"[Mm]eta"):
         step_counts.step("grouped_mm", 1)
+
+
+def test_only_the_check_of_a_step_waits_for_the_device() -> None:
+    run = step_counts.WholeStep("triton", 1)
+    with step_counts.as_on_a_gpu() as launches:
+        counts = run.run(launches)  # would fail at any other wait
+        assert counts["optimizer"]["triton:adamw"] == len(list(run.model.parameters()))
+        with pytest.raises(RuntimeError, match=r"[Mm]eta"):
+            run.finite.after_train_batch(run.state, run.state)

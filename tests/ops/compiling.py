@@ -150,7 +150,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     token_of_row, weights = order.token_of_row_N.to(torch.int32), torch.ones(rows)
     x, hidden, gate_up = bf16(TOKENS, WIDTH), bf16(rows, HIDDEN), bf16(rows, 2 * HIDDEN)
     gate, down = bf16(EXPERTS, HIDDEN, WIDTH), bf16(EXPERTS, WIDTH, HIDDEN)
-    place = fused.Tiles(*(torch.zeros(rows // 128 + EXPERTS, dtype=torch.int32) for _ in range(3)))
+    place = fused.Tiles(*(torch.zeros(rows // 128 + EXPERTS, dtype=torch.int32) for _ in range(4)))
     ends_E = sizes_E.cumsum(0, dtype=torch.int32)
     padded = pad_order(order, TOKENS, 128)
     topology, rows_PD = layout.find_topology(padded, HIDDEN // 128), bf16(len(padded.slot_of_row_N), WIDTH)

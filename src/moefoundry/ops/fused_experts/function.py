@@ -46,12 +46,14 @@ CONFIGS = {
     "up_swiglu": Config(128, 128, 64, 8, 3),
     "down": Config(128, 256, 64, 8, 3),
     "down_backward_swiglu": Config(128, 128, 64, 8, 3),
-    "up_backward": Config(128, 256, 64, 8, 2),
+    "up_backward": Config(128, 256, 32, 8, 3),
     "weight_gradient": Config(128, 256, 64, 8, 5),
 }
-"""Chosen from the registers and shared memory that the compiler reports, not yet from measured times, which
+"""Chosen from machine code, by ``python -m benchmarks.predict``, not yet from measured times, which
 ``python -m benchmarks.tune_experts`` takes. All kernels over tiles of rows share ``m``."""
 SUM_COLUMNS = 1024
+HOST_PROGRAMS = 3
+"""Programs without a GPU: few, so that in the interpreter each takes several tiles."""
 
 
 def obstacle(tokens_TD: Tensor, hidden_size: int) -> str | None:
@@ -101,11 +103,13 @@ class Tiles(NamedTuple):
         group: Expert of the tile; E for a tile without rows.
         first: First row of the tile.
         end: End of the expert's rows.
+        total: How many tiles have rows, [1].
     """
 
     group: Tensor
     first: Tensor
     end: Tensor
+    total: Tensor
 
 
 def place_tiles(tokens_per_expert_E: Tensor, num_rows: int, m: int) -> Tiles:
@@ -113,10 +117,16 @@ def place_tiles(tokens_per_expert_E: Tensor, num_rows: int, m: int) -> Tiles:
     num_experts = len(tokens_per_expert_E)
     tiles = (num_rows + num_experts * (m - 1)) // m
     table = torch.empty(3, tiles, dtype=torch.int32, device=tokens_per_expert_E.device)
+    placed = Tiles(table[0], table[1], table[2], table.new_empty(1))
     kernels.place_tiles[(tiles,)](
-        tokens_per_expert_E, *table, num_experts, MAX_GROUPS=triton.next_power_of_2(num_experts), M=m
+        tokens_per_expert_E, *placed, num_experts, MAX_GROUPS=triton.next_power_of_2(num_experts), M=m
     )
-    return Tiles(*table)
+    return placed
+
+
+def programs_at_a_time(device: torch.device) -> int:
+    """Count the programs of a kernel that takes all tiles: one on each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else HOST_PROGRAMS
 
 
 class _FusedExperts(Function):
@@ -186,7 +196,7 @@ def multiply_up(
         row_weights_N,
         gate_up,
         hidden,
-        *tiles,
+        *tiles[:3],
         experts,
         inner,
         columns,
@@ -199,14 +209,13 @@ def multiply_up(
 
 def multiply_down(hidden_NF: Tensor, down: Tensor, tiles: Tiles) -> Tensor:
     """Multiply by down, [N, F] -> [N, D]."""
-    config, (experts, columns, inner) = CONFIGS["down"], down.shape
+    config, (_, columns, inner) = CONFIGS["down"], down.shape
     out = hidden_NF.new_empty(len(hidden_NF), columns)
-    kernels.down[(len(tiles.group) * triton.cdiv(columns, config.n),)](
+    kernels.down[(programs_at_a_time(out.device),)](
         _described(hidden_NF, config.m, config.k),
         _described(down, 1, config.n, config.k),
         out,
         *tiles,
-        experts,
         inner,
         columns,
         **config.launch(),
@@ -216,14 +225,13 @@ def multiply_down(hidden_NF: Tensor, down: Tensor, tiles: Tiles) -> Tensor:
 
 def multiply_up_backward(grad_gate_up: Tensor, gate: Tensor, up: Tensor, tiles: Tiles) -> Tensor:
     """Multiply gradients by gate and up, and add, [N, 2 F] -> [N, D]."""
-    config, (experts, inner, columns) = CONFIGS["up_backward"], gate.shape
+    config, (_, inner, columns) = CONFIGS["up_backward"], gate.shape
     out = grad_gate_up.new_empty(len(grad_gate_up), columns)
-    kernels.up_backward[(len(tiles.group) * triton.cdiv(columns, config.n),)](
+    kernels.up_backward[(programs_at_a_time(out.device),)](
         _described(grad_gate_up, config.m, config.k),
         *(_described(weight, 1, config.k, config.n) for weight in (gate, up)),
         out,
         *tiles,
-        experts,
         inner,
         columns,
         **config.launch(),
@@ -255,7 +263,7 @@ def multiply_down_backward(
         grad_gate_up,
         hidden,
         parts,
-        *tiles,
+        *tiles[:3],
         experts,
         rows,
         inner,
@@ -277,7 +285,7 @@ def multiply_transposed(
     config, experts = CONFIGS["weight_gradient"], len(ends_E)
     rows, columns = left.shape[1] // outputs, right.shape[1]
     grads = [left.new_empty(experts, rows, columns) for _ in range(outputs)]
-    kernels.weight_gradient[(triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n), experts, outputs)](
+    kernels.weight_gradient[(triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n), outputs, experts)](
         left,
         right,
         token_of_row_N,

@@ -13,28 +13,41 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from moefoundry.ops.fp8 import triton_codec as codec
 
 
 @triton.jit
 def place_tiles(
-    sizes, group_of_tile, first_of_tile, end_of_tile, num_groups, MAX_GROUPS: tl.constexpr, M: tl.constexpr
+    sizes, group_of_tile, first_of_tile, end_of_tile, num_tiles, num_groups, MAX_GROUPS: tl.constexpr, M: tl.constexpr
 ):
-    """Write the expert, first row and end of rows of each tile; ``num_groups`` and no rows after the last."""
+    """Write the expert, first row and end of rows of each tile; ``num_groups`` and no rows after the last.
+
+    Write the number of tiles before that, too.
+    """
     tile = tl.program_id(0)
     group, first, end = codec.rows_of_tile(sizes, tile, num_groups, MAX_GROUPS, M)
+    following, _, _ = codec.rows_of_tile(sizes, tile + 1, num_groups, MAX_GROUPS, M)
+    if (group < num_groups) & (following == num_groups):
+        tl.store(num_tiles, tile + 1)
     tl.store(group_of_tile + tile, group)
     tl.store(first_of_tile + tile, first)
     tl.store(end_of_tile + tile, end)
 
 
 @triton.jit
-def tile_of_program(group_of_tile, columns, N: tl.constexpr):
-    """Find the tile of rows, the tile across and the expert of this program; tiles across go first."""
+def find_tile(number, group_of_tile, first_of_tile, end_of_tile, columns, N: tl.constexpr):
+    """Find the expert, first row and end of rows of a tile, and the tile across; tiles across go first.
+
+    The three loads are under way at a time.
+    """
     tiles_across = tl.cdiv(columns, N)
-    tile = tl.program_id(0) // tiles_across
-    return tile, tl.program_id(0) % tiles_across, tl.load(group_of_tile + tile)
+    tile = number // tiles_across
+    group = tl.load(group_of_tile + tile)
+    first = tl.load(first_of_tile + tile)
+    end = tl.load(end_of_tile + tile)
+    return group, first, end, number % tiles_across
 
 
 @triton.jit
@@ -67,11 +80,11 @@ def up_swiglu(
     ``gate_up`` is [N, 2 F], gate first; ``hidden`` [N, F]. Biases are [E, F], or None; the constants are those of
     :class:`~moefoundry.ops.swiglu.Activation`.
     """
-    tile, across, group = tile_of_program(group_of_tile, columns, N)
+    group, first, end, across = find_tile(tl.program_id(0), group_of_tile, first_of_tile, end_of_tile, columns, N)
     if group == num_groups:
         return
-    row = tl.load(first_of_tile + tile) + tl.arange(0, M)
-    inside = row < tl.load(end_of_tile + tile)
+    row = first + tl.arange(0, M)
+    inside = row < end
     token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
     k = tl.arange(0, K)
     place = tokens + token[:, None] * inner + k[None, :]
@@ -119,7 +132,7 @@ def down(
     group_of_tile,
     first_of_tile,
     end_of_tile,
-    num_groups,
+    num_tiles,
     inner,
     columns,
     M: tl.constexpr,
@@ -127,15 +140,15 @@ def down(
     K: tl.constexpr,
 ):
     """Multiply rows [N, F] by the transposed down [E, D, F]."""
-    tile, across, group = tile_of_program(group_of_tile, columns, N)
-    if group == num_groups:
-        return
-    first = tl.load(first_of_tile + tile)
-    total = tl.zeros([M, N], tl.float32)
-    for start in range(0, inner, K):
-        h = hidden.load([first, start])
-        total = tl.dot(h, weight.load([group, across * N, start]).reshape(N, K).T, total)
-    store_tile(out, total, first, tl.load(end_of_tile + tile), across, columns, M, N)
+    # a program takes one tile after the other, and copies the operands of the next while it stores a result
+    tiles = tl.load(num_tiles) * tl.cdiv(columns, N)
+    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not cuda_capability_geq(10)):
+        group, first, end, across = find_tile(number, group_of_tile, first_of_tile, end_of_tile, columns, N)
+        total = tl.zeros([M, N], tl.float32)
+        for start in range(0, inner, K):
+            h = hidden.load([first, start])
+            total = tl.dot(h, weight.load([group, across * N, start]).reshape(N, K).T, total)
+        store_tile(out, total, first, end, across, columns, M, N)
 
 
 @triton.jit
@@ -147,7 +160,7 @@ def up_backward(
     group_of_tile,
     first_of_tile,
     end_of_tile,
-    num_groups,
+    num_tiles,
     inner,
     columns,
     M: tl.constexpr,
@@ -155,18 +168,17 @@ def up_backward(
     K: tl.constexpr,
 ):
     """Multiply gradients [N, 2 F] by gate and up [E, F, D] and add: the gradient of each row's token, [N, D]."""
-    tile, across, group = tile_of_program(group_of_tile, columns, N)
-    if group == num_groups:
-        return
-    first = tl.load(first_of_tile + tile)
-    total = tl.zeros([M, N], tl.float32)
-    for start in range(0, inner, K):
-        # up's half follows gate's: beyond the end of gate's half the weights read zeros
-        g = grad_gate_up.load([first, start])
-        total = tl.dot(g, gate.load([group, start, across * N]).reshape(K, N), total)
-        u = grad_gate_up.load([first, inner + start])
-        total = tl.dot(u, up.load([group, start, across * N]).reshape(K, N), total)
-    store_tile(out, total, first, tl.load(end_of_tile + tile), across, columns, M, N)
+    tiles = tl.load(num_tiles) * tl.cdiv(columns, N)
+    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not cuda_capability_geq(10)):
+        group, first, end, across = find_tile(number, group_of_tile, first_of_tile, end_of_tile, columns, N)
+        total = tl.zeros([M, N], tl.float32)
+        for start in range(0, inner, K):
+            # up's half follows gate's: beyond the end of gate's half the weights read zeros
+            g = grad_gate_up.load([first, start])
+            total = tl.dot(g, gate.load([group, start, across * N]).reshape(K, N), total)
+            u = grad_gate_up.load([first, inner + start])
+            total = tl.dot(u, up.load([group, start, across * N]).reshape(K, N), total)
+        store_tile(out, total, first, end, across, columns, M, N)
 
 
 @triton.jit
@@ -208,11 +220,13 @@ def down_backward_swiglu(
 
     Each tile across writes its part of the gradient of the row weights, [tiles across, N].
     """
-    tile, across, group = tile_of_program(group_of_tile, columns, N)
+    group, first, end, across = find_tile(tl.program_id(0), group_of_tile, first_of_tile, end_of_tile, columns, N)
     if group == num_groups:
         return
-    row = tl.load(first_of_tile + tile) + tl.arange(0, M)
-    inside = row < tl.load(end_of_tile + tile)
+    in_tile = tl.arange(0, M)
+    row = first + in_tile
+    inside = row < end
+    gate_up += first.to(tl.int64) * (2 * columns)
     token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
     k = tl.arange(0, K)
     place = grad + token[:, None] * inner + k[None, :]
@@ -221,17 +235,25 @@ def down_backward_swiglu(
         dy = tl.load(place) if EVEN else tl.load(place, mask=k[None, :] < inner - start, other=0.0)
         dh = tl.dot(dy, weight.load([group, start, across * N]).reshape(K, N), dh)
         place += K
-    # a part of the columns at a time: SwiGLU's backward needs five values of each, and registers are few
+    hidden += first.to(tl.int64) * columns
+    grad_gate_up += first.to(tl.int64) * (2 * columns)
+    # an eighth of the columns at a time: SwiGLU's backward needs five values of each, and registers are few
     left, right = halves(dh, M, N)
     a, b = halves(left, M, N // 2)
     c, d = halves(right, M, N // 2)
     s = tl.load(row_weights + row, mask=inside, other=0.0)
     grad_weight = tl.zeros([M], tl.float32)
-    for part in tl.static_range(4):
-        dh = a if part == 0 else b if part == 1 else c if part == 2 else d
-        column = across * N + part * (N // 4) + tl.arange(0, N // 4)
+    g_next, u_next = load_pair(gate_up, in_tile, across * N, inside, columns, N // 8)
+    for part in tl.static_range(8):
+        quarter = a if part // 2 == 0 else b if part // 2 == 1 else c if part // 2 == 2 else d
+        first_half, second_half = halves(quarter, M, N // 4)
+        dh = first_half if part % 2 == 0 else second_half
+        g, u = g_next, u_next
+        if part < 7:  # the next part's loads are under way while this part is computed
+            g_next, u_next = load_pair(gate_up, in_tile, across * N + (part + 1) * (N // 8), inside, columns, N // 8)
+        column = across * N + part * (N // 8) + tl.arange(0, N // 8)
         grad_weight += swiglu_backward(
-            dh, s, row, column, inside, columns, gate_up, hidden, grad_gate_up, ALPHA, LIMIT, OFFSET
+            dh, g, u, s, in_tile, column, inside, columns, hidden, grad_gate_up, ALPHA, LIMIT, OFFSET
         )
     tl.store(grad_weight_parts + across.to(tl.int64) * num_rows + row, grad_weight, mask=inside)
 
@@ -243,14 +265,24 @@ def halves(x, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
+def load_pair(gate_up, in_tile, column, inside, columns, N: tl.constexpr):
+    """Load ``N`` columns of gate's and of up's outputs, of rows counted from ``gate_up``."""
+    column += tl.arange(0, N)
+    keep = inside[:, None] & (column < columns)[None, :]
+    place = gate_up + in_tile[:, None] * (2 * columns) + column[None, :]
+    return tl.load(place, mask=keep, other=0.0), tl.load(place + columns, mask=keep, other=0.0)
+
+
+@triton.jit
 def swiglu_backward(
     dh,
+    g,
+    u,
     weight,
     row,
     column,
     inside,
     columns,
-    gate_up,
     hidden,
     grad_gate_up,
     ALPHA: tl.constexpr,
@@ -258,11 +290,12 @@ def swiglu_backward(
     OFFSET: tl.constexpr,
 ):
     """Store SwiGLU's gradients and output for some columns; return their part of the row weights' gradient."""
+    # rows are counted from the pointers
     keep = inside[:, None] & (column < columns)[None, :]
     dtype = hidden.dtype.element_ty
-    wide = row.to(tl.int64)[:, None] * (2 * columns) + column[None, :]
-    g = tl.load(gate_up + wide, mask=keep, other=0.0).to(tl.float32)
-    u = tl.load(gate_up + wide + columns, mask=keep, other=0.0).to(tl.float32)
+    wide = row[:, None] * (2 * columns) + column[None, :]
+    g = g.to(tl.float32)
+    u = u.to(tl.float32)
     if LIMIT is not None:
         gate_moves = g < LIMIT
         up_moves = tl.abs(u) < LIMIT
@@ -270,7 +303,7 @@ def swiglu_backward(
     silu = g * sigmoid
     grad_weight = tl.sum(dh * silu * u, 1)
     dh *= weight[:, None]
-    place = hidden + row.to(tl.int64)[:, None] * columns + column[None, :]
+    place = hidden + row[:, None] * columns + column[None, :]
     tl.store(place, (silu * u * weight[:, None]).to(dtype), mask=keep)
     grad_u = dh * silu
     if LIMIT is not None:
@@ -307,8 +340,8 @@ def weight_gradient(
     """
     tiles_down, tiles_across = tl.cdiv(rows, M), tl.cdiv(columns, N)
     tile = tl.program_id(0)
-    group = tl.program_id(1)
-    half = tl.program_id(2)
+    half = tl.program_id(1)  # both halves of an expert run together, and share the gathered operand in the cache
+    group = tl.program_id(2)
     # 8 tiles down, then the next across: programs that run together share operands in the cache
     tile_down, across = tl.swizzle2d(tile // tiles_across, tile % tiles_across, tiles_down, tiles_across, 8)
     first = tl.load(ends + group - 1, mask=group > 0, other=0)
@@ -342,10 +375,10 @@ def weight_gradient(
         total = tl.dot(a.T, b, total)
     place = (group.to(tl.int64) * rows + m.to(tl.int64)[:, None]) * columns + n[None, :]
     keep = m_inside[:, None] & n_inside[None, :]
-    if half == 0:
-        tl.store(out + place, total.to(out.dtype.element_ty), mask=keep)
-    else:
-        tl.store(out_behind + place, total.to(out.dtype.element_ty), mask=keep)
+    target = out
+    if half == 1:
+        target = out_behind
+    tl.store(target + place, total.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
