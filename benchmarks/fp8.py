@@ -32,10 +32,10 @@ from moefoundry.ops.fp8 import (
     Scaling,
     Tile,
     dequantize,
-    dgrad,
     fprop,
     quantize,
     quantize_columns,
+    quantize_transposed,
     retile,
     wgrad,
 )
@@ -174,9 +174,10 @@ def products_on_gpu(shape: Shape) -> dict[str, dict[str, float]]:
     weight_bf16 = random_bf16(shape.experts, shape.hidden, shape.width)
     weight, x_rows, grad_rows = quantize(weight_bf16, Tile.BLOCK), quantize(x, Tile.ROW), quantize(grad, Tile.ROW)
     x_columns, grad_columns = retile(x_rows, sizes_E), quantize_columns(grad, sizes_E)
+    weight_T = quantize_transposed(weight_bf16)
     calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
         "fprop": (lambda: fprop(x_rows, weight, sizes_E), lambda: F.grouped_mm(x, weight_bf16.mT, offs=ends_E)),
-        "dgrad": (lambda: dgrad(grad_rows, weight, sizes_E), lambda: F.grouped_mm(grad, weight_bf16, offs=ends_E)),
+        "dgrad": (lambda: fprop(grad_rows, weight_T, sizes_E), lambda: F.grouped_mm(grad, weight_bf16, offs=ends_E)),
         "wgrad": (lambda: wgrad(grad_columns, x_columns), lambda: F.grouped_mm(grad.T, x, offs=ends_E)),
     }
     flops = 2 * shape.rows * shape.width * shape.hidden

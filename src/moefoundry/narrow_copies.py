@@ -13,14 +13,14 @@ A module may want copies to lie in one tensor, each a slice of its second dimens
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from moefoundry.parameter_states import ParameterStates, State
 
 
 class NarrowCopies:
@@ -40,17 +40,10 @@ class NarrowCopies:
         wide = {id(module) for each in spared for module in each.modules()}
         self.modules = [module for module in model.modules() if id(module) not in wide]
         self._copies: dict[int, _Copy] = {}  # by id of the parameter, which several modules may have
-        self._stepped = False
+        self._states = ParameterStates()
         model.register_forward_pre_hook(self.refresh)
-        reference = weakref.ref(self)
 
-        def note_step(*_: Any) -> None:
-            """Note a step: autograd counts changes of tensors, but not those that fused optimizers make."""
-            if (copies := reference()) is not None:
-                copies._stepped = True
-
-        weakref.finalize(self, register_optimizer_step_post_hook(note_step).remove)
-
+    @torch.inference_mode(False)  # training may follow an evaluation
     @torch.no_grad()
     def refresh(self, *_: Any) -> None:
         """Make the copies of all parameters that have changed since the last time, or are new."""
@@ -68,17 +61,16 @@ class NarrowCopies:
                     if copy is not before:
                         stale.append(copy)
                 module.__dict__[name] = copy.tensor
-        self._copies, self._stepped = copies, False
+        self._copies = copies
         if stale:
             sources = [copy.parameter.detach() for copy in stale]
             torch._foreach_copy_([copy.tensor.detach() for copy in stale], sources)
 
     def _copy(self, parameter: nn.Parameter, before: _Copy | None, place: Callable[[], Tensor]) -> _Copy:
         """Return ``before`` if its values are those of ``parameter``, else a copy to be filled, if new in ``place``."""
-        state = parameter.data_ptr(), parameter._version
+        state = self._states.of(parameter)
         if before is not None and _alike(before.tensor, parameter):
-            stepped = self._stepped and parameter.requires_grad
-            return before if before.state == state and not stepped else _Copy(parameter, before.tensor, state)
+            return before if before.state == state else _Copy(parameter, before.tensor, state)
         tensor = place().requires_grad_(parameter.requires_grad)
         if parameter.requires_grad:
             tensor.register_post_accumulate_grad_hook(partial(_add_gradient, parameter))
@@ -111,12 +103,12 @@ class _Copy(NamedTuple):
     Attributes:
         parameter: What it is a copy of.
         tensor: The copy, a leaf.
-        state: Address and version of the parameter when it was copied.
+        state: State of the parameter when it was copied.
     """
 
     parameter: nn.Parameter
     tensor: Tensor
-    state: tuple[int, int]
+    state: State
 
 
 def _alike(copy: Tensor, parameter: nn.Parameter) -> bool:

@@ -7,6 +7,7 @@ The model is built on meta, then transformed, then materialized: each rank alloc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moefoundry.adapters import Adapter, init_adapters
 from moefoundry.config import ActivationCheckpointing, Dispatcher, Fp8Recipe, MoEConfig, PrecisionConfig
+from moefoundry.fp8_weights import Fp8Weights
 from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
 from moefoundry.model.transformer import Block, MoETransformer
@@ -73,6 +75,18 @@ def parallelize(
         _shard(model, meshes, precision)
     elif (dtype := mixed_precision(precision).param_dtype) is not None:
         NarrowCopies(model, dtype, full_precision_modules(model, precision))
+    Fp8Weights(model, _with_whole_weights(model, meshes))
+
+
+def _with_whole_weights(model: MoETransformer, meshes: Meshes | None) -> Iterator[nn.Module]:
+    """Yield the modules whose weights, between passes, this rank has whole, or as whole as it uses them."""
+    divided = meshes is not None and meshes.expert.size() > 1
+    for module in model.modules():
+        mesh = None if meshes is None else meshes.dense
+        if meshes is not None and divided and isinstance(module, GroupedExperts):
+            mesh = meshes.expert_fsdp
+        if mesh is None or mesh.size(-1) == 1:
+            yield module
 
 
 def materialize(model: MoETransformer, device: torch.device | str, seed: int) -> None:

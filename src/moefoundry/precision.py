@@ -20,9 +20,10 @@ adapters (``lora``) are computed beside them as ``precision.compute`` says:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,14 +36,17 @@ from moefoundry.config.fp8_rules import exclude_problems
 from moefoundry.model.indexer import Indexer
 from moefoundry.model.linear_attention import Decay, GatedDeltaNet
 from moefoundry.model.output_head import OutputHead
-from moefoundry.moe.experts import FeedForward, GroupedExperts
+from moefoundry.moe.dispatch import Mix
+from moefoundry.moe.experts import FeedForward, GroupedExperts, local_experts
 from moefoundry.moe.mixture import RowMixture
 from moefoundry.moe.router import Router
 from moefoundry.ops.expert_bias import HiddenLayer
 from moefoundry.ops.fp8 import (
     Backend,
+    BlocksOfPass,
     Format,
     Granularity,
+    KeptBlocks,
     coarse_linear,
     fp8_feed_forward,
     fp8_frozen_grouped_linear,
@@ -110,35 +114,71 @@ class EmulatedLinear(nn.Linear):
         return _rounded_linear(input, self.weight, self.bias, dtype=self.operand_dtype)
 
 
-class Fp8Linear(nn.Linear):
+class Fp8Module(nn.Module):
+    """A module that quantizes its weights in blocks, in each pass or, with ``blocks``, once until these forget them."""
+
+    blocks: KeptBlocks | None = None
+
+    def keep_blocks(self, blocks: KeptBlocks) -> None:
+        """Keep quantized weights in ``blocks`` from now on."""
+        self.blocks = blocks
+
+
+class Fp8Linear(Fp8Module, nn.Linear):
     """``nn.Linear`` in tiles and blocks of FP8; its input is kept for backward in the format ``kept``."""
 
     kept: Format
     backend: Backend | None
 
     def forward(self, input: Tensor) -> Tensor:
-        out = fp8_linear(input, self.weight, self.kept, self.backend)
+        out = fp8_linear(input, self.weight, self.kept, self.backend, self.blocks)
         return out if self.bias is None else out + self.bias
 
 
-class Fp8FeedForward(FeedForward):
+class Fp8FeedForward(Fp8Module, FeedForward):
     """A dense FFN that keeps its input and SwiGLU's inputs in FP8 for backward."""
 
     backend: Backend | None
 
     def forward(self, x: Tensor) -> Tensor:
         weights = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
-        return fp8_feed_forward(x, *weights, hidden=HiddenLayer(self.activation), backend=self.backend)
+        hidden = HiddenLayer(self.activation)
+        return fp8_feed_forward(x, *weights, hidden=hidden, backend=self.backend, blocks=self.blocks)
 
 
-class Fp8Experts(GroupedExperts):
+class Fp8Experts(Fp8Module, GroupedExperts):
     """Experts that keep their input and SwiGLU's inputs in FP8 for backward."""
 
     fp8_backend: Backend | None
 
     def mix(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
         weights, hidden = self.local_weights(), self.hidden_layer()
-        return fp8_mixture(tokens_PD, weights_PK, *weights, order, hidden, self.fp8_backend)
+        return fp8_mixture(tokens_PD, weights_PK, *weights, order, hidden, self.fp8_backend, self.blocks)
+
+    def in_chunks(self, links: Any, schedule: Callable[[Any, Mix], Any]) -> Any:
+        if self.blocks is not None:
+            return super().in_chunks(links, schedule)
+        self.blocks = blocks = BlocksOfPass()
+        try:
+            return super().in_chunks(links, schedule)
+        finally:
+            blocks.forget()
+            self.blocks = None
+
+
+class Fp8AdaptedExperts(Fp8Module, AdaptedExperts):
+    """Frozen experts whose products take FP8; adapters are beside them."""
+
+    fp8_backend: Backend | None
+    operand_dtype: torch.dtype | None = None
+
+    def frozen_product(self, name: str, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
+        product: GroupedLinear = partial(
+            fp8_frozen_grouped_linear, backend=self.fp8_backend, blocks=self.blocks, name=name
+        )
+        if self.operand_dtype is not None:
+            product = _emulated(product, self.operand_dtype)
+        return product(rows_NI, local_experts(getattr(self, name)), counts_E)
 
 
 def codec_of_rows(experts: GroupedExperts) -> Fp8Codec | None:
@@ -200,8 +240,9 @@ def _use_tiles(modules: dict[str, nn.Module], backend: Backend | None) -> None:
         if type(module) is GroupedExperts:
             module.__class__ = Fp8Experts
             cast(Fp8Experts, module).fp8_backend = backend
-        elif isinstance(module, AdaptedExperts):
-            module.mixture = RowMixture(partial(fp8_frozen_grouped_linear, backend=backend))
+        elif type(module) is AdaptedExperts:
+            module.__class__ = Fp8AdaptedExperts
+            cast(Fp8AdaptedExperts, module).fp8_backend = backend
         elif type(module) is FeedForward and whole and not has_adapter(module):
             module.__class__ = Fp8FeedForward
             cast(Fp8FeedForward, module).backend = backend
@@ -226,7 +267,9 @@ def _use_coarse_scales(modules: dict[str, nn.Module], granularity: Granularity) 
 def _emulate(model: nn.Module, dtype: torch.dtype) -> None:
     gates = _gates(model)
     for module in model.modules():
-        if isinstance(module, GroupedExperts):
+        if isinstance(module, Fp8AdaptedExperts):
+            module.operand_dtype = dtype
+        elif isinstance(module, GroupedExperts):
             module.mixture = RowMixture(_emulated(module.product, dtype))
         elif isinstance(module, ExpertAdapter):
             module.product = _emulated(module.product, dtype)

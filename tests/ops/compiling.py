@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -28,6 +28,8 @@ from torch import Tensor
 GOLDEN = Path(__file__).with_name("compiled_kernels.json")
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 256, 1536, 256, 128, 8
 """Of the layers that kernels are compiled for: only divisibility matters, and the number of experts."""
+QUANTIZERS = ("quantize", "retile", "dequantize")
+"""Kernels without loops, whose instructions are counted."""
 Found = dict[str, Any]
 
 
@@ -75,6 +77,8 @@ def only_compiling(capability: int, configs: int) -> Iterator[list[tuple[str, An
     def each_config(self: Any, *args: Any, **options: Any) -> None:
         options.pop("warmup", None)
         for config in self.configs[:configs]:
+            if config.pre_hook is not None:
+                config.pre_hook(dict(zip(self.fn.arg_names, args, strict=False)) | options | config.all_kwargs())
             self.fn.run(*args, **options, **config.all_kwargs())
 
     driver.set_active(NoGpu(capability))  # for good: where there is no GPU there is no driver to go back to
@@ -99,6 +103,8 @@ def inspect(kernel: Any) -> Found:
     def has(pattern: str) -> bool:
         return re.search(pattern, code) is not None
 
+    operations = list_operations(code)
+    overlap = {"while multiplying": in_flight(operations)} if has(r"\bQGMMA") else {}
     return {
         "registers": int(registers),
         "stack": int(stack),
@@ -107,7 +113,42 @@ def inspect(kernel: Any) -> Found:
             (name for name in ("QGMMA", "HGMMA", "UTCQMMA", "UTCHMMA", "HMMA") if has(rf"\b{name}")), None
         ),
         "copies": [name for name, seen in (("TMA", has("UTMALDG")), ("128 bits", has(r"LDGSTS\S*\.128"))) if seen],
+        **overlap,
+        "instructions": sum(operation.name != "NOP" for operation in operations),
     }
+
+
+class Operation(NamedTuple):
+    """An instruction of a kernel: its address, name and operands."""
+
+    address: int
+    name: str
+    operands: str
+
+
+def list_operations(code: str) -> list[Operation]:
+    """Parse what ``cuobjdump -sass`` prints."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", code)
+    return [Operation(int(address, 16), name, operands) for address, name, operands in found]
+
+
+def in_flight(operations: list[Operation]) -> dict[str, int]:
+    """Count the additions and copies that the inner loop over FP8 products does between a product and the next wait.
+
+    Sums of a block are added to the total by FFMA, so these are promoted while the tensor cores multiply.
+    """
+    loops = []
+    for address, name, rest in operations:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target is not None and int(target[1], 16) < address:
+            body = [each for at, each, _ in operations if int(target[1], 16) <= at <= address]
+            loops += [body] if any(each.startswith("QGMMA") for each in body) else []
+    body = min(loops, key=len)
+    last = max(index for index, each in enumerate(body) if each.startswith("QGMMA"))
+    turned = [*body[last + 1 :], *body[: last + 1]]  # from behind the last product to the wait for it
+    wait = next(index for index, each in enumerate(turned) if each.startswith("WARPGROUP.DEPBAR"))
+    kinds = {"FFMA": "FFMA", "copies": ("UTMALDG", "LDGSTS")}
+    return {kind: sum(each.startswith(names) for each in turned[:wait]) for kind, names in kinds.items()}
 
 
 def launches() -> dict[str, Callable[[], Any]]:
@@ -119,6 +160,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     from moefoundry.ops.fp8 import Format, Scaling, Tile, formats
     from moefoundry.ops.fp8 import triton_gemm as gemm
     from moefoundry.ops.fp8 import triton_quantize as quantize
+    from moefoundry.ops.fp8 import triton_swiglu as swiglu
     from moefoundry.ops.fp8.formats import QuantizedTensor
     from moefoundry.ops.fused_experts import function as fused
     from moefoundry.ops.permute import order_by_expert, pad_order
@@ -210,14 +252,17 @@ def launches() -> dict[str, Callable[[], Any]]:
         **by_rows,
         **adamw,
         "FP8 fprop": lambda: gemm.multiply_triton(tiles(rows, WIDTH), blocks(HIDDEN, WIDTH), sizes_E, torch.bfloat16),
-        "FP8 dgrad": lambda: gemm.multiply_triton(
-            tiles(rows, HIDDEN), blocks(HIDDEN, WIDTH).mT, sizes_E, torch.bfloat16
-        ),
+        "FP8 dgrad": lambda: gemm.multiply_triton(tiles(rows, HIDDEN), blocks(WIDTH, HIDDEN), sizes_E, torch.bfloat16),
         "FP8 wgrad": lambda: gemm.wgrad_triton(columns(HIDDEN), columns(WIDTH), torch.float32),
         **of_rows,
         f"quantize blocks, {scaling}": lambda: quantize.quantize_triton(gate, Tile.BLOCK, Format.E4M3, power),
         f"quantize columns, {scaling}": lambda: quantize.quantize_columns_triton(bf16(rows, WIDTH), sizes_E, power),
+        f"quantize blocks transposed, {scaling}": lambda: quantize.quantize_transposed_triton(gate, power),
         **retiled,
+        "quantize SwiGLU": lambda: swiglu.swiglu_forward_triton(hidden, hidden, weights, True),
+        "quantize SwiGLU's gradients": lambda: swiglu.swiglu_backward_triton(
+            hidden, (tiles(rows, HIDDEN), tiles(rows, HIDDEN)), weights, sizes_E
+        ),
         "dequantize E5M6": lambda: quantize.dequantize_triton(tiles(rows, WIDTH, Format.E5M6), torch.bfloat16),
     }
 
@@ -235,7 +280,10 @@ def compile_all(capability: int, configs: int, beginning: str | tuple[str, ...] 
         with only_compiling(capability, configs) as compiled:
             launch()
         for number, (_, kernel) in enumerate(compiled):
-            found[name if number == 0 else f"{name} ({number + 1})"] = inspect(kernel)
+            facts = inspect(kernel)
+            if not name.startswith(QUANTIZERS):
+                facts.pop("instructions")
+            found[name if number == 0 else f"{name} ({number + 1})"] = facts
     return found
 
 

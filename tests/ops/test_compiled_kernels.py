@@ -53,6 +53,10 @@ def test_machine_code(capability: int, configs: int, beginning: str | tuple[str,
         if name.startswith(MULTIPLIES):
             assert kernel["tensor cores"], f"{name} does not use the tensor cores"
             assert kernel["copies"], f"{name} copies nothing ahead"
+        if capability == 90 and name.startswith(("FP8 fprop", "FP8 dgrad")):
+            overlap = kernel["while multiplying"]
+            assert overlap["FFMA"] >= 32, f"{name} promotes no block while it multiplies the next"
+            assert overlap["copies"], f"{name} copies nothing while it multiplies"
     expected = json.loads(compiling.GOLDEN.read_text())
     key = f"triton {triton.__version__}, sm_{capability}"
     if key not in expected:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from moefoundry.config import Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
-from moefoundry.ops.fp8 import gemm, quantization
+from moefoundry.ops.fp8 import KeptBlocks, gemm, quantization, weights
 from moefoundry.optim import build_adamw
 from moefoundry.parallel import materialize, parallelize, sum_between_copies
 from tests.memory import PeakMemory, storage_of
@@ -30,7 +30,10 @@ aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention_for_cpu.default
 FLASH_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 FP8_KERNELS = (
-    *((quantization, f"{name}_reference") for name in ("quantize", "dequantize", "retile", "quantize_columns")),
+    *(
+        (quantization, f"{name}_reference")
+        for name in ("quantize", "quantize_transposed", "dequantize", "retile", "quantize_columns")
+    ),
     *((gemm, f"{name}_reference") for name in ("multiply", "wgrad")),
 )
 
@@ -157,7 +160,8 @@ def measure(recipes: list[Recipe], memory_of: Callable[..., GpuLike] = GpuLike) 
     """Measure the second micro-batch of a step of each recipe, on this rank."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return [_measure(recipe, memory_of) for recipe in recipes]
+    with patch.object(weights, "transposes", lambda *_: True):  # as on a GPU
+        return [_measure(recipe, memory_of) for recipe in recipes]
 
 
 def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
@@ -171,7 +175,7 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     sum_between_copies(model, False)
     model(tokens, tokens).total.backward()
     sum_between_copies(model, True)
-    parameters = [*model.parameters(), *narrow_copies_of(model)]
+    parameters = [*model.parameters(), *narrow_copies_of(model), *kept_blocks_of(model)]
     memory = memory_of([*parameters, *model.buffers(), tokens])
     memory.note([*gradients_of(model), *sums_of_a_copy(model)])
     with memory, kernels_of_a_gpu(memory):
@@ -186,6 +190,12 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
 def narrow_copies_of(model: nn.Module) -> list[Tensor]:
     """Copies that one rank multiplies by; a module holds them beside its parameters."""
     return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+def kept_blocks_of(model: nn.Module) -> list[Tensor]:
+    """Quantized weights that modules keep."""
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, KeptBlocks)]
+    return [tensor for blocks in kept for quantized in blocks.found.values() for tensor in quantized.tensors]
 
 
 def gradients_of(model: nn.Module) -> list[Tensor]:

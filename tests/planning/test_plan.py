@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from moefoundry.planning.activations import block_activations
 from moefoundry.planning.plan import make_plan, micro_batches
 from moefoundry.planning.table import plan_table
 from moefoundry.planning.world import groups_by_axis, most_remote_peers
+from moefoundry.precision import Fp8Experts, Fp8Linear, apply_precision
 from tests.conftest import QUICKSTART
 from tests.memory import PeakMemory
 from tests.model.tiny import batch, meta_model
@@ -44,6 +46,7 @@ MLA = (
     "model.attention={kind: mla, n_heads: 5, q_lora_rank: 37, kv_lora_rank: 26, "
     "qk_nope_head_dim: 6, qk_rope_head_dim: 4, v_head_dim: 7}"
 )
+FP8 = "precision.fp8.recipe=deepseek_v3"
 VARIANTS = {
     "gqa": [GQA],
     "tied": [GQA, "model.tie_embeddings=true"],
@@ -215,9 +218,40 @@ def real_model(recipe, dtype=torch.float32):
     return model.to(dtype)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_kept_in_fp8_are_counted_where_a_rank_has_them_whole(variant: str) -> None:
+    exclude = "precision.fp8.exclude=[lm_head, '*.router.gate', layers.2, '*.o_proj']"
+    keys, fp8 = [*ODD, *VARIANTS[variant], "model.moe.num_shared_experts=1"], [FP8, exclude]
+    recipe = load_recipe(QUICKSTART, [*keys, *fp8], 1)
+    model = meta_model(recipe.model)
+    apply_precision(model, recipe.precision)
+    kept = {Fp8Experts: 0, Fp8Linear: 0}
+    for module in model.modules():
+        for weight in module._parameters.values() if isinstance(module, tuple(kept)) else ():
+            if weight is not None:
+                *matrices, rows, columns = weight.shape
+                blocks = prod(matrices) * -(-rows // 128) * -(-columns // 128)
+                kept[Fp8Experts if matrices else Fp8Linear] += weight.numel() + blocks
+    assert all(kept.values())
+
+    def bytes_of(*more: str, world: int = 1, backend_name: str = "") -> int:
+        made = [*keys, *more, f"global_train_batch_size={world}"]
+        backend = [f"precision.fp8.backend={backend_name}"] if backend_name else []
+        recipes = (load_recipe(QUICKSTART, [*made, *last], world) for last in ([*fp8, *backend], []))
+        with_fp8, without = (make_plan(recipe, world).memory.parameters for recipe in recipes)
+        return with_fp8 - without
+
+    whole = sum(kept.values())
+    assert bytes_of() == 2 * whole
+    assert bytes_of(backend_name="reference") == whole
+    assert bytes_of("mesh={replicate: 4, shard: 1, expert: 1}", world=4) == 2 * whole
+    assert bytes_of("mesh={replicate: 1, shard: 4, expert: 1}", world=4) == 0
+    assert bytes_of("mesh={replicate: 2, shard: 4, expert: 4}", world=8) == 2 * kept[Fp8Experts] // 4
+    assert bytes_of("mesh={replicate: 1, shard: 8, expert: 4}", world=8) == 0
+
+
 LATENT = "model.attention={kind: mla, n_heads: 4, q_lora_rank: 48, kv_lora_rank: 32, qk_nope_head_dim: 24"
 LATENT += ", qk_rope_head_dim: 8, v_head_dim: 32}"
-FP8 = "precision.fp8.recipe=deepseek_v3"
 
 
 WITHOUT, WITH_FP8, WITH_BOTH = (), (FP8,), (LATENT, FP8)
@@ -246,6 +280,8 @@ def test_saved_activations_of_a_block(sparse, mode, dtype, more):
         dense = 0 if sparse else layers
         sizes = [f"model.n_layers={layers}", f"model.n_dense_layers={dense}", f"activation_checkpointing={mode}", *more]
         model, ids = real_model(load_recipe(QUICKSTART, [*SIZES, *sizes]), dtype), batch(2, 128)
+        with torch.no_grad():
+            model(ids, ids)  # keeps its weights in FP8
         with PeakMemory(model.parameters()) as alive:
             losses = model(ids, ids)
             gc.collect()

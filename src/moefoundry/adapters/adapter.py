@@ -124,5 +124,9 @@ class AdaptedExperts(GroupedExperts):
         return sum_rows(self._project("down_proj", hidden_NF, counts_E), order)
 
     def _project(self, name: str, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
-        out_NO = self.product(rows_NI, local_experts(getattr(self, name)), counts_E)
+        out_NO = self.frozen_product(name, rows_NI, counts_E)
         return out_NO + self.lora[name](rows_NI, counts_E) if name in self.lora else out_NO
+
+    def frozen_product(self, name: str, rows_NI: Tensor, counts_E: Tensor) -> Tensor:
+        """Multiply rows by the frozen weight ``name``, [N, I] -> [N, O]; precision policies override it."""
+        return self.product(rows_NI, local_experts(getattr(self, name)), counts_E)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from moefoundry.config import Fp8Recipe, Moments, Recipe
 from moefoundry.ops.sizes import CHUNK_TOKENS
 from moefoundry.planning.activations import Moment, block_activations
+from moefoundry.planning.fp8_weights import kept_bytes
 from moefoundry.planning.outline import ShardedOutline
 from moefoundry.planning.stages import ATTENTION
 from moefoundry.planning.stages import EXPERTS as EXPERTS_GROUP
@@ -58,7 +59,8 @@ class Memory:
     """Bytes of the rank that needs most; all but ``host`` on its device.
 
     Attributes:
-        parameters: fp32 shards, with FSDP's padding; on one rank all, and their narrow copies. Exact.
+        parameters: fp32 shards, with FSDP's padding; on one rank all, and their narrow copies; weights that are kept in
+            FP8. Exact.
         gradients: Reduced gradients, as the parameters that train; exact.
         optimizer: AdamW's two moments of these, without padding; exact.
         peak: Transient memory at its largest moment; an estimate.
@@ -91,7 +93,7 @@ def memory(outline: ShardedOutline, recipe: Recipe, sequences: int) -> Memory:
     moment_bytes = FP32 if recipe.precision.optimizer_moments == Moments.fp32 else 2
     moments = transients(outline.planned_blocks(recipe.max_seq_len), units, recipe, sequences)
     return Memory(
-        parameters=FP32 * stored + _narrow_copies(outline, recipe),
+        parameters=FP32 * stored + _narrow_copies(outline, recipe) + kept_bytes(outline, recipe),
         gradients=FP32 * reduced,
         optimizer=2 * moment_bytes * trained,
         peak=max(moments, key=lambda moment: moment.total),

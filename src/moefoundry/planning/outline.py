@@ -9,8 +9,17 @@ from moefoundry.config import Compute, PrecisionConfig, Recipe
 from moefoundry.mesh import MeshDegrees
 from moefoundry.planning import stages
 from moefoundry.planning.describe import ParameterCounts, count_parameters
+from moefoundry.planning.fp8_weights import bytes_in_fp8
 from moefoundry.planning.units import PlannedBlock, Unit, unit_of
-from moefoundry.planning.weights import EXPERTS, Weight, all_blocks, check_targets, mtp_weights, root_weights
+from moefoundry.planning.weights import (
+    EXPERTS,
+    Weight,
+    all_blocks,
+    check_targets,
+    mtp_weights,
+    named_weights,
+    root_weights,
+)
 from moefoundry.planning.work import Work, block_work, takes_mask
 
 
@@ -32,12 +41,14 @@ class Outline:
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        cfg = self.cfg = recipe.model
+        cfg, self.lora = recipe.model, recipe.lora
+        self.cfg = cfg
         if recipe.lora is not None:
             check_targets(cfg, recipe.lora)
         self.counts: ParameterCounts = count_parameters(cfg, recipe.lora)
         self.blocks = all_blocks(cfg, recipe.lora)
         self._works: dict[tuple[int, int], list[Work]] = {}
+        self._in_fp8: dict[tuple[str, ...], tuple[int, int]] = {}
         full = recipe.lora is None
         self.mtp = [replace(weight, trained=weight.trained and full) for weight in mtp_weights(cfg)]
         self.root = [replace(weight, trained=weight.trained and full) for weight in root_weights(cfg)]
@@ -51,6 +62,12 @@ class Outline:
                 found.append(block_work(cfg, index, weights, seq_len, c).times(positions / seq_len))
             self._works[seq_len, c] = found
         return self._works[seq_len, c]
+
+    def bytes_in_fp8(self, exclude: tuple[str, ...]) -> tuple[int, int]:
+        """Compute :func:`~moefoundry.planning.fp8_weights.bytes_in_fp8` of all parameters."""
+        if exclude not in self._in_fp8:
+            self._in_fp8[exclude] = bytes_in_fp8(named_weights(self.cfg, self.lora), exclude)
+        return self._in_fp8[exclude]
 
     def shard(self, recipe: Recipe, degrees: MeshDegrees) -> ShardedOutline:
         """Shard the model as training does; one rank has it whole."""

@@ -24,8 +24,11 @@ from moefoundry.ops.fp8 import (
     retile,
     wgrad,
 )
+from moefoundry.ops.fp8.quantization import quantize_transposed
+from moefoundry.ops.fp8.swiglu import swiglu_backward_in_tiles, swiglu_forward
 from tests.ops.fp8.samples import sample
 
+BACKENDS = (Backend.TRITON, Backend.REFERENCE)
 SHAPES = ((5, 300), (2, 3, 77), (1, 128), (0, 5))
 FP32_SUMS = 2e-6  # of the largest: K is summed in another order
 
@@ -42,6 +45,7 @@ def check_blocks(device: str, scaling: Scaling) -> None:
     for shape in SHAPES:
         x = extremes(shape).to(device)
         check_dequantize(both(lambda backend, x=x: quantize(x, Tile.BLOCK, Format.E4M3, scaling, backend)), device)
+        both(lambda backend, x=x: quantize_transposed(x, scaling, backend))
 
 
 def check_dequantize(x: QuantizedTensor, device: str) -> None:
@@ -92,6 +96,44 @@ def check_products(device: str, scaling: Scaling, sizes: list[int] | None, inner
             torch.testing.assert_close(got.float(), expected, rtol=2**-8, atol=tolerance)
     if sizes is not None and 0 in sizes:
         assert wgrad(grad_columns, x_columns, backend=Backend.TRITON)[sizes.index(0)].count_nonzero() == 0
+
+
+def check_swiglu(device: str, weighted: bool, sizes: list[int] | None, columns: int, dtype: torch.dtype) -> None:
+    """The interpreter rounds to float16 as a GPU does, but not to BF16, which takes its place on a GPU."""
+    dtype = torch.bfloat16 if (device, dtype) == ("cuda", torch.float16) else dtype
+    rows = 70 if sizes is None else sum(sizes)
+    sizes_E = None if sizes is None else torch.tensor(sizes, device=device)
+    row_weights = torch.rand(rows, generator=torch.Generator().manual_seed(1)).to(device) if weighted else None
+    gate, up, grad = (sample(kind, rows, columns).to(dtype).to(device) for kind in ("normal", "student_t", "outliers"))
+    got, expected = (swiglu_forward(gate, up, row_weights, backend=backend) for backend in BACKENDS)
+    near([got.hidden], [expected.hidden])
+    for one, other in zip(got.kept, expected.kept, strict=True):
+        assert torch.equal(one.values.view(torch.uint8), other.values.view(torch.uint8))
+        assert torch.equal(one.scales, other.scales)
+    alone = swiglu_forward(gate, up, row_weights, keep=False, backend=Backend.TRITON)
+    assert alone.kept == ()
+    assert torch.equal(dequantize(alone.hidden), dequantize(got.hidden))
+    back, defined = (
+        swiglu_backward_in_tiles(grad, expected.kept, row_weights, sizes_E, backend=backend) for backend in BACKENDS
+    )
+    near([back.hidden, *back.rows, *back.columns], [defined.hidden, *defined.rows, *defined.columns])
+    if weighted:
+        error = 2e-6 if dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(back.row_weights, defined.row_weights, rtol=error, atol=error * columns**0.5)
+    else:
+        assert back.row_weights is defined.row_weights is None
+
+
+def near(got: list[QuantizedTensor], expected: list[QuantizedTensor]) -> None:
+    """Compare tensors that differ by the last bit of an exponential: few roundings go the other way, by one step."""
+    for one, other in zip(got, expected, strict=True):
+        assert (one.tile, one.shape, one.format) == (other.tile, other.shape, other.format)
+        assert torch.equal(one.scales, other.scales)
+        codes, defined = (x.values.view(torch.uint8).int() for x in (one, other))
+        assert codes.shape == defined.shape
+        steps = (codes - defined).abs()[(codes | defined) & 0x7F > 0]  # a sign of zero is no step
+        assert steps.le(1).all()
+        assert steps.count_nonzero() <= 0.01 * max(steps.numel(), 100)
 
 
 def check_tiles_that_are_not_finite(device: str) -> None:

@@ -54,6 +54,20 @@ def test_products(run: Run, sizes: list[int] | None, scaling: Scaling) -> None:
     run(checks.check_products, scaling, sizes, 200, 144)
 
 
+@pytest.mark.parametrize(
+    ("weighted", "sizes", "columns", "dtype"),
+    [
+        (True, [0, 1, 130], 72, torch.float16),
+        (False, None, 40, torch.float32),
+        pytest.param(True, [0, 1, 130, 0, 40], 200, torch.float32, marks=pytest.mark.slow),
+        pytest.param(True, [0, 0], 136, torch.float32, marks=pytest.mark.slow),
+        pytest.param(False, None, 200, torch.float16, marks=pytest.mark.slow),
+    ],
+)
+def test_swiglu(run: Run, weighted: bool, sizes: list[int] | None, columns: int, dtype: torch.dtype) -> None:
+    run(checks.check_swiglu, weighted, sizes, columns, dtype)
+
+
 def test_tiles_that_are_not_finite(run: Run) -> None:
     run(checks.check_tiles_that_are_not_finite)
 
@@ -92,28 +106,30 @@ PRODUCT = {"x": "*fp8e4nv", "x_scales": "*u8", "out": "*bf16", "group_sizes": "*
 STRIDES = [f"{tensor}_{dim}" for tensor in ("weight", "scale") for dim in ("group", "row", "column")]
 MULTIPLY = PRODUCT | {"weights": "*fp8e4nv", "weight_scales": "*u8", "inner": "i32", "num_groups": "i32"}
 MULTIPLY |= dict.fromkeys(STRIDES, "i32")
-WGRAD = PRODUCT | {"grad": "*fp8e4nv", "grad_scales": "*u8", "rows": "i32", "width": "i32", "num_groups": "i32"}
+WGRAD = PRODUCT | {"grad": "*fp8e4nv", "grad_scales": "*u8", "other": "*fp8e4nv", "other_scales": "*u8"}
+WGRAD |= {"rows": "i32", "width": "i32", "num_groups": "i32"}
 E5M6 = {"FORMAT": Format.E5M6, "FP32_SCALES": False}
 E4M3 = {"FORMAT": Format.E4M3, "FP32_SCALES": False}
+WIDE, ROUNDS = {"ld.global.v4.b32", "st.global.v4.b32"}, "cvt.rn.satfinite.e4m3x2.f32"
 COMPILED: dict[str, tuple[str, dict[str, str], dict[str, Any], set[str]]] = {
-    "rows": ("_quantize_rows", ROWS, E4M3 | {"ROWS": 32}, {"ld.global.v4.b32", "st.global.v4.b32"}),
+    "rows": ("_quantize_rows", ROWS, E4M3 | {"ROWS": 32}, WIDE | {ROUNDS}),
     "e5m6_rows": ("_quantize_rows", ROWS | {"values": "*i32"}, E5M6 | {"ROWS": 32}, {"ld.global.v4.b32"}),
     "columns": (
         "_quantize_columns",
         COLUMNS,
         E4M3 | {"SOURCE": Format.E4M3, "MAX_GROUPS": 8, "COLUMNS": 64},
-        {"ld.global.v4.b32", "st.global.v4.b32"},
+        WIDE | {ROUNDS, "cvt.rn.f16x2.e4m3x2"},
     ),
     "multiply": (
         "_multiply",
         MULTIPLY,
-        {"weight_column": 1, "MAX_GROUPS": 8, "M": 128, "N": 128},
+        {"weight_column": 1, "DESCRIBED": False, "MAX_GROUPS": 8, "M": 128, "N": 128},
         {"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", "cp.async.cg.shared.global"},
     ),
     "wgrad": (
         "_wgrad",
         WGRAD,
-        {"MAX_GROUPS": 8, "M": 128, "N": 128},
+        {"DESCRIBED": False, "MAX_GROUPS": 8, "M": 128, "N": 128},
         {"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", "cp.async.cg.shared.global"},
     ),
 }
@@ -129,10 +145,17 @@ def test_compiles_for_hopper_with_wide_accesses_and_its_tensor_cores(name: str, 
     from moefoundry.ops.fp8 import triton_gemm, triton_quantize
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    target = GPUTarget("cuda", 90, 32)
+
+    def current_target() -> GPUTarget:
+        return target
+
+    current_target.__triton_builtin__ = True  # no code for the GPU
+    monkeypatch.setattr("triton.language.target_info.current_target", current_target)
     kernel, types, constants, instructions = COMPILED[name]
     fn = getattr(triton_gemm if hasattr(triton_gemm, kernel) else triton_quantize, kernel).fn
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in fn.arg_names}
     aligned = {(index,): [["tt.divisibility", 16]] for index, arg in enumerate(fn.arg_names) if arg not in constants}
     source = ASTSource(fn, signature, constants, aligned)
-    assembly = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+    assembly = triton.compile(source, target=target, options={"num_warps": 8}).asm["ptx"]
     assert {instruction for instruction in instructions if instruction not in assembly} == set()

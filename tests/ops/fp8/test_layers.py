@@ -144,7 +144,7 @@ def test_without_gradients_nothing_is_quantized_for_backward(monkeypatch: pytest
         formats.append(format)
         return quantize(x, tile, format, **options)
 
-    for layer in ("linear", "feed_forward"):
+    for layer in ("linear", "swiglu", "weights"):
         monkeypatch.setattr(f"moefoundry.ops.fp8.{layer}.quantize", counting)
     x, weights = leaf("normal", ROWS, WIDTH), expert_weights()
     with torch.no_grad():

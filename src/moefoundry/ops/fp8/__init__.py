@@ -2,6 +2,8 @@
 
 formats.py, scales.py             the formats, the tiles, and decisions that the report leaves open
 linear.py, feed_forward.py        layers with autograd, and the tensors that they keep for backward
+weights.py                        weights in blocks, kept while they do not change
+swiglu.py                         SwiGLU whose results leave in FP8
 mixture.py                        experts; tokens are quantized before they are copied
 coarse.py                         linear layers with one scale a tensor or a row, for comparison
 quantization.py, gemm.py          functions to call; they choose an implementation by device (``backend.py``)
@@ -18,14 +20,24 @@ from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Scaling, Tile
 from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
 from moefoundry.ops.fp8.linear import fp8_frozen_grouped_linear, fp8_kept_linear, fp8_linear
 from moefoundry.ops.fp8.mixture import fp8_mixture
-from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
+from moefoundry.ops.fp8.quantization import (
+    dequantize,
+    quantize,
+    quantize_columns,
+    quantize_rows_once,
+    quantize_transposed,
+    retile,
+)
+from moefoundry.ops.fp8.weights import BlocksOfPass, KeptBlocks
 from moefoundry.ops.sizes import TILE
 
 __all__ = [
     "TILE",
     "Backend",
+    "BlocksOfPass",
     "Format",
     "Granularity",
+    "KeptBlocks",
     "QuantizedTensor",
     "Scaling",
     "Tile",
@@ -41,6 +53,7 @@ __all__ = [
     "quantize",
     "quantize_columns",
     "quantize_rows_once",
+    "quantize_transposed",
     "retile",
     "wgrad",
 ]

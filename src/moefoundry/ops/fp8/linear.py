@@ -15,25 +15,33 @@ from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.fp8.backend import Backend
 from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Tile
-from moefoundry.ops.fp8.gemm import dgrad, fprop, wgrad
+from moefoundry.ops.fp8.gemm import fprop, wgrad
 from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
+from moefoundry.ops.fp8.weights import KeptBlocks, blocks_for_dgrad, blocks_for_fprop
 from moefoundry.ops.wide_linear import widened
 
 
 @torch.compiler.disable
-def fp8_linear(x: Tensor, weight_OI: Tensor, kept: Format = Format.E4M3, backend: Backend | None = None) -> Tensor:
+def fp8_linear(
+    x: Tensor,
+    weight_OI: Tensor,
+    kept: Format = Format.E4M3,
+    backend: Backend | None = None,
+    blocks: KeptBlocks | None = None,
+) -> Tensor:
     """Compute ``x @ weight.T``, [..., O], in the dtype of ``x``; Wgrad sums in fp32 and gives the weight's dtype.
 
     Args:
         x: [..., I], float32, bfloat16 or float16.
-        weight_OI: Weight in the layout of ``nn.Linear``; quantized at each call, in blocks of 128x128.
+        weight_OI: Weight in the layout of ``nn.Linear``; quantized in blocks of 128x128.
         kept: Format in which the input is kept for Wgrad: E4M3, the rows that Fprop takes, which layers with the same
             input share; or E5M6 (for the layer after attention).
         backend: The backend to use; None chooses by device.
+        blocks: Keeps the quantized weight; None quantizes it in each pass.
     """
     if not torch.is_grad_enabled():
         kept = Format.E4M3  # Fprop needs those rows anyway
-    return _Linear.apply(x, weight_OI, quantize_rows_once(x, backend), kept, backend)
+    return _Linear.apply(x, weight_OI, quantize_rows_once(x, backend), kept, backend, blocks)
 
 
 @torch.compiler.disable
@@ -47,7 +55,12 @@ def fp8_kept_linear(x: Tensor, weight_OI: Tensor, backend: Backend | None = None
 
 @torch.compiler.disable
 def fp8_frozen_grouped_linear(
-    rows_RI: Tensor, weight_EOI: Tensor, tokens_per_expert_E: Tensor, backend: Backend | None = None
+    rows_RI: Tensor,
+    weight_EOI: Tensor,
+    tokens_per_expert_E: Tensor,
+    backend: Backend | None = None,
+    blocks: KeptBlocks | None = None,
+    name: str = "weight",
 ) -> Tensor:
     """Compute :func:`~moefoundry.ops.grouped_linear.grouped_linear` of weights that do not train.
 
@@ -55,35 +68,44 @@ def fp8_frozen_grouped_linear(
 
     Args:
         rows_RI: [R, I], float32, bfloat16 or float16, in the order of their experts.
-        weight_EOI: Weights in the layout of ``nn.Linear``, quantized at each call; they get no gradient.
+        weight_EOI: Weights in the layout of ``nn.Linear``; they get no gradient.
         tokens_per_expert_E: int64 [E]; sums to R.
         backend: The backend to use; None chooses by device.
+        blocks: Keeps the quantized weights; None quantizes them in each pass.
+        name: Name of these weights in ``blocks``.
     """
-    return _FrozenGroups.apply(rows_RI, weight_EOI, tokens_per_expert_E, backend)
+    return _FrozenGroups.apply(rows_RI, weight_EOI, tokens_per_expert_E, backend, blocks, name)
 
 
 class _Linear(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_OI: Tensor, rows_RI: QuantizedTensor, kept: Format, backend: Backend | None
+        ctx: Any,
+        x: Tensor,
+        weight_OI: Tensor,
+        rows_RI: QuantizedTensor,
+        kept: Format,
+        backend: Backend | None,
+        blocks: KeptBlocks | None,
     ) -> Tensor:
-        out_RO = fprop(rows_RI, quantize(weight_OI, Tile.BLOCK, backend=backend), None, x.dtype, backend)
+        weight = blocks_for_fprop(weight_OI, blocks, "weight", backend)
+        out_RO = fprop(rows_RI, weight, None, x.dtype, backend)
         if ctx.needs_input_grad[1] and kept is not Format.E4M3:
             rows_RI = quantize(x.reshape(rows_RI.shape), Tile.ROW, kept, backend=backend)
         ctx.save_for_backward(weight_OI, *(rows_RI.tensors if ctx.needs_input_grad[1] else ()))
-        ctx.kept, ctx.shape, ctx.backend = kept, rows_RI.shape, backend
+        ctx.kept, ctx.shape, ctx.backend, ctx.blocks = kept, rows_RI.shape, backend, blocks
         return out_RO.view(*x.shape[:-1], len(weight_OI))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         weight_OI, *tensors = ctx.saved_tensors
         grad_RO = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight_OI = None
         if ctx.needs_input_grad[0]:
-            weight = quantize(weight_OI, Tile.BLOCK, backend=ctx.backend)
+            weight_IO = blocks_for_dgrad(weight_OI, ctx.blocks, "weight", ctx.backend)
             grad_rows = quantize(grad_RO, Tile.ROW, backend=ctx.backend)
-            grad_x_RI = dgrad(grad_rows, weight, None, grad.dtype, ctx.backend)
+            grad_x_RI = fprop(grad_rows, weight_IO, None, grad.dtype, ctx.backend)
             grad_x = grad_x_RI.view(*grad.shape[:-1], weight_OI.shape[1])
         if ctx.needs_input_grad[1]:
             values, scales = tensors
@@ -91,7 +113,7 @@ class _Linear(Function):
             x_columns = retile(kept, backend=ctx.backend)
             grad_columns = quantize_columns(grad_RO, backend=ctx.backend)
             grad_weight_OI = wgrad(grad_columns, x_columns, weight_OI.dtype, ctx.backend)
-        return grad_x, grad_weight_OI, None, None, None
+        return grad_x, grad_weight_OI, None, None, None, None
 
 
 class _KeptLinear(Function):
@@ -113,16 +135,25 @@ class _KeptLinear(Function):
 
 class _FrozenGroups(Function):
     @staticmethod
-    def forward(ctx: Any, rows_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor, backend: Backend | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        rows_RI: Tensor,
+        weight_EOI: Tensor,
+        counts_E: Tensor,
+        backend: Backend | None,
+        blocks: KeptBlocks | None,
+        name: str,
+    ) -> Tensor:
         ctx.save_for_backward(weight_EOI, counts_E)
-        ctx.backend = backend
-        weight = quantize(weight_EOI, Tile.BLOCK, backend=backend)
+        ctx.backend, ctx.blocks, ctx.name = backend, blocks, name
+        weight = blocks_for_fprop(weight_EOI, blocks, name, backend)
         return fprop(quantize_rows_once(rows_RI, backend), weight, counts_E, rows_RI.dtype, backend)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         weight_EOI, counts_E = ctx.saved_tensors
-        weight = quantize(weight_EOI, Tile.BLOCK, backend=ctx.backend)
+        weight_EIO = blocks_for_dgrad(weight_EOI, ctx.blocks, ctx.name, ctx.backend)
         grad_rows = quantize(grad_RO.contiguous(), Tile.ROW, backend=ctx.backend)
-        return dgrad(grad_rows, weight, counts_E, grad_RO.dtype, ctx.backend), None, None, None
+        grad_rows_RI = fprop(grad_rows, weight_EIO, counts_E, grad_RO.dtype, ctx.backend)
+        return grad_rows_RI, None, None, None, None, None

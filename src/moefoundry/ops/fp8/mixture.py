@@ -21,6 +21,7 @@ from moefoundry.ops.fp8.deep_gemm import in_tiles
 from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
 from moefoundry.ops.fp8.formats import QuantizedTensor, Tile
 from moefoundry.ops.fp8.quantization import quantize_rows_once, remember_rows
+from moefoundry.ops.fp8.weights import KeptBlocks
 from moefoundry.ops.permute import RowOrder, gather_rows, permute_slots, sum_of_rows
 
 
@@ -34,6 +35,7 @@ def fp8_mixture(
     order: RowOrder,
     hidden: HiddenLayer = PLAIN_LAYER,
     backend: Backend | None = None,
+    blocks: KeptBlocks | None = None,
 ) -> Tensor:
     """Compute each token's weighted sum of its experts' SwiGLU, [P, D] -> [P, D], in the dtype of the tokens.
 
@@ -46,6 +48,7 @@ def fp8_mixture(
         order: Order of the slots that have rows.
         hidden: Activation, and biases of gate and up.
         backend: The backend to use; None chooses by device.
+        blocks: Keeps the quantized weights; None quantizes them in each pass.
     """
     num_tokens = len(tokens_PD)
     if backend is Backend.DEEPGEMM:
@@ -62,6 +65,7 @@ def fp8_mixture(
         hidden,
         backend,
         rows=gather_quantized(quantize_rows_once(tokens_PD, backend), order),
+        blocks=blocks,
     )
     mixed_PD = _SumRows.apply(out_RD, order, backend)
     return mixed_PD if len(mixed_PD) == num_tokens else mixed_PD[:num_tokens]

@@ -11,6 +11,7 @@ from moefoundry.ops.fp8.reference import (
     dequantize_reference,
     quantize_columns_reference,
     quantize_reference,
+    quantize_transposed_reference,
     retile_reference,
 )
 
@@ -46,6 +47,21 @@ def quantize(
     from moefoundry.ops.fp8.triton_quantize import quantize_triton
 
     return quantize_triton(x, tile, format, scaling)
+
+
+def quantize_transposed(
+    x: Tensor, scaling: Scaling = Scaling.POWER_OF_TWO, backend: Backend | None = None
+) -> QuantizedTensor:
+    """Quantize ``x`` [..., R, C] to E4M3 in ``BLOCK`` tiles and transpose it, [..., C, R], in one pass over memory.
+
+    Equals ``quantize(x, Tile.BLOCK).mT``, whose bytes lie in the order of ``x``.
+    """
+    _check_float(x)
+    if _backend(x, backend) is Backend.REFERENCE:
+        return quantize_transposed_reference(x, scaling)
+    from moefoundry.ops.fp8.triton_quantize import quantize_transposed_triton
+
+    return quantize_transposed_triton(x, scaling)
 
 
 def quantize_rows_once(x: Tensor, backend: Backend | None = None) -> QuantizedTensor:

@@ -6,6 +6,8 @@ value from torch 2.13 on.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,9 +24,17 @@ def quantize_reference(x: Tensor, tile: Tile, format: Format, scaling: Scaling) 
     rows, columns = x.shape[-2:]
     tiles = _split(x.float(), tile)
     codes, scales = _quantize_tiles(tiles, (-3, -1), format, scaling)
-    codes = codes.flatten(-4, -3).flatten(-2)[..., :rows, :columns].contiguous()
+    padded = codes.flatten(-4, -3).flatten(-2)
+    codes = padded[..., :rows, :columns]  # not a view of it: weights are kept
+    codes = codes.contiguous() if codes.shape == padded.shape else codes.clone(memory_format=torch.contiguous_format)
     values = codes.view(torch.float8_e4m3fn) if format is Format.E4M3 else pack_e5m6(codes)
     return QuantizedTensor(values, scales, tile, tuple(x.shape), format)
+
+
+def quantize_transposed_reference(x: Tensor, scaling: Scaling) -> QuantizedTensor:
+    """Compute :func:`moefoundry.ops.fp8.quantization.quantize_transposed`."""
+    found = quantize_reference(x, Tile.BLOCK, Format.E4M3, scaling).mT
+    return replace(found, values=found.values.contiguous(), scales=found.scales.contiguous())
 
 
 def quantize_columns_reference(x_RC: Tensor, group_sizes_E: Tensor | None, scaling: Scaling) -> QuantizedTensor:

@@ -1,8 +1,9 @@
 """Device functions that the Triton kernels share: scales, rounding, and the rows of a tile.
 
-Values are rounded by their bits, not by the hardware's cast, so that a kernel gives the same bits on every device, in
-Triton's interpreter, and as the reference. That costs about ten integer operations a value, in kernels that are bound
-by memory. ``FORMAT`` is a member of ``Format``.
+From compute capability 8.9 on, the hardware converts to and from E4M3 as ``formats.py`` says: to nearest, ties to even,
+saturating; NaN is 0x7F. Elsewhere, for E5M6, and in Triton's interpreter, whose own cast rounds otherwise, values are
+rounded by their bits, in about ten integer operations. Both give the bits of the reference. ``FORMAT`` is a member of
+``Format``.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
+from triton.runtime.jit import constexpr_function
 
 from moefoundry.ops import sizes
 from moefoundry.ops.fp8 import formats, scales
@@ -21,6 +24,13 @@ PACKED = tl.constexpr(formats.PACKED)
 SMALLEST_SCALE = tl.constexpr(scales.SMALLEST_SCALE)
 INF_BITS = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+
+
+@constexpr_function
+def converts(format: formats.Format) -> bool:
+    """Tell if the GPU that a kernel is compiled for converts ``format``."""
+    interpreted = triton.knobs.runtime.interpret
+    return bool(format is formats.Format.E4M3 and not interpreted and cuda_capability_geq(8, 9))
 
 
 @triton.jit
@@ -55,17 +65,22 @@ def load_scales(pointers, mask):
 
 @triton.jit
 def quantize(x, amax_bits, FORMAT: tl.constexpr, FP32_SCALES: tl.constexpr):
-    """Compute codes (int32) of ``x``, and stored scales; ``amax_bits`` broadcasts against ``x``."""
+    """Compute codes of ``x``, uint8 or (E5M6) int32, and stored scales; ``amax_bits`` broadcasts against ``x``."""
     bad = amax_bits >= INF_BITS
     if FP32_SCALES:
         amax = tl.maximum(amax_bits.to(tl.float32, bitcast=True), SMALLEST_SCALE * FORMAT.largest)
-        scales = tl.div_rn(amax, FORMAT.largest)
-        scaled = tl.div_rn(x, tl.where(bad, 1.0, scales))
-        scales = tl.where(bad, float("nan"), scales)
+        scales = tl.where(bad, float("nan"), tl.div_rn(amax, FORMAT.largest))
+        scaled = tl.div_rn(x, scales)
     else:
         scales = power_of_two_codes(amax_bits, FORMAT)
-        scaled = x * power_of_two(254 - tl.where(bad, 127, scales))
-    return tl.where(bad, FORMAT.nan_code, encode(scaled, FORMAT)), scales
+        scaled = x * tl.where(bad, float("nan"), power_of_two(254 - scales))
+    if converts(FORMAT):
+        codes = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)  # NaN, if the scale is
+    else:
+        codes = tl.where(bad, FORMAT.nan_code, encode(scaled, FORMAT))
+        if FORMAT.mantissa_bits == 3:
+            codes = codes.to(tl.uint8)
+    return codes, scales
 
 
 @triton.jit
@@ -86,16 +101,21 @@ def encode(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def decode(codes, FORMAT: tl.constexpr):
-    """Decode codes (int32) to float32."""
-    bits = codes & (FORMAT.sign_code - 1)
-    x = (bits << (23 - FORMAT.mantissa_bits)).to(tl.float32, bitcast=True) * 2.0 ** (127 - FORMAT.bias)
-    x = tl.where(bits >= FORMAT.nan_code, float("nan"), x)
-    return tl.where(codes >= FORMAT.sign_code, -x, x)
+    """Decode codes, uint8 or (E5M6) int32, to float32."""
+    if converts(FORMAT):
+        x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    else:
+        codes = codes.to(tl.int32)
+        bits = codes & (FORMAT.sign_code - 1)
+        x = (bits << (23 - FORMAT.mantissa_bits)).to(tl.float32, bitcast=True) * 2.0 ** (127 - FORMAT.bias)
+        x = tl.where(bits >= FORMAT.nan_code, float("nan"), x)
+        x = tl.where(codes >= FORMAT.sign_code, -x, x)
+    return x
 
 
 @triton.jit
 def load_codes(values, row, row_inside, width, first, columns, SIZE: tl.constexpr, FORMAT: tl.constexpr):
-    """Load codes (int32) [rows, SIZE] of the columns from ``first`` on; zero outside.
+    """Load codes, uint8 or (E5M6) int32, [rows, SIZE] of the columns from ``first`` on; zero outside.
 
     Args:
         values: Pointer to E4M3 codes as uint8, or to packed E5M6 as int32.
@@ -109,7 +129,7 @@ def load_codes(values, row, row_inside, width, first, columns, SIZE: tl.constexp
     """
     if FORMAT.mantissa_bits == 3:
         column = first + tl.arange(0, SIZE)[None, :]
-        codes = tl.load(values + row * width + column, mask=row_inside & (column < columns), other=0).to(tl.int32)
+        codes = tl.load(values + row * width + column, mask=row_inside & (column < columns), other=0)
     else:
         word = first // PACKED * 3 + 3 * tl.arange(0, SIZE // PACKED)[None, :]
         place, inside = values + row * width + word, row_inside & (word < width)
@@ -126,7 +146,7 @@ def store_codes(values, codes, row, row_inside, width, first, columns, SIZE: tl.
     """Store codes, the inverse of :func:`load_codes`; a row's last word is padded with zeros."""
     column = first + tl.arange(0, SIZE)[None, :]
     if FORMAT.mantissa_bits == 3:
-        tl.store(values + row * width + column, codes.to(tl.uint8), mask=row_inside & (column < columns))
+        tl.store(values + row * width + column, codes, mask=row_inside & (column < columns))
     else:
         codes = tl.where(column < columns, codes, 0)
         even, odd = tl.split(tl.reshape(codes, [row.shape[0], SIZE // PACKED, 2, 2, 2]))

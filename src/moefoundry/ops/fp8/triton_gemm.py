@@ -1,8 +1,13 @@
 """The three matrix products as Triton kernels for GPUs whose tensor cores take FP8.
 
 Each step multiplies 128 elements of K on the tensor cores, from zero, and adds the result, times both scales, to a sum
-in FP32 registers: the promotion of DeepSeek-V3 (section 3.3.2). The device finds the groups from their sizes; the grid
-is an upper bound, and programs after the last group end at once.
+in FP32 registers: the promotion of DeepSeek-V3 (section 3.3.2). Steps come in pairs with an accumulator each: while the
+tensor cores multiply the second, the first is promoted, and the second while they multiply the first of the next pair.
+The order of the sums is that of the steps.
+
+Where both operands have K last and in whole 16 bytes, as layers give them, they are copied by descriptors (TMA, from
+compute capability 9.0 on). The device finds the groups from their sizes; the grid is an upper bound, and programs after
+the last group end at once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -16,15 +21,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefoundry.ops.fp8 import triton_codec as codec
 from moefoundry.ops.fp8.formats import QuantizedTensor
 from moefoundry.ops.fp8.groups import all_rows
 from moefoundry.ops.fp8.triton_quantize import tuned
+from moefoundry.ops.sizes import TILE
+
+ALIGNMENT = 16  # bytes of a descriptor's address and strides
+
+
+def _describe(arguments: dict[str, Any]) -> None:
+    """Give descriptors the blocks of a configuration."""
+    for name, size in (("x", "M"), ("weights", "N"), ("grad", "M"), ("other", "N")):
+        if isinstance(descriptor := arguments.get(name), TensorDescriptor):
+            descriptor.block_shape = [*[1] * (len(descriptor.shape) - 2), arguments[size], TILE]
+
 
 CONFIGS = [
-    triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages)
-    for m, n, warps, stages in ((128, 128, 8, 3), (128, 128, 8, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 64, 4, 5))
+    triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages, pre_hook=_describe)
+    for m, n, warps, stages in ((128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 4, 2), (64, 64, 4, 3))
+]
+"""For pairs of steps: a stage has two blocks of both operands."""
+WGRAD_CONFIGS = [
+    triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages, pre_hook=_describe)
+    for m, n, warps, stages in ((128, 128, 8, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 64, 4, 5))
 ]
 
 
@@ -38,17 +61,18 @@ def multiply_triton(
         return out
     sizes_E = all_rows(rows, out.device) if group_sizes_E is None else group_sizes_E
     groups = len(sizes_E)
-    weights, weight_scales = weight.values, weight.scales
+    values, weights, weight_scales = x.values.contiguous(), weight.values, weight.scales
     if group_sizes_E is None:
         weights, weight_scales = weights.unsqueeze(0), weight_scales.unsqueeze(0)
+    described = _can_describe(values) and _can_describe(weights)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int]:
         return triton.cdiv(columns, meta["N"]), (rows + groups * (meta["M"] - 1)) // meta["M"]
 
     _multiply[grid](
-        x.values.contiguous(),
+        _descriptor(values) if described else values,
         x.scales.contiguous(),
-        weights,
+        _descriptor(weights) if described else weights,
         weight_scales,
         out,
         sizes_E,
@@ -57,6 +81,7 @@ def multiply_triton(
         groups,
         *weights.stride(),
         *weight_scales.stride(),
+        DESCRIBED=described,
         MAX_GROUPS=triton.next_power_of_2(groups),
     )
     return out
@@ -68,15 +93,16 @@ def wgrad_triton(grad: QuantizedTensor, x: QuantizedTensor, dtype: torch.dtype) 
     sizes_E = all_rows(x.shape[0], x.values.device) if x.group_sizes is None else x.group_sizes
     groups = len(sizes_E)
     out = torch.empty(groups, rows, columns, dtype=dtype, device=x.values.device)
+    described = _can_describe(grad.values) and _can_describe(x.values)
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
         return triton.cdiv(columns, meta["N"]), triton.cdiv(rows, meta["M"]), groups
 
     if out.numel():
         _wgrad[grid](
-            grad.values,
+            _descriptor(grad.values) if described else grad.values,
             grad.scales,
-            x.values,
+            _descriptor(x.values) if described else x.values,
             x.scales,
             out,
             sizes_E,
@@ -84,9 +110,55 @@ def wgrad_triton(grad: QuantizedTensor, x: QuantizedTensor, dtype: torch.dtype) 
             columns,
             x.values.shape[1],
             groups,
+            DESCRIBED=described,
             MAX_GROUPS=triton.next_power_of_2(groups),
         )
     return out.squeeze(0) if x.group_sizes is None else out
+
+
+def _can_describe(values: Tensor) -> bool:
+    """Tell if a descriptor can copy E4M3 values by their last dimension."""
+    if not values.numel() or not values.is_contiguous() or (values.shape[-1] | values.data_ptr()) % ALIGNMENT:
+        return False
+    return bool(triton.knobs.runtime.interpret or cuda_capability_geq(9, 0))
+
+
+def _descriptor(values: Tensor) -> TensorDescriptor:
+    """Describe values; the configuration sets the block."""
+    return TensorDescriptor.from_tensor(values, [*[1] * (values.dim() - 2), CONFIGS[0].kwargs["M"], TILE])
+
+
+@triton.jit
+def row_block(x, first, row, inside, step, inner, DESCRIBED: tl.constexpr):
+    """Load the rows' values of step ``step`` of K, [rows, 128]; zero or another group's rows where none is inside."""
+    if DESCRIBED:
+        block = x.load([first, step * codec.TILE])
+    else:
+        k = step * codec.TILE + tl.arange(0, codec.TILE)
+        place = x + row[:, None].to(tl.int64) * inner + k[None, :]
+        block = tl.load(place, mask=inside[:, None] & (k[None, :] < inner), other=0.0)
+    return block
+
+
+@triton.jit
+def weight_block(
+    weights, group, first, row, inside, step, inner, weight_group, weight_row, weight_column, DESCRIBED: tl.constexpr
+):
+    """Load 128 values of K of rows of a group's weight, transposed, [128, rows]."""
+    if DESCRIBED:
+        block = weights.load([group, first, step * codec.TILE]).reshape(row.shape[0], codec.TILE).T
+    else:
+        k = step * codec.TILE + tl.arange(0, codec.TILE)
+        place = weights + group.to(tl.int64) * weight_group
+        place += row[None, :].to(tl.int64) * weight_row + k[:, None].to(tl.int64) * weight_column
+        block = tl.load(place, mask=inside[None, :] & (k[:, None] < inner), other=0.0)
+    return block
+
+
+@triton.jit
+def scales_at(x_scales, weight_scale, row_inside):
+    """Load the scales of rows, times that of the weight's block."""
+    return codec.load_scales(x_scales, row_inside) * codec.load_scales(weight_scale, True)
 
 
 @triton.autotune(tuned(CONFIGS), key=["inner", "columns"])
@@ -107,6 +179,7 @@ def _multiply(
     scale_group,
     scale_row,
     scale_column,
+    DESCRIBED: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -115,42 +188,85 @@ def _multiply(
     group, first, end = codec.rows_of_tile(group_sizes, tl.program_id(1), num_groups, MAX_GROUPS, M)
     if first >= end:
         return
-    row = (first + tl.arange(0, M)).to(tl.int64)
-    column = tl.program_id(0) * N + tl.arange(0, N)
-    k = tl.arange(0, codec.TILE)
-    x_place = x + row[:, None] * inner + k[None, :]
-    x_scale_place = x_scales + row * tl.cdiv(inner, codec.TILE)
-    weight_place = weights + group.to(tl.int64) * weight_group
-    weight_place += column[None, :].to(tl.int64) * weight_row + k[:, None] * weight_column
-    weight_scale_place = weight_scales + group * scale_group + (tl.program_id(0) * N // codec.TILE) * scale_row
+    row = first + tl.arange(0, M)
+    first_column = tl.program_id(0) * N
+    column = first_column + tl.arange(0, N)
     row_inside, column_inside = row < end, column < columns
+    x_scale = x_scales + row.to(tl.int64) * tl.cdiv(inner, codec.TILE)
+    weight_scale = weight_scales + group * scale_group + (first_column // codec.TILE) * scale_row
+    steps = tl.cdiv(inner, codec.TILE)
     total = tl.zeros([M, N], tl.float32)
-    for step in range(tl.cdiv(inner, codec.TILE)):
-        left = inner - step * codec.TILE
-        a = tl.load(x_place, mask=row_inside[:, None] & (k[None, :] < left), other=0.0)
-        b = tl.load(weight_place, mask=column_inside[None, :] & (k[:, None] < left), other=0.0)
-        row_scales = codec.load_scales(x_scale_place + step, row_inside)
-        block_scale = codec.load_scales(weight_scale_place + step * scale_column, True)
-        total += tl.dot(a, b) * (row_scales * block_scale)[:, None]
-        x_place += codec.TILE
-        weight_place += codec.TILE * weight_column
-    place = out + row[:, None] * columns + column[None, :]
+    behind, behind_scales = tl.zeros([M, N], tl.float32), tl.zeros([M], tl.float32)
+    if steps % 2 == 1:
+        a = row_block(x, first, row, row_inside, 0, inner, DESCRIBED)
+        b = weight_block(
+            weights,
+            group,
+            first_column,
+            column,
+            column_inside,
+            0,
+            inner,
+            weight_group,
+            weight_row,
+            weight_column,
+            DESCRIBED,
+        )
+        behind, behind_scales = tl.dot(a, b), scales_at(x_scale, weight_scale, row_inside)
+    for step in range(steps % 2, steps, 2):
+        a = row_block(x, first, row, row_inside, step, inner, DESCRIBED)
+        b = weight_block(
+            weights,
+            group,
+            first_column,
+            column,
+            column_inside,
+            step,
+            inner,
+            weight_group,
+            weight_row,
+            weight_column,
+            DESCRIBED,
+        )
+        a_next = row_block(x, first, row, row_inside, step + 1, inner, DESCRIBED)
+        b_next = weight_block(
+            weights,
+            group,
+            first_column,
+            column,
+            column_inside,
+            step + 1,
+            inner,
+            weight_group,
+            weight_row,
+            weight_column,
+            DESCRIBED,
+        )
+        scales = scales_at(x_scale + step, weight_scale + step * scale_column, row_inside)
+        scales_next = scales_at(x_scale + step + 1, weight_scale + (step + 1) * scale_column, row_inside)
+        part = tl.dot(a, b)
+        total += behind * behind_scales[:, None]
+        behind, behind_scales = tl.dot(a_next, b_next), scales_next
+        total += part * scales[:, None]
+    total += behind * behind_scales[:, None]
+    place = out + row[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])
 
 
-@triton.autotune(tuned(CONFIGS), key=["rows", "columns"])
+@triton.autotune(tuned(WGRAD_CONFIGS), key=["rows", "columns"])
 @triton.jit
 def _wgrad(
     grad,
     grad_scales,
-    x,
-    x_scales,
+    other,
+    other_scales,
     out,
     group_sizes,
     rows,
     columns,
     width,
     num_groups,
+    DESCRIBED: tl.constexpr,
     MAX_GROUPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -162,24 +278,30 @@ def _wgrad(
     tiles = tl.cdiv(sizes, codec.TILE)
     last_tile = tl.sum(tiles, 0)
     first_tile = last_tile - tl.sum(tl.where(index == group, tiles, 0), 0)
-    row = tl.program_id(1) * M + tl.arange(0, M)
-    column = tl.program_id(0) * N + tl.arange(0, N)
+    first_row, first_column = tl.program_id(1) * M, tl.program_id(0) * N
+    row, column = first_row + tl.arange(0, M), first_column + tl.arange(0, N)
     row_inside, column_inside = row < rows, column < columns
-    k = first_tile * codec.TILE + tl.arange(0, codec.TILE)
-    grad_place = grad + row[:, None].to(tl.int64) * width + k[None, :]
-    x_place = x + column[None, :].to(tl.int64) * width + k[:, None]
-    grad_scale_place = grad_scales + first_tile.to(tl.int64) * rows + row
-    x_scale_place = x_scales + first_tile.to(tl.int64) * columns + column
     total = tl.zeros([M, N], tl.float32)
-    for _ in range(first_tile, last_tile):
-        a = tl.load(grad_place, mask=row_inside[:, None], other=0.0)
-        b = tl.load(x_place, mask=column_inside[None, :], other=0.0)
-        row_scales = codec.load_scales(grad_scale_place, row_inside)
-        column_scales = codec.load_scales(x_scale_place, column_inside)
+    row_scale = grad_scales + first_tile.to(tl.int64) * rows + row
+    column_scale = other_scales + first_tile.to(tl.int64) * columns + column
+    # a step's scales are loaded a step ahead, but where threads have too many columns for the registers: from 10.0 on
+    AHEAD: tl.constexpr = not cuda_capability_geq(10, 0)
+    row_scales = codec.load_scales(row_scale, row_inside)
+    column_scales = codec.load_scales(column_scale, column_inside)
+    for tile in range(first_tile, last_tile):
+        a = row_block(grad, first_row, row, row_inside, tile, width, DESCRIBED)
+        b = row_block(other, first_column, column, column_inside, tile, width, DESCRIBED).T
+        if not AHEAD:
+            row_scales = codec.load_scales(row_scale, row_inside)
+            column_scales = codec.load_scales(column_scale, column_inside)
+        row_scale += rows
+        column_scale += columns
+        if AHEAD:
+            more = tile + 1 < last_tile
+            rows_next = codec.load_scales(row_scale, row_inside & more)
+            columns_next = codec.load_scales(column_scale, column_inside & more)
         total += tl.dot(a, b) * row_scales[:, None] * column_scales[None, :]
-        grad_place += codec.TILE
-        x_place += codec.TILE
-        grad_scale_place += rows
-        x_scale_place += columns
+        if AHEAD:
+            row_scales, column_scales = rows_next, columns_next
     place = out + (group.to(tl.int64) * rows + row[:, None]) * columns + column[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])

@@ -40,10 +40,21 @@ def quantize_triton(x: Tensor, tile: Tile, format: Format, scaling: Scaling) -> 
     row_tiles = rows if tile is Tile.ROW else num_tiles(rows)
     values = torch.empty(*batch, rows, format.width(columns), dtype=torch.uint8, device=x.device)
     scales = torch.empty(*batch, row_tiles, num_tiles(columns), dtype=_scale_dtype(scaling), device=x.device)
-    if x.numel():
-        launch = _launch_rows if tile is Tile.ROW else _launch_blocks
-        launch(x.contiguous(), _words(values, format), scales, FORMAT=format, FP32_SCALES=scaling is Scaling.FP32)
+    if x.numel() and tile is Tile.ROW:
+        _launch_rows(x.contiguous(), _words(values, format), scales, FORMAT=format, FP32_SCALES=scaling is Scaling.FP32)
+    elif x.numel():
+        _launch_blocks(x.contiguous(), values, scales, scaling, transposed=False)
     return QuantizedTensor(values.view(format.dtype), scales, tile, tuple(x.shape), format)
+
+
+def quantize_transposed_triton(x: Tensor, scaling: Scaling) -> QuantizedTensor:
+    """Compute :func:`moefoundry.ops.fp8.quantize_transposed`."""
+    *batch, rows, columns = x.shape
+    values = torch.empty(*batch, columns, rows, dtype=torch.uint8, device=x.device)
+    scales = torch.empty(*batch, num_tiles(columns), num_tiles(rows), dtype=_scale_dtype(scaling), device=x.device)
+    if x.numel():
+        _launch_blocks(x.contiguous(), values, scales, scaling, transposed=True)
+    return QuantizedTensor(values.view(Format.E4M3.dtype), scales, Tile.BLOCK, (*batch, columns, rows))
 
 
 def _launch_rows(x: Tensor, words: Tensor, scales: Tensor, **constants: Any) -> None:
@@ -56,10 +67,13 @@ def _launch_rows(x: Tensor, words: Tensor, scales: Tensor, **constants: Any) -> 
     _quantize_rows[grid](x, words, scales, rows, columns, words.shape[-1], **constants)
 
 
-def _launch_blocks(x: Tensor, values: Tensor, scales: Tensor, **constants: Any) -> None:
+def _launch_blocks(x: Tensor, values: Tensor, scales: Tensor, scaling: Scaling, transposed: bool) -> None:
     rows, columns = x.shape[-2:]
     grid = num_tiles(rows), num_tiles(columns), x.numel() // (rows * columns)
-    _quantize_blocks[grid](x, values, scales, rows, columns, **constants)
+    fp32 = scaling is Scaling.FP32
+    _quantize_blocks[grid](
+        x, values, scales, rows, columns, FORMAT=Format.E4M3, FP32_SCALES=fp32, TRANSPOSED=transposed
+    )
 
 
 def quantize_columns_triton(x_RC: Tensor, group_sizes_E: Tensor | None, scaling: Scaling) -> QuantizedTensor:
@@ -158,9 +172,12 @@ def _quantize_rows(
     codec.store_codes(values, codes, row, row < rows, width, tile * codec.TILE, columns, codec.TILE, FORMAT)
 
 
-@triton.autotune(tuned(BLOCK_CONFIGS), key=["columns", "FORMAT", "FP32_SCALES"])
+@triton.autotune(tuned(BLOCK_CONFIGS), key=["columns", "FP32_SCALES", "TRANSPOSED"])
 @triton.jit
-def _quantize_blocks(x, values, scales, rows, columns, FORMAT: tl.constexpr, FP32_SCALES: tl.constexpr):
+def _quantize_blocks(
+    x, values, scales, rows, columns, FORMAT: tl.constexpr, FP32_SCALES: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """Quantize matrices [rows, columns]; ``TRANSPOSED`` stores them, and their scales, as [columns, rows]."""
     block_row, block_column, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = (block_row * codec.TILE + tl.arange(0, codec.TILE))[:, None]
     column = block_column * codec.TILE + tl.arange(0, codec.TILE)[None, :]
@@ -169,9 +186,17 @@ def _quantize_blocks(x, values, scales, rows, columns, FORMAT: tl.constexpr, FP3
     block = tl.load(x + place, mask=inside, other=0).to(tl.float32)
     amax = tl.max(tl.max(codec.magnitude(block), 1, keep_dims=True), 0, keep_dims=True)
     codes, scale = codec.quantize(block, amax, FORMAT, FP32_SCALES)
-    tl.store(values + place, codes.to(tl.uint8), mask=inside)
-    blocks = (matrix * tl.cdiv(rows, codec.TILE) + block_row) * tl.cdiv(columns, codec.TILE) + block_column
-    tl.store(scales + blocks + tl.zeros([1, 1], tl.int32), scale.to(scales.dtype.element_ty))
+    block_rows, block_columns = tl.cdiv(rows, codec.TILE), tl.cdiv(columns, codec.TILE)
+    if TRANSPOSED:
+        out_row = (block_column * codec.TILE + tl.arange(0, codec.TILE))[:, None]
+        out_column = block_row * codec.TILE + tl.arange(0, codec.TILE)[None, :]
+        out_inside = (out_row < columns) & (out_column < rows)
+        tl.store(values + (matrix * columns + out_row) * rows + out_column, tl.trans(codes), out_inside)
+        index = (matrix * block_columns + block_column) * block_rows + block_row
+    else:
+        tl.store(values + place, codes, mask=inside)
+        index = (matrix * block_rows + block_row) * block_columns + block_column
+    tl.store(scales + index + tl.zeros([1, 1], tl.int32), scale.to(scales.dtype.element_ty))
 
 
 @triton.autotune(tuned(COLUMN_CONFIGS), key=["columns", "SOURCE", "FP32_SCALES"])
@@ -195,7 +220,8 @@ def _quantize_columns(
     """Quantize columns; ``SOURCE`` is the format of codes in ``x``, which ``x_scales`` scale in rows; None: numbers."""
     tile = tl.program_id(0)
     _, first, end = codec.rows_of_tile(group_sizes, tile, num_groups, MAX_GROUPS, codec.TILE)
-    row = (first + tl.arange(0, codec.TILE)).to(tl.int64)[:, None]
+    row_1d = (first + tl.arange(0, codec.TILE)).to(tl.int64)
+    row = row_1d[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < end) & (column < columns)
     if SOURCE is None:
@@ -205,15 +231,15 @@ def _quantize_columns(
         codes = codec.load_codes(x, row, row < end, width, first_column, columns, COLUMNS, SOURCE)
         numbers = codec.decode(codes, SOURCE)
         source_tile = first_column // codec.TILE  # COLUMNS divides a tile
-        row_scales = x_scales + row * tl.cdiv(columns, codec.TILE) + source_tile
-        numbers *= codec.load_scales(row_scales, row < end)
+        row_scales = x_scales + row_1d * tl.cdiv(columns, codec.TILE) + source_tile
+        numbers *= codec.load_scales(row_scales, row_1d < end)[:, None]
     amax = tl.max(codec.magnitude(numbers), 0, keep_dims=True)
     codes, column_scales = codec.quantize(numbers, amax, FORMAT, FP32_SCALES)
     scale_place = scales + tile.to(tl.int64) * columns + column
     tl.store(scale_place, column_scales.to(scales.dtype.element_ty), mask=column < columns)
     out_column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     place = out_column.to(tl.int64) * tiles * codec.TILE + tile * codec.TILE + tl.arange(0, codec.TILE)[None, :]
-    tl.store(values + place, tl.trans(codes).to(tl.uint8), mask=out_column < columns)
+    tl.store(values + place, tl.trans(codes), mask=out_column < columns)
 
 
 @triton.autotune(tuned(ROW_CONFIGS), key=["columns", "FORMAT", "SCALE_ROWS"])
