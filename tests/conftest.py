@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from moefoundry.config import Recipe, load_recipe
+from tests.made_once import made_once
 
 if TYPE_CHECKING:
     from tests.evaluation.tiny_tasks import Trained
@@ -72,6 +73,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def kept_between_runs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``kept_between_runs(name)``: a directory that the next run of the tests finds again, until ``make clean``."""
+    cache = getattr(pytestconfig, "cache", None)
+    return tmp_path_factory.mktemp if cache is None else cache.mkdir
+
+
+@pytest.fixture(scope="session")
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared corpus of Python-like text: vocabulary 384, samples of 64 tokens, about 50 of them for training, so
     that an epoch of global batches of 8 sequences has 6 batches."""
@@ -111,7 +119,7 @@ def trained(tiny_overrides: Callable[..., list[str]], tmp_path_factory: pytest.T
     """A tiny model that has learned a little: its run with tasks, and what it exports."""
     from tests.evaluation.tiny_tasks import train_and_export
 
-    return train_and_export(tiny_overrides, tmp_path_factory.mktemp("trained"))
+    return made_once(tmp_path_factory, "trained", lambda root: train_and_export(tiny_overrides, root))
 
 
 @pytest.fixture

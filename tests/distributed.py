@@ -137,6 +137,8 @@ def _join_world(scratch: Path, rank: int, world_size: int, segment: int, timeout
     from streaming.base.shared import prefix
 
     tempfile.tempdir = str(scratch)
+    # Loader processes start as in training. From the server's kind they would get another server, with all its imports.
+    multiprocessing.set_start_method("fork", force=True)
     # What ranks leave in shared memory is removed after the call; the tracker would warn of what killed ones have left.
     resource_tracker.register = resource_tracker.unregister = lambda name, kind: None
     # Names of a call's own: neither a killed run of this machine nor another test can be met, and all can be removed.

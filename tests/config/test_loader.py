@@ -797,7 +797,7 @@ FREE_RECIPES = mapping_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tree=FREE_RECIPES)
 def test_dump_then_load_gives_the_same_recipe(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"

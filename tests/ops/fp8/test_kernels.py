@@ -120,7 +120,7 @@ COMPILED: dict[str, tuple[str, dict[str, str], dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_hopper_with_wide_accesses_and_its_tensor_cores(name: str, tmp_path, monkeypatch) -> None:
+def test_compiles_for_hopper_with_wide_accesses_and_its_tensor_cores(name, kept_between_runs, monkeypatch) -> None:
     """Triton's compiler needs no GPU; the interpreter takes what the compiler does not."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -128,7 +128,7 @@ def test_compiles_for_hopper_with_wide_accesses_and_its_tensor_cores(name: str, 
 
     from moefoundry.ops.fp8 import triton_gemm, triton_quantize
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(kept_between_runs("triton")))
     kernel, types, constants, instructions = COMPILED[name]
     fn = getattr(triton_gemm if hasattr(triton_gemm, kernel) else triton_quantize, kernel).fn
     signature = {arg: "constexpr" if arg in constants else types[arg] for arg in fn.arg_names}
