@@ -1,5 +1,6 @@
 """What several test packages share: a tiny corpus, recipes for it, and the ranks' server started in time."""
 
+import gc
 import os
 import random
 import sys
@@ -56,7 +57,8 @@ TINY = (
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The server's imports run beside the tests that need no ranks."""
+    """The server's imports run beside the tests that need no ranks; what is imported here is no garbage."""
+    gc.freeze()
     if session.items and not session.config.option.collectonly and "tests.distributed" in sys.modules:
         sys.modules["tests.distributed"].start_server()
 
