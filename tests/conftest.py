@@ -1,5 +1,6 @@
 """What several test packages share: a tiny corpus, recipes for it, and the ranks' server started in time."""
 
+import gc
 import os
 import random
 import sys
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from moefoundry.config import Recipe, load_recipe
+from tests.made_once import made_once
 
 if TYPE_CHECKING:
     from tests.evaluation.tiny_tasks import Trained
@@ -55,7 +57,8 @@ TINY = (
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The server's imports run beside the tests that need no ranks."""
+    """The server's imports run beside the tests that need no ranks; what is imported here is no garbage."""
+    gc.freeze()
     if session.items and not session.config.option.collectonly and "tests.distributed" in sys.modules:
         sys.modules["tests.distributed"].start_server()
 
@@ -69,6 +72,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session")
+def kept_between_runs(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``kept_between_runs(name)``: a directory that the next run of the tests finds again, until ``make clean``."""
+    cache = getattr(pytestconfig, "cache", None)
+    return tmp_path_factory.mktemp if cache is None else cache.mkdir
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +121,7 @@ def trained(tiny_overrides: Callable[..., list[str]], tmp_path_factory: pytest.T
     """A tiny model that has learned a little: its run with tasks, and what it exports."""
     from tests.evaluation.tiny_tasks import train_and_export
 
-    return train_and_export(tiny_overrides, tmp_path_factory.mktemp("trained"))
+    return made_once(tmp_path_factory, "trained", lambda root: train_and_export(tiny_overrides, root))
 
 
 @pytest.fixture

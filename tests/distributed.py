@@ -32,7 +32,13 @@ from typing import Any
 
 PRELOAD = [
     "moefoundry.trainer",
+    "moefoundry.cli.main",
     "moefoundry.cli.train",
+    "moefoundry.launching.local",
+    "moefoundry.llm_foundry.recipe",
+    "moefoundry.model.mla",
+    "moefoundry.optim",
+    "moefoundry.ops.stochastic_rounding",
     "composer.algorithms",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
@@ -42,6 +48,7 @@ PRELOAD = [
     "torch.utils.tensorboard",
     "transformers.modeling_utils",
     "wandb",
+    "tests.preloaded",
 ]
 START_SECONDS = 180.0  # what the server's imports may take on a busy machine
 GRACE_SECONDS = 3.0  # how long the other ranks may run on once one has failed
@@ -56,6 +63,7 @@ class RankError(RuntimeError):
 
 def start_server() -> None:
     """Begin the imports in the background; the first :func:`run_distributed` waits for their end."""
+    os.environ.setdefault("RANKS_PATH", os.pathsep.join(path or os.getcwd() for path in sys.path))
     _context.set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
 
@@ -137,6 +145,8 @@ def _join_world(scratch: Path, rank: int, world_size: int, segment: int, timeout
     from streaming.base.shared import prefix
 
     tempfile.tempdir = str(scratch)
+    # Loader processes start as in training. From the server's kind they would get another server, with all its imports.
+    multiprocessing.set_start_method("fork", force=True)
     # What ranks leave in shared memory is removed after the call; the tracker would warn of what killed ones have left.
     resource_tracker.register = resource_tracker.unregister = lambda name, kind: None
     # Names of a call's own: neither a killed run of this machine nor another test can be met, and all can be removed.

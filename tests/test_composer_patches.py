@@ -18,19 +18,23 @@ STREAMING = re.compile(r"from streaming\.base\.\S+ import .*\b_|streaming\.base\
 
 def apply_with(version: str, lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import composer
+    from composer.core import Engine
     from composer.utils import collect_env
 
     from moefoundry import composer_patches
 
     monkeypatch.setattr(composer, "__version__", version)
     monkeypatch.setattr(composer_patches, "OVERRIDDEN", (*composer_patches.OVERRIDDEN, *([lacking] if lacking else [])))
-    monkeypatch.setattr(collect_env, "get_cpu_model", collect_env.get_cpu_model)
+    for name in ("get_cpu_model", "get_composer_commit_hash"):
+        monkeypatch.setattr(collect_env, name, getattr(collect_env, name))
+    monkeypatch.setattr(Engine, "_debug_log", Engine._debug_log)
     composer_patches.apply()
 
 
 def test_the_tested_version_is_used_without_a_word(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from composer.core import Engine
     from composer.utils import collect_env
 
     from moefoundry.composer_patches import TESTED
@@ -38,6 +42,19 @@ def test_the_tested_version_is_used_without_a_word(
     apply_with(TESTED, "", monkeypatch)
     assert capsys.readouterr().err == ""
     assert collect_env.get_cpu_model() == "unknown"
+    assert Engine._debug_log(None, None, "") is None, "it looks at nothing"  # type: ignore[arg-type,func-returns-value]
+
+
+def test_the_commit_is_that_of_the_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moefoundry.composer_patches import commit_of_composer
+
+    monkeypatch.syspath_prepend(tmp_path)
+    installed = tmp_path / "mosaicml-99.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Name: mosaicml\nVersion: 99\n")
+    assert commit_of_composer() is None
+    (installed / "direct_url.json").write_text('{"url": "x", "vcs_info": {"vcs": "git", "commit_id": "abc"}}')
+    assert commit_of_composer() == "abc"
 
 
 def test_another_version_is_warned_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

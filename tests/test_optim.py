@@ -19,7 +19,7 @@ from torch.optim import AdamW
 
 from moefoundry import optim
 from moefoundry.ops.stochastic_rounding import hash_bits, lower_half, round_stochastically, upper_half
-from moefoundry.optim import Bf16MomentsAdamW
+from moefoundry.optim import Bf16MomentsAdamW, ShardAdamW
 from tests.distributed import run_distributed
 from tests.memory import PeakMemory
 
@@ -172,6 +172,25 @@ def test_every_mesh_computes_the_same_bits(
     for found in run_distributed(final_state, torch.Size(shape).numel(), shape, placements, seed):
         for name, tensors in expected.items():
             assert all(map(torch.equal, found[name], tensors)), name
+
+
+def by_torch_and_by_shards() -> list[list[Tensor]]:
+    """This rank's parameters and moments, once by torch's AdamW on DTensors and once by ours."""
+    shape, placements = MESHES[0]
+    found = []
+    for kind in (AdamW, ShardAdamW):
+        parameters = sharded(weights(), shape, placements)
+        optimizer = kind(groups(parameters, named=False), lr=1.0, betas=BETAS, eps=EPS, fused=True)
+        list(train(optimizer, parameters, steps=3))
+        tensors = (t for p in parameters.values() for t in (p.detach(), *(optimizer.state[p][slot] for slot in SLOTS)))
+        found.append([tensor.to_local() for tensor in tensors])
+    return found
+
+
+def test_shards_are_updated_as_torch_updates_dtensors() -> None:
+    for theirs, ours in run_distributed(by_torch_and_by_shards, 2):
+        assert len(ours) == 3 * len(SHAPES)
+        assert all(map(torch.equal, ours, theirs))
 
 
 def runs_of_experts(experts: int) -> tuple[list[int], list[int]]:

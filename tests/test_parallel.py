@@ -81,7 +81,9 @@ FEW_MODES = [
     FLOAT64._replace(chunks=2),
     LINEAR,
 ]
-FOUR_RANKS_MODES = [Mode(ActivationCheckpointing.selective, 4, chunks=2), FLOAT64, LINEAR]
+FOUR_RANKS_MODES = [
+    mode._replace(micro_batches=2) for mode in (Mode(ActivationCheckpointing.selective, chunks=2), FLOAT64, LINEAR)
+]
 ALL_MODES = [*FP32_MODES, FLOAT64, LINEAR]
 EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in ALL_MODES]
 

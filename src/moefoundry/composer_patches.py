@@ -8,21 +8,27 @@
   :class:`MeshTrainer` lets others repeat the first, and leave the second.
 - ``Trainer._compute_and_log_metrics`` logs NaN for a metric that has measured nothing: :class:`MeshTrainer` leaves such
   metrics out, which say so (``measured``).
-- ``collect_env.get_cpu_model`` starts an interpreter to learn a name that nothing uses: it is replaced.
+- ``collect_env.get_cpu_model`` starts an interpreter to learn a name that nothing uses, and
+  ``collect_env.get_composer_commit_hash`` goes through a list of all of Composer's files: they are replaced.
+- ``Engine._debug_log`` writes a line for each callback and event, hundreds a batch, and drops it where ``ENGINE_DEBUG``
+  is not set: there it does nothing.
 - ``MLFlowLogger`` keeps the name of its run to itself, and a resume needs it: :func:`mlflow_run_id`.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.metadata import distribution
 from typing import Any
 
 import composer
 from composer import Trainer
-from composer.core import State
+from composer.core import Engine, State
 from composer.loggers import MLFlowLogger
 from composer.utils import collect_env, dist
 from torchmetrics import Metric
@@ -91,6 +97,15 @@ def apply() -> None:
         if dist.get_global_rank() == 0:
             print(f"warning: {which}", file=sys.stderr, flush=True)
     collect_env.get_cpu_model = lambda: "unknown"
+    collect_env.get_composer_commit_hash = commit_of_composer
+    if "ENGINE_DEBUG" not in os.environ:
+        Engine._debug_log = lambda self, event, msg: None
+
+
+def commit_of_composer() -> str | None:
+    """Read the commit that Composer was installed from; None for a release."""
+    origin = distribution("mosaicml").read_text("direct_url.json")
+    return None if origin is None else json.loads(origin).get("vcs_info", {}).get("commit_id")
 
 
 def mlflow_run_id(logger: MLFlowLogger) -> str:

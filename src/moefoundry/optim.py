@@ -58,7 +58,7 @@ def build_adamw(model: nn.Module, cfg: AdamWConfig, moments: Moments = Moments.f
     """
     groups, betas = parameter_groups(model, cfg.weight_decay), (cfg.betas[0], cfg.betas[1])
     if moments == Moments.fp32:
-        return AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
+        return ShardAdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.eps, fused=True)
     names = {parameter: name for name, parameter in model.named_parameters()}
     named = [{**group, "params": [(names[p], p) for p in group["params"]]} for group in groups]
     return Bf16MomentsAdamW(named, cfg.lr, betas, cfg.eps, seed if moments == Moments.bf16_stochastic else None)
@@ -79,6 +79,20 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     plain = [p for name, p in trained.items() if not decays(name, p)]
     groups: list[dict[str, Any]] = [{"params": params, "weight_decay": weight_decay} for params in by_mesh(decayed)]
     return groups + [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
+
+
+class ShardAdamW(AdamW):
+    """``torch.optim.AdamW`` for parameters that may be DTensors, of which it updates the rank's own shards.
+
+    The update of an element needs no other element, so the results are the same, to the last bit. Torch would first
+    find out for each tensor how the operation is divided.
+    """
+
+    def _init_group(self, group: dict[str, Any], *tensors: list[Tensor]) -> bool:
+        has_complex: bool = super()._init_group(group, *tensors)
+        for same_kind in tensors:
+            same_kind[:] = map(_shard, same_kind)
+        return has_complex
 
 
 class Bf16MomentsAdamW(AdamW):

@@ -172,6 +172,16 @@ def test_a_mapping_may_refer_to_another():
     assert recipe.eval_loader == recipe.train_loader
 
 
+def test_what_was_parsed_before_is_parsed_as_it_was_written() -> None:
+    text = "a: [1, {b: 2}]"
+    parse_yaml(text, "text")["a"][1]["b"] = 3
+    assert parse_yaml(text, "text") == {"a": [1, {"b": 2}]}
+    assert parse_yaml(text, "text", plain_text=True) == {"a": ["1", {"b": "2"}]}
+    for source in ("one", "other"):
+        with pytest.raises(ConfigError, match=f"{source}:2: key 'a' is given twice"):
+            parse_yaml("a: 1\na: 2", source)
+
+
 def test_aliases_are_copies(tmp_path):
     path = write_small(tmp_path, "train_loader: &a {num_workers: 1}\neval_loader: *a\n")
     recipe = load_recipe(path, ["train_loader.num_workers=2"])
@@ -797,7 +807,7 @@ FREE_RECIPES = mapping_of(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(tree=FREE_RECIPES)
 def test_dump_then_load_gives_the_same_recipe(tmp_path_factory, tree):
     path = tmp_path_factory.getbasetemp() / "round_trip.yaml"

@@ -4,7 +4,7 @@ All results of all families come from one process, whatever the number of tests 
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -48,17 +48,11 @@ cases = pytest.mark.parametrize(("family", "variant"), CASES, ids=["-".join(case
 
 
 @pytest.fixture(scope="module")
-def cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kept = getattr(pytestconfig, "cache", None)
-    return tmp_path_factory.mktemp("oracle") if kept is None else kept.mkdir("oracle")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Peer:
+def saved(tmp_path_factory: pytest.TempPathFactory, kept_between_runs: Callable[[str], Path]) -> Peer:
     """What it saves, and makes of our configs, of experts in MXFP4 and of what is exported with a tokenizer."""
     directory = tmp_path_factory.mktemp("cases")
     write_cases(directory)
-    return run_peer("compute", directory, cache)
+    return run_peer("compute", directory, kept_between_runs("oracle"))
 
 
 def writer(saved: Peer, family: str, directory: Path) -> Path:

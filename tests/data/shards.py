@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,3 @@ def flip_bit(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-
-
-def fork_workers() -> None:
-    """Called in a rank of :func:`tests.distributed.run_distributed`: loader processes start as they do in training.
-
-    They would be forked from another server, which would first import everything for many seconds.
-    """
-    multiprocessing.set_start_method("fork", force=True)

@@ -18,7 +18,7 @@ from moefoundry.config.schema_parts import LoaderConfig
 from moefoundry.data.curriculum import rows_between
 from moefoundry.data.loader import build_loader
 from moefoundry.data.packing_plan import PackingPlan, best_fit, concatenated, left_over, repacked
-from tests.data.shards import VOCAB, config_of, fork_workers
+from tests.data.shards import VOCAB, config_of
 from tests.data.test_rows import documents_in, tokens_of_rows
 from tests.distributed import run_distributed
 
@@ -144,7 +144,6 @@ def read_on(
     config: LoaderConfig, tokenizer: Path, stages: tuple[Stage, ...], state: dict | None, batches: int
 ) -> tuple[list[Batch], dict]:
     """This rank's part of the next global batches, all that they hold, and the position after them."""
-    fork_workers()
     loader = build_loader(
         config, batch_size=0, model_vocab_size=VOCAB, documents_of=tokenizer, tokenizer=tokenizer, stages=stages
     )

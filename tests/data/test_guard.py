@@ -26,7 +26,7 @@ from moefoundry.data import segments as shared
 from moefoundry.data.guard import GuardedDataset
 from moefoundry.data.loader import build_loader
 from moefoundry.data.segments import NodeFailure, remove_stale_segments
-from tests.data.shards import VOCAB, config_of, flip_bit, fork_workers, tokens_of
+from tests.data.shards import VOCAB, config_of, flip_bit, tokens_of
 from tests.distributed import captured_output, run_distributed
 from tests.train.runs import run_recipe
 
@@ -50,7 +50,6 @@ def without_waiting() -> None:
 
 def read_epochs(configs: list[LoaderConfig]) -> list[str | int]:
     """What this rank gets of an epoch of each loader: a message, or how many batches."""
-    fork_workers()
     without_waiting()
     outcomes: list[str | int] = []
     for config in configs:
@@ -186,7 +185,6 @@ def test_row12_a_flipped_bit_is_found_before_its_samples_are_read(
 
 def hash_calls(config: LoaderConfig, calls: Path) -> int:
     """Read an epoch; each hash that is computed adds a line to ``calls``."""
-    fork_workers()
     get_hash = guard.get_hash
 
     def noted(algorithm: str, data: Any) -> str:
@@ -401,7 +399,6 @@ def test_the_flag_of_a_node_carries_the_first_reason_to_every_process(tmp_path: 
 
 def signal_a_worker(config: LoaderConfig) -> tuple[bool, int | None]:
     """Whether a loader process survives another process's SIGTERM, and how it ends at that of its rank."""
-    fork_workers()
     loader = build_loader(config, batch_size=2, model_vocab_size=VOCAB)
     next(iter(loader))
     (worker,) = loader._iterator._workers

@@ -17,7 +17,7 @@ from moefoundry.config import LoaderConfig, Recipe, UserError
 from moefoundry.data.loader import build_loader
 from moefoundry.data.token_dataset import number_documents
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
-from tests.data.shards import SEQ_LEN, VOCAB, config_of, fork_workers, tokens_of
+from tests.data.shards import SEQ_LEN, VOCAB, config_of, tokens_of
 from tests.distributed import run_distributed
 from tests.train.runs import run_recipe
 
@@ -162,7 +162,6 @@ def test_row4_other_numbers_of_ranks_read_the_same_global_batches_from_the_middl
 
 def counted(config: LoaderConfig, batch_size: int) -> list[list[Sample]]:
     """This rank's batches of an epoch, each the samples whose labels count."""
-    fork_workers()
     loader = build_loader(config, batch_size=batch_size, model_vocab_size=VOCAB)
     batches = []
     for batch in loader:

@@ -25,7 +25,7 @@ from moefoundry.data.token_dataset import cut
 from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 from tests.conftest import QUICK
-from tests.data.shards import SEQ_LEN, VOCAB, config_of, flip_bit, fork_workers
+from tests.data.shards import SEQ_LEN, VOCAB, config_of, flip_bit
 from tests.distributed import run_distributed
 
 BEST_FIT = PackingConfig(PackingMethod.best_fit)
@@ -101,7 +101,6 @@ def read_on(
     config: LoaderConfig, tokenizer: Path, batch_size: int, state: dict | None, batches: int
 ) -> tuple[list[list[Row]], dict]:
     """This rank's part of the next global batches, all that they hold, and the position after them."""
-    fork_workers()
     loader = build_loader(
         config, batch_size=batch_size, model_vocab_size=VOCAB, documents_of=tokenizer, tokenizer=tokenizer
     )

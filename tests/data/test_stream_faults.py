@@ -15,7 +15,7 @@ from moefoundry.config import LoaderConfig, UserError
 from moefoundry.config.curriculum import Stage
 from moefoundry.config.schema_data import FimConfig, PackingConfig, PackingMethod, StreamConfig
 from moefoundry.data.loader import build_loader, dead_processes_named
-from tests.data.shards import VOCAB, config_of, flip_bit, fork_workers
+from tests.data.shards import VOCAB, config_of, flip_bit
 from tests.data.test_guard import CORRUPT, without_waiting
 from tests.distributed import run_distributed
 
@@ -48,7 +48,6 @@ def damage(shard: Path, fault: str) -> None:
 
 def read_all(configs: list[LoaderConfig], tokenizer: Path, stages: tuple[Stage, ...]) -> list[str | int]:
     """What this rank gets of each: a message, or the number of batches."""
-    fork_workers()
     without_waiting()
     outcomes: list[str | int] = []
     for each in configs:
@@ -143,7 +142,6 @@ def test_a_stream_without_index_and_a_cache_of_other_data_are_named_on_every_ran
 
 def kill_a_worker(chosen: LoaderConfig, tokenizer: Path, stages: tuple[Stage, ...]) -> str:
     """What a rank raises, one of whose loader processes is killed."""
-    fork_workers()
     loader = build_loader(chosen, batch_size=2, model_vocab_size=VOCAB, tokenizer=tokenizer, stages=stages)
     try:
         with dead_processes_named():

@@ -1,4 +1,4 @@
-"""A process in which kernels run in Triton's interpreter."""
+"""A process in which kernels run in Triton's interpreter; it takes seconds to start."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def interpreter() -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1"):

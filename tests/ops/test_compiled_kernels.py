@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +30,10 @@ MULTIPLIES = ("experts: up", "experts: down", "experts: tokens", "experts: gradi
 
 
 def compiled(capability: int, configs: int, beginning: str | tuple[str, ...], cache: Path) -> dict[str, Any]:
-    """Compile in a process of its own, which interprets nothing and takes nothing from an earlier cache."""
+    """Compile in a process of its own, which interprets nothing.
+
+    ``cache`` is Triton's: it goes by the text of a kernel and of what it calls, its options, target and compiler.
+    """
     environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(compiling.compile_all, capability, configs, beginning).result()
@@ -44,8 +48,10 @@ def compiled(capability: int, configs: int, beginning: str | tuple[str, ...], ca
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, 2, ""), (100, 2, ""))),
     ],
 )
-def test_machine_code(capability: int, configs: int, beginning: str | tuple[str, ...], tmp_path: Path) -> None:
-    found = compiled(capability, configs, beginning, tmp_path)
+def test_machine_code(
+    capability: int, configs: int, beginning: str | tuple[str, ...], kept_between_runs: Callable[[str], Path]
+) -> None:
+    found = compiled(capability, configs, beginning, kept_between_runs("triton"))
     assert found
     for name, kernel in found.items():
         assert kernel["stack"] == 0, f"{name} spills"

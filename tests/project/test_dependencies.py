@@ -52,15 +52,21 @@ def declared() -> dict[str, set[str]]:
     return {name: {normal(re.split(r"[<>=!~; ]", text)[0]) for text in texts} for name, texts in groups.items()}
 
 
-def imported(*folders: str) -> set[str]:
-    """Modules that files of these folders import, at their top or in a function, without the standard library's."""
+@cache
+def named_in(folder: str) -> set[str]:
     modules = set()
-    for file in (file for folder in folders for file in (ROOT / folder).rglob("*.py")):
+    for file in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
                 modules |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module)
+    return modules
+
+
+def imported(*folders: str) -> set[str]:
+    """Modules that files of these folders import, at their top or in a function, without the standard library's."""
+    modules = {module for folder in folders for module in named_in(folder)}
     local = OURS | {file.stem for folder in ("docs", "benchmarks") for file in (ROOT / folder).rglob("*.py")}
     known = sys.stdlib_module_names | local | PEERS | PROVIDED_FOR
     return {module for module in modules if module.partition(".")[0] not in known}

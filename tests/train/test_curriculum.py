@@ -9,10 +9,10 @@ import pytest
 from moefoundry.checkpoint.run_dir import open_run
 from moefoundry.checkpoint.start import data_digests
 from moefoundry.config import Recipe, UserError
-from tests.data.shards import fork_workers
 from tests.distributed import RankError
 from tests.train.runs import Run, run_recipe
-from tests.train.test_streams import TOKENS, kill_a_rank_in_batch_9, recipe, streams  # noqa: F401
+from tests.train.test_resume import kill_in_batch_9
+from tests.train.test_streams import TOKENS, recipe, streams  # noqa: F401
 
 Tiny = Callable[..., Recipe]
 STAGES = (
@@ -76,7 +76,7 @@ def test_the_learning_rate_goes_by_the_tokens_that_were_read(whole: Run) -> None
 def test_a_resumed_run_is_the_run_that_never_stopped(staged: Tiny, tmp_path: Path, whole: Run, batch: int) -> None:
     """To every digit, before a border, at it and behind it."""
     workers = f"train_loader.num_workers={batch % 2}"
-    resumed = run_recipe(staged(tmp_path, checkpoint(whole, batch), workers, "save_interval=100ba"), 2, fork_workers)
+    resumed = run_recipe(staged(tmp_path, checkpoint(whole, batch), workers, "save_interval=100ba"), 2)
     assert resumed.exact() == whole.exact(batch + 1)
     for key in (*TOKENS, "curriculum/stage", "data/padding"):
         assert resumed.column(key) == {at: value for at, value in whole.column(key).items() if at > batch}
@@ -94,8 +94,8 @@ def test_on_another_number_of_ranks_the_batches_are_the_same(staged: Tiny, tmp_p
 def test_a_killed_run_goes_on_by_itself(staged: Tiny, tmp_path: Path, whole: Run) -> None:
     killed = staged(tmp_path, "save_async=false", "autoresume=true", "train_loader.num_workers=1")
     with pytest.raises(RankError, match="rank 1 ended with exit status -9"):
-        run_recipe(killed, 2, kill_a_rank_in_batch_9)
-    assert run_recipe(killed, 2, fork_workers).exact() == whole.exact()
+        run_recipe(killed, 2, kill_in_batch_9)
+    assert run_recipe(killed, 2).exact() == whole.exact()
 
 
 @pytest.mark.parametrize(

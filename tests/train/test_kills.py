@@ -45,9 +45,9 @@ def without_generators() -> None:
 
 def test_row1_row2_killed_at_batch_9(tiny_recipe: Tiny, tmp_path: Path) -> None:
     """From the checkpoint of batch 8 on, every bit is that of the run that was not killed, unless generators differ."""
-    whole = run_recipe(tiny_recipe(tmp_path / "whole", *steps(14)), 2)
+    whole = run_recipe(tiny_recipe(tmp_path / "whole", *steps(10)), 2)
     saved = ["save_async=false", "autoresume=true"]  # in the background, batch 8 might not be there yet
-    killed, copy = (tiny_recipe(tmp_path / name, *steps(14), *saved) for name in ("killed", "copy"))
+    killed, copy = (tiny_recipe(tmp_path / name, *steps(10), *saved) for name in ("killed", "copy"))
     with pytest.raises(RankError, match="rank 1 ended with exit status -9"):
         run_recipe(killed, 2, kill_in_batch_9)
     assert store_of(tmp_path / "killed").batches()[-1] == 8

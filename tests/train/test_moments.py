@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.optim import AdamW
 
 from moefoundry.checkpoint.load import read_index
 from moefoundry.config import AdamWConfig, Moments, Recipe, UserError
 from moefoundry.model.transformer import MoETransformer
-from moefoundry.optim import Bf16MomentsAdamW
+from moefoundry.optim import Bf16MomentsAdamW, ShardAdamW
 from tests.distributed import run_distributed
 from tests.model.tiny import tiny_config
 from tests.train.runs import Run, run_recipe
@@ -54,7 +53,7 @@ def compare_groups() -> None:
     model = MoETransformer(tiny_config())
     cfg = AdamWConfig(lr=0.3, betas=[0.8, 0.9], eps=1e-6, weight_decay=0.2)
     wide, nearest, stochastic = (build_adamw(model, cfg, moments, seed=5) for moments in Moments)
-    assert type(wide) is AdamW
+    assert type(wide) is ShardAdamW
     for narrow, seed in ((nearest, None), (stochastic, 5)):
         assert isinstance(narrow, Bf16MomentsAdamW)
         assert narrow.seed == seed

@@ -55,10 +55,8 @@ def train_in_a_signalled_group(arguments: list[str], signum: int) -> tuple[int, 
 
     from moefoundry import build as parts
     from moefoundry.cli.main import main
-    from tests.data.shards import fork_workers
 
     os.setpgid(0, 0)
-    fork_workers()
 
     class Scheduler(Callback):
         def after_forward(self, state: Any, logger: Any) -> None:

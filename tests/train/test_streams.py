@@ -12,7 +12,6 @@ from moefoundry.config import Recipe, UserError, flatten
 from moefoundry.data.options import PrepareOptions
 from moefoundry.data.prepare import prepare
 from moefoundry.data.summary import Layout
-from tests.data.shards import fork_workers
 from tests.distributed import RankError
 from tests.train.runs import Run, run_recipe
 from tests.train.test_resume import kill_in_batch_9
@@ -97,14 +96,8 @@ def kill_a_loader_process_in_batch_9() -> None:
             if state.timestamp.batch == 8 and dist.get_global_rank() == dist.get_world_size() - 1:
                 os.kill(state.train_dataloader._iterator._workers[0].pid, signal.SIGKILL)
 
-    fork_workers()
     build_callbacks = parts.build_callbacks
     parts.build_callbacks = lambda *args: [*build_callbacks(*args), Killer()]
-
-
-def kill_a_rank_in_batch_9() -> None:
-    fork_workers()
-    kill_in_batch_9()
 
 
 @pytest.mark.slow
@@ -115,8 +108,8 @@ def test_row1_killed_in_mid_epoch(recipe: Tiny, tmp_path: Path, whole: Run, work
     killed = recipe(tmp_path, *options)
     error, message = (UserError, "^loader process .* was killed") if of_loader else (RankError, "exit status -9")
     with pytest.raises(error, match=message):
-        run_recipe(killed, 2, kill_a_loader_process_in_batch_9 if of_loader else kill_a_rank_in_batch_9)
-    resumed = run_recipe(killed, 2, fork_workers)
+        run_recipe(killed, 2, kill_a_loader_process_in_batch_9 if of_loader else kill_in_batch_9)
+    resumed = run_recipe(killed, 2)
     assert resumed.exact() == whole.exact()
     for key in (*TOKENS, "data/padding"):
         assert resumed.column(key) == whole.column(key)

@@ -103,12 +103,11 @@ def test_values_do_not_depend_on_ranks_and_micro_batches(tiny_recipe: Tiny, tmp_
     def train(world_size: int, micro_batch: int, *changes: str) -> dict[str, list[float]]:
         run_dir = Path(tempfile.mkdtemp(dir=tmp_path))
         changes = (*changes, f"device_train_microbatch_size={micro_batch}", f"device_eval_batch_size={micro_batch}")
-        return values(run_recipe(tiny_recipe(run_dir, "max_duration=5ba", "eval_interval=2ba", *changes), world_size))
+        return values(run_recipe(tiny_recipe(run_dir, "max_duration=3ba", "eval_interval=2ba", *changes), world_size))
 
     expected = train(1, 8)
-    assert len(expected[EVAL]) == 3
+    assert len(expected[EVAL]) == 2
     runs = {
-        "micro 4": train(1, 4),
         "micro 1": train(1, 1),
         "micro 3, which leaves a smaller one": train(1, 3),
         "2 ranks that share the experts": train(2, 1, "mesh={replicate: 1, shard: 2, expert: 2}"),

@@ -51,14 +51,11 @@ class GradientNorm(Callback):
         self.max_norm = max_norm
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        parameters = [parameter for parameter in state.model.parameters() if parameter.grad is not None]
-        norm = global_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        self.norm = norm
+        gradients = [parameter.grad for parameter in state.model.parameters() if parameter.grad is not None]
+        self.norm = global_norm(gradients)
         if self.max_norm is not None:
-            known = norm.where(norm.isfinite(), 0.0)  # clipping would spread what is not
-            for same_mesh in by_mesh(parameters):
-                torch.nn.utils.clip_grads_with_norm_(same_mesh, self.max_norm, known.to(same_mesh[0].dtype))
-        logger.log_metrics({"grad_norm": norm})
+            clip(gradients, self.max_norm, self.norm)
+        logger.log_metrics({"grad_norm": self.norm})
 
 
 class FiniteCheck(Callback):
@@ -126,6 +123,16 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
                     torch.distributed.all_reduce(square, group=first.device_mesh.get_group(axis))
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
+
+
+def clip(gradients: Sequence[Tensor], max_norm: float, norm: Tensor) -> None:
+    """Scale gradients by ``max_norm / norm`` where that is below 1, as ``torch.nn.utils.clip_grads_with_norm_`` does.
+
+    Each rank scales its shards, which have that of the whole. A norm that is not finite changes nothing.
+    """
+    known = norm.where(norm.isfinite(), 0.0)  # clipping would spread what is not
+    shards = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    torch._foreach_mul_(shards, (max_norm / (known.to(shards[0].dtype) + 1e-6)).clamp(max=1.0))
 
 
 def step_was_skipped(model: nn.Module) -> bool:

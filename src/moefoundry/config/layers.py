@@ -55,13 +55,11 @@ class Layers:
 
     def _forget(self, path: KeyPath) -> None:
         """Drop the origin of ``path``, of the keys below, and of empty mappings above."""
-        key = ".".join(path)
-        above = {".".join(path[:length]) for length in range(1, len(path))}
-        self.origins = {
-            old: origin
-            for old, origin in self.origins.items()
-            if old != key and not old.startswith(f"{key}.") and old not in above
-        }
+        for length in range(1, len(path) + 1):
+            self.origins.pop(".".join(path[:length]), None)
+        below = f"{'.'.join(path)}."
+        for old in [old for old in self.origins if old.startswith(below)]:
+            del self.origins[old]
 
     def origin(self, path: str) -> str:
         """Find the origin of a dotted key, or else of a mapping that holds it, or of a key below; "" for none."""

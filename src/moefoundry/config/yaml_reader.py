@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -73,6 +74,12 @@ def parse_yaml(text: str, source: str, *, comments: bool = True, plain_text: boo
         ConfigError: Not YAML, more than one document, a tag, a key given twice, a key that is not a string, or
             aliases that contain themselves or expand too far. Problems have the path ``source:line``.
     """
+    return _copied(_parsed(text, source, comments, plain_text))
+
+
+@lru_cache(maxsize=256)  # commands that compare many recipes read the same few files again and again
+def _parsed(text: str, source: str, comments: bool, plain_text: bool) -> Any:
+    """Parse as :func:`parse_yaml`; the mappings and lists of an alias are shared."""
     try:
         loader = TextLoader(text) if plain_text else StrictLoader(text)
         node = loader.get_single_node()
@@ -83,7 +90,7 @@ def parse_yaml(text: str, source: str, *, comments: bool = True, plain_text: boo
         if node and not problems and _expanded_size(node, {}) > MAX_NODES:
             problems = [Problem(source, "aliases expand too far", allowed=f"at most {MAX_NODES} nodes")]
         if not problems:
-            return _copied(loader.construct_document(node)) if node else None
+            return loader.construct_document(node) if node else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark else source

@@ -379,8 +379,8 @@ COMMON_SIZES = {
 
 
 def sizes(family: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Its keys without which there is no model."""
-    found = {key: config[key] for key in SIZES.get(family, set()) | COMMON_SIZES if key in config}
+    """Its keys without which there is no model, in an order that is the same in every process."""
+    found = {key: config[key] for key in sorted(SIZES.get(family, set()) | COMMON_SIZES) if key in config}
     if family == "dbrx":
         found["attn_config"] = {"clip_qkv": 8}
         needed = ("ffn_hidden_size", "moe_num_experts", "moe_top_k")

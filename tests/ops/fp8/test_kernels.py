@@ -136,7 +136,7 @@ COMPILED: dict[str, tuple[str, dict[str, str], dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_for_hopper_with_wide_accesses_and_its_tensor_cores(name: str, tmp_path, monkeypatch) -> None:
+def test_compiles_for_hopper_with_wide_accesses_and_its_tensor_cores(name, kept_between_runs, monkeypatch) -> None:
     """Triton's compiler needs no GPU; the interpreter takes what the compiler does not."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -144,7 +144,7 @@ def test_compiles_for_hopper_with_wide_accesses_and_its_tensor_cores(name: str, 
 
     from moefoundry.ops.fp8 import triton_gemm, triton_quantize
 
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(kept_between_runs("triton")))
     target = GPUTarget("cuda", 90, 32)
 
     def current_target() -> GPUTarget:
