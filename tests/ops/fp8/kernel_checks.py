@@ -149,7 +149,8 @@ def check_tiles_that_are_not_finite(device: str) -> None:
         both(lambda backend, s=scaling: quantize_columns(x, None, s, backend))
         weight = both(lambda backend, s=scaling: quantize(x.T, Tile.BLOCK, Format.E4M3, s, backend))
         rows = quantize(x, Tile.ROW, scaling=scaling)
-        got, expected = (dgrad(rows, weight.mT.mT, None, torch.float32, backend).isnan() for backend in Backend)
+        pair = Backend.REFERENCE, Backend.TRITON
+        got, expected = (dgrad(rows, weight.mT.mT, None, torch.float32, backend).isnan() for backend in pair)
         assert torch.equal(got, expected)
 
 
