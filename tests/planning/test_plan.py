@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 
@@ -24,7 +25,7 @@ from moefoundry.parallel import materialize, parallelize
 from moefoundry.planning.activations import block_activations
 from moefoundry.planning.plan import make_plan, micro_batches
 from moefoundry.planning.table import plan_table
-from moefoundry.planning.world import groups_by_axis, most_remote_peers
+from moefoundry.planning.world import Groups, groups_by_axis, most_remote_peers
 from tests.conftest import QUICKSTART
 from tests.memory import PeakMemory
 from tests.model.tiny import batch, meta_model
@@ -165,7 +166,7 @@ def test_micro_batches(sequences, micro, expected):
     recipe = load_recipe(
         QUICKSTART, [f"global_train_batch_size={3 * sequences}", f"device_train_microbatch_size={micro}"], 3
     )
-    assert micro_batches(recipe, 3) == expected
+    assert [*micro_batches(recipe, 3).elements()] == expected
 
 
 def test_the_mesh_must_fit_the_world():
@@ -190,6 +191,27 @@ def test_the_mesh_must_fit_the_world():
 def test_peers_on_other_nodes(axis, gpus_per_node, remote):
     groups = groups_by_axis(MeshDegrees(replicate=2, shard=8, expert=4))
     assert most_remote_peers(groups[axis], gpus_per_node) == remote
+
+
+def test_peers_are_counted_as_if_rank_by_rank():
+    sizes = product((1, 2, 3), (1, 2, 3, 5), (1, 4, 6))
+    for ranks, stride, blocks, node in ((*each, node) for each in sizes for node in (1, 2, 3, 4, 7, 8, 100)):
+        rank_numbers = [
+            [block * ranks * stride + first + stride * index for index in range(ranks)]
+            for block in range(blocks)
+            for first in range(stride)
+        ]
+        nodes = [Counter(number // node for number in group) for group in rank_numbers]
+        remote = ranks - min(min(counts.values()) for counts in nodes)
+        assert most_remote_peers(Groups(ranks, stride, ranks * stride * blocks), node) == remote
+
+
+def test_a_million_ranks_are_planned_at_once():
+    degrees = "mesh={replicate: 1000, shard: 1000}"
+    recipe = load_recipe(QUICKSTART, [degrees, "global_train_batch_size=1000000"], 1_000_000)
+    sent = {entry.axis: entry for entry in make_plan(recipe, 1_000_000, 7).traffic}
+    assert sent["shard"].ranks == 1000
+    assert sent["replicate"].across_nodes == sent["replicate"].sent
 
 
 # --------------------------------------------------------------------------------------------------------- activations

@@ -1,4 +1,4 @@
-"""Search for the mesh, micro-batch, checkpointing and precision with which a recipe is fastest, by its estimate.
+"""Search for the mesh, micro-batch, checkpointing, chunks and precision with which an estimate is fastest.
 
 Every candidate is a recipe that validates and fits. Its learning is that of the given recipe: only a change of
 ``precision`` may alter a loss by more than rounding, and such a candidate says so.
@@ -33,6 +33,9 @@ from moefoundry.planning.plan import plan_of
 
 PERMANENT_BYTES = {Moments.fp32: 16, Moments.bf16: 12, Moments.bf16_stochastic: 12}
 """Bytes of an element's parameter, gradient and two moments."""
+
+CHUNKS = (1, 2, 4, 8)
+"""Chunks of an exchange of tokens that are tried, beside the recipe's own number."""
 
 
 @dataclass(frozen=True)
@@ -183,13 +186,21 @@ class _Search:
                     self._try_micro_batches(recipe, degrees, sharded[precision.compute])
 
     def _try_micro_batches(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> None:
+        keys = flatten(recipe)
         for size in _micro_batches(self.recipe, self.world_size):
-            changed = replace(recipe, device_train_microbatch_size=size)
-            estimate = self._estimate(changed, degrees, sharded)
-            changes = {key: value for key, value in flatten(changed).items() if self.own.get(key) != value}
-            self.found.append(Candidate(changes, estimate))
-            if estimate.plan.memory.total > self.limit:
-                return
+            for chunks in self._chunks(degrees):
+                changed = _with_chunks(replace(recipe, device_train_microbatch_size=size), chunks)
+                estimate = self._estimate(changed, degrees, sharded)
+                keys |= {"device_train_microbatch_size": size, "model.moe.dispatch_chunks": chunks}
+                changes = {key: value for key, value in keys.items() if self.own.get(key) != value}
+                self.found.append(Candidate(changes, estimate))
+                if estimate.plan.memory.total > self.limit:
+                    return
+
+    def _chunks(self, degrees: MeshDegrees) -> list[int]:
+        """List numbers of chunks, the recipe's own first; others only where tokens are exchanged."""
+        own = self.recipe.model.moe.dispatch_chunks
+        return [own, *(chunks for chunks in CHUNKS if chunks != own and degrees.expert > 1)]
 
     def _estimate(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> Estimate:
         plan = plan_of(recipe, degrees, self.device.linked_devices, self.outline, sharded)
@@ -232,6 +243,11 @@ def _micro_batches(recipe: Recipe, world_size: int) -> list[int]:
     powers, own = [2**n for n in range(sequences.bit_length())], recipe.device_train_microbatch_size
     sizes = {*powers, sequences, *([] if isinstance(own, Auto) else [own])}
     return sorted(size for size in sizes if size <= sequences)
+
+
+def _with_chunks(recipe: Recipe, chunks: int) -> Recipe:
+    moe = replace(recipe.model.moe, dispatch_chunks=chunks)
+    return replace(recipe, model=replace(recipe.model, moe=moe))
 
 
 def _size_of_change(candidate: Candidate) -> tuple[bool, int, float]:
