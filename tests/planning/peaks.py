@@ -94,25 +94,36 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, memory: PeakMemory, options: dict[str, Any]) -> Tensor:
         width = v.shape[-1]
+        options = options | {"attn_mask": _bias(options["attn_mask"], q.dtype, memory)}
         with memory.paused():
             wide, logs = FLASH(q, k, F.pad(v, (0, q.shape[-1] - width)), 0.0, **options)
             out = wide[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
         memory.note(wide, share=width / wide.shape[-1])  # while checkpointing keeps it
         memory.note((out, logs))
-        ctx.save_for_backward(q, k, v, out, logs)
+        ctx.save_for_backward(q, k, v, out, logs, options.pop("attn_mask"))
         ctx.memory, ctx.options = memory, options
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logs = ctx.saved_tensors
+        q, k, v, out, logs, bias = ctx.saved_tensors
         with ctx.memory.paused():
             more = (0, q.shape[-1] - v.shape[-1])
             wide = [F.pad(x, more) for x in (grad, v, out)]
-            grads = FLASH_BACKWARD(wide[0], q, k, *wide[1:], logs, 0.0, **ctx.options)
+            grads = FLASH_BACKWARD(wide[0], q, k, *wide[1:], logs, 0.0, attn_mask=bias, **ctx.options)
             given = grads[0], grads[1], grads[2][..., : v.shape[-1]].contiguous()
         ctx.memory.note(given)
         return *given, None, None
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype, memory: PeakMemory) -> Tensor | None:
+    """What attention makes of a mask of booleans, and keeps for its backward pass."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    with memory.paused():
+        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+    memory.note(bias)
+    return bias
 
 
 @contextmanager

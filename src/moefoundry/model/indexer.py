@@ -25,9 +25,9 @@ from moefoundry.config import IndexerConfig, IndexerStage
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext
 from moefoundry.model.rope import rotate
+from moefoundry.ops.sizes import INDEXER_QUERIES
 
 NORM_EPS = 1e-6
-QUERIES = 128  # whose distributions are in memory at a time
 
 
 class Scores(NamedTuple):
@@ -178,7 +178,8 @@ def divergence(
         return (torch.xlogy(p_BSL, p_BSL) - p_BSL * log_q_BSL.masked_fill(~seen, 0.0)).sum(dim=-1)
 
     length = q_BHSd.shape[2]
-    parts = [slice(first, min(first + QUERIES, length)) for first in range(0, length, QUERIES)]
+    firsts = range(0, length, INDEXER_QUERIES)
+    parts = [slice(first, min(first + INDEXER_QUERIES, length)) for first in firsts]
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return torch.cat([checkpoint(of_queries, scores, part, **options) for part in parts], dim=1)
 

@@ -9,15 +9,27 @@ beside attention's own copy; MLA keeps compressed vectors only, and its input if
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moefoundry.config import GqaConfig, LinearAttentionConfig, LinearBackend, MlaConfig, ModelConfig, QkNorm
 from moefoundry.ops.sizes import DELTA_CHUNK
+from moefoundry.planning.indexer_stages import IndexerBytes
 from moefoundry.planning.stages import ATTENTION, Stage, norm
 from moefoundry.planning.units import FP32
 
 E4M3_ROW, E5M6_ROW = 129 / 128, 193 / 128
+NO_INDEXER = IndexerBytes()
 
 
-def attention_stages(cfg: ModelConfig, c: int, fp8: bool, linear: bool, masked: bool, alone: bool) -> list[Stage]:
+def attention_stages(
+    cfg: ModelConfig,
+    c: int,
+    fp8: bool,
+    linear: bool,
+    masked: bool,
+    alone: bool,
+    indexer: IndexerBytes = NO_INDEXER,
+) -> list[Stage]:
     """List the stages of a block's attention, from its output to its input.
 
     Where it takes a mask, keys and values are copied for every query head. FP8's recomputation inside MLA is ``alone``,
@@ -27,7 +39,8 @@ def attention_stages(cfg: ModelConfig, c: int, fp8: bool, linear: bool, masked: 
         assert cfg.linear_attention is not None, "a block has linear attention only where the recipe declares it"
         return _linear(cfg.d_model, cfg.linear_attention, c, fp8)
     if isinstance(cfg.attention, MlaConfig):
-        return _latent(cfg.d_model, cfg.attention, c, fp8, fp8 and alone)
+        stages = _latent(cfg.d_model, cfg.attention, c, fp8, fp8 and alone)
+        return _with_indexer(stages, indexer)
     return _grouped_query(cfg, c, fp8, masked)
 
 
@@ -92,6 +105,14 @@ def _latent(width: int, cfg: MlaConfig, c: int, fp8: bool, again: bool) -> list[
         share=0.25,
     )
     return [last, core, up, down]
+
+
+def _with_indexer(stages: list[Stage], indexer: IndexerBytes) -> list[Stage]:
+    """Add to the stages from the output on, the second of which is attention itself."""
+    last, core, *others = stages
+    core = replace(core, saved=core.saved + indexer.mask)
+    learning = [Stage(indexer.factors, indexer.learning)] if indexer.learning else []
+    return [last, *learning, core, *others]
 
 
 def _linear(width: int, cfg: LinearAttentionConfig, c: int, fp8: bool) -> list[Stage]:
