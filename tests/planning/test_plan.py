@@ -294,3 +294,21 @@ def test_a_curriculum_is_planned_by_the_stage_that_needs_most_memory() -> None:
     assert (plan.stage, plan.tokens_per_micro_batch, plan.micro_batches) == ("short", 2048, 1)
     assert "stage short of the curriculum, which needs most memory" in plan_table(plan, 80)
     assert "curriculum" not in plan_table(long, 80)
+
+
+def test_an_indexer_takes_memory_where_a_sequence_has_more_keys_than_it_chooses():
+    recipe = str(QUICKSTART.parent / "pretrain/deepseek-v3.2-671b.yaml")
+
+    def peak(length, mode, stage="frozen"):
+        changes = [
+            f"max_seq_len={length}",
+            f"activation_checkpointing={mode}",
+            f"model.attention.indexer.stage={stage}",
+        ]
+        return make_plan(load_recipe(recipe, changes, 2048), 2048).memory.peak
+
+    scores = 2 * 4 * 64 * 4096 * 4096  # of 64 heads in fp32, two at a time
+    assert peak(2048, "full").moment.startswith("the loss")
+    assert peak(4096, "full").moment == "backward of mtp.0"
+    assert scores < peak(4096, "full").activations < 2 * scores
+    assert peak(2048, "none", "sparse").activations > 1.02 * peak(2048, "none").activations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -83,8 +84,8 @@ def read_axes(overrides: Sequence[str], zipped: Sequence[str] = ()) -> tuple[lis
         if _RANGE.fullmatch(text.strip()):
             found[key] = _range(key, text.strip())
         elif len(values) > 1:
-            if repeated := sorted({value for value in values if values.count(value) > 1}):
-                raise ConfigError([Problem(key, f"{repeated[0]} stands there twice")])
+            if repeated := [value for value, times in Counter(values).items() if times > 1]:
+                raise ConfigError([Problem(key, f"{repeated[0] or 'an empty value'} stands there twice")])
             found[key] = Values((key,), tuple((value,) for value in values))
         else:
             same.append(override)
