@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -30,6 +31,7 @@ class PeakMemory(TorchDispatchMode):
         self.storages: dict[StorageWeakRef, float] = {}
         self.peak = 0
         self._paused = False
+        self._at_most = 0  # bytes at the last count, and all that came since
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -41,8 +43,14 @@ class PeakMemory(TorchDispatchMode):
         """Count new storages of ``out``, a ``share`` of their bytes; ``beside`` bytes exist for a moment."""
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and not leaf.is_meta and storage_of(leaf)._cdata not in self.without:
-                self.storages.setdefault(StorageWeakRef(storage_of(leaf)), share)
-        self.peak = max(self.peak, self.now() + beside)
+                storage = StorageWeakRef(storage_of(leaf))
+                if storage not in self.storages:
+                    self.storages[storage] = share
+                    self._at_most += storage_of(leaf).nbytes()
+        resized = dist.is_initialized() and dist.get_world_size() > 1  # perhaps, by FSDP
+        if resized or self._at_most + beside > self.peak:
+            self._at_most = self.now()
+            self.peak = max(self.peak, self._at_most + beside)
 
     def now(self) -> int:
         """Bytes that are alive; FSDP changes the sizes of storages."""

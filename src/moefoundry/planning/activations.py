@@ -84,6 +84,9 @@ def block_activations(
     stages = beside([*halves[0], *halves[1]], c * width)  # the gradient of the residual stream
     everything = sum(stage.saved for stage in stages)
     saved = everything
+    if mode == ActivationCheckpointing.none and indexer.compared:
+        saved = indexer.factors + indexer.compared
+        return BlockActivations(round(saved), (Moment(saved + indexer.learning, "", 0.0),), everything)
     if mode != ActivationCheckpointing.none:
         saved = c * width + (order_bytes(cfg, exchanged) if sparse else 0)
         saved += sum(stage.kept for stage in stages) if mode == ActivationCheckpointing.selective else 0

@@ -1,9 +1,10 @@
 """Memory of the indexers of sparse attention, in bytes a token of sequences of L tokens.
 
 H heads of width d score the L keys of each query, in fp32, in every forward pass of a sequence that is longer than
-``top_k``: products, and what is made of them, exist two at a time. Attention keeps the choice as a mask, one value a
-pair. Where the scores learn, their inputs and factors are kept, and the backward pass computes the distributions of
-some queries at a time again, those of the heads of attention too.
+``top_k``: products, and what is made of them, exist two at a time, beside their sum. Attention keeps the choice as a
+mask, one value a pair. Where the scores learn, their inputs and factors are kept, and the backward pass computes the
+distributions of some queries at a time again, those of the heads of attention too. In the stage ``warm_up`` nothing
+else learns, so nothing else is kept but attention's queries and keys.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ class IndexerBytes:
         mask: Kept by attention.
         factors: Kept by the scores, where they learn.
         learning: Exist while the scores' gradients are computed.
+        compared: Queries and keys of attention, which a block keeps for the scores where these alone learn; else 0.
     """
 
     choice: float = 0.0
     mask: float = 0.0
     factors: float = 0.0
     learning: float = 0.0
+    compared: float = 0.0
 
 
 def indexer_bytes(cfg: MlaConfig, d_model: int, seq_len: int, c: int) -> IndexerBytes:
@@ -44,19 +47,20 @@ def indexer_bytes(cfg: MlaConfig, d_model: int, seq_len: int, c: int) -> Indexer
     indexer = cfg.indexer
     if indexer is None or cfg.q_lora_rank is None:
         return IndexerBytes()
-    learns = indexer.stage != IndexerStage.frozen
-    sparse = seq_len > indexer.top_k and indexer.stage != IndexerStage.warm_up
+    learns, alone = indexer.stage != IndexerStage.frozen, indexer.stage == IndexerStage.warm_up
+    sparse = seq_len > indexer.top_k and not alone
     if not (learns or sparse):
         return IndexerBytes()
     heads, width = indexer.n_heads, indexer.head_dim
     factors = FP32 * (heads * width + width + heads)
-    scores = 2 * FP32 * heads * seq_len
+    scores = (2 * heads + 1) * FP32 * seq_len
     inputs = c * (d_model + 2 * cfg.q_lora_rank)
     return IndexerBytes(
         choice=inputs + factors + scores if sparse else 0.0,
-        mask=c * seq_len if sparse else 0.0,
+        mask=(c + learns) * seq_len if sparse else 0.0,
         factors=_kept(indexer, d_model, cfg.q_lora_rank, c) if learns else 0.0,
         learning=_learning(cfg, indexer, seq_len, c, sparse) if learns else 0.0,
+        compared=2 * c * cfg.n_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) if alone else 0.0,
     )
 
 

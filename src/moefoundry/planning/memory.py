@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from moefoundry.config import Fp8Recipe, Moments, Recipe
+from moefoundry.config import Fp8Recipe, IndexerStage, Moments, Recipe
 from moefoundry.ops.sizes import CHUNK_TOKENS
 from moefoundry.planning.activations import Moment, block_activations
 from moefoundry.planning.outline import ShardedOutline
@@ -125,7 +125,7 @@ def transients(
     activations = [of_kind[block.sparse, block.linear, block.masked] for block in blocks]
     tokens = [sequences * block.positions for block in blocks]
     saved = [number * each.saved for number, each in zip(tokens, activations, strict=True)]
-    head = 0 if recipe.lora else cfg.vocab_size * cfg.d_model  # elements that have a gradient
+    head = cfg.vocab_size * cfg.d_model if _head_trains(recipe) else 0  # elements that have a gradient
     backward, before = [], sum(saved)
     for i, block in reversed(list(enumerate(blocks))):
         before -= saved[i]
@@ -176,6 +176,11 @@ def _forward(
             gathered = _gathered([*root, *units]) + _in_flight(following)
             yield Transient(f"forward of {block.name}", gathered, 0, before + choice)
         before += kept
+
+
+def _head_trains(recipe: Recipe) -> bool:
+    indexer = recipe.model.attention.trained_indexer
+    return recipe.lora is None and (indexer is None or indexer.stage != IndexerStage.warm_up)
 
 
 def _by_block(blocks: Sequence[PlannedBlock], units: Sequence[Unit]) -> tuple[list[Unit], list[list[Unit]]]:
