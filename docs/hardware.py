@@ -3,7 +3,8 @@
     python docs/hardware.py            the tables, from the files that are there
     python docs/hardware.py --search [RECIPE...]   first the files of these, or of all (seconds each)
 
-Mesh, micro-batch, checkpointing and chunks are those that ``moefoundry recommend`` finds, in BF16 and in FP8.
+Mesh, micro-batch and checkpointing are those that ``moefoundry recommend`` finds, in BF16 and in FP8, for the recipe's
+own number of chunks of an exchange.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def search(case: Case) -> Candidate | None:
     """Find the fastest that fits; None where nothing does, or the recipe cannot be trained in this precision."""
     overrides = ["precision.compute=bf16", PRECISIONS[case.precision]]
     recipe = load_recipe(str(PUBLISHED / f"{case.recipe}.yaml"), overrides)
-    best = choose(recipe, case.devices, H100, 1, keep_precision=True).best
+    best = choose(recipe, case.devices, H100, 1, keep_precision=True, chunks=()).best
     return best[0] if best else None
 
 
@@ -73,14 +74,13 @@ def text_of(case: Case, found: Candidate) -> str:
     """Write the file of a case."""
     mesh, recipe = found.estimate.plan.mesh, case.recipe
     fp8 = "{recipe: deepseek_v3}" if case.precision == "fp8" else "{recipe: null}"
-    plan, chunks = found.estimate.plan, found.changes.get("model.moe.dispatch_chunks")
+    plan = found.estimate.plan
     return (
         f"# {recipe} on {case.devices} H100 in {case.precision.upper()}, as `moefoundry recommend` found it: "
         "docs/hardware.md\n"
         f"extends: ../pretrain/{recipe}.yaml\n"
         f"run_name: {case.file.stem}\n"
-        + (f"model: {{moe: {{dispatch_chunks: {chunks}}}}}\n" if chunks else "")
-        + f"mesh: {{replicate: {mesh.replicate}, shard: {mesh.shard}, expert: {mesh.expert}}}\n"
+        f"mesh: {{replicate: {mesh.replicate}, shard: {mesh.shard}, expert: {mesh.expert}}}\n"
         f"precision: {{compute: bf16, fp8: {fp8}}}\n"
         f"activation_checkpointing: {found.changes.get('activation_checkpointing', own_checkpointing(recipe))}\n"
         f"device_train_microbatch_size: {plan.tokens_per_micro_batch // load(recipe).max_seq_len}\n"

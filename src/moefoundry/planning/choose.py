@@ -6,7 +6,7 @@ Every candidate is a recipe that validates and fits. Its learning is that of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,7 @@ PERMANENT_BYTES = {Moments.fp32: 16, Moments.bf16: 12, Moments.bf16_stochastic: 
 """Bytes of an element's parameter, gradient and two moments."""
 
 CHUNKS = (1, 2, 4, 8)
-"""Chunks of an exchange of tokens that are tried, beside the recipe's own number."""
+"""Chunks of an exchange of tokens that are tried."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,12 @@ class Choice:
 
 
 def choose(
-    recipe: Recipe, world_size: int, device: Accelerator, count: int = 3, keep_precision: bool = False
+    recipe: Recipe,
+    world_size: int,
+    device: Accelerator,
+    count: int = 3,
+    keep_precision: bool = False,
+    chunks: Sequence[int] = CHUNKS,
 ) -> Choice:
     """Search for the ``count`` fastest ways to train ``recipe`` on ``world_size`` devices.
 
@@ -117,6 +122,7 @@ def choose(
         device: The accelerator.
         count: Number of results.
         keep_precision: Try no other precision.
+        chunks: Chunks of an exchange of tokens to try beside the recipe's own number, where experts are divided.
 
     Raises:
         ConfigError: The recipe has a curriculum, whose stages may each be fastest in another way.
@@ -124,14 +130,14 @@ def choose(
     if recipe.curriculum is not None:
         message = "its stages may each be fastest in another way; ask for one: curriculum=null, and that stage's sizes"
         raise ConfigError([Problem(CURRICULUM, message, allowed="null")])
-    return _Search(recipe, world_size, device).run(count, keep_precision)
+    return _Search(recipe, world_size, device, chunks).run(count, keep_precision)
 
 
 class _Search:
     """A recipe, the devices, and the candidates that were tried."""
 
-    def __init__(self, recipe: Recipe, world_size: int, device: Accelerator) -> None:
-        self.recipe, self.world_size, self.device = recipe, world_size, device
+    def __init__(self, recipe: Recipe, world_size: int, device: Accelerator, chunks: Sequence[int]) -> None:
+        self.recipe, self.world_size, self.device, self.chunks = recipe, world_size, device, chunks
         self.limit = device.memory_gb * 1e9 * (1 - HEADROOM)
         self.outline = Outline(recipe)
         self.own = flatten(recipe)
@@ -200,7 +206,7 @@ class _Search:
     def _chunks(self, degrees: MeshDegrees) -> list[int]:
         """List numbers of chunks, the recipe's own first; others only where tokens are exchanged."""
         own = self.recipe.model.moe.dispatch_chunks
-        return [own, *(chunks for chunks in CHUNKS if chunks != own and degrees.expert > 1)]
+        return [own, *(chunks for chunks in self.chunks if chunks != own and degrees.expert > 1)]
 
     def _estimate(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> Estimate:
         plan = plan_of(recipe, degrees, self.device.linked_devices, self.outline, sharded)
