@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -31,7 +30,8 @@ class PeakMemory(TorchDispatchMode):
         self.storages: dict[StorageWeakRef, float] = {}
         self.peak = 0
         self._paused = False
-        self._at_most = 0  # bytes at the last count, and all that came since
+        self._largest: dict[StorageWeakRef, float] = {}  # bytes of each that was ever seen
+        self._at_most = 0.0  # bytes, as if nothing had ended or shrunk since the last count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -46,16 +46,18 @@ class PeakMemory(TorchDispatchMode):
                 storage = StorageWeakRef(storage_of(leaf))
                 if storage not in self.storages:
                     self.storages[storage] = share
-                    self._at_most += storage_of(leaf).nbytes()
-        resized = dist.is_initialized() and dist.get_world_size() > 1  # perhaps, by FSDP
-        if resized or self._at_most + beside > self.peak:
-            self._at_most = self.now()
-            self.peak = max(self.peak, self._at_most + beside)
+                    self._largest[storage] = share * storage_of(leaf).nbytes()
+                    self._at_most += self._largest[storage]
+        if self._at_most + beside > self.peak:
+            self.peak = max(self.peak, self.now() + beside)
 
     def now(self) -> int:
         """Bytes that are alive; FSDP changes the sizes of storages."""
         self.storages = {storage: share for storage, share in self.storages.items() if not storage.expired()}
-        return round(sum(share * _nbytes(storage) for storage, share in self.storages.items()))
+        sizes = {storage: share * _nbytes(storage) for storage, share in self.storages.items()}
+        self._largest = {storage: max(size, self._largest[storage]) for storage, size in sizes.items()}
+        self._at_most = sum(self._largest.values())
+        return round(sum(sizes.values()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
