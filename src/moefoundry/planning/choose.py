@@ -27,6 +27,7 @@ from moefoundry.config.schema_parts import Fp8Config, Fp8Recipe, MeshConfig, Pre
 from moefoundry.mesh import MeshDegrees, resolve_degrees
 from moefoundry.planning.devices import Accelerator
 from moefoundry.planning.estimate import Estimate, estimate_of
+from moefoundry.planning.memory import Memory
 from moefoundry.planning.micro_batch import HEADROOM, fitting_sizes, with_sizes
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.plan import plan_of
@@ -194,9 +195,11 @@ class _Search:
     def _try_micro_batches(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> None:
         keys = flatten(recipe)
         for size in _micro_batches(self.recipe, self.world_size):
+            known = None
             for chunks in self._chunks(degrees):
                 changed = _with_chunks(replace(recipe, device_train_microbatch_size=size), chunks)
-                estimate = self._estimate(changed, degrees, sharded)
+                estimate = self._estimate(changed, degrees, sharded, known)
+                known = estimate.plan.memory
                 keys |= {"device_train_microbatch_size": size, "model.moe.dispatch_chunks": chunks}
                 changes = {key: value for key, value in keys.items() if self.own.get(key) != value}
                 self.found.append(Candidate(changes, estimate))
@@ -208,8 +211,10 @@ class _Search:
         own = self.recipe.model.moe.dispatch_chunks
         return [own, *(chunks for chunks in self.chunks if chunks != own and degrees.expert > 1)]
 
-    def _estimate(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> Estimate:
-        plan = plan_of(recipe, degrees, self.device.linked_devices, self.outline, sharded)
+    def _estimate(
+        self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline, known: Memory | None = None
+    ) -> Estimate:
+        plan = plan_of(recipe, degrees, self.device.linked_devices, self.outline, sharded, known)
         return estimate_of(recipe, self.device, plan, sharded)
 
     def _may_fit(self, recipe: Recipe, degrees: MeshDegrees) -> bool:

@@ -83,9 +83,17 @@ def make_plan(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> Plan:
 
 
 def plan_of(
-    recipe: Recipe, degrees: MeshDegrees, gpus_per_node: int, outline: Outline, sharded: ShardedOutline
+    recipe: Recipe,
+    degrees: MeshDegrees,
+    gpus_per_node: int,
+    outline: Outline,
+    sharded: ShardedOutline,
+    known: Memory | None = None,
 ) -> Plan:
-    """Plan a recipe whose model is sharded already; arguments as of :func:`make_plan`."""
+    """Plan a recipe whose model is sharded already; arguments as of :func:`make_plan`.
+
+    ``known`` is its memory, if it is: that of the same recipe with other chunks.
+    """
     batches = micro_batches(recipe, degrees.world_size)
     tokens, moe = max(batches) * recipe.max_seq_len, recipe.model.moe
     blocks = sharded.planned_blocks(recipe.max_seq_len)
@@ -98,7 +106,7 @@ def plan_of(
         tokens_per_micro_batch=tokens,
         tokens_per_step=recipe.global_train_batch_size // degrees.world_size * recipe.max_seq_len,
         rows_per_expert=tokens * moe.top_k * degrees.expert / moe.num_experts,
-        memory=memory(sharded, recipe, max(batches)),
+        memory=known or memory(sharded, recipe, max(batches)),
         traffic=step_traffic(recipe, degrees, blocks, sharded.units, batches, gpus_per_node),
     )
 
