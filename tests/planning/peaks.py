@@ -71,21 +71,21 @@ class _Norm(Function):
     """A norm as one kernel each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, memory: PeakMemory, norm: Callable[..., Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, memory: PeakMemory, norm: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
         ctx.memory, ctx.norm = memory, norm
         with memory.paused():
-            out = norm(x, weight)
+            out = norm(*inputs)
         memory.note(out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with ctx.memory.paused(), torch.enable_grad():
-            gradients = torch.autograd.grad(ctx.norm(x, weight), (x, weight), grad)
+            gradients = torch.autograd.grad(ctx.norm(*inputs), inputs, grad)
         ctx.memory.note(gradients)
-        return *gradients, None, None
+        return None, None, *gradients
 
 
 class _Attention(Function):
@@ -132,10 +132,11 @@ def kernels_of_a_gpu(memory: GpuLike) -> Iterator[None]:
     rms, layer, attention = F.rms_norm, F.layer_norm, F.scaled_dot_product_attention
 
     def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-        return _Norm.apply(x, weight, memory, lambda x, weight: rms(x, shape, weight, eps))
+        return _Norm.apply(memory, lambda x, weight: rms(x, shape, weight, eps), x, weight)
 
     def layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-        return _Norm.apply(x, weight, memory, lambda x, weight: layer(x, shape, weight, bias, eps))
+        given = (x, weight) if bias is None else (x, weight, bias)
+        return _Norm.apply(memory, lambda x, weight, bias=None: layer(x, shape, weight, bias, eps), *given)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if v.shape[-1] < q.shape[-1]:
