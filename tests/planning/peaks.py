@@ -48,10 +48,21 @@ class GpuLike(PeakMemory):
     """Peak memory of operations, with the layouts and the inner buffers of a GPU's kernels.
 
     A GPU's attention gives its output in the layout of the projection after it, and takes fewer heads of keys and
-    values than of queries as they are; its logsumexp makes a copy of its input.
+    values than of queries as they are; in BF16 it takes windows and documents without a mask. Its logsumexp makes a
+    copy of its input.
     """
 
     inside_attention = False
+
+    def __init__(self, without: Iterable[Tensor] = ()) -> None:
+        super().__init__(without)
+        self._left_out: list[Tensor] = []
+
+    def leave_out(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor, and do not count it."""
+        self._left_out.append(tensor)
+        self.without.add(storage_of(tensor)._cdata)
+        return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -118,12 +129,16 @@ class _Attention(Function):
 
 def _bias(mask: Tensor | None, dtype: torch.dtype, memory: PeakMemory) -> Tensor | None:
     """What attention makes of a mask of booleans, and keeps for its backward pass."""
-    if mask is None or mask.dtype != torch.bool:
-        return mask
+    if mask is None:
+        return None
     with memory.paused():
-        bias = torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+        bias = _as_bias(mask, dtype)
     memory.note(bias)
     return bias
+
+
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
 @contextmanager
@@ -141,6 +156,10 @@ def kernels_of_a_gpu(memory: GpuLike) -> Iterator[None]:
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if v.shape[-1] < q.shape[-1]:
             return _Attention.apply(q, k, v, memory, {key: options[key] for key in ("is_causal", "attn_mask", "scale")})
+        mask = options.get("attn_mask")
+        if mask is not None and q.dtype == torch.bfloat16:
+            with memory.paused():
+                options["attn_mask"] = memory.leave_out(_as_bias(mask, q.dtype))
         memory.inside_attention = True
         try:
             return attention(q, k, v, **options)

@@ -71,13 +71,13 @@ def block_activations(
         linear: The block has linear attention.
         masked: Its attention takes a mask.
         rows: Rows of an expert.
-        seq_len: Tokens of a sequence; only the memory of indexers depends on it.
+        seq_len: Tokens of a sequence; only the memory of indexers and masks depends on it.
     """
     width = cfg.d_model
     ffn = moe_stages(cfg, c, exchanged, fp8, rows) if sparse else dense_stages(cfg, cfg.dense_width, c, fp8)
     indexer = indexer_bytes(cfg.attention, width, seq_len, c) if isinstance(cfg.attention, MlaConfig) else NO_INDEXER
     alone = mode == ActivationCheckpointing.none
-    attention = attention_stages(cfg, c, fp8, linear, masked, alone, indexer)
+    attention = attention_stages(cfg, c, fp8, linear, masked, alone, indexer, seq_len)
     of_norm = norm(width, c)
     after = cfg.norm.position == NormPosition.after
     halves = [[of_norm, *half] if after else [*half, of_norm] for half in (ffn, attention)]

@@ -29,10 +29,12 @@ def attention_stages(
     masked: bool,
     alone: bool,
     indexer: IndexerBytes = NO_INDEXER,
+    seq_len: int = 0,
 ) -> list[Stage]:
     """List the stages of a block's attention, from its output to its input.
 
-    Where it takes a mask, keys and values are copied for every query head. FP8's recomputation inside MLA is ``alone``,
+    Where it takes a mask, keys and values are copied for every query head, and in fp32 the mask of ``seq_len`` values a
+    token is kept. FP8's recomputation inside MLA is ``alone``,
     without that of whole blocks.
     """
     if linear:
@@ -41,7 +43,7 @@ def attention_stages(
     if isinstance(cfg.attention, MlaConfig):
         stages = _latent(cfg.d_model, cfg.attention, c, fp8, fp8 and alone)
         return _with_indexer(stages, indexer)
-    return _grouped_query(cfg, c, fp8, masked)
+    return _grouped_query(cfg, c, fp8, masked, seq_len)
 
 
 def rotated(width: int, c: int) -> float:
@@ -49,7 +51,7 @@ def rotated(width: int, c: int) -> float:
     return 3 * FP32 * width + (FP32 * width if c < FP32 else 0)
 
 
-def _grouped_query(cfg: ModelConfig, c: int, fp8: bool, masked: bool) -> list[Stage]:
+def _grouped_query(cfg: ModelConfig, c: int, fp8: bool, masked: bool, seq_len: int) -> list[Stage]:
     attention, width, heads = cfg.attention, cfg.d_model, cfg.attention.n_heads
     queries, keys = attention.projection_widths(width)
     gqa = attention if isinstance(attention, GqaConfig) else None
@@ -57,8 +59,9 @@ def _grouped_query(cfg: ModelConfig, c: int, fp8: bool, masked: bool) -> list[St
     turned = attention.rotary_dim(width) * heads
     clamped = c if gqa is not None and gqa.clip_qkv is not None else 0  # bytes of an element before it is clamped
     last = Stage(E5M6_ROW * queries if fp8 else 0, 2 * c * queries, c * width, ATTENTION, 0.25)
+    mask = FP32 * seq_len if masked and c == FP32 and not attention.sinks else 0  # the kernel without one is for BF16
     core = Stage(
-        saved=c * (2 * queries + 2 * (queries if masked else keys)) + FP32 * heads,
+        saved=c * (2 * queries + 2 * (queries if masked else keys)) + FP32 * heads + mask,
         held=c * (2 * queries + 2 * max(queries, keys)),
         kept=c * queries + FP32 * heads,
     )
