@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.fsdp import FSDPModule
 
-from moefoundry.config import Recipe
+from moefoundry.config import Compute, Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
+from moefoundry.model import context
 from moefoundry.ops.fp8 import gemm, quantization
 from moefoundry.optim import build_adamw
 from moefoundry.parallel import materialize, parallelize, sum_between_copies
@@ -142,9 +143,9 @@ def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextmanager
-def kernels_of_a_gpu(memory: GpuLike) -> Iterator[None]:
-    """Count norms, attention and FP8 formats as one kernel each."""
-    rms, layer, attention = F.rms_norm, F.layer_norm, F.scaled_dot_product_attention
+def kernels_of_a_gpu(memory: GpuLike, narrow: bool) -> Iterator[None]:
+    """Count norms, attention and FP8 formats as one kernel each; that of attention in BF16 (``narrow``) has no mask."""
+    rms, layer, attention, masks = F.rms_norm, F.layer_norm, F.scaled_dot_product_attention, context._mask
 
     def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
         return _Norm.apply(memory, lambda x, weight: rms(x, shape, weight, eps), x, weight)
@@ -175,7 +176,15 @@ def kernels_of_a_gpu(memory: GpuLike) -> Iterator[None]:
 
         return counted
 
+    def mask_of(*given: Any) -> Tensor | None:
+        if not narrow:
+            return masks(*given)
+        with memory.paused():
+            mask = masks(*given)
+        return None if mask is None else memory.leave_out(mask)
+
     with ExitStack() as patches:
+        patches.enter_context(patch.object(context, "_mask", mask_of))
         for name, function in (("rms_norm", rms_norm), ("layer_norm", layer_norm)):
             patches.enter_context(patch.object(F, name, function))
         patches.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
@@ -205,7 +214,7 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     parameters = [*model.parameters(), *narrow_copies_of(model)]
     memory = memory_of([*parameters, *model.buffers(), tokens])
     memory.note([*gradients_of(model), *sums_of_a_copy(model)])
-    with memory, kernels_of_a_gpu(memory):
+    with memory, kernels_of_a_gpu(memory, recipe.precision.compute == Compute.bf16):
         model(tokens, tokens).total.backward()
     gradients, moments = bytes_of(gradients_of(model)), recipe.precision.optimizer_moments
     optimizer = build_adamw(model, recipe.optimizer, moments)

@@ -79,8 +79,9 @@ def block_activations(
     alone = mode == ActivationCheckpointing.none
     attention = attention_stages(cfg, c, fp8, linear, masked, alone, indexer, seq_len)
     of_norm = norm(width, c)
-    after = cfg.norm.position == NormPosition.after
-    halves = [[of_norm, *half] if after else [*half, of_norm] for half in (ffn, attention)]
+    after = [of_norm] if cfg.norm.position in (NormPosition.after, NormPosition.both) else []
+    before = [of_norm] if cfg.norm.position != NormPosition.after else []
+    halves = [[*after, *half, *before] for half in (ffn, attention)]
     stages = beside([*halves[0], *halves[1]], c * width)  # the gradient of the residual stream
     everything = sum(stage.saved for stage in stages)
     saved = everything
