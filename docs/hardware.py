@@ -3,7 +3,8 @@
     python docs/hardware.py            the tables, from the files that are there
     python docs/hardware.py --search [RECIPE...]   first the files of these, or of all (seconds each)
 
-Mesh, micro-batch and checkpointing are those that ``moefoundry recommend`` finds, in BF16 and in FP8.
+Mesh, micro-batch and checkpointing are those that ``moefoundry recommend`` finds, in BF16 and in FP8, for the recipe's
+own number of chunks of an exchange.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def search(case: Case) -> Candidate | None:
     """Find the fastest that fits; None where nothing does, or the recipe cannot be trained in this precision."""
     overrides = ["precision.compute=bf16", PRECISIONS[case.precision]]
     recipe = load_recipe(str(PUBLISHED / f"{case.recipe}.yaml"), overrides)
-    best = choose(recipe, case.devices, H100, 1, keep_precision=True).best
+    best = choose(recipe, case.devices, H100, 1, keep_precision=True, chunks=()).best
     return best[0] if best else None
 
 

@@ -30,6 +30,8 @@ class PeakMemory(TorchDispatchMode):
         self.storages: dict[StorageWeakRef, float] = {}
         self.peak = 0
         self._paused = False
+        self._largest: dict[StorageWeakRef, float] = {}  # bytes of each that was ever seen
+        self._at_most = 0.0  # bytes, as if nothing had ended or shrunk since the last count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -41,13 +43,21 @@ class PeakMemory(TorchDispatchMode):
         """Count new storages of ``out``, a ``share`` of their bytes; ``beside`` bytes exist for a moment."""
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and not leaf.is_meta and storage_of(leaf)._cdata not in self.without:
-                self.storages.setdefault(StorageWeakRef(storage_of(leaf)), share)
-        self.peak = max(self.peak, self.now() + beside)
+                storage = StorageWeakRef(storage_of(leaf))
+                if storage not in self.storages:
+                    self.storages[storage] = share
+                    self._largest[storage] = share * storage_of(leaf).nbytes()
+                    self._at_most += self._largest[storage]
+        if self._at_most + beside > self.peak:
+            self.peak = max(self.peak, self.now() + beside)
 
     def now(self) -> int:
         """Bytes that are alive; FSDP changes the sizes of storages."""
         self.storages = {storage: share for storage, share in self.storages.items() if not storage.expired()}
-        return round(sum(share * _nbytes(storage) for storage, share in self.storages.items()))
+        sizes = {storage: share * _nbytes(storage) for storage, share in self.storages.items()}
+        self._largest = {storage: max(size, self._largest[storage]) for storage, size in sizes.items()}
+        self._at_most = sum(self._largest.values())
+        return round(sum(sizes.values()))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

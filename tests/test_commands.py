@@ -82,6 +82,7 @@ ADDED = (
     ("README.md", "moefoundry validate mine.yaml", SMALL),
     ("README.md", "composer -n 8 scripts/train.py mine.yaml", SMALL),
     ("README.md", "composer -n 8 scripts/train.py runs/mine/config.yaml", ("max_duration=3ba",)),
+    ("README.md", "moefoundry launch mine.yaml", (*SMALL, "global_train_batch_size=64")),
     ("families.md", "python scripts/train.py", ("max_duration=2ba",)),
     ("evaluation.md", "moefoundry eval runs/mine --humaneval", ("--max-new-tokens", "4")),
     ("howto.md", "python scripts/train.py", ("save_remote=s3://bucket/runs/${run_name}", "max_duration=6ba")),

@@ -11,9 +11,9 @@ from composer.utils import dist
 
 from moefoundry.build import build_trainer
 from moefoundry.callbacks.health import named_collectives
-from moefoundry.callbacks.nonfinite import DIRECTORY, NonFiniteSearch, ReplayedError
+from moefoundry.callbacks.nonfinite import NonFiniteSearch, ReplayedError
+from moefoundry.checkpoint.nonfinite import newest_saved
 from moefoundry.checkpoint.run_dir import CONFIG_FILE
-from moefoundry.checkpoint.store import CheckpointStore
 from moefoundry.config import LoggersConfig, Recipe, UserError, load_recipe
 
 SCRATCH = ".replay"
@@ -32,10 +32,7 @@ def replay(run_dir: Path, overrides: Sequence[str] = ()) -> str:
     Raises:
         UserError: The run has saved no such step, or its data or mesh are not what they were.
     """
-    store = CheckpointStore(run_dir / DIRECTORY)
-    if not (batches := store.batches()):
-        raise UserError(f"{store.root}: no step that was not finite; a run that stops for one saves it there")
-    batch = max(batches)
+    store, batch = newest_saved(run_dir)
     recipe = load_recipe(run_dir / CONFIG_FILE, overrides, stored=True)
     scratch = store.root / SCRATCH
     try:

@@ -228,7 +228,7 @@ def test_names_of_modules_are_checked_against_the_model(capsys):
     )
     assert capsys.readouterr() == (
         "",
-        "error: recipe: 2 errors\n"
+        f"error: {QUICKSTART}: 2 errors\n"
         "  precision.fp8.exclude: no module is named 'layers.6'; did you mean 'layers.5'?\n"
         "  precision.fp8.exclude: no module is named 'layer.1'; did you mean 'layers.1'?\n",
     )

@@ -89,7 +89,7 @@ def by_loops(q: Tensor, k: Tensor, scores: Tensor, seen: Tensor, scale: float, s
 def test_the_divergence_and_its_gradients_by_loops(
     masked: bool, sinks: Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "QUERIES", 3)  # several parts, the last one shorter
+    monkeypatch.setattr(module, "INDEXER_QUERIES", 3)  # several parts, the last one shorter
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:

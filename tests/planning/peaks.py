@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.fsdp import FSDPModule
 
-from moefoundry.config import Recipe
+from moefoundry.config import Compute, Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
+from moefoundry.model import context
 from moefoundry.ops.fp8 import KeptBlocks, gemm, quantization, weights
 from moefoundry.optim import build_adamw
 from moefoundry.parallel import materialize, parallelize, sum_between_copies
@@ -51,10 +52,21 @@ class GpuLike(PeakMemory):
     """Peak memory of operations, with the layouts and the inner buffers of a GPU's kernels.
 
     A GPU's attention gives its output in the layout of the projection after it, and takes fewer heads of keys and
-    values than of queries as they are; its logsumexp makes a copy of its input.
+    values than of queries as they are; in BF16 it takes windows and documents without a mask. Its logsumexp makes a
+    copy of its input.
     """
 
     inside_attention = False
+
+    def __init__(self, without: Iterable[Tensor] = ()) -> None:
+        super().__init__(without)
+        self._left_out: list[Tensor] = []
+
+    def leave_out(self, tensor: Tensor) -> Tensor:
+        """Keep a tensor, and do not count it."""
+        self._left_out.append(tensor)
+        self.without.add(storage_of(tensor)._cdata)
+        return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -74,21 +86,21 @@ class _Norm(Function):
     """A norm as one kernel each way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, memory: PeakMemory, norm: Callable[..., Tensor]) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(ctx: Any, memory: PeakMemory, norm: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
         ctx.memory, ctx.norm = memory, norm
         with memory.paused():
-            out = norm(x, weight)
+            out = norm(*inputs)
         memory.note(out)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
         with ctx.memory.paused(), torch.enable_grad():
-            gradients = torch.autograd.grad(ctx.norm(x, weight), (x, weight), grad)
+            gradients = torch.autograd.grad(ctx.norm(*inputs), inputs, grad)
         ctx.memory.note(gradients)
-        return *gradients, None, None
+        return None, None, *gradients
 
 
 class _Attention(Function):
@@ -97,41 +109,61 @@ class _Attention(Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, memory: PeakMemory, options: dict[str, Any]) -> Tensor:
         width = v.shape[-1]
+        options = options | {"attn_mask": _bias(options["attn_mask"], q.dtype, memory)}
         with memory.paused():
             wide, logs = FLASH(q, k, F.pad(v, (0, q.shape[-1] - width)), 0.0, **options)
             out = wide[..., :width].transpose(1, 2).contiguous().transpose(1, 2)
         memory.note(wide, share=width / wide.shape[-1])  # while checkpointing keeps it
         memory.note((out, logs))
-        ctx.save_for_backward(q, k, v, out, logs)
+        ctx.save_for_backward(q, k, v, out, logs, options.pop("attn_mask"))
         ctx.memory, ctx.options = memory, options
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, logs = ctx.saved_tensors
+        q, k, v, out, logs, bias = ctx.saved_tensors
         with ctx.memory.paused():
             more = (0, q.shape[-1] - v.shape[-1])
             wide = [F.pad(x, more) for x in (grad, v, out)]
-            grads = FLASH_BACKWARD(wide[0], q, k, *wide[1:], logs, 0.0, **ctx.options)
+            grads = FLASH_BACKWARD(wide[0], q, k, *wide[1:], logs, 0.0, attn_mask=bias, **ctx.options)
             given = grads[0], grads[1], grads[2][..., : v.shape[-1]].contiguous()
         ctx.memory.note(given)
         return *given, None, None
 
 
+def _bias(mask: Tensor | None, dtype: torch.dtype, memory: PeakMemory) -> Tensor | None:
+    """What attention makes of a mask of booleans, and keeps for its backward pass."""
+    if mask is None:
+        return None
+    with memory.paused():
+        bias = _as_bias(mask, dtype)
+    memory.note(bias)
+    return bias
+
+
+def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 @contextmanager
-def kernels_of_a_gpu(memory: GpuLike) -> Iterator[None]:
-    """Count norms, attention and FP8 formats as one kernel each."""
-    rms, layer, attention = F.rms_norm, F.layer_norm, F.scaled_dot_product_attention
+def kernels_of_a_gpu(memory: GpuLike, narrow: bool) -> Iterator[None]:
+    """Count norms, attention and FP8 formats as one kernel each; that of attention in BF16 (``narrow``) has no mask."""
+    rms, layer, attention, masks = F.rms_norm, F.layer_norm, F.scaled_dot_product_attention, context._mask
 
     def rms_norm(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Tensor:
-        return _Norm.apply(x, weight, memory, lambda x, weight: rms(x, shape, weight, eps))
+        return _Norm.apply(memory, lambda x, weight: rms(x, shape, weight, eps), x, weight)
 
     def layer_norm(x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-        return _Norm.apply(x, weight, memory, lambda x, weight: layer(x, shape, weight, bias, eps))
+        given = (x, weight) if bias is None else (x, weight, bias)
+        return _Norm.apply(memory, lambda x, weight, bias=None: layer(x, shape, weight, bias, eps), *given)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         if v.shape[-1] < q.shape[-1]:
             return _Attention.apply(q, k, v, memory, {key: options[key] for key in ("is_causal", "attn_mask", "scale")})
+        mask = options.get("attn_mask")
+        if mask is not None and q.dtype == torch.bfloat16:
+            with memory.paused():
+                options["attn_mask"] = memory.leave_out(_as_bias(mask, q.dtype))
         memory.inside_attention = True
         try:
             return attention(q, k, v, **options)
@@ -147,7 +179,15 @@ def kernels_of_a_gpu(memory: GpuLike) -> Iterator[None]:
 
         return counted
 
+    def mask_of(*given: Any) -> Tensor | None:
+        if not narrow:
+            return masks(*given)
+        with memory.paused():
+            mask = masks(*given)
+        return None if mask is None else memory.leave_out(mask)
+
     with ExitStack() as patches:
+        patches.enter_context(patch.object(context, "_mask", mask_of))
         for name, function in (("rms_norm", rms_norm), ("layer_norm", layer_norm)):
             patches.enter_context(patch.object(F, name, function))
         patches.enter_context(patch.object(F, "scaled_dot_product_attention", attend))
@@ -178,7 +218,7 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     parameters = [*model.parameters(), *narrow_copies_of(model), *kept_blocks_of(model)]
     memory = memory_of([*parameters, *model.buffers(), tokens])
     memory.note([*gradients_of(model), *sums_of_a_copy(model)])
-    with memory, kernels_of_a_gpu(memory):
+    with memory, kernels_of_a_gpu(memory, recipe.precision.compute == Compute.bf16):
         model(tokens, tokens).total.backward()
     gradients, moments = bytes_of(gradients_of(model)), recipe.precision.optimizer_moments
     optimizer = build_adamw(model, recipe.optimizer, moments)

@@ -101,7 +101,20 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "nothing fits" in capsys.readouterr().out
 
 
-def test_a_curriculum_has_no_single_answer() -> None:
-    staged = recipe("curriculum={short: {until: 10ba, max_seq_len: 128}, long: {}}")
+def test_exchanges_in_chunks_are_tried_where_experts_are_divided() -> None:
+    given = [*WIDE, "precision.compute=bf16", "model.moe.num_experts=64"]
+    fastest = choose(load_recipe(QUICKSTART, given), WORLD, H100).best[0]
+    assert fastest.changes["model.moe.dispatch_chunks"] in (2, 4, 8)
+    assert fastest.estimate.plan.mesh.expert > 1
+    words = [word for word in overrides(fastest).split() if "dispatch_chunks" not in word]
+    assert estimate(load_recipe(QUICKSTART, [*given, *words], WORLD), WORLD, H100).step.total > fastest.seconds
+
+
+def test_a_curriculum_has_no_single_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    staged = "curriculum={short: {until: 10ba, max_seq_len: 128}, long: {}}"
     with pytest.raises(ConfigError, match="curriculum: its stages may each be fastest in another way; ask for one"):
-        choose(staged, WORLD, H100)
+        choose(recipe(staged), WORLD, H100)
+    assert main(["recommend", str(QUICKSTART), "--world-size", "8", staged]) == 2
+    head, problem = capsys.readouterr().err.splitlines()
+    assert head == f"error: {QUICKSTART}: 1 error"
+    assert problem.startswith("  curriculum: its stages")

@@ -128,7 +128,7 @@ def test_the_command(tmp_path: Path, capsys) -> None:
     [
         (None, "unknown; known are a100, h100"),
         ("bf16_tflops: 1", "fp8_tflops, link_gb_per_s"),
-        ("- 1", "no mapping"),
+        ("- 1", "the top level is a list"),
     ],
 )
 def test_an_unknown_device_is_one_line(text: str | None, message: str, tmp_path: Path, capsys) -> None:

@@ -31,7 +31,7 @@ SIZES = ("model.vocab_size=256", "max_seq_len=512", "device_train_microbatch_siz
 WITHIN = 0.10
 
 
-def recipe_of(name: str, mesh: str, mode: str, precision: str) -> Recipe:
+def recipe_of(name: str, mesh: str, mode: str, precision: str, changes: Iterable[str] = ()) -> Recipe:
     replicate, shard, expert = MESHES[mesh]
     file, ranks = str(TWINS / f"{name}.yaml"), replicate * shard
     model = load_recipe(file, []).model
@@ -43,6 +43,7 @@ def recipe_of(name: str, mesh: str, mode: str, precision: str) -> Recipe:
         f"precision={PRECISIONS[precision]}",
         f"activation_checkpointing={mode}",
         "model.moe.router.assignment=uniform",
+        *changes,
     ]
     if model.linear_attention is not None:
         overrides.append("model.linear_attention.backend=torch")  # the kernels are a GPU's
@@ -87,6 +88,15 @@ def test_every_model_peaks_as_planned(number: int, mesh: str) -> None:
     pairs = [*product(MODES, PRECISIONS)] if mesh == "one" else [*zip(MODES, shifted([*PRECISIONS], turn), strict=True)]
     recipes = [recipe_of(NAMES[number], mesh, mode, precision) for mode, precision in pairs]
     assert [*check(recipes, replicate * shard)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["warm_up", "sparse"])
+def test_an_indexer_that_learns_peaks_as_planned(stage: str) -> None:
+    cases = [("none", "fp32"), ("none", "bf16"), ("full", "bf16")]
+    learning = [f"model.attention.indexer.stage={stage}"]
+    recipes = [recipe_of("deepseek-v3.2-671b", "one", mode, precision, learning) for mode, precision in cases]
+    assert [*check(recipes, 1)] == []
 
 
 def shifted(items: list[str], by: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 from math import prod
@@ -25,7 +26,7 @@ from moefoundry.parallel import materialize, parallelize
 from moefoundry.planning.activations import block_activations
 from moefoundry.planning.plan import make_plan, micro_batches
 from moefoundry.planning.table import plan_table
-from moefoundry.planning.world import groups_by_axis, most_remote_peers
+from moefoundry.planning.world import Groups, groups_by_axis, most_remote_peers
 from moefoundry.precision import Fp8Experts, Fp8Linear, apply_precision
 from tests.conftest import QUICKSTART
 from tests.memory import PeakMemory
@@ -168,7 +169,7 @@ def test_micro_batches(sequences, micro, expected):
     recipe = load_recipe(
         QUICKSTART, [f"global_train_batch_size={3 * sequences}", f"device_train_microbatch_size={micro}"], 3
     )
-    assert micro_batches(recipe, 3) == expected
+    assert [*micro_batches(recipe, 3).elements()] == expected
 
 
 def test_the_mesh_must_fit_the_world():
@@ -193,6 +194,27 @@ def test_the_mesh_must_fit_the_world():
 def test_peers_on_other_nodes(axis, gpus_per_node, remote):
     groups = groups_by_axis(MeshDegrees(replicate=2, shard=8, expert=4))
     assert most_remote_peers(groups[axis], gpus_per_node) == remote
+
+
+def test_peers_are_counted_as_if_rank_by_rank():
+    sizes = product((1, 2, 3), (1, 2, 3, 5), (1, 4, 6))
+    for ranks, stride, blocks, node in ((*each, node) for each in sizes for node in (1, 2, 3, 4, 7, 8, 100)):
+        rank_numbers = [
+            [block * ranks * stride + first + stride * index for index in range(ranks)]
+            for block in range(blocks)
+            for first in range(stride)
+        ]
+        nodes = [Counter(number // node for number in group) for group in rank_numbers]
+        remote = ranks - min(min(counts.values()) for counts in nodes)
+        assert most_remote_peers(Groups(ranks, stride, ranks * stride * blocks), node) == remote
+
+
+def test_a_million_ranks_are_planned_at_once():
+    degrees = "mesh={replicate: 1000, shard: 1000}"
+    recipe = load_recipe(QUICKSTART, [degrees, "global_train_batch_size=1000000"], 1_000_000)
+    sent = {entry.axis: entry for entry in make_plan(recipe, 1_000_000, 7).traffic}
+    assert sent["shard"].ranks == 1000
+    assert sent["replicate"].across_nodes == sent["replicate"].sent
 
 
 # --------------------------------------------------------------------------------------------------------- activations
@@ -308,3 +330,21 @@ def test_a_curriculum_is_planned_by_the_stage_that_needs_most_memory() -> None:
     assert (plan.stage, plan.tokens_per_micro_batch, plan.micro_batches) == ("short", 2048, 1)
     assert "stage short of the curriculum, which needs most memory" in plan_table(plan, 80)
     assert "curriculum" not in plan_table(long, 80)
+
+
+def test_an_indexer_takes_memory_where_a_sequence_has_more_keys_than_it_chooses():
+    recipe = str(QUICKSTART.parent / "pretrain/deepseek-v3.2-671b.yaml")
+
+    def peak(length, mode, stage="frozen"):
+        changes = [
+            f"max_seq_len={length}",
+            f"activation_checkpointing={mode}",
+            f"model.attention.indexer.stage={stage}",
+        ]
+        return make_plan(load_recipe(recipe, changes, 2048), 2048).memory.peak
+
+    scores = 2 * 4 * 64 * 4096 * 4096  # of 64 heads in fp32, two at a time
+    assert peak(2048, "full").moment.startswith("the loss")
+    assert peak(4096, "full").moment == "backward of mtp.0"
+    assert scores < peak(4096, "full").activations < 2 * scores
+    assert peak(2048, "none", "sparse").activations > 1.02 * peak(2048, "none").activations

@@ -52,7 +52,7 @@ def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[st
         parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
         materialize(model, "cpu", 0)
         with SentBytes(meshes) as counted:
-            batches = micro_batches(recipe, dist.get_world_size())
+            batches = [*micro_batches(recipe, dist.get_world_size()).elements()]
             for index, sequences in enumerate(batches, start=1):
                 sum_between_copies(model, index == len(batches))
                 tokens = torch.randint(0, 61, (sequences, SEQUENCE))

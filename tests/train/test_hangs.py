@@ -55,7 +55,8 @@ def outcome(recipe: Recipe, seconds: float) -> tuple[str, str]:
 def test_every_rank_says_where_it_is(tiny_recipe: Tiny, tmp_path: Path, ends: bool) -> None:
     recipe = tiny_recipe(tmp_path, *STEPS, f"dist_timeout={3 if ends else 6}")
     outcomes = run_distributed(outcome, 2, recipe, 5.0)
-    said = [line for text, _ in outcomes for line in text.splitlines() if "no progress" in line]
+    warnings = [line for text, _ in outcomes for line in text.splitlines() if "no progress" in line]
+    said = [line for line in warnings if "in after_forward" in line]  # a busy machine stands still elsewhere, too
     assert len(said) == 1, "one rank speaks"
     place = r"rank 1 is at \S+\.py:\d+, in \w+ \(\S*test_hangs\.py:\d+, in after_forward\)"
     wait = r"rank 0 waits in gloo:\w+\(.*\), number \d+ of group \w+, at \S+\.py:\d+, in \w+"

@@ -24,13 +24,12 @@ from torch.distributed.tensor import DTensor
 
 from moefoundry.callbacks.health import NonFiniteError
 from moefoundry.callbacks.step_start import StepStart
+from moefoundry.checkpoint.nonfinite import store_of_steps
 from moefoundry.checkpoint.save import Saver
 from moefoundry.checkpoint.state import RunState
-from moefoundry.checkpoint.store import CheckpointStore
 from moefoundry.config import UserError
 
 T = TypeVar("T")
-DIRECTORY = "nonfinite"
 
 
 class ReplayedError(Exception):
@@ -101,7 +100,7 @@ class NonFiniteSearch(Callback):
 
     def _save(self, state: State) -> str:
         """Save the state before the step; say where, and warn where that fails."""
-        store, batch = CheckpointStore(self.run_dir / DIRECTORY), state.timestamp.batch.value
+        store, batch = store_of_steps(self.run_dir), state.timestamp.batch.value
         saver = Saver(store, lambda path: None)
         try:
             if not any(dist.all_gather_object(store.path(batch).exists())):

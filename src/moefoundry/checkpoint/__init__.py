@@ -21,6 +21,7 @@ Files, from the outside in:
     load, load_plan, reading   read it, on any mesh
     out_of_core, weights       read and write in one process: conversion, generation
     store, remote, fetch       which checkpoints there are, here and elsewhere
+    nonfinite                  those of steps that were not finite
     manifest, format           what is in a directory, and how it is checked
     ranks                      what ranks do together
 """

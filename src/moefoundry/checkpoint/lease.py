@@ -216,7 +216,7 @@ def _read(path: Path) -> Holder | None:
     """Read a lease; None where it is not there, or was never finished."""
     try:
         holder = Holder(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     return holder if isinstance(holder.token, str) and holder.token.isalnum() else None  # it becomes a file's name
 

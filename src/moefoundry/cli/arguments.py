@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 RECIPE_COMMAND: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["--help"]}
 """Settings of a command with :func:`recipe_arguments`. ``-h`` is found among them, lest ``-path=3`` contain it."""
+
+MAX_DIGITS = 18
+MAX_RANKS = 1_000_000
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -43,7 +48,21 @@ def recipe_arguments(function: _F) -> _F:
     """Add ``[RECIPE] [KEY=VALUE]...``, passed on as ``arguments`` for ``config.split_arguments`` to take apart.
 
     Unknown options come with them, in the order in which they were written: the recipe loader words their errors.
+    Errors of the recipe that are found later name its file, too.
     """
+
+    @functools.wraps(function)
+    def command(arguments: list[str], **options: Any) -> Any:
+        from moefoundry.config.errors import ConfigError
+        from moefoundry.config.overrides import split_arguments
+
+        try:
+            return function(arguments=arguments, **options)
+        except ConfigError as error:
+            if (path := split_arguments(arguments)[0]) is None:
+                raise
+            raise error.in_recipe(path) from error
+
     return click.argument(
         "arguments",
         nargs=-1,
@@ -52,7 +71,7 @@ def recipe_arguments(function: _F) -> _F:
         help="A YAML file, then changes such as model.moe.top_k=4.",
         callback=_check_options,
         shell_complete=_complete_recipe,
-    )(function)
+    )(cast("_F", command))
 
 
 def json_option(function: _F) -> _F:
@@ -180,10 +199,31 @@ def _is_enum(kind: Any) -> bool:
 
 
 def positive(text: str) -> int:
-    """Read a positive integer in decimal digits."""
+    """Read a positive integer in decimal digits, as many as an int64 holds."""
+    if len(text) > MAX_DIGITS:
+        raise click.BadParameter(f"{text[:MAX_DIGITS]}... has {len(text)} digits; at most {MAX_DIGITS} are read")
     if not text.isdecimal() or int(text) == 0:
         raise click.BadParameter(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def num_ranks(text: str) -> int:
+    """Read a number of ranks."""
+    if (number := positive(text)) > MAX_RANKS:
+        raise click.BadParameter(f"{text} is more than {MAX_RANKS:,}")
+    return number
+
+
+class Number(click.FloatRange):
+    """A finite number; click's own takes ``nan`` for any range."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
 
 
 def place(text: str) -> str:

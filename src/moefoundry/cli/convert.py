@@ -14,6 +14,7 @@ import click
 
 from moefoundry.cli.arguments import (
     Group,
+    Number,
     flags_of,
     input_argument,
     json_option,
@@ -73,7 +74,7 @@ _shard_size = click.option(
 def _verification(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--verify`` and its ``--tolerance``."""
     text = f"Largest difference that --verify accepts (default {TOLERANCE:g})."
-    tolerance = click.option("--tolerance", type=float, default=TOLERANCE, metavar="X", help=text)
+    tolerance = click.option("--tolerance", type=Number(), default=TOLERANCE, metavar="X", help=text)
     text = "Compare logits with transformers', and checksums of what went in and came out."
     return click.option("--verify", is_flag=True, help=text)(tolerance(function))
 
@@ -227,7 +228,7 @@ def consolidate(source: str, output: Path, ema: bool, base: str | None, max_shar
 @click.option("--num-experts", type=int, required=True, metavar="E", help="Experts of each layer.")
 @click.option("--top-k", type=int, required=True, metavar="K", help="Experts of each token.")
 @click.option("--granularity", type=int, default=1, metavar="G", help="Slices of the FFN (default 1).")
-@click.option("--noise", type=float, default=0.0, metavar="STD", help="Noise added to experts (default 0).")
+@click.option("--noise", type=Number(), default=0.0, metavar="STD", help="Noise added to experts (default 0).")
 @click.option("--seed", type=int, default=17, metavar="N", help="Decides the router and the noise (default 17).")
 @click.option("--layers", type=_layers, metavar="0,2,4-7", help="Blocks that get experts (default all).")
 @_dtype

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moefoundry.cli.arguments import json_option, local_path
+from moefoundry.cli.arguments import Number, json_option, local_path
 from moefoundry.cli.exits import EXIT_NO
 
 
@@ -17,7 +17,7 @@ from moefoundry.cli.exits import EXIT_NO
 )
 @click.option(
     "--timeout",
-    type=click.FloatRange(1, 3600),
+    type=Number(1, 3600),
     default=120.0,
     metavar="SECONDS",
     help="For the all-reduce, with the start of its ranks (default 120).",

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, recipe_arguments
+from moefoundry.cli.arguments import RECIPE_COMMAND, Number, json_option, num_ranks, recipe_arguments
 from moefoundry.cli.exits import EXIT_NO
 
 gpu_option = click.option(
@@ -19,11 +19,11 @@ gpu_option = click.option(
 
 @click.command("estimate", context_settings=RECIPE_COMMAND)
 @recipe_arguments
-@click.option("--world-size", type=positive, required=True, metavar="N", help="Number of devices.")
+@click.option("--world-size", type=num_ranks, required=True, metavar="N", help="Number of devices.")
 @gpu_option
 @click.option(
     "--price",
-    type=click.FloatRange(0, 1e6, min_open=True),
+    type=Number(0, 1e6, min_open=True),
     metavar="X",
     help="Price of a device's hour, for the cost of the run.",
 )

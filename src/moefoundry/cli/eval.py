@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from moefoundry.cli.arguments import (
+    Number,
     device_named,
     device_option,
     ema_option,
@@ -74,10 +75,12 @@ class Request:
 @click.option("--allow-code-execution", is_flag=True, help="--humaneval: run what the model writes, in a sandbox.")
 @click.option("-n", "--samples", type=int, default=1, metavar="N", help="Completions of each problem (default 1).")
 @click.option("--max-new-tokens", type=int, default=512, metavar="N", help="Tokens of one at most (default 512).")
-@click.option("--temperature", type=float, default=0.0, metavar="T", help="Divisor of the logits (default 0: greedy).")
-@click.option("--top-p", type=float, default=1.0, metavar="P", help="Draw among the likeliest of probability P.")
+@click.option(
+    "--temperature", type=Number(), default=0.0, metavar="T", help="Divisor of the logits (default 0: greedy)."
+)
+@click.option("--top-p", type=Number(), default=1.0, metavar="P", help="Draw among the likeliest of probability P.")
 @click.option("--seed", type=int, default=0, metavar="S", help="Another seed draws other tokens (default 0).")
-@click.option("--timeout", type=float, default=3.0, metavar="S", help="Seconds of each program (default 3).")
+@click.option("--timeout", type=Number(), default=3.0, metavar="S", help="Seconds of each program (default 3).")
 @click.option("--workers", type=int, default=2, metavar="N", help="Programs run at the same time (default 2).")
 @ema_option
 @device_option

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from moefoundry.cli.arguments import (
+    Number,
     device_named,
     device_option,
     ema_option,
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 @click.option("--prefix", metavar="TEXT", help="Text before a gap to fill, with a model of fill-in-the-middle.")
 @click.option("--suffix", metavar="TEXT", help="Text behind the gap.")
 @click.option("--max-new-tokens", type=int, default=128, metavar="N", help="Tokens to add at most (default 128).")
-@click.option("--temperature", type=float, metavar="T", help="Draw by chance; above 1 is more even, 0 is greedy.")
+@click.option("--temperature", type=Number(), metavar="T", help="Draw by chance; above 1 is more even, 0 is greedy.")
 @click.option("--top-k", type=int, metavar="K", help="Draw among the K most likely tokens.")
-@click.option("--top-p", type=float, metavar="P", help="Draw among the likeliest tokens of probability P together.")
+@click.option("--top-p", type=Number(), metavar="P", help="Draw among the likeliest tokens of probability P together.")
 @click.option("--seed", type=int, metavar="S", help="Another seed draws other tokens (default 0).")
 @ema_option
 @device_option

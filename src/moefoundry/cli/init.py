@@ -14,7 +14,7 @@ UNITS = {"": 1, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def _count(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([MBT]?)", text)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)([MBT]?)", text)
     if not match or not (count := int(float(match[1]) * UNITS[match[2]])):
         raise click.BadParameter(f"{text!r} is no number of parameters; write one such as 600M or 3B")
     return count

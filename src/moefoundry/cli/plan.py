@@ -6,13 +6,13 @@ import json
 
 import click
 
-from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, recipe_arguments
+from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, num_ranks, positive, recipe_arguments
 from moefoundry.cli.exits import EXIT_NO
 
 
 @click.command("plan", context_settings=RECIPE_COMMAND)
 @recipe_arguments
-@click.option("--world-size", type=positive, required=True, metavar="N", help="Number of ranks.")
+@click.option("--world-size", type=num_ranks, required=True, metavar="N", help="Number of ranks.")
 @click.option("--gpus-per-node", type=positive, default="8", metavar="N", help="Ranks of a node (default 8).")
 @click.option(
     "--memory-gb", type=positive, default="80", metavar="GB", help="Memory of a device, in 1e9 bytes (default 80)."

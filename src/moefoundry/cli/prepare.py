@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moefoundry.cli.arguments import (
+    Number,
     flags_of,
     former_option,
     json_option,
@@ -73,8 +74,8 @@ MERGE = "merge"
     type=click.Choice(["drop", "replace"]),
     help="Bytes that are not UTF-8: drop their line (default drop), or replace them.",
 )
-@click.option("--max-loss", type=float, metavar="F", help="Share of the bytes that may be left out (default 0.01).")
-@click.option("--val-fraction", type=float, metavar="F", help="Share of files held out, or 0 (default 0.05).")
+@click.option("--max-loss", type=Number(), metavar="F", help="Share of the bytes that may be left out (default 0.01).")
+@click.option("--val-fraction", type=Number(), metavar="F", help="Share of files held out, or 0 (default 0.05).")
 @click.option("--max-docs", type=int, metavar="N", help="Use only the first N documents.")
 @click.option("--max-bytes", type=int, metavar="N", help="Use only the first documents of N bytes in all.")
 @click.option("--seed", type=int, metavar="N", help="Decides which files are held out (default 17).")

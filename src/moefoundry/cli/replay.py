@@ -20,10 +20,12 @@ def command(run: Path, overrides: tuple[str, ...]) -> int:
     recipe, perhaps with other values, and every module is looked at; nothing is trained and nothing of RUN changes.
     For several ranks: composer -n N -m moefoundry replay RUN; on another number of ranks: mesh.shard=-1.
     """
+    from moefoundry.checkpoint.nonfinite import newest_saved
     from moefoundry.config import UserError
 
     if not run.is_dir():
         raise UserError(f"{run}: no such directory; name the directory of a run")
+    newest_saved(run)  # before the imports, which take long
     join_world(os.environ)
 
     from moefoundry.replay import replay

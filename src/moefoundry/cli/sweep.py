@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, options_named, positive, recipe_arguments
+from moefoundry.cli.arguments import (
+    RECIPE_COMMAND,
+    Number,
+    json_option,
+    num_ranks,
+    options_named,
+    positive,
+    recipe_arguments,
+)
 from moefoundry.cli.exits import EXIT_NO
 
 if TYPE_CHECKING:
@@ -31,8 +39,8 @@ SAMPLERS, PRUNERS = ("tpe", "random", "gp"), ("none", "median", "hyperband")
 @click.option("--seed", type=int, default=17, metavar="S", help="Seed of --random and --optuna (default 17).")
 @click.option("--zip", "zipped", multiple=True, metavar="KEY,KEY", help="Keys that change together.")
 @click.option("--tokens", type=positive, metavar="N", help="Train every run for as many tokens.")
-@click.option("--flops", type=click.FloatRange(min=1), metavar="X", help="Train every run for as many FLOPs.")
-@click.option("--ranks", type=positive, default="1", metavar="N", help="Ranks of a run (default 1).")
+@click.option("--flops", type=Number(min=1), metavar="X", help="Train every run for as many FLOPs.")
+@click.option("--ranks", type=num_ranks, default="1", metavar="N", help="Ranks of a run (default 1).")
 @click.option("--parallel", type=positive, default="1", metavar="N", help="Runs side by side (default 1).")
 @click.option("--part", "part_text", metavar="I/N", help="Run one part of N, as a task of an array job.")
 @click.option("--dry-run", is_flag=True, help="Print the command of each run, and run none.")
@@ -65,7 +73,7 @@ def command(
     held-out loss. Exit status 1 says that a run failed; its log is DIR/runs/NAME/log.txt.
     """
     from moefoundry.config import UserError, split_arguments
-    from moefoundry.sweeping.axes import drawn, grid, read_axes
+    from moefoundry.sweeping.axes import MAX_POINTS, drawn, grid, read_axes
     from moefoundry.sweeping.results import results_of, table, write_csv, write_plot
     from moefoundry.sweeping.run import Stopped, command_of, run_all
     from moefoundry.sweeping.trials import Budget, Sweep, part_of
@@ -74,6 +82,8 @@ def command(
         raise click.UsageError("--optuna goes with neither --random, --part nor --dry-run")
     if tokens and flops:
         raise click.UsageError("--tokens and --flops are two lengths of a run; give one")
+    if max(draws or 0, searched or 0, parallel) > MAX_POINTS:
+        raise click.UsageError(f"--random, --optuna and --parallel are at most {MAX_POINTS:,}")
     part = _part(part_text)
     path, overrides = split_arguments(arguments)
     axes, same = read_axes(overrides, zipped)

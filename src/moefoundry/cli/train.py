@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moefoundry.cli.arguments import RECIPE_COMMAND, recipe_arguments
+from moefoundry.cli.arguments import RECIPE_COMMAND, Number, recipe_arguments
 from moefoundry.cli.world import join_world
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ QUIET = ("log_to_console=false", "progress_bar=false")
 @click.option("--quiet", is_flag=True, help="No progress: log_to_console and progress_bar are false.")
 @click.option(
     "--wait",
-    type=click.FloatRange(0, 86400),
+    type=Number(0, 86400),
     default=0,
     metavar="SECONDS",
     help="Wait so long for another run to leave run_dir: one whose machine was lost leaves it after a minute.",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, positive, recipe_arguments
+from moefoundry.cli.arguments import RECIPE_COMMAND, json_option, num_ranks, recipe_arguments
 
 if TYPE_CHECKING:
     from moefoundry.config import Recipe
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @click.command("validate", context_settings=RECIPE_COMMAND)
 @recipe_arguments
-@click.option("--world-size", type=positive, metavar="N", help="Also check mesh and batch against N ranks.")
+@click.option("--world-size", type=num_ranks, metavar="N", help="Also check mesh and batch against N ranks.")
 @click.option("--show", is_flag=True, help="Print the resolved recipe, and where each value comes from.")
 @click.option("--print", "as_yaml", is_flag=True, help="Print the resolved recipe as YAML.")
 @json_option

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from moefoundry.cli.arguments import local_path
+from moefoundry.cli.arguments import Number, local_path
 
 
 @click.command("watch")
 @click.argument("run_dirs", type=local_path, metavar="RUN...", nargs=-1, required=True, help="Directories of runs.")
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1, 3600),
+    type=Number(0.1, 3600),
     default=2.0,
     metavar="SECONDS",
     help="Time between two looks (default 2).",

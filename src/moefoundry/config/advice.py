@@ -54,7 +54,7 @@ def _degrees(recipe: Recipe, world_size: int) -> Iterator[tuple[int, int, int]]:
     mesh, num_experts = recipe.mesh, recipe.model.moe.num_experts
     largest = mesh.shard if mesh.shard > 0 else world_size
     shards = [shard for shard in range(min(largest, world_size), 0, -1) if world_size % shard == 0]
-    for expert in range(min(mesh.expert, world_size), 0, -1):
+    for expert in range(min(mesh.expert, world_size, num_experts), 0, -1):
         for shard in shards:
             if math.gcd(shard, num_experts) % expert == 0:
                 yield world_size // shard, shard, expert

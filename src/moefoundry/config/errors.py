@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from moefoundry.config.secrets import redact
 
@@ -12,6 +13,9 @@ EXIT_USER_ERROR = 2
 
 EXIT_STOPPED = 75
 """Exit status of training that a signal stopped, and that has saved: ``EX_TEMPFAIL``, "try again later"."""
+
+UNNAMED = "recipe"
+"""Name of a recipe that is not known by its file."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +68,26 @@ class DataError(LocalError):
 class ConfigError(UserError, ValueError):
     """A recipe that cannot be used. Carries every :class:`Problem` found, not just the first.
 
-    Args:
+    Attributes:
         problems: At least one.
-        source: The recipe's name.
+        source: The recipe's name; :data:`UNNAMED` where what found the problems does not know it.
         advice: A last line after the problems.
     """
 
-    def __init__(self, problems: list[Problem], source: str = "recipe", advice: str = "") -> None:
+    def __init__(self, problems: list[Problem], source: str = UNNAMED, advice: str = "") -> None:
         if not problems:
             raise ValueError("ConfigError needs at least one problem")
-        self.problems = list(problems)
-        count = f"{len(problems)} error" + ("s" if len(problems) > 1 else "")
-        lines = [f"{source}: {count}", *(f"  {problem}" for problem in problems)]
-        super().__init__("\n".join([*lines, f"  {advice}"] if advice else lines))
+        super().__init__(problems, source, advice)
+        self.problems, self.source, self.advice = list(problems), source, advice
+
+    def __str__(self) -> str:
+        count = f"{len(self.problems)} error" + ("s" if len(self.problems) > 1 else "")
+        lines = [f"{self.source}: {count}", *(f"  {problem}" for problem in self.problems)]
+        return redact("\n".join([*lines, f"  {self.advice}"] if self.advice else lines))
+
+    def in_recipe(self, name: str) -> Self:
+        """Return the same error with the recipe's name, unless it has one."""
+        return self if self.source != UNNAMED else type(self)(self.problems, name, self.advice)
 
 
 class RecipeFileError(ConfigError):

@@ -30,8 +30,8 @@ def explain(name: str) -> str:
         return "\n\n".join(
             "\n".join([f"{name}: a name of other projects for {path}", *_explained(path)]) for path in other.keys
         )
-    leaves = {path.rpartition(".")[2]: path for path in every_key()}
-    near = difflib.get_close_matches(name, [*every_key(), *leaves], 3, 0.6)
+    known = dict.fromkeys([*every_key(), *(path.rpartition(".")[2] for path in every_key())])
+    near = difflib.get_close_matches(name.lower(), known, 3, 0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "docs/recipe.md lists all keys"
     raise UserError(f"{name}: no key of a recipe; {hint}")
 

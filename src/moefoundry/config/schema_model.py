@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moefoundry.config.field import INTERVAL, MAX_FACTOR, REQUIRED, key
+from moefoundry.config.field import INTERVAL, MAX_BLOCKS, MAX_EXPERTS, MAX_FACTOR, REQUIRED, key
 from moefoundry.config.schema_attention import AttentionConfig, GqaConfig
 from moefoundry.config.schema_linear_attention import LinearAttentionConfig
 from moefoundry.config.schema_norm import NormConfig
@@ -148,6 +148,7 @@ class MoEConfig:
         "Routed experts of each MoE layer.",
         customary="64 to 256 narrow ones, or 8 or 16 wide ones",
         ge=1,
+        le=MAX_EXPERTS,
         renamed_from=("n_routed_experts", "num_local_experts", "moe_num_experts"),
     )
     top_k: int = key(
@@ -240,7 +241,11 @@ class MtpConfig:
     """Multi-token prediction."""
 
     depth: int = key(
-        0, "Multi-token-prediction modules.", ge=0, renamed_from=("num_nextn_predict_layers", "num_mtp_modules")
+        0,
+        "Multi-token-prediction modules.",
+        ge=0,
+        le=MAX_BLOCKS,
+        renamed_from=("num_nextn_predict_layers", "num_mtp_modules"),
     )
     loss_weight: float = key(0.3, "Weight of the multi-token-prediction loss.", ge=0, le=MAX_FACTOR, architecture=False)
 
@@ -304,6 +309,7 @@ class ModelConfig:
         "Transformer blocks.",
         customary="16 for 7B parameters, 32 to 48 for 30 to 50B, 61 for 670B",
         ge=1,
+        le=MAX_BLOCKS,
         renamed_from=("num_hidden_layers", "num_layers", "n_layer"),
     )
     n_dense_layers: int = key(

@@ -25,9 +25,9 @@ from moefoundry.config import IndexerConfig, IndexerStage
 from moefoundry.model.cache import LayerCache
 from moefoundry.model.context import AttentionContext
 from moefoundry.model.rope import rotate
+from moefoundry.ops.sizes import INDEXER_QUERIES
 
 NORM_EPS = 1e-6
-QUERIES = 128  # whose distributions are in memory at a time
 
 
 class Scores(NamedTuple):
@@ -113,7 +113,7 @@ class Indexer(nn.Module):
     @torch.no_grad()
     def _chosen(self, scores: Scores, context: AttentionContext) -> AttentionContext:
         scores_B1SL = scores.of(slice(None)).unsqueeze(1)
-        seen = _seen(context, slice(None), scores_B1SL.shape[2], scores_B1SL.shape[3], scores_B1SL.device)
+        seen = _seen(context.mask, slice(None), scores_B1SL.shape[2], scores_B1SL.shape[3], scores_B1SL.device)
         best = scores_B1SL.masked_fill(~seen, -torch.inf).topk(self.top_k, dim=-1).indices
         chosen = torch.zeros_like(scores_B1SL, dtype=torch.bool).scatter(-1, best, True)
         return context._replace(mask=chosen & seen, is_causal=False)
@@ -168,19 +168,32 @@ def divergence(
     Returns:
         [B, S], nats, fp32 or wider.
     """
-    q_BHSd, k_BHLd = q_BHSd.detach(), k_BHLd.detach()
-
-    def of_queries(scores_of: Scores, queries: slice) -> Tensor:
-        seen = _seen(context, queries, q_BHSd.shape[2], k_BHLd.shape[2], q_BHSd.device)
-        p_BSL = _mean_probabilities(q_BHSd[:, :, queries], k_BHLd, seen, scale, sinks_H)
-        seen = seen.squeeze(1)
-        log_q_BSL = scores_of.of(queries).masked_fill(~seen, -torch.inf).log_softmax(dim=-1)
-        return (torch.xlogy(p_BSL, p_BSL) - p_BSL * log_q_BSL.masked_fill(~seen, 0.0)).sum(dim=-1)
-
+    # tensors are arguments: what the function itself held would stay also where the whole block is recomputed
+    tensors = *scores, q_BHSd.detach(), k_BHLd.detach(), context.mask, sinks_H
     length = q_BHSd.shape[2]
-    parts = [slice(first, min(first + QUERIES, length)) for first in range(0, length, QUERIES)]
+    firsts = range(0, length, INDEXER_QUERIES)
+    parts = [slice(first, min(first + INDEXER_QUERIES, length)) for first in firsts]
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(of_queries, scores, part, **options) for part in parts], dim=1)
+    return torch.cat([checkpoint(_divergence_of, part, scale, *tensors, **options) for part in parts], dim=1)
+
+
+def _divergence_of(
+    queries: slice,
+    scale: float,
+    score_q_BHSd: Tensor,
+    score_k_BLd: Tensor,
+    weights_BSH: Tensor,
+    q_BHSd: Tensor,
+    k_BHLd: Tensor,
+    mask: Tensor | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    """Compute the divergence of some of the queries, [B, queries]."""
+    seen = _seen(mask, queries, q_BHSd.shape[2], k_BHLd.shape[2], q_BHSd.device)
+    p_BSL = _mean_probabilities(q_BHSd[:, :, queries], k_BHLd, seen, scale, sinks_H)
+    seen, scores_BSL = seen.squeeze(1), Scores(score_q_BHSd, score_k_BLd, weights_BSH).of(queries)
+    log_q_BSL = scores_BSL.masked_fill(~seen, -torch.inf).log_softmax(dim=-1)
+    return (torch.xlogy(p_BSL, p_BSL) - p_BSL * log_q_BSL.masked_fill(~seen, 0.0)).sum(dim=-1)
 
 
 @torch.no_grad()
@@ -194,9 +207,8 @@ def _mean_probabilities(q_BHSd: Tensor, k_BHLd: Tensor, seen: Tensor, scale: flo
     return sums_BSL / sums_BSL.sum(dim=-1, keepdim=True)
 
 
-def _seen(context: AttentionContext, queries: slice, num_queries: int, length: int, device: torch.device) -> Tensor:
+def _seen(mask: Tensor | None, queries: slice, num_queries: int, length: int, device: torch.device) -> Tensor:
     """Tell which keys some of the queries see, bool [1 or B, 1, queries, L]."""
-    mask = context.mask
     if mask is None:
         mask = torch.ones(num_queries, length, dtype=torch.bool, device=device).tril(length - num_queries)
     return mask[..., queries, :].view(-1, 1, *mask[..., queries, :].shape[-2:])

@@ -5,6 +5,10 @@ from __future__ import annotations
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at a time (:mod:`moefoundry.ops.cross_entropy`)."""
 
+INDEXER_QUERIES = 128
+"""Queries whose distributions over the keys exist at a time, where an indexer learns
+(:mod:`moefoundry.model.indexer`)."""
+
 DELTA_CHUNK = 64
 """Tokens of a chunk of the gated delta rule."""
 

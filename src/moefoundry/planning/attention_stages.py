@@ -9,26 +9,41 @@ beside attention's own copy; MLA keeps compressed vectors only, and its input if
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from moefoundry.config import GqaConfig, LinearAttentionConfig, LinearBackend, MlaConfig, ModelConfig, QkNorm
 from moefoundry.ops.sizes import DELTA_CHUNK
+from moefoundry.planning.indexer_stages import IndexerBytes
 from moefoundry.planning.stages import ATTENTION, Stage, norm
 from moefoundry.planning.units import FP32
 
 E4M3_ROW, E5M6_ROW = 129 / 128, 193 / 128
+NO_INDEXER = IndexerBytes()
 
 
-def attention_stages(cfg: ModelConfig, c: int, fp8: bool, linear: bool, masked: bool, alone: bool) -> list[Stage]:
+def attention_stages(
+    cfg: ModelConfig,
+    c: int,
+    fp8: bool,
+    linear: bool,
+    masked: bool,
+    alone: bool,
+    indexer: IndexerBytes = NO_INDEXER,
+    seq_len: int = 0,
+) -> list[Stage]:
     """List the stages of a block's attention, from its output to its input.
 
-    Where it takes a mask, keys and values are copied for every query head. FP8's recomputation inside MLA is ``alone``,
+    Where it takes a mask, keys and values are copied for every query head, and in fp32 the mask of ``seq_len`` values a
+    token is kept. FP8's recomputation inside MLA is ``alone``,
     without that of whole blocks.
     """
     if linear:
         assert cfg.linear_attention is not None, "a block has linear attention only where the recipe declares it"
         return _linear(cfg.d_model, cfg.linear_attention, c, fp8)
     if isinstance(cfg.attention, MlaConfig):
-        return _latent(cfg.d_model, cfg.attention, c, fp8, fp8 and alone)
-    return _grouped_query(cfg, c, fp8, masked)
+        stages = _latent(cfg.d_model, cfg.attention, c, fp8, fp8 and alone)
+        return _with_indexer(stages, indexer)
+    return _grouped_query(cfg, c, fp8, masked, seq_len)
 
 
 def rotated(width: int, c: int) -> float:
@@ -36,7 +51,7 @@ def rotated(width: int, c: int) -> float:
     return 3 * FP32 * width + (FP32 * width if c < FP32 else 0)
 
 
-def _grouped_query(cfg: ModelConfig, c: int, fp8: bool, masked: bool) -> list[Stage]:
+def _grouped_query(cfg: ModelConfig, c: int, fp8: bool, masked: bool, seq_len: int) -> list[Stage]:
     attention, width, heads = cfg.attention, cfg.d_model, cfg.attention.n_heads
     queries, keys = attention.projection_widths(width)
     gqa = attention if isinstance(attention, GqaConfig) else None
@@ -44,8 +59,9 @@ def _grouped_query(cfg: ModelConfig, c: int, fp8: bool, masked: bool) -> list[St
     turned = attention.rotary_dim(width) * heads
     clamped = c if gqa is not None and gqa.clip_qkv is not None else 0  # bytes of an element before it is clamped
     last = Stage(E5M6_ROW * queries if fp8 else 0, 2 * c * queries, c * width, ATTENTION, 0.25)
+    mask = FP32 * seq_len if masked and c == FP32 and not attention.sinks else 0  # the kernel without one is for BF16
     core = Stage(
-        saved=c * (2 * queries + 2 * (queries if masked else keys)) + FP32 * heads,
+        saved=c * (2 * queries + 2 * (queries if masked else keys)) + FP32 * heads + mask,
         held=c * (2 * queries + 2 * max(queries, keys)),
         kept=c * queries + FP32 * heads,
     )
@@ -92,6 +108,14 @@ def _latent(width: int, cfg: MlaConfig, c: int, fp8: bool, again: bool) -> list[
         share=0.25,
     )
     return [last, core, up, down]
+
+
+def _with_indexer(stages: list[Stage], indexer: IndexerBytes) -> list[Stage]:
+    """Add to the stages from the output on, the second of which is attention itself."""
+    last, core, *others = stages
+    core = replace(core, saved=core.saved + indexer.mask)
+    learning = [Stage(indexer.factors, indexer.learning)] if indexer.learning else []
+    return [last, *learning, core, *others]
 
 
 def _linear(width: int, cfg: LinearAttentionConfig, c: int, fp8: bool) -> list[Stage]:

@@ -1,4 +1,4 @@
-"""Search for the mesh, micro-batch, checkpointing and precision with which a recipe is fastest, by its estimate.
+"""Search for the mesh, micro-batch, checkpointing, chunks and precision with which an estimate is fastest.
 
 Every candidate is a recipe that validates and fits. Its learning is that of the given recipe: only a change of
 ``precision`` may alter a loss by more than rounding, and such a candidate says so.
@@ -6,7 +6,7 @@ Every candidate is a recipe that validates and fits. Its learning is that of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,12 +27,16 @@ from moefoundry.config.schema_parts import Fp8Config, Fp8Recipe, MeshConfig, Pre
 from moefoundry.mesh import MeshDegrees, resolve_degrees
 from moefoundry.planning.devices import Accelerator
 from moefoundry.planning.estimate import Estimate, estimate_of
+from moefoundry.planning.memory import Memory
 from moefoundry.planning.micro_batch import HEADROOM, fitting_sizes, with_sizes
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.plan import plan_of
 
 PERMANENT_BYTES = {Moments.fp32: 16, Moments.bf16: 12, Moments.bf16_stochastic: 12}
 """Bytes of an element's parameter, gradient and two moments."""
+
+CHUNKS = (1, 2, 4, 8)
+"""Chunks of an exchange of tokens that are tried."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,12 @@ class Choice:
 
 
 def choose(
-    recipe: Recipe, world_size: int, device: Accelerator, count: int = 3, keep_precision: bool = False
+    recipe: Recipe,
+    world_size: int,
+    device: Accelerator,
+    count: int = 3,
+    keep_precision: bool = False,
+    chunks: Sequence[int] = CHUNKS,
 ) -> Choice:
     """Search for the ``count`` fastest ways to train ``recipe`` on ``world_size`` devices.
 
@@ -114,6 +123,7 @@ def choose(
         device: The accelerator.
         count: Number of results.
         keep_precision: Try no other precision.
+        chunks: Chunks of an exchange of tokens to try beside the recipe's own number, where experts are divided.
 
     Raises:
         ConfigError: The recipe has a curriculum, whose stages may each be fastest in another way.
@@ -121,14 +131,14 @@ def choose(
     if recipe.curriculum is not None:
         message = "its stages may each be fastest in another way; ask for one: curriculum=null, and that stage's sizes"
         raise ConfigError([Problem(CURRICULUM, message, allowed="null")])
-    return _Search(recipe, world_size, device).run(count, keep_precision)
+    return _Search(recipe, world_size, device, chunks).run(count, keep_precision)
 
 
 class _Search:
     """A recipe, the devices, and the candidates that were tried."""
 
-    def __init__(self, recipe: Recipe, world_size: int, device: Accelerator) -> None:
-        self.recipe, self.world_size, self.device = recipe, world_size, device
+    def __init__(self, recipe: Recipe, world_size: int, device: Accelerator, chunks: Sequence[int]) -> None:
+        self.recipe, self.world_size, self.device, self.chunks = recipe, world_size, device, chunks
         self.limit = device.memory_gb * 1e9 * (1 - HEADROOM)
         self.outline = Outline(recipe)
         self.own = flatten(recipe)
@@ -183,16 +193,28 @@ class _Search:
                     self._try_micro_batches(recipe, degrees, sharded[precision.compute])
 
     def _try_micro_batches(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> None:
+        keys = flatten(recipe)
         for size in _micro_batches(self.recipe, self.world_size):
-            changed = replace(recipe, device_train_microbatch_size=size)
-            estimate = self._estimate(changed, degrees, sharded)
-            changes = {key: value for key, value in flatten(changed).items() if self.own.get(key) != value}
-            self.found.append(Candidate(changes, estimate))
-            if estimate.plan.memory.total > self.limit:
-                return
+            known = None
+            for chunks in self._chunks(degrees):
+                changed = _with_chunks(replace(recipe, device_train_microbatch_size=size), chunks)
+                estimate = self._estimate(changed, degrees, sharded, known)
+                known = estimate.plan.memory
+                keys |= {"device_train_microbatch_size": size, "model.moe.dispatch_chunks": chunks}
+                changes = {key: value for key, value in keys.items() if self.own.get(key) != value}
+                self.found.append(Candidate(changes, estimate))
+                if estimate.plan.memory.total > self.limit:
+                    return
 
-    def _estimate(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> Estimate:
-        plan = plan_of(recipe, degrees, self.device.linked_devices, self.outline, sharded)
+    def _chunks(self, degrees: MeshDegrees) -> list[int]:
+        """List numbers of chunks, the recipe's own first; others only where tokens are exchanged."""
+        own = self.recipe.model.moe.dispatch_chunks
+        return [own, *(chunks for chunks in self.chunks if chunks != own and degrees.expert > 1)]
+
+    def _estimate(
+        self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline, known: Memory | None = None
+    ) -> Estimate:
+        plan = plan_of(recipe, degrees, self.device.linked_devices, self.outline, sharded, known)
         return estimate_of(recipe, self.device, plan, sharded)
 
     def _may_fit(self, recipe: Recipe, degrees: MeshDegrees) -> bool:
@@ -232,6 +254,11 @@ def _micro_batches(recipe: Recipe, world_size: int) -> list[int]:
     powers, own = [2**n for n in range(sequences.bit_length())], recipe.device_train_microbatch_size
     sizes = {*powers, sequences, *([] if isinstance(own, Auto) else [own])}
     return sorted(size for size in sizes if size <= sequences)
+
+
+def _with_chunks(recipe: Recipe, chunks: int) -> Recipe:
+    moe = replace(recipe.model.moe, dispatch_chunks=chunks)
+    return replace(recipe, model=replace(recipe.model, moe=moe))
 
 
 def _size_of_change(candidate: Candidate) -> tuple[bool, int, float]:

@@ -43,19 +43,23 @@ def count_parameters(cfg: ModelConfig, lora: LoraConfig | None = None) -> Parame
     root = _numel(root_weights(cfg))
     total = root + sum(map(_numel, layers))
     routed = sum(weight.numel for block in layers for weight in block if weight.of_experts)
-    still = sum(weight.numel for block in layers for weight in block if not weight.trained)
+    still = sum(map(_still, blocks)) + _still(root_weights(cfg)) + cfg.mtp.depth * _still(mtp_weights(cfg))
     return ParameterCounts(
         total=total,
         active=total - routed + routed * cfg.moe.top_k // cfg.moe.num_experts,
         routed_experts=routed,
         embedding=cfg.vocab_size * cfg.d_model,
         mtp=of_mtp,
-        frozen=still + root + of_mtp if frozen else 0,
+        frozen=sum(map(_still, layers)) + root + of_mtp if frozen else still,
     )
 
 
 def _numel(weights: Sequence[Weight]) -> int:
     return sum(weight.numel for weight in weights)
+
+
+def _still(weights: Sequence[Weight]) -> int:
+    return sum(weight.numel for weight in weights if not weight.trained)
 
 
 def _short(count: int) -> str:

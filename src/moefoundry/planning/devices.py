@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from moefoundry.config.errors import UserError
-from moefoundry.config.yaml_reader import parse_yaml
+from moefoundry.config.files import read_tree
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ ACCELERATORS = {
     "mi300x": Accelerator(192, 1307, 2615, 5.3, 448, 50, 8),
 }
 
+MAX_RATE = 10**9
+"""Largest number that a file may have; above what any device will be."""
+
 
 def known_device(name: str) -> Accelerator | None:
     """Find an accelerator by what its driver calls it, as in ``NVIDIA H100 80GB HBM3``; None for others."""
@@ -53,22 +57,25 @@ def accelerator(name: str) -> Accelerator:
     """Find an accelerator by its name, or read it from a YAML file that has a number for each attribute.
 
     Raises:
-        UserError: There is none of this name, and no such file; or the file lacks a number.
+        UserError: There is none of this name, and no such file; or the file cannot be read, or lacks a number.
     """
     if name.lower() in ACCELERATORS:
         return ACCELERATORS[name.lower()]
     file = Path(name)
     if not file.is_file():
         raise UserError(f"--gpu {name}: unknown; known are {', '.join(ACCELERATORS)}, or a YAML file of its numbers")
-    values = parse_yaml(file.read_text(), str(file))
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: no mapping of the accelerator's numbers")
+    values = read_tree(file)
+    _check(values, file)
+    return Accelerator(**values)
+
+
+def _check(values: Mapping[str, object], file: Path) -> None:
+    """Refuse a file's numbers unless they are an accelerator's."""
     keys = [field.name for field in fields(Accelerator)]
     if wrong := sorted(values.keys() ^ set(keys)):
         raise UserError(f"{file}: {', '.join(map(str, wrong))}: the keys must be {', '.join(keys)}")
     for key, value in values.items():
         kinds = int if key == "linked_devices" else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= MAX_RATE:
             number = "whole number" if kinds is int else "number"
-            raise UserError(f"{file}: {key}: {value!r} is no {number} above 0")
-    return Accelerator(**{**values, "linked_devices": int(values["linked_devices"])})
+            raise UserError(f"{file}: {key}: {value!r} is no {number} above 0 and up to {MAX_RATE:,}")

@@ -59,9 +59,10 @@ def moe_stages(cfg: ModelConfig, c: int, exchanged: int, fp8: bool, rows: float)
         gate = [Stage(c * (width + 2), c * width)] if moe.shared_expert_gate else []
         stages += beside([*gate, *shared], c * width)  # the experts' gradient of the input
     experts = moe.num_experts
+    jitter = FP32 * width if moe.router.input_jitter else 0  # each of the factors, the product and its gradient
     router = Stage(
-        saved=(E4M3_ROW if fp8 else c) * width + 2 * FP32 * experts + moe.top_k * (INDEX_BYTES - 4) + 8,
-        held=3 * FP32 * experts + (FP32 + 2 * c) * width,
+        saved=(E4M3_ROW if fp8 else c) * width + 2 * FP32 * experts + moe.top_k * (INDEX_BYTES - 4) + 8 + 2 * jitter,
+        held=3 * FP32 * experts + (FP32 + 2 * c) * width + jitter,
         kept=FP32 * experts,
     )
     return [*stages, router]

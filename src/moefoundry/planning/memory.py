@@ -3,6 +3,7 @@
 Permanent are this rank's shards of fp32 parameters, and of gradients and optimizer state of those that train. Transient
 memory is largest at one of these moments of a micro-batch:
 
+    block i forward     only with an indexer: saved activations of blocks before i, and the scores of all keys
     the loss            all saved activations, the logits of a chunk, the output head's gradient in fp32
     block i backward    saved activations of blocks before i, and those of a stage of i; block i gathered, and the one
                         before it, which is prefetched; gradients in the compute dtype and in their reduction
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from moefoundry.config import Fp8Recipe, Moments, Recipe
+from moefoundry.config import Fp8Recipe, IndexerStage, Moments, Recipe
 from moefoundry.ops.sizes import CHUNK_TOKENS
 from moefoundry.planning.activations import Moment, block_activations
 from moefoundry.planning.fp8_weights import kept_bytes
@@ -119,11 +120,14 @@ def transients(
     mode, fp8 = recipe.activation_checkpointing, recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
     kinds = {(block.sparse, block.linear, block.masked) for block in blocks}
     ranks, rows = recipe.mesh.expert, sequences * recipe.max_seq_len * cfg.moe.top_k / cfg.moe.num_experts
-    of_kind = {kind: block_activations(cfg, kind[0], mode, c, ranks, fp8, *kind[1:], rows * ranks) for kind in kinds}
+    of_kind = {
+        kind: block_activations(cfg, kind[0], mode, c, ranks, fp8, *kind[1:], rows * ranks, recipe.max_seq_len)
+        for kind in kinds
+    }
     activations = [of_kind[block.sparse, block.linear, block.masked] for block in blocks]
     tokens = [sequences * block.positions for block in blocks]
     saved = [number * each.saved for number, each in zip(tokens, activations, strict=True)]
-    head = 0 if recipe.lora else cfg.vocab_size * cfg.d_model  # elements that have a gradient
+    head = cfg.vocab_size * cfg.d_model if _head_trains(recipe) else 0  # elements that have a gradient
     backward, before = [], sum(saved)
     for i, block in reversed(list(enumerate(blocks))):
         before -= saved[i]
@@ -141,7 +145,44 @@ def transients(
             )
         )
     end = Transient("the end of the backward pass", 0, _gradients(root) + _in_reduction(root), 0)
-    return [*_losses(recipe, root, units_of, sum(saved), sequences * recipe.max_seq_len, head), *backward, end]
+    choices = [round(number * each.forward) for number, each in zip(tokens, activations, strict=True)]
+    return [
+        *_forward(blocks, root, units_of, saved, choices),
+        *_losses(recipe, root, units_of, sum(saved), sequences * recipe.max_seq_len, head),
+        *backward,
+        end,
+    ]
+
+
+def _forward(
+    blocks: Sequence[PlannedBlock],
+    root: list[Unit],
+    units_of: list[list[Unit]],
+    saved: Sequence[int],
+    choices: Sequence[int],
+) -> Iterator[Transient]:
+    """Yield the moments of forward passes of blocks, for those that have more than they keep.
+
+    Args:
+        blocks: The blocks.
+        root: Units of the root.
+        units_of: Units of each block.
+        saved: Bytes of activations that each keeps.
+        choices: Bytes that exist in each for a moment.
+    """
+    before = 0
+    for block, units, following, kept, choice in zip(
+        blocks, units_of, [*units_of[1:], []], saved, choices, strict=True
+    ):
+        if choice:
+            gathered = _gathered([*root, *units]) + _in_flight(following)
+            yield Transient(f"forward of {block.name}", gathered, 0, before + choice)
+        before += kept
+
+
+def _head_trains(recipe: Recipe) -> bool:
+    indexer = recipe.model.attention.trained_indexer
+    return recipe.lora is None and (indexer is None or indexer.stage != IndexerStage.warm_up)
 
 
 def _by_block(blocks: Sequence[PlannedBlock], units: Sequence[Unit]) -> tuple[list[Unit], list[list[Unit]]]:

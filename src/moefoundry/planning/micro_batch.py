@@ -7,6 +7,7 @@ that gather on one rank, may still end the memory: training then takes smaller o
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -58,18 +59,24 @@ def fitting_sizes(recipe: Recipe, world_size: int, sharded: ShardedOutline, limi
     sizes = {}
     for stage in left_open(recipe):
         alike = of_stage(recipe, replace(stage, microbatch_size=1))
-        fits = (size for size in divisions(stage.batch_size // world_size) if _total(sharded, alike, size) <= limit)
-        sizes[stage.name] = next(fits, 1)
+        sizes[stage.name] = _largest(sharded, alike, stage.batch_size // world_size, limit)
     return sizes
+
+
+def _largest(sharded: ShardedOutline, recipe: Recipe, sequences: int, limit: float) -> int:
+    """Find the largest division that fits; memory grows with it."""
+    sizes = divisions(sequences)
+    first = bisect_left(sizes, True, key=lambda size: memory(sharded, recipe, size).total <= limit)
+    return sizes[first] if first < len(sizes) else 1
 
 
 def divisions(sequences: int) -> list[int]:
     """List the sizes of micro-batches that divide a rank's sequences as evenly as possible, the largest first."""
-    return sorted({-(-sequences // count) for count in range(1, sequences + 1)}, reverse=True)
-
-
-def _total(sharded: ShardedOutline, recipe: Recipe, size: int) -> int:
-    return memory(sharded, recipe, size).total
+    sizes = [sequences]
+    while sizes[-1] > 1:
+        count = -(-sequences // (sizes[-1] - 1))  # the fewest micro-batches that are smaller
+        sizes.append(-(-sequences // count))
+    return sizes
 
 
 def fitted(recipe: Recipe, world_size: int, gpus_per_node: int, memory_gb: float) -> Recipe:

@@ -6,6 +6,7 @@ model that training builds, shards and runs.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -82,9 +83,17 @@ def make_plan(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> Plan:
 
 
 def plan_of(
-    recipe: Recipe, degrees: MeshDegrees, gpus_per_node: int, outline: Outline, sharded: ShardedOutline
+    recipe: Recipe,
+    degrees: MeshDegrees,
+    gpus_per_node: int,
+    outline: Outline,
+    sharded: ShardedOutline,
+    known: Memory | None = None,
 ) -> Plan:
-    """Plan a recipe whose model is sharded already; arguments as of :func:`make_plan`."""
+    """Plan a recipe whose model is sharded already; arguments as of :func:`make_plan`.
+
+    ``known`` is its memory, if it is: that of the same recipe with other chunks.
+    """
     batches = micro_batches(recipe, degrees.world_size)
     tokens, moe = max(batches) * recipe.max_seq_len, recipe.model.moe
     blocks = sharded.planned_blocks(recipe.max_seq_len)
@@ -93,17 +102,17 @@ def plan_of(
         gpus_per_node=gpus_per_node,
         mesh=degrees,
         parameters=outline.counts,
-        micro_batches=len(batches),
+        micro_batches=batches.total(),
         tokens_per_micro_batch=tokens,
-        tokens_per_step=sum(batches) * recipe.max_seq_len,
+        tokens_per_step=recipe.global_train_batch_size // degrees.world_size * recipe.max_seq_len,
         rows_per_expert=tokens * moe.top_k * degrees.expert / moe.num_experts,
-        memory=memory(sharded, recipe, max(batches)),
+        memory=known or memory(sharded, recipe, max(batches)),
         traffic=step_traffic(recipe, degrees, blocks, sharded.units, batches, gpus_per_node),
     )
 
 
-def micro_batches(recipe: Recipe, world_size: int) -> list[int]:
-    """List the sequences of each micro-batch of a rank, as Composer divides its batch.
+def micro_batches(recipe: Recipe, world_size: int) -> Counter[int]:
+    """Count the micro-batches of a rank by their sequences, the first ones first, as Composer divides its batch.
 
     Raises:
         ValueError: The recipe leaves the size to the run.
@@ -113,4 +122,4 @@ def micro_batches(recipe: Recipe, world_size: int) -> list[int]:
     if isinstance(size, Auto):
         raise ValueError("the micro-batch is still to be chosen: planning.micro_batch")
     full, rest = divmod(sequences, size)
-    return [size] * full + [rest] * (rest > 0)
+    return Counter({size: times for size, times in ((size, full), (rest, 1)) if size * times})

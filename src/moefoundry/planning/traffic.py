@@ -66,7 +66,7 @@ class Ledger:
 
     def ranks(self, axis: str) -> int:
         """Count the ranks of a group along ``axis``."""
-        return len(self.groups[axis][0])
+        return self.groups[axis].ranks
 
     def add(self, collective: str, axis: str, sent: int, calls: int = 1, parts: int = 1) -> None:
         """Add ``calls`` collectives that send ``sent`` bytes each, in so many parts."""
@@ -171,7 +171,7 @@ def step_traffic(
     degrees: MeshDegrees,
     blocks: Sequence[PlannedBlock],
     units: Sequence[Unit],
-    micro_batches: Sequence[int],
+    micro_batches: Counter[int],
     gpus_per_node: int,
 ) -> list[Traffic]:
     """Compute the traffic of an optimizer step.
@@ -181,20 +181,21 @@ def step_traffic(
         degrees: Degrees of the mesh.
         blocks: Blocks of the sharded model.
         units: FSDP units of the sharded model.
-        micro_batches: Sequences of each micro-batch of a rank.
+        micro_batches: Micro-batches of a rank, by their sequences.
         gpus_per_node: Ranks of a node.
     """
     ledger = Ledger(degrees)
     for unit in units:
-        ledger.add_unit(unit, len(micro_batches))
+        ledger.add_unit(unit, micro_batches.total())
     if degrees.expert > 1:
         runs = 2 if recipe.activation_checkpointing == ActivationCheckpointing.full else 1
         add = ledger.add_exchange if degrees.expert_nodes == 1 else ledger.add_two_hop_exchange
-        layers = Counter(sequences * block.positions for sequences in micro_batches for block in blocks if block.sparse)
-        for tokens, count in layers.items():
-            add(route_in_turn(recipe, degrees, tokens), count, runs)
+        sparse = Counter(block.positions for block in blocks if block.sparse)
+        for sequences, times in micro_batches.items():
+            for positions, layers in sparse.items():
+                add(route_in_turn(recipe, degrees, sequences * positions), layers * times, runs)
     moe = recipe.model.moe
     if moe.balance.aux_loss_scope == AuxLossScope.global_batch and degrees.world_size > 1:
         size = sum(block.sparse for block in blocks) * moe.num_experts * COUNT_BYTES
-        ledger.add_all_reduce(WORLD, size, len(micro_batches))
+        ledger.add_all_reduce(WORLD, size, micro_batches.total())
     return ledger.entries(gpus_per_node)

@@ -20,6 +20,7 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 SIGNS = (metrics.FILE_NAME, history.FILE_NAME, LEASE_FILE, CHECKPOINTS)  # of a directory that is a run's
 MAX_DEPTH = 4  # of runs below the directory that is searched
+MAX_NESTING = 100  # of a recipe: libyaml's loader ends the process where it is far deeper
 MAX_KEYS = 20_000  # of a recipe: aliases of YAML could make it larger without end
 
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # a run's own copy is strict already
@@ -213,10 +214,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is no mapping, or has too many keys.
+        ValueError: It is no mapping, is nested too deeply, or has too many keys.
         YAMLError: It is no YAML.
     """
-    tree = yaml.load(path.read_text(), Loader=Loader)  # a safe loader
+    text = path.read_text()
+    _check_nesting(text)
+    tree = yaml.load(text, Loader=Loader)  # a safe loader
     if not isinstance(tree, dict):
         raise ValueError("no mapping")
     flat: dict[str, Any] = {}
@@ -226,7 +229,24 @@ def read_config(path: Path) -> dict[str, Any]:
         if isinstance(value, dict) and (value or not above):
             rest += [(f"{above}.{name}" if above else str(name), child) for name, child in reversed(value.items())]
         else:
-            flat[above] = redacted(value, above)
+            flat[above] = redacted(_plain(value), above)
         if len(flat) + len(rest) > MAX_KEYS:
             raise ValueError("too many keys")
     return flat
+
+
+def _check_nesting(text: str) -> None:
+    depth = 0
+    for event in yaml.parse(text, Loader=Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_NESTING:
+            raise ValueError("nested too deeply")
+
+
+def _plain(value: Any) -> Any:
+    """Turn what YAML has and recipes have not, such as dates and sets, into text and lists."""
+    if isinstance(value, dict):
+        return {str(name): _plain(child) for name, child in value.items()}
+    if isinstance(value, (list, set, tuple)):
+        return [_plain(child) for child in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

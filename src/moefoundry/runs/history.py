@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import sys
 from datetime import UTC, datetime
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,9 @@ def read_lines(run_dir: Path) -> tuple[list[dict[str, Any]], list[int]]:
     for number, text in enumerate(texts, 1):
         try:
             event = json.loads(text)
-            datetime.fromisoformat(event["at"])
-        except (ValueError, TypeError, KeyError):
+            datetime.fromisoformat(event["at"]).astimezone(UTC).timestamp()
+            index(event.get("batch") or 0)  # a whole number
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             damaged += [number] if text.endswith("\n") else []
             continue
         events.append(redacted(event))

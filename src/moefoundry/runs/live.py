@@ -210,7 +210,7 @@ def _events(run: Watched) -> Iterator[Text]:
     for event in facts.events:
         begun = f"begun on {event.get('world_size', '?')} ranks"
         text = begun if event["event"] == "start" else f"{event.get('state')} {event.get('reason', '')}"
-        events.append((int(event.get("batch") or 0), text.strip()))
+        events.append((event.get("batch") or 0, text.strip()))
     for batch, text in sorted(events, key=lambda pair: pair[0])[-MAX_EVENTS:]:
         yield Text(f"batch {batch}: ", "dim").append(redact(text))
     yield from (Text(redact(problem), "red") for problem in facts.problems)
@@ -219,6 +219,8 @@ def _events(run: Watched) -> Iterator[Text]:
 def bar(value: float, most: float) -> str:
     """Draw a value between 0 and ``most`` as one letter."""
     share = value / most if most > 0 else 0.0
+    if not math.isfinite(share):
+        return BLOCKS[-1]
     return BLOCKS[min(len(BLOCKS) - 1, max(0, int(share * len(BLOCKS))))]
 
 

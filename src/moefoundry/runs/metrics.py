@@ -28,12 +28,21 @@ Line = dict[str, Any]
 
 
 def parse_line(text: bytes | str) -> Line | None:
-    """Read one line; None if it is torn or something else."""
+    """Read one line; None if it is torn or something else. Values that are not what a metric is are left out."""
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("batch"), int) else None
+    if not isinstance(line, dict) or type(line.get("batch")) is not int:
+        return None
+    measured = {name: value for name, value in line.items() if _is_measured(name, value)}
+    return measured if "batch" in measured else None
+
+
+def _is_measured(name: str, value: Any) -> bool:
+    if name.startswith(LOAD_PREFIX):
+        return isinstance(value, list) and bool(value) and {*map(type, value)} <= {int, float}
+    return type(value) is float or (type(value) is int and value.bit_length() < 64)
 
 
 def read_lines(run_dir: Path) -> Iterator[Line]:
@@ -114,7 +123,7 @@ class Follower:
         """Read whole lines that are new; those at its end where a resumed run has replaced the file."""
         try:
             file = self.path.open("rb")
-        except FileNotFoundError:
+        except OSError:  # what is wrong with the file is among the problems of the run
             return []
         with file:
             size, inode = file.seek(0, 2), file.fileno() and self.path.stat().st_ino

@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from moefoundry.runs.metrics import FILE_NAME, LOAD_PREFIX, Line, last_line, read_lines
 
@@ -129,11 +128,7 @@ def series_of(lines: Iterable[Line], batches: int) -> Series:
                 continue
             if isinstance(value, (int, float)):
                 series.curves.setdefault(name, Curve()).add((batch - 1) // width, batch, float(value))
-            elif name.startswith(LOAD_PREFIX) and _are_numbers(value):
+            elif name.startswith(LOAD_PREFIX):
                 load = series.loads.setdefault(name.removeprefix(LOAD_PREFIX), Load())
                 load.add((batch - 1) // load_width, batch, value)
     return series
-
-
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, (int, float)) for item in value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -14,6 +15,9 @@ from moefoundry.config.spec import every_key, find_key
 
 Point = dict[str, str]
 """Text of each swept key."""
+
+MAX_POINTS = 10_000
+"""Combinations of a sweep at most: each is a run."""
 
 _NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(\s+log)?(?:\s+(\d+))?")
@@ -80,8 +84,8 @@ def read_axes(overrides: Sequence[str], zipped: Sequence[str] = ()) -> tuple[lis
         if _RANGE.fullmatch(text.strip()):
             found[key] = _range(key, text.strip())
         elif len(values) > 1:
-            if repeated := sorted({value for value in values if values.count(value) > 1}):
-                raise ConfigError([Problem(key, f"{repeated[0]} stands there twice")])
+            if repeated := [value for value, times in Counter(values).items() if times > 1]:
+                raise ConfigError([Problem(key, f"{repeated[0] or 'an empty value'} stands there twice")])
             found[key] = Values((key,), tuple((value,) for value in values))
         else:
             same.append(override)
@@ -94,9 +98,13 @@ def grid(axes: Sequence[Axis]) -> Iterator[Point]:
     """Yield every combination; the last axis changes fastest.
 
     Raises:
-        ConfigError: A range does not say how many numbers it has.
+        ConfigError: A range does not say how many numbers it has; or there are more than :data:`MAX_POINTS`.
     """
-    yield from map(_merged, product(*(_points(axis) for axis in axes)))
+    points = [_points(axis) for axis in axes]
+    if (count := math.prod(map(len, points))) > MAX_POINTS:
+        keys = ", ".join(key for each in points for key in each[0])
+        raise ConfigError([Problem(keys, f"{count:,} combinations", f"at most {MAX_POINTS:,}; --random N draws some")])
+    yield from map(_merged, product(*points))
 
 
 def drawn(axes: Sequence[Axis], count: int, seed: int) -> Iterator[Point]:
@@ -146,15 +154,17 @@ def _range(key: str, text: str) -> Range:
     match = _RANGE.fullmatch(text)
     assert match is not None  # the caller has looked
     low, high = float(match[1]), float(match[2])
-    log, count = match[3] is not None, int(match[4]) if match[4] else None
+    log, count = match[3] is not None, float(match[4]) if match[4] else None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ConfigError([Problem(key, f"{text}: a number is too large")])
     if low >= high:
         raise ConfigError([Problem(key, f"{match[1]}..{match[2]}: the second number must be larger")])
     if log and low <= 0:
         raise ConfigError([Problem(key, f"{text}: a logarithmic range begins above 0")])
-    if count == 0:
-        raise ConfigError([Problem(key, f"{text}: no values")])
+    if count is not None and not 0 < count <= MAX_POINTS:
+        raise ConfigError([Problem(key, f"{text}: {match[4]} values", f"1 to {MAX_POINTS:,}")])
     spec = find_key(key)
-    return Range(key, low, high, log, spec is not None and spec.kind is int, count)
+    return Range(key, low, high, log, spec is not None and spec.kind is int, None if count is None else int(count))
 
 
 def _zip(axes: dict[str, Axis], keys: Sequence[str]) -> None:

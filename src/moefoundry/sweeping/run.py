@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from moefoundry.config.errors import EXIT_STOPPED
 from moefoundry.launching.local import launcher
@@ -49,13 +50,22 @@ def is_done(trial: Trial) -> bool:
 
 def is_pruned(trial: Trial) -> bool:
     """Tell if a trial was ended because others were better."""
-    return is_done(trial) and bool(json.loads((trial.run_dir / ENDED).read_text()).get("pruned"))
+    return bool(_ended(trial).get("pruned"))
 
 
 def diverged_at(trial: Trial) -> int | None:
     """Give the batch whose loss or gradients were not finite, if that ended a trial."""
-    found = json.loads((trial.run_dir / ENDED).read_text()).get("diverged_at") if is_done(trial) else None
-    return None if found is None else int(found)
+    found = _ended(trial).get("diverged_at")
+    return found if isinstance(found, int) else None
+
+
+def _ended(trial: Trial) -> dict[str, Any]:
+    """Read how a trial has ended; empty where it has not, or where the file is damaged."""
+    try:
+        found = json.loads((trial.run_dir / ENDED).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def command_of(recipe: str | None, trial: Trial, ranks: int) -> list[str]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moefoundry.config import ConfigError, Problem, Recipe, load_recipe
 from moefoundry.config.errors import UserError
@@ -119,7 +119,7 @@ class Sweep:
             "ranks": self.ranks,
         }
         if file.exists():
-            before = json.loads(file.read_text())
+            before = _remembered(file)
             if changed := [key for key in found if found[key] != before.get(key)]:
                 raise UserError(
                     f"{self.directory}: a sweep with other {' and '.join(changed)} lies there; give another --output"
@@ -127,6 +127,21 @@ class Sweep:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(found, indent=2))
+
+
+def _remembered(file: Path) -> dict[str, Any]:
+    """Read what all runs have in common.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: damaged; give another --output, or delete it if its runs are of this sweep")
+    return found
 
 
 def part_of(trials: Sequence[Trial], part: Part) -> list[Trial]:
