@@ -39,9 +39,10 @@ class DeepseekV32(Glm4MoeLite):
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Read as usual; transformers writes ``first_k_dense_replace`` beside a list that says otherwise."""
-        kinds = ["indexed_attention"] * hf.get("num_hidden_layers", 0)
+        kinds = hf.get("layer_types")
+        all_indexed = isinstance(kinds, list) and all(kind == "indexed_attention" for kind in kinds)
         said = {
-            "layer_types": hf.get("layer_types") == kinds,
+            "layer_types": all_indexed and len(kinds) == hf.get("num_hidden_layers"),
             "first_k_dense_replace": bool(hf.get("mlp_layer_types")),
         }
         return super().read_config({key: value for key, value in hf.items() if not said.get(key)})
