@@ -16,6 +16,7 @@ from moefoundry.cli.main import main
 from moefoundry.config import UserError
 from moefoundry.conversion.convert import import_hf
 from moefoundry.conversion.families import FAMILIES
+from moefoundry.conversion.peft_import import import_peft
 from tests.conversion.families.models import VARIANTS
 from tests.conversion.hf import change_config, write_hf
 
@@ -239,3 +240,51 @@ def test_noise_that_is_no_number_is_refused(whole: Path, tmp_path: Path, capsys:
     options = ["--num-experts=4", "--top-k=2", "--noise=nan"]
     assert main(["convert", "upcycle", str(dense), "-o", str(tmp_path / "out"), *options]) == 2
     assert "--noise nan is no standard deviation" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize(
+    ("settings", "a", "b", "message"),
+    [
+        ({"lora_alpha": "x"}, (2, 32), (32, 2), "lora_alpha is 'x', and not a number above 0"),
+        ({"lora_alpha": float("nan")}, (2, 32), (32, 2), "lora_alpha is 'nan', and not a number above 0"),
+        ({"alpha_pattern": {"(": 1}}, (2, 32), (32, 2), "alpha_pattern is \"{'(': 1}\", and not patterns with numbers"),
+        ({"lora_dropout": 2}, (2, 32), (32, 2), "lora_dropout is '2', and not a number from 0 to less than 1"),
+        ({"target_parameters": 3}, (2, 32), (32, 2), "target_parameters is '3', and not a list of names"),
+        ({}, (2,), (32, 2), "layers.0.attention.q_proj.weight: an adapter of the shape (2,) does not fit (2, 32)"),
+        ({}, (), (32, 2), "q_proj.lora_A.weight () does not fit model.layers.0.self_attn.q_proj"),
+        (
+            {},
+            (2, 31),
+            (32, 2),
+            "layers.0.attention.q_proj.weight: an adapter of the shape (2, 31) does not fit (2, 32)",
+        ),
+        ({}, (2, 32), (1, 2), "layers.0.attention.q_proj.weight: an adapter of the shape (1, 2) does not fit (32, 2)"),
+        (
+            {},
+            (2, 32),
+            (32, 3),
+            "the factors of an adapter have different ranks: (2, 32) and (32, 3)",
+        ),
+        ({}, (0, 32), (32, 0), "q_proj.lora_A.weight (0, 32) does not fit"),
+    ],
+)
+def test_adapters_that_are_none_are_named(
+    base: Path, tmp_path: Path, settings: dict[str, Any], a: tuple[int, ...], b: tuple[int, ...], message: str
+) -> None:
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 4} | settings))
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    tensors = {f"{name}_A.weight": torch.ones(a), f"{name}_B.weight": torch.ones(b)}
+    save_file(tensors, tmp_path / "peft/adapter_model.safetensors")
+    with pytest.raises(UserError) as raised:
+        import_peft(tmp_path / "peft", base, tmp_path / "adapters")
+    assert message in str(raised.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["peft"]
+
+
+@pytest.fixture(scope="module")
+def base(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return import_hf(whole, tmp_path_factory.mktemp("base") / "checkpoint").path

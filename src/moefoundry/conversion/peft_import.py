@@ -234,21 +234,24 @@ def _values(
                 continue
             own = slice(None) if expert is None else expert
             shapes = (lora.rank, *a[own].shape[1:]), (*b[own].shape[:1], lora.rank)
-            a[own] = _widened(factors.a, shapes[0], name)
-            b[own] = _widened(factors.b * (factors.scale / scale), shapes[1], name)
+            if factors.b.shape[-1:] != factors.a.shape[:1]:
+                ranks = f"{tuple(factors.a.shape)} and {tuple(factors.b.shape)}"
+                raise UserError(f"{name}: the factors of an adapter have different ranks: {ranks}")
+            a[own] = _widened(factors.a, shapes[0], 0, name)
+            b[own] = _widened(factors.b * (factors.scale / scale), shapes[1], 1, name)
             if factors.magnitude is not None:
                 yield f"{module}.magnitude.weight", factors.magnitude.float()
         yield f"{module}.a", a
         yield f"{module}.b", b
 
 
-def _widened(factor: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """Fill up the ranks of a factor with zeros.
+def _widened(factor: Tensor, shape: tuple[int, ...], ranks: int, name: str) -> Tensor:
+    """Fill up the ranks of a factor, its dim ``ranks``, with zeros.
 
     Raises:
-        UserError: Its other dim is not that of the weight.
+        UserError: Its other dim is not that of the weight, or it has more ranks.
     """
-    more = [size - own for size, own in zip(shape, factor.shape, strict=False)]
-    if factor.dim() != 2 or min(more) < 0 or 0 not in more:
+    if factor.dim() != 2 or factor.shape[1 - ranks] != shape[1 - ranks] or factor.shape[ranks] > shape[ranks]:
         raise UserError(f"{name}: an adapter of the shape {tuple(factor.shape)} does not fit {shape}")
-    return pad(factor, (0, more[1], 0, more[0]))
+    more = shape[ranks] - factor.shape[ranks]
+    return pad(factor, (0, more) if ranks else (0, 0, 0, more))
