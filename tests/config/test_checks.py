@@ -88,9 +88,9 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
         (["model.attention.head_dim=33"], None, ["model.attention.head_dim"]),
         (["model.attention={kind: mla, n_heads: 7}"], None, []),
         (["model.attention={kind: mla, qk_rope_head_dim: 33}"], None, ["model.attention.qk_rope_head_dim"]),
-        (["model.attention.yarn={factor: 4, original_max_seq_len: 64, beta_fast: 2, beta_slow: 1}"], None, []),
+        (["model.attention.yarn={factor: 4, original_max_seq_len: 64, beta_fast: 2, beta_slow: 2}"], None, []),
         (
-            ["model.attention.yarn={factor: 4, original_max_seq_len: 64, beta_fast: 2, beta_slow: 2}"],
+            ["model.attention.yarn={factor: 4, original_max_seq_len: 64, beta_fast: 2, beta_slow: 3}"],
             None,
             ["model.attention.yarn.beta_fast"],
         ),

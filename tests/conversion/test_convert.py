@@ -87,7 +87,7 @@ def test_import_and_export_give_back_every_bit(tmp_path: Path, family: str, vari
     assert read_json(tmp_path / "back") == read_json(hf)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe_lite", "bailing_moe"])
 def test_the_family_that_fits_is_found(tmp_path: Path, family: str) -> None:
     cfg = family_config(family)
     hf = write_hf(tmp_path / "hf", family, cfg)

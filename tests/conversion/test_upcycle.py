@@ -164,7 +164,7 @@ def test_what_cannot_be_exported_is_said_before(tmp_path: Path, capsys: pytest.C
         ({"top_k": 3, "granularity": 2}, "top_k=3 is no multiple of granularity=2 up to num_experts=8"),
         ({"top_k": 9}, "top_k=9 is no multiple of granularity=1 up to num_experts=8"),
         ({"layers": frozenset({2})}, "layers=[2]: there are 0 to 1"),
-        ({"noise": -0.1}, "noise=-0.1 is negative"),
+        ({"noise": -0.1}, "noise=-0.1 is no standard deviation"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:

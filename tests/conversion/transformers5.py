@@ -26,6 +26,7 @@ LONG = 150  # tokens: more than linear attention takes at a time
 PROMPT = "def first<fim_begin>"
 ZERO_CENTERED = ("qwen3_next", "qwen3_5")
 OPTIONS = {"attn_implementation": "eager"}
+WRITERS = ("-plain", "-window", "-yarn")
 
 
 def sample(length: int = LENGTH) -> torch.Tensor:
@@ -47,12 +48,12 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 tensor.normal_(1.0 if about_1 else 0.0, 0.2, generator=generator)
 
 
-def results_of(model: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+def results_of(model: torch.nn.Module, name: str, writers: tuple[str, ...] = WRITERS) -> dict[str, torch.Tensor]:
     """Logits; and for one variant of each family, and where a window or other positions matter, generated tokens."""
     model.eval()
     with torch.no_grad():
         found = {"logits": model(sample()).logits}
-        if name.endswith(("-plain", "-window", "-yarn")):
+        if name.endswith(writers):
             tokens = model.generate(sample()[:1, :6], max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None)
             found["tokens"] = tokens[0, 6:]
         return found
@@ -113,7 +114,7 @@ def loaded(path: Path, name: str = "") -> dict[str, Any]:
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **OPTIONS)
     found: dict[str, Any] = {"odd": {kind: sorted(map(str, names)) for kind, names in info.items() if names}}
     if not (path / "tokenizer.json").exists():
-        return found | results_of(model, name)
+        return found | results_of(model, name, WRITERS[:1])
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=NEW_TOKENS, do_sample=False)
     tokenizer.save_pretrained(path / "tokenizer5")

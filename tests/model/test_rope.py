@@ -121,7 +121,7 @@ def test_positions_of_each_sequence(turn) -> None:
         YarnConfig(40.0, 4096),
         YarnConfig(1.0, 4096),
         YarnConfig(factor=8.0, original_max_seq_len=512, beta_fast=16.0, beta_slow=2.0),
-        YarnConfig(32.0, 4096, beta_fast=1.001, beta_slow=1.0),
+        YarnConfig(32.0, 4096, beta_fast=1.0, beta_slow=1.0),
         YarnConfig(40.0, 4096, mscale=1.0, mscale_all_dim=1.0),
         YarnConfig(40.0, 4096, mscale=0.707, mscale_all_dim=1.5),
         YarnConfig(40.0, 4096, mscale=0.707),

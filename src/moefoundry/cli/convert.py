@@ -39,16 +39,18 @@ def command() -> None:
 
 
 def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(B|KB|MB|GB)", text)
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d+)?)(B|KB|MB|GB)", text)
     if not match or not (size := int(float(match[1]) * UNITS[match[2]])):
         raise click.BadParameter(f"{text!r} is no size; write a number and one of {', '.join(UNITS)}")
     return size
 
 
 def _layers(text: str) -> frozenset[int]:
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?(,\d{1,5}(-\d{1,5})?)*", text):
         raise click.BadParameter(f"{text!r} are no layers; write numbers and ranges, such as 0,2,4-7")
     ranges = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    if backwards := [ends for ends in ranges if ends[0] > ends[-1]]:
+        raise click.BadParameter(f"{text!r}: {backwards[0][0]} is after {backwards[0][-1]}")
     return frozenset(index for ends in ranges for index in range(ends[0], ends[-1] + 1))
 
 

@@ -61,9 +61,9 @@ def rope_problems(model: ModelConfig) -> Iterator[Problem]:
     if bands is not None and bands.high_freq_factor <= bands.low_freq_factor:
         message = f"{bands.high_freq_factor} is not more than low_freq_factor, {bands.low_freq_factor}"
         yield Problem(f"{PATH}.llama3_rope.high_freq_factor", message, allowed=f"above {bands.low_freq_factor}")
-    if yarn is not None and yarn.beta_fast <= yarn.beta_slow:
-        message = f"{yarn.beta_fast} rotations are not more than {PATH}.yarn.beta_slow, {yarn.beta_slow}"
-        yield Problem(f"{PATH}.yarn.beta_fast", message, allowed=f"above {yarn.beta_slow}")
+    if yarn is not None and yarn.beta_fast < yarn.beta_slow:  # of Kimi K2 they are equal
+        message = f"{yarn.beta_fast} rotations are fewer than {PATH}.yarn.beta_slow, {yarn.beta_slow}"
+        yield Problem(f"{PATH}.yarn.beta_fast", message, allowed=f"at least {yarn.beta_slow}")
     for name in () if longrope is None else ("short_factors", "long_factors"):
         if (count := len(getattr(longrope, name))) != pairs:
             message = f"{count} factors, and {pairs} pairs of a head turn"

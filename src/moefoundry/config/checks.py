@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator
 
 import moefoundry.config.model_checks  # noqa: F401  # whose rules come first
+from moefoundry.config.build import Builder
 from moefoundry.config.curriculum_rules import curriculum_problems
 from moefoundry.config.errors import Problem
 from moefoundry.config.field import MAX_SEED
@@ -17,13 +18,14 @@ from moefoundry.config.preference_rules import preference_problems
 from moefoundry.config.rule import RULES, rule
 from moefoundry.config.schema import Recipe
 from moefoundry.config.schema_data import StreamConfig
+from moefoundry.config.schema_model import ModelConfig
 from moefoundry.config.schema_parts import (
     AdamWConfig,
     DatasetConfig,
     Moments,
     WarmupConfig,
 )
-from moefoundry.config.spec import show_leaf
+from moefoundry.config.spec import plain, show_leaf
 from moefoundry.config.tasks import problems_of, read_gauntlet, read_tasks
 from moefoundry.config.urls import path_problem, url_problem
 
@@ -43,6 +45,18 @@ def check_recipe(recipe: Recipe, world_size: int | None = None, skip: Collection
         if not any(_overlap(path, name) for path in skip for name in entry.keys):
             problems += entry.check(recipe, world_size)
     return problems
+
+
+def check_model(model: ModelConfig) -> list[Problem]:
+    """List every value of a model that no recipe may have, and every broken relation between its keys.
+
+    Args:
+        model: A model of another source than a recipe.
+    """
+    builder = Builder()
+    recipe = Recipe(model=builder.build(ModelConfig, plain(model), "model"))
+    own = {key for entry in RULES for key in entry.keys if not key.startswith("model.")}
+    return [*builder.problems, *check_recipe(recipe, skip={*builder.unsound, *own})]
 
 
 def _overlap(a: str, b: str) -> bool:

@@ -209,6 +209,7 @@ _TABLES = (
                 "qwen3_next": "qwen3_next:Qwen3Next",
                 "qwen3_5_moe_text": "qwen3_5_moe:Qwen35Moe",
                 "deepseek_v32": "deepseek_v32:DeepseekV32",
+                "glm_moe_dsa": "glm_moe_dsa:GlmMoeDsa",
                 "olmo2": "olmo2:Olmo2",
                 "flex_olmo": "olmo2:FlexOlmo",
                 "hunyuan_v1_moe": "hunyuan_v1_moe:HunyuanV1Moe",

@@ -56,8 +56,7 @@ class SplitExperts:
             if other := next((name for name in self._others(piece.hf_name) if name in tensors.specs), ""):
                 self._renamed[piece.hf_name] = other
             elif piece.expert is not None and (match := EXPERT.fullmatch(piece.hf_name)):
-                self._find(piece, piece.expert, match[1])
-        self._check_counts()
+                self._find(piece, piece.expert, match[1], cfg.moe.num_experts)
         taken = {part.fused for part in self._parts.values()} | set(self._renamed.values())
         self.specs = {name: spec for name, spec in tensors.specs.items() if name not in taken}
         self.specs |= {name: tensors.specs[there] for name, there in self._renamed.items()}
@@ -77,7 +76,7 @@ class SplitExperts:
         """Other names that a tensor or module may have."""
         return [name.replace(part, other) for part, other in self._in_memory.items() if part in name]
 
-    def _find(self, piece: Piece, expert: int, module: str) -> None:
+    def _find(self, piece: Piece, expert: int, module: str, num_experts: int) -> None:
         """Note the place of an expert's weight, if a fused tensor has it."""
         fused_name, part, parts = ROW_PART[piece.name.rpartition(".")[2]]
         stored = self._tensors.specs
@@ -85,16 +84,13 @@ class SplitExperts:
             spec = stored.get(f"{there}.{fused_name}")
             if spec is None or len(spec.shape) != 3:
                 continue
+            _check_shape(f"{there}.{fused_name}", spec.shape, num_experts)
             rows = spec.shape[1] // parts
             self._parts[piece.hf_name] = _Part(f"{there}.{fused_name}", expert, part * rows, rows)
 
-    def _check_counts(self) -> None:
-        wanted: dict[str, set[int]] = {}
-        for part in self._parts.values():
-            wanted.setdefault(part.fused, set()).add(part.expert)
-        for fused, experts in wanted.items():
-            shape = self._tensors.specs[fused].shape
-            if shape[0] != len(experts):
-                raise UserError(f"{fused}: has shape {shape}, and the model has {len(experts)} experts a layer")
-            if fused.endswith("gate_up_proj") and shape[1] % 2:
-                raise UserError(f"{fused}: has shape {shape}, and holds two matrices of equally many rows")
+
+def _check_shape(fused: str, shape: tuple[int, ...], num_experts: int) -> None:
+    if shape[0] != num_experts:
+        raise UserError(f"{fused}: has shape {shape}, and the model has {num_experts} experts a layer")
+    if fused.endswith("gate_up_proj") and shape[1] % 2:
+        raise UserError(f"{fused}: has shape {shape}, and holds two matrices of equally many rows")

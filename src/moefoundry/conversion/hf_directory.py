@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from moefoundry.checkpoint.format import TensorSpec
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.conversion.families import Family, family_of
 from moefoundry.conversion.fused_experts import SplitExperts
 from moefoundry.conversion.safetensors_io import SafetensorsReader
+from moefoundry.conversion.starting_recipe import Size
 from moefoundry.conversion.tensor_map import TensorMap
 from moefoundry.data.json_files import read_json
 from moefoundry.data.tokenizer_files import CONFIG
 
 DEEPSEEK_BLOCK = (128, 128)
+TOO_LARGE = 4  # times the elements of the files; up to there the tensors that are missing are named
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
     config = read_hf_config(path)
     block = fp8_block(config, path)
     family = family_of(config)
-    declared = family.read_config({key: value for key, value in config.items() if key != "quantization_config"})
+    declared = family.model_of(config)
     stored = SafetensorsReader(path, block, fp8_as or torch.bfloat16)
+    _check_size(declared, stored.specs, path)
     cfg, notes = _with_the_prediction_modules_there(family, declared, stored.specs)
     tensors = SplitExperts(stored, family, cfg)
     notes += _without_what_is_left_out(family, cfg, tensors)
@@ -71,6 +76,20 @@ def open_hf(path: Path, fp8_as: torch.dtype | None = None) -> HfDirectory:
     names.check_theirs(tensors.specs, path)
     names.check_copies(tensors, path)
     return HfDirectory(path, config, family, cfg, tensors, names, notes)
+
+
+def _check_size(cfg: ModelConfig, specs: Mapping[str, TensorSpec], path: Path) -> None:
+    """Refuse a model that the files are by far too small for, before its parts are listed.
+
+    Raises:
+        UserError: They are.
+    """
+    declared, stored = Size.of(cfg).total, sum(math.prod(spec.shape) for spec in specs.values())
+    if declared > TOO_LARGE * stored:
+        raise UserError(
+            f"{path}: {CONFIG} declares a model of {declared:,} parameters, and the files hold {stored:,}; one of them "
+            "is of another model"
+        )
 
 
 def _without_what_is_left_out(family: Family, cfg: ModelConfig, tensors: SplitExperts) -> tuple[str, ...]:
@@ -122,7 +141,7 @@ def fp8_block(config: dict[str, Any], path: Path) -> tuple[int, int]:
     match quantization:
         case {"quant_method": "mxfp4"}:
             return DEEPSEEK_BLOCK
-        case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]}:
+        case {"quant_method": "fp8", "weight_block_size": [int(rows), int(columns)]} if min(rows, columns) > 0:
             return rows, columns
         case {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": dict(groups)}:
             if all(_is_int4(group) for group in groups.values()):

@@ -38,10 +38,10 @@ def take_int4(
     for stored in [name for name in specs if name.endswith(f"weight{PACKED}")]:
         name = stored.removesuffix(PACKED)
         packed, scale, shape = specs.pop(stored), specs.pop(name + SCALE, None), specs.pop(name + SHAPE, None)
-        if scale is None or shape is None or shape.shape != (2,):
-            problems.append(f"{name}: weight_scale and weight_shape must be beside weight_packed")
+        if scale is None or shape is None or shape.shape != (2,) or len(scale.shape) != 2:
+            problems.append(f"{name}: weight_scale [O, groups] and weight_shape [2] must be beside weight_packed")
             continue
-        rows, columns = (int(size) for size in read(name + SHAPE))
+        rows, columns = (int(size) for size in read(name + SHAPE).nan_to_num(0))
         groups = scale.shape[-1]
         if (
             packed != ((rows, -(-columns // IN_ONE)), torch.int32)

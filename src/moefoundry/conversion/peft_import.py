@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,24 @@ from moefoundry.model.transformer import meta_model
 
 PLAIN = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "lora_bias": False, "use_qalora": False}
 """Options of peft with the values that are supported."""
+OF_A_KIND: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lora_alpha": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "lora_dropout": ("a number from 0 to less than 1", lambda value: _is_number(value) and value < 1),
+    "alpha_pattern": ("patterns with numbers", lambda value: _are_patterns(value)),
+    "target_parameters": ("a list of names", lambda value: isinstance(value, list)),
+}
+"""Options of peft that are read, what they may be, and its test."""
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _are_patterns(value: Any) -> bool:
+    try:
+        return isinstance(value, dict) and all(re.compile(key) and _is_number(each) for key, each in value.items())
+    except re.error:
+        return False
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,9 @@ def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key, value in PLAIN.items():
         if settings.get(key, value) not in (value, None):
             raise UserError(f"{directory / CONFIG_FILE}: {key} is {settings[key]!r}, and only {value!r} is supported")
+    for key, (allowed, fits) in OF_A_KIND.items():
+        if settings.get(key) is not None and not fits(settings[key]):
+            raise UserError(f"{directory / CONFIG_FILE}: {key} is {str(settings[key])[:80]!r}, and not {allowed}")
     path = directory / TENSORS_FILE
     try:
         return settings, load_file(path)
@@ -126,7 +147,7 @@ def _factors(
         a, b = (left.pop(key) for key in slot.keys)
         try:
             found |= _of_slot(slot, a, b, left.pop(slot.magnitude_key, None), settings, cfg)
-        except RuntimeError:  # of a shape that the rank does not divide
+        except (RuntimeError, TypeError, IndexError, ZeroDivisionError):  # of a shape that no rank has
             raise UserError(f"{directory}: {slot.keys[0]} {tuple(a.shape)} does not fit {slot.target}") from None
     if left:
         raise UserError(f"{directory}: no place in the model for {first_few(sorted(left))}")
@@ -212,9 +233,25 @@ def _values(
                     raise UserError(f"{name} has no adapter, and others of its kind have DoRA's magnitudes")
                 continue
             own = slice(None) if expert is None else expert
-            a[own] = pad(factors.a, (0, 0, 0, lora.rank - len(factors.a)))
-            b[own] = pad(factors.b * (factors.scale / scale), (0, lora.rank - len(factors.a)))
+            shapes = (lora.rank, *a[own].shape[1:]), (*b[own].shape[:1], lora.rank)
+            if factors.b.shape[-1:] != factors.a.shape[:1]:
+                ranks = f"{tuple(factors.a.shape)} and {tuple(factors.b.shape)}"
+                raise UserError(f"{name}: the factors of an adapter have different ranks: {ranks}")
+            a[own] = _widened(factors.a, shapes[0], 0, name)
+            b[own] = _widened(factors.b * (factors.scale / scale), shapes[1], 1, name)
             if factors.magnitude is not None:
                 yield f"{module}.magnitude.weight", factors.magnitude.float()
         yield f"{module}.a", a
         yield f"{module}.b", b
+
+
+def _widened(factor: Tensor, shape: tuple[int, ...], ranks: int, name: str) -> Tensor:
+    """Fill up the ranks of a factor, its dim ``ranks``, with zeros.
+
+    Raises:
+        UserError: Its other dim is not that of the weight, or it has more ranks.
+    """
+    if factor.dim() != 2 or factor.shape[1 - ranks] != shape[1 - ranks] or factor.shape[ranks] > shape[ranks]:
+        raise UserError(f"{name}: an adapter of the shape {tuple(factor.shape)} does not fit {shape}")
+    more = shape[ranks] - factor.shape[ranks]
+    return pad(factor, (0, more) if ranks else (0, 0, 0, more))

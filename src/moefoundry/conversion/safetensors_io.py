@@ -134,8 +134,9 @@ class SafetensorsReader:
                 continue
             scale = self.specs.pop(name + SCALE_SUFFIX, None)
             blocks = tuple(-(-size // block) for size, block in zip(shape, self._block, strict=False))
-            if dtype != torch.float8_e4m3fn or len(shape) != 2 or scale is None or scale.shape != blocks:
-                has = "no" if scale is None else f"a {scale.shape}"
+            fits = scale is not None and scale.shape == blocks and scale.dtype.is_floating_point
+            if dtype != torch.float8_e4m3fn or len(shape) != 2 or not fits:
+                has = "no" if scale is None else f"a {scale.dtype} {scale.shape}"
                 problems.append(f"{name} ({dtype} {shape}) has {has} {SCALE_SUFFIX}; {blocks} is needed")
             scales[name] = name + SCALE_SUFFIX
             self.specs[name] = TensorSpec(shape, self._fp8_as)
@@ -151,9 +152,11 @@ def _weight_map(directory: Path) -> tuple[dict[str, str], str]:
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
             names = {PurePath(file) for file in weight_map.values()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             refuse_lfs_pointer(index)
             raise UserError(f"{index}: unreadable index: {error!r}") from error
+        if not weight_map:
+            raise UserError(f"{index}: unreadable index: it names no tensors")
         outside = sorted(str(name) for name in names if name.is_absolute() or ".." in name.parts)
         if outside:
             raise UserError(f"{index}: files outside the directory are refused: {first_few(outside)}")

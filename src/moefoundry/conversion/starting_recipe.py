@@ -22,7 +22,6 @@ from moefoundry.config import (
     MoEConfig,
     QkNorm,
     UserError,
-    YarnConfig,
 )
 from moefoundry.config.dump import scalar
 from moefoundry.config.spec import every_key, join, plain, specs
@@ -167,8 +166,8 @@ def starting_recipe(
     """
     name = re.sub(r"[^\w.\-]+|^\.+$", "-", name).strip("-") or "run"
     length, size = min(max_seq_len or TRAINED_LENGTH, TRAINED_LENGTH), Size.of(cfg)
-    if load_path is None and isinstance(cfg.attention.yarn, YarnConfig):  # extensions come after pre-training
-        attention = replace(cfg.attention, yarn=None)
+    if load_path is None and (cfg.attention.yarn or cfg.attention.longrope):  # extensions come after pre-training
+        attention = replace(cfg.attention, yarn=None, longrope=None)
         few = with_fewest_window_keys(attention, cfg.n_layers) if isinstance(attention, GqaConfig) else attention
         cfg = replace(cfg, attention=few)
     chosen = (_pretraining if load_path is None else _continued)(size, length)
@@ -274,10 +273,9 @@ def recipe_of_config(family: Family, hf: Mapping[str, Any], name: str) -> str:
     """Write the recipe that trains the model of a ``config.json`` from scratch.
 
     Raises:
-        ConfigError: As :meth:`Family.read_config`.
+        ConfigError: As :meth:`Family.model_of`.
     """
-    given = {key: value for key, value in hf.items() if key != "quantization_config"}
-    cfg = with_balance(family, family.read_config(given), hf)
+    cfg = with_balance(family, family.model_of(hf), hf)
     return starting_recipe(cfg, name, f"{name} ({family.name})", family.max_seq_len(hf))
 
 

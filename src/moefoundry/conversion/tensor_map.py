@@ -109,7 +109,8 @@ class TensorMap:
         """Check that a family's checkpoint is whole.
 
         Raises:
-            UserError: Names tensors that are missing, or have another shape, or belong to no such model.
+            UserError: Names tensors that are missing, or have another shape, or belong to no such model, or are of
+                integers.
         """
         copied = {name: self.their_shapes[original] for name, original in self.copies.items() if name in specs}
         known = {
@@ -118,6 +119,9 @@ class TensorMap:
             if name not in self.unused and not name.endswith(ROTARY)  # older transformers stored these
         }
         check_tensors(known, self.their_shapes | copied, where)
+        integers = [f"{name}: {spec.dtype}" for name, spec in known.items() if not spec.dtype.is_floating_point]
+        if integers:
+            raise UserError(f"{where}: weights must be floating-point numbers, not {first_few(integers)}")
 
     def check_copies(self, theirs: Source, where: object) -> None:
         """Check that tensors which must repeat others do.

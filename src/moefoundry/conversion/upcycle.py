@@ -10,6 +10,7 @@ and ``router.scale`` G makes it count once: logits are the dense model's until t
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,7 @@ class Upcycling:
                 not layers <= set(range(dense.n_layers)),
                 f"layers={sorted(layers)}: there are 0 to {dense.n_layers - 1}",
             ),
-            (self.noise < 0, f"noise={self.noise} is negative"),
+            (not 0 <= self.noise < math.inf, f"noise={self.noise} is no standard deviation"),
         ]
         if problems := [text for broken, text in rules if broken]:
             raise UserError("cannot upcycle: " + "; ".join(problems))

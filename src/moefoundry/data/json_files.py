@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         refuse_lfs_pointer(path)
         raise UserError(f"{path}: unreadable: {error}") from error
     if not isinstance(value, dict):

@@ -29,8 +29,7 @@ def read_model(place: Any, changes: dict[str, Any]) -> tuple[ModelConfig | None,
     try:
         config = _merged(read_hf_config(directory), changes)
         family = family_of(config)
-        given = {key: value for key, value in config.items() if key != "quantization_config"}
-        return with_balance(family, family.read_config(given), config), ""
+        return with_balance(family, family.model_of(config), config), ""
     except UserError as error:
         return None, " ".join(str(error).split())
 

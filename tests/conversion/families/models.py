@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -342,6 +343,10 @@ VARIANTS: dict[str, dict[str, ModelConfig]] = {
         "dense": deepseek(replace(MLA, indexer=IndexerConfig(64, 2, 8)), shared=2, tie_embeddings=True),
         "yarn": deepseek(replace(MLA, indexer=IndexerConfig(8, 2, 8), yarn=DEEPSEEK_YARN)),
     },
+    "glm_moe_dsa": {
+        "plain": deepseek(replace(MLA, indexer=IndexerConfig(6, 3, 10)), num_groups=4, top_k_groups=2),
+        "yarn": deepseek(replace(MLA, indexer=IndexerConfig(8, 2, 4), yarn=DEEPSEEK_YARN), dense_layers=[2]),
+    },
 }
 STANDS_IN = {name: FAMILIES[name].stand_in for name in VARIANTS if FAMILIES[name].stand_in}
 """Families that transformers has under another name alone -> that name."""
@@ -350,6 +355,10 @@ OLDER = [family for family in VARIANTS if family in CONFIG_MAPPING_NAMES]
 """Families that the transformers of this environment has, too."""
 OLDER_CASES = [(family, variant) for family, variant in CASES if family in OLDER and variant != "windows"]
 """Transformers 4.51 has a window in all blocks or in none."""
+FIRST_OF_OLDER = [
+    pytest.param(*case, id="-".join(case), marks=() if case[1] == "plain" else pytest.mark.slow) for case in OLDER_CASES
+]
+"""The same, of which all but a family's first are slow: what today's transformers computes is compared for each."""
 
 LATENT = {
     *("n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
@@ -363,7 +372,7 @@ SIZES = {  # without these there is no model
     "qwen2_moe": {"shared_expert_intermediate_size"},
     "deepseek_v2": LATENT,
     "glm4_moe_lite": LATENT,
-    "deepseek_v32": LATENT | {"q_lora_rank"},
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), LATENT | {"q_lora_rank"}),
     "glm4_moe": {"n_routed_experts", "head_dim"},
     "dots1": {"n_routed_experts", "head_dim"},
     "solar_open": {"n_routed_experts"},

@@ -20,5 +20,5 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     name: {key: value for key, value in (COMMON | own).items() if value is not None or key not in COMMON}
     for name, own in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
 }
-SAY_THE_SAME = ("glm4_moe_lite", "hy_v3", "qwen3_5_moe_text", "sarvam_moe", "bailing_moe")
+SAY_THE_SAME = ("glm4_moe_lite", "glm_moe_dsa", "hy_v3", "qwen3_5_moe_text", "sarvam_moe", "bailing_moe")
 """Families whose published model an earlier one has, too."""

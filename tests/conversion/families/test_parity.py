@@ -9,8 +9,8 @@ from torch import Tensor
 from moefoundry.config import MtpConfig
 from moefoundry.conversion.families import FAMILIES
 from tests.conversion.families.models import (
+    FIRST_OF_OLDER,
     OLDER,
-    OLDER_CASES,
     VARIANTS,
     add_prediction_module,
     blocks,
@@ -34,7 +34,7 @@ def gradients(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize(("family", "variant"), OLDER_CASES, ids=["-".join(case) for case in OLDER_CASES])
+@pytest.mark.parametrize(("family", "variant"), FIRST_OF_OLDER)
 def test_logits_and_gradients_equal_those_of_transformers(family: str, variant: str) -> None:
     cfg, ids = VARIANTS[family][variant], sample()
     model = transformers_model(family, cfg)
@@ -55,7 +55,9 @@ def test_logits_and_gradients_equal_those_of_transformers(family: str, variant: 
         torch.testing.assert_close(our, their, rtol=0, atol=RELATIVE * scale, msg=lambda text, p=piece: f"{p}: {text}")
 
 
-@pytest.mark.parametrize("family", OLDER)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in ("llama", "deepseek_v3") else pytest.mark.slow) for name in OLDER]
+)
 def test_the_fused_attention_of_transformers_gives_the_same(family: str) -> None:
     cfg, ids = next(iter(VARIANTS[family].values())), sample()
     model = transformers_model(family, cfg, attention="sdpa")

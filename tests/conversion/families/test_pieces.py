@@ -8,7 +8,7 @@ from moefoundry.config import MtpConfig
 from moefoundry.conversion.families import FAMILIES, Piece
 from moefoundry.model.transformer import MoETransformer
 from tests.conversion.families.models import (
-    OLDER_CASES,
+    FIRST_OF_OLDER,
     VARIANTS,
     add_prediction_module,
     assert_covered_once,
@@ -18,7 +18,7 @@ from tests.conversion.families.models import (
 )
 
 
-@pytest.mark.parametrize(("family", "variant"), OLDER_CASES, ids=["-".join(case) for case in OLDER_CASES])
+@pytest.mark.parametrize(("family", "variant"), FIRST_OF_OLDER)
 def test_every_element_of_both_models_is_in_one_piece(family: str, variant: str) -> None:
     cfg = VARIANTS[family][variant]
     ours, theirs = our_tensors(MoETransformer(cfg)), their_tensors(transformers_model(family, cfg))

@@ -59,13 +59,16 @@ FACTS: dict[str, tuple[int | None, int | None, list[str]]] = {
     ),
     "dbrx": (323, 263193047040, DBRX),
     "deepseek_v3": (None, None, [ENDS, NORMS, MLA, DENSE, EXPERTS, SHARED, MTP]),
-    "deepseek_v32": (
-        None,
-        None,
-        [
-            *(ENDS, NORMS, MLA, DENSE, EXPERTS, SHARED, MTP),
-            f"{LAYER}self_attn.indexer.{{{{wq_b,wk,k_norm,weights_proj}}.weight,k_norm.bias}}",
-        ],
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa"),
+        (
+            None,
+            None,
+            [
+                *(ENDS, NORMS, MLA, DENSE, EXPERTS, SHARED, MTP),
+                f"{LAYER}self_attn.indexer.{{{{wq_b,wk,k_norm,weights_proj}}.weight,k_norm.bias}}",
+            ],
+        ),
     ),
     "deepseek_v2": (None, None, [ENDS, NORMS, MLA, DENSE, EXPERTS, f"{LAYER}mlp.shared_experts.{FFN}"]),
     "glm4_moe": (None, None, [ENDS, NORMS, GQA, QKV_BIAS, QK_NORM, DENSE, EXPERTS, SHARED, MTP]),

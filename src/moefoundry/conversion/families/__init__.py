@@ -61,7 +61,8 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         return FAMILIES[model_type]
     meant = [name for name in FAMILIES if _squashed(name) == _squashed(str(model_type))]
     hint = f"; did you mean {meant[0]!r}?" if meant else ""
-    raise UserError(f"model_type {model_type!r} is not among the families: {', '.join(FAMILIES)}{hint}")
+    shown = f"{model_type!r:.80}"
+    raise UserError(f"model_type {shown} is not among the families: {', '.join(FAMILIES)}{hint}")
 
 
 def _squashed(name: str) -> str:

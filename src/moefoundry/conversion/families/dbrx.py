@@ -16,7 +16,7 @@ from moefoundry.config import (
     NormKind,
     RouterConfig,
 )
-from moefoundry.conversion.families.family import Family, Piece
+from moefoundry.conversion.families.family import Family, Piece, loss_weight
 from moefoundry.conversion.families.keys import GENERIC, Keys
 from moefoundry.conversion.families.rope_scaling import read_rope
 
@@ -43,7 +43,7 @@ class Dbrx(Family):
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Convert a mean over layers."""
-        weight = hf.get("router_aux_loss_coef", 0.05) / cfg.n_layers
+        weight = loss_weight(hf, "router_aux_loss_coef", 0.05) / cfg.n_layers
         return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0)
 
     def _read(self, keys: Keys) -> ModelConfig:

@@ -19,7 +19,7 @@ from moefoundry.config import (
     RouterConfig,
     ScoreFunction,
 )
-from moefoundry.conversion.families.family import Piece, ffn_width, with_dense_layers
+from moefoundry.conversion.families.family import Piece, ffn_width, loss_weight, with_dense_layers
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts, ffn
 
@@ -37,7 +37,7 @@ class DeepseekMoe(Llama):
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Return an expert bias, and a small loss of each sequence beside it."""
-        weight = hf.get("aux_loss_alpha", 0.0001)
+        weight = loss_weight(hf, "aux_loss_alpha", 0.0001)
         return BalanceConfig(weight, AuxLossScope.sequence, z_loss_weight=0.0, bias_update_rate=0.001)
 
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:

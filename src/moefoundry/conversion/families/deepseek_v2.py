@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from moefoundry.config import AuxLossScope, BalanceConfig, ModelConfig, ScoreFunction
 from moefoundry.conversion.families.deepseek_v3 import DeepseekV3
+from moefoundry.conversion.families.family import loss_weight
 from moefoundry.conversion.families.keys import Keys
 
 METHODS = ("greedy", "group_limited_greedy")
@@ -30,7 +31,7 @@ class DeepseekV2(DeepseekV3):
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Balance within each sequence; the paper's losses of devices and of communication are not there."""
-        return BalanceConfig(hf.get("aux_loss_alpha", 0.001), AuxLossScope.sequence, z_loss_weight=0.0)
+        return BalanceConfig(loss_weight(hf, "aux_loss_alpha", 0.001), AuxLossScope.sequence, z_loss_weight=0.0)
 
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         keys.alias("n_routed_experts", "num_experts")

@@ -12,6 +12,7 @@ from moefoundry.conversion.families.glm4_moe import Glm4MoeLite
 from moefoundry.conversion.families.keys import Keys
 
 KEYS = {"top_k": "index_topk", "n_heads": "index_n_heads", "head_dim": "index_head_dim"}
+ALL = "indexed_attention"  # the kind of every block, as transformers writes
 TENSORS = {
     "q_proj": "wq_b.weight",
     "k_proj": "wk.weight",
@@ -39,9 +40,9 @@ class DeepseekV32(Glm4MoeLite):
 
     def read_config(self, hf: Mapping[str, Any]) -> ModelConfig:
         """Read as usual; transformers writes ``first_k_dense_replace`` beside a list that says otherwise."""
-        kinds = ["indexed_attention"] * hf.get("num_hidden_layers", 0)
+        kinds, n_layers = hf.get("layer_types"), hf.get("num_hidden_layers")
         said = {
-            "layer_types": hf.get("layer_types") == kinds,
+            "layer_types": isinstance(kinds, list) and len(kinds) == n_layers and {*map(str, kinds)} == {ALL},
             "first_k_dense_replace": bool(hf.get("mlp_layer_types")),
         }
         return super().read_config({key: value for key, value in hf.items() if not said.get(key)})

@@ -37,6 +37,7 @@ class Dots1(DeepseekMoe):
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         if keys.has("sliding_window") and keys.count("max_window_layers") < keys.size("num_hidden_layers"):
             keys.refuse("sliding_window", "null, as it is in some layers only")
+        keys.only("use_sliding_window", False)
         keys.skip("sliding_window", "max_window_layers")
         return replace(self._read_gqa(keys), qk_norm=QkNorm.head)
 

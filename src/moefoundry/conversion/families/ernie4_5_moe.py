@@ -15,7 +15,7 @@ from moefoundry.config import (
     RouterConfig,
     ScoreFunction,
 )
-from moefoundry.conversion.families.family import Piece, dense_layers, ffn_width, with_dense_layers
+from moefoundry.conversion.families.family import Piece, dense_layers, ffn_width, loss_weight, with_dense_layers
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts, ffn
 
@@ -45,7 +45,7 @@ class Ernie45Moe(Llama):
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Return an expert bias, and a loss of a mean over layers beside it."""
-        weight = hf.get("router_aux_loss_coef", 0.001) / cfg.n_layers
+        weight = loss_weight(hf, "router_aux_loss_coef", 0.001) / cfg.n_layers
         return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0, bias_update_rate=BIAS_RATE)
 
     def left_out(self, cfg: ModelConfig) -> dict[str, str]:

@@ -54,7 +54,9 @@ class ExaoneMoe(DeepseekMoe):
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         for ours, theirs in RENAMED.items():
             keys.alias(ours, theirs)
+        keys.alias("first_k_dense_replace", "first_last_k_dense_replace")  # its first published name
         cfg = super()._read_ffn(keys, cfg)
+        keys.only("is_moe_layer", [not cfg.is_dense(index) for index in range(cfg.n_layers)])
         return replace(cfg, mtp=replace(cfg.mtp, depth=0))
 
     def _read_dense(self, keys: Keys, n_layers: int) -> list[int]:

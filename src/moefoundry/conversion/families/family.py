@@ -20,9 +20,14 @@ from moefoundry.config import (
     ScoreFunction,
 )
 from moefoundry.config.attention_rules import EXTENSIONS
+from moefoundry.config.checks import check_model
+from moefoundry.config.field import MAX_FACTOR
 from moefoundry.config.schema_linear_attention import INTERVAL_OF_FULL
 from moefoundry.config.spec import architecture_of, specs
 from moefoundry.conversion.families.keys import Keys
+
+LOSSES = ("router_aux_loss_coef", "aux_loss_alpha")
+"""Keys of the weight of a balance loss, which :meth:`Family.balance` takes from the file."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,25 @@ class Family(ABC):
         """
         keys = Keys(hf, self.defaults, f"Hugging Face config ({self.name})")
         cfg = self._read(keys)
+        if keys.has(self.length_key):
+            keys.size(self.length_key)
+        for weight in LOSSES:
+            if keys.has(weight) and keys.number(weight) > MAX_FACTOR:
+                keys.refuse(weight, f"at most {MAX_FACTOR:g}")
         if keys.has("quantization_config"):  # of the file's tensors, which ``safetensors_io`` reads
             keys.nested("quantization_config", {}).text("quant_method", "fp8", "compressed-tensors", "mxfp4")
         keys.finish()
+        return cfg
+
+    def model_of(self, hf: Mapping[str, Any]) -> ModelConfig:
+        """Return the model of a ``config.json``, checked as a recipe's is; how its files are quantized is not read.
+
+        Raises:
+            ConfigError: As :meth:`read_config`; or names the keys of the model whose values, or relations, are none.
+        """
+        cfg = self.read_config({key: value for key, value in hf.items() if key != "quantization_config"})
+        if problems := check_model(cfg):
+            raise ConfigError(problems, f"Hugging Face config ({self.name}), as a recipe's model")
         return cfg
 
     def max_seq_len(self, hf: Mapping[str, Any]) -> int | None:
@@ -187,7 +208,8 @@ class Family(ABC):
     def prediction_depth(self, cfg: ModelConfig, tensors: Iterable[str]) -> int:
         """Count the modules of multi-token prediction that a checkpoint with these tensors holds."""
         there = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
-        return max((i + 1 for i in range(cfg.mtp.depth) if str(cfg.n_layers + i) in there), default=0)
+        behind = [int(index) - cfg.n_layers for index in there if index.isdecimal()]
+        return max((place + 1 for place in behind if 0 <= place < cfg.mtp.depth), default=0)
 
     def unused_tensors(self, cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
         """Return the shapes of tensors that transformers has for parts that such a model lacks.
@@ -203,6 +225,12 @@ class Family(ABC):
     @abstractmethod
     def _write(self, cfg: ModelConfig) -> dict[str, Any]:
         """Write the keys that ``_read`` reads; for a model that does not fit, as much as the family has."""
+
+
+def loss_weight(hf: Mapping[str, Any], key: str, default: float) -> float:
+    """Read the weight of a balance loss; null counts as absent."""
+    value = hf.get(key)
+    return default if value is None else float(value)
 
 
 def ffn_width(cfg: ModelConfig) -> int:

@@ -20,6 +20,7 @@ class GraniteMoe(LlamaMoe):
 
     name = "granitemoe"
     architecture = "GraniteMoeForCausalLM"
+    absent = "dropout of the attention, of which the published files speak"
     defaults: ClassVar[dict[str, Any]] = {
         **Llama.defaults,
         **dict.fromkeys(FACTORS.values(), 1.0),
@@ -33,14 +34,19 @@ class GraniteMoe(LlamaMoe):
     }
 
     def _read(self, keys: Keys) -> ModelConfig:
+        keys.only("activation_function", "silu")
+        keys.only("router_jitter_noise", 0.0)
         factors = MultipliersConfig(**{name: keys.number(key) for name, key in FACTORS.items()})
         return replace(super()._read(keys), multipliers=factors)
 
     def _write(self, cfg: ModelConfig) -> dict[str, Any]:
         return super()._write(cfg) | {key: getattr(cfg.multipliers, name) for name, key in FACTORS.items()}
 
+    def _read_dropout(self, keys: Keys) -> None:
+        keys.skip("attention_dropout")
+
     def _read_attention(self, keys: Keys) -> AttentionConfig:
-        width = keys.size("hidden_size") // keys.size("num_attention_heads")
+        width = keys.size("hidden_size") // keys.size("num_attention_heads") or 1
         keys.only("head_dim", width)
         scale = keys.number("attention_multiplier")
         return replace(self._read_gqa(keys), head_dim=None, softmax_scale=None if scale == width**-0.5 else scale)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from moefoundry.config import AttentionConfig, ModelConfig, MoEConfig, QkNorm, RouterConfig
 from moefoundry.conversion.families.family import Piece
-from moefoundry.conversion.families.keys import Keys
+from moefoundry.conversion.families.keys import MOST, Keys
 from moefoundry.conversion.families.llama import Llama, experts, ffn
 from moefoundry.conversion.families.llama_moe import LlamaMoe
 
@@ -100,12 +100,21 @@ def _with_the_larger_base(hf: Mapping[str, Any]) -> Mapping[str, Any]:
         scaling = hf.get(name)
         if not isinstance(scaling, dict) or not isinstance(scaling.get("alpha"), int | float):
             continue
-        kind, theta = (
-            scaling.get("rope_type", scaling.get("type")),
-            scaling.get("rope_theta", hf.get("rope_theta", 1e4)),
-        )
-        width = hf.get("head_dim") or hf.get("attention_head_dim") or hf["hidden_size"] // hf["num_attention_heads"]
-        if kind == "dynamic" and scaling.keys() <= ALPHA_KEYS and scaling.get("factor", 1.0) == 1.0:
-            base = theta * scaling["alpha"] ** (width / (width - 2))
+        kind = scaling.get("rope_type", scaling.get("type"))
+        theta, alpha = scaling.get("rope_theta", hf.get("rope_theta", 1e4)), scaling["alpha"]
+        width = _width_of_a_head(hf)
+        if kind != "dynamic" or not scaling.keys() <= ALPHA_KEYS or scaling.get("factor", 1.0) != 1.0:
+            continue
+        if width > 2 and all(isinstance(value, int | float) and 0 < value < MOST for value in (theta, alpha)):
+            base = theta * alpha ** (width / (width - 2))
             return {key: value for key, value in hf.items() if key != name} | {"rope_theta": base}
     return hf
+
+
+def _width_of_a_head(hf: Mapping[str, Any]) -> int:
+    """Give the width of a head; 0 where the keys that say it are not sound."""
+    said = hf.get("head_dim") or hf.get("attention_head_dim")
+    width, heads = (said, 1) if said else (hf.get("hidden_size"), hf.get("num_attention_heads"))
+    if not (isinstance(width, int) and isinstance(heads, int)) or heads < 1:
+        return 0
+    return width // heads

@@ -52,7 +52,8 @@ class HyV3(Llama):
         for switch in SWITCHES:
             keys.only(switch, True)
         keys.only("expert_hidden_dim", keys.size("moe_intermediate_size"))  # the same again
-        keys.skip("num_nextn_predict_layers", "enable_moe_fp32_combine", "enable_lm_head_fp32", "use_grouped_mm")
+        keys.skip("num_nextn_predict_layers", "use_grouped_mm", "eod_token_id")
+        keys.skip(*(f"enable_{part}" for part in ("moe_fp32_combine", "lm_head_fp32", "attention_fp32_softmax")))
         router = RouterConfig(ScoreFunction.sigmoid, scale=keys.number("router_scaling_factor"))
         moe = MoEConfig(
             num_experts=keys.size("num_experts"),

@@ -7,6 +7,7 @@ what the model computes. Any other is an error: an ignored option could give ano
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,8 @@ INERT = frozenset(
 # What transformers writes into every mapping of a file that is a config of its own, whatever the mapping is about.
 GENERIC = INERT | {"tie_word_embeddings", "tie_encoder_decoder", "top_k"}
 ONLY_DECODER = ("is_encoder_decoder", "add_cross_attention")
+MOST = 2**31 - 1  # of what an integer counts, in any model
+MOST_OF = dict.fromkeys(("num_hidden_layers", "n_layers", "index_n_heads"), 10_000)  # which are listed one by one
 
 
 class Keys:
@@ -77,32 +80,33 @@ class Keys:
         return self._values.get(key) == value
 
     def size(self, key: str) -> int:
-        """Read an integer of at least 1."""
-        return self._take(key, "an integer of at least 1", _is_size)
+        """Read an integer of at least 1, up to :data:`MOST_OF` the key."""
+        most = MOST_OF.get(key, MOST)
+        return self._take(key, _integer(1, most), lambda v: _is_integer(v, 1, most))
 
     def size_of_each(self, key: str) -> int:
         """Read an integer of at least 1, or a list that has it for each block."""
         value: Any = self._take(
             key,
             "an integer of at least 1, the same in each block",
-            lambda v: _is_size(v[0]) and v == v[:1] * len(v) if isinstance(v, list) and v else _is_size(v),
+            lambda v: _is_integer(v[0]) and v == v[:1] * len(v) if isinstance(v, list) and v else _is_integer(v),
         )
         return int(value[0]) if isinstance(value, list) else int(value)
 
     def count(self, key: str) -> int:
         """Read an integer of at least 0."""
-        return self._take(key, "an integer of at least 0", lambda v: type(v) is int and v >= 0)
+        return self._take(key, _integer(0), lambda v: _is_integer(v, 0))
 
     def number(self, key: str) -> float:
         """Read a number of at least 0."""
-        return float(self._take(key, "a number of at least 0", lambda v: type(v) in (int, float) and v >= 0))
+        return float(self._take(key, "a number of at least 0", _is_number))
 
     def numbers(self, key: str) -> list[float]:
         """Read a list of numbers above 0."""
         value = self._take(
             key,
             "a list of numbers above 0",
-            lambda v: isinstance(v, list) and all(type(x) in (int, float) and x > 0 for x in v),
+            lambda v: isinstance(v, list) and all(_is_number(x) and x > 0 for x in v),
         )
         return [float(x) for x in value] if isinstance(value, list) else []
 
@@ -116,13 +120,15 @@ class Keys:
         return value if isinstance(value, str) else None
 
     def indices(self, key: str) -> list[int]:
-        """Read a list of integers."""
-        value = self._take(key, "a list of integers", lambda v: isinstance(v, list) and all(type(i) is int for i in v))
+        """Read a list of indices, from 0."""
+        allowed = "a list of integers of at least 0"
+        value = self._take(key, allowed, lambda v: isinstance(v, list) and all(_is_integer(i, 0) for i in v))
         return value if isinstance(value, list) else []
 
     def texts(self, key: str, *allowed: str) -> list[str]:
         """Read a list of these strings."""
-        value = self._take(key, f"a list of {', '.join(allowed)}", lambda v: isinstance(v, list) and {*v} <= {*allowed})
+        text = f"a list of {', '.join(allowed)}"
+        value = self._take(key, text, lambda v: isinstance(v, list) and all(each in allowed for each in v))
         return value if isinstance(value, list) else []
 
     def nested(self, key: str, defaults: Mapping[str, Any], inert: frozenset[str] = INERT) -> Keys:
@@ -193,8 +199,17 @@ class Keys:
         return self._values[key]
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and value >= 1
+def _is_integer(value: object, least: int = 1, most: int = MOST) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _integer(least: int, most: int = MOST) -> str:
+    return f"an integer of at least {least}" if most == MOST else f"an integer from {least} to {most}"
+
+
+def _is_number(value: object) -> bool:
+    """Tell if a value is a number of at least 0 that a float holds: neither NaN nor infinite."""
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # type: ignore[operator]
 
 
 def _text(value: object) -> str:

@@ -55,7 +55,7 @@ class Llama(Family):
             attention=self._read_attention(keys),
         )
         keys.only("hidden_act", "silu")
-        keys.only("attention_dropout", 0.0)
+        self._read_dropout(keys)
         return self._read_ffn(keys, self._read_layer_types(keys, cfg))
 
     def _write(self, cfg: ModelConfig) -> dict[str, Any]:
@@ -70,6 +70,10 @@ class Llama(Family):
             **self._write_attention(cfg),
             **self._write_ffn(cfg),
         }
+
+    def _read_dropout(self, keys: Keys) -> None:
+        """Read the dropout, of which there is none here."""
+        keys.only("attention_dropout", 0.0)
 
     def _read_layer_types(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         """Read the kinds of the blocks' attention; here the same again, in files of later versions."""

@@ -16,7 +16,7 @@ from moefoundry.config import (
     QkNorm,
     RouterConfig,
 )
-from moefoundry.conversion.families.family import Piece
+from moefoundry.conversion.families.family import Piece, loss_weight
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, experts
 
@@ -34,7 +34,7 @@ class LlamaMoe(Llama):
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Convert a mean over layers and a sum over choices."""
-        weight = hf.get("router_aux_loss_coef", 0.001) * cfg.moe.top_k / cfg.n_layers
+        weight = loss_weight(hf, "router_aux_loss_coef", 0.001) * cfg.moe.top_k / cfg.n_layers
         return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.0)
 
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
@@ -106,7 +106,7 @@ class Olmoe(LlamaMoe):
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Convert means over layers; the z-loss, of which the config says nothing, has the paper's weight."""
-        weight = hf.get("router_aux_loss_coef", 0.01) / cfg.n_layers
+        weight = loss_weight(hf, "router_aux_loss_coef", 0.01) / cfg.n_layers
         return BalanceConfig(weight, AuxLossScope.micro_batch, z_loss_weight=0.001 / cfg.n_layers / cfg.moe.top_k)
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:

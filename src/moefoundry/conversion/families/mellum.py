@@ -39,6 +39,7 @@ class Mellum(LlamaMoe):
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         keys.assume(NEW, {kind: {"rope_theta": theta} for kind, theta in THETAS.items()})
+        keys.skip("use_sliding_window", "max_window_layers")  # layer_types says it
         of_all, of_windows = read_ropes(keys)
         attention = replace(self._read_gqa(keys, of_all), qk_norm=QkNorm.head)
         return read_windows(keys, attention, of_windows, every=None)

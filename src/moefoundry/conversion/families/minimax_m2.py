@@ -50,7 +50,9 @@ class MinimaxM2(LlamaMoe):
         keys.only("qk_norm_type", "per_layer")
         keys.only("attn_type_list", [1] * keys.size("num_hidden_layers"))
         keys.only("sliding_window", None)
-        return replace(self._read_gqa(keys), qk_norm=QkNorm.full)
+        attention = self._read_gqa(keys)
+        keys.only("rotary_dim", attention.rotary_dim(keys.size("hidden_size")))
+        return replace(attention, qk_norm=QkNorm.full)
 
     def _write_attention(self, cfg: ModelConfig) -> dict[str, Any]:
         assert isinstance(cfg.attention, GqaConfig)

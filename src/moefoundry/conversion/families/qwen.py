@@ -15,7 +15,7 @@ from moefoundry.config import (
     ModelConfig,
     QkNorm,
 )
-from moefoundry.conversion.families.family import dense_layers, ffn_width, with_dense_layers
+from moefoundry.conversion.families.family import dense_layers, ffn_width, loss_weight, with_dense_layers
 from moefoundry.conversion.families.keys import Keys
 from moefoundry.conversion.families.llama import Llama, layer_types, windowed_blocks
 from moefoundry.conversion.families.llama_moe import LlamaMoe
@@ -37,6 +37,7 @@ class Qwen2(Llama):
     qk_norm: ClassVar[QkNorm] = QkNorm.none
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
+        keys.only("use_mrope", False)
         window, layers = self._read_window(keys)
         attention = replace(
             self._read_gqa(keys), qk_norm=self.qk_norm, sliding_window=window, sliding_window_layers=layers
@@ -89,7 +90,9 @@ class Qwen3Moe(Qwen3, LlamaMoe):
 
     def balance(self, cfg: ModelConfig, hf: Mapping[str, Any]) -> BalanceConfig:
         """Balance over the global batch (arXiv 2501.11873)."""
-        return BalanceConfig(hf.get("router_aux_loss_coef", 0.001), AuxLossScope.global_batch, z_loss_weight=0.0)
+        return BalanceConfig(
+            loss_weight(hf, "router_aux_loss_coef", 0.001), AuxLossScope.global_batch, z_loss_weight=0.0
+        )
 
     def _read_attention(self, keys: Keys) -> AttentionConfig:
         if keys.has("rope_parameters") and keys.flag("use_sliding_window"):

@@ -44,7 +44,7 @@ class Qwen2Moe(Qwen3Moe):
     def _read_ffn(self, keys: Keys, cfg: ModelConfig) -> ModelConfig:
         cfg = super()._read_ffn(keys, cfg)
         count, rest = divmod(keys.count(WIDTH), cfg.moe.expert_hidden_size)
-        if rest:
+        if rest and keys.has(WIDTH):
             keys.refuse(WIDTH, f"a multiple of {cfg.moe.expert_hidden_size}, the width of a routed expert")
         return replace(cfg, moe=replace(cfg.moe, num_shared_experts=count, shared_expert_gate=count > 0))
 
