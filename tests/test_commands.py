@@ -45,6 +45,7 @@ ELSEWHERE = (
     ("fp8.md", "python -m benchmarks.fp8_study", "30 runs of two minutes"),
     ("megablocks.md", "moefoundry train", "needs a GPU; tests/moe/test_megablocks_backend.py has the CPU's share"),
     ("megablocks.md", "TORCH_CUDA_ARCH_LIST=9.0", "needs a network"),
+    ("performance.md", "MOEFOUNDRY_QUACK", "needs the package; tests/ops/quack_experts says what it does"),
     ("", "pip install", "needs a network"),
     ("evaluation.md", "moefoundry eval runs/mine --harness", "tests/evaluation/test_harness.py, without downloads"),
     ("generation.md", "moefoundry generate runs/mine --prefix", "tests/cli/test_generate.py, with special tokens"),

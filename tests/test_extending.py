@@ -345,7 +345,7 @@ def test_moments_of_another_optimizer_are_not_promised(site: Path) -> None:
 def test_kinds_of_attention_and_backends_of_others_are_as_strict(site: Path) -> None:
     install(site, "others", OTHERS_POINTS, {"others.py": OTHERS})
     assert problems("model.moe.backend=each_slt") == [
-        "model.moe.backend: got 'each_slt'; allowed: auto, triton, grouped_mm, loop, megablocks, each_slot; "
+        "model.moe.backend: got 'each_slt'; allowed: auto, triton, grouped_mm, loop, megablocks, quack, each_slot; "
         "did you mean 'each_slot'?"
     ]
     assert problems("model.attention={kind: running_mean, gain: 0, n_heads: 2}") == [

@@ -239,7 +239,7 @@ def test_noise_that_is_no_number_is_refused(whole: Path, tmp_path: Path, capsys:
     dense = write_hf(tmp_path / "dense", "llama", VARIANTS["llama"]["plain"])
     options = ["--num-experts=4", "--top-k=2", "--noise=nan"]
     assert main(["convert", "upcycle", str(dense), "-o", str(tmp_path / "out"), *options]) == 2
-    assert "--noise nan is no standard deviation" in capsys.readouterr().err
+    assert "--noise: 'nan' is not a finite number" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------- adapters

@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs/hardware").glob("*.yaml"))
 UNFIT = {
     "flexolmo-7x7b",  # its 7 experts cannot be divided among 8 ranks, so ranks hold whole ones
-    "glm-5-744b",  # not searched for yet: `python docs/hardware.py --search glm-5-744b`
 }
 NAME = re.compile(r"(.+)-(\d+)xh100-(bf16|fp8)")
 

@@ -191,7 +191,7 @@ def test_biases_and_a_clamped_activation_are_near_fp32() -> None:
     pairs = zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad), strict=True)
     for got, exact in [(out.detach(), expected.detach()), *pairs]:
         assert got.shape == exact.shape
-        assert sqnr(got, exact) >= TWO_PRODUCTS - 5  # a gate that rounds across the limit loses its whole gradient
+        assert sqnr(got, exact) >= TWO_PRODUCTS - 7  # a gate that rounds across the limit loses its whole gradient
 
 
 def test_feed_forward_without_groups_is_that_of_one_group() -> None:
