@@ -28,12 +28,12 @@ pytestmark = pytest.mark.skipif(
     not (PLACE / "vllm").is_dir(), reason="MOEFOUNDRY_SERVING names no directory with vLLM in it"
 )
 
-BY_TRANSFORMERS = ("olmo2", "dots1", "solar_open", "flex_olmo", "hunyuan_v1_moe")
+BY_TRANSFORMERS = ("olmo2", "olmo3", "phimoe", "mellum", "dots1", "solar_open", "flex_olmo", "hunyuan_v1_moe")
 """Families of which vLLM has no model of its own, and takes that of transformers."""
 LISTED, WINDOWED = "down_proj.weight", "Sliding window for some but all layers is not supported"
 REFUSED = {
     **dict.fromkeys(("dbrx-plain", "dbrx-clipped", "dbrx-not_normalized"), "experts.w13_weight"),
-    **dict.fromkeys(("glm4_moe_lite-dense_between", "hy_v3-between"), LISTED),
+    **dict.fromkeys(("glm4_moe_lite-dense_between", "hy_v3-between", "glm_moe_dsa-yarn"), LISTED),
     **dict.fromkeys(("qwen2-windows", "qwen3-windows"), WINDOWED),
     "gpt_oss-unscaled": "factor",
 }
@@ -41,7 +41,7 @@ REFUSED = {
 after the first ones, windows in some blocks, and a gpt-oss without YaRN."""
 TIED = (
     *("olmoe-normalized", "deepseek_v3-no_shared", "deepseek_v32-dense", "glm4_moe-whole", "minimax_m2-whole"),
-    *("qwen3_next-all_full", "gpt_oss-windows"),
+    *("qwen3_next-all_full", "gpt_oss-windows", "afmoe-scaled"),
 )
 """Models that it does not tie: it wants a head of their own."""
 BIASED = (

@@ -33,6 +33,9 @@ NORMS = {
     "ffn_post_norm": "post_mlp_layernorm",
 }
 
+SERVED = {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1}
+"""Keys that transformers passes over, and vLLM asks for."""
+
 
 class Afmoe(Llama):
     """AFMoE."""
@@ -101,6 +104,7 @@ class Afmoe(Llama):
             "num_experts_per_tok": cfg.moe.top_k,
             "num_shared_experts": cfg.moe.num_shared_experts,
             "route_scale": cfg.moe.router.scale,
+            **SERVED,
         }
 
     def _layer(self, cfg: ModelConfig, ours: str, theirs: str, dense: bool) -> Iterator[Piece]:
