@@ -27,8 +27,11 @@ def sleep_in_the_third_batch(seconds: float) -> None:
     from tests.train.test_health import add_callback, in_the_third_batch_of_the_last_rank
 
     class Sleep(Callback):
+        slept = False
+
         def after_forward(self, state: Any, logger: Any) -> None:
-            if in_the_third_batch_of_the_last_rank(state):
+            if in_the_third_batch_of_the_last_rank(state) and not self.slept:  # of its first micro-batch
+                self.slept = True
                 time.sleep(seconds)
 
     add_callback(Sleep())
