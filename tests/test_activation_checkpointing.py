@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moefoundry.config import Compute, LossConfig, LossesConfig, PrecisionConfig
+from moefoundry.config import Compute, LossConfig, LossesConfig, NormPosition, PrecisionConfig
 from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from tests.model.tiny import batch, gradients, meta_model, tiny_config, tiny_model
@@ -99,6 +99,45 @@ def test_losses_and_gradients_have_the_same_bits(mode: str, backend: str, dtype:
         assert torch.equal(grad, other_grads[name]), name
 
 
+FOLLOWED = [NormPosition.after, NormPosition.both, "padding"]
+"""What keeps the experts' output for the backward pass, which so has to be there again."""
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("by", FOLLOWED)
+def test_what_follows_the_experts_is_read_again(by: NormPosition | str, mode: str) -> None:
+    cfg, ids = tiny_config(), batch(2, 12)
+    if isinstance(by, NormPosition):
+        cfg.norm.position = by
+    documents = torch.where(torch.arange(12) < 9, 0, -1).expand(2, 12) if by == "padding" else None
+    found = []
+    for each in ("none", mode):
+        module = tiny_model(cfg, activation_checkpointing=each)
+        with Operations() as forward:
+            losses = module(ids, ids, sequence_id=documents)
+        with Operations() as backward:
+            losses.total.backward()
+        found.append((losses.total.detach(), gradients(module), products(forward.counts), products(backward.counts)))
+    (loss, grads, *counts), (other_loss, other_grads, *other_counts) = found
+    assert torch.equal(loss, other_loss)
+    assert all(torch.equal(grad, other_grads[name]) for name, grad in grads.items())
+    assert mode == "full" or counts == other_counts
+
+
+def test_selective_keeps_no_output_of_experts_that_nothing_reads() -> None:
+    kept = {}
+    for position in (NormPosition.before, NormPosition.both):
+        cfg = tiny_config(n_dense_layers=0)
+        cfg.norm.position = position
+        module = tiny_model(cfg, activation_checkpointing="selective")
+        with LiveMemory() as memory:
+            losses = module(batch(4, 64), batch(4, 64))
+        kept[position] = memory.bytes_alive()
+        del losses
+    rows = cfg.n_layers * 4 * 64 * cfg.moe.top_k * cfg.d_model * 4
+    assert kept[NormPosition.both] - kept[NormPosition.before] >= 0.99 * rows
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_emulated_bf16_has_the_same_bits_too(mode: str) -> None:
     precision = PrecisionConfig(compute=Compute.bf16_emulated)
@@ -154,12 +193,13 @@ def test_selective_recomputes_what_is_cheap() -> None:
     assert {"silu", "topk", "index_select"} <= recomputed.keys()
 
 
-def test_full_recomputes_every_product_of_every_block_once() -> None:
+def test_full_recomputes_every_product_that_is_read_again_once() -> None:
     forward, backward = backward_operations("none")
     _, full = backward_operations("full")
     recomputed = full - backward
-    for name in ("_grouped_mm", "_scaled_dot_product_flash_attention_for_cpu"):
-        assert recomputed[name] == forward[name] > 0
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert recomputed[attention] == forward[attention] > 0
+    assert recomputed["_grouped_mm"] == forward["_grouped_mm"] * 2 / 3 > 0  # gate and up, not down
     # Two are the loss's, outside of the blocks; the dense block's last product is needed by no gradient.
     assert recomputed["mm"] == forward["mm"] - 2 - 1
 

@@ -80,6 +80,7 @@ FEW_MODES = [
     Mode(ActivationCheckpointing.full, 1, chunks=3),
     FLOAT64._replace(chunks=2),
     LINEAR,
+    LINEAR._replace(activation_checkpointing=ActivationCheckpointing.full),
 ]
 FOUR_RANKS_MODES = [
     mode._replace(micro_batches=2) for mode in (Mode(ActivationCheckpointing.selective, chunks=2), FLOAT64, LINEAR)

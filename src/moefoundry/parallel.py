@@ -34,7 +34,7 @@ from moefoundry.moe.two_hop import TwoHopDispatcher
 from moefoundry.narrow_copies import NarrowCopies
 from moefoundry.ops.all_to_all import EXCHANGE_OPS
 from moefoundry.ops.fp8.gemm import MULTIPLY_OP
-from moefoundry.ops.recompute import ATTENTION_OPS, keeping
+from moefoundry.ops.recompute import ATTENTION_OPS, keeping, keeping_nothing
 from moefoundry.precision import apply_precision, codec_of_rows, full_precision_modules, mixed_precision
 
 _aten = torch.ops.aten
@@ -125,9 +125,8 @@ def _checkpoint_activations(model: MoETransformer, mode: ActivationCheckpointing
     draws = model.cfg.moe.router.draws or any(
         isinstance(module, Adapter) and module.dropout.p > 0 for module in model.modules()
     )
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
-    if mode == ActivationCheckpointing.selective:
-        options["context_fn"] = keeping(KEPT_OPS)
+    contexts = keeping(KEPT_OPS) if mode == ActivationCheckpointing.selective else keeping_nothing
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws, "context_fn": contexts}
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, **options)  # type: ignore[method-assign]
 

@@ -79,7 +79,10 @@ def test_hopeless_trials_are_pruned(
 
     def slow(trial: Trial) -> list[str]:
         later = len(list(sweep.directory.rglob("trial.json"))) >= 6
-        return [*trainer(trial), f"seed={1000 if later else 200}"]  # milliseconds of a batch, each of which is asked about
+        return [
+            *trainer(trial),
+            f"seed={1000 if later else 200}",
+        ]  # milliseconds of a batch; each is asked about
 
     trials, failed = search(sweep, axes, 14, ("random", "median", 3), slow, 2, silent)
     assert not failed

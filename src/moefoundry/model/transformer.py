@@ -33,6 +33,7 @@ from moefoundry.model.targets import count_targets, shifted_targets
 from moefoundry.moe.balance import StepCounts, balance_loss_of_means, mean_over_tokens
 from moefoundry.moe.experts import FeedForward
 from moefoundry.moe.layer import MoELayer, RoutingStats
+from moefoundry.ops.recompute import ending_the_block
 from moefoundry.ops.swiglu import Activation
 
 
@@ -124,7 +125,9 @@ class Block(nn.Module):
         x_BSD = x_BSD + self._output(self.attention_norm, self.attention_post_norm, attended)
         ffn, routing = self.ffn, None
         if isinstance(ffn, MoELayer):
-            out_BSD, routing = ffn(self._input(self.ffn_norm, x_BSD), real_T)
+            plain = not self.norm_after and self.ffn_post_norm is None and real_T is None
+            with ending_the_block(plain and ffn.dispatch_chunks == 1):
+                out_BSD, routing = ffn(self._input(self.ffn_norm, x_BSD), real_T)
         else:
             out_BSD = ffn(self._input(self.ffn_norm, x_BSD))
         return x_BSD + self._output(self.ffn_norm, self.ffn_post_norm, out_BSD), BlockStats(routing, kl)

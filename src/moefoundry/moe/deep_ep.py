@@ -246,7 +246,8 @@ class _SendBack(Function):
 class _Collect(Function):
     @staticmethod
     def forward(ctx: Any, trips: Sequence[_Trip], *links: Tensor) -> Tensor:
-        ctx.save_for_backward(links[0])  # see moe/hops.py
+        if len(trips) > 1:
+            ctx.save_for_backward(links[0])  # see moe/hops.py
         sums = [trip.land()[0] for trip in trips]
         ctx.trips, ctx.sizes = trips, [len(each) for each in sums]
         return sums[0] if len(sums) == 1 else torch.cat(sums)

@@ -31,6 +31,7 @@ from torch import Tensor
 from moefoundry.moe.hops import Flight, Hop, RowCodec, arrive, collect, depart, pass_back, pass_on, send_back
 from moefoundry.ops.all_to_all import Splits, all_to_all_rows
 from moefoundry.ops.permute import RowOrder, count_by_expert, order_by_expert
+from moefoundry.ops.recompute import last_operand_is_there
 
 Mix = Callable[[Tensor, Tensor, RowOrder], Tensor]
 """``(tokens_PD, weights_PK, order) -> mixed_PD``: the weighted sum of each token's experts on this rank."""
@@ -153,7 +154,9 @@ class ChunkedExchange:
         if len(self.chunks) == 1:
             (chunk,) = self.chunks
             chunk.pass_on()
-            chunk.send_back(experts(*chunk.arrive()))
+            mixed_PD = experts(*chunk.arrive())
+            last_operand_is_there()
+            chunk.send_back(mixed_PD)
             chunk.pass_back()
         else:
             links = experts.in_chunks([chunk.links for chunk in self.chunks], self._schedule)

@@ -75,10 +75,10 @@ class GroupedExperts(nn.Module):
 
     def forward(self, tokens_PD: Tensor, weights_PK: Tensor, order: RowOrder) -> Tensor:
         """Mix each token's experts on this rank, [P, D] -> [P, D]; arguments as in :class:`Mixture`."""
-        mixed_PD = self.mix(tokens_PD, weights_PK, order)
         if self.down_proj_bias is None:
-            return mixed_PD
-        return mixed_PD + weighted_biases(weights_PK, local_experts(self.down_proj_bias), order)
+            return self.mix(tokens_PD, weights_PK, order)
+        biases_PD = weighted_biases(weights_PK, local_experts(self.down_proj_bias), order)
+        return self.mix(tokens_PD, weights_PK, order) + biases_PD
 
     def in_chunks(self, links: Any, schedule: Callable[[Any, Mix], Any]) -> Any:
         """Mix chunks of tokens one after the other, in one pass through this module for FSDP.

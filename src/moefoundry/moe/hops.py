@@ -222,8 +222,10 @@ class _Collect(Function):
         ctx: Any, hops: tuple[Hop, ...], flights: tuple[Flight, ...], codec: RowCodec | None, *links: Tensor
     ) -> Tensor:
         ctx.hops, ctx.flights, ctx.codec = hops, flights, codec
-        # Checkpointing ends a recomputation at the last tensor that is saved: with this one, after the last wait.
-        ctx.save_for_backward(links[0])
+        if len(hops) > 1:
+            # Checkpointing ends a recomputation at the last tensor that is saved: with this one, after the last wait.
+            # The last tensor of a single chunk is saved before its results are sent, when nothing is under way.
+            ctx.save_for_backward(links[0])
         return _sum_all(hops, flights)
 
     @staticmethod

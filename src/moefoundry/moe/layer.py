@@ -95,13 +95,14 @@ class MoELayer(nn.Module):
         routed = routing.topk_expert_ids, routing.topk_weights, kept_TK
         exchange = self.dispatcher.dispatch(tokens_TD, *routed, self.dispatch_chunks if self.training else 1)
         shared_TD = self._shared(tokens_TD)  # while tokens are exchanged
+        sequence_T = None if real_T is None else real_T // x_BSD.shape[1]
+        stats = self._stats(routing, kept_TK, x_BSD.shape[0], sequence_T)
         out_TD = exchange.mix(self.experts)
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
         if real_T is not None:
             out_TD = out_TD.new_zeros(x_BSD.shape[:2].numel(), x_BSD.shape[2]).index_copy(0, real_T, out_TD)
-        sequence_T = None if real_T is None else real_T // x_BSD.shape[1]
-        return out_TD.view_as(x_BSD), self._stats(routing, kept_TK, x_BSD.shape[0], sequence_T)
+        return out_TD.view_as(x_BSD), stats
 
     def _shared(self, tokens_TD: Tensor) -> Tensor | None:
         if self.shared_experts is None:

@@ -19,6 +19,7 @@ from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer, add_bias
 from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop
 from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
+from moefoundry.ops.recompute import last_operand_is_there
 from moefoundry.ops.swiglu import PLAIN, Activation, swiglu
 from moefoundry.registry import load
 
@@ -115,6 +116,7 @@ class RowMixture:
         gate_NF = add_bias(self.product(rows_ND, gate_EFD, counts_E), hidden.gate_bias_EF, counts_E)
         up_NF = add_bias(self.product(rows_ND, up_EFD, counts_E), hidden.up_bias_EF, counts_E)
         hidden_NF = swiglu(gate_NF, up_NF, permute_slots(weights_PK, order), hidden.activation)
+        last_operand_is_there()
         return sum_rows(self.product(hidden_NF, down_EDF, counts_E), order)
 
 

@@ -148,6 +148,7 @@ def _of_logits(
         losses_N = kernels.cross_entropy_(logits_NV, labels_N, with_gradient)
         return losses_N, logits_NV if with_gradient else None
     logits = logits_NV.to(softmax_dtype(logits_NV.dtype))
+    del logits_NV  # its memory is free, as the caller has no name for it
     if bias_V is not None:
         logits += bias_V.to(logits.dtype)
     kept_N = labels_N != IGNORE_INDEX

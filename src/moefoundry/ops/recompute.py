@@ -1,8 +1,10 @@
-"""Selective activation checkpointing: keep the results of some operators, and recompute everything else."""
+"""Activation checkpointing: keep the results of some operators, and recompute of the others what is read again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,14 +23,86 @@ ATTENTION_OPS = frozenset(
 """Operators that ``scaled_dot_product_attention`` calls, and that of attention in segments."""
 
 
-def keeping(ops: frozenset[Any]) -> Callable[[], tuple[TorchDispatchMode, TorchDispatchMode]]:
+_aten = torch.ops.aten
+_PRODUCTS = frozenset({_aten.mm.default, _aten._grouped_mm.default})
+
+
+class _Place(threading.local):
+    """Place of this thread in a checkpointed block.
+
+    Attributes:
+        again: It recomputes the block.
+        ends_block: It is in the block's last part, and what follows that saves no tensor for the backward pass.
+        past_last_operand: It has all operands that the block saves.
+        open: Closed at the end of the last part.
+    """
+
+    again = ends_block = past_last_operand = False
+
+    def __init__(self) -> None:
+        self.open = ExitStack()
+
+
+_place = _Place()
+
+
+@contextmanager
+def ending_the_block(ends: bool) -> Iterator[None]:
+    """Run the last part of a block in here; if ``ends``, what follows it saves no tensor for the backward pass."""
+    with _place.open:
+        _place.ends_block = ends
+        try:
+            yield
+        finally:
+            _place.ends_block = _place.past_last_operand = False
+
+
+def last_operand_is_there() -> None:
+    """Tell that the part computes its last product next; its operands are the last tensors that the block saves.
+
+    The recomputation of a block ends when it has saved them. So results from here on are not kept, and the product is
+    not computed again: in its place are NaNs, which nothing reads.
+    """
+    if not _place.ends_block:
+        return
+    if _place.again and not _place.past_last_operand:
+        _place.open.enter_context(_Unread())
+    _place.past_last_operand = True
+
+
+class _Unread(TorchDispatchMode):
+    """Has NaNs, in the memory of one element, in place of products."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func not in _PRODUCTS:
+            return func(*args, **(kwargs or {}))
+        left, right = args[:2]
+        return left.new_full((1,), torch.nan).expand(len(left), right.shape[-1])
+
+
+def keeping(ops: frozenset[Any]) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:
     """Make a ``context_fn`` for ``torch.utils.checkpoint.checkpoint`` that keeps the results of ``ops``."""
 
-    def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         save, reuse = create_selective_checkpoint_contexts(list(ops))
-        return _KeptOpsOnly(save, ops), _KeptOpsOnly(reuse, ops)
+        return _KeptOpsOnly(save, ops), _recomputing(_KeptOpsOnly(reuse, ops))
 
     return contexts
+
+
+def keeping_nothing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Serve as a ``context_fn`` that recomputes all that the backward pass reads."""
+    return nullcontext(), _recomputing(nullcontext())
+
+
+@contextmanager
+def _recomputing(context: AbstractContextManager[Any]) -> Iterator[None]:
+    before, _place.again = _place.again, True
+    try:
+        with context:
+            yield
+    finally:
+        _place.again = before
 
 
 class _KeptOpsOnly(TorchDispatchMode):
@@ -47,6 +121,6 @@ class _KeptOpsOnly(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func in self.ops:
+        if func in self.ops and not _place.past_last_operand:
             return self.mode.__torch_dispatch__(func, types, args, kwargs or {})
         return func(*args, **(kwargs or {}))

@@ -67,8 +67,9 @@ class _SwiGLU(Function):
         if activation == PLAIN:
             out = F.silu(gate).mul_(up)
         else:
-            gated, _, lifted = _parts(gate, up, activation)
-            out = gated.mul_(lifted).to(gate.dtype)
+            clamped_gate, clamped_up = _clamped(gate, up, activation)
+            gated = (activation.alpha * clamped_gate).sigmoid_().mul_(clamped_gate)
+            out = gated.mul_(clamped_up + activation.offset).to(gate.dtype)
         return out if row_weights is None else out.mul_(row_weights.unsqueeze(-1))
 
     @staticmethod
@@ -91,12 +92,15 @@ def swiglu_backward(
     return torch.ops.aten.silu_backward(grad * up, gate), silu.mul_(grad), grad_row_weights
 
 
+def _clamped(gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Clamp in fp32 or wider, if there is a limit."""
+    gate, up, limit = widened(gate), widened(up), activation.limit
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
+
+
 def _parts(gate: Tensor, up: Tensor, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gated value, its derivative by the gate, and the factor beside it, new tensors in fp32 or wider."""
-    limit = activation.limit
-    gate, up = widened(gate), widened(up)
-    if limit is not None:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    gate, up = _clamped(gate, up, activation)
     sigmoid = torch.sigmoid(activation.alpha * gate)
     gated = gate * sigmoid
     return gated, sigmoid + activation.alpha * gated * (1 - sigmoid), up + activation.offset

@@ -10,7 +10,7 @@ With ``fp8.recipe: deepseek_v3`` an FFN is one operation, which keeps its input 
 
 from __future__ import annotations
 
-from moefoundry.config import ModelConfig, SwigluConfig
+from moefoundry.config import ModelConfig, NormPosition, SwigluConfig
 from moefoundry.moe.dealing import dealt_once
 from moefoundry.ops.sizes import TILE
 from moefoundry.planning.stages import EXPERTS, FFN, Stage, beside, swiglu
@@ -48,12 +48,16 @@ def dense_stages(cfg: ModelConfig, hidden: int, c: int, fp8: bool, owns_input: b
 def moe_stages(cfg: ModelConfig, c: int, exchanged: int, fp8: bool, rows: float) -> list[Stage]:
     """List the stages of an MoE layer whose experts are on ``exchanged`` ranks, and have ``rows`` rows each."""
     moe, width = cfg.moe, cfg.d_model
-    stages = _rows(cfg, c, fp8, rows)
+    stages, places = _rows(cfg, c, fp8, rows), ranks_of_a_token(cfg, exchanged)
+    if moe.projection_bias:  # weights of slots by expert, of those on a rank
+        weights = places * moe.num_experts / exchanged
+        stages.append(Stage(c * weights, (c + FP32) * weights, c * places * width))
     if exchanged > 1:
-        places = ranks_of_a_token(cfg, exchanged)
         stages = beside(stages, (c + (E4M3_ROW if fp8 else 0)) * places * width)  # a token's gradient at its ranks
         arrived = c * places * width if moe.backend in GATHERING and not fp8 else 0  # without copies, they are kept
-        stages.append(Stage(arrived, held=2 * c * places * width, kept=2 * c * places * width))
+        received = (E4M3_ROW if fp8 else c) * places * width + 2 * FP32 * moe.top_k * places  # with experts and weights
+        back = 0 if block_ends_with_experts(cfg) else c * places * width
+        stages.append(Stage(arrived, held=2 * c * places * width, kept=received + back))
     if moe.num_shared_experts:
         shared = dense_stages(cfg, moe.num_shared_experts * moe.expert_hidden_size, c, fp8, owns_input=False)
         gate = [Stage(c * (width + 2), c * width)] if moe.shared_expert_gate else []
@@ -66,6 +70,11 @@ def moe_stages(cfg: ModelConfig, c: int, exchanged: int, fp8: bool, rows: float)
         kept=FP32 * experts,
     )
     return [*stages, router]
+
+
+def block_ends_with_experts(cfg: ModelConfig) -> bool:
+    """Tell if nothing after the experts' last product is kept: then it is not computed again, nor sent back again."""
+    return cfg.norm.position == NormPosition.before and cfg.moe.dispatch_chunks == 1
 
 
 def order_bytes(cfg: ModelConfig, exchanged: int) -> float:
@@ -84,7 +93,7 @@ def ranks_of_a_token(cfg: ModelConfig, ranks: int) -> float:
 def _rows(cfg: ModelConfig, c: int, fp8: bool, rows: float) -> list[Stage]:
     """List the stages of a token's rows, from their sum to the copies of the token."""
     moe, width, hidden, slots = cfg.moe, cfg.d_model, cfg.moe.expert_hidden_size, cfg.moe.top_k
-    plain = cfg.swiglu == SwigluConfig()
+    plain, out = cfg.swiglu == SwigluConfig(), 0 if block_ends_with_experts(cfg) else c * width
     if fp8:
         stages = [_times(_fp8_feed_forward(width, hidden, c, plain, rows=rows), slots)]
     elif moe.backend in GATHERING:
@@ -96,15 +105,13 @@ def _rows(cfg: ModelConfig, c: int, fp8: bool, rows: float) -> list[Stage]:
         stages = [_times(stage, slots) for stage in stages]
     else:
         stages = [
-            Stage(c * hidden, c * (width + hidden), weights=EXPERTS, share=1 / 3),
+            Stage(c * hidden, c * (width + hidden), out, EXPERTS, 1 / 3),
             swiglu(hidden, c, weighted=True, plain=plain),
             Stage(0, c * (2 * hidden + width), c * hidden, EXPERTS, 1 / 3),
             Stage(c * width, c * (hidden + 2 * width), c * hidden, EXPERTS, 1 / 3),
-            Stage(0, c * width, c * width),
+            Stage(0, c * width),
         ]
         stages = [_times(stage, slots) for stage in stages]
-    if moe.projection_bias:  # weights of slots by expert
-        stages[0:0] = [Stage(c * moe.num_experts, (c + FP32) * moe.num_experts, c * width)]
     return stages
 
 

@@ -18,7 +18,7 @@ The moving average of the parameters is in the memory of the host, and counted s
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moefoundry.config import Fp8Recipe, IndexerStage, Moments, Recipe
 from moefoundry.ops.sizes import CHUNK_TOKENS
@@ -116,6 +116,7 @@ def transients(
 ) -> list[Transient]:
     """List every moment that may be the largest, in order of time."""
     cfg, c = recipe.model, compute_bytes(recipe.precision)
+    masks = _masks(recipe, blocks, sequences)
     root, units_of = _by_block(blocks, units)
     mode, fp8 = recipe.activation_checkpointing, recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
     kinds = {(block.sparse, block.linear, block.masked) for block in blocks}
@@ -146,12 +147,25 @@ def transients(
         )
     end = Transient("the end of the backward pass", 0, _gradients(root) + _in_reduction(root), 0)
     choices = [round(number * each.forward) for number, each in zip(tokens, activations, strict=True)]
-    return [
+    found = [
         *_forward(blocks, root, units_of, saved, choices),
         *_losses(recipe, root, units_of, sum(saved), sequences * recipe.max_seq_len, head),
         *backward,
         end,
     ]
+    return [replace(moment, activations=moment.activations + masks) for moment in found]
+
+
+def _masks(recipe: Recipe, blocks: Sequence[PlannedBlock], sequences: int) -> int:
+    """Count the bytes of attention's masks in fp32, one for each kind of block that takes one; BF16 has none."""
+    cfg, length = recipe.model, recipe.max_seq_len
+    if compute_bytes(recipe.precision) < FP32:
+        return 0
+    windows = {cfg.attention.window_of(index) for index in range(len(blocks))}
+    short = {window for window in windows if window is not None and window < length}
+    if cfg.document_masking:
+        return length**2 * sequences * (len(short) + (len(windows) > len(short)))
+    return length**2 * len(short)
 
 
 def _forward(

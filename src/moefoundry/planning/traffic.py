@@ -7,9 +7,9 @@ a rank that has several of its experts. Metrics and the gradient norm, a few kB,
 
 FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
 reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows are sent to the experts and
-back, forward and backward; if the forward pass is recomputed (``full``), once more. ``selective`` keeps received rows.
-In chunks (``model.moe.dispatch_chunks``) the same rows go in more calls, and counts are of each chunk. DeepEP is
-counted as if it were ``all_to_all``.
+back, forward and backward; if the forward pass is recomputed (``full``), to the experts once more, and back where a
+norm follows or in chunks. ``selective`` keeps received rows. In chunks (``model.moe.dispatch_chunks``) the same rows go
+in more calls, and counts are of each chunk. DeepEP is counted as if it were ``all_to_all``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from moefoundry.config import ActivationCheckpointing, AuxLossScope, Fp8Recipe, 
 from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, REPLICATE, MeshDegrees
 from moefoundry.moe.dealing import dealt_once, tokens_by_place
 from moefoundry.ops.sizes import row_bytes
+from moefoundry.planning.ffn_stages import block_ends_with_experts
 from moefoundry.planning.units import FP32, PlannedBlock, Unit, compute_bytes
 from moefoundry.planning.world import WORLD, groups_by_axis, peers_on_other_nodes
 
@@ -111,8 +112,9 @@ class Ledger:
         self.add("all_to_all", axis, go * routed.slot_bytes, layers * runs, routed.chunks)
         self.add("all_to_all", axis, back * routed.slot_bytes, layers, routed.chunks)  # gradients of the weights
         # backward, once: gradients of the results are sent to the experts, gradients of the tokens return
+        returns = runs if routed.returns_again else 1
         self.add("all_to_all", axis, go * routed.spread_bytes, layers * (runs + 1), routed.chunks)
-        self.add("all_to_all", axis, back * routed.collected_bytes, layers * (runs + 1), routed.chunks)
+        self.add("all_to_all", axis, back * routed.collected_bytes, layers * (returns + 1), routed.chunks)
 
     def entries(self, gpus_per_node: int) -> list[Traffic]:
         """List the traffic, by collective and axis."""
@@ -141,6 +143,7 @@ class Routed:
         collected_bytes: Bytes of a row back.
         slot_bytes: Bytes of the numbers and weights of a token's K experts.
         chunks: Chunks in which the tokens go.
+        returns_again: A recomputed forward pass returns the results, too.
     """
 
     pairs_by_rank: list[int]
@@ -149,6 +152,7 @@ class Routed:
     collected_bytes: int
     slot_bytes: int
     chunks: int
+    returns_again: bool
 
 
 def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
@@ -163,6 +167,7 @@ def route_in_turn(recipe: Recipe, degrees: MeshDegrees, tokens: int) -> Routed:
         collected_bytes=width * c,
         slot_bytes=2 * moe.top_k * FP32,
         chunks=moe.dispatch_chunks,
+        returns_again=not block_ends_with_experts(recipe.model),
     )
 
 
