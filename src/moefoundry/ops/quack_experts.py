@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.expert_mixture import expert_mixture_reference
 from moefoundry.ops.permute import RowOrder
+from moefoundry.ops.recompute import last_operand_is_there, unread
 
 PACKAGE, MODULE = "quack-kernels", "quack.gemm_interface"
 MAJOR = 9
@@ -116,7 +117,10 @@ class _QuackExperts(Function):
         starts_E1 = F.pad(order.tokens_per_expert_E.cumsum(0), (1, 0)).to(torch.int32)
         hidden_NF = tokens_TD.new_empty(len(row_weights_N), up_EFD.shape[1])
         gate_up_N2F = UP_SWIGLU(tokens_TD, token_of_row_N, starts_E1, gate_EFD, up_EFD, hidden_NF)
-        out_TD = DOWN_SUM(hidden_NF, row_weights_N, starts_E1, down_EDF, order.tensors, order.top_k)
+        if last_operand_is_there():
+            out_TD = unread(tokens_TD, *tokens_TD.shape)
+        else:
+            out_TD = DOWN_SUM(hidden_NF, row_weights_N, starts_E1, down_EDF, order.tensors, order.top_k)
         ctx.save_for_backward(
             tokens_TD, token_of_row_N, row_weights_N, starts_E1, gate_EFD, up_EFD, down_EDF, gate_up_N2F
         )

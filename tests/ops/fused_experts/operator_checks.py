@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from moefoundry.config import MoEConfig
+from moefoundry.config import MoEConfig, NormPosition
 from moefoundry.moe.layer import MoELayer
 from moefoundry.ops.fused_experts import kernels, launches
 from moefoundry.ops.fused_experts.operators import BACKWARD, DOWN_SUM, UP_SWIGLU
@@ -60,9 +60,10 @@ def counted() -> Iterator[Counter[str]]:
         yield counting.counts
 
 
-def step(mode: str) -> tuple[list[Counter[str]], dict[str, Tensor]]:
+def step(mode: str, position: NormPosition) -> tuple[list[Counter[str]], dict[str, Tensor]]:
     """Launches of the forward and of the backward pass; the loss and all gradients."""
     cfg = tiny_config(n_layers=2, backend="triton", aux_loss_weight=0.3, z_loss_weight=0.07)
+    cfg.norm.position = position
     model = tiny_model(cfg, activation_checkpointing=mode, dtype=HALF)
     with counted() as forward:
         loss = model(batch(), batch()).total
@@ -71,11 +72,11 @@ def step(mode: str) -> tuple[list[Counter[str]], dict[str, Tensor]]:
     return [forward, backward], {"loss": loss.detach()} | gradients(model)
 
 
-def check_activation_checkpointing() -> dict[str, list[dict[str, int]]]:
+def check_activation_checkpointing(position: NormPosition) -> dict[str, list[dict[str, int]]]:
     """The modes give the same bits; return the launches of their passes."""
     found, expected = {}, None
     for mode in ("none", "selective", "full"):
-        counts, values = step(mode)
+        counts, values = step(mode, position)
         found[mode] = [dict(each) for each in counts]
         expected = expected or values
         assert values.keys() == expected.keys()

@@ -144,7 +144,7 @@ def test_selective_checkpointing_calls_no_product_twice(monkeypatch: pytest.Monk
         found[mode] = dict(calls), {"loss": loss.detach()} | gradients(model)
     once = {"gemm_gated": 1, "gemm": 4, "gemm_dgated": 1}
     assert found["none"][0] == found["selective"][0] == once
-    assert found["full"][0] == once | {"gemm_gated": 2, "gemm": 5}
+    assert found["full"][0] == once | {"gemm_gated": 2}
     for mode in ("selective", "full"):
         for name, value in found[mode][1].items():
             assert torch.equal(value, found["none"][1][name]), f"{mode}: {name}"

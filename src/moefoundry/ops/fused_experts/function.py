@@ -6,8 +6,8 @@ one; both weight gradients with their gathers; the tokens' gradient; its sum. To
 and the routing are kept for backward, as in SonicMoE (arXiv 2512.14080), which also takes the gradient of the router's
 weights before ``down``. The host never waits. Reference: ``ops/expert_mixture.py``.
 
-Torch's compiler takes the operators as they are, and selective activation checkpointing keeps their results: the sums,
-the up-projections and the table of tiles. Then no kernel runs twice.
+Torch's compiler takes the operators as they are, and selective activation checkpointing keeps their results: the
+up-projections, the table of tiles, and the sums if they are read again. Then no kernel runs twice.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.expert_mixture import expert_mixture_reference
 from moefoundry.ops.fused_experts.operators import BACKWARD, DOWN_SUM, UP_SWIGLU
 from moefoundry.ops.permute import RowOrder
+from moefoundry.ops.recompute import last_operand_is_there, unread
 from moefoundry.ops.swiglu import Activation
 
 CAPABILITY = (9, 0)  # tensor descriptors
@@ -97,7 +98,10 @@ class _FusedExperts(Function):
         hidden_NF = tokens_TD.new_empty(len(row_weights_N), up.shape[1])
         biases = (None if bias is None else bias.contiguous() for bias in (gate_bias, up_bias))
         gate_up, *tiles = UP_SWIGLU(*gather, gate, up, *biases, hidden_NF, order.tokens_per_expert_E, *activation)
-        out_TD = DOWN_SUM(hidden_NF, down, tiles, order.tensors, order.top_k)
+        if last_operand_is_there():
+            out_TD = unread(tokens_TD, *tokens_TD.shape)
+        else:
+            out_TD = DOWN_SUM(hidden_NF, down, tiles, order.tensors, order.top_k)
         ctx.save_for_backward(*gather, gate, up, down, gate_up, *tiles)
         ctx.order, ctx.activation, ctx.slots, ctx.weights_dtype = order, activation, weights_TK.shape, weights_TK.dtype
         return out_TD
