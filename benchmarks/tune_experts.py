@@ -1,4 +1,4 @@
-"""Time every tiling of the fused experts' kernels on this GPU, to choose those in ``function.CONFIGS``.
+"""Time every tiling of the fused experts' kernels on this GPU, to choose those in ``launches.CONFIGS``.
 
     python -m benchmarks.tune_experts [--out tune.json]
 
@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moefoundry.ops.fused_experts import function
-from moefoundry.ops.fused_experts.function import Config
+from moefoundry.ops.fused_experts import launches
+from moefoundry.ops.fused_experts.launches import Config
 from moefoundry.ops.permute import order_by_expert, permute, sum_rows
 
 SHAPES = [(24576, 1536, 256, 128, 8), (32768, 4096, 512, 128, 8), (32768, 4096, 1024, 128, 8)]
@@ -107,14 +107,14 @@ class Layer:
     def calls(self, kernel: str, m: int) -> dict[str, tuple[Callable[[], Any], int]]:
         """What launches a kernel on rows tiled by ``m``, and how many times N D F multiplications and additions it
         does."""
-        tiles = function.place_tiles(self.order.tokens_per_expert_E, len(self.token_of_row_N), m)
+        tiles = launches.place_tiles(self.order.tokens_per_expert_E, len(self.token_of_row_N), m)
         gather = self.token_of_row_N, self.row_weights_N
         return {
-            "up_swiglu": {"": (lambda: function.multiply_up(self.x, *gather, self.gate, self.up, tiles), 4)},
-            "down": {"": (lambda: function.multiply_down(self.hidden, self.down, tiles), 2)},
-            "up_backward": {"": (lambda: function.multiply_up_backward(self.gate_up, self.gate, self.up, tiles), 4)},
+            "up_swiglu": {"": (lambda: launches.multiply_up(self.x, *gather, self.gate, self.up, tiles), 4)},
+            "down": {"": (lambda: launches.multiply_down(self.hidden, self.down, tiles), 2)},
+            "up_backward": {"": (lambda: launches.multiply_up_backward(self.gate_up, self.gate, self.up, tiles), 4)},
             "down_backward_swiglu": {
-                "": (lambda: function.multiply_down_backward(self.grad, *gather, self.down, self.gate_up, tiles), 2)
+                "": (lambda: launches.multiply_down_backward(self.grad, *gather, self.down, self.gate_up, tiles), 2)
             },
             "weight_gradient": {
                 " of gate and up": (lambda: self._weight_gradient(self.gate_up, self.x, 2, gather_left=False), 4),
@@ -123,7 +123,7 @@ class Layer:
         }[kernel]
 
     def _weight_gradient(self, left: Tensor, right: Tensor, outputs: int, gather_left: bool) -> Any:
-        return function.multiply_transposed(
+        return launches.multiply_transposed(
             left, right, self.token_of_row_N, self.ends_E, outputs, gather_left=gather_left
         )
 
@@ -141,7 +141,7 @@ class Layer:
     def moves(self) -> dict[str, Callable[[], Any]]:
         """What only moves bytes, N D of them read or written at least once."""
         return {
-            "sum_rows": lambda: function.sum_rows(self.rows, self.order),
+            "sum_rows": lambda: launches.sum_rows(self.rows, self.order),
             "embedding_bag": lambda: sum_rows(self.rows, self.order),
             "permute": lambda: permute(self.x, self.order),
         }
@@ -166,7 +166,7 @@ def measure(shape: tuple[int, ...]) -> dict[str, Any]:
     for kernel, tilings in TILINGS.items():
         by_case: dict[str, dict[str, Any]] = {}
         for tiling in tilings:
-            function.CONFIGS[kernel] = tiling
+            launches.CONFIGS[kernel] = tiling
             for case, (call, factor) in layer.calls(kernel, tiling.m).items():
                 found = attempt(lambda call=call, factor=factor: rate(time_ms(call), factor * product))
                 by_case.setdefault(kernel + case, {})[str(tuple(tiling))] = found
@@ -191,7 +191,7 @@ def compile_one(job: tuple[str, Config]) -> None:
     """Leave a kernel in Triton's cache; the sizes do not matter beyond their divisibility."""
     kernel, tiling = job
     layer = Layer((256, 512, 256, 128, 8))
-    function.CONFIGS[kernel] = tiling
+    launches.CONFIGS[kernel] = tiling
     for call, _ in layer.calls(kernel, tiling.m).values():
         attempt(lambda call=call: {"": call()})
 

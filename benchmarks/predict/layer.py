@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu.layer import Shape
 from benchmarks.predict.machine_code import Code, read_code
 from benchmarks.predict.model import SMS, TENSOR_OPERATIONS, Chip, Tile, Work, predict
-from tests.ops.compiling import only_compiling
+from tests.ops.compiling import launching_on_meta, only_compiling
 
 ALLOCATIONS = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "set_")
 """Beginnings of the names of operators that launch nothing, beside those that torch marks as views."""
@@ -117,7 +117,8 @@ def recording(found: Recorded) -> Iterator[None]:
             mock.patch.object(JITFunction, "run", run),
             mock.patch("moefoundry.ops.wide_linear._by_parts", return_value=True),
             mock.patch("moefoundry.ops.wide_linear.multiply_parts", multiply_parts),
-            mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=None),
+            mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=""),
+            launching_on_meta(),
             _Operators(found),
         ):
             yield

@@ -32,14 +32,16 @@ from moefoundry.moe.experts import GroupedExperts
 from moefoundry.moe.layer import MoELayer
 from moefoundry.moe.two_hop import TwoHopDispatcher
 from moefoundry.narrow_copies import NarrowCopies
+from moefoundry.ops import quack_experts
 from moefoundry.ops.all_to_all import EXCHANGE_OPS
 from moefoundry.ops.fp8.gemm import MULTIPLY_OP
+from moefoundry.ops.fused_experts import operators
 from moefoundry.ops.recompute import ATTENTION_OPS, keeping, keeping_nothing
 from moefoundry.precision import apply_precision, codec_of_rows, full_precision_modules, mixed_precision
 
 _aten = torch.ops.aten
 PRODUCT_OPS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default, MULTIPLY_OP})
-KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS
+KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS | operators.MIXTURE_OPS | quack_experts.MIXTURE_OPS
 """Operators whose results ``selective`` keeps: products, attention and exchanges. Norms, activations and reorders are
 recomputed."""
 

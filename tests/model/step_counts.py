@@ -34,10 +34,11 @@ from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.router import Router
 from moefoundry.ops import adamw_kernel
 from moefoundry.ops.fp8.backend import Backend
-from moefoundry.ops.fused_experts import function as fused
+from moefoundry.ops.fused_experts import launches as fused
 from moefoundry.ops.row_kernels import function as by_row
 from moefoundry.optim import build_adamw
 from moefoundry.parallel import parallelize
+from tests.ops.compiling import launching_on_meta
 
 GOLDEN = Path(__file__).with_name("step_counts.json")
 BACKENDS = ("grouped_mm", "triton")
@@ -118,12 +119,13 @@ def as_on_a_gpu() -> Iterator[Launches]:
     with (
         mock.patch.object(context, "F", functional),
         mock.patch.object(fused, "kernels", launches),
+        launching_on_meta(),
         mock.patch.object(by_row, "kernels", launches),
         mock.patch.object(adamw_kernel, "adamw", launches.adamw),
         mock.patch("moefoundry.optim._has_kernel", return_value=True),
         mock.patch("moefoundry.ops.kernel_choice._fused", True),
         mock.patch("moefoundry.ops.row_kernels.choose_backend", return_value=Backend.TRITON),
-        mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=None),
+        mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=""),
     ):
         yield launches
 

@@ -86,6 +86,19 @@ def only_compiling(capability: int, configs: int) -> Iterator[list[tuple[str, An
         yield compiled
 
 
+@contextmanager
+def launching_on_meta() -> Iterator[None]:
+    """Let the fused experts call the functions that launch kernels, and not operators of torch.
+
+    On meta tensors an operator would do nothing.
+    """
+    from moefoundry.ops.fused_experts import function, operators
+
+    functions = {"UP_SWIGLU": operators.up_swiglu, "DOWN_SUM": operators.down_sum, "BACKWARD": operators.backward}
+    with mock.patch.multiple(function, **functions):
+        yield
+
+
 def inspect(kernel: Any) -> Found:
     """Registers, shared memory and spills of a compiled kernel, and how it multiplies and copies."""
     import triton
@@ -162,7 +175,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     from moefoundry.ops.fp8 import triton_quantize as quantize
     from moefoundry.ops.fp8 import triton_swiglu as swiglu
     from moefoundry.ops.fp8.formats import QuantizedTensor
-    from moefoundry.ops.fused_experts import function as fused
+    from moefoundry.ops.fused_experts import launches as fused
     from moefoundry.ops.permute import order_by_expert, pad_order
     from moefoundry.ops.row_kernels import function as by_row
 

@@ -6,8 +6,9 @@ arrived from other ranks, and the order of their rows. Installed packages may ad
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped
 from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
 from moefoundry.ops.recompute import last_operand_is_there
 from moefoundry.ops.swiglu import PLAIN, Activation, swiglu
-from moefoundry.registry import load
 
 BACKEND_KEY = "model.moe.backend"
 
@@ -189,15 +189,13 @@ class KernelMixture:
 
     Attributes:
         backend: Name of the backend.
-        module: Module with ``obstacle(tokens_PD, hidden_size)``, a reason or None, and the function.
-        function: Name of the mixture function there.
+        functions: Imports and gives ``obstacle(tokens_PD, hidden_size)``, a reason or "", and the mixture function.
         takes_hidden: The function takes ``hidden``.
         stacks: It needs gate and up in one tensor [E, 2F, D], and copies them where they are not.
     """
 
     backend: str
-    module: str
-    function: str
+    functions: Callable[[], tuple[Callable[[Tensor, int], str], Callable[..., Tensor]]]
     takes_hidden: bool = True
     stacks: bool = False
 
@@ -213,25 +211,44 @@ class KernelMixture:
     ) -> Tensor:
         if found := self.obstacle(tokens_PD, down_EDF.shape[-1]):
             raise ValueError(f"{BACKEND_KEY}: {self.backend} cannot run: {found}; use {BACKEND_KEY}=auto")
-        mixture: Mixture = load(f"{self.module}:{self.function}")
+        _, mixture = self.functions()
         operands = tokens_PD, weights_PK, gate_EFD, up_EFD, down_EDF, order
         return mixture(*operands, hidden) if self.takes_hidden else mixture(*operands)
 
     def obstacle(self, tokens_PD: Tensor, hidden_size: int) -> str:
         """Say why the kernels cannot run; empty if they can."""
-        return load(f"{self.module}:obstacle")(tokens_PD, hidden_size) or ""
+        obstacle, _ = self.functions()
+        return obstacle(tokens_PD, hidden_size)
 
 
 def triton(cfg: MoEConfig) -> Mixture:
     """Use the fused Triton kernels."""
-    return KernelMixture("triton", "moefoundry.ops.fused_experts", "fused_experts")
+    return KernelMixture("triton", _of_triton)
 
 
 def megablocks(cfg: MoEConfig) -> Mixture:
     """Use block-sparse products, as MegaBlocks does."""
-    return KernelMixture("megablocks", "moefoundry.ops.block_sparse", "block_sparse_experts")
+    return KernelMixture("megablocks", _of_megablocks)
 
 
 def quack(cfg: MoEConfig) -> Mixture:
     """Use QuACK's grouped GEMMs."""
-    return KernelMixture("quack", "moefoundry.ops.quack_experts", "quack_experts", takes_hidden=False, stacks=True)
+    return KernelMixture("quack", _of_quack, takes_hidden=False, stacks=True)
+
+
+def _of_triton() -> Any:
+    from moefoundry.ops import fused_experts as found
+
+    return found.obstacle, found.fused_experts
+
+
+def _of_megablocks() -> Any:
+    from moefoundry.ops import block_sparse as found
+
+    return found.obstacle, found.block_sparse_experts
+
+
+def _of_quack() -> Any:
+    from moefoundry.ops import quack_experts as found
+
+    return found.obstacle, found.quack_experts

@@ -39,6 +39,17 @@ class RowOrder:
     top_k: int
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in the order of the attributes: what an operator of torch can take."""
+        return [self.slot_of_row_N, self.row_of_kept_slot_N, self.first_of_token, self.tokens_per_expert_E]
+
+    @classmethod
+    def from_tensors(cls, tensors: list[Tensor], top_k: int) -> RowOrder:
+        """Make it again from :attr:`tensors` and K."""
+        slot_of_row_N, row_of_kept_slot_N, first_of_token, tokens_per_expert_E = tensors
+        return cls(slot_of_row_N, row_of_kept_slot_N, first_of_token, tokens_per_expert_E, top_k)
+
+    @property
     def token_of_row_N(self) -> Tensor:
         """Token of each row, int64 [N]."""
         return self.slot_of_row_N // self.top_k if self.top_k > 1 else self.slot_of_row_N

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
@@ -57,17 +58,26 @@ def ending_the_block(ends: bool) -> Iterator[None]:
             _place.ends_block = _place.past_last_operand = False
 
 
-def last_operand_is_there() -> None:
+def last_operand_is_there() -> bool:
     """Tell that the part computes its last product next; its operands are the last tensors that the block saves.
 
     The recomputation of a block ends when it has saved them. So results from here on are not kept, and the product is
     not computed again: in its place are NaNs, which nothing reads.
+
+    Returns:
+        True in the recomputation, for operators of which this file does not know: :func:`unread` is for their results.
     """
     if not _place.ends_block:
-        return
+        return False
     if _place.again and not _place.past_last_operand:
         _place.open.enter_context(_Unread())
     _place.past_last_operand = True
+    return _place.again
+
+
+def unread(like: Tensor, *shape: int) -> Tensor:
+    """Make a tensor of NaNs in the memory of one element, for a result that nothing reads."""
+    return like.new_full((1,), torch.nan).expand(shape)
 
 
 class _Unread(TorchDispatchMode):
@@ -77,7 +87,7 @@ class _Unread(TorchDispatchMode):
         if func not in _PRODUCTS:
             return func(*args, **(kwargs or {}))
         left, right = args[:2]
-        return left.new_full((1,), torch.nan).expand(len(left), right.shape[-1])
+        return unread(left, len(left), right.shape[-1])
 
 
 def keeping(ops: frozenset[Any]) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:

@@ -3,7 +3,8 @@
 F is the hidden width, K the experts of a token, E all of them. A token has K rows, used evenly by all ranks. The weight
 of a row is applied in SwiGLU, so no output of an expert is kept.
 
-The backends ``triton`` and ``quack`` gather rows inside their products: of a row they keep SwiGLU's inputs alone.
+The backends ``triton`` and ``quack`` gather rows inside their products: of a row they keep SwiGLU's inputs alone, which
+``selective`` keeps, too, and where a norm follows the sums of tokens.
 
 With ``fp8.recipe: deepseek_v3`` an FFN is one operation, which keeps its input and SwiGLU's inputs in 129/128 bytes.
 """
@@ -52,6 +53,8 @@ def moe_stages(cfg: ModelConfig, c: int, exchanged: int, fp8: bool, rows: float)
     if moe.projection_bias:  # weights of slots by expert, of those on a rank
         weights = places * moe.num_experts / exchanged
         stages.append(Stage(c * weights, (c + FP32) * weights, c * places * width))
+    if moe.backend in GATHERING and not fp8 and not block_ends_with_experts(cfg):  # the sums, of each rank
+        stages.append(Stage(kept=c * places * width))
     if exchanged > 1:
         stages = beside(stages, (c + (E4M3_ROW if fp8 else 0)) * places * width)  # a token's gradient at its ranks
         arrived = c * places * width if moe.backend in GATHERING and not fp8 else 0  # without copies, they are kept
@@ -100,7 +103,7 @@ def _rows(cfg: ModelConfig, c: int, fp8: bool, rows: float) -> list[Stage]:
         of_row = 2 * FP32  # its token and its weight
         stages = [
             Stage(held=3 * c * hidden + FP32, weights=EXPERTS, share=1 / 3),
-            Stage(2 * c * hidden + of_row, c * (2 * hidden + width), weights=EXPERTS, share=2 / 3),
+            Stage(2 * c * hidden + of_row, c * (2 * hidden + width), 2 * c * hidden, EXPERTS, 2 / 3),
         ]
         stages = [_times(stage, slots) for stage in stages]
     else:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
 from moefoundry.ops.expert_mixture import expert_mixture_reference
-from moefoundry.ops.fused_experts import function, fused_experts
+from moefoundry.ops.fused_experts import fused_experts, launches
 from moefoundry.ops.permute import RowOrder, order_by_expert, sum_rows_reference
 from moefoundry.ops.swiglu import Activation
 
-SMALL = {name: function.Config(16, 32, 16, 4, 2) for name in function.CONFIGS}
+SMALL = {name: launches.Config(16, 32, 16, 4, 2) for name in launches.CONFIGS}
 CLAMPED = Activation(alpha=1.702, limit=1.5, offset=1.0)
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
@@ -76,7 +76,7 @@ def with_gradients(
 
 def check_small_tiles(device: str, dtype: torch.dtype, *case: Any) -> None:
     """The same with tiles so small that every kernel has several in each direction."""
-    with mock.patch.dict(function.CONFIGS, SMALL):
+    with mock.patch.dict(launches.CONFIGS, SMALL):
         check_equal_to_float64(device, dtype, *case)
 
 
@@ -101,4 +101,4 @@ def check_weighted_sum(device: str, tokens: int, width: int, top_k: int, keep: f
     rows = torch.randn(len(order.slot_of_row_N), width, device=device, dtype=torch.float16)
     weights = torch.rand(len(rows), device=device)
     expected = sum_rows_reference(rows.double() * weights.double().unsqueeze(1), order)
-    torch.testing.assert_close(function.sum_rows(rows, order, weights), expected.half(), rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(launches.sum_rows(rows, order, weights), expected.half(), rtol=2e-3, atol=1e-6)

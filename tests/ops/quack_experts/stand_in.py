@@ -93,7 +93,8 @@ def gemm_gated(
     assert not tuned
     assert activation == "swiglu"
     pairs = _product(A, B, cu_seqlens_m, None, A_idx, concat_layout or ())
-    return pairs.to(A.dtype), (F.silu(pairs[:, ::2]) * pairs[:, 1::2]).to(A.dtype)
+    hidden = (F.silu(pairs[:, ::2]) * pairs[:, 1::2]).to(A.dtype)
+    return pairs.to(A.dtype), hidden if postact_out is None else postact_out.copy_(hidden)
 
 
 def gemm_dgated(

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from inspect import signature
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moefoundry.config import ModelConfig, MoEConfig, UserError
@@ -26,6 +28,7 @@ from moefoundry.ops import quack_experts
 from moefoundry.ops.permute import order_by_expert
 from moefoundry.ops.swiglu import Activation
 from moefoundry.planning.ffn_stages import moe_stages
+from tests.model.tiny import batch, gradients, tiny_config, tiny_model
 from tests.ops.compiling import inspect
 from tests.ops.fused_experts.checks import check_equal_to_float64, check_no_rows, routed
 from tests.ops.quack_experts import stand_in
@@ -49,7 +52,7 @@ CASES = [
 def on_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, module in stand_in.package().items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(quack_experts, "sum_rows", stand_in.sum_rows)
+    monkeypatch.setattr("moefoundry.ops.fused_experts.launches.sum_rows", stand_in.sum_rows)
 
 
 def mix(*operands: Any) -> Tensor:
@@ -93,6 +96,58 @@ def test_kept_are_the_up_projections_and_the_routing() -> None:
         ModelConfig(vocab_size=64, d_model=width, n_layers=1, moe=moe), 2, 1, False, rows / experts
     )
     assert tokens * sum(stage.saved for stage in of_rows) == sum(kept.values()) - of_starts
+
+
+@pytest.mark.usefixtures("on_stand_in")
+def test_operators_are_as_torch_asks() -> None:
+    torch.manual_seed(0)
+    tokens, width, hidden, experts, top_k = 9, 8, 16, 3, 2
+    order = order_by_expert(routed(tokens, experts, top_k), experts)
+
+    def bf16(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16)
+
+    tokens_TD, gate, up, down = bf16(tokens, width), *bf16(2, experts, hidden, width), bf16(experts, width, hidden)
+    token_of_row_N, row_weights_N = order.token_of_row_N.to(torch.int32), torch.rand(tokens * top_k)
+    starts_E1 = F.pad(order.tokens_per_expert_E.cumsum(0), (1, 0)).to(torch.int32)
+    hidden_NF = torch.empty(tokens * top_k, hidden, dtype=torch.bfloat16)
+    forward = tokens_TD, token_of_row_N, starts_E1, gate, up, hidden_NF
+    torch.library.opcheck(quack_experts.UP_SWIGLU, forward)
+    gate_up = quack_experts.UP_SWIGLU(*forward)
+    ordered = order.tensors, top_k
+    torch.library.opcheck(quack_experts.DOWN_SUM, (hidden_NF, row_weights_N, starts_E1, down, *ordered))
+    rows = token_of_row_N, row_weights_N, starts_E1
+    torch.library.opcheck(
+        quack_experts.BACKWARD, (bf16(tokens, width), tokens_TD, *rows, gate, up, down, gate_up, *ordered)
+    )
+
+
+@pytest.mark.usefixtures("on_stand_in")
+def test_selective_checkpointing_calls_no_product_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+    for name in ("gemm", "gemm_gated", "gemm_dgated"):
+
+        def noted(*args: Any, name: str = name, **options: Any) -> Any:
+            calls[name] += 1
+            return getattr(stand_in, name)(*args, **options)
+
+        monkeypatch.setattr(sys.modules["quack.gemm_interface"], name, noted)
+    monkeypatch.setattr(quack_experts, "_obstacle_of", lambda device: "")
+    found = {}
+    for mode in ("none", "selective", "full"):
+        calls.clear()
+        model = tiny_model(
+            tiny_config(n_layers=2, backend="quack"), activation_checkpointing=mode, dtype=torch.bfloat16
+        )
+        loss = model(batch(), batch()).total
+        loss.backward()
+        found[mode] = dict(calls), {"loss": loss.detach()} | gradients(model)
+    once = {"gemm_gated": 1, "gemm": 4, "gemm_dgated": 1}
+    assert found["none"][0] == found["selective"][0] == once
+    assert found["full"][0] == once | {"gemm_gated": 2}
+    for mode in ("selective", "full"):
+        for name, value in found[mode][1].items():
+            assert torch.equal(value, found["none"][1][name]), f"{mode}: {name}"
 
 
 def test_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,238 @@
+"""Launches of the kernels of ``kernels.py``, and their tilings."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer
+from moefoundry.ops.fused_experts import kernels
+from moefoundry.ops.permute import RowOrder
+from moefoundry.ops.swiglu import PLAIN, Activation
+
+
+class Config(NamedTuple):
+    """Tiling of one kernel: rows, columns and depth of a tile, warps and pipeline stages of a program."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+    def launch(self) -> dict[str, int]:
+        """Give the arguments of a launch."""
+        return {"M": self.m, "N": self.n, "K": self.k, "num_warps": self.warps, "num_stages": self.stages}
+
+
+CONFIGS = {
+    "up_swiglu": Config(128, 128, 64, 8, 3),
+    "down": Config(128, 256, 64, 8, 3),
+    "down_backward_swiglu": Config(128, 128, 64, 8, 3),
+    "up_backward": Config(128, 256, 32, 8, 3),
+    "weight_gradient": Config(128, 256, 64, 8, 5),
+}
+"""Chosen from machine code, by ``python -m benchmarks.predict``, not yet from measured times, which
+``python -m benchmarks.tune_experts`` takes. All kernels over tiles of rows share ``m``."""
+SUM_COLUMNS = 1024
+HOST_PROGRAMS = 3
+"""Programs without a GPU: few, so that in the interpreter each takes several tiles."""
+
+
+class Tiles(NamedTuple):
+    """Rows of each tile; int32 [tiles] each, on the device.
+
+    Attributes:
+        group: Expert of the tile; E for a tile without rows.
+        first: First row of the tile.
+        end: End of the expert's rows.
+        total: How many tiles have rows, [1].
+    """
+
+    group: Tensor
+    first: Tensor
+    end: Tensor
+    total: Tensor
+
+
+def empty_tiles(num_experts: int, num_rows: int, m: int, device: torch.device) -> Tiles:
+    """Allocate as many tiles of ``m`` rows as ``num_rows`` can need."""
+    tiles = (num_rows + num_experts * (m - 1)) // m
+    return Tiles(*(torch.empty(size, dtype=torch.int32, device=device) for size in (tiles, tiles, tiles, 1)))
+
+
+def place_tiles(tokens_per_expert_E: Tensor, num_rows: int, m: int) -> Tiles:
+    """Tile N rows by ``m``, each expert from a new tile; the number of tiles is an upper bound."""
+    num_experts = len(tokens_per_expert_E)
+    placed = empty_tiles(num_experts, num_rows, m, tokens_per_expert_E.device)
+    kernels.place_tiles[(len(placed.group),)](
+        tokens_per_expert_E, *placed, num_experts, MAX_GROUPS=triton.next_power_of_2(num_experts), M=m
+    )
+    return placed
+
+
+def programs_at_a_time(device: torch.device) -> int:
+    """Count the programs of a kernel that takes all tiles: one on each multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else HOST_PROGRAMS
+
+
+def multiply_up(
+    tokens_TD: Tensor,
+    token_of_row_N: Tensor,
+    row_weights_N: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    tiles: Tiles,
+    parts: HiddenLayer = PLAIN_LAYER,
+    hidden: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute the outputs of gate and up with their biases, [N, 2 F], and their weighted SwiGLU, [N, F].
+
+    This is written to ``hidden``, if given.
+    """
+    config, rows, (experts, columns, inner) = CONFIGS["up_swiglu"], len(token_of_row_N), gate.shape
+    gate_up = tokens_TD.new_empty(rows, 2 * columns)
+    hidden = tokens_TD.new_empty(rows, columns) if hidden is None else hidden
+    kernels.up_swiglu[(len(tiles.group) * triton.cdiv(columns, config.n),)](
+        tokens_TD,
+        token_of_row_N,
+        *(_described(weight, 1, config.n, config.k) for weight in (gate, up)),
+        *parts[1:],
+        row_weights_N,
+        gate_up,
+        hidden,
+        *tiles[:3],
+        experts,
+        inner,
+        columns,
+        EVEN=inner % config.k == 0,
+        **_constants(parts.activation),
+        **config.launch(),
+    )
+    return gate_up, hidden
+
+
+def multiply_down(hidden_NF: Tensor, down: Tensor, tiles: Tiles) -> Tensor:
+    """Multiply by down, [N, F] -> [N, D]."""
+    config, (_, columns, inner) = CONFIGS["down"], down.shape
+    out = hidden_NF.new_empty(len(hidden_NF), columns)
+    kernels.down[(programs_at_a_time(out.device),)](
+        _described(hidden_NF, config.m, config.k),
+        _described(down, 1, config.n, config.k),
+        out,
+        *tiles,
+        inner,
+        columns,
+        **config.launch(),
+    )
+    return out
+
+
+def multiply_up_backward(grad_gate_up: Tensor, gate: Tensor, up: Tensor, tiles: Tiles) -> Tensor:
+    """Multiply gradients by gate and up, and add, [N, 2 F] -> [N, D]."""
+    config, (_, inner, columns) = CONFIGS["up_backward"], gate.shape
+    out = grad_gate_up.new_empty(len(grad_gate_up), columns)
+    kernels.up_backward[(programs_at_a_time(out.device),)](
+        _described(grad_gate_up, config.m, config.k),
+        *(_described(weight, 1, config.k, config.n) for weight in (gate, up)),
+        out,
+        *tiles,
+        inner,
+        columns,
+        **config.launch(),
+    )
+    return out
+
+
+def multiply_down_backward(
+    grad_TD: Tensor,
+    token_of_row_N: Tensor,
+    row_weights_N: Tensor,
+    down: Tensor,
+    gate_up: Tensor,
+    tiles: Tiles,
+    activation: Activation = PLAIN,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute gradients of gate's and up's outputs [N, 2 F], SwiGLU's output [N, F], gradients of row weights [N]."""
+    config, rows = CONFIGS["down_backward_swiglu"], len(token_of_row_N)
+    experts, inner, columns = down.shape
+    grad_gate_up, hidden = torch.empty_like(gate_up), gate_up.new_empty(rows, columns)
+    across = triton.cdiv(columns, config.n)
+    parts = row_weights_N.new_empty(across, rows)
+    kernels.down_backward_swiglu[(len(tiles.group) * across,)](
+        grad_TD,
+        token_of_row_N,
+        _described(down, 1, config.k, config.n),
+        gate_up,
+        row_weights_N,
+        grad_gate_up,
+        hidden,
+        parts,
+        *tiles[:3],
+        experts,
+        rows,
+        inner,
+        columns,
+        EVEN=inner % config.k == 0,
+        **_constants(activation),
+        **config.launch(),
+    )
+    return grad_gate_up, hidden, parts.sum(0)
+
+
+def multiply_transposed(
+    left: Tensor, right: Tensor, token_of_row_N: Tensor, ends_E: Tensor, outputs: int, *, gather_left: bool
+) -> list[Tensor]:
+    """Compute ``left``^T ``right`` of each expert's rows, [E, A, B].
+
+    The columns of ``left`` have ``outputs`` parts, each with a result of its own. One of the operands is gathered.
+    """
+    config, experts = CONFIGS["weight_gradient"], len(ends_E)
+    rows, columns = left.shape[1] // outputs, right.shape[1]
+    grads = [left.new_empty(experts, rows, columns) for _ in range(outputs)]
+    kernels.weight_gradient[(triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n), outputs, experts)](
+        left,
+        right,
+        token_of_row_N,
+        ends_E,
+        grads[0],
+        grads[-1],
+        left.shape[1],
+        rows,
+        columns,
+        GATHER_LEFT=gather_left,
+        GATHER_RIGHT=not gather_left,
+        **config.launch(),
+    )
+    return grads
+
+
+def sum_rows(rows_ND: Tensor, order: RowOrder, row_weights_N: Tensor | None = None) -> Tensor:
+    """Sum each token's rows, times their fp32 weights if given, in fp32, [N, D] -> [T, D]."""
+    tokens, width = len(order.first_of_token) - 1, rows_ND.shape[1]
+    out = rows_ND.new_empty(tokens, width)
+    columns = min(SUM_COLUMNS, triton.next_power_of_2(width))
+    kernels.gather_sum[(tokens, triton.cdiv(width, columns))](
+        rows_ND,
+        order.row_of_kept_slot_N,
+        order.first_of_token,
+        row_weights_N,
+        out,
+        width,
+        SLOTS=triton.next_power_of_2(order.top_k),
+        N=columns,
+        num_warps=4,
+    )
+    return out
+
+
+def _constants(activation: Activation) -> dict[str, float | None]:
+    return {"ALPHA": activation.alpha, "LIMIT": activation.limit, "OFFSET": activation.offset}
+
+
+def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(tensor, list(block))
