@@ -23,7 +23,7 @@ FORWARD = {"place_tiles": 1, "up_swiglu": 1, "down": 1, "gather_sum": 1}
 BACKWARD = {"down_backward_swiglu": 1, "weight_gradient": 2, "up_backward": 1, "gather_sum": 1}
 
 
-@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biases"])
+@pytest.mark.parametrize("biased", [pytest.param(False, marks=pytest.mark.slow), True], ids=["plain", "biases"])
 def test_operators_are_as_torch_asks(interpreter: ProcessPoolExecutor, biased: bool) -> None:
     interpreter.submit(operator_checks.check_operators, biased).result()
 
