@@ -18,7 +18,9 @@ from moefoundry.checkpoint.out_of_core import ShardValues, StoredTensors
 from moefoundry.checkpoint.weights import PREFIX, load_model
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.conversion.convert import export_hf, import_hf, write_weights
-from moefoundry.conversion.families import Family, nearest_family
+from moefoundry.conversion.equivalent_tensors import EquivalentTensors
+from moefoundry.conversion.families import Family, exports_as, holder_of
+from moefoundry.conversion.families.equivalents import Equivalent
 from moefoundry.conversion.parity import verify_outputs
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.parallel import moe_layers
@@ -34,21 +36,22 @@ NO_FAMILY = "every tensor comes back"
 def check(twin: Twin) -> Iterator[Result]:
     """Convert the twin there and back, and compare it with transformers."""
     cfg = replace(twin.recipe.model, document_masking=False)  # a key of training, which no file has
-    family, reasons = nearest_family(cfg)
-    if family is None or reasons:
-        yield Result(NO_FAMILY, None, detail=f"no Hugging Face family: {'; '.join(reasons)}")
+    try:
+        family, same = holder_of(cfg)
+    except UserError:
+        yield Result(NO_FAMILY, None, detail=exports_as(cfg))
         return
-    with World(convert, family.name, cfg, twin.recipe.max_seq_len, twin.room, ranks=1, room=twin.room) as world:
+    with World(convert, family.name, cfg, same, twin.recipe.max_seq_len, twin.room, ranks=1, room=twin.room) as world:
         results: list[Result] = world.results()[0]
         yield from results
 
 
-def convert(name: str, cfg: ModelConfig, max_seq_len: int, room: Path) -> list[Result]:
-    """Export, import and compare, on one rank."""
+def convert(name: str, cfg: ModelConfig, same: Equivalent, max_seq_len: int, room: Path) -> list[Result]:
+    """Export, import and compare, on one rank; ``same`` is the model in the terms of the family."""
     from moefoundry.conversion.families import FAMILIES
 
     model = random_model(cfg)
-    results = [covered(FAMILIES[name], model)]
+    results = [covered(FAMILIES[name], same)]
     ours, hf, back = room / "ours", room / "hf", room / "back"
     save(model, ours, max_seq_len)
     try:
@@ -57,7 +60,7 @@ def convert(name: str, cfg: ModelConfig, max_seq_len: int, room: Path) -> list[R
     except Exception as error:
         text = " ".join(str(error).split())
         return [*results, Result(NO_FAMILY, False, detail=f"{type(error).__name__}: {text}")]
-    return [*results, compared(ours, back), computed(hf, load_model(ours))]
+    return [*results, compared(ours, same, back), computed(hf, load_model(ours))]
 
 
 @torch.no_grad()
@@ -88,9 +91,10 @@ def save(model: MoETransformer, directory: Path, max_seq_len: int) -> None:
     write_weights(directory, model.cfg, specs, shards, max_seq_len)
 
 
-def covered(family: Family, model: MoETransformer) -> Result:
+def covered(family: Family, same: Equivalent) -> Result:
     """Count the elements that the family has a place for, tensor by tensor."""
-    cfg, claim = model.cfg, "every expert and bias has its Hugging Face tensor"
+    cfg, claim = same.cfg, "every expert and bias has its Hugging Face tensor"
+    model = meta_model(cfg)
     tensors = model.state_dict()
     found: Counter[str] = Counter()
     for piece in family.pieces(cfg):
@@ -106,12 +110,13 @@ def covered(family: Family, model: MoETransformer) -> Result:
     layers = moe_layers(model)
     biases = sum(name.endswith("bias") for name in tensors)
     text = f"{family.name}: {len(tensors)} tensors, {len(layers) * cfg.moe.num_experts} experts, {biases} biases"
-    return Result(claim, True, detail=text)
+    added = f"; it computes the same with {' and '.join(same.changes)}" if same.changes else ""
+    return Result(claim, True, detail=text + added)
 
 
-def compared(ours: Path, back: Path) -> Result:
+def compared(ours: Path, same: Equivalent, back: Path) -> Result:
     """Compare what came back, bit for bit."""
-    expected, got = StoredTensors(ours, PREFIX), StoredTensors(back, PREFIX)
+    expected, got = EquivalentTensors(StoredTensors(ours, PREFIX), same), StoredTensors(back, PREFIX)
     different = [
         name
         for name, spec in expected.specs.items()
