@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu.layer import Shape
 from benchmarks.predict.machine_code import Code, read_code
 from benchmarks.predict.model import SMS, TENSOR_OPERATIONS, Chip, Tile, Work, predict
+from moefoundry.ops.fp8.backend import Backend
 from tests.ops.compiling import launching_on_meta, only_compiling
 
 ALLOCATIONS = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "set_")
@@ -26,6 +27,8 @@ SLOW_BYTES = 0.15e12
 """Bytes a second of a top-k over short rows."""
 SORT_PASSES = 4
 """Passes of a radix sort of int32 keys; each reads and writes keys and int64 indices, in two kernels."""
+OF_ROUTER = ("route", "route_backward")
+"""Kernels whose main loop is over the experts of a token."""
 SIMT_OPERATIONS = 50e12
 """Operations a second of a product in fp32."""
 
@@ -103,7 +106,7 @@ def recording(found: Recorded) -> Iterator[None]:
         def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
             kernel = compile_only(self, *args, grid=grid, warmup=warmup, **options)
             if id(kernel) not in _CODES:
-                _CODES[id(kernel)] = read_code(kernel)
+                _CODES[id(kernel)] = read_code(kernel, self.__name__ in OF_ROUTER)
             found.append(Launch(self.__name__, options, _CODES[id(kernel)]))
             return kernel
 
@@ -119,6 +122,8 @@ def recording(found: Recorded) -> Iterator[None]:
             mock.patch("moefoundry.ops.wide_linear.multiply_parts", multiply_parts),
             mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=""),
             launching_on_meta(),
+            mock.patch("moefoundry.ops.kernel_choice._fused", True),
+            mock.patch("moefoundry.ops.router_kernels.choose_backend", return_value=Backend.TRITON),
             _Operators(found),
         ):
             yield
@@ -175,13 +180,13 @@ def record_experts(shape: Shape) -> Passes:
 
 
 def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
-    """Say what a kernel of the experts has to do.
+    """Say what a kernel of the experts or of the router has to do.
 
     Operands that programs of one wave share are read from HBM once. Gathered tokens are read once for each of their
     rows: the cache holds too few of them to matter.
 
     Args:
-        launch: Of a kernel of ``ops/fused_experts``.
+        launch: Of a kernel of ``ops/fused_experts`` or ``ops/router_kernels``.
         shape: Of the layer.
         rows_E: Rows of each expert.
     """
@@ -215,6 +220,10 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
         case "gather_sum":
             columns = _parts(shape.D, n)
             return Work([Tile(shape.T * columns, 1)], 0, wide + 2 * shape.T * shape.D, 0)
+        case "route" | "route_backward":  # each tile counts as a program of its own
+            ids, weights_TK = 8 * rows, 4 * rows
+            tiles = _parts(shape.T, options["ROWS"])
+            return Work([Tile(tiles, shape.K)], 0, 2 * 4 * shape.T * shape.E + ids + weights_TK, 0)
         case "place_tiles":
             return Work([Tile(rows // m + shape.E, 1)], 0, 0, 0)
         case kernel:

@@ -107,7 +107,7 @@ def test_logits_weights_and_choice_equal_transformers(name: str, top_k: int) -> 
 def test_gate_is_computed_in_fp32_whatever_the_tokens_are(dtype: torch.dtype) -> None:
     module = router().to(dtype)
     routing = module(tokens(dtype))
-    assert {x.dtype for x in routing} == {torch.float32, torch.int64}
+    assert {x.dtype for x in routing[:4]} == {torch.float32, torch.int64}
     exact = tokens(dtype).double() @ module.gate.weight.double().T
     torch.testing.assert_close(routing.router_logits.double(), exact, rtol=0, atol=1e-5)
 
