@@ -19,6 +19,7 @@ from benchmarks.gpu.layer import Shape
 from benchmarks.predict.machine_code import Code, read_code
 from benchmarks.predict.model import SMS, TENSOR_OPERATIONS, Chip, Tile, Work, predict
 from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.router_kernels.function import PROGRAMS
 from tests.ops.compiling import launching_on_meta, only_compiling
 
 ALLOCATIONS = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "set_")
@@ -27,18 +28,17 @@ SLOW_BYTES = 0.15e12
 """Bytes a second of a top-k over short rows."""
 SORT_PASSES = 4
 """Passes of a radix sort of int32 keys; each reads and writes keys and int64 indices, in two kernels."""
-OF_ROUTER = ("route", "route_backward")
-"""Kernels whose main loop is over the experts of a token."""
 SIMT_OPERATIONS = 50e12
 """Operations a second of a product in fp32."""
 
 
 class Launch(NamedTuple):
-    """A launch of one of our kernels, with what it was given."""
+    """A launch of one of our kernels, with what it was given; ``size`` is that of its first operand."""
 
     kernel: str
     options: dict[str, Any]
     code: Code
+    size: int = 0
 
 
 class Operator(NamedTuple):
@@ -106,12 +106,13 @@ def recording(found: Recorded) -> Iterator[None]:
         def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
             kernel = compile_only(self, *args, grid=grid, warmup=warmup, **options)
             if id(kernel) not in _CODES:
-                _CODES[id(kernel)] = read_code(kernel, self.__name__ in OF_ROUTER)
-            found.append(Launch(self.__name__, options, _CODES[id(kernel)]))
+                _CODES[id(kernel)] = read_code(kernel, any_loop=self.__name__ == "route")
+            size = args[0].numel() if isinstance(args[0], Tensor) else 0
+            found.append(Launch(self.__name__, options, _CODES[id(kernel)], size))
             return kernel
 
-        def multiply_parts(a: Tensor, b: Tensor) -> Tensor:
-            out = a.new_empty(len(a), b.shape[1], dtype=torch.float32)
+        def multiply_parts(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+            out = a.new_empty(len(a), b.shape[1], dtype=dtype)
             moved = sum(x.numel() * x.element_size() for x in (a, b, out))
             found.append(Operator("mm", moved, 2 * a.numel() * b.shape[1], False))
             return out
@@ -124,6 +125,7 @@ def recording(found: Recorded) -> Iterator[None]:
             launching_on_meta(),
             mock.patch("moefoundry.ops.kernel_choice._fused", True),
             mock.patch("moefoundry.ops.router_kernels.choose_backend", return_value=Backend.TRITON),
+            mock.patch("moefoundry.ops.wide_linear._has_kernel", return_value=True),
             _Operators(found),
         ):
             yield
@@ -220,10 +222,14 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
         case "gather_sum":
             columns = _parts(shape.D, n)
             return Work([Tile(shape.T * columns, 1)], 0, wide + 2 * shape.T * shape.D, 0)
-        case "route" | "route_backward":  # each tile counts as a program of its own
-            ids, weights_TK = 8 * rows, 4 * rows
+        case "route" | "route_backward":
             tiles = _parts(shape.T, options["ROWS"])
-            return Work([Tile(tiles, shape.K)], 0, 2 * 4 * shape.T * shape.E + ids + weights_TK, 0)
+            steps = _parts(tiles, PROGRAMS) if launch.kernel == "route" else 1
+            hbm_bytes = 2 * 4 * shape.T * shape.E + (8 + 4) * rows  # logits and scores or gradients; ids and weights
+            return Work([Tile(_parts(tiles, steps), steps)], 0, hbm_bytes, 0)
+        case "split":
+            size, number = launch.size, options["NUMBER"]
+            return Work([Tile(_parts(size, options["SIZE"]), 1)], 0, (4 + 2 * number) * size, 0)
         case "place_tiles":
             return Work([Tile(rows // m + shape.E, 1)], 0, 0, 0)
         case kernel:

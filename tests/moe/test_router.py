@@ -113,7 +113,7 @@ def test_gate_is_computed_in_fp32_whatever_the_tokens_are(dtype: torch.dtype) ->
 
 
 def test_float64_stays_float64() -> None:
-    assert {x.dtype for x in router().double()(tokens(torch.float64))} == {torch.float64, torch.int64}
+    assert {x.dtype for x in router().double()(tokens(torch.float64))[:4]} == {torch.float64, torch.int64}
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -179,6 +179,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     from moefoundry.ops.permute import order_by_expert, pad_order
     from moefoundry.ops.router_kernels import function as router
     from moefoundry.ops.row_kernels import function as by_row
+    from moefoundry.ops.split_kernel import stack_parts_triton
 
     rows = TOKENS * TOP_K
 
@@ -237,7 +238,10 @@ def launches() -> dict[str, Callable[[], Any]]:
     of_logits = {
         "router: softmax": lambda: route(EXPERTS, router.Choice(TOP_K, True, True, 1.0, 2)),
         "router: sigmoid with a bias": lambda: route(256, router.Choice(TOP_K, False, True, 2.5, 2), torch.zeros(256)),
+        "router: parts of the weight": lambda: stack_parts_triton(torch.zeros(EXPERTS, WIDTH), 5, dim=0),
+        "router: parts of gradients": lambda: stack_parts_triton(torch.zeros(TOKENS, EXPERTS), 4, dim=1),
         "router: 500 experts": lambda: route(500, router.Choice(22, False, True, 2.5, 1), torch.zeros(500)),
+        "router: 1000 experts": lambda: route(1000, router.Choice(8, True, False, 1.0, 1)),
     }
     moments = torch.zeros(2, 2**16, dtype=torch.bfloat16)
     constants = adamw_kernel.Update(1e-2, 0.9, 0.95, 1e-8, 0.1)

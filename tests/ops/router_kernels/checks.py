@@ -13,6 +13,8 @@ from moefoundry.moe.balance import statistics
 from moefoundry.moe.layer import MoELayer
 from moefoundry.moe.router import Router, Routing
 from moefoundry.ops.router_kernels import function
+from moefoundry.ops.split_kernel import stack_parts_triton
+from moefoundry.ops.wide_linear import stack_parts
 
 PARTS = ("weights", "scores", "statistics")
 """Of the results, that a loss is computed from."""
@@ -98,6 +100,20 @@ def check_layer(device: str, scope: str, padded: bool) -> None:
         fused = run()
     for ours, theirs in zip(fused, plain, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+def check_split(device: str) -> None:
+    """The parts of values and of NaN are those of operators, bit for bit, and add up to them."""
+    x = random(device, 70, 45) * 10 ** random(device, 70, 45, seed=1)
+    x[3, 4], x[5] = torch.nan, 0.0
+    for number in (3, 4, 5):
+        for dim in (0, 1):
+            got = stack_parts_triton(x, number, dim)
+            assert got.dtype == torch.bfloat16
+            torch.testing.assert_close(got, stack_parts(x, number, dim), rtol=0, atol=0, equal_nan=True)
+    rest, low, high = (part.float() for part in stack_parts_triton(x, 3, 0).chunk(3))
+    torch.testing.assert_close(rest + low + high, x, rtol=2**-23, atol=0, equal_nan=True)
+    assert stack_parts_triton(x[:0], 3, 0).shape == (0, 45)
 
 
 def router(case: Case) -> Router:

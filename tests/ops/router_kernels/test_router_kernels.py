@@ -46,10 +46,15 @@ def test_layer_interpreted(interpreter: ProcessPoolExecutor, scope: str, padded:
     interpreter.submit(checks.check_layer, "cpu", scope, padded).result()
 
 
+def test_split_interpreted(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(checks.check_split, "cpu").result()
+
+
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
     for case in [*CASES, *LARGE]:
         checks.check_routing("cuda", case)
+    checks.check_split("cuda")
     for softmax in (True, False):
         for bias in (False, True):
             checks.check_ties("cuda", softmax, bias)

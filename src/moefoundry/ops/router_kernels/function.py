@@ -12,11 +12,11 @@ from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.router_kernels import kernels
 
-TILE_ELEMENTS = 2048
-"""Logits that a program of four warps has at a time, 16 a thread."""
-PROGRAMS = 528
-"""Programs of the forward pass, about; each sums a part of the means. The same on every device, as is the order of
-the sums."""
+TILE_ELEMENTS = 256
+"""Logits that a warp has at a time. Up to as many experts, it has whole rows, and nothing waits for another warp."""
+PROGRAMS = 2112
+"""Programs of the forward pass, about: 16 for each of an H100's 132 multiprocessors. Each sums a part of the means.
+Their number is the same on every device, and so is the order of the sums."""
 
 
 class Choice(NamedTuple):
@@ -72,7 +72,7 @@ def choose_experts(logits_TE: Tensor, bias_E: Tensor | None, choice: Choice) -> 
 
 def _tile(experts: int) -> dict[str, int]:
     width = triton.next_power_of_2(experts)
-    return {"E": width, "ROWS": max(1, TILE_ELEMENTS // width), "num_warps": 4}
+    return {"E": width, "ROWS": max(1, TILE_ELEMENTS // width), "num_warps": max(1, width // TILE_ELEMENTS)}
 
 
 class _Choose(Function):

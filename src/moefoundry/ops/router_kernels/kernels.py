@@ -45,7 +45,7 @@ def sortable(x):
     return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def route(
     logits,
     bias,
@@ -89,7 +89,7 @@ def route(
             compared = score + tl.load(bias + column, mask=real, other=0.0)
         key = tl.where(real, sortable(compared), TAKEN)
         rank = tl.full([ROWS, E], K, tl.int32)
-        for k in range(K):
+        for k in tl.static_range(K):
             best = tl.max(key, 1)[:, None]
             chosen = column == tl.min(tl.where(key == best, column, E), 1)[:, None]
             rank = tl.where(chosen, k, rank)
@@ -143,7 +143,7 @@ def route_backward(
     slope = tl.zeros([ROWS, E], tl.float32)
     if grad_weights is not None:
         rank = tl.full([ROWS, E], K, tl.int32)
-        for k in range(K):
+        for k in tl.static_range(K):
             chosen = tl.load(ids + row * K + (token * K + k), mask=here, other=-1).to(tl.int32)
             rank = tl.where(column == chosen, k, rank)
         slope = tl.load(grad_weights + row * K + (token * K + rank), mask=rank < K, other=0.0)
