@@ -60,6 +60,7 @@ STEPS = (
     Step("train", 100, "training:run_bf16"),
     Step("fp8", 60, "fp8:run", light=True),
     Step("train_fp8", 45, "training:run_fp8"),
+    Step("router", 15, "router:run", light=True),
     Step("attention", 25, "attention:run", light=True),
     Step("checkpoint", 30, "checkpoint:run", light=True),
     Step("composer", 90, "composer_run:run"),

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu.layer import Shape
 from benchmarks.predict.machine_code import Code, read_code
 from benchmarks.predict.model import SMS, TENSOR_OPERATIONS, Chip, Tile, Work, predict
+from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.router_kernels.function import PROGRAMS
 from tests.ops.compiling import launching_on_meta, only_compiling
 
 ALLOCATIONS = ("empty", "new_empty", "detach", "_unsafe_view", "lift_fresh", "set_")
@@ -31,11 +33,12 @@ SIMT_OPERATIONS = 50e12
 
 
 class Launch(NamedTuple):
-    """A launch of one of our kernels, with what it was given."""
+    """A launch of one of our kernels, with what it was given; ``size`` is that of its first operand."""
 
     kernel: str
     options: dict[str, Any]
     code: Code
+    size: int = 0
 
 
 class Operator(NamedTuple):
@@ -103,12 +106,13 @@ def recording(found: Recorded) -> Iterator[None]:
         def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
             kernel = compile_only(self, *args, grid=grid, warmup=warmup, **options)
             if id(kernel) not in _CODES:
-                _CODES[id(kernel)] = read_code(kernel)
-            found.append(Launch(self.__name__, options, _CODES[id(kernel)]))
+                _CODES[id(kernel)] = read_code(kernel, any_loop=self.__name__ == "route")
+            size = args[0].numel() if isinstance(args[0], Tensor) else 0
+            found.append(Launch(self.__name__, options, _CODES[id(kernel)], size))
             return kernel
 
-        def multiply_parts(a: Tensor, b: Tensor) -> Tensor:
-            out = a.new_empty(len(a), b.shape[1], dtype=torch.float32)
+        def multiply_parts(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+            out = a.new_empty(len(a), b.shape[1], dtype=dtype)
             moved = sum(x.numel() * x.element_size() for x in (a, b, out))
             found.append(Operator("mm", moved, 2 * a.numel() * b.shape[1], False))
             return out
@@ -119,6 +123,9 @@ def recording(found: Recorded) -> Iterator[None]:
             mock.patch("moefoundry.ops.wide_linear.multiply_parts", multiply_parts),
             mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=""),
             launching_on_meta(),
+            mock.patch("moefoundry.ops.kernel_choice._fused", True),
+            mock.patch("moefoundry.ops.router_kernels.choose_backend", return_value=Backend.TRITON),
+            mock.patch("moefoundry.ops.wide_linear._has_kernel", return_value=True),
             _Operators(found),
         ):
             yield
@@ -175,13 +182,13 @@ def record_experts(shape: Shape) -> Passes:
 
 
 def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
-    """Say what a kernel of the experts has to do.
+    """Say what a kernel of the experts or of the router has to do.
 
     Operands that programs of one wave share are read from HBM once. Gathered tokens are read once for each of their
     rows: the cache holds too few of them to matter.
 
     Args:
-        launch: Of a kernel of ``ops/fused_experts``.
+        launch: Of a kernel of ``ops/fused_experts`` or ``ops/router_kernels``.
         shape: Of the layer.
         rows_E: Rows of each expert.
     """
@@ -215,6 +222,14 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
         case "gather_sum":
             columns = _parts(shape.D, n)
             return Work([Tile(shape.T * columns, 1)], 0, wide + 2 * shape.T * shape.D, 0)
+        case "route" | "route_backward":
+            tiles = _parts(shape.T, options["ROWS"])
+            steps = _parts(tiles, PROGRAMS) if launch.kernel == "route" else 1
+            hbm_bytes = 2 * 4 * shape.T * shape.E + (8 + 4) * rows  # logits and scores or gradients; ids and weights
+            return Work([Tile(_parts(tiles, steps), steps)], 0, hbm_bytes, 0)
+        case "split":
+            size, number = launch.size, options["NUMBER"]
+            return Work([Tile(_parts(size, options["SIZE"]), 1)], 0, (4 + 2 * number) * size, 0)
         case "place_tiles":
             return Work([Tile(rows // m + shape.E, 1)], 0, 0, 0)
         case kernel:

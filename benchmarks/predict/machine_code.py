@@ -115,8 +115,8 @@ class Code(NamedTuple):
     between: Phase | None = None
 
 
-def read_code(kernel: Any) -> Code:
-    """Disassemble a kernel that Triton has compiled."""
+def read_code(kernel: Any, any_loop: bool = False) -> Code:
+    """Disassemble a kernel that Triton has compiled; see :func:`split`."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -129,7 +129,7 @@ def read_code(kernel: Any) -> Code:
         )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None
-    return split(parse(text), kernel.metadata.num_warps, int(registers.group(1)), kernel.metadata.shared)
+    return split(parse(text), kernel.metadata.num_warps, int(registers.group(1)), kernel.metadata.shared, any_loop)
 
 
 def parse(text: str) -> list[Instruction]:
@@ -139,16 +139,15 @@ def parse(text: str) -> list[Instruction]:
     return [line for line in code if line.base != "NOP"]
 
 
-def split(code: Sequence[Instruction], warps: int, registers: int, shared: int) -> Code:
-    """Cut a kernel at its main loop."""
+def split(code: Sequence[Instruction], warps: int, registers: int, shared: int, any_loop: bool = False) -> Code:
+    """Cut a kernel at its main loop: the innermost one with products, or with ``any_loop`` the innermost one."""
     loops = [
         (target, line.address)
         for line in code
         if line.base == "BRA" and (target := branch_target(line)) is not None and target < line.address
     ]
-    loops = [
-        (first, last) for first, last in loops if any(x.base == "HGMMA" and first <= x.address <= last for x in code)
-    ]
+    products = [line.address for line in code if line.base == "HGMMA"]
+    loops = [(first, last) for first, last in loops if any_loop or any(first <= at <= last for at in products)]
     if not loops:
         return Code(warps, registers, shared, phase(code), None, None)
     first, last = min(loops, key=lambda loop: loop[1] - loop[0])

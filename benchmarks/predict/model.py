@@ -139,6 +139,8 @@ def step_latency(code: Code, step_bytes: int, chip: Chip) -> float:
     assert step is not None
     pipes = step_pipes(code, step_bytes, chip)
     serial = sum(step.columns) / 2 + step.product_waits * WAIT_CYCLES if step.product_waits else 0.0
+    if not step_bytes:  # nothing is copied ahead: a step waits for its own loads
+        return max(*pipes.values(), serial) + chip.latency * chip.clock
     buffers = code.shared // step_bytes
     ahead = max(1, buffers - 1)
     return max(*pipes.values(), serial, (chip.latency * chip.clock + pipes["L2"]) / ahead)

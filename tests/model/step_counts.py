@@ -35,6 +35,7 @@ from moefoundry.moe.router import Router
 from moefoundry.ops import adamw_kernel
 from moefoundry.ops.fp8.backend import Backend
 from moefoundry.ops.fused_experts import launches as fused
+from moefoundry.ops.router_kernels import function as by_router
 from moefoundry.ops.row_kernels import function as by_row
 from moefoundry.optim import build_adamw
 from moefoundry.parallel import parallelize
@@ -113,7 +114,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **_
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[Launches]:
-    """Let attention, the fused experts, the kernels over rows and AdamW take the way they take on a GPU."""
+    """Let attention, router, the fused experts, the kernels over rows and AdamW take the way they take on a GPU."""
     launches = Launches()
     functional = mock.MagicMock(wraps=F, scaled_dot_product_attention=flash_attention)
     with (
@@ -121,10 +122,12 @@ def as_on_a_gpu() -> Iterator[Launches]:
         mock.patch.object(fused, "kernels", launches),
         launching_on_meta(),
         mock.patch.object(by_row, "kernels", launches),
+        mock.patch.object(by_router, "kernels", launches),
         mock.patch.object(adamw_kernel, "adamw", launches.adamw),
         mock.patch("moefoundry.optim._has_kernel", return_value=True),
         mock.patch("moefoundry.ops.kernel_choice._fused", True),
         mock.patch("moefoundry.ops.row_kernels.choose_backend", return_value=Backend.TRITON),
+        mock.patch("moefoundry.ops.router_kernels.choose_backend", return_value=Backend.TRITON),
         mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=""),
     ):
         yield launches

@@ -107,13 +107,13 @@ def test_logits_weights_and_choice_equal_transformers(name: str, top_k: int) -> 
 def test_gate_is_computed_in_fp32_whatever_the_tokens_are(dtype: torch.dtype) -> None:
     module = router().to(dtype)
     routing = module(tokens(dtype))
-    assert {x.dtype for x in routing} == {torch.float32, torch.int64}
+    assert {x.dtype for x in routing[:4]} == {torch.float32, torch.int64}
     exact = tokens(dtype).double() @ module.gate.weight.double().T
     torch.testing.assert_close(routing.router_logits.double(), exact, rtol=0, atol=1e-5)
 
 
 def test_float64_stays_float64() -> None:
-    assert {x.dtype for x in router().double()(tokens(torch.float64))} == {torch.float64, torch.int64}
+    assert {x.dtype for x in router().double()(tokens(torch.float64))[:4]} == {torch.float64, torch.int64}
 
 
 @pytest.mark.parametrize("normalize", [True, False])

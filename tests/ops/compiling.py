@@ -177,7 +177,9 @@ def launches() -> dict[str, Callable[[], Any]]:
     from moefoundry.ops.fp8.formats import QuantizedTensor
     from moefoundry.ops.fused_experts import launches as fused
     from moefoundry.ops.permute import order_by_expert, pad_order
+    from moefoundry.ops.router_kernels import function as router
     from moefoundry.ops.row_kernels import function as by_row
+    from moefoundry.ops.split_kernel import stack_parts_triton
 
     rows = TOKENS * TOP_K
 
@@ -228,6 +230,19 @@ def launches() -> dict[str, Callable[[], Any]]:
         "rows: interleaved rotation": lambda: by_row.rotate(narrow, *torch.zeros(2, TOKENS // 2, 32), True),
         "rows: cross entropy": lambda: by_row.cross_entropy_(bf16(TOKENS, 50304), sizes_E.repeat(2), gradient=True),
     }
+
+    def route(experts: int, choice: router.Choice, bias_E: Tensor | None = None) -> None:
+        routed = router.choose_experts(torch.zeros(TOKENS, experts).requires_grad_(), bias_E, choice)
+        (routed.weights_TK.sum() + routed.probs_GE.sum() + routed.z_loss_G.sum()).backward()
+
+    of_logits = {
+        "router: softmax": lambda: route(EXPERTS, router.Choice(TOP_K, True, True, 1.0, 2)),
+        "router: sigmoid with a bias": lambda: route(256, router.Choice(TOP_K, False, True, 2.5, 2), torch.zeros(256)),
+        "router: parts of the weight": lambda: stack_parts_triton(torch.zeros(EXPERTS, WIDTH), 5, dim=0),
+        "router: parts of gradients": lambda: stack_parts_triton(torch.zeros(TOKENS, EXPERTS), 4, dim=1),
+        "router: 500 experts": lambda: route(500, router.Choice(22, False, True, 2.5, 1), torch.zeros(500)),
+        "router: 1000 experts": lambda: route(1000, router.Choice(8, True, False, 1.0, 1)),
+    }
     moments = torch.zeros(2, 2**16, dtype=torch.bfloat16)
     constants = adamw_kernel.Update(1e-2, 0.9, 0.95, 1e-8, 0.1)
     adamw = {
@@ -263,6 +278,7 @@ def launches() -> dict[str, Callable[[], Any]]:
         "experts: weighted sum": lambda: fused.sum_rows(bf16(rows, WIDTH), order, weights),
         **({} if missing() else blocks_of_stk),
         **by_rows,
+        **of_logits,
         **adamw,
         "FP8 fprop": lambda: gemm.multiply_triton(tiles(rows, WIDTH), blocks(HIDDEN, WIDTH), sizes_E, torch.bfloat16),
         "FP8 dgrad": lambda: gemm.multiply_triton(tiles(rows, HIDDEN), blocks(WIDTH, HIDDEN), sizes_E, torch.bfloat16),

@@ -43,7 +43,7 @@ def compiled(capability: int, configs: int, beginning: str | tuple[str, ...], ca
     ("capability", "configs", "beginning"),
     [
         pytest.param(80, 1, "blocks", marks=[needs_stk, pytest.mark.slow]),
-        (90, 1, ("blocks", "experts", "rows", "AdamW")),
+        (90, 1, ("blocks", "experts", "rows", "router", "AdamW")),
         pytest.param(100, 1, "blocks", marks=[needs_stk, pytest.mark.slow]),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, 2, ""), (100, 2, ""))),
     ],

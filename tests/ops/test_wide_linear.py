@@ -26,6 +26,19 @@ def test_product_and_gradients_are_those_of_a_wide_copy(dtype: torch.dtype) -> N
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
+def test_parts_keep_24_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU multiplies; the input's gradient is exact to bfloat16's rounding."""
+    monkeypatch.setattr("moefoundry.ops.wide_linear._by_parts", lambda x_TD, weight_ED: True)
+    x, weight, grad = case(torch.bfloat16)
+    out = wide_linear(x, weight)
+    exact = x.double() @ weight.double().T
+    got, expected = torch.autograd.grad(out, (x, weight), grad), torch.autograd.grad(exact, (x, weight), grad.double())
+    for ours, theirs, bits in ((out, exact, 21), (got[0], expected[0], 8), (got[1], expected[1], 21)):
+        assert (ours.double() - theirs).norm() < 2**-bits * theirs.norm()
+    rounded = expected[0].float().bfloat16()
+    assert (got[0] != rounded).float().mean() < 0.01  # of values between two, 16 bits are not always enough
+
+
 def test_a_narrow_input_is_kept_as_it_came() -> None:
     x, weight, _ = case(torch.bfloat16)
     kept: list[Tensor] = []

@@ -51,6 +51,19 @@ def test_machine_code_is_cut_at_its_main_loop(code: Code) -> None:
     assert (after.stored_bytes, after.shared_bytes) == (32 * (16 + 4), 32 * 16)
 
 
+def test_a_kernel_without_products_may_be_cut_at_its_loop() -> None:
+    lines = [line for line in parse(MACHINE_CODE) if line.base != "HGMMA"]
+    for any_loop in (False, True):
+        found = split(lines, warps=1, registers=32, shared=0, any_loop=any_loop)
+        assert (found.step is not None) == any_loop
+    assert found.step is not None
+    assert found.step.instructions == 5
+    chip, tiles = chip_of(800), 10**6
+    few, many = (predict(found, Work([Tile(tiles, steps)], 0, 0, 0), chip).seconds for steps in (1, 11))
+    assert many - few > 10 * tiles * 5 / 4 / SMS / chip.clock  # four schedulers issue them
+    assert predict(found, Work([Tile(1, 1)], 0, 0, 0), chip).seconds > chip.latency
+
+
 def test_loads_that_are_under_way_together_are_waited_for_once() -> None:
     lines = parse(MACHINE_CODE)
     table, uses_it, row = lines[1:4]

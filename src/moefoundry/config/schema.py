@@ -132,8 +132,8 @@ class Recipe:
     )
     fused_kernels: bool = key(
         False,
-        "On an NVIDIA GPU, kernels of this project for norms, rotations, the softmax of the output logits and AdamW "
-        "with BF16 moments, and attention in segments where there are documents, windows or sinks. They equal "
+        "On an NVIDIA GPU, kernels of this project for norms, rotations, routers, the softmax of the output logits and "
+        "AdamW with BF16 moments, and attention in segments where there are documents, windows or sinks. They equal "
         "PyTorch's operators to rounding, and have not run on a GPU yet.",
         free_on_resume=True,
     )

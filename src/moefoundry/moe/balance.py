@@ -7,12 +7,49 @@ their tokens give the value of the whole batch; the mean of no tokens is 0, with
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moefoundry.moe.router import TINY
+from moefoundry.moe.router import TINY, Routing
 from moefoundry.ops.permute import count_by_expert
+
+
+class Statistics(NamedTuple):
+    """Statistics of one layer's routing: ``RoutingStats`` has the same, by the same names."""
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    mean_probs: Tensor
+    tokens_per_expert: Tensor
+    router_entropy: Tensor
+
+
+def statistics(routing: Routing, num_segments: int, segment_of_token_T: Tensor | None) -> Statistics:
+    """Compute the statistics of a routing, from its means if it has any.
+
+    Args:
+        routing: Of T tokens. Its means are over as many segments, or over one if ``segment_of_token_T`` is given.
+        num_segments: Segments that the balance loss takes its means over.
+        segment_of_token_T: As of :func:`balance_loss`.
+    """
+    scores_TE, expert_ids_TK, means = routing.scores, routing.topk_expert_ids, routing.means
+    if means is None:
+        return Statistics(
+            balance_loss(scores_TE, expert_ids_TK, num_segments, segment_of_token_T),
+            z_loss(routing.router_logits),
+            mean_probs(scores_TE),
+            count_by_expert(expert_ids_TK, scores_TE.shape[1]),
+            router_entropy(scores_TE.detach()),
+        )
+    if segment_of_token_T is None:
+        balance = balance_loss_of_means(means.probs_GE, means.counts_GE)
+    else:
+        balance = balance_loss(scores_TE, expert_ids_TK, num_segments, segment_of_token_T)
+    probs_E, counts_E = means.probs_GE.mean(0), means.counts_GE.sum(0)
+    return Statistics(balance, means.z_loss_G.mean(), probs_E, counts_E, means.entropy_G.mean())
 
 
 def balance_loss(

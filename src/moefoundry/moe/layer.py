@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from moefoundry.config import AuxLossScope, MoEConfig
-from moefoundry.moe.balance import balance_loss, mean_over_tokens, mean_probs, router_entropy, z_loss
+from moefoundry.moe.balance import mean_over_tokens, statistics
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts, TokenGate
 from moefoundry.moe.router import Router, Routing, within_capacity
-from moefoundry.ops.permute import count_by_expert
 from moefoundry.ops.swiglu import PLAIN, Activation
 
 
@@ -88,7 +87,8 @@ class MoELayer(nn.Module):
         tokens_TD = x_BSD.flatten(0, 1)
         if real_T is not None:
             tokens_TD = tokens_TD.index_select(0, real_T)
-        routing: Routing = self.router(tokens_TD)
+        by_sequence = self.aux_loss_scope == AuxLossScope.sequence
+        routing: Routing = self.router(tokens_TD, x_BSD.shape[0] if by_sequence and real_T is None else 1)
         kept_TK = None
         if self.capacity_factor is not None and self.training:
             kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)
@@ -114,15 +114,10 @@ class MoELayer(nn.Module):
         self, routing: Routing, kept_TK: Tensor | None, num_sequences: int, sequence_T: Tensor | None
     ) -> RoutingStats:
         by_sequence = self.aux_loss_scope == AuxLossScope.sequence
-        segments = (num_sequences, sequence_T) if by_sequence else (1, None)
-        tokens_per_expert_E = count_by_expert(routing.topk_expert_ids, routing.scores.shape[1])
+        means = statistics(routing, *((num_sequences, sequence_T) if by_sequence else (1, None)))
         return RoutingStats(
-            balance_loss=balance_loss(routing.scores, routing.topk_expert_ids, *segments),
-            z_loss=z_loss(routing.router_logits),
-            mean_probs=mean_probs(routing.scores),
-            tokens_per_expert=tokens_per_expert_E,
-            dropped_slots=tokens_per_expert_E.new_zeros(()) if kept_TK is None else (~kept_TK).sum(),
-            router_entropy=router_entropy(routing.scores.detach()),
+            **means._asdict(),
+            dropped_slots=means.tokens_per_expert.new_zeros(()) if kept_TK is None else (~kept_TK).sum(),
             losses=self._further_losses(routing),
         )
 

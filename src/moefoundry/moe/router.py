@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from moefoundry.config import Assignment, MoEConfig, RouterConfig, UserError
 from moefoundry.config.making import make_part
 from moefoundry.moe.dealing import dealt_once
 from moefoundry.ops.permute import count_by_expert
+from moefoundry.ops.router_kernels import router_kernels
 from moefoundry.ops.wide_linear import wide_linear, widened
 
 TINY = 1e-20
@@ -47,6 +48,26 @@ def sigmoid(cfg: RouterConfig) -> Score:
     return torch.sigmoid
 
 
+SOFTMAX_OR_NOT: dict[Any, bool] = {torch.softmax: True, torch.sigmoid: False}
+"""Score functions that the fused kernel has."""
+
+
+class RoutingMeans(NamedTuple):
+    """Means over the tokens of each of G segments, from the kernel that routed them.
+
+    Attributes:
+        probs_GE: Scores, normalized to sum to 1 over the experts; differentiable.
+        z_loss_G: Squares of the logits' logsumexp; differentiable.
+        entropy_G: Entropies of the normalized scores, in nats.
+        counts_GE: int64, slots of each expert: sums, not means.
+    """
+
+    probs_GE: Tensor
+    z_loss_G: Tensor
+    entropy_G: Tensor
+    counts_GE: Tensor
+
+
 class Routing(NamedTuple):
     """Decision of the router for T tokens.
 
@@ -54,13 +75,16 @@ class Routing(NamedTuple):
         router_logits: [T, E] fp32, before the score function.
         scores: [T, E] fp32, after it.
         topk_weights: [T, K] fp32, normalized and scaled as the recipe says.
-        topk_expert_ids: int64 [T, K], distinct within a token, in descending order of score plus bias, or as picked.
+        topk_expert_ids: int64 [T, K], distinct within a token, in descending order of score plus bias, or as picked. Of
+            equal ones PyTorch's operators take any, and the fused kernel the first.
+        means: For the statistics; None where they are left to be computed from the rest.
     """
 
     router_logits: Tensor
     scores: Tensor
     topk_weights: Tensor
     topk_expert_ids: Tensor
+    means: RoutingMeans | None = None
 
 
 class Router(nn.Module):
@@ -88,8 +112,12 @@ class Router(nn.Module):
         bias = torch.zeros(cfg.num_experts, dtype=torch.float32) if cfg.has_expert_bias else None
         self.register_buffer("expert_bias", bias)
 
-    def forward(self, tokens_TD: Tensor) -> Routing:
+    def forward(self, tokens_TD: Tensor, num_segments: int = 1) -> Routing:
         """Route [T, D] tokens.
+
+        Args:
+            tokens_TD: The tokens.
+            num_segments: Segments of equally many tokens that means are taken over, if they are.
 
         Raises:
             UserError: The score function does not give a score of the logits' dtype for each of them.
@@ -100,6 +128,8 @@ class Router(nn.Module):
         logits_TE = self.product(tokens_TD, self.gate.weight)
         if self.gate.bias is not None:
             logits_TE = logits_TE + self.gate.bias.to(logits_TE.dtype)
+        if (routed := self._routed_by_kernel(logits_TE, num_segments)) is not None:
+            return routed
         scores_TE = self.score(logits_TE)
         if scores_TE.shape != logits_TE.shape or scores_TE.dtype != logits_TE.dtype:
             given, wanted = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (scores_TE, logits_TE))
@@ -112,6 +142,17 @@ class Router(nn.Module):
         if self.cfg.normalize_topk:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
         return Routing(logits_TE, scores_TE, weights_TK * self.cfg.scale, expert_ids_TK)
+
+    def _routed_by_kernel(self, logits_TE: Tensor, num_segments: int) -> Routing | None:
+        """Route by the fused kernel, if it is chosen and can."""
+        plain = self.cfg.assignment == Assignment.scores and self.cfg.num_groups == 1
+        if not plain or (kernels := router_kernels(logits_TE)) is None:
+            return None
+        if (is_softmax := SOFTMAX_OR_NOT.get(getattr(self.score, "func", self.score))) is None:
+            return None
+        choice = kernels.Choice(self.top_k, is_softmax, self.cfg.normalize_topk, self.cfg.scale, num_segments)
+        scores_TE, weights_TK, ids_TK, *means = kernels.choose_experts(logits_TE, self.expert_bias, choice)
+        return Routing(logits_TE, scores_TE, weights_TK, ids_TK, RoutingMeans(*means))
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
         """Choose the experts of each token, int64 [T, K]."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moefoundry.ops.kernel_choice import fused_kernels
+
 
 def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Compute ``x @ weight.T``, [T, E], in fp32 or wider; ``x`` is kept for backward in its own dtype."""
@@ -36,29 +38,47 @@ def parts_of(x: Tensor, number: int) -> list[Tensor]:
     return parts
 
 
-def multiply_parts(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply bfloat16 [M, K] x [K, N] into fp32, on tensor cores if there are any."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a.float(), b.float())
+def stack_parts(x: Tensor, number: int, dim: int) -> Tensor:
+    """Concatenate bfloat16 parts of an fp32 matrix: the first ``number``, 3 to 5, of rest, low, high, high, low."""
+    if fused_kernels() and not torch.compiler.is_compiling() and _has_kernel(x.device):
+        from moefoundry.ops.split_kernel import stack_parts_triton
+
+        return stack_parts_triton(x, number, dim)
+    high, low, rest = parts_of(x, 3)
+    return torch.cat([rest, low, high, high, low][:number], dim)
+
+
+def multiply_parts(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Multiply bfloat16 [M, K] x [K, N], on tensor cores if there are any, which sum in fp32."""
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a.float(), b.float()).to(dtype)
 
 
 def linear_by_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Compute ``x @ weight.T`` in fp32 from bfloat16 ``x`` and fp32 ``weight``."""
-    stacked = multiply_parts(x_TD, torch.cat(parts_of(weight_ED, 3)).T)
-    return sum_of_thirds(stacked, dim=1)
+    return sum_of_thirds(multiply_parts(x_TD, stack_parts(weight_ED, 3, dim=0).T), dim=1)
 
 
 def gradients_by_parts(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of ``x``, exact to 16 bits, and of ``weight``, exact to 24 bits; both fp32."""
-    high, low, rest = parts_of(grad_TE, 3)
-    weight_high, weight_low = parts_of(weight_ED, 2)
-    grad_x_TD = multiply_parts(torch.cat([high, high, low], dim=1), torch.cat([weight_high, weight_low, weight_high]))
-    return grad_x_TD, sum_of_thirds(multiply_parts(torch.cat([high, low, rest], dim=1).T, x_TD), dim=0)
+    """Compute the gradients of ``x``, bfloat16 from 16 bits, and of ``weight``, fp32 from 24 bits."""
+    num_experts = len(weight_ED)
+    grads = stack_parts(grad_TE, 4, dim=1)
+    weights = stack_parts(weight_ED, 5, dim=0)[
+        2 * num_experts :
+    ]  # high, high, low; to be multiplied by low, high, high
+    grad_x_TD = multiply_parts(grads[:, num_experts:], weights, torch.bfloat16)
+    return grad_x_TD, sum_of_thirds(multiply_parts(grads[:, : 3 * num_experts].T, x_TD), dim=0)
 
 
 def sum_of_thirds(x: Tensor, dim: int) -> Tensor:
-    """Add the three equal parts of a dimension, the smallest first."""
-    high, low, rest = x.chunk(3, dim)
+    """Add the three equal parts of a dimension, the smallest first, which comes first."""
+    rest, low, high = x.chunk(3, dim)
     return rest + low + high
+
+
+def _has_kernel(device: torch.device) -> bool:
+    from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend  # FP8 imports this module
+
+    return choose_backend(device, QUANTIZER_CAPABILITY) is Backend.TRITON
 
 
 def _by_parts(x_TD: Tensor, weight_ED: Tensor) -> bool:

@@ -1,0 +1,77 @@
+"""Choice of experts, and means over tokens, from logits: by PyTorch's operators, then by this project's kernel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.figures import Figures, NotRunError, Part
+from benchmarks.gpu.steps import Options
+from benchmarks.gpu.timing import host_syncs, timed
+from moefoundry.config import MoEConfig, RouterConfig
+from moefoundry.moe.balance import statistics
+from moefoundry.moe.router import Router
+from moefoundry.ops.kernel_choice import fused_kernels, use_fused_kernels
+
+
+class Sizes(NamedTuple):
+    """Tokens, experts and chosen experts; the score function."""
+
+    tokens: int
+    experts: int
+    top_k: int
+    scores: str
+
+
+SIZES = (
+    Sizes(24576, 128, 8, "softmax"),
+    Sizes(32768, 128, 8, "softmax"),
+    Sizes(16384, 256, 8, "sigmoid"),
+    Sizes(16384, 512, 10, "softmax"),
+)
+TINY = (Sizes(64, 8, 2, "softmax"),)
+
+
+def run(figures: Figures, options: Options) -> None:
+    """Every size by operators and by the kernel."""
+    for sizes in TINY if options.tiny else SIZES:
+        name = f"T{sizes.tokens} E{sizes.experts} K{sizes.top_k} {sizes.scores}"
+        figures.run(f"{name}, operators", measure, sizes, False, options)
+        figures.run(f"{name}, kernel", measure, sizes, True, options)
+
+
+def measure(part: Part, sizes: Sizes, fused: bool, options: Options) -> None:
+    """Forward and backward, with balance loss and z-loss; the kernel's ids beside those of operators."""
+    if fused and options.device != "cuda":
+        raise NotRunError("the kernel needs a GPU")
+    router = Router(1, config(sizes)).to(options.device)
+    router.product = lambda logits_TE, weight: logits_TE
+    logits_TE = torch.randn(sizes.tokens, sizes.experts, device=options.device).requires_grad_()
+    grad_TK = torch.randn(sizes.tokens, sizes.top_k, device=options.device)
+
+    def forward() -> tuple[Tensor, Tensor, Tensor]:
+        routing = router(logits_TE)
+        found = statistics(routing, 1, None)
+        return routing.topk_weights, found.balance_loss + 1e-3 * found.z_loss, routing.topk_expert_ids
+
+    def both() -> Any:
+        weights_TK, loss, _ = forward()
+        return torch.autograd.grad([weights_TK, loss], logits_TE, [grad_TK, torch.ones_like(loss)])
+
+    before = fused_kernels()
+    plain_ids_TK = forward()[2]
+    use_fused_kernels(fused)
+    try:
+        part.put(same_ids=round((forward()[2] == plain_ids_TK).float().mean().item(), 6))
+        part.put(forward=timed(forward, options.device), both=timed(both, options.device))
+        part.put(syncs=host_syncs(both, options.device))
+    finally:
+        use_fused_kernels(before)
+
+
+def config(sizes: Sizes) -> MoEConfig:
+    """The layer's configuration, of which the router's part counts."""
+    scores = RouterConfig(score_function=sizes.scores)
+    return MoEConfig(num_experts=sizes.experts, top_k=sizes.top_k, router=scores)

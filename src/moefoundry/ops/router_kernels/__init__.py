@@ -1,0 +1,41 @@
+"""Scores, choice of experts, their weights and the means over tokens, from the router's logits, as one Triton kernel.
+
+By operators these are about twenty passes over [T, E], and a top-k that is slow for short rows. The kernel reads the
+logits once, and the backward pass reads them once more. Only logits and chosen experts are kept. The host never waits.
+
+Experts are chosen in K rounds; each takes the largest of those left, and of equal ones the first (``torch.topk`` takes
+any). Without a bias the logits are compared: scores are in their order, and can only be equal where logits differ. NaN
+is the largest, so that ids are valid whatever the logits are.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
+from moefoundry.ops.kernel_choice import fused_kernels
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+MAX_EXPERTS = 1024
+
+
+def router_kernels(logits_TE: Tensor) -> ModuleType | None:
+    """Give the module of functions over the kernels if they are chosen and take these logits.
+
+    They take fp32 of at least one token and at most ``MAX_EXPERTS`` experts, on an NVIDIA GPU. Compiled code gets None:
+    the compiler fuses the operators itself.
+    """
+    if not fused_kernels() or torch.compiler.is_compiling() or logits_TE.dtype != torch.float32:
+        return None
+    if not 0 < logits_TE.shape[1] <= MAX_EXPERTS or not len(logits_TE):
+        return None
+    if choose_backend(logits_TE.device, QUANTIZER_CAPABILITY) is not Backend.TRITON:
+        return None
+    from moefoundry.ops.router_kernels import function
+
+    return function

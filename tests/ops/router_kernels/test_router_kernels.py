@@ -1,0 +1,63 @@
+"""The router's kernels against PyTorch's operators in float64: small sizes in Triton's interpreter, more on a GPU."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from tests.ops.router_kernels import checks
+from tests.ops.router_kernels.checks import Case
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+CASES = [
+    Case(37, 12, 3, "softmax"),
+    Case(40, 8, 8, "softmax", normalize=False, segments=4),
+    Case(30, 60, 6, "softmax", bias=True, segments=2),
+    Case(20, 130, 1, "sigmoid", segments=1),
+    Case(21, 48, 16, "sigmoid", normalize=False, segments=3),
+    Case(10, 500, 22, "sigmoid", bias=True, segments=2),
+]
+LARGE = [
+    Case(24576, 128, 8, "softmax", segments=6),
+    Case(16384, 256, 8, "sigmoid", bias=True, segments=4),
+    Case(4099, 384, 8, "softmax", normalize=False),
+    Case(8192, 512, 16, "sigmoid", bias=True),
+    Case(5000, 1024, 10, "softmax"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_routing_interpreted(interpreter: ProcessPoolExecutor, case: Case) -> None:
+    interpreter.submit(checks.check_routing, "cpu", case).result()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_ties_interpreted(interpreter: ProcessPoolExecutor, softmax: bool, bias: bool) -> None:
+    interpreter.submit(checks.check_ties, "cpu", softmax, bias).result()
+
+
+@pytest.mark.parametrize(
+    ("scope", "padded"), [("sequence", False), ("sequence", True), ("micro_batch", False), ("micro_batch", True)]
+)
+def test_layer_interpreted(interpreter: ProcessPoolExecutor, scope: str, padded: bool) -> None:
+    interpreter.submit(checks.check_layer, "cpu", scope, padded).result()
+
+
+def test_split_interpreted(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(checks.check_split, "cpu").result()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu() -> None:
+    for case in [*CASES, *LARGE]:
+        checks.check_routing("cuda", case)
+    checks.check_split("cuda")
+    for softmax in (True, False):
+        for bias in (False, True):
+            checks.check_ties("cuda", softmax, bias)
+    for scope in ("sequence", "micro_batch"):
+        for padded in (False, True):
+            checks.check_layer("cuda", scope, padded)
