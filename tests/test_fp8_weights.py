@@ -186,6 +186,7 @@ def sharing_chunks(share: bool) -> tuple[Counter[str], dict[str, Tensor], bool]:
     with pytest.MonkeyPatch.context() as patches:
         if not share:
             patches.setattr(Fp8Experts, "in_chunks", GroupedExperts.in_chunks)
+        patches.setattr("moefoundry.parallel.gather_in_fp8", lambda _: [])
         model = build(Case(chunks=2), MeshConfig(1, 4, 2), 4)
         with counted() as counts:
             found = train(model)

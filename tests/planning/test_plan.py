@@ -267,9 +267,10 @@ def test_weights_kept_in_fp8_are_counted_where_a_rank_has_them_whole(variant: st
     assert bytes_of() == 2 * whole
     assert bytes_of(backend_name="reference") == whole
     assert bytes_of("mesh={replicate: 4, shard: 1, expert: 1}", world=4) == 2 * whole
-    assert bytes_of("mesh={replicate: 1, shard: 4, expert: 1}", world=4) == 0
+    assert bytes_of("mesh={replicate: 1, shard: 4, expert: 1}", world=4) == kept[Fp8Experts] // 4, "whole experts"
     assert bytes_of("mesh={replicate: 2, shard: 4, expert: 4}", world=8) == 2 * kept[Fp8Experts] // 4
-    assert bytes_of("mesh={replicate: 1, shard: 8, expert: 4}", world=8) == 0
+    assert bytes_of("mesh={replicate: 1, shard: 8, expert: 4}", world=8) == kept[Fp8Experts] // 8
+    assert bytes_of("mesh={replicate: 1, shard: 5, expert: 1}", world=5) == 0
 
 
 LATENT = "model.attention={kind: mla, n_heads: 4, q_lora_rank: 48, kv_lora_rank: 32, qk_nope_head_dim: 24"

@@ -143,6 +143,18 @@ def test_fp8_narrows_the_two_legs_that_spread_rows():
     assert narrow["all_to_all", "expert"] < wide["all_to_all", "expert"]
 
 
+def test_weights_of_fp8_products_are_gathered_in_half_of_the_bytes():
+    wide_ffn = "model.ffn_hidden_size=512"  # gate and up have a block for each rank, down has not
+    check([recipe_of((1, 4, 2), FP8, wide_ffn), recipe_of((1, 4, 2), FP8, MODES[-1])])
+    narrow, wide = (
+        {(entry.collective, entry.axis): entry.sent for entry in make_plan(recipe, 4).traffic}
+        for recipe in (recipe_of((1, 4, 2), wide_ffn, change) for change in (FP8, "precision.compute=bf16"))
+    )
+    scales = 2 * 2 * 3 * 2  # both gathers of two layers, three weights of two experts each with one block
+    assert narrow["all_gather", "expert_shard"] == wide["all_gather", "expert_shard"] // 2 + scales
+    assert narrow["all_gather", "shard"] < wide["all_gather", "shard"]
+
+
 def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]:
     """As :func:`count_steps`, through Composer's own loop."""
     from moefoundry import build as parts

@@ -5,7 +5,8 @@ in a reduce-scatter, both of these for one n-th of the buffer in an all-reduce, 
 assigned in turn, from ``router.top_k_groups`` groups a token (``router.assignment: uniform``); a token is sent once to
 a rank that has several of its experts. Metrics and the gradient norm, a few kB, are not counted.
 
-FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
+FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass, weights of FP8
+products as codes and scales where shards are whole blocks. Gradients are
 reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows are sent to the experts and
 back, forward and backward; if the forward pass is recomputed (``full``), once more. ``selective`` keeps received rows.
 In chunks (``model.moe.dispatch_chunks``) the same rows go in more calls, and counts are of each chunk. DeepEP is
@@ -81,9 +82,7 @@ class Ledger:
         """Add the collectives of an FSDP unit."""
         if unit.shards > 1:
             others = unit.shards - 1
-            self.add(
-                "all_gather", unit.axis, others * unit.shard_numel * unit.param_bytes, unit.gathers * micro_batches
-            )
+            self.add("all_gather", unit.axis, others * unit.gathered_share, unit.gathers * micro_batches)
             if unit.trained_shard_numel:
                 reduced = others * unit.trained_shard_numel * unit.reduce_bytes
                 self.add("reduce_scatter", unit.axis, reduced, micro_batches)
