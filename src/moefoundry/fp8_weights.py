@@ -1,7 +1,7 @@
-"""FP8 weights quantized once a step, where a rank has whole weights between passes: docs/fp8.md.
+"""FP8 weights quantized once a step: docs/fp8.md.
 
-That is so on one device, and in units of FSDP that only one rank shares. FSDP frees what it gathers from several ranks
-after each pass; blocks of gathered weights would be a copy of what it has just freed.
+On one device, and in units of FSDP that only one rank shares, modules keep blocks of whole weights. Of what FSDP
+gathers from several ranks each keeps the blocks of its shard, where those are whole (``fp8_gather.py``).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from moefoundry.fp8_gather import ShardedWeight
 from moefoundry.moe.experts import FeedForward
 from moefoundry.ops.fp8 import KeptBlocks
 from moefoundry.parameter_states import ParameterStates, State
@@ -24,10 +25,12 @@ class Fp8Weights:
         model: The model, whose ``forward`` is the only way into its modules.
         modules: Modules of it that keep their weights; others than :class:`~moefoundry.precision.Fp8Module` are left
             out.
+        sharded: Weights that FSDP gathers in FP8.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module], sharded: Iterable[ShardedWeight] = ()) -> None:
         self._states = ParameterStates()
+        self._sharded: list[tuple[ShardedWeight, list[State]]] = [(weight, []) for weight in sharded]
         self._kept: list[tuple[Fp8Module, KeptBlocks]] = []
         self._seen: list[list[State]] = []
         for module in modules:
@@ -36,7 +39,7 @@ class Fp8Weights:
                 module.keep_blocks(blocks)
                 self._kept.append((module, blocks))
                 self._seen.append([])
-        if self._kept:
+        if self._kept or self._sharded:
             model.register_forward_pre_hook(self.refresh, prepend=True)  # before FSDP gathers anything
 
     def refresh(self, *_: Any) -> None:
@@ -46,6 +49,12 @@ class Fp8Weights:
             if states != self._seen[index]:
                 blocks.forget()
                 self._seen[index] = states
+        for weight, seen in self._sharded:
+            weight.attach()
+            state = [self._states.of(weight.parameter)]
+            if state != seen:
+                weight.shard.forget()
+                seen[:] = state
 
 
 def _weights(module: nn.Module) -> Iterable[nn.Parameter]:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moefoundry.adapters import Adapter, init_adapters
 from moefoundry.config import ActivationCheckpointing, Dispatcher, Fp8Recipe, MoEConfig, PrecisionConfig
+from moefoundry.fp8_gather import gather_in_fp8
 from moefoundry.fp8_weights import Fp8Weights
 from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
@@ -77,7 +78,7 @@ def parallelize(
         _shard(model, meshes, precision)
     elif (dtype := mixed_precision(precision).param_dtype) is not None:
         NarrowCopies(model, dtype, full_precision_modules(model, precision))
-    Fp8Weights(model, _with_whole_weights(model, meshes))
+    Fp8Weights(model, _with_whole_weights(model, meshes), gather_in_fp8(model) if precision.fp8.fsdp_all_gather else ())
 
 
 def _with_whole_weights(model: MoETransformer, meshes: Meshes | None) -> Iterator[nn.Module]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-State = tuple[int, int, int, int]
+State = tuple[int, int, int, int, int]
 
 
 class ParameterStates:
@@ -35,4 +35,5 @@ class ParameterStates:
         """Give the state of a parameter, or of this rank's shard; only for comparison with an earlier one."""
         values = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         steps = self._steps if parameter.requires_grad else 0
-        return id(parameter), values.data_ptr(), values._version, steps
+        # a DTensor counts its own changes, and its local tensor those that are made to that one
+        return id(parameter), values.data_ptr(), parameter._version, values._version, steps

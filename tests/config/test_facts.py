@@ -13,6 +13,7 @@ FREE = (
     *("scheduler.timing", "mesh.", "model.moe.backend", "model.moe.dispatch", "lora.base", "activation_checkpointing"),
     "model.linear_attention.backend",
     "fused_kernels",
+    "precision.fp8.fsdp_all_gather",
     *(
         "device_train_microbatch_size",
         "device_eval_batch_size",

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from moefoundry.config import Compute, Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
 from moefoundry.model import context
-from moefoundry.ops.fp8 import KeptBlocks, gemm, quantization, weights
+from moefoundry.ops.fp8 import GatheredBlocks, KeptBlocks, gemm, quantization, weights
 from moefoundry.optim import build_adamw
 from moefoundry.parallel import materialize, parallelize, sum_between_copies
 from tests.memory import PeakMemory, storage_of
@@ -235,6 +235,7 @@ def narrow_copies_of(model: nn.Module) -> list[Tensor]:
 def kept_blocks_of(model: nn.Module) -> list[Tensor]:
     """Quantized weights that modules keep."""
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, KeptBlocks)]
+    kept += [shard for blocks in kept if isinstance(blocks, GatheredBlocks) for shard in blocks.shards]
     return [tensor for blocks in kept for quantized in blocks.found.values() for tensor in quantized.tensors]
 
 

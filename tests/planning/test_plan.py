@@ -256,9 +256,10 @@ def test_weights_kept_in_fp8_are_counted_where_a_rank_has_them_whole(variant: st
                 kept[Fp8Experts if matrices else Fp8Linear] += weight.numel() + blocks
     assert all(kept.values())
 
-    def bytes_of(*more: str, world: int = 1, backend_name: str = "") -> int:
+    def bytes_of(*more: str, world: int = 1, backend_name: str = "", gathers: bool = False) -> int:
         made = [*keys, *more, f"global_train_batch_size={world}"]
         backend = [f"precision.fp8.backend={backend_name}"] if backend_name else []
+        backend += ["precision.fp8.fsdp_all_gather=true"] if gathers else []
         recipes = (load_recipe(QUICKSTART, [*made, *last], world) for last in ([*fp8, *backend], []))
         with_fp8, without = (make_plan(recipe, world).memory.parameters for recipe in recipes)
         return with_fp8 - without
@@ -270,6 +271,12 @@ def test_weights_kept_in_fp8_are_counted_where_a_rank_has_them_whole(variant: st
     assert bytes_of("mesh={replicate: 1, shard: 4, expert: 1}", world=4) == 0
     assert bytes_of("mesh={replicate: 2, shard: 4, expert: 4}", world=8) == 2 * kept[Fp8Experts] // 4
     assert bytes_of("mesh={replicate: 1, shard: 8, expert: 4}", world=8) == 0
+    for mesh, ranks, share in (
+        ("{replicate: 1, shard: 4, expert: 1}", 4, kept[Fp8Experts] // 4),  # whole experts
+        ("{replicate: 1, shard: 8, expert: 4}", 8, kept[Fp8Experts] // 8),
+        ("{replicate: 1, shard: 5, expert: 1}", 5, 0),
+    ):
+        assert bytes_of(f"mesh={mesh}", world=ranks, gathers=True) == share
 
 
 LATENT = "model.attention={kind: mla, n_heads: 4, q_lora_rank: 48, kv_lora_rank: 32, qk_nope_head_dim: 24"

@@ -129,6 +129,7 @@ def test_bf16_halves_what_is_gathered_and_exchanged_but_not_what_is_reduced():
 
 
 FP8 = "precision={compute: bf16, fp8: {recipe: deepseek_v3}}"
+GATHERED = "precision={compute: bf16, fp8: {recipe: deepseek_v3, fsdp_all_gather: true}}"
 
 
 @pytest.mark.slow
@@ -137,10 +138,23 @@ def test_fp8_narrows_the_two_legs_that_spread_rows():
     check([recipe_of((1, 4, 4), FP8)], gpus_per_node=2)
     narrow, wide = (
         {(entry.collective, entry.axis): entry.sent for entry in make_plan(recipe, 4).traffic}
-        for recipe in (recipe_of((1, 4, 4), change) for change in (FP8, "precision.compute=bf16"))
+        for recipe in (recipe_of((1, 4, 4), change) for change in (GATHERED, FP8))
     )
     assert {key for key, sent in wide.items() if narrow[key] != sent} == {("all_to_all", "expert")}
     assert narrow["all_to_all", "expert"] < wide["all_to_all", "expert"]
+
+
+@pytest.mark.slow
+def test_weights_of_fp8_products_are_gathered_in_half_of_the_bytes():
+    wide_ffn = "model.ffn_hidden_size=512"  # gate and up have a block for each rank, down has not
+    check([recipe_of((1, 4, 2), GATHERED, wide_ffn), recipe_of((1, 4, 2), GATHERED, MODES[-1])])
+    narrow, wide = (
+        {(entry.collective, entry.axis): entry.sent for entry in make_plan(recipe, 4).traffic}
+        for recipe in (recipe_of((1, 4, 2), wide_ffn, change) for change in (FP8, "precision.compute=bf16"))
+    )
+    scales = 2 * 2 * 3 * 2  # both gathers of two layers, three weights of two experts each with one block
+    assert narrow["all_gather", "expert_shard"] == wide["all_gather", "expert_shard"] // 2 + scales
+    assert narrow["all_gather", "shard"] < wide["all_gather", "shard"]
 
 
 def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]:

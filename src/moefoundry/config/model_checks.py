@@ -195,7 +195,7 @@ def _rows_of_deepep(recipe: Recipe, _: int | None) -> Iterator[Problem]:
 def _fp8_is_on(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     """Refuse keys on how FP8 is done where it is off."""
     fp8, default = recipe.precision.fp8, Fp8Config()
-    for name in ("exclude", "backend"):
+    for name in ("exclude", "backend", "fsdp_all_gather"):
         given, usual = getattr(fp8, name), getattr(default, name)
         if fp8.recipe is None and given != usual:
             message = f"{show_leaf(given)} has no effect while precision.fp8.recipe is null"
@@ -208,6 +208,17 @@ def _kernels_of_fp8(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     if fp8.recipe in (Fp8Recipe.tensorwise, Fp8Recipe.rowwise) and fp8.backend not in (None, Fp8Backend.reference):
         message = f"recipe {fp8.recipe} is there to compare accuracy, and has no kernels"
         yield Problem("precision.fp8.backend", message, allowed="null, reference")
+
+
+@rule("precision.fp8", "lora")
+def _gathers_in_fp8(recipe: Recipe, _: int | None) -> Iterator[Problem]:
+    path, fp8 = "precision.fp8.fsdp_all_gather", recipe.precision.fp8
+    if not fp8.fsdp_all_gather:
+        return
+    if fp8.recipe in (Fp8Recipe.tensorwise, Fp8Recipe.rowwise):
+        yield Problem(path, f"recipe {fp8.recipe} has no blocks of weights", "false", suggestion=f"{path}=false")
+    if recipe.lora is not None:
+        yield Problem(path, "adapters read the weights that FSDP gathers", "false", suggestion=f"{path}=false")
 
 
 @rule("model.d_model", "model.moe.expert_hidden_size", "precision", "lora")

@@ -85,6 +85,13 @@ class Fp8Config:
         "What runs the FP8 products; null takes the kernels where they can run; deepgemm is for those of experts, and "
         "needs the package of that name.",
     )
+    fsdp_all_gather: bool = key(
+        False,
+        "FSDP quantizes shards once a step and gathers them in FP8, where they are whole blocks of 128; same bits. Has "
+        "not run on a GPU.",
+        renamed_from=("enable_fsdp_float8_all_gather",),
+        free_on_resume=True,
+    )
 
 
 @dataclass

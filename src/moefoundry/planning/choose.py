@@ -181,16 +181,16 @@ class _Search:
         """Estimate recipes that validate; micro-batches grow until one does not fit."""
         for mesh in _meshes(self.recipe, self.world_size):
             degrees = resolve_degrees(mesh, self.world_size, self.device.linked_devices)
-            sharded: dict[Compute, ShardedOutline] = {}
+            sharded: dict[tuple[Compute, Fp8Recipe | None], ShardedOutline] = {}
             for precision in precisions:
                 on_mesh = replace(self.recipe, mesh=mesh, precision=precision, device_train_microbatch_size=1)
                 if check_recipe(on_mesh, self.world_size) or not self._may_fit(on_mesh, degrees):
                     continue
-                if precision.compute not in sharded:  # FP8 changes no parameter
-                    sharded[precision.compute] = self.outline.shard(on_mesh, degrees)
+                if (kind := (precision.compute, precision.fp8.recipe)) not in sharded:
+                    sharded[kind] = self.outline.shard(on_mesh, degrees)
                 for checkpointing in ActivationCheckpointing:
                     recipe = replace(on_mesh, activation_checkpointing=checkpointing)
-                    self._try_micro_batches(recipe, degrees, sharded[precision.compute])
+                    self._try_micro_batches(recipe, degrees, sharded[kind])
 
     def _try_micro_batches(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> None:
         keys = flatten(recipe)

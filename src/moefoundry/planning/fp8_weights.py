@@ -1,14 +1,14 @@
-"""Bytes of the weights that FP8 training keeps quantized: see ``fp8_weights.py`` of the package."""
+"""Bytes of the weights that FP8 training keeps quantized, or gathers so: ``fp8_weights.py``, ``fp8_gather.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 from typing import TYPE_CHECKING
 
 from moefoundry.config import Fp8Backend, Fp8Recipe, Recipe
-from moefoundry.ops.sizes import num_tiles
+from moefoundry.ops.sizes import TILE, num_tiles
 from moefoundry.planning.weights import Weight
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ NEVER = ("router.gate", "beta_proj", "decay_proj", "shared_gate")
 def kept_bytes(sharded: ShardedOutline, recipe: Recipe) -> int:
     """Compute the bytes of rank 0, with the transposed copies that kernels read; exact if all weights train.
 
+    Shards that are gathered in FP8 are kept without such copies.
     Of frozen weights those below the first adapter need no transposed copy, which is counted nevertheless.
     """
     fp8, degrees = recipe.precision.fp8, sharded.degrees
@@ -30,7 +31,23 @@ def kept_bytes(sharded: ShardedOutline, recipe: Recipe) -> int:
     of_experts, others = sharded.outline.bytes_in_fp8(tuple(fp8.exclude))
     whole_experts = degrees.shard == degrees.expert
     kept = (of_experts // degrees.expert if whole_experts else 0) + (others if degrees.shard == 1 else 0)
-    return copies * kept
+    return copies * kept + sum(unit.fp8_bytes // unit.shards for unit in sharded.units)
+
+
+def names_in_fp8(weights: Iterable[tuple[str, Weight]], exclude: Collection[str]) -> frozenset[str]:
+    """Collect the names of weights that have an FP8 form and are not excluded."""
+    return frozenset(name for name, weight in weights if _has_blocks(name, weight) and not _excluded(name, exclude))
+
+
+def block_bytes(shape: Sequence[int]) -> int:
+    """Compute the bytes of a weight in blocks."""
+    *matrices, rows, columns = shape
+    return prod(shape) + prod(matrices) * num_tiles(rows) * num_tiles(columns)
+
+
+def has_whole_blocks(shape: Sequence[int], ranks: int) -> bool:
+    """Tell if each of several ranks has the same number of whole blocks of a weight that they divide along dim 0."""
+    return ranks > 1 and shape[0] % (ranks * (TILE if len(shape) == 2 else 1)) == 0
 
 
 def bytes_in_fp8(weights: Iterable[tuple[str, Weight]], exclude: Collection[str]) -> tuple[int, int]:
@@ -39,8 +56,7 @@ def bytes_in_fp8(weights: Iterable[tuple[str, Weight]], exclude: Collection[str]
     for name, weight in weights:
         if not _has_blocks(name, weight) or _excluded(name, exclude):
             continue
-        *matrices, rows, columns = weight.shape
-        nbytes = weight.numel + prod(matrices) * num_tiles(rows) * num_tiles(columns)
+        nbytes = block_bytes(weight.shape)
         if weight.of_experts:
             of_experts += nbytes
         else:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from moefoundry.config import Compute, PrecisionConfig, Recipe
+from moefoundry.config import Compute, Fp8Recipe, PrecisionConfig, Recipe
 from moefoundry.mesh import MeshDegrees
 from moefoundry.planning import stages
 from moefoundry.planning.describe import ParameterCounts, count_parameters
-from moefoundry.planning.fp8_weights import bytes_in_fp8
+from moefoundry.planning.fp8_weights import bytes_in_fp8, names_in_fp8
 from moefoundry.planning.units import PlannedBlock, Unit, unit_of
 from moefoundry.planning.weights import (
     EXPERTS,
@@ -49,6 +49,7 @@ class Outline:
         self.blocks = all_blocks(cfg, recipe.lora)
         self._works: dict[tuple[int, int], list[Work]] = {}
         self._in_fp8: dict[tuple[str, ...], tuple[int, int]] = {}
+        self._gathered_in_fp8: dict[tuple[str, ...], frozenset[str]] = {}
         full = recipe.lora is None
         self.mtp = [replace(weight, trained=weight.trained and full) for weight in mtp_weights(cfg)]
         self.root = [replace(weight, trained=weight.trained and full) for weight in root_weights(cfg)]
@@ -68,6 +69,16 @@ class Outline:
         if exclude not in self._in_fp8:
             self._in_fp8[exclude] = bytes_in_fp8(named_weights(self.cfg, self.lora), exclude)
         return self._in_fp8[exclude]
+
+    def gathered_in_fp8(self, precision: PrecisionConfig) -> frozenset[str]:
+        """Collect the names of the weights that FSDP gathers in FP8 where the blocks of shards are whole."""
+        exclude = tuple(precision.fp8.exclude)
+        fp8 = precision.fp8
+        if fp8.recipe != Fp8Recipe.deepseek_v3 or not fp8.fsdp_all_gather or self.lora is not None:
+            return frozenset()
+        if exclude not in self._gathered_in_fp8:
+            self._gathered_in_fp8[exclude] = names_in_fp8(named_weights(self.cfg), exclude)
+        return self._gathered_in_fp8[exclude]
 
     def shard(self, recipe: Recipe, degrees: MeshDegrees) -> ShardedOutline:
         """Shard the model as training does; one rank has it whole."""
@@ -129,19 +140,28 @@ def block_names(outline: Outline) -> list[str]:
 def _units(outline: Outline, precision: PrecisionConfig, degrees: MeshDegrees) -> Iterator[Unit]:
     # The root stays gathered after the forward pass, since the backward pass begins with it.
     yield unit_of("", outline.root, precision, degrees, gathers=1)
-    made: dict[int, list[Unit]] = {}
+    in_fp8 = outline.gathered_in_fp8(precision)
+    made: dict[tuple[int, frozenset[str]], list[Unit]] = {}
     for name, weights in zip(block_names(outline), outline.blocks, strict=True):
-        if id(weights) not in made:
-            made[id(weights)] = list(_block_units(weights, precision, degrees))
         block = name
         if name.startswith("mtp."):
-            yield unit_of(name, outline.mtp, precision, degrees)
+            yield unit_of(name, outline.mtp, precision, degrees, in_fp8=_names(name, outline.mtp, in_fp8))
             block = f"{name}.block"
-        for unit in made[id(weights)]:
+        key = id(weights), _names(block, weights, in_fp8)
+        if key not in made:
+            made[key] = list(_block_units(weights, precision, degrees, key[1]))
+        for unit in made[key]:
             yield replace(unit, name=f"{block}.{unit.name}" if unit.name else block)
 
 
-def _block_units(weights: Sequence[Weight], precision: PrecisionConfig, degrees: MeshDegrees) -> Iterator[Unit]:
+def _names(module: str, weights: Sequence[Weight], chosen: Collection[str]) -> frozenset[str]:
+    """Collect the names, in their module, of weights whose full names are chosen."""
+    return frozenset(weight.name for weight in weights if chosen and f"{module}.{weight.name}" in chosen)
+
+
+def _block_units(
+    weights: Sequence[Weight], precision: PrecisionConfig, degrees: MeshDegrees, in_fp8: Collection[str]
+) -> Iterator[Unit]:
     """Yield the units of a block, named by their modules in it; the block's own has no name."""
     groups: dict[str, list[Weight]] = {"": []}
     for weight in weights:
@@ -150,7 +170,7 @@ def _block_units(weights: Sequence[Weight], precision: PrecisionConfig, degrees:
             module = EXPERTS
         groups.setdefault(module or "", []).append(weight)
     for module, members in groups.items():
-        yield unit_of(module, members, precision, degrees)
+        yield unit_of(module, members, precision, degrees, in_fp8=in_fp8)
 
 
 def _groups(weights: Sequence[Weight], expert_ranks: int) -> dict[str, int]:

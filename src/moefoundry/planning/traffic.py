@@ -5,11 +5,12 @@ in a reduce-scatter, both of these for one n-th of the buffer in an all-reduce, 
 assigned in turn, from ``router.top_k_groups`` groups a token (``router.assignment: uniform``); a token is sent once to
 a rank that has several of its experts. Metrics and the gradient norm, a few kB, are not counted.
 
-FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass. Gradients are
-reduce-scattered after each micro-batch, and all-reduced between copies after the last. Rows are sent to the experts and
-back, forward and backward; if the forward pass is recomputed (``full``), to the experts once more, and back where a
-norm follows or in chunks. ``selective`` keeps received rows. In chunks (``model.moe.dispatch_chunks``) the same rows go
-in more calls, and counts are of each chunk. DeepEP is counted as if it were ``all_to_all``.
+FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass, with
+``fsdp_all_gather`` in FP8. Gradients are reduce-scattered after each micro-batch, and all-reduced between copies after
+the last. Rows are sent to the experts and back, forward and backward; if the forward pass is recomputed (``full``), to
+the experts once more, and back where a norm follows or in chunks. ``selective`` keeps received rows. In chunks
+(``model.moe.dispatch_chunks``) the same rows go in more calls, and counts are of each chunk. DeepEP is counted as if it
+were ``all_to_all``.
 """
 
 from __future__ import annotations
@@ -82,9 +83,7 @@ class Ledger:
         """Add the collectives of an FSDP unit."""
         if unit.shards > 1:
             others = unit.shards - 1
-            self.add(
-                "all_gather", unit.axis, others * unit.shard_numel * unit.param_bytes, unit.gathers * micro_batches
-            )
+            self.add("all_gather", unit.axis, others * unit.gathered_share, unit.gathers * micro_batches)
             if unit.trained_shard_numel:
                 reduced = others * unit.trained_shard_numel * unit.reduce_bytes
                 self.add("reduce_scatter", unit.axis, reduced, micro_batches)

@@ -7,13 +7,14 @@ and reduced tensors are padded to the first rank's share; optimizer state is not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import prod
 
 from moefoundry.config import Compute, PrecisionConfig
 from moefoundry.mesh import EXPERT_SHARD, SHARD, MeshDegrees
+from moefoundry.planning.fp8_weights import block_bytes, has_whole_blocks
 from moefoundry.planning.weights import EXPERTS, Weight
 
 FP32 = 4
@@ -35,6 +36,8 @@ class Unit:
         param_bytes: Bytes of a gathered element.
         reduce_bytes: Bytes of an element in the reduction.
         gathers: All-gathers in a micro-batch.
+        fp8_numel: Elements of the whole that are gathered in FP8.
+        fp8_bytes: Bytes of those, with scales.
     """
 
     name: str
@@ -48,11 +51,23 @@ class Unit:
     param_bytes: int
     reduce_bytes: int
     gathers: int
+    fp8_numel: int = 0
+    fp8_bytes: int = 0
 
     @property
     def gathered(self) -> int:
-        """Bytes of the parameters in the compute dtype."""
-        return self.full_numel * self.param_bytes
+        """Bytes of the parameters in the compute dtype or in FP8."""
+        return self.full_numel * self.param_bytes - self._spared
+
+    @property
+    def gathered_share(self) -> int:
+        """Bytes of a rank's share of them, padded."""
+        return self.shard_numel * self.param_bytes - self._spared // self.shards
+
+    @property
+    def _spared(self) -> int:
+        """Bytes by which FP8 is less than the compute dtype."""
+        return self.fp8_numel * self.param_bytes - self.fp8_bytes
 
     @property
     def gradients(self) -> int:
@@ -93,7 +108,12 @@ def compute_bytes(precision: PrecisionConfig) -> int:
 
 
 def unit_of(
-    name: str, weights: Sequence[Weight], precision: PrecisionConfig, degrees: MeshDegrees, gathers: int = 2
+    name: str,
+    weights: Sequence[Weight],
+    precision: PrecisionConfig,
+    degrees: MeshDegrees,
+    gathers: int = 2,
+    in_fp8: Collection[str] = (),
 ) -> Unit:
     """Shard the parameters of a unit.
 
@@ -103,6 +123,7 @@ def unit_of(
         precision: The recipe's ``precision``.
         degrees: Degrees of the mesh.
         gathers: All-gathers in a micro-batch where several ranks share it: forward and backward.
+        in_fp8: Names of those that are multiplied in FP8, and gathered so where blocks of shards are whole.
     """
     experts = name == EXPERTS
     shards = degrees.shard // degrees.expert if experts else degrees.shard
@@ -110,6 +131,11 @@ def unit_of(
     shapes = [(weight.shape[0] // degrees.expert, *weight.shape[1:]) if experts else weight.shape for weight in weights]
     share = [_share(shape, shards, experts) for shape in shapes]
     trained = [weight.trained for weight in weights]
+    fp8 = [
+        shape
+        for weight, shape in zip(weights, shapes, strict=True)
+        if weight.name in in_fp8 and has_whole_blocks(shape, shards)
+    ]
     return Unit(
         name=name,
         axis=EXPERT_SHARD if experts else SHARD,
@@ -122,6 +148,8 @@ def unit_of(
         param_bytes=FP32 if wide else compute_bytes(precision),
         reduce_bytes=FP32,
         gathers=gathers if shards > 1 else 0,
+        fp8_numel=sum(map(prod, fp8)),
+        fp8_bytes=sum(map(block_bytes, fp8)),
     )
 
 

@@ -28,7 +28,7 @@ from moefoundry.ops.fp8.quantization import (
     quantize_transposed,
     retile,
 )
-from moefoundry.ops.fp8.weights import BlocksOfPass, KeptBlocks
+from moefoundry.ops.fp8.weights import BlocksOfPass, GatheredBlocks, KeptBlocks
 from moefoundry.ops.sizes import TILE
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Backend",
     "BlocksOfPass",
     "Format",
+    "GatheredBlocks",
     "Granularity",
     "KeptBlocks",
     "QuantizedTensor",

@@ -124,6 +124,12 @@ class QuantizedTensor:
         *batch, rows, columns = self.shape
         return replace(self, values=self.values.mT, scales=self.scales.mT, shape=(*batch, columns, rows))
 
+    def transposed(self) -> QuantizedTensor:
+        """Transposed matrices, as a copy in which the rows of :attr:`mT` lie one after the other."""
+        view = self.mT
+        values = view.values.view(torch.uint8).contiguous().view(view.values.dtype)
+        return replace(view, values=values, scales=view.scales.contiguous())
+
 
 def num_column_tiles(rows: int, groups: int) -> int:
     """Compute the most tiles of 128 rows that ``rows`` rows in ``groups`` groups can need."""

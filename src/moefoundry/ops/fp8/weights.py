@@ -68,6 +68,30 @@ class BlocksOfPass(KeptBlocks):
             self.forget()
 
 
+class GatheredBlocks(KeptBlocks):
+    """Blocks that FSDP gathers, and whose memory it frees: there are none to forget.
+
+    A weight that is gathered in another dtype is quantized in each pass.
+
+    Attributes:
+        shards: This rank's shards, kept between passes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shards: list[KeptBlocks] = []
+
+    def forget(self) -> None:
+        """Keep all; FSDP fills them anew."""
+
+    def get(self, name: str, weight: Tensor, transposed: bool, backend: Backend | None) -> QuantizedTensor:
+        gathered = self.found.get((name, False))
+        if gathered is None:
+            return quantize_transposed(weight, backend=backend) if transposed else _straight(weight, backend)
+        weight.untyped_storage().resize_(0)  # nobody reads it
+        return gathered.transposed() if transposed else gathered
+
+
 def blocks_for_fprop(
     weight: Tensor, kept: KeptBlocks | None = None, name: str = "", backend: Backend | None = None
 ) -> QuantizedTensor:
