@@ -100,7 +100,7 @@ def test_losses_and_gradients_have_the_same_bits(mode: str, backend: str, dtype:
 
 
 FOLLOWED = [NormPosition.after, NormPosition.both, "padding"]
-"""What keeps the experts' output for the backward pass, which so has to be there again."""
+"""What follows the experts; norms keep their output for the backward pass, so that it has to be there again."""
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

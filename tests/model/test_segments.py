@@ -124,6 +124,8 @@ def test_on_a_gpu_no_mask_and_no_copies_of_keys_are_made(attention: AttentionCon
         mock.patch("moefoundry.ops.kernel_choice._fused", True),
         mock.patch.object(segment_attention, "has_kernel", return_value=True),
         mock.patch("moefoundry.ops.row_kernels.choose_backend", return_value=Backend.REFERENCE),
+        mock.patch("moefoundry.ops.router_kernels.choose_backend", return_value=Backend.REFERENCE),
+        mock.patch("moefoundry.ops.wide_linear._has_kernel", return_value=False),
         FakeTensorMode() if device == "cuda" else nullcontext(),
         Shapes() as seen,
     ):

@@ -125,8 +125,8 @@ class Block(nn.Module):
         x_BSD = x_BSD + self._output(self.attention_norm, self.attention_post_norm, attended)
         ffn, routing = self.ffn, None
         if isinstance(ffn, MoELayer):
-            plain = not self.norm_after and self.ffn_post_norm is None and real_T is None
-            with ending_the_block(plain and ffn.dispatch_chunks == 1):
+            unread = not self.norm_after and self.ffn_post_norm is None
+            with ending_the_block(unread and ffn.dispatch_chunks == 1):  # as on every other rank
                 out_BSD, routing = ffn(self._input(self.ffn_norm, x_BSD), real_T)
         else:
             out_BSD = ffn(self._input(self.ffn_norm, x_BSD))

@@ -21,6 +21,7 @@ from moefoundry.moe.balance import mean_over_tokens, statistics
 from moefoundry.moe.dispatch import LocalDispatcher, TokenDispatcher
 from moefoundry.moe.experts import FeedForward, GroupedExperts, TokenGate
 from moefoundry.moe.router import Router, Routing, within_capacity
+from moefoundry.ops.permute import place_rows
 from moefoundry.ops.swiglu import PLAIN, Activation
 
 
@@ -101,7 +102,7 @@ class MoELayer(nn.Module):
         if shared_TD is not None:
             out_TD = out_TD + shared_TD
         if real_T is not None:
-            out_TD = out_TD.new_zeros(x_BSD.shape[:2].numel(), x_BSD.shape[2]).index_copy(0, real_T, out_TD)
+            out_TD = place_rows(out_TD, real_T, x_BSD.shape[:2].numel())
         return out_TD.view_as(x_BSD), stats
 
     def _shared(self, tokens_TD: Tensor) -> Tensor | None:

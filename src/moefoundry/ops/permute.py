@@ -140,6 +140,15 @@ def sum_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
     return _SumRows.apply(rows_ND, order)
 
 
+def place_rows(rows_ND: Tensor, place_N: Tensor, size: int) -> Tensor:
+    """Copy rows [N, D] to their places in zeros, [size, D].
+
+    It saves no tensor for the backward pass, so that a block of a micro-batch with padding ends where one without does
+    (``ops/recompute.py``): ranks may have either, and exchange the same.
+    """
+    return _PlaceRows.apply(rows_ND, place_N, size)
+
+
 def permute_slots(values_TK: Tensor, order: RowOrder) -> Tensor:
     """Gather the values of the slots that have rows, in expert order, [T, K] -> [N]."""
     return values_TK.flatten().index_select(0, order.slot_of_row_N)
@@ -180,6 +189,18 @@ class _SumRows(Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         return gather_rows(grad_TD, ctx.order), None
+
+
+class _PlaceRows(Function):
+    @staticmethod
+    def forward(ctx: Any, rows_ND: Tensor, place_N: Tensor, size: int) -> Tensor:
+        ctx.place_N = place_N
+        return rows_ND.new_zeros(size, *rows_ND.shape[1:]).index_copy_(0, place_N, rows_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.place_N), None, None
 
 
 def gather_rows(tokens_TD: Tensor, order: RowOrder) -> Tensor:
