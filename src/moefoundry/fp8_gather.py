@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from moefoundry.adapters import has_adapter
 from moefoundry.ops.fp8 import Backend, GatheredBlocks, KeptBlocks, QuantizedTensor, Tile
 from moefoundry.ops.fp8.weights import blocks_for_fprop
-from moefoundry.ops.sizes import TILE
+from moefoundry.ops.sizes import has_whole_blocks
 from moefoundry.precision import Fp8Experts, Fp8FeedForward, Fp8Linear, Fp8Module
 
 
@@ -124,7 +124,5 @@ def _backend(module: Fp8Module) -> Backend | None:
 
 
 def _whole_blocks(held: Any) -> bool:
-    """Tell if every rank of several has the same number of whole blocks."""
-    ranks, (first, *others) = held.mesh_info.shard_mesh_size, held._orig_size
-    tiles = TILE if len(others) == 1 else 1
-    return ranks > 1 and held.fsdp_placement.dim == 0 and first % (ranks * tiles) == 0
+    """Tell if FSDP divides a parameter into whole blocks."""
+    return held.fsdp_placement.dim == 0 and has_whole_blocks(held._orig_size, held.mesh_info.shard_mesh_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at a time (:mod:`moefoundry.ops.cross_entropy`)."""
 
@@ -27,3 +29,8 @@ def num_tiles(elements: int) -> int:
 def row_bytes(columns: int) -> int:
     """Compute the bytes of a sent FP8 row of ``columns`` values (:mod:`moefoundry.ops.fp8.wire`)."""
     return -(-(columns + num_tiles(columns)) // SENT_ALIGNMENT) * SENT_ALIGNMENT
+
+
+def has_whole_blocks(shape: Sequence[int], ranks: int) -> bool:
+    """Tell if each of several ranks has the same number of whole blocks of a weight that they divide along dim 0."""
+    return ranks > 1 and shape[0] % (ranks * (TILE if len(shape) == 2 else 1)) == 0

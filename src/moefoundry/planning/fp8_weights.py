@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from moefoundry.config import Fp8Backend, Fp8Recipe, Recipe
-from moefoundry.ops.sizes import TILE, num_tiles
+from moefoundry.ops.sizes import num_tiles
 from moefoundry.planning.weights import Weight
 
 if TYPE_CHECKING:
@@ -43,11 +43,6 @@ def block_bytes(shape: Sequence[int]) -> int:
     """Compute the bytes of a weight in blocks."""
     *matrices, rows, columns = shape
     return prod(shape) + prod(matrices) * num_tiles(rows) * num_tiles(columns)
-
-
-def has_whole_blocks(shape: Sequence[int], ranks: int) -> bool:
-    """Tell if each of several ranks has the same number of whole blocks of a weight that they divide along dim 0."""
-    return ranks > 1 and shape[0] % (ranks * (TILE if len(shape) == 2 else 1)) == 0
 
 
 def bytes_in_fp8(weights: Iterable[tuple[str, Weight]], exclude: Collection[str]) -> tuple[int, int]:

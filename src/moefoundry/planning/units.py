@@ -14,7 +14,8 @@ from math import prod
 
 from moefoundry.config import Compute, PrecisionConfig
 from moefoundry.mesh import EXPERT_SHARD, SHARD, MeshDegrees
-from moefoundry.planning.fp8_weights import block_bytes, has_whole_blocks
+from moefoundry.ops.sizes import has_whole_blocks
+from moefoundry.planning.fp8_weights import block_bytes
 from moefoundry.planning.weights import EXPERTS, Weight
 
 FP32 = 4
