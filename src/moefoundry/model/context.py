@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moefoundry.config import GqaConfig, LongRopeConfig, MlaConfig, ModelConfig
 from moefoundry.model.rope import Rotation, rotation
+from moefoundry.ops import cpu_attention
 from moefoundry.ops.attention_sinks import attend_with_sinks
 from moefoundry.ops.segment_attention import (
     Segments,
@@ -243,6 +244,8 @@ def attend(
     if sinks_H is not None:
         out_BHSd = attend_with_sinks(q_BHSd, k_BHLd, v_BHLd, sinks_H, context.mask, context.is_causal, scale)
         return out_BHSd.transpose(1, 2).flatten(2)
+    if context.is_causal and cpu_attention.takes(q_BHSd, k_BHLd, v_BHLd):
+        return cpu_attention.cpu_attention(q_BHSd, k_BHLd, v_BHLd, scale).flatten(2)
     if context.mask is not None and q_BHSd.shape[1] != k_BHLd.shape[1]:
         # CUDA's kernel that takes a mask and keeps no [S, L] products wants as many key heads as query heads.
         repeats = q_BHSd.shape[1] // k_BHLd.shape[1]

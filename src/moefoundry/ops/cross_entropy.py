@@ -4,7 +4,7 @@ All logits of a batch, [T, V] in fp32, are usually the largest tensor of a train
 exists at a time, and its loss and gradients are computed together (as in Liger Kernel's fused linear cross entropy,
 arXiv 2410.10989); so each of the three products is still computed once. Logits are computed in the dtype of the
 operands, and cast to fp32 (float64 stays float64) for the softmax. On a GPU one kernel reads narrow logits twice, and
-writes their gradient in their place; so a chunk of the same bytes has four times the tokens.
+writes their gradient in their place; so a chunk has four times the tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +18,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moefoundry.ops.row_kernels import row_kernels
-from moefoundry.ops.sizes import CHUNK_TOKENS
+from moefoundry.ops.sizes import CHUNK_TOKENS, KERNEL_CHUNK_TOKENS
 
 IGNORE_INDEX = -100
-KERNEL_CHUNK_TOKENS = 4 * CHUNK_TOKENS
-"""Tokens of a chunk for the kernel, which makes no fp32 copy of narrow logits and no second tensor for their gradient:
-2 bytes where operators have 8."""
 
 
 def linear_cross_entropy(
@@ -153,10 +150,13 @@ def _of_logits(
         logits += bias_V.to(logits.dtype)
     kept_N = labels_N != IGNORE_INDEX
     label_N1 = labels_N.where(kept_N, 0).unsqueeze(1)
-    log_z_N1 = logits.logsumexp(dim=1, keepdim=True)
-    losses_N = (log_z_N1 - logits.gather(1, label_N1)).squeeze(1) * kept_N
+    losses_N = -logits.gather(1, label_N1).squeeze(1)
+    largest_N1 = logits.amax(dim=1, keepdim=True)
+    slopes = torch.softmax(logits, dim=1, out=logits)
+    # The largest logit has the probability 1 / sum(exp(logits - largest)), which does not underflow.
+    losses_N += (largest_N1 - slopes.amax(dim=1, keepdim=True).log_()).squeeze(1)
+    losses_N *= kept_N
     if not with_gradient:
         return losses_N, None
-    slopes = logits.sub_(log_z_N1).exp_()  # softmax
-    slopes.scatter_add_(1, label_N1, -torch.ones_like(log_z_N1))
+    slopes.scatter_add_(1, label_N1, -torch.ones_like(largest_N1))
     return losses_N, slopes.mul_(kept_N.unsqueeze(1))

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from moefoundry.ops.cpu_attention import OPERATOR as CPU_ATTENTION
+
 ATTENTION_OPS = frozenset(
     {
         torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -19,9 +21,10 @@ ATTENTION_OPS = frozenset(
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.aten._flash_attention_forward.default,
+        CPU_ATTENTION,
     }
 )
-"""Operators that ``scaled_dot_product_attention`` calls, and that of attention in segments."""
+"""Operators that ``scaled_dot_product_attention`` calls, that of attention in segments, and ours for CPUs."""
 
 
 _aten = torch.ops.aten

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 CHUNK_TOKENS = 1024
 """Tokens whose logits exist at a time (:mod:`moefoundry.ops.cross_entropy`)."""
 
+KERNEL_CHUNK_TOKENS = 4 * CHUNK_TOKENS
+"""The same where a kernel computes the loss: it makes no fp32 copy of narrow logits."""
+
 INDEXER_QUERIES = 128
 """Queries whose distributions over the keys exist at a time, where an indexer learns
 (:mod:`moefoundry.model.indexer`)."""

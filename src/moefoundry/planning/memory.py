@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moefoundry.config import Fp8Recipe, IndexerStage, Moments, Recipe
-from moefoundry.ops.sizes import CHUNK_TOKENS
+from moefoundry.ops.sizes import CHUNK_TOKENS, KERNEL_CHUNK_TOKENS
 from moefoundry.planning.activations import Moment, block_activations
 from moefoundry.planning.fp8_weights import kept_bytes
 from moefoundry.planning.outline import ShardedOutline
@@ -222,14 +222,17 @@ def _losses(
     heads, of_hidden = 1 + cfg.mtp.depth, tokens * c * cfg.d_model
     gathered = _gathered(root)
     last = [unit for unit in units_of[-1][-1:] if unit.shards > 1] if units_of else []
-    chunk = min(tokens, CHUNK_TOKENS) * cfg.vocab_size
+    if recipe.fused_kernels and narrow:  # the kernel works in the memory of narrow logits
+        logits = min(tokens, KERNEL_CHUNK_TOKENS) * narrow
+    else:
+        logits = min(tokens, CHUNK_TOKENS) * (FP32 + narrow)
     return [
         Transient(
             "the loss",
             gathered_parameters=gathered + _gathered(last),
             unreduced_gradients=head * (heads * FP32 + narrow),
             activations=saved + (3 + 5 * cfg.mtp.depth) * of_hidden,
-            logits=chunk * 2 * FP32,
+            logits=logits * cfg.vocab_size,
         ),
         Transient(
             "the loss's backward pass",

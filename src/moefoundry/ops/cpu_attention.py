@@ -1,0 +1,171 @@
+"""Causal attention on a CPU, some queries at a time, as batched products of all heads.
+
+Torch's flash kernel for CPUs wants values as wide as keys: MLA's are narrower, and the kernel's substitute makes the
+probabilities of all queries, [H, S, S], and keeps them for the backward pass. Here those of ``QUERIES`` queries exist
+at a time, and the backward pass computes them again. Of equal widths, too, sequences of some hundred tokens are faster
+this way than by the flash kernel (``docs/performance.md``).
+
+The heads that share keys are one matrix of queries, so keys are read once for all of them. The softmax subtracts the
+largest product, as every kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+QUERIES = 64
+SHORTEST, SHORT = 256, 768
+"""Lengths from and up to which this is faster than the flash kernel; beside its substitute there is no upper bound."""
+
+
+def takes(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLw: Tensor) -> bool:
+    """Tell if :func:`cpu_attention` computes these tensors, and faster than torch's kernels."""
+    if q_BHSd.device.type != "cpu" or q_BHSd.dtype not in (torch.float32, torch.float64):
+        return False
+    if torch.compiler.is_compiling() or q_BHSd.shape[2] != k_BGLd.shape[2]:
+        return False
+    length, equally_wide = q_BHSd.shape[2], q_BHSd.shape[-1] == v_BGLw.shape[-1]
+    return length >= SHORTEST and (length <= SHORT or not equally_wide)
+
+
+def cpu_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float | None = None) -> Tensor:
+    """Compute causal scaled dot-product attention, [B, S, H, w].
+
+    Args:
+        q_BHSd: Queries, fp32 or float64, on the CPU.
+        k_BGSd: Keys; G divides H, and key head g is for the query heads from g * H / G on.
+        v_BGSw: Values, maybe of another width.
+        scale: Factor of the products; None is ``d ** -0.5``.
+    """
+    scale = q_BHSd.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = FORWARD(q_BHSd, k_BGSd, v_BGSw, scale)
+    return out
+
+
+def cpu_attention_reference(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float | None = None) -> Tensor:
+    """Compute :func:`cpu_attention` from the probabilities of all queries."""
+    out = F.scaled_dot_product_attention(q_BHSd, k_BGSd, v_BGSw, is_causal=True, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def forward(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float) -> Tensor:
+    """Compute the output, [B, S, H, w]."""
+    heads = _Heads(q_BHSd, k_BGSd, v_BGSw, scale)
+    out_BSHw = q_BHSd.new_empty(*heads.batch_and_length, q_BHSd.shape[1], v_BGSw.shape[-1])
+    out_BGRSw = heads.grouped(out_BSHw.transpose(1, 2))
+    for rows in heads.blocks():
+        probabilities = heads.probabilities(rows)
+        found = torch.bmm(probabilities, heads.v[:, : rows.stop])
+        out_BGRSw[:, :, :, rows] = found.view(out_BGRSw[:, :, :, rows].shape)
+    return out_BSHw
+
+
+def backward(
+    grad_BSHw: Tensor, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients of queries, keys and values; those of queries in the memory of [B, S, H, d]."""
+    heads = _Heads(q_BHSd, k_BGSd, v_BGSw, scale)
+    grad_BGRSw = heads.grouped(grad_BSHw.transpose(1, 2))
+    grad_q_BSHd = q_BHSd.new_empty(*heads.batch_and_length, *q_BHSd.shape[1::2])
+    grad_q_BGRSd = heads.grouped(grad_q_BSHd.transpose(1, 2))
+    grad_k, grad_v = torch.zeros_like(heads.k), torch.zeros_like(heads.v)
+    buffer = torch.empty_like(heads.buffer)
+    for rows in heads.blocks():
+        keys = slice(rows.stop)
+        queries, grads = heads.queries(rows), heads.matrices(grad_BGRSw[:, :, :, rows])
+        probabilities = heads.probabilities(rows)
+        grad_v[:, keys].baddbmm_(probabilities.mT, grads)
+        slopes = torch.bmm(grads, heads.v[:, keys].mT, out=_part(buffer, probabilities.shape))
+        aten._softmax_backward_data.out(slopes, probabilities, -1, slopes.dtype, grad_input=slopes)
+        found = torch.bmm(slopes, heads.k[:, keys]).mul_(scale)
+        grad_q_BGRSd[:, :, :, rows] = found.view(grad_q_BGRSd[:, :, :, rows].shape)
+        grad_k[:, keys].baddbmm_(slopes.mT, queries)
+    return grad_q_BSHd.transpose(1, 2), grad_k.view(k_BGSd.shape), grad_v.view(v_BGSw.shape)
+
+
+FORWARD = torch.library.custom_op("moefoundry::cpu_attention", forward, mutates_args=())
+BACKWARD = torch.library.custom_op("moefoundry::cpu_attention_backward", backward, mutates_args=())
+OPERATOR = torch.ops.moefoundry.cpu_attention.default
+"""The forward pass as an operator of torch, whose result selective activation checkpointing keeps."""
+
+
+@FORWARD.register_fake
+def _(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float) -> Tensor:
+    batch, heads, length, _ = q_BHSd.shape
+    return q_BHSd.new_empty(batch, length, heads, v_BGSw.shape[-1])
+
+
+@BACKWARD.register_fake
+def _(grad_BSHw: Tensor, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q_BSHd = q_BHSd.transpose(1, 2).new_empty(q_BHSd.transpose(1, 2).shape)
+    return grad_q_BSHd.transpose(1, 2), k_BGSd.new_empty(k_BGSd.shape), v_BGSw.new_empty(v_BGSw.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *operands, ctx.scale = inputs
+    ctx.save_for_backward(*operands)
+
+
+def _backward(ctx: Any, grad_BSHw: Tensor) -> tuple[Tensor | None, ...]:
+    return *BACKWARD(grad_BSHw, *ctx.saved_tensors, ctx.scale), None
+
+
+FORWARD.register_autograd(_backward, setup_context=_save)
+
+
+class _Heads:
+    """Queries, keys and values as batches of B * G matrices, in each the R = H / G heads of queries that share keys.
+
+    Attributes:
+        k, v: [B * G, S, width].
+        buffer: Memory of the probabilities of a block.
+    """
+
+    def __init__(self, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float) -> None:
+        self.k, self.v = k_BGSd.flatten(0, 1), v_BGSw.flatten(0, 1)
+        self.key_heads = k_BGSd.shape[1]
+        self.q_BGRSd = self.grouped(q_BHSd)
+        self.scale = scale
+        batch, heads, self.length, _ = q_BHSd.shape
+        self.batch_and_length = batch, self.length
+        queries = min(QUERIES, self.length)
+        self.buffer = q_BHSd.new_empty(batch * heads * queries * self.length)
+        self.future = torch.full((queries, queries), -torch.inf, dtype=q_BHSd.dtype).triu_(1)
+
+    def grouped(self, x_BHSd: Tensor) -> Tensor:
+        """View [B, H, S, d] as [B, G, R, S, d]."""
+        return x_BHSd.unflatten(1, (self.key_heads, -1))
+
+    def blocks(self) -> Iterator[slice]:
+        """Yield the blocks of queries."""
+        for start in range(0, self.length, QUERIES):
+            yield slice(start, min(start + QUERIES, self.length))
+
+    def matrices(self, x_BGRnd: Tensor) -> Tensor:
+        """Copy [B, G, R, n, d] to [B * G, R * n, d]."""
+        return x_BGRnd.contiguous().view(len(self.k), -1, x_BGRnd.shape[-1])
+
+    def queries(self, rows: slice) -> Tensor:
+        """Give a block's queries times the scale, [B * G, R * n, d]."""
+        q_BGRnd = self.q_BGRSd[:, :, :, rows]
+        scaled = torch.mul(q_BGRnd, self.scale, out=q_BGRnd.new_empty(q_BGRnd.shape))
+        return self.matrices(scaled)
+
+    def probabilities(self, rows: slice) -> Tensor:
+        """Compute a block's softmax, [B * G, R * n, keys up to the block's end], in the buffer."""
+        queries, num_keys, n = self.queries(rows), rows.stop, rows.stop - rows.start
+        products = _part(self.buffer, (*queries.shape[:2], num_keys))
+        torch.bmm(queries, self.k[:, :num_keys].mT, out=products)
+        products.view(-1, n, num_keys)[:, :, rows].add_(self.future[:n, :n])
+        return torch.softmax(products, -1, out=products)
+
+
+def _part(buffer: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """View the beginning of a buffer as a tensor of this shape."""
+    return buffer[: torch.Size(shape).numel()].view(shape)
