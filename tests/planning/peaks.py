@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from moefoundry.config import Compute, Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
 from moefoundry.model import context
-from moefoundry.ops import cpu_attention
+from moefoundry.ops import cpu_attention, cpu_norm
 from moefoundry.ops.fp8 import GatheredBlocks, KeptBlocks, gemm, quantization, weights
 from moefoundry.optim import build_adamw
 from moefoundry.parallel import materialize, parallelize, sum_between_copies
@@ -189,7 +189,8 @@ def kernels_of_a_gpu(memory: GpuLike, narrow: bool) -> Iterator[None]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(context, "_mask", mask_of))
-        patches.enter_context(patch.object(cpu_attention, "takes", lambda *_: False))
+        for module in (cpu_attention, cpu_norm):
+            patches.enter_context(patch.object(module, "takes", lambda *_: False))
         for name, function in (("rms_norm", rms_norm), ("layer_norm", layer_norm)):
             patches.enter_context(patch.object(F, name, function))
         patches.enter_context(patch.object(F, "scaled_dot_product_attention", attend))

@@ -1,7 +1,7 @@
 """Normalization layers: a weight, maybe a bias, and fp32 arithmetic for narrower inputs, as in published families.
 
 For a narrower input only the input is kept for backward, where its fp32 copy and the norm are computed again. On a GPU
-RMSNorm is one kernel, which makes no copy.
+RMSNorm is one kernel, which makes no copy; on a CPU it is ``ops/cpu_norm.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from moefoundry.config import NormConfig, NormKind
+from moefoundry.ops import cpu_norm
 from moefoundry.ops.row_kernels import row_kernels
 
 
@@ -63,7 +64,10 @@ class RMSNorm(Norm):
         return kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
     def _normalize(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = F.rms_norm(x, weight.shape, weight, self.eps)
+        if cpu_norm.takes(x):
+            out = cpu_norm.rms_norm(x, weight, self.eps)
+        else:
+            out = F.rms_norm(x, weight.shape, weight, self.eps)
         return out if bias is None else out + bias
 
 

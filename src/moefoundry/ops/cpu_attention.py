@@ -20,7 +20,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 QUERIES = 64
-SHORTEST, SHORT = 256, 768
+SHORTEST, SHORT = 256, 512
 """Lengths from and up to which this is faster than the flash kernel; beside its substitute there is no upper bound."""
 
 
@@ -60,7 +60,7 @@ def forward(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float) -> Ten
     out_BSHw = q_BHSd.new_empty(*heads.batch_and_length, q_BHSd.shape[1], v_BGSw.shape[-1])
     out_BGRSw = heads.grouped(out_BSHw.transpose(1, 2))
     for rows in heads.blocks():
-        probabilities = heads.probabilities(rows)
+        probabilities = heads.probabilities(heads.matrices(heads.q_BGRSd[:, :, :, rows]), rows)
         found = torch.bmm(probabilities, heads.v[:, : rows.stop])
         out_BGRSw[:, :, :, rows] = found.view(out_BGRSw[:, :, :, rows].shape)
     return out_BSHw
@@ -78,15 +78,15 @@ def backward(
     buffer = torch.empty_like(heads.buffer)
     for rows in heads.blocks():
         keys = slice(rows.stop)
-        queries, grads = heads.queries(rows), heads.matrices(grad_BGRSw[:, :, :, rows])
-        probabilities = heads.probabilities(rows)
+        queries, grads = (heads.matrices(x[:, :, :, rows]) for x in (heads.q_BGRSd, grad_BGRSw))
+        probabilities = heads.probabilities(queries, rows)
         grad_v[:, keys].baddbmm_(probabilities.mT, grads)
         slopes = torch.bmm(grads, heads.v[:, keys].mT, out=_part(buffer, probabilities.shape))
         aten._softmax_backward_data.out(slopes, probabilities, -1, slopes.dtype, grad_input=slopes)
-        found = torch.bmm(slopes, heads.k[:, keys]).mul_(scale)
+        found = torch.bmm(slopes, heads.k[:, keys])
         grad_q_BGRSd[:, :, :, rows] = found.view(grad_q_BGRSd[:, :, :, rows].shape)
         grad_k[:, keys].baddbmm_(slopes.mT, queries)
-    return grad_q_BSHd.transpose(1, 2), grad_k.view(k_BGSd.shape), grad_v.view(v_BGSw.shape)
+    return grad_q_BSHd.transpose(1, 2), grad_k.mul_(scale).view(k_BGSd.shape), grad_v.view(v_BGSw.shape)
 
 
 FORWARD = torch.library.custom_op("moefoundry::cpu_attention", forward, mutates_args=())
@@ -123,15 +123,16 @@ class _Heads:
     """Queries, keys and values as batches of B * G matrices, in each the R = H / G heads of queries that share keys.
 
     Attributes:
-        k, v: [B * G, S, width].
+        q_BGRSd: Queries.
+        k: Keys times the scale, [B * G, S, d].
+        v: Values, [B * G, S, w].
         buffer: Memory of the probabilities of a block.
     """
 
     def __init__(self, q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float) -> None:
-        self.k, self.v = k_BGSd.flatten(0, 1), v_BGSw.flatten(0, 1)
+        self.k, self.v = (k_BGSd * scale).flatten(0, 1), v_BGSw.flatten(0, 1)
         self.key_heads = k_BGSd.shape[1]
         self.q_BGRSd = self.grouped(q_BHSd)
-        self.scale = scale
         batch, heads, self.length, _ = q_BHSd.shape
         self.batch_and_length = batch, self.length
         queries = min(QUERIES, self.length)
@@ -151,15 +152,9 @@ class _Heads:
         """Copy [B, G, R, n, d] to [B * G, R * n, d]."""
         return x_BGRnd.contiguous().view(len(self.k), -1, x_BGRnd.shape[-1])
 
-    def queries(self, rows: slice) -> Tensor:
-        """Give a block's queries times the scale, [B * G, R * n, d]."""
-        q_BGRnd = self.q_BGRSd[:, :, :, rows]
-        scaled = torch.mul(q_BGRnd, self.scale, out=q_BGRnd.new_empty(q_BGRnd.shape))
-        return self.matrices(scaled)
-
-    def probabilities(self, rows: slice) -> Tensor:
-        """Compute a block's softmax, [B * G, R * n, keys up to the block's end], in the buffer."""
-        queries, num_keys, n = self.queries(rows), rows.stop, rows.stop - rows.start
+    def probabilities(self, queries: Tensor, rows: slice) -> Tensor:
+        """Compute the softmax of a block's queries, [B * G, R * n, keys up to the block's end], in the buffer."""
+        num_keys, n = rows.stop, rows.stop - rows.start
         products = _part(self.buffer, (*queries.shape[:2], num_keys))
         torch.bmm(queries, self.k[:, :num_keys].mT, out=products)
         products.view(-1, n, num_keys)[:, :, rows].add_(self.future[:n, :n])
