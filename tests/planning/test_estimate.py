@@ -66,7 +66,9 @@ def test_exchanges_in_chunks_hide_behind_the_experts() -> None:
 def test_a_window_and_recomputation_cost_what_they_should() -> None:
     plain, recomputed = estimated(), estimated("activation_checkpointing=full")
     assert recomputed.flops_per_token == plain.flops_per_token, "work that is done twice is no work of the model"
-    assert recomputed.step.experts == pytest.approx(plain.step.experts * 4 / 3)
+    assert recomputed.step.experts == pytest.approx(plain.step.experts * (4 - 1 / 3) / 3), "down is read by nothing"
+    followed = [estimated("model.norm.position=both", f"activation_checkpointing={mode}") for mode in ("none", "full")]
+    assert followed[1].step.experts == pytest.approx(followed[0].step.experts * 4 / 3)
     windowed = estimated("model.attention.sliding_window=16")
     cfg, seq_len = load_recipe(QUICKSTART, []).model, 512
     seen = (16 * 17 / 2 + (seq_len - 16) * 16) / seq_len

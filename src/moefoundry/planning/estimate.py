@@ -24,6 +24,7 @@ from moefoundry.config import ActivationCheckpointing, Compute, Recipe
 from moefoundry.config.curriculum import batches_until, of_stage, stages_of
 from moefoundry.mesh import resolve_degrees
 from moefoundry.planning.devices import Accelerator
+from moefoundry.planning.ffn_stages import block_ends_with_experts
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.plan import Plan, plan_of
 from moefoundry.planning.traffic import Traffic
@@ -59,7 +60,8 @@ OPTIMIZER_BYTES = 16
 """Bytes of fp32 parameters and gradients that AdamW reads and writes for an element, beside its moments."""
 
 PASSES = {ActivationCheckpointing.none: 3, ActivationCheckpointing.selective: 3, ActivationCheckpointing.full: 4}
-"""Forward passes that the products of a block cost: a backward pass counts as two."""
+"""Forward passes that the products of a block cost: a backward pass counts as two. ``full`` computes the last of an
+expert's three products once where its result is not read again."""
 
 
 @dataclass(frozen=True)
@@ -183,8 +185,10 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
     head_seconds = 3 * head.linear / (_bf16(device) * SHARE_OF_PEAK["linear"])
     attention = sum(map(_attention_seconds, works)) * (passes + 0.5) / _bf16(device)
     padded = 1 + TILE_ROWS / 2 * chunks / plan.rows_per_expert
-    experts = sum(work.experts for work in works) * passes * padded / (peak * SHARE_OF_PEAK["experts"] * narrow)
-    reads = chunks * plan.micro_batches * passes * _expert_bytes(recipe, plan, works) / bandwidth
+    expert_passes = passes - (passes - 3) / 3 * block_ends_with_experts(recipe.model)
+    experts = sum(work.experts for work in works) * expert_passes * padded
+    experts /= peak * SHARE_OF_PEAK["experts"] * narrow
+    reads = chunks * plan.micro_batches * expert_passes * _expert_bytes(recipe, plan, works) / bandwidth
     recomputed = 1 if recipe.activation_checkpointing != ActivationCheckpointing.none else 0
     moved = sum(work.moved for work in works) * (3 + recomputed) / bandwidth
     computed = tokens * (linear + head_seconds + attention + moved) + max(tokens * experts, reads)
