@@ -238,6 +238,8 @@ def launches() -> dict[str, Callable[[], Any]]:
     of_logits = {
         "router: softmax": lambda: route(EXPERTS, router.Choice(TOP_K, True, True, 1.0, 2)),
         "router: sigmoid with a bias": lambda: route(256, router.Choice(TOP_K, False, True, 2.5, 2), torch.zeros(256)),
+        "router: groups": lambda: route(256, router.Choice(TOP_K, False, True, 2.5, 2, 8, 4, 2), torch.zeros(256)),
+        "router: groups of 20": lambda: route(160, router.Choice(6, True, False, 16.0, 1, 8, 3, 1)),
         "router: parts of the weight": lambda: stack_parts_triton(torch.zeros(EXPERTS, WIDTH), 5, dim=0),
         "router: parts of gradients": lambda: stack_parts_triton(torch.zeros(TOKENS, EXPERTS), 4, dim=1),
         "router: 500 experts": lambda: route(500, router.Choice(22, False, True, 2.5, 1), torch.zeros(500)),

@@ -145,12 +145,13 @@ class Router(nn.Module):
 
     def _routed_by_kernel(self, logits_TE: Tensor, num_segments: int) -> Routing | None:
         """Route by the fused kernel, if it is chosen and can."""
-        plain = self.cfg.assignment == Assignment.scores and self.cfg.num_groups == 1
-        if not plain or (kernels := router_kernels(logits_TE)) is None:
+        if self.cfg.assignment != Assignment.scores or (kernels := router_kernels(logits_TE)) is None:
             return None
         if (is_softmax := SOFTMAX_OR_NOT.get(getattr(self.score, "func", self.score))) is None:
             return None
-        choice = kernels.Choice(self.top_k, is_softmax, self.cfg.normalize_topk, self.cfg.scale, num_segments)
+        cfg, votes = self.cfg, self.group_votes if self.cfg.num_groups > 1 else 1
+        groups = cfg.num_groups, cfg.top_k_groups, votes
+        choice = kernels.Choice(self.top_k, is_softmax, cfg.normalize_topk, cfg.scale, num_segments, *groups)
         scores_TE, weights_TK, ids_TK, *means = kernels.choose_experts(logits_TE, self.expert_bias, choice)
         return Routing(logits_TE, scores_TE, weights_TK, ids_TK, RoutingMeans(*means))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moefoundry.config import AuxLossScope, BalanceConfig, MoEConfig, RouterConfig
 from moefoundry.moe.balance import statistics
 from moefoundry.moe.layer import MoELayer
-from moefoundry.moe.router import Router, Routing
+from moefoundry.moe.router import Router, Routing, keep_best_groups
 from moefoundry.ops.router_kernels import function
 from moefoundry.ops.split_kernel import stack_parts_triton
 from moefoundry.ops.wide_linear import stack_parts
@@ -30,6 +30,8 @@ class Case(NamedTuple):
     normalize: bool = True
     bias: bool = False
     segments: int = 1
+    groups: int = 1
+    top_k_groups: int = 1
 
 
 def check_routing(device: str, case: Case) -> None:
@@ -69,6 +71,23 @@ def check_ties(device: str, softmax: bool, bias: bool) -> None:
     assert torch.equal(routed.ids_TK[compared], order_TE[compared, :6])
     exact_TE = logits_TE.softmax(dim=1) if softmax else logits_TE.sigmoid()
     torch.testing.assert_close(routed.scores_TE, exact_TE, rtol=1e-6, atol=1e-7, equal_nan=True)
+
+
+def check_groups(device: str, votes: int, bias: bool) -> None:
+    """A token has distinct experts of two groups whatever its scores are, of equal ones the first; else as plain."""
+    logits_TE = random(device, 12, 24).mul(2).round().div(2)
+    logits_TE[0], logits_TE[1, ::2], logits_TE[2, :8] = 0.0, -0.0, torch.nan
+    logits_TE[3], logits_TE[4, 5], logits_TE[5] = torch.nan, torch.inf, -torch.inf
+    bias_E = torch.linspace(0, 1e-3, 24, device=device) if bias else None
+    routed = function.choose_experts(logits_TE, bias_E, function.Choice(5, False, True, 1.0, 1, 6, 2, votes))
+    for ids_K in routed.ids_TK.tolist():
+        assert len(set(ids_K)) == 5
+        assert len({expert // 4 for expert in ids_K}) == 2
+    scores_TE = logits_TE[6:].sigmoid() + (0 if bias_E is None else bias_E)
+    if bias:  # without, some are equal
+        limited_TE = keep_best_groups(scores_TE, 6, 2, votes)
+        assert torch.equal(routed.ids_TK[6:], limited_TE.topk(5).indices)
+    assert bias or routed.ids_TK[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def check_layer(device: str, scope: str, padded: bool) -> None:
@@ -121,7 +140,13 @@ def router(case: Case) -> Router:
     cfg = MoEConfig(
         num_experts=case.experts,
         top_k=case.top_k,
-        router=RouterConfig(score_function=case.score_function, normalize_topk=case.normalize, scale=2.5),
+        router=RouterConfig(
+            score_function=case.score_function,
+            normalize_topk=case.normalize,
+            scale=2.5,
+            num_groups=case.groups,
+            top_k_groups=case.top_k_groups,
+        ),
         balance=BalanceConfig(bias_update_rate=0.1 if case.bias else 0.0),
     )
     module = Router(1, cfg)

@@ -18,6 +18,10 @@ CASES = [
     Case(20, 130, 1, "sigmoid", segments=1),
     Case(21, 48, 16, "sigmoid", normalize=False, segments=3),
     Case(10, 500, 22, "sigmoid", bias=True, segments=2),
+    Case(24, 64, 6, "sigmoid", bias=True, segments=2, groups=8, top_k_groups=3),
+    Case(30, 60, 5, "softmax", normalize=False, groups=5, top_k_groups=2),
+    Case(12, 300, 8, "softmax", bias=True, groups=3, top_k_groups=1),
+    Case(9, 20, 10, "sigmoid", groups=2, top_k_groups=2),
 ]
 LARGE = [
     Case(24576, 128, 8, "softmax", segments=6),
@@ -25,6 +29,8 @@ LARGE = [
     Case(4099, 384, 8, "softmax", normalize=False),
     Case(8192, 512, 16, "sigmoid", bias=True),
     Case(5000, 1024, 10, "softmax"),
+    Case(16384, 256, 8, "sigmoid", bias=True, segments=4, groups=8, top_k_groups=4),
+    Case(8192, 160, 6, "softmax", normalize=False, groups=8, top_k_groups=3),
 ]
 
 
@@ -37,6 +43,12 @@ def test_routing_interpreted(interpreter: ProcessPoolExecutor, case: Case) -> No
 @pytest.mark.parametrize("softmax", [True, False])
 def test_ties_interpreted(interpreter: ProcessPoolExecutor, softmax: bool, bias: bool) -> None:
     interpreter.submit(checks.check_ties, "cpu", softmax, bias).result()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("votes", [1, 2])
+def test_groups_interpreted(interpreter: ProcessPoolExecutor, votes: int, bias: bool) -> None:
+    interpreter.submit(checks.check_groups, "cpu", votes, bias).result()
 
 
 @pytest.mark.parametrize(
@@ -58,6 +70,9 @@ def test_on_a_gpu() -> None:
     for softmax in (True, False):
         for bias in (False, True):
             checks.check_ties("cuda", softmax, bias)
+    for votes in (1, 2):
+        for bias in (False, True):
+            checks.check_groups("cuda", votes, bias)
     for scope in ("sequence", "micro_batch"):
         for padded in (False, True):
             checks.check_layer("cuda", scope, padded)

@@ -5,7 +5,8 @@ logits once, and the backward pass reads them once more. Only logits and chosen 
 
 Experts are chosen in K rounds; each takes the largest of those left, and of equal ones the first (``torch.topk`` takes
 any). Without a bias the logits are compared: scores are in their order, and can only be equal where logits differ. NaN
-is the largest, so that ids are valid whatever the logits are.
+is the largest, so that ids are valid whatever the logits are. Groups are chosen in the same way before (group-limited
+routing): each column of a row has its group's sum, and a round takes a whole group.
 """
 
 from __future__ import annotations

@@ -28,6 +28,9 @@ class Choice(NamedTuple):
         normalize: Divide the weights of a token by their sum.
         scale: Multiplies the weights then.
         segments: G; tokens are G segments of equally many.
+        groups: Groups of equally many experts, one after the other; 1 does not limit the choice.
+        top_k_groups: Groups that a token's experts are from.
+        group_votes: A group is as good as the sum of this many of its best scores plus bias, of which it has as many.
     """
 
     top_k: int
@@ -35,6 +38,9 @@ class Choice(NamedTuple):
     normalize: bool
     scale: float
     segments: int
+    groups: int = 1
+    top_k_groups: int = 1
+    group_votes: int = 1
 
 
 class Routed(NamedTuple):
@@ -104,6 +110,9 @@ class _Choose(Function):
             K=top_k,
             SOFTMAX=choice.softmax,
             NORMALIZE=choice.normalize,
+            GROUPS=choice.groups,
+            KEPT=choice.top_k_groups,
+            VOTES=choice.group_votes,
             **tile,
         )
         means_G = sums.sum(1) / rows

@@ -45,6 +45,41 @@ def sortable(x):
     return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
 
 
+@triton.jit
+def value_of(key):
+    """Map a key of :func:`sortable` back to fp32."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def first_column(is_it, column, E: tl.constexpr):
+    """Mark the first marked column of each row."""
+    return column == tl.min(tl.where(is_it, column, E), 1)[:, None]
+
+
+@triton.jit
+def keep_groups(key, column, size, GROUPS: tl.constexpr, KEPT: tl.constexpr, VOTES: tl.constexpr, E: tl.constexpr):
+    """Take away the keys of experts outside the best groups; a group is as good as the sum of its best scores."""
+    group = column // size
+    of_group = tl.full(key.shape, TAKEN, tl.int32)  # in each column, the key of its group's sum
+    for g in tl.static_range(GROUPS):
+        left = tl.where(group == g, key, TAKEN)
+        best = tl.max(left, 1)[:, None]
+        votes = value_of(best)
+        for _ in tl.static_range(VOTES - 1):
+            left = tl.where(first_column(left == best, column, E), TAKEN, left)
+            best = tl.max(left, 1)[:, None]
+            votes += value_of(best)
+        of_group = tl.where(group == g, sortable(votes), of_group)
+    kept = tl.full(key.shape, TAKEN, tl.int32)
+    for _ in tl.static_range(KEPT):
+        first = first_column(of_group == tl.max(of_group, 1)[:, None], column, E)
+        chosen = group == tl.sum(tl.where(first, group, 0), 1)[:, None]
+        kept = tl.where(chosen, key, kept)
+        of_group = tl.where(chosen, TAKEN, of_group)
+    return kept
+
+
 @triton.jit(do_not_specialize=["tiles"])
 def route(
     logits,
@@ -61,6 +96,9 @@ def route(
     K: tl.constexpr,
     SOFTMAX: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    VOTES: tl.constexpr,
     E: tl.constexpr,
     ROWS: tl.constexpr,
 ):
@@ -87,11 +125,14 @@ def route(
         compared = x
         if bias is not None:
             compared = score + tl.load(bias + column, mask=real, other=0.0)
+        elif VOTES > 1:
+            compared = score
         key = tl.where(real, sortable(compared), TAKEN)
+        if GROUPS > 1:
+            key = keep_groups(key, column, experts // GROUPS, GROUPS, KEPT, VOTES, E)
         rank = tl.full([ROWS, E], K, tl.int32)
         for k in tl.static_range(K):
-            best = tl.max(key, 1)[:, None]
-            chosen = column == tl.min(tl.where(key == best, column, E), 1)[:, None]
+            chosen = first_column(key == tl.max(key, 1)[:, None], column, E)
             rank = tl.where(chosen, k, rank)
             key = tl.where(chosen, TAKEN, key)
         has_slot = (rank < K) & inside
