@@ -89,6 +89,8 @@ def test_takes_what_is_faster_so(length: int, value_width: int, taken: bool) -> 
     assert not ops.takes(q.bfloat16(), q.bfloat16(), v.bfloat16())
     assert not ops.takes(q[:, :, :1], q, v), "one new token sees all before it"
     assert not ops.takes(q.to("meta"), q.to("meta"), v.to("meta"))
+    with torch.no_grad():
+        assert not ops.takes(q, q, v), "an evaluation is the same whatever the batch"
 
 
 class Operations(TorchDispatchMode):

@@ -25,10 +25,13 @@ SHORTEST, SHORT = 256, 512
 
 
 def takes(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLw: Tensor) -> bool:
-    """Tell if :func:`cpu_attention` computes these tensors, and faster than torch's kernels."""
+    """Tell if :func:`cpu_attention` computes these tensors, and trains faster than torch's kernels.
+
+    Without gradients it does not, so that results of an evaluation depend on no other sequence of a batch.
+    """
     if q_BHSd.device.type != "cpu" or q_BHSd.dtype not in (torch.float32, torch.float64):
         return False
-    if torch.compiler.is_compiling() or q_BHSd.shape[2] != k_BGLd.shape[2]:
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or q_BHSd.shape[2] != k_BGLd.shape[2]:
         return False
     length, equally_wide = q_BHSd.shape[2], q_BHSd.shape[-1] == v_BGLw.shape[-1]
     return length >= SHORTEST and (length <= SHORT or not equally_wide)
