@@ -39,11 +39,9 @@ from tests.conversion.oracle import MXFP4, PACKABLE, TEXTS, WRITERS, Peer, needs
 from tests.conversion.transformers5 import LONG, NEW_TOKENS, PROMPT, sample
 
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"), needs_oracle]
-LINEAR = ("qwen3_next", "qwen3_5_moe_text")  # their recurrence amplifies roundings, which depend on the processor
-ABSOLUTE = {
-    family: 3e-4 if family in LINEAR else 3e-5 for family in VARIANTS
-}  # of logits of about 1; 8e-5, 1e-5 is seen
-RELATIVE = {family: 1e-4 if family in LINEAR else 2e-5 for family in VARIANTS}  # of a gradient's largest; 4e-5, 4e-6
+ABSOLUTE = 3e-5  # of logits of about 1; 1e-5 is seen
+RELATIVE = 2e-5  # of a gradient's largest entry; 4e-6 is seen
+AMPLIFIED = {"qwen3_next": 10, "qwen3_5_moe_text": 10}  # roundings by a recurrence; 8e-5 and 4e-5 on an AMD EPYC
 SPECIAL = re.compile(r"<\|?\w+\|?>")
 NOT_FUSED = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "dbrx", "sarvam_moe", "bailing_moe")
 FUSED = [family for family in VARIANTS if family not in NOT_FUSED]
@@ -84,11 +82,12 @@ def test_what_it_saves_is_the_same_model_and_it_loads_what_is_exported(
     assert there.read_config(config) == VARIANTS[family][variant]
     import_hf(saved.path / name, tmp_path / "checkpoint")
     model, expected = load_model(tmp_path / "checkpoint"), saved.results[name]
+    tolerance = ABSOLUTE * AMPLIFIED.get(family, 1)
     found = difference(model(sample()), expected["logits"])
     print(f"{name}: logits differ by {found:.1e}")
-    assert found < ABSOLUTE[family]
+    assert found < tolerance
     if "long" in expected:
-        assert difference(model(sample(LONG)), expected["long"]) < ABSOLUTE[family]
+        assert difference(model(sample(LONG)), expected["long"]) < tolerance
     if "tokens" in expected:
         assert greedy(model, sample()[0, :6], NEW_TOKENS).tolist() == expected["tokens"].tolist()
     export_hf(tmp_path / "checkpoint", tmp_path / "exported", family)
@@ -100,7 +99,7 @@ def test_what_it_saves_is_the_same_model_and_it_loads_what_is_exported(
     # Transformers 4.51 builds no queries without a rank, and has no windows in some blocks only.
     if family in OLDER and variant not in ("moonlight", "windows"):
         older = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", attn_implementation="eager").eval()
-        assert difference(older(sample()).logits, expected["logits"]) < ABSOLUTE[family]
+        assert difference(older(sample()).logits, expected["logits"]) < tolerance
 
 
 def under_its_name_there(directory: Path, family: str) -> None:
@@ -135,9 +134,8 @@ def test_loss_and_gradients_are_the_same_and_every_element_is_in_one_piece(
     for piece, our, their in blocks(trained, gradients, theirs):
         scale = gradients[piece.name].abs().max().item()
         assert scale > 0, piece
-        torch.testing.assert_close(
-            our, their, rtol=0, atol=RELATIVE[family] * scale, msg=lambda text, p=piece: f"{p}: {text}"
-        )
+        atol = RELATIVE * scale * AMPLIFIED.get(family, 1)
+        torch.testing.assert_close(our, their, rtol=0, atol=atol, msg=lambda text, p=piece: f"{p}: {text}")
 
 
 @pytest.mark.parametrize("family", [family for family in VARIANTS if family not in {*OLDER, *STANDS_IN}])
@@ -165,7 +163,7 @@ def test_weights_in_mxfp4_are_read_as_it_reads_them(saved: Peer, tmp_path: Path)
     assert_same_tensors(tmp_path / "exported", saved.path / MXFP4)
     assert tensors.keys() == published.keys()
     logits = load_model(tmp_path / "imported")(sample())
-    assert difference(logits, saved.results[MXFP4]["logits"]) < ABSOLUTE[family]
+    assert difference(logits, saved.results[MXFP4]["logits"]) < ABSOLUTE
 
 
 def test_it_writes_the_text_that_is_written_here(saved: Peer, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def on_mesh(checkpoint: str, tasks: Path, expert: int, batch_size: int) -> Resul
 def test_ranks_and_batches_change_nothing(trained: Trained, alone: Results, expert: int, batch_size: int) -> None:
     ranks = run_distributed(on_mesh, 2, str(trained.checkpoint), trained.tasks, expert, batch_size)
     for results in ranks:
-        assert results.metrics == alone.metrics
+        assert results.metrics == pytest.approx(alone.metrics, rel=1e-6)
         same_samples(results.samples, alone.samples)
 
 
@@ -168,7 +168,7 @@ def alone(trained: Trained) -> Results:
 
 def test_training_evaluates_its_tasks(trained: Trained, alone: Results) -> None:
     line = trained.run.metrics[-1]
-    assert {name: line[name] for name in alone.metrics} == alone.metrics
+    assert {name: line[name] for name in alone.metrics} == pytest.approx(alone.metrics, rel=1e-6)
     assert [line["batch"] for line in trained.run.metrics if "metrics/choose/0-shot/" + MC in line] == [20, 40]
     gauntlet = (alone.metrics[f"metrics/choose/0-shot/{MC}"] - 0.5) / 0.5
     assert line["icl/metrics/eval_gauntlet/easy"] == line["icl/metrics/eval_gauntlet/default_average"] == gauntlet
@@ -222,9 +222,10 @@ def test_categories_are_evaluated_by_themselves(evaluate: Callable[..., Results]
     assert list(results.samples) == [f"task/1-shot/{name}" for name in ("even", "neither", "odd")]
     odd = [example for example in definitions(24) if example["category"] == "odd"]
     write_lines(path, odd)
-    assert evaluate(task).samples["task/1-shot"] == results.samples["task/1-shot/odd"]
-    assert len(evaluate(task, limit=2).samples["task/1-shot"]) == 2
-    assert evaluate(task, limit=2).samples["task/1-shot"] == results.samples["task/1-shot/odd"][:2]
+    expected = results.samples["task/1-shot/odd"]
+    assert len(expected) > 2
+    same_samples(evaluate(task).samples, {"task/1-shot": expected})
+    same_samples(evaluate(task, limit=2).samples, {"task/1-shot": expected[:2]})
 
 
 @pytest.mark.parametrize(
