@@ -139,7 +139,7 @@ def test_state_that_lacks_something_is_named(checkpoint: Path) -> None:
         read_state(checkpoint)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"batch": 3', b"\xff\xfe", None])
+@pytest.mark.parametrize("content", [b"", b'{"batch": 3', b"\xff\xfe", b"[" * 100_000, None], ids=range(5))
 def test_damaged_state_is_named(checkpoint: Path, content: bytes | None) -> None:
     file = checkpoint / STATE_FILE
     if content is None:

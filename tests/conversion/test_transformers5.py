@@ -41,7 +41,7 @@ from tests.conversion.transformers5 import LONG, NEW_TOKENS, PROMPT, sample
 pytestmark = [pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"), needs_oracle]
 ABSOLUTE = 3e-5  # of logits of about 1; 1e-5 is seen
 RELATIVE = 2e-5  # of a gradient's largest entry; 4e-6 is seen
-AMPLIFIED = {"qwen3_next": 10, "qwen3_5_moe_text": 10}  # roundings by a recurrence; 8e-5 and 4e-5 on an AMD EPYC
+AMPLIFIED = {"qwen3_next": 10, "qwen3_5_moe_text": 10}  # roundings by a recurrence: 8e-5 and 4e-5 on an AMD EPYC
 SPECIAL = re.compile(r"<\|?\w+\|?>")
 NOT_FUSED = ("llama", "qwen2", "qwen3", "olmo2", "olmo3", "dbrx", "sarvam_moe", "bailing_moe")
 FUSED = [family for family in VARIANTS if family not in NOT_FUSED]
@@ -200,11 +200,12 @@ def test_a_large_model_of_the_newer_version_is_verified_block_by_block(
     saved: Peer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     monkeypatch.setattr("moefoundry.conversion.convert.fits_twice", lambda _: False)
-    parity = import_hf(saved.path / f"{family}-plain", tmp_path / "checkpoint", tolerance=1e-4).parity
+    tolerance = 1e-4 * AMPLIFIED.get(family, 1)
+    parity = import_hf(saved.path / f"{family}-plain", tmp_path / "checkpoint", tolerance=tolerance).parity
     assert parity is not None
     assert parity.by_block
     assert parity.transformers.startswith("5.")
-    assert max(parity.logits, *parity.hidden) < 1e-4
+    assert max(parity.logits, *parity.hidden) < tolerance
 
 
 @pytest.mark.slow

@@ -60,7 +60,13 @@ def test_data_of_earlier_versions_have_the_digest_too(tmp_path: Path) -> None:
     assert read_corpus_summary(tmp_path / "out") == summary
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"shards": [{"samples": 3}]}', '{"shards": [1]}'])
+DEEP = "[" * 100_000
+"""Deeper than the parser of JSON goes."""
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", '{"shards": [{"samples": 3}]}', '{"shards": [1]}', DEEP], ids=range(6)
+)
 def test_a_damaged_index_is_named(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "index.json").write_text(content)

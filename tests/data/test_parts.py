@@ -66,6 +66,17 @@ def test_missing_parts_are_named(options: PrepareOptions) -> None:
     with pytest.raises(UserError, match=r"out: parts of 2 and of 4 parts in .*with one N, and no others"):
         merge_parts(options.out)
     record.with_name("part-00001-of-00002.json").unlink()
+    for number in (1, 3, 4):
+        prepare_part(options, Part(number, 4))
+    for text in ("{", '{"number": 2}', "[" * 100_000):
+        record.write_text(text)
+        with pytest.raises(
+            UserError, match=r"part-00002-of-00004\.json: cannot be read: .*; delete it and prepare that"
+        ):
+            merge_parts(options.out)
+    record.unlink()
+    prepare_part(options, Part(2, 4))
+    assert not merge_parts(options.out).up_to_date
 
 
 def test_other_tokenizers_options_and_files_do_not_mix(options: PrepareOptions, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_bad_files_and_arguments(tmp_path: Path) -> None:
         ("", "holds no problem"),
         ("\n{", "line 2: no JSON object"),
         ("[1]", "line 1: no JSON object"),
+        ("[" * 100_000, "line 1: no JSON object"),
         ('{"task_id": "a"}', "line 1: lacks 'prompt'"),
         (json.dumps(dict.fromkeys(Problem.__dataclass_fields__, 3)), "line 1: task_id: must be a string"),
     ):

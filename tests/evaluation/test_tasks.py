@@ -255,6 +255,14 @@ def test_bad_tasks_are_named(evaluate: Callable[..., Results], tmp_path: Path, c
         evaluate({**task, **changes})
 
 
+@pytest.mark.parametrize("text", ["{", "[" * 100_000], ids=["torn", "deep"])
+def test_a_line_that_is_no_json_is_named(evaluate: Callable[..., Results], tmp_path: Path, text: str) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text(f"\n{text}\n")
+    with pytest.raises(UserError, match=r"examples\.jsonl: line 2: not JSON"):
+        evaluate({"label": "t", "icl_task_type": "multiple_choice", "num_fewshot": [0], "dataset_uri": str(path)})
+
+
 def test_wrong_keys_are_listed_together(tmp_path: Path) -> None:
     file = tmp_path / "tasks.yaml"
     file.write_text("icl_tasks: [{label: a/b, num_fewshot: 0, icl_task_type: choice}, 3, {prompt_strng: x}]")

@@ -154,7 +154,7 @@ class _Watch:
             files = [file for file in self.directory.glob("rank*.json") if file.stat().st_mtime_ns >= asked]
         places = []
         for file in files:
-            with suppress(OSError, ValueError, TypeError):
+            with suppress(OSError, ValueError, TypeError, RecursionError):
                 places.append(Place(**json.loads(file.read_text())))
         text = describe(places, self.ranks)
         print(

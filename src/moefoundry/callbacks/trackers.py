@@ -73,7 +73,7 @@ def note_entries(trackers: list[ByBatch], run_dir: Path) -> None:
 
 
 def _read_entries(run_dir: Path) -> dict[str, str]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         entries = json.loads((run_dir / ENTRIES_FILE).read_text())
         if isinstance(entries, dict):
             return {name: entry for name, entry in entries.items() if isinstance(entry, str) and entry}

@@ -226,7 +226,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         state = json.loads(content)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: unreadable checkpoint state: {error}") from error
     if not isinstance(state, dict):
         state = {}

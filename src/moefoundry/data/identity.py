@@ -31,7 +31,7 @@ def read_shards(directory: Path) -> list[dict[str, Any]]:
     file = directory / INDEX_FILE
     try:
         shards: list[dict[str, Any]] = json.loads(file.read_text())["shards"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from error
     return shards
 

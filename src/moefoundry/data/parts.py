@@ -206,7 +206,7 @@ def _parts(place: LocalPlace, out: Path) -> list[_PartRecord]:
     """Read the records of all parts, in order.
 
     Raises:
-        UserError: Parts are missing, or they are not parts of one corpus.
+        UserError: Parts are missing or damaged, or they are not parts of one corpus.
     """
     found = [(int(match[1]), int(match[2]), name) for name in place.names() if (match := PART.fullmatch(name))]
     counts = sorted({count for _, count, _ in found})
@@ -217,12 +217,19 @@ def _parts(place: LocalPlace, out: Path) -> list[_PartRecord]:
     if missing:
         named = ", ".join(f"{number}/{counts[0]}" for number in missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise UserError(f"{out}: {len(missing)} of {counts[0]} parts are not finished: {named}")
-    parts = [_PartRecord(**json.loads((place.directory / name).read_text())) for _, _, name in sorted(found)]
+    parts = [_read_part(place.directory / name) for _, _, name in sorted(found)]
     for part in parts[1:]:
         differing = _differences(parts[0], part)
         if differing:
             raise UserError(f"{out}: parts 1 and {part.number} are not of one corpus; {'; '.join(differing)}")
     return parts
+
+
+def _read_part(file: Path) -> _PartRecord:
+    try:
+        return _PartRecord(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {error}; delete it and prepare that part again") from error
 
 
 def _differences(one: _PartRecord, other: _PartRecord) -> list[str]:

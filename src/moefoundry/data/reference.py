@@ -48,7 +48,7 @@ def reference_beside(directory: Path) -> str | None:
         facts: dict[str, str] = json.loads((directory / RECORD).read_text())
         whole = facts["sha256"] == _sha256(directory / VALUES) and facts["data"] == stream_digest(directory)
         return facts["checkpoint"] if whole else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -64,7 +64,7 @@ def read_reference(directory: Path, pairs: int) -> tuple[NDArray[np.float32], st
         checkpoint, data, sha256 = (str(facts[name]) for name in ("checkpoint", "data", "sha256"))
     except FileNotFoundError as error:
         raise UserError(f"{error.filename}: no such file; dpo needs those of a reference: {HOW}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{directory / RECORD}: cannot be read: {error}; {HOW}") from error
     if sha256 != _sha256(directory / VALUES) or values.shape != (pairs, 2) or values.dtype != np.float32:
         raise UserError(f"{directory / VALUES}: damaged; {HOW}")

@@ -125,7 +125,7 @@ def read_corpus_summary(local: str | Path) -> CorpusSummary:
         version = record["format_version"]
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}; not a directory that `moefoundry prepare` completed") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: damaged: {error}") from error
     if version not in FORMAT_VERSIONS.values():
         known = " and ".join(str(number) for number in FORMAT_VERSIONS.values())

@@ -253,7 +253,7 @@ def declared_token(directory: Path, key: str) -> str | None:
         try:
             config: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
             declared = config.get(key)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: not a JSON object: {error}") from error
         if key not in config:
             continue

@@ -197,7 +197,7 @@ def read_record(place: LocalPlace, number: int) -> BlockRecord | None:
             {name: BlockSplit(**split) for name, split in fields["splits"].items()},
             {reason: Left(left) for reason, left in fields["left_out"].items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

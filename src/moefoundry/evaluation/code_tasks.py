@@ -206,7 +206,7 @@ def _from_line(kind: Any, path: Path, number: int, line: str) -> Any:
     try:
         fields = json.loads(line)
         texts = {name: fields[name] for name in kind.__dataclass_fields__}
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: line {number}: no JSON object: {error}") from None
     except KeyError as error:
         raise UserError(f"{path}: line {number}: lacks {error}") from None

@@ -58,7 +58,7 @@ def _too_large(run_dir: Path) -> Sizes:
     """Read the sizes with which memory has ended, the smallest of each stage."""
     sizes: Sizes = {}
     for file in run_dir.glob(RECORD.format(rank="*")):
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             facts = json.loads(file.read_text())
             sizes[facts["stage"]] = min(int(facts["size"]), sizes.get(facts["stage"], int(facts["size"])))
     return sizes

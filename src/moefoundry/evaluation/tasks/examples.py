@@ -47,7 +47,7 @@ def _read(file: Path, shown: str) -> list[Example]:
             continue
         try:
             example = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{shown}: line {number}: not JSON: {error}") from None
         if not isinstance(example, dict):
             raise UserError(f"{shown}: line {number}: not a JSON object")
