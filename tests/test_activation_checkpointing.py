@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moefoundry.config import Compute, LossConfig, LossesConfig, NormPosition, PrecisionConfig
+from moefoundry.config import Compute, Fp8Config, Fp8Recipe, LossConfig, LossesConfig, NormPosition, PrecisionConfig
 from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
 from tests.model.tiny import batch, gradients, meta_model, tiny_config, tiny_model
@@ -202,6 +202,22 @@ def test_full_recomputes_every_product_that_is_read_again_once() -> None:
     assert recomputed["_grouped_mm"] == forward["_grouped_mm"] * 2 / 3 > 0  # gate and up, not down
     # Two are the loss's, outside of the blocks; the dense block's last product is needed by no gradient.
     assert recomputed["mm"] == forward["mm"] - 2 - 1
+
+
+def test_full_recomputes_no_last_product_in_fp8_either() -> None:
+    precision = PrecisionConfig(compute=Compute.bf16_emulated, fp8=Fp8Config(recipe=Fp8Recipe.deepseek_v3))
+    counts = []
+    for mode in MODES:
+        module = model(mode, precision=precision)
+        with Operations() as forward:
+            total = module(batch(), batch()).total
+        with Operations() as backward:
+            total.backward()
+        counts.append((forward.counts["fp8_multiply"], backward.counts["fp8_multiply"]))
+    (forth, back), selective, full = counts
+    assert selective == (forth, back)
+    sparse = 2
+    assert full == (forth, back + forth - sparse)
 
 
 @pytest.mark.parametrize("mode", MODES)

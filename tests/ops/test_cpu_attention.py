@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig
 from moefoundry.ops import cpu_attention as ops
-from moefoundry.ops.cpu_attention import QUERIES, SHORT, SHORTEST, cpu_attention, cpu_attention_reference
+from moefoundry.ops.cpu_attention import GROUPED, QUERIES, SHORTEST, cpu_attention, cpu_attention_reference
 from tests.model.tiny import gradients, tiny_config, tiny_model, use_attention
 
 SCALE = 0.3
@@ -79,18 +79,36 @@ def test_keeps_its_operands_alone() -> None:
     assert sorted(kept) == sorted(x.numel() for x in inputs)
 
 
+def test_what_is_not_finite_reaches_no_query_before_it() -> None:
+    q, k, v = (x.detach() for x in operands("narrow values", torch.float32))
+    plain = cpu_attention(q, k, v)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        k[:, :, 70] = bad
+        assert torch.equal(cpu_attention(q, k, v)[:, :70], plain[:, :70])
+
+
 @pytest.mark.parametrize(
-    ("length", "value_width", "taken"),
-    [(SHORTEST - 1, 8, False), (SHORTEST, 8, True), (SHORT + 1, 8, False), (SHORT + 1, 4, True)],
+    ("length", "heads", "value_width", "taken"),
+    [
+        (GROUPED.start - 1, 2, 8, False),
+        (GROUPED.start, 2, 8, True),
+        (GROUPED.start, 1, 8, False),
+        (GROUPED.stop - 1, 2, 8, True),
+        (GROUPED.stop, 2, 8, False),
+        (SHORTEST - 1, 1, 4, False),
+        (SHORTEST, 1, 4, True),
+        (GROUPED.stop, 1, 12, True),
+    ],
 )
-def test_takes_what_is_faster_so(length: int, value_width: int, taken: bool) -> None:
-    q, v = torch.empty(1, 1, length, 8), torch.empty(1, 1, length, value_width)
-    assert ops.takes(q, q, v) == taken
-    assert not ops.takes(q.bfloat16(), q.bfloat16(), v.bfloat16())
-    assert not ops.takes(q[:, :, :1], q, v), "one new token sees all before it"
-    assert not ops.takes(q.to("meta"), q.to("meta"), v.to("meta"))
+def test_takes_what_is_faster_so(length: int, heads: int, value_width: int, taken: bool) -> None:
+    q, k, v = (torch.empty(1, count, length, width) for count, width in ((heads, 8), (1, 8), (1, value_width)))
+    assert ops.takes(q, k, v) == taken
+    assert not ops.takes(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert not ops.takes(q[:, :, :1], k, v), "one new token sees all before it"
+    assert not ops.takes(q[:0], k[:0], v[:0])
+    assert not ops.takes(q.to("meta"), k.to("meta"), v.to("meta"))
     with torch.no_grad():
-        assert not ops.takes(q, q, v), "an evaluation is the same whatever the batch"
+        assert not ops.takes(q, k, v), "an evaluation is the same whatever the batch"
 
 
 class Operations(TorchDispatchMode):
@@ -108,7 +126,7 @@ class Operations(TorchDispatchMode):
 def test_a_model_trains_as_with_torchs_attention(kind: str, mode: str) -> None:
     cfg = tiny_config()
     use_attention(cfg, KINDS[kind])
-    ids = torch.randint(0, cfg.vocab_size, (2, SHORTEST), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, cfg.vocab_size, (2, GROUPED.start), generator=torch.Generator().manual_seed(0))
     found = []
     for taken in (True, False):
         model = tiny_model(cfg, activation_checkpointing=mode)

@@ -35,6 +35,13 @@ def test_equals_torchs(shape: tuple[int, ...], dtype: torch.dtype, tolerance: fl
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * largest)
 
 
+def test_the_weights_gradient_stays_accurate_over_many_rows() -> None:
+    inputs = operands((70_000, 16), torch.float32)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    found, expected = (with_gradients(rms_norm(*each, 1e-6), each)[2] for each in (inputs, exact))
+    assert (found.double() - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
 def test_a_row_of_zeros_and_strided_rows() -> None:
     x, weight = (tensor.detach() for tensor in operands((4, 6, 16), torch.float64))
     x[0] = 0

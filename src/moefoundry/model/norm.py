@@ -1,7 +1,7 @@
 """Normalization layers: a weight, maybe a bias, and fp32 arithmetic for narrower inputs, as in published families.
 
 For a narrower input only the input is kept for backward, where its fp32 copy and the norm are computed again. On a GPU
-RMSNorm is one kernel, which makes no copy; on a CPU it is ``ops/cpu_norm.py``.
+RMSNorm is one kernel, which makes no copy; on a CPU, unless compiled, it is ``ops/cpu_norm.py``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Torch's flash kernel for CPUs wants values as wide as keys: MLA's are narrower, and the kernel's substitute makes the
 probabilities of all queries, [H, S, S], and keeps them for the backward pass. Here those of ``QUERIES`` queries exist
-at a time, and the backward pass computes them again. Of equal widths, too, sequences of some hundred tokens are faster
-this way than by the flash kernel (``docs/performance.md``).
+at a time, and the backward pass computes them again. Of equal widths, too, some lengths are faster this way than by the
+flash kernel, which takes less memory (``docs/performance.md``).
 
 The heads that share keys are one matrix of queries, so keys are read once for all of them. The softmax subtracts the
 largest product, as every kernel does.
@@ -20,8 +20,9 @@ from torch import Tensor
 
 aten = torch.ops.aten
 QUERIES = 64
-SHORTEST, SHORT = 256, 512
-"""Lengths from and up to which this is faster than the flash kernel; beside its substitute there is no upper bound."""
+SHORTEST = 256
+GROUPED = range(384, 513)
+"""Lengths for which this is faster than the flash kernel, where queries share keys."""
 
 
 def takes(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLw: Tensor) -> bool:
@@ -33,8 +34,12 @@ def takes(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLw: Tensor) -> bool:
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or q_BHSd.shape[2] != k_BGLd.shape[2]:
         return False
-    length, equally_wide = q_BHSd.shape[2], q_BHSd.shape[-1] == v_BGLw.shape[-1]
-    return length >= SHORTEST and (length <= SHORT or not equally_wide)
+    if not (q_BHSd.numel() and v_BGLw.numel()):
+        return False
+    length, shared = q_BHSd.shape[2], q_BHSd.shape[1] > k_BGLd.shape[1]
+    if q_BHSd.shape[-1] == v_BGLw.shape[-1]:
+        return shared and length in GROUPED
+    return length >= SHORTEST
 
 
 def cpu_attention(q_BHSd: Tensor, k_BGSd: Tensor, v_BGSw: Tensor, scale: float | None = None) -> Tensor:
@@ -77,7 +82,7 @@ def backward(
     grad_BGRSw = heads.grouped(grad_BSHw.transpose(1, 2))
     grad_q_BSHd = q_BHSd.new_empty(*heads.batch_and_length, *q_BHSd.shape[1::2])
     grad_q_BGRSd = heads.grouped(grad_q_BSHd.transpose(1, 2))
-    grad_k, grad_v = torch.zeros_like(heads.k), torch.zeros_like(heads.v)
+    grad_k, grad_v = (x.new_zeros(x.shape) for x in (heads.k, heads.v))
     buffer = torch.empty_like(heads.buffer)
     for rows in heads.blocks():
         keys = slice(rows.stop)
@@ -140,7 +145,7 @@ class _Heads:
         self.batch_and_length = batch, self.length
         queries = min(QUERIES, self.length)
         self.buffer = q_BHSd.new_empty(batch * heads * queries * self.length)
-        self.future = torch.full((queries, queries), -torch.inf, dtype=q_BHSd.dtype).triu_(1)
+        self.future = torch.ones(queries, queries, dtype=torch.bool).triu_(1)
 
     def grouped(self, x_BHSd: Tensor) -> Tensor:
         """View [B, H, S, d] as [B, G, R, S, d]."""
@@ -160,7 +165,7 @@ class _Heads:
         num_keys, n = rows.stop, rows.stop - rows.start
         products = _part(self.buffer, (*queries.shape[:2], num_keys))
         torch.bmm(queries, self.k[:, :num_keys].mT, out=products)
-        products.view(-1, n, num_keys)[:, :, rows].add_(self.future[:n, :n])
+        products.view(-1, n, num_keys)[:, :, rows].masked_fill_(self.future[:n, :n], -torch.inf)
         return torch.softmax(products, -1, out=products)
 
 

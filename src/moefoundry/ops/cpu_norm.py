@@ -1,8 +1,8 @@
 """RMSNorm on a CPU in few passes over memory: torch has a kernel of it for GPUs only.
 
 Its substitute for CPUs runs and keeps each step of the formula by itself. Here the input is read for its norm and
-written once, times two factors; the backward pass gets both sums over products of gradient and input, that of a row and
-that of a column, as products of a matrix and a vector.
+written once, times two factors; the backward pass computes the products of gradient and input once, for the sums of
+their rows and of their columns.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _RmsNorm(Function):
         x, weight_D, factor = ctx.saved_tensors
         products_ND = (grad * x).reshape(-1, x.shape[-1])
         factor_N = factor.flatten()
-        grad_weight_D = torch.mv(products_ND.T, factor_N)
         pull_N = torch.mv(products_ND, weight_D).mul_(factor_N.pow(3)).div_(-x.shape[-1])
+        grad_weight_D = products_ND.mul_(factor_N.unsqueeze(1)).sum(0)  # in parts: rows are many
         grad_x = (grad * weight_D).mul_(factor).addcmul_(x, pull_N.view(factor.shape))
         return grad_x, grad_weight_D, None

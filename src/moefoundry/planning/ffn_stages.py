@@ -98,7 +98,7 @@ def _rows(cfg: ModelConfig, c: int, fp8: bool, rows: float) -> list[Stage]:
     moe, width, hidden, slots = cfg.moe, cfg.d_model, cfg.moe.expert_hidden_size, cfg.moe.top_k
     plain, out = cfg.swiglu == SwigluConfig(), 0 if block_ends_with_experts(cfg) else c * width
     if fp8:
-        stages = [_times(_fp8_feed_forward(width, hidden, c, plain, rows=rows), slots)]
+        stages = [_times(_fp8_feed_forward(width, hidden, c, plain, rows=rows, out=out), slots)]
     elif moe.backend in GATHERING:
         of_row = 2 * FP32  # its token and its weight
         stages = [
@@ -123,12 +123,19 @@ def _times(stage: Stage, rows: int) -> Stage:
 
 
 def _fp8_feed_forward(
-    width: int, hidden: int, c: int, plain: bool, owns_input: bool = True, rows: float | None = None
+    width: int,
+    hidden: int,
+    c: int,
+    plain: bool,
+    owns_input: bool = True,
+    rows: float | None = None,
+    out: float | None = None,
 ) -> Stage:
     """Describe a whole FFN, of one row. Its gradients come in FP8, too.
 
     Operands of gradients of weights are in tiles of 128 rows; those of an expert begin with a new tile. ``rows`` are
-    those of an expert, or None for a dense FFN, whose output's gradient is the block's.
+    those of an expert, or None for a dense FFN, whose output's gradient is the block's. ``out`` are the bytes of the
+    output that ``selective`` keeps; None is all of it.
     """
     incoming = 0 if rows is None else c * width
     padded = 1.0 if rows is None else 1 + (TILE - 1) / rows
@@ -140,7 +147,7 @@ def _fp8_feed_forward(
     return Stage(
         saved=E4M3_ROW * ((width if owns_input else 0) + 2 * hidden) + (0 if rows is None else 4),
         held=incoming + E4M3_ROW * width + held,
-        kept=c * (2 * hidden + width),
+        kept=c * 2 * hidden + (c * width if out is None else out),
         weights=FFN if rows is None else EXPERTS,
         share=1.0,
     )

@@ -222,10 +222,11 @@ def _losses(
     heads, of_hidden = 1 + cfg.mtp.depth, tokens * c * cfg.d_model
     gathered = _gathered(root)
     last = [unit for unit in units_of[-1][-1:] if unit.shards > 1] if units_of else []
-    if recipe.fused_kernels and narrow:  # the kernel works in the memory of narrow logits
+    logits, again = min(tokens, CHUNK_TOKENS) * (FP32 + narrow), 0
+    if recipe.dpo is not None or recipe.losses.logits_z is not None:  # of operators, by autograd, for each chunk again
+        logits, again = min(tokens, CHUNK_TOKENS) * (2 * FP32 + narrow), min(tokens, CHUNK_TOKENS) * 3 * FP32
+    elif recipe.fused_kernels and narrow and not cfg.head_bias:  # the kernel works in the memory of narrow logits
         logits = min(tokens, KERNEL_CHUNK_TOKENS) * narrow
-    else:
-        logits = min(tokens, CHUNK_TOKENS) * (FP32 + narrow)
     return [
         Transient(
             "the loss",
@@ -239,6 +240,7 @@ def _losses(
             gathered_parameters=gathered + _gathered(last),
             unreduced_gradients=head * ((heads + 1) * FP32 + narrow),
             activations=saved + (3 + 5 * cfg.mtp.depth) * of_hidden,
+            logits=again * cfg.vocab_size,
         ),
     ]
 

@@ -73,19 +73,19 @@ def check_ties(device: str, softmax: bool, bias: bool) -> None:
     torch.testing.assert_close(routed.scores_TE, exact_TE, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
-def check_groups(device: str, votes: int, bias: bool) -> None:
+def check_groups(device: str, bias: bool) -> None:
     """A token has distinct experts of two groups whatever its scores are, of equal ones the first; else as plain."""
     logits_TE = random(device, 12, 24).mul(2).round().div(2)
     logits_TE[0], logits_TE[1, ::2], logits_TE[2, :8] = 0.0, -0.0, torch.nan
     logits_TE[3], logits_TE[4, 5], logits_TE[5] = torch.nan, torch.inf, -torch.inf
     bias_E = torch.linspace(0, 1e-3, 24, device=device) if bias else None
-    routed = function.choose_experts(logits_TE, bias_E, function.Choice(5, False, True, 1.0, 1, 6, 2, votes))
+    routed = function.choose_experts(logits_TE, bias_E, function.Choice(5, False, True, 1.0, 1, 6, 2, 2 if bias else 1))
     for ids_K in routed.ids_TK.tolist():
         assert len(set(ids_K)) == 5
         assert len({expert // 4 for expert in ids_K}) == 2
     scores_TE = logits_TE[6:].sigmoid() + (0 if bias_E is None else bias_E)
     if bias:  # without, some are equal
-        limited_TE = keep_best_groups(scores_TE, 6, 2, votes)
+        limited_TE = keep_best_groups(scores_TE, 6, 2, best=2)
         assert torch.equal(routed.ids_TK[6:], limited_TE.topk(5).indices)
     assert bias or routed.ids_TK[0].tolist() == [0, 1, 2, 3, 4]
 

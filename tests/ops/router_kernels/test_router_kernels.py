@@ -46,9 +46,8 @@ def test_ties_interpreted(interpreter: ProcessPoolExecutor, softmax: bool, bias:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("votes", [1, 2])
-def test_groups_interpreted(interpreter: ProcessPoolExecutor, votes: int, bias: bool) -> None:
-    interpreter.submit(checks.check_groups, "cpu", votes, bias).result()
+def test_groups_interpreted(interpreter: ProcessPoolExecutor, bias: bool) -> None:
+    interpreter.submit(checks.check_groups, "cpu", bias).result()
 
 
 @pytest.mark.parametrize(
@@ -70,9 +69,8 @@ def test_on_a_gpu() -> None:
     for softmax in (True, False):
         for bias in (False, True):
             checks.check_ties("cuda", softmax, bias)
-    for votes in (1, 2):
-        for bias in (False, True):
-            checks.check_groups("cuda", votes, bias)
+    for bias in (False, True):
+        checks.check_groups("cuda", bias)
     for scope in ("sequence", "micro_batch"):
         for padded in (False, True):
             checks.check_layer("cuda", scope, padded)

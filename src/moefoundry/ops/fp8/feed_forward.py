@@ -23,6 +23,7 @@ from moefoundry.ops.fp8.gemm import fprop, wgrad
 from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
 from moefoundry.ops.fp8.swiglu import fuses_backward, swiglu_backward_in_tiles, swiglu_forward
 from moefoundry.ops.fp8.weights import KeptBlocks, blocks_for_dgrad, blocks_for_fprop
+from moefoundry.ops.recompute import last_operand_is_there, unread
 from moefoundry.ops.swiglu import Activation, swiglu, swiglu_backward
 
 
@@ -88,7 +89,10 @@ class _FeedForward(Function):
             )
         hidden, kept_of_swiglu = swiglu_forward(gate_RF, up_RF, row_weights_R, activation, keep, backend)
         kept = [x_RD, *kept_of_swiglu]
-        out_RD = forth(hidden, "down", down)
+        if group_sizes_E is not None and last_operand_is_there():
+            out_RD = unread(x, *x.shape)
+        else:
+            out_RD = forth(hidden, "down", down)
         tensors = [tensor for quantized in kept for tensor in quantized.tensors]
         ctx.save_for_backward(row_weights_R, gate, up, down, group_sizes_E, *tensors)
         ctx.shapes, ctx.activation, ctx.backend = [quantized.shape for quantized in kept], activation, backend

@@ -30,7 +30,7 @@ class Choice(NamedTuple):
         segments: G; tokens are G segments of equally many.
         groups: Groups of equally many experts, one after the other; 1 does not limit the choice.
         top_k_groups: Groups that a token's experts are from.
-        group_votes: A group is as good as the sum of this many of its best scores plus bias, of which it has as many.
+        group_votes: A group is as good as the sum of this many of its best scores plus bias; 1 without a bias.
     """
 
     top_k: int

@@ -125,8 +125,6 @@ def route(
         compared = x
         if bias is not None:
             compared = score + tl.load(bias + column, mask=real, other=0.0)
-        elif VOTES > 1:
-            compared = score
         key = tl.where(real, sortable(compared), TAKEN)
         if GROUPS > 1:
             key = keep_groups(key, column, experts // GROUPS, GROUPS, KEPT, VOTES, E)
