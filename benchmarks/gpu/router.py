@@ -17,12 +17,14 @@ from moefoundry.ops.kernel_choice import fused_kernels, use_fused_kernels
 
 
 class Sizes(NamedTuple):
-    """Tokens, experts and chosen experts; the score function."""
+    """Tokens, experts and chosen experts; the score function; groups of experts, and how many a token reaches."""
 
     tokens: int
     experts: int
     top_k: int
     scores: str
+    groups: int = 1
+    top_k_groups: int = 1
 
 
 SIZES = (
@@ -30,14 +32,16 @@ SIZES = (
     Sizes(32768, 128, 8, "softmax"),
     Sizes(16384, 256, 8, "sigmoid"),
     Sizes(16384, 512, 10, "softmax"),
+    Sizes(16384, 256, 8, "sigmoid", 8, 4),  # DeepSeek-V3's
 )
-TINY = (Sizes(64, 8, 2, "softmax"),)
+TINY = (Sizes(64, 8, 2, "softmax"), Sizes(64, 8, 2, "sigmoid", 4, 2))
 
 
 def run(figures: Figures, options: Options) -> None:
     """Every size by operators and by the kernel."""
     for sizes in TINY if options.tiny else SIZES:
-        name = f"T{sizes.tokens} E{sizes.experts} K{sizes.top_k} {sizes.scores}"
+        limited = f", {sizes.top_k_groups} of {sizes.groups} groups" if sizes.groups > 1 else ""
+        name = f"T{sizes.tokens} E{sizes.experts} K{sizes.top_k} {sizes.scores}{limited}"
         figures.run(f"{name}, operators", measure, sizes, False, options)
         figures.run(f"{name}, kernel", measure, sizes, True, options)
 
@@ -73,5 +77,6 @@ def measure(part: Part, sizes: Sizes, fused: bool, options: Options) -> None:
 
 def config(sizes: Sizes) -> MoEConfig:
     """The layer's configuration, of which the router's part counts."""
-    scores = RouterConfig(score_function=sizes.scores)
+    groups = {"num_groups": sizes.groups, "top_k_groups": sizes.top_k_groups}
+    scores = RouterConfig(score_function=sizes.scores, **groups)
     return MoEConfig(num_experts=sizes.experts, top_k=sizes.top_k, router=scores)

@@ -21,6 +21,7 @@ from torch import Tensor
 aten = torch.ops.aten
 QUERIES = 64
 SHORTEST = 256
+"""Length from which this is faster than operators, where values have another width than keys."""
 GROUPED = range(384, 513)
 """Lengths for which this is faster than the flash kernel, where queries share keys."""
 
