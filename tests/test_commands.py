@@ -96,6 +96,7 @@ ADDED = (
     ),
     ("training.md", "moefoundry validate --show wide.yaml", ("max_seq_len=64", "global_train_batch_size=8")),
     ("training.md", "python scripts/train.py", ("run_name=alone",)),  # torchrun's has trained it already
+    ("training.md", "composer -n 8 scripts/train.py recipe.yaml device_train_microbatch_size", ("run_name=sized",)),
 )
 STATUSES = {"doctor": {0, 1}}  # of a machine that it finds something wrong with
 
