@@ -131,7 +131,7 @@ def test_many_equal_scores_keep_the_first_tokens() -> None:
 def test_the_fused_cpu_function_leaves_out_the_same_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     for threshold in (2**60, 0):
-        monkeypatch.setattr("moefoundry.moe.mixture.PAYS_FROM_BYTES", threshold)
+        monkeypatch.setattr("moefoundry.ops.expert_mixture.PAYS_FROM_BYTES", threshold)
         module, x_BSD = layer(0.5, "auto", torch.float32), tokens(torch.float32).detach().requires_grad_()
         out = module(x_BSD)[0]
         out.square().sum().backward()

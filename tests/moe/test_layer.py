@@ -311,7 +311,7 @@ def test_fused_cpu_function_changes_nothing_but_rounding(monkeypatch: pytest.Mon
     runs = []
     for threshold in (2**60, 0):
         assert not calls
-        monkeypatch.setattr("moefoundry.moe.mixture.PAYS_FROM_BYTES", threshold)
+        monkeypatch.setattr("moefoundry.ops.expert_mixture.PAYS_FROM_BYTES", threshold)
         module.zero_grad()
         out, stats = module(x)
         (out.square().sum() + stats.balance_loss).backward()

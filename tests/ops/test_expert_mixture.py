@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.ops.expert_mixture import expert_mixture, expert_mixture_reference
+from moefoundry.ops.expert_mixture import expert_mixture, expert_mixture_reference, pays
 from moefoundry.ops.permute import order_by_expert
 
 T, D, F, E, K = 23, 12, 8, 6, 2
@@ -52,3 +52,12 @@ def test_two_runs_give_the_same_bits() -> None:
 def test_gradcheck() -> None:
     tensors, order = case("random", torch.float64)
     assert torch.autograd.gradcheck(lambda *inputs: expert_mixture(*inputs, order), tensors)
+
+
+def test_pays_for_many_rows_and_before_that_for_large_groups() -> None:
+    rows = (8 << 20) // (256 * 4)
+    assert pays(4 * rows, 512, 256, 4)
+    assert not pays(4 * rows - 1, 512, 256, 4)
+    assert pays(rows, rows // 512, 256, 4)
+    assert not pays(rows, rows // 512 + 1, 256, 4)
+    assert not pays(rows - 1, 1, 256, 4)

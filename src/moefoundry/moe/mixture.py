@@ -17,7 +17,7 @@ from moefoundry.config import MoEConfig, UserError
 from moefoundry.config.making import make_part
 from moefoundry.moe.fastest import backends_by_speed, measured_layers
 from moefoundry.ops.expert_bias import PLAIN_LAYER, HiddenLayer, add_bias
-from moefoundry.ops.expert_mixture import PAYS_FROM_BYTES, expert_mixture
+from moefoundry.ops.expert_mixture import expert_mixture, pays
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop
 from moefoundry.ops.permute import RowOrder, permute, permute_slots, sum_rows
 from moefoundry.ops.recompute import last_operand_is_there
@@ -160,9 +160,9 @@ class AutoMixture:
             rows = len(order.slot_of_row_N) / max(len(down_EDF), 1)
             mixture = self.on_gpu(tokens_PD, down_EDF.shape[-1], rows, hidden)
             return mixture(*operands) if hidden.plain else mixture(*operands, hidden)
-        bytes_of_rows = len(order.slot_of_row_N) * tokens_PD.shape[1] * tokens_PD.itemsize
         on_cpu = tokens_PD.device.type == "cpu" and tokens_PD.dtype == torch.float32
-        if on_cpu and bytes_of_rows >= PAYS_FROM_BYTES and hidden.plain:
+        sizes = len(order.slot_of_row_N), len(down_EDF), tokens_PD.shape[1], tokens_PD.itemsize
+        if on_cpu and hidden.plain and pays(*sizes):
             return expert_mixture(*operands)
         return self.by_rows(*operands, hidden)
 
