@@ -1,17 +1,16 @@
 """Attention on a CPU equals the softmax written out, keeps no probabilities, and runs once where it is kept."""
 
-from collections import Counter
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig
 from moefoundry.ops import cpu_attention as ops
 from moefoundry.ops.cpu_attention import GROUPED, QUERIES, SHORTEST, cpu_attention, cpu_attention_reference
 from tests.model.tiny import gradients, tiny_config, tiny_model, use_attention
+from tests.test_activation_checkpointing import Operations
 
 SCALE = 0.3
 CASES = {  # heads, heads of keys, length, width of queries, width of values
@@ -109,16 +108,6 @@ def test_takes_what_is_faster_so(length: int, heads: int, value_width: int, take
     assert not ops.takes(q.to("meta"), k.to("meta"), v.to("meta"))
     with torch.no_grad():
         assert not ops.takes(q, k, v), "an evaluation is the same whatever the batch"
-
-
-class Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -149,8 +149,8 @@ class Router(nn.Module):
             return None
         if (is_softmax := SOFTMAX_OR_NOT.get(getattr(self.score, "func", self.score))) is None:
             return None
-        cfg, votes = self.cfg, self.group_votes if self.cfg.num_groups > 1 else 1
-        groups = cfg.num_groups, cfg.top_k_groups, votes
+        cfg = self.cfg
+        groups = cfg.num_groups, cfg.top_k_groups, self.group_votes
         choice = kernels.Choice(self.top_k, is_softmax, cfg.normalize_topk, cfg.scale, num_segments, *groups)
         scores_TE, weights_TK, ids_TK, *means = kernels.choose_experts(logits_TE, self.expert_bias, choice)
         return Routing(logits_TE, scores_TE, weights_TK, ids_TK, RoutingMeans(*means))
