@@ -101,9 +101,8 @@ def gather_in_fp8(model: nn.Module) -> Iterator[ShardedWeight]:
 
 def _held_by_fsdp(model: nn.Module) -> Iterable[Any]:
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                yield from group.fsdp_params
+        if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            yield from group.fsdp_params
 
 
 def _operands(module: Fp8Module) -> Iterator[tuple[str, nn.Module, str]]:

@@ -102,12 +102,13 @@ def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(device_type, (degrees.replicate, degrees.shard), mesh_dim_names=(REPLICATE, SHARD))
-    whole = mesh._unflatten(SHARD, (degrees.shard // degrees.expert, degrees.expert), (EXPERT_SHARD, EXPERT))
+    # by number: torch 2.11 takes no name here
+    whole = mesh._unflatten(1, (degrees.shard // degrees.expert, degrees.expert), (EXPERT_SHARD, EXPERT))
     copied = (REPLICATE,) if degrees.replicate > 1 else ()
     hops = None
     if degrees.expert_nodes > 1:
         sizes = (degrees.expert_nodes, degrees.expert // degrees.expert_nodes)
-        parts = whole._unflatten(EXPERT, sizes, (EXPERT_NODE, EXPERT_PLACE))
+        parts = whole._unflatten(2, sizes, (EXPERT_NODE, EXPERT_PLACE))
         hops = (parts[EXPERT_NODE], parts[EXPERT_PLACE])
     return Meshes(mesh[(*copied, SHARD)], whole[EXPERT], whole[(*copied, EXPERT_SHARD)], hops)
 

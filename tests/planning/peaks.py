@@ -250,7 +250,7 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 def sums_of_a_copy(model: nn.Module) -> list[Tensor]:
     """What FSDP has in place of gradients until they are summed over the copies of the model."""
     states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for state in states for group in state._fsdp_param_groups]
+    groups = [group for state in states if (group := state._fsdp_param_group) is not None]
     return [group._partial_reduce_output for group in groups if group._partial_reduce_output is not None]
 
 

@@ -49,7 +49,7 @@ def units_of(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> list[Un
             _unit(name, group)
             for name, module in model.named_modules()
             if isinstance(module, FSDPModule)
-            for group in module._get_fsdp_state()._fsdp_param_groups
+            and (group := module._get_fsdp_state()._fsdp_param_group) is not None
         ]
 
 

@@ -24,6 +24,7 @@ PACKED = tl.constexpr(formats.PACKED)
 SMALLEST_SCALE = tl.constexpr(scales.SMALLEST_SCALE)
 INF_BITS = tl.constexpr(0x7F800000)
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)
+SIGN = tl.constexpr(-0x80000000)
 
 
 @constexpr_function
@@ -109,7 +110,8 @@ def decode(codes, FORMAT: tl.constexpr):
         bits = codes & (FORMAT.sign_code - 1)
         x = (bits << (23 - FORMAT.mantissa_bits)).to(tl.float32, bitcast=True) * 2.0 ** (127 - FORMAT.bias)
         x = tl.where(bits >= FORMAT.nan_code, float("nan"), x)
-        x = tl.where(codes >= FORMAT.sign_code, -x, x)
+        sign = tl.where(codes >= FORMAT.sign_code, SIGN, 0)  # by its bit: a negated 0 is +0 in Triton 3.6
+        x = (x.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return x
 
 
