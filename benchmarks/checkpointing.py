@@ -68,7 +68,7 @@ def measure(nbytes: int, saves: int, directory: Path) -> dict[str, Any]:
             start = time.perf_counter()
             begin(number, tensors, STATE, Origin(number))
             stall[kind].append(time.perf_counter() - start)
-            while saver._flight is not None and saver._flight.thread.is_alive():
+            while saver.is_writing:
                 busy.append(step())
             saver.finish()
             calm += [step() for _ in range(5)]

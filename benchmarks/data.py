@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ EOS = "<|endoftext|>"
 TARGETS = {"LLM Foundry, JSON": 1.5, "LLM Foundry, text": 1.5, "datasets + tokenizers": 1.0}
 
 
-def ours(corpus: Path, tokenizer: Path, out: Path, layout: str) -> Callable[[], int]:
+def ours(layout: str, corpus: Path, tokenizer: Path, out: Path) -> Callable[[], int]:
     from moefoundry.data.options import PrepareOptions
     from moefoundry.data.prepare import prepare
     from moefoundry.data.summary import Layout
@@ -97,9 +98,9 @@ def _samples(out: Path) -> int:
 
 
 CONTENDERS: dict[str, tuple[str, Callable[[Path, Path, Path], Callable[[], int]]]] = {
-    "documents": ("json", lambda *paths: ours(*paths, "documents")),
-    "packed": ("json", lambda *paths: ours(*paths, "packed")),
-    "documents, text": ("text", lambda *paths: ours(*paths, "documents")),
+    "documents": ("json", partial(ours, "documents")),
+    "packed": ("json", partial(ours, "packed")),
+    "documents, text": ("text", partial(ours, "documents")),
     "LLM Foundry, JSON": ("json", llm_foundry_json),
     "LLM Foundry, text": ("text", llm_foundry_text),
     "datasets + tokenizers": ("json", hugging_face),

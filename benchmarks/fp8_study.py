@@ -38,11 +38,12 @@ from torch import Tensor
 
 from benchmarks.fp8_tensors import FACTORS, LONG, TENSORS, accuracies, breaks, observe, with_precision
 from benchmarks.harness import RESULTS, ROOT, replace_table
+from moefoundry.build import build_trainer
 from moefoundry.config import Recipe, load_recipe
 from moefoundry.data.loader import build_loader
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.parallel import moe_layers
-from moefoundry.trainer import EXPECTED_WARNINGS, build_trainer
+from moefoundry.trainer import EXPECTED_WARNINGS
 
 RECIPE = ROOT.parent / "configs" / "examples" / "fp8-twin.yaml"
 BASELINE, OBSERVED = "bf16_emulated", "deepseek_v3"

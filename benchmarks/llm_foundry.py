@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moefoundry.config import GqaConfig, ModelConfig, Recipe
+from moefoundry.config import AdamWConfig, CosineWithWarmupConfig, GqaConfig, ModelConfig, Recipe
 
 ALIGNMENT = 16
 
@@ -62,6 +62,9 @@ def _active_ffn_width(model: ModelConfig) -> int:
 
 def training_config(recipe: Recipe, match: Match) -> dict[str, Any]:
     """The YAML of LLM Foundry's training script."""
+    optimizer, scheduler = recipe.optimizer, recipe.scheduler
+    assert isinstance(optimizer, AdamWConfig)
+    assert isinstance(scheduler, CosineWithWarmupConfig)
     return {
         "run_name": "benchmark",
         "seed": recipe.seed,
@@ -74,12 +77,12 @@ def training_config(recipe: Recipe, match: Match) -> dict[str, Any]:
         "train_loader": text_loader(recipe, split="train", shuffle=True, drop_last=True),
         "optimizer": {
             "name": "fused_adamw",
-            "lr": recipe.optimizer.lr,
-            "betas": list(recipe.optimizer.betas),
-            "eps": recipe.optimizer.eps,
-            "weight_decay": recipe.optimizer.weight_decay,
+            "lr": optimizer.lr,
+            "betas": list(optimizer.betas),
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
         },
-        "scheduler": {"name": "cosine_with_warmup", "t_warmup": recipe.scheduler.t_warmup, "alpha_f": 0.1},
+        "scheduler": {"name": "cosine_with_warmup", "t_warmup": scheduler.t_warmup, "alpha_f": 0.1},
         "algorithms": {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0}},
         "callbacks": {"speed_monitor": {"window_size": 10}, "lr_monitor": {}, "memory_monitor": {}},
         "precision": "fp32",

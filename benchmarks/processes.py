@@ -72,7 +72,7 @@ def accept(server: socket.socket, process: subprocess.Popen[bytes], log: Path) -
 def failure(process: subprocess.Popen[bytes], log: Path) -> RuntimeError:
     """The error that says how a process ended and what it wrote last."""
     tail = log.read_text(errors="replace")[-LOG_TAIL:]
-    return RuntimeError(f"{subprocess.list2cmdline(process.args)}: exit status {process.poll()}\n{tail}")  # type: ignore[arg-type]
+    return RuntimeError(f"{subprocess.list2cmdline(process.args)}: exit status {process.poll()}\n{tail}")
 
 
 @contextmanager

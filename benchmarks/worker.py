@@ -1,6 +1,6 @@
 """A training process that runs when it is told to: ``python -m benchmarks.worker SIDE ADDRESS MATCH BATCHES RANKS``.
 
-It trains through its side's own entry point (``moefoundry.trainer.build_trainer``, ``llmfoundry``'s ``train``) with one
+It trains through its side's own entry point (``moefoundry.build.build_trainer``, ``llmfoundry``'s ``train``) with one
 more Composer callback, the same for both: at the end of a batch it reports the seconds since it was let go, and waits.
 So two trainers take turns, a few batches each, without paying for their start again.
 """
@@ -49,7 +49,7 @@ def turnstile(address: str) -> type[Any]:
 
 def train_moefoundry(recipe: Recipe, callback: type[Any]) -> None:
     """Train as ``scripts/train.py`` does."""
-    from moefoundry.trainer import build_trainer
+    from moefoundry.build import build_trainer
 
     trainer = build_trainer(recipe)
     trainer.state.callbacks.append(callback())

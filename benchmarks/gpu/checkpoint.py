@@ -56,7 +56,7 @@ def measure(part: Part, options: Options) -> None:
             start = time.perf_counter()
             saver.start(number, state, STATE, Origin(number))
             stalls.append(round(time.perf_counter() - start, 4))
-            while saver._flight is not None and saver._flight.thread.is_alive():
+            while saver.is_writing:
                 busy.append(step())
             saver.finish()
             seconds.append(round(time.perf_counter() - start, 3))

@@ -75,7 +75,7 @@ def measure(part: Part, options: Options) -> None:
 
 def prepare(root: Path, options: Options) -> Path:
     """A corpus of generated text."""
-    from moefoundry.data.prepare import PrepareOptions
+    from moefoundry.data.options import PrepareOptions
     from moefoundry.data.prepare import prepare as prepare_corpus
 
     text, corpus = root / "text", root / "corpus"

@@ -154,7 +154,7 @@ def refuse_what_cannot_run(layer: MoELayer, x_BSD: Tensor) -> None:
 
 def choose(layer: MoELayer, ids_TK: Tensor) -> None:
     """Let the router choose these experts; it still scores, weighs and has its gradients."""
-    layer.router._choose = lambda scores_TE: ids_TK  # type: ignore[method-assign]
+    layer.router._choose = lambda scores_TE: ids_TK
 
 
 def forward(layer: MoELayer, x_BSD: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     for shape, sonic in zip(SHAPES, (*SONIC_MOE, None), strict=True):
         experts, layer = record_experts(shape), record_layer(shape)
         rows = {router: rows_of(router, shape) for router in ROUTERS}
-        found = {
+        found: dict[str, Any] = {
             "experts": {router: rates(experts, shape, rows[router], chip) for router in ROUTERS},
             "layer": {router: rates(layer, shape, rows[router], chip) for router in ROUTERS},
             "slower": rates(experts, shape, rows["uniform"], chip_of(published.LIBRARY_TFLOPS)),

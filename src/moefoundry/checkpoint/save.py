@@ -125,6 +125,11 @@ class Saver:
         self._buffers: dict[Shard, Tensor] = {}
         self._under_way: _BackgroundSave | None = None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread still works on the last save."""
+        return self._under_way is not None and self._under_way.thread.is_alive()
+
     def start(self, batch: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], origin: Origin) -> None:
         """Begin a save (see :func:`write`) and return once the tensors may change again.
 
