@@ -4,13 +4,15 @@
 #   VENV        where the environment lives (default .venv)
 #   PROCESSES   ranks of the quickstart (default 2)
 #   ORACLE      where the newest transformers lies, which conversions are compared with (default .oracle)
+#   OLDEST      where the oldest torch lies that the package allows (default .oldest)
 #   MKDOCS      where mkdocs lies, which builds the site (default .mkdocs)
 #   WORKERS     processes that the tests are divided among (default 2; each test may start four ranks more)
-#   ARGS        appended to the command of quickstart, test, test-slow and bench
+#   ARGS        appended to the command of quickstart, bench and the three of tests
 
 PYTHON ?= python3.11
 VENV ?= .venv
 ORACLE ?= .oracle
+OLDEST ?= .oldest
 MKDOCS ?= .mkdocs
 PROCESSES ?= 2
 WORKERS ?= 2
@@ -23,7 +25,7 @@ PIP := "$(BIN)/python" -m pip --disable-pip-version-check
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup oracle mkdocs quickstart test test-slow lint bench docs site docker clean
+.PHONY: help setup oracle oldest mkdocs quickstart test test-slow test-oldest lint bench docs site docker clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +79,9 @@ endef
 oracle: setup ## install the newest transformers into .oracle, for tests and `convert --verify`; does nothing when up to date
 	@$(call install_beside,requirements-oracle.lock,$(ORACLE))
 
+oldest: setup ## install the oldest torch that the package allows into .oldest; does nothing when up to date
+	@$(call install_beside,requirements-oldest.lock,$(OLDEST))
+
 mkdocs: setup ## install what builds the site into .mkdocs; does nothing when up to date
 	@$(call install_beside,requirements-docs.lock,$(MKDOCS))
 
@@ -92,6 +97,13 @@ test: setup oracle mkdocs lint ## lint, then every test that is not slow
 
 test-slow: setup oracle mkdocs ## the slow tests
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal $(ARGS)
+
+# these two tests want what requirements.lock says
+NOT_LOCKED := --deselect tests/doctor/test_doctor.py::test_versions \
+	--deselect tests/project/test_dockerfile.py::test_locked_versions_are_the_installed_ones
+
+test-oldest: oldest oracle mkdocs ## the tests of `make test` with the oldest torch
+	PYTHONPATH="$$(realpath "$(OLDEST)")" $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(NOT_LOCKED) $(ARGS)
 
 lint: setup ## style, types, layer order, Dockerfile
 	$(BIN)/ruff check .

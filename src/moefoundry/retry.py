@@ -99,7 +99,7 @@ def left_together(group: dist.ProcessGroup | None) -> Iterator[None]:
 
 def can_forget() -> bool:
     """Tell if this torch can bring FSDP back from the middle of a step."""
-    return hasattr(FSDPModule, "reset_iter_state")  # since torch 2.14
+    return hasattr(FSDPModule, "reset_iter_state")  # since torch 2.13
 
 
 def forget_step(model: nn.Module, release: bool = True) -> None:

@@ -48,8 +48,7 @@ def units_of(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> list[Un
         return [
             _unit(name, group)
             for name, module in model.named_modules()
-            if isinstance(module, FSDPModule)
-            and (group := module._get_fsdp_state()._fsdp_param_group) is not None
+            if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None
         ]
 
 

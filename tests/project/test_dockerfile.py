@@ -180,6 +180,14 @@ def test_locked_versions_are_the_installed_ones() -> None:
     assert wrong == {}, "run `make setup`"
 
 
+def test_the_oldest_torch_is_the_one_that_is_declared() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        declared = tomllib.load(file)["project"]["dependencies"]
+    (oldest,) = (line.removeprefix("torch>=") for line in declared if line.startswith("torch>="))
+    pins = (ROOT / "requirements-oldest.lock").read_text().splitlines()
+    assert f"torch=={oldest}.0" in pins
+
+
 def test_lock_covers_what_the_project_declares() -> None:
     with (ROOT / "pyproject.toml").open("rb") as file:
         project = tomllib.load(file)["project"]

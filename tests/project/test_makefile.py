@@ -46,6 +46,7 @@ class Project:
         (tree / "requirements.lock").touch()
         (tree / "requirements-oracle.lock").touch()
         (tree / "requirements-docs.lock").touch()
+        (tree / "requirements-oldest.lock").touch()
         (tree / "pyproject.toml").touch()
 
     def make(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -95,6 +96,7 @@ QUICKSTART = [
     [
         ("test", [*LINT, "python -m pytest"]),
         ("test-slow", ["python -m pytest -m slow"]),
+        ("test-oldest", ["python -m pytest"]),
         ("quickstart", QUICKSTART),
         ("bench", ["python -m benchmarks.run"]),
         ("docs", ["python -m moefoundry.config.reference", "python docs/architecture.py"]),
@@ -228,10 +230,12 @@ def test_help_lists_every_target(project: Project) -> None:
             "help",
             "setup",
             "oracle",
+            "oldest",
             "mkdocs",
             "quickstart",
             "test",
             "test-slow",
+            "test-oldest",
             "lint",
             "bench",
             "docs",

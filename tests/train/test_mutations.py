@@ -19,6 +19,7 @@ from moefoundry.config import Recipe, UserError, advice, dump_recipe, load_recip
 from moefoundry.config.layers import Layers, leaves_of
 from moefoundry.config.loader import recipe_of
 from moefoundry.config.spec import plain
+from moefoundry.config.versions import FORMAT_VERSION
 from tests.config.mutations import Mutation, mutations
 from tests.distributed import run_distributed
 
@@ -112,6 +113,7 @@ def compute(recipe: Recipe, directory: Path) -> None:
     if next(NUMBERS) % 10 == 0:  # to read YAML takes longer than all below
         file = directory / "written.yaml"
         file.write_text(dump_recipe(recipe), encoding="utf-8")
+        recipe.format_version = FORMAT_VERSION  # an earlier one is read as that
         assert load_recipe(file) == recipe, "what a run keeps is what it was given"
     assert exports_as(recipe.model)
     assert all(problem.suggestion for problem in advice(recipe))

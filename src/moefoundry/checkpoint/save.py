@@ -127,7 +127,7 @@ class Saver:
 
     @property
     def is_writing(self) -> bool:
-        """Whether this rank's thread still works on the last save."""
+        """True while this rank's thread works on the last save."""
         return self._under_way is not None and self._under_way.thread.is_alive()
 
     def start(self, batch: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], origin: Origin) -> None:

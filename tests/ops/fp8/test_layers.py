@@ -231,6 +231,8 @@ def test_feed_forward_keeps_its_input_and_those_of_swiglu_in_fp8() -> None:
 
 @pytest.mark.parametrize("granularity", list(Granularity))
 def test_coarse_products_are_torchs_scaled_products(granularity: Granularity) -> None:
+    if granularity is not Granularity.TENSOR and torch.__version__ < "2.12":
+        pytest.skip(f"torch {torch.__version__} has no product with a scale a row for CPUs")
     x, weight, grad = leaf("normal", 48, 64), leaf("normal", 32, 64), sample("normal", 48, 32)
     out = coarse_linear(x, weight, granularity)
     got = [out, *torch.autograd.grad(out, (x, weight), grad)]
