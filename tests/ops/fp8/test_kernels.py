@@ -123,7 +123,7 @@ COMPILED: dict[str, tuple[str, dict[str, str], dict[str, Any], set[str]]] = {
     "multiply": (
         "_multiply",
         MULTIPLY,
-        {"weight_column": 1, "DESCRIBED": False, "MAX_GROUPS": 8, "M": 128, "N": 128},
+        {"weight_column": 1, "DESCRIBED": False, "MAX_GROUPS": 8, "M": 128, "N": 128, "PAIRS": True},
         {"wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", "cp.async.cg.shared.global"},
     ),
     "wgrad": (

@@ -41,10 +41,16 @@ def _describe(arguments: dict[str, Any]) -> None:
 
 
 CONFIGS = [
-    triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages, pre_hook=_describe)
-    for m, n, warps, stages in ((128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 4, 2), (64, 64, 4, 3))
+    triton.Config({"M": m, "N": n, "PAIRS": pairs}, num_warps=warps, num_stages=stages, pre_hook=_describe)
+    for m, n, pairs, warps, stages in (
+        (128, 128, True, 8, 2),
+        (128, 128, False, 8, 4),
+        (64, 128, True, 4, 2),
+        (64, 128, False, 4, 4),
+        (64, 64, True, 4, 3),
+    )
 ]
-"""For pairs of steps: a stage has two blocks of both operands."""
+"""A stage has two blocks of both operands where steps come in pairs."""
 WGRAD_CONFIGS = [
     triton.Config({"M": m, "N": n}, num_warps=warps, num_stages=stages, pre_hook=_describe)
     for m, n, warps, stages in ((128, 128, 8, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 64, 4, 5))
@@ -156,6 +162,17 @@ def weight_block(
 
 
 @triton.jit
+def operands(x, weights, rows, columns, strides, step, inner, DESCRIBED: tl.constexpr):
+    """Load both operands of step ``step`` of K.
+
+    ``rows`` are the first, all, and which are inside; ``columns`` likewise, behind their group.
+    """
+    a = row_block(x, rows[0], rows[1], rows[2], step, inner, DESCRIBED)
+    b = weight_block(weights, *columns, step, inner, *strides, DESCRIBED)
+    return a, b
+
+
+@triton.jit
 def scales_at(x_scales, weight_scale, row_inside):
     """Load the scales of rows, times that of the weight's block."""
     return codec.load_scales(x_scales, row_inside) * codec.load_scales(weight_scale, True)
@@ -183,6 +200,7 @@ def _multiply(
     MAX_GROUPS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     """Multiply with the strides, in elements, of ``weights`` [E, N, K] and scales: a transposed weight is a view."""
     group, first, end = codec.rows_of_tile(group_sizes, tl.program_id(1), num_groups, MAX_GROUPS, M)
@@ -194,61 +212,30 @@ def _multiply(
     row_inside, column_inside = row < end, column < columns
     x_scale = x_scales + row.to(tl.int64) * tl.cdiv(inner, codec.TILE)
     weight_scale = weight_scales + group * scale_group + (first_column // codec.TILE) * scale_row
+    rows, of_weight = (first, row, row_inside), (group, first_column, column, column_inside)
+    strides = (weight_group, weight_row, weight_column)
     steps = tl.cdiv(inner, codec.TILE)
     total = tl.zeros([M, N], tl.float32)
-    behind, behind_scales = tl.zeros([M, N], tl.float32), tl.zeros([M], tl.float32)
-    if steps % 2 == 1:
-        a = row_block(x, first, row, row_inside, 0, inner, DESCRIBED)
-        b = weight_block(
-            weights,
-            group,
-            first_column,
-            column,
-            column_inside,
-            0,
-            inner,
-            weight_group,
-            weight_row,
-            weight_column,
-            DESCRIBED,
-        )
-        behind, behind_scales = tl.dot(a, b), scales_at(x_scale, weight_scale, row_inside)
-    for step in range(steps % 2, steps, 2):
-        a = row_block(x, first, row, row_inside, step, inner, DESCRIBED)
-        b = weight_block(
-            weights,
-            group,
-            first_column,
-            column,
-            column_inside,
-            step,
-            inner,
-            weight_group,
-            weight_row,
-            weight_column,
-            DESCRIBED,
-        )
-        a_next = row_block(x, first, row, row_inside, step + 1, inner, DESCRIBED)
-        b_next = weight_block(
-            weights,
-            group,
-            first_column,
-            column,
-            column_inside,
-            step + 1,
-            inner,
-            weight_group,
-            weight_row,
-            weight_column,
-            DESCRIBED,
-        )
-        scales = scales_at(x_scale + step, weight_scale + step * scale_column, row_inside)
-        scales_next = scales_at(x_scale + step + 1, weight_scale + (step + 1) * scale_column, row_inside)
-        part = tl.dot(a, b)
+    if PAIRS:
+        behind, behind_scales = tl.zeros([M, N], tl.float32), tl.zeros([M], tl.float32)
+        if steps % 2 == 1:
+            a, b = operands(x, weights, rows, of_weight, strides, 0, inner, DESCRIBED)
+            behind, behind_scales = tl.dot(a, b), scales_at(x_scale, weight_scale, row_inside)
+        for step in range(steps % 2, steps, 2):
+            a, b = operands(x, weights, rows, of_weight, strides, step, inner, DESCRIBED)
+            a_next, b_next = operands(x, weights, rows, of_weight, strides, step + 1, inner, DESCRIBED)
+            scales = scales_at(x_scale + step, weight_scale + step * scale_column, row_inside)
+            scales_next = scales_at(x_scale + step + 1, weight_scale + (step + 1) * scale_column, row_inside)
+            part = tl.dot(a, b)
+            total += behind * behind_scales[:, None]
+            behind, behind_scales = tl.dot(a_next, b_next), scales_next
+            total += part * scales[:, None]
         total += behind * behind_scales[:, None]
-        behind, behind_scales = tl.dot(a_next, b_next), scales_next
-        total += part * scales[:, None]
-    total += behind * behind_scales[:, None]
+    else:
+        for step in range(steps):
+            a, b = operands(x, weights, rows, of_weight, strides, step, inner, DESCRIBED)
+            scales = scales_at(x_scale + step, weight_scale + step * scale_column, row_inside)
+            total += tl.dot(a, b) * scales[:, None]
     place = out + row[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=row_inside[:, None] & column_inside[None, :])
 
