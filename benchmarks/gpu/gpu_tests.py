@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from benchmarks.gpu.steps import Options
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 WORKERS = 8
+SECONDS = 110.0
+"""Less than the step has."""
 OF_COMPOSER = ("tests/callbacks",)
 """Folders whose tests import Composer."""
 
@@ -44,11 +47,22 @@ def pytest(part: Part, files: list[str]) -> None:
         report = Path(scratch, "report.xml")
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *parallel, "-p", "no:cacheprovider"]
         command += [f"--junitxml={report}", *files]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        part.put(files=files, exit_code=done.returncode, last_line=(done.stdout.splitlines() or [""])[-1])
+        code, output = run_for(command, SECONDS)
+        part.put(files=files, exit_code=code, last_line=(output.splitlines() or [""])[-1])
         if not report.exists():
-            raise RuntimeError(f"pytest wrote no report: {done.stdout[-2000:]}")
+            raise RuntimeError(f"pytest wrote no report: {output[-2000:]}")
         part.put(**summary(report))
+
+
+def run_for(command: list[str], seconds: float) -> tuple[int, str]:
+    """Exit status and output of a pytest; after ``seconds`` it is interrupted, and reports what has run."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            output, _ = process.communicate()
+        return process.returncode, output
 
 
 def summary(report: Path) -> dict[str, object]:

@@ -10,6 +10,7 @@ A check that fails leaves ``wrong`` in the part's figures; the times are there a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,8 +109,8 @@ def measure(part: Part, case: Case, options: Options) -> None:
         choose(layer, ids_TK)
     part.put(**check(layer, x_BSD, grad_BSD, ids_TK, case))
     part.put(**memory(layer, x_BSD, grad_BSD, options))
-    inputs = [x_BSD, x_BSD.detach().clone().requires_grad_()]
-    part.put(**speed([lambda x=x: forward(layer, x) for x in inputs], grad_BSD, inputs, layer, case.shape, options))
+    inputs = [x_BSD, x_BSD.detach().clone()]
+    part.put(**speed(partial(forward, layer), inputs, grad_BSD, layer, case.shape, options))
 
     def both() -> None:
         both_passes(layer, x_BSD, grad_BSD)
@@ -147,7 +148,7 @@ def build(case: Case, options: Options) -> tuple[MoELayer, Tensor, Tensor]:
 def refuse_what_cannot_run(layer: MoELayer, x_BSD: Tensor) -> None:
     """Say why, where the layer's backend does not take these tokens or this device."""
     try:
-        layer(x_BSD[:1, :1])
+        layer(x_BSD)  # all of them: kernels are tuned in their first call
     except ValueError as error:
         raise NotRunError(str(error)) from None
 
@@ -166,29 +167,33 @@ def forward(layer: MoELayer, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
 def both_passes(layer: nn.Module, x: Tensor, grad: Tensor, call: Callable[..., Any] = forward) -> None:
     """Forward and backward of a layer, with the gradients of its input and of every weight."""
     layer.zero_grad(set_to_none=True)
-    x.grad = None
-    out, loss = call(layer, x)
-    torch.autograd.backward([out, loss], [grad, None])
+    out, loss = call(layer, unseen(x))
+    torch.autograd.backward([out, loss], [grad.detach(), None])
+
+
+def unseen(x: Tensor) -> Tensor:
+    """The same values as a new tensor: what FP8 layers keep of a tensor that they have quantized is not there."""
+    return x.detach().requires_grad_()
 
 
 def speed(
-    forwards: list[Callable[[], tuple[Tensor, Tensor | None]]],
-    grad: Tensor,
+    call: Callable[[Tensor], tuple[Tensor, Tensor | None]],
     inputs: list[Tensor],
+    grad: Tensor,
     layer: nn.Module,
     shape: Shape,
     options: Options,
 ) -> dict[str, Any]:
-    """Times and TFLOP/s of calls that give an output and a loss; each has an input of its own."""
+    """Times and TFLOP/s of calls with these inputs in turn, which give an output and a loss."""
 
-    def both(call: Callable[[], tuple[Tensor, Tensor | None]], x: Tensor) -> None:
+    def both(x: Tensor) -> None:
         layer.zero_grad(set_to_none=True)
-        x.grad = None
-        out, loss = call()
-        torch.autograd.backward([out] if loss is None else [out, loss], [grad] if loss is None else [grad, None])
+        out, loss = call(unseen(x))
+        grads = [grad.detach()]
+        torch.autograd.backward([out] if loss is None else [out, loss], grads if loss is None else [*grads, None])
 
-    ahead = timed(forwards, options.device)
-    whole = timed([lambda c=call, x=x: both(c, x) for call, x in zip(forwards, inputs, strict=True)], options.device)
+    ahead = timed([lambda x=x: call(unseen(x)) for x in inputs], options.device)
+    whole = timed([lambda x=x: both(x) for x in inputs], options.device)
     backward_ms = max(whole["ms"] - ahead["ms"], 1e-6)
     return {
         "tflops_forward": tflops(shape.operations, ahead["ms"]),
@@ -208,7 +213,7 @@ def memory(layer: MoELayer, x_BSD: Tensor, grad_BSD: Tensor, options: Options) -
     x_BSD.grad = None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    kept = forward(layer, x_BSD)
+    kept = forward(layer, unseen(x_BSD))
     torch.cuda.synchronize()
     kept_bytes = torch.cuda.memory_allocated() - before - kept[0].nbytes
     del kept

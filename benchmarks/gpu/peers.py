@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.metadata
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -94,8 +95,7 @@ def precision_of(options: Options) -> str:
 def ours(part: Part, shape: Shape, backend: str, options: Options) -> None:
     """moefoundry's layer, losses of the router included."""
     layer, x_BSD, grad_BSD = build(Case(shape, backend, "real", precision_of(options)), options)
-    inputs = copies_of(x_BSD)
-    part.put(**speed([lambda x=x: forward(layer, x) for x in inputs], grad_BSD, inputs, layer, shape, options))
+    part.put(**speed(partial(forward, layer), copies_of(x_BSD), grad_BSD, layer, shape, options))
 
 
 def measure(part: Part, make: Callable[[Weights], Peer], shape: Shape, options: Options) -> None:
@@ -104,8 +104,7 @@ def measure(part: Part, make: Callable[[Weights], Peer], shape: Shape, options: 
     peer = make(weights)
     part.put(**check(peer, weights, options))
     inputs = copies_of(weights.x_BSD)
-    calls = [lambda x=x: (peer.call(x), None) for x in inputs]
-    part.put(**speed(calls, weights.grad_BSD, inputs, peer.layer, shape, options))
+    part.put(**speed(lambda x: (peer.call(x), None), inputs, weights.grad_BSD, peer.layer, shape, options))
     if options.device == "cuda":
         part.put(peak_bytes=peak_bytes(lambda: peer.call(inputs[0]).backward(weights.grad_BSD), options.device))
 

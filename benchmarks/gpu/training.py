@@ -21,7 +21,7 @@ from moefoundry.config import ModelConfig, Recipe, load_recipe
 from moefoundry.mesh import by_mesh
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.ops.kernel_choice import use_fused_kernels
-from moefoundry.parallel import materialize, moe_layers, parallelize
+from moefoundry.parallel import moe_layers, parallelize
 
 DATA_SHEET_TFLOPS = 989
 
@@ -126,11 +126,17 @@ def recipe_of(model: Model, changes: list[str]) -> Recipe:
 
 
 def build(recipe: Recipe, options: Options) -> MoETransformer:
-    """The model as a run on one device builds it."""
+    """The model as a run on one device builds it; but that draws weights on the host, for minutes."""
     network = meta_model(recipe.model)
     use_fused_kernels(recipe.fused_kernels)
     parallelize(network, None, recipe.precision, recipe.activation_checkpointing, recipe.compile)
-    materialize(network, torch.device(options.device), recipe.seed)
+    network.to_empty(device=options.device)
+    torch.manual_seed(recipe.seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0.0, recipe.model.init.std)
+        for buffer in network.buffers():
+            buffer.zero_()
     return network.train()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop
+from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear, grouped_linear_loop, zero_empty_groups
 
 COUNTS = {
     "uneven": [3, 1, 7, 5],
@@ -129,3 +129,12 @@ def test_unaligned_widths_are_refused_with_their_values(width_in: int, width_out
     with pytest.raises(ValueError, match=re.escape(message)):
         grouped_linear(rows, weight, torch.tensor([1, 2]))
     assert grouped_linear_loop(rows, weight, torch.tensor([1, 2])).shape == (3, width_out)
+
+
+@counts_param
+def test_what_is_left_of_experts_without_rows_becomes_zero(counts: list[int]) -> None:
+    left = torch.full((4, OUT, IN), torch.nan, dtype=torch.bfloat16)
+    filled = torch.tensor(counts) > 0
+    left[filled] = 1.0
+    zero_empty_groups(left, torch.tensor(counts).cumsum(0, dtype=torch.int32))
+    assert torch.equal(left, filled[:, None, None].to(left.dtype).expand_as(left))

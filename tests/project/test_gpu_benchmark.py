@@ -12,10 +12,11 @@ import torch
 from benchmarks.gpu import gpu_tests, runner
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.figures import Figures, NotRunError, Part
-from benchmarks.gpu.layer import TINY, Case, Shape, build, check
+from benchmarks.gpu.layer import TINY, Case, Shape, both_passes, build, check
 from benchmarks.gpu.routers import by_shares, expert_ids, zipf_shares
 from benchmarks.gpu.steps import STEPS, Options, Step
 from benchmarks.gpu.table import render
+from moefoundry.ops.fp8 import quantization
 
 LIGHT = [step.name for step in STEPS if step.light]
 HEAVY = [step.name for step in STEPS if not step.light]
@@ -158,6 +159,39 @@ def test_a_wrong_layer_is_said_to_be_wrong(options: Options) -> None:
     forward = layer.experts.forward
     layer.experts.forward = lambda *args: forward(*args) * 1.001
     assert "output_error, input_gradient_error" in check(layer, x, grad, None, case)["wrong"]
+
+
+def test_each_call_quantizes_its_tokens_and_gradients(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized: list[tuple[int, ...]] = []
+    quantize = quantization.quantize
+    monkeypatch.setattr(quantization, "quantize", lambda x, *a, **k: quantized.append(x.shape) or quantize(x, *a, **k))
+    layer, x_BSD, grad_BSD = build(Case(TINY[0], "grouped_mm", "real", "fp8"), options)
+    counts = []
+    for _ in range(3):
+        quantized.clear()
+        both_passes(layer, x_BSD, grad_BSD)
+        counts.append(quantized.count((TINY[0].T, TINY[0].D)))
+    assert counts == [2, 2, 2]
+
+
+def test_gpu_tests_that_take_too_long_are_interrupted_and_reported(tmp_path: Path) -> None:
+    slow = tmp_path / "test_slow.py"
+    slow.write_text("import time\n\ndef test_a():\n    pass\n\ndef test_b():\n    time.sleep(60)\n")
+    report = tmp_path / "report.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        "/dev/null",
+        f"--junitxml={report}",
+        slow,
+    ]
+    code, _ = gpu_tests.run_for(list(map(str, command)), 5)
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert gpu_tests.summary(report)["tests"] >= 1
 
 
 def test_failures_are_listed_with_their_assertions(tmp_path: Path) -> None:

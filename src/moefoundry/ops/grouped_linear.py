@@ -67,7 +67,26 @@ class _GroupedLinear(Function):
         grad_RO = row_major(grad_RO)
         grad_rows_RI = F.grouped_mm(grad_RO, weight_EOI, offs=offsets_E) if ctx.needs_input_grad[0] else None
         grad_weight_EOI = F.grouped_mm(grad_RO.T, rows_RI, offs=offsets_E) if ctx.needs_input_grad[1] else None
+        if grad_weight_EOI is not None and _leaves_empty_groups(rows_RI.device):
+            zero_empty_groups(grad_weight_EOI, offsets_E)
         return grad_rows_RI, grad_weight_EOI, None
+
+
+@torch.compiler.assume_constant_result
+def _leaves_empty_groups(device: torch.device) -> bool:
+    """Tell if ``F.grouped_mm`` writes nothing for a group without rows, as on Blackwell (pytorch issue 172439)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+def zero_empty_groups(grad_weight_EOI: Tensor, offsets_E: Tensor) -> None:
+    """Set the gradients of experts without rows to zero, in place.
+
+    Args:
+        grad_weight_EOI: Gradients; of an expert without rows they may be anything.
+        offsets_E: int32 [E], where the rows of each expert end.
+    """
+    empty_E = offsets_E.diff(prepend=offsets_E.new_zeros(1)) == 0
+    grad_weight_EOI.masked_fill_(empty_E[:, None, None], 0)
 
 
 def row_major(x_RO: Tensor) -> Tensor:

@@ -25,7 +25,8 @@ FLOAT_MANTISSA = (1 << FLOAT_EXPONENT) - 1
 def scales_of(amax: Tensor, format: Format, scaling: Scaling) -> Tensor:
     """Compute stored scales, uint8 or float32, from absolute maxima (float32, any shape)."""
     if scaling is Scaling.FP32:
-        scales = amax.clamp_min(SMALLEST_SCALE * format.largest) / format.largest
+        largest = amax.new_full((), format.largest)  # by a number, CUDA would multiply with its rounded inverse
+        scales = amax.clamp_min(SMALLEST_SCALE * format.largest) / largest
         return scales.where(amax.isfinite(), torch.nan)
     bits = amax.view(torch.int32)
     codes = (bits >> FLOAT_EXPONENT) - format.exponent + ((bits & FLOAT_MANTISSA) > format.float_mantissa).int()

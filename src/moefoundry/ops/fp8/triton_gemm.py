@@ -273,8 +273,9 @@ def _wgrad(
     column_scale = other_scales + first_tile.to(tl.int64) * columns + column
     # a step's scales are loaded a step ahead, but where threads have too many columns for the registers: from 10.0 on
     AHEAD: tl.constexpr = not cuda_capability_geq(10, 0)
-    row_scales = codec.load_scales(row_scale, row_inside)
-    column_scales = codec.load_scales(column_scale, column_inside)
+    not_empty = first_tile < last_tile  # behind an empty last group there may be no scales
+    row_scales = codec.load_scales(row_scale, row_inside & not_empty)
+    column_scales = codec.load_scales(column_scale, column_inside & not_empty)
     for tile in range(first_tile, last_tile):
         a = row_block(grad, first_row, row, row_inside, tile, width, DESCRIBED)
         b = row_block(other, first_column, column, column_inside, tile, width, DESCRIBED).T
