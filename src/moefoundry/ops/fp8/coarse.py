@@ -27,6 +27,7 @@ class Granularity(StrEnum):
     ROW = "rowwise"
 
 
+@torch.compiler.disable
 def coarse_linear(x: Tensor, weight: Tensor, granularity: Granularity, group_sizes_E: Tensor | None = None) -> Tensor:
     """Compute ``x @ weight.T``, [..., O], in the dtype of ``x``; gradients have the dtypes of their tensors.
 

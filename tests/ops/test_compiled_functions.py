@@ -1,0 +1,87 @@
+"""Functions with a backward pass of their own have the same gradients where a compiler traces them.
+
+The compiler of torch 2.11 drops the gradient of a result that an operator gave back as it was, or wrote in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moefoundry.model.norm import LayerNorm, RMSNorm
+from moefoundry.ops.attention_sinks import attend_with_sinks
+from moefoundry.ops.expert_bias import add_bias
+from moefoundry.ops.fp8.coarse import Granularity, coarse_linear
+from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
+from moefoundry.ops.fp8.linear import fp8_kept_linear, fp8_linear
+from moefoundry.ops.gradient_scale import scale_gradient
+from moefoundry.ops.rounding import round_gradient, round_operand
+from moefoundry.ops.swiglu import Activation, swiglu
+from moefoundry.ops.wide_linear import wide_linear
+
+ROWS, WIDTH = 8, 16
+SQUARE = (ROWS, WIDTH), (WIDTH, WIDTH)
+HEADS = (1, 2, ROWS, 4)
+CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
+    "swiglu": (swiglu, ((ROWS, WIDTH), (ROWS, WIDTH))),
+    "swiglu with weights": (swiglu, ((ROWS, WIDTH), (ROWS, WIDTH), (ROWS,))),
+    "clamped swiglu": (
+        lambda gate, up: swiglu(gate, up, None, Activation(1.702, 0.5, 1.0)),
+        ((ROWS, WIDTH), (ROWS, WIDTH)),
+    ),
+    "wide linear": (wide_linear, SQUARE),
+    "FP8 linear": (lambda *operands: fp8_linear(*operands), SQUARE),
+    "FP8 linear that keeps FP8": (lambda *operands: fp8_kept_linear(*operands), SQUARE),
+    "FP8 network": (
+        lambda *operands: fp8_feed_forward(*operands),
+        ((ROWS, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH)),
+    ),
+    "tensorwise linear": (lambda x, weight: coarse_linear(x, weight, Granularity.TENSOR), SQUARE),
+    "rowwise linear": (lambda x, weight: coarse_linear(x, weight, Granularity.ROW), SQUARE),
+    "rounded operand": (lambda x: round_operand(x, torch.bfloat16), ((ROWS, WIDTH),)),
+    "rounded gradient": (lambda x: round_gradient(x, torch.bfloat16), ((ROWS, WIDTH),)),
+    "scaled gradient": (lambda x: scale_gradient(x, 0.5), ((ROWS, WIDTH),)),
+    "biases of experts": (lambda x, bias: add_bias(x, bias, torch.tensor([3, 5])), ((ROWS, WIDTH), (2, WIDTH))),
+    "attention with sinks": (
+        lambda *operands: attend_with_sinks(*operands, is_causal=True),
+        (HEADS, HEADS, HEADS, (2,)),
+    ),
+}
+
+
+def norm(kind: type[RMSNorm | LayerNorm], zero_centered: bool, bias: bool, dtype: torch.dtype) -> Any:
+    return kind(WIDTH, 1e-6, zero_centered, bias).to(dtype)
+
+
+def compare(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    torch._dynamo.reset()
+    eager, compiled = function(*inputs), torch.compile(function, backend="eager")(*inputs)
+    incoming = torch.randn(eager.shape, generator=torch.Generator().manual_seed(1)).to(eager.dtype)
+    grads, compiled_grads = (torch.autograd.grad(out, inputs, incoming) for out in (eager, compiled))
+    rounding = 4 * torch.finfo(eager.dtype).eps
+    for one, other in zip((eager, *grads), (compiled, *compiled_grads), strict=True):
+        assert (one - other).norm() <= rounding * one.norm()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_without_a_compiler(case: str) -> None:
+    function, shapes = CASES[case]
+    draw = torch.Generator().manual_seed(0)
+    compare(function, [torch.randn(shape, generator=draw).requires_grad_() for shape in shapes])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "zero_centered", "bias"), [(RMSNorm, False, False), (RMSNorm, True, False), (LayerNorm, False, True)]
+)
+def test_norms(kind: type[RMSNorm | LayerNorm], zero_centered: bool, bias: bool, dtype: torch.dtype) -> None:
+    module = norm(kind, zero_centered, bias, dtype)
+    x = torch.randn((ROWS, WIDTH), generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    parameters = list(module.parameters())
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter)
+    compare(lambda x, *_: module(x), [x, *parameters])
