@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -43,6 +44,19 @@ def test_two_thousand_steps_of_training_equal_the_float64_reference() -> None:
     assert relative_error(first, expected) > 0.1
     assert relative_error(shards, expected) > 0.01
     average.close()
+
+
+def test_on_a_cpu_the_thread_has_no_team_of_its_own() -> None:
+    """A second one would slow every operator of the training down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    average = ParameterAverage([torch.zeros(4)], DECAY)
+    assert average._thread.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
+    average.close()
+    torch.set_num_threads(before)
 
 
 class Held(ParameterAverage):

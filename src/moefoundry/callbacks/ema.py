@@ -39,6 +39,10 @@ class ParameterAverage:
         self._staging = _Staging(tensors) if tensors[0].is_cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ema")
         self._update: Future[None] | None = None
+        if self._staging is None:  # a second team on the cores of the training would slow both down for good
+            threads = torch.get_num_threads()
+            self._thread.submit(_work_alone).result()
+            torch.set_num_threads(threads)  # for threads that begin later, too
 
     def update(self, tensors: list[Tensor]) -> None:
         """Begin to average ``tensors`` in, as they are now; :meth:`release` comes before they change."""
@@ -88,6 +92,12 @@ class ParameterAverage:
             tensors = self._staging.copies
         # One pass over memory, and one call: the interpreter is free for the training meanwhile.
         torch._foreach_lerp_(self.values, tensors, self._weight)
+
+
+def _work_alone() -> None:
+    """Let the operators of this thread have no other threads."""
+    torch.get_num_threads()  # the number for all threads comes first: it is set when a thread first asks
+    torch.set_num_threads(1)
 
 
 class _Staging:
