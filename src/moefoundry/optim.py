@@ -4,9 +4,8 @@ BF16 moments take half the memory, and checkpoints 8 bytes a parameter instead o
 2412.19437, section 3.3.3), master weights and gradients stay FP32. A step is torch's fused fp32 AdamW on moments cast
 to fp32, which are then rounded again; this rounding is the only difference from ``torch.optim.AdamW(fused=True)``.
 Torch itself takes BF16 moments of FP32 parameters only in the CUDA kernel of its later versions (2.14, not 2.11), and
-rounds only to the nearest. On a GPU a
-kernel of our own does all of it (``ops/adamw_kernel.py``). Elsewhere moments are cast a bounded number of elements at a
-time, those of small tensors together, on the rank's own shards.
+rounds only to the nearest. On a GPU a kernel of our own does all of it (``ops/adamw_kernel.py``). Elsewhere moments are
+cast a bounded number of elements at a time, those of small tensors together, on the rank's own shards.
 
 Rounding to the nearest loses a change smaller than half a unit in the last place, which is between 2**-9 and 2**-8 of
 the value. ``exp_avg_sq`` changes by (1 - beta2)(g**2 - exp_avg_sq). So it does not change while g**2 differs from it by

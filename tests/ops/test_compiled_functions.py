@@ -6,7 +6,6 @@ The compiler of torch 2.11 drops the gradient of a result that an operator gave 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -53,10 +52,6 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
 }
 
 
-def norm(kind: type[RMSNorm | LayerNorm], zero_centered: bool, bias: bool, dtype: torch.dtype) -> Any:
-    return kind(WIDTH, 1e-6, zero_centered, bias).to(dtype)
-
-
 def compare(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     torch._dynamo.reset()
     eager, compiled = function(*inputs), torch.compile(function, backend="eager")(*inputs)
@@ -79,7 +74,7 @@ def test_gradients_are_those_without_a_compiler(case: str) -> None:
     ("kind", "zero_centered", "bias"), [(RMSNorm, False, False), (RMSNorm, True, False), (LayerNorm, False, True)]
 )
 def test_norms(kind: type[RMSNorm | LayerNorm], zero_centered: bool, bias: bool, dtype: torch.dtype) -> None:
-    module = norm(kind, zero_centered, bias, dtype)
+    module = kind(WIDTH, 1e-6, zero_centered, bias).to(dtype)
     x = torch.randn((ROWS, WIDTH), generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     parameters = list(module.parameters())
     for parameter in parameters:

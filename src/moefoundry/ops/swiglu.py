@@ -70,7 +70,8 @@ class _SwiGLU(Function):
             clamped_gate, clamped_up = _clamped(gate, up, activation)
             gated = (activation.alpha * clamped_gate).sigmoid_().mul_(clamped_gate)
             out = gated.mul_(clamped_up + activation.offset).to(gate.dtype)
-        out = out if row_weights is None else out.mul_(row_weights.unsqueeze(-1))
+        if row_weights is not None:
+            out.mul_(row_weights.unsqueeze(-1))
         return out.view_as(out)  # the compiler of torch 2.11 drops the gradient of a result that was written in place
 
     @staticmethod
