@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu.layer import Shape
 from benchmarks.predict.machine_code import Code, read_code
 from benchmarks.predict.model import SMS, TENSOR_OPERATIONS, Chip, Tile, Work, predict
-from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops.order_kernel import BLOCK
 from moefoundry.ops.router_kernels.function import PROGRAMS
 from tests.ops.compiling import launching_on_meta, only_compiling
 
@@ -28,6 +28,8 @@ SLOW_BYTES = 0.15e12
 """Bytes a second of a top-k over short rows."""
 SORT_PASSES = 4
 """Passes of a radix sort of int32 keys; each reads and writes keys and int64 indices, in two kernels."""
+LOOPS = ("route", "sum_blocks")
+"""Kernels without products that have a loop."""
 SIMT_OPERATIONS = 50e12
 """Operations a second of a product in fp32."""
 
@@ -106,7 +108,7 @@ def recording(found: Recorded) -> Iterator[None]:
         def run(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
             kernel = compile_only(self, *args, grid=grid, warmup=warmup, **options)
             if id(kernel) not in _CODES:
-                _CODES[id(kernel)] = read_code(kernel, any_loop=self.__name__ == "route")
+                _CODES[id(kernel)] = read_code(kernel, any_loop=self.__name__ in LOOPS)
             size = args[0].numel() if isinstance(args[0], Tensor) else 0
             found.append(Launch(self.__name__, options, _CODES[id(kernel)], size))
             return kernel
@@ -124,8 +126,7 @@ def recording(found: Recorded) -> Iterator[None]:
             mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=""),
             launching_on_meta(),
             mock.patch("moefoundry.ops.kernel_choice._fused", True),
-            mock.patch("moefoundry.ops.router_kernels.choose_backend", return_value=Backend.TRITON),
-            mock.patch("moefoundry.ops.wide_linear._has_kernel", return_value=True),
+            mock.patch("moefoundry.ops.kernel_choice._can_run", return_value=True),
             _Operators(found),
         ):
             yield
@@ -203,8 +204,8 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
 
     def by_expert(down: int, across: int, outputs: int, hbm_bytes: int) -> Work:
         programs = _parts(down, m) * _parts(across, n) * outputs
-        tiles = [Tile(programs, _parts(count, k)) for count in rows_E]
-        return Work(tiles, 2 * k * (m + n), hbm_bytes, outputs * product)
+        tiles = [Tile(programs, max(1, _parts(count, k))) for count in rows_E]
+        return Work(tiles, 2 * k * (m + n), hbm_bytes, outputs * product, 2 * m * n)
 
     match launch.kernel:
         case "up_swiglu":
@@ -230,6 +231,14 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
         case "split":
             size, number = launch.size, options["NUMBER"]
             return Work([Tile(_parts(size, options["SIZE"]), 1)], 0, (4 + 2 * number) * size, 0)
+        case "count_slots":
+            return Work([Tile(_parts(rows, options["BLOCK"]), 1)], 0, 8 * rows, 0)
+        case "sum_blocks":
+            blocks = _parts(rows, BLOCK)
+            return Work([Tile(shape.E, _parts(blocks, options["PART"]))], 0, 8 * blocks * shape.E, 0)
+        case "place_slots":
+            blocks = _parts(rows, options["BLOCK"])
+            return Work([Tile(blocks, 1)], 0, 24 * rows + 4 * blocks * shape.E, 0)
         case "place_tiles":
             return Work([Tile(rows // m + shape.E, 1)], 0, 0, 0)
         case kernel:

@@ -147,7 +147,8 @@ def split(code: Sequence[Instruction], warps: int, registers: int, shared: int, 
         if line.base == "BRA" and (target := branch_target(line)) is not None and target < line.address
     ]
     products = [line.address for line in code if line.base == "HGMMA"]
-    loops = [(first, last) for first, last in loops if any_loop or any(first <= at <= last for at in products)]
+    ends = [line.address for line in code if line.base == "EXIT"]  # behind them, waits that go back into a loop
+    loops = [loop for loop in loops if not holds(loop, ends) and (any_loop or holds(loop, products))]
     if not loops:
         return Code(warps, registers, shared, phase(code), None, None)
     first, last = min(loops, key=lambda loop: loop[1] - loop[0])
@@ -163,6 +164,11 @@ def split(code: Sequence[Instruction], warps: int, registers: int, shared: int, 
         phase([line for line in code if line.address > last]),
         phase(skipped) if any(line.base in ("STG", "UTMASTG") for line in skipped) else None,
     )
+
+
+def holds(loop: tuple[int, int], addresses: Iterable[int]) -> bool:
+    """Tell whether one of the addresses is in a loop."""
+    return any(loop[0] <= address <= loop[1] for address in addresses)
 
 
 def skips(step: Sequence[Instruction]) -> list[tuple[int, int]]:

@@ -80,12 +80,14 @@ class Work(NamedTuple):
         step_bytes: Operands of a step.
         hbm_bytes: Read and written in all.
         operations: Multiplications and additions of the products, without padding.
+        store_bytes: Of a tile's result that waits in shared memory of its own for a copy by TMA.
     """
 
     tiles: list[Tile]
     step_bytes: int
     hbm_bytes: int
     operations: int
+    store_bytes: int = 0
 
 
 class Prediction(NamedTuple):
@@ -133,24 +135,25 @@ def step_pipes(code: Code, step_bytes: int, chip: Chip) -> dict[str, float]:
     }
 
 
-def step_latency(code: Code, step_bytes: int, chip: Chip) -> float:
+def step_latency(code: Code, work: Work, chip: Chip) -> float:
     """Cycles of a step of a program that has its multiprocessor alone."""
     step = code.step
     assert step is not None
-    pipes = step_pipes(code, step_bytes, chip)
+    pipes = step_pipes(code, work.step_bytes, chip)
     serial = sum(step.columns) / 2 + step.product_waits * WAIT_CYCLES if step.product_waits else 0.0
-    if not step_bytes:  # nothing is copied ahead: a step waits for its own loads
+    if not work.step_bytes:  # nothing is copied ahead: a step waits for its own loads
         return max(*pipes.values(), serial) + chip.latency * chip.clock
-    buffers = code.shared // step_bytes
+    buffers = (code.shared - work.store_bytes) // work.step_bytes
     ahead = max(1, buffers - 1)
     return max(*pipes.values(), serial, (chip.latency * chip.clock + pipes["L2"]) / ahead)
 
 
-def around_the_loop(code: Code, step_bytes: int, chip: Chip) -> tuple[dict[str, float], float]:
+def around_the_loop(code: Code, work: Work, chip: Chip) -> tuple[dict[str, float], float]:
     """Cycles of each pipe outside the steps of a tile, and those that a program alone takes for them."""
     parts = [code.between] if code.between else [part for part in (code.before, code.after) if part is not None]
-    moved = sum(part.shared_bytes for part in parts) * code.warps / SHARED_BYTES_A_CYCLE
-    stored = sum(part.stored_bytes for part in parts) * code.warps / STORE_BYTES_A_CYCLE
+    step_bytes = work.step_bytes if code.step else 0
+    moved = (sum(part.shared_bytes for part in parts) * code.warps + work.store_bytes) / SHARED_BYTES_A_CYCLE
+    stored = (sum(part.stored_bytes for part in parts) * code.warps + work.store_bytes) / STORE_BYTES_A_CYCLE
     pipes = {"issue": sum(issue(part, code) for part in parts), "shared memory": moved, "stores": stored}
     alone = max(0.0, stored - issue(parts[-1], code))
     for part in parts:
@@ -167,7 +170,7 @@ def around_the_loop(code: Code, step_bytes: int, chip: Chip) -> tuple[dict[str, 
 def predict(code: Code, work: Work, chip: Chip) -> Prediction:
     """Predict the time of a kernel."""
     programs = programs_of(code)
-    around, alone = around_the_loop(code, work.step_bytes if code.step else 0, chip)
+    around, alone = around_the_loop(code, work, chip)
     pipes: dict[str, float] = dict.fromkeys(("tensor cores", "shared memory", "issue", "L2", "stores"), 0.0)
     costs: list[tuple[int, float]] = []
     for tile in work.tiles:
@@ -175,7 +178,7 @@ def predict(code: Code, work: Work, chip: Chip) -> Prediction:
         if code.step is not None:
             for name, cycles in step_pipes(code, work.step_bytes, chip).items():
                 in_tile[name] = in_tile.get(name, 0.0) + cycles * tile.steps
-            latency += step_latency(code, work.step_bytes, chip) * tile.steps
+            latency += step_latency(code, work, chip) * tile.steps
         for name, cycles in in_tile.items():
             pipes[name] += cycles * tile.count
         costs.append((tile.count, max(latency, programs * max(in_tile.values()))))

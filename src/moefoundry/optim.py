@@ -33,8 +33,7 @@ from torch.optim.adamw import adamw
 
 from moefoundry.config import AdamWConfig, Moments, Recipe
 from moefoundry.mesh import by_mesh
-from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
-from moefoundry.ops.kernel_choice import fused_kernels
+from moefoundry.ops.kernel_choice import kernels_run
 from moefoundry.ops.stochastic_rounding import hash_bits, lower_half, round_stochastically, upper_half
 
 WIDE_ELEMENTS = 2**22
@@ -145,7 +144,7 @@ class Bf16MomentsAdamW(AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for fused, pieces in groupby(self._pieces(group), key=lambda piece: _has_kernel(piece.parameter.device)):
+            for fused, pieces in groupby(self._pieces(group), key=lambda piece: kernels_run(piece.parameter.device)):
                 if fused:
                     _update_by_kernel(pieces, group, self.seed is not None)
                     continue
@@ -168,7 +167,7 @@ class Bf16MomentsAdamW(AdamW):
             first_counter = int.from_bytes(digest[:4], "little")
             stored = [_shard(tensor).view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
             tensors = [_shard(parameter.grad).reshape(-1), *stored]
-            start, most = 0, sys.maxsize if _has_kernel(tensors[0].device) else WIDE_ELEMENTS
+            start, most = 0, sys.maxsize if kernels_run(tensors[0].device) else WIDE_ELEMENTS
             for run in _runs_of(parameter):
                 for done in range(0, run.size, most):
                     part = slice(start + done, start + min(done + most, run.size))
@@ -276,10 +275,6 @@ def _update(pieces: Sequence[_Piece], group: dict[str, Any], stochastic: bool) -
     else:
         torch._foreach_copy_(stored[0], exp_avgs)
         torch._foreach_copy_(stored[1], exp_avg_sqs)
-
-
-def _has_kernel(device: torch.device) -> bool:
-    return fused_kernels() and choose_backend(device, QUANTIZER_CAPABILITY) is Backend.TRITON
 
 
 def _update_by_kernel(pieces: Iterable[_Piece], group: dict[str, Any], stochastic: bool) -> None:

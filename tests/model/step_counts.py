@@ -32,8 +32,7 @@ from moefoundry.config import AdamWConfig, Compute, Moments, NonFinite, Precisio
 from moefoundry.model import context
 from moefoundry.model.transformer import MoETransformer, meta_model
 from moefoundry.moe.router import Router
-from moefoundry.ops import adamw_kernel
-from moefoundry.ops.fp8.backend import Backend
+from moefoundry.ops import adamw_kernel, order_kernel
 from moefoundry.ops.fused_experts import launches as fused
 from moefoundry.ops.router_kernels import function as by_router
 from moefoundry.ops.row_kernels import function as by_row
@@ -64,6 +63,7 @@ NO_KERNEL = {
     "lift_fresh",
 }
 """Operators that launch nothing, beside views."""
+ORDER = ("count_slots", "sum_blocks", "place_slots")
 
 
 class Operators(TorchDispatchMode):
@@ -118,16 +118,16 @@ def as_on_a_gpu() -> Iterator[Launches]:
     launches = Launches()
     functional = mock.MagicMock(wraps=F, scaled_dot_product_attention=flash_attention)
     with (
+        mock.patch.multiple(order_kernel, **{name: getattr(launches, name) for name in ORDER}),
         mock.patch.object(context, "F", functional),
         mock.patch.object(fused, "kernels", launches),
         launching_on_meta(),
         mock.patch.object(by_row, "kernels", launches),
         mock.patch.object(by_router, "kernels", launches),
+        mock.patch.multiple(order_kernel, **{name: getattr(launches, name) for name in ORDER}),
         mock.patch.object(adamw_kernel, "adamw", launches.adamw),
-        mock.patch("moefoundry.optim._has_kernel", return_value=True),
         mock.patch("moefoundry.ops.kernel_choice._fused", True),
-        mock.patch("moefoundry.ops.row_kernels.choose_backend", return_value=Backend.TRITON),
-        mock.patch("moefoundry.ops.router_kernels.choose_backend", return_value=Backend.TRITON),
+        mock.patch("moefoundry.ops.kernel_choice._can_run", return_value=True),
         mock.patch("moefoundry.ops.fused_experts.obstacle", return_value=""),
     ):
         yield launches

@@ -21,7 +21,7 @@ def train(device: str, by_kernel: bool, seed: int | None) -> dict[str, Tensor]:
     pairs = list(parameters.items())
     groups = [{"params": pairs[:1], "weight_decay": 0.1}, {"params": pairs[1:], "weight_decay": 0.0}]
     optimizer = Bf16MomentsAdamW(groups, 1e-2, (0.9, 0.95), 1e-8, seed)
-    with mock.patch.object(optim, "_has_kernel", return_value=by_kernel):
+    with mock.patch.object(optim, "kernels_run", return_value=by_kernel):
         for step in range(STEPS):
             for name, parameter in parameters.items():
                 gradient = torch.randn(parameter.shape, generator=draw).to(device)

@@ -28,6 +28,8 @@ from torch import Tensor
 GOLDEN = Path(__file__).with_name("compiled_kernels.json")
 TOKENS, WIDTH, HIDDEN, EXPERTS, TOP_K = 256, 1536, 256, 128, 8
 """Of the layers that kernels are compiled for: only divisibility matters, and the number of experts."""
+PRODUCTS = ("QGMMA", "HGMMA", "UTCQMMA", "UTCHMMA", "HMMA")
+"""Instructions of tensor cores."""
 QUANTIZERS = ("quantize", "retile", "dequantize")
 """Kernels without loops, whose instructions are counted."""
 Found = dict[str, Any]
@@ -118,15 +120,17 @@ def inspect(kernel: Any) -> Found:
 
     operations = list_operations(code)
     overlap = {"while multiplying": in_flight(operations)} if has(r"\bQGMMA") else {}
+    ahead = copies_ahead(operations)
     return {
         "registers": int(registers),
         "stack": int(stack),
         "shared": kernel.metadata.shared,
         "tensor cores": next(
-            (name for name in ("QGMMA", "HGMMA", "UTCQMMA", "UTCHMMA", "HMMA") if has(rf"\b{name}")), None
+            (name for name in PRODUCTS if has(rf"\b{name}")), None
         ),
         "copies": [name for name, seen in (("TMA", has("UTMALDG")), ("128 bits", has(r"LDGSTS\S*\.128"))) if seen],
         **overlap,
+        **({} if ahead is None else {"copies ahead": ahead}),
         "instructions": sum(operation.name != "NOP" for operation in operations),
     }
 
@@ -145,18 +149,36 @@ def list_operations(code: str) -> list[Operation]:
     return [Operation(int(address, 16), name, operands) for address, name, operands in found]
 
 
+def main_loop(operations: list[Operation]) -> list[Operation]:
+    """Give the innermost loop over products; empty if there is none."""
+    loops = []
+    for address, name, rest in operations:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
+        if target is not None and int(target[1], 16) < address:
+            body = [each for each in operations if int(target[1], 16) <= each.address <= address]
+            names = [each.name for each in body]
+            if any(name.startswith(PRODUCTS) for name in names) and "EXIT" not in names:  # behind it are waits
+                loops.append(body)
+    return min(loops, key=len, default=[])
+
+
+def copies_ahead(operations: list[Operation]) -> int | None:
+    """Count the groups of asynchronous 16-byte copies that may be under way while the main loop multiplies.
+
+    None if it waits for no such copies. 0 is a loop that waits for all that it has begun to copy.
+    """
+    body = main_loop(operations)
+    product = next((index for index, each in enumerate(body) if each.name.startswith(PRODUCTS)), 0)
+    waits = [int(each.operands.rpartition("0x")[2], 16) for each in body[:product] if each.name == "DEPBAR.LE"]
+    return waits[-1] if waits else None
+
+
 def in_flight(operations: list[Operation]) -> dict[str, int]:
     """Count the additions and copies that the inner loop over FP8 products does between a product and the next wait.
 
     Sums of a block are added to the total by FFMA, so these are promoted while the tensor cores multiply.
     """
-    loops = []
-    for address, name, rest in operations:
-        target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
-        if target is not None and int(target[1], 16) < address:
-            body = [each for at, each, _ in operations if int(target[1], 16) <= at <= address]
-            loops += [body] if any(each.startswith("QGMMA") for each in body) else []
-    body = min(loops, key=len)
+    body = [each for _, each, _ in main_loop(operations)]
     last = max(index for index, each in enumerate(body) if each.startswith("QGMMA"))
     turned = [*body[last + 1 :], *body[: last + 1]]  # from behind the last product to the wait for it
     wait = next(index for index, each in enumerate(turned) if each.startswith("WARPGROUP.DEPBAR"))
@@ -176,6 +198,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     from moefoundry.ops.fp8 import triton_swiglu as swiglu
     from moefoundry.ops.fp8.formats import QuantizedTensor
     from moefoundry.ops.fused_experts import launches as fused
+    from moefoundry.ops.order_kernel import order_slots
     from moefoundry.ops.permute import order_by_expert, pad_order
     from moefoundry.ops.router_kernels import function as router
     from moefoundry.ops.row_kernels import function as by_row
@@ -262,20 +285,32 @@ def launches() -> dict[str, Callable[[], Any]]:
         f"retile {format.name}": lambda f=format: quantize.retile_triton(tiles(rows, WIDTH, f), sizes_E, power)
         for format in Format
     }
+    ids_S = torch.zeros(rows, dtype=torch.int64)
+
+    def of_experts(width: int, hidden: int, name: str = "") -> dict[str, Callable[[], Any]]:
+        x, hidden_NF, gate_up = bf16(TOKENS, width), bf16(rows, hidden), bf16(rows, 2 * hidden)
+        gate, down = bf16(EXPERTS, hidden, width), bf16(EXPERTS, width, hidden)
+        gather = token_of_row, weights
+        found = {
+            "up and SwiGLU": lambda: fused.multiply_up(x, *gather, gate, gate, place),
+            "down": lambda: fused.multiply_down(hidden_NF, down, place),
+            "down's and SwiGLU's gradients": lambda: fused.multiply_down_backward(x, *gather, down, gate_up, place),
+            "tokens' gradients": lambda: fused.multiply_up_backward(gate_up, gate, gate, place),
+            "gradients of gate and up": lambda: fused.multiply_transposed(
+                gate_up, x, token_of_row, ends_E, 2, gather_left=False
+            ),
+            "gradients of down": lambda: fused.multiply_transposed(
+                x, hidden_NF, token_of_row, ends_E, 1, gather_left=True
+            ),
+        }
+        return {f"experts{name}: {kernel}": launch for kernel, launch in found.items()}
+
     return {
+        "order: all slots": lambda: order_slots(ids_S, EXPERTS, TOP_K, None, rows),
+        "order: kept slots, 500 experts": lambda: order_slots(ids_S, 500, TOP_K, ids_S < 0, rows),
         "experts: place tiles": lambda: fused.place_tiles(sizes_E, rows, 128),
-        "experts: up and SwiGLU": lambda: fused.multiply_up(x, token_of_row, weights, gate, gate, place),
-        "experts: down": lambda: fused.multiply_down(hidden, down, place),
-        "experts: down's and SwiGLU's gradients": lambda: fused.multiply_down_backward(
-            x, token_of_row, weights, down, gate_up, place
-        ),
-        "experts: tokens' gradients": lambda: fused.multiply_up_backward(gate_up, gate, gate, place),
-        "experts: gradients of gate and up": lambda: fused.multiply_transposed(
-            gate_up, x, token_of_row, ends_E, 2, gather_left=False
-        ),
-        "experts: gradients of down": lambda: fused.multiply_transposed(
-            x, hidden, token_of_row, ends_E, 1, gather_left=True
-        ),
+        **of_experts(WIDTH, HIDDEN),
+        **of_experts(1000, 200, " of odd widths"),
         "experts: sum": lambda: fused.sum_rows(bf16(rows, WIDTH), order),
         "experts: weighted sum": lambda: fused.sum_rows(bf16(rows, WIDTH), order, weights),
         **({} if missing() else blocks_of_stk),
@@ -328,7 +363,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import triton
 
-    found = {f"triton {triton.__version__}, sm_{args.capability}": compile_all(args.capability, args.configs)}
+    beginning = "" if args.capability >= 90 else "blocks"  # the others are for Hopper and newer GPUs
+    kernels = compile_all(args.capability, args.configs, beginning)
+    found = {f"triton {triton.__version__}, sm_{args.capability}": kernels}
     if args.update:
         found = (json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}) | found
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n")

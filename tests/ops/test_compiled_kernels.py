@@ -28,7 +28,7 @@ SHARED_LIMIT_8_0 = 163 * 1024
 needs_stk = pytest.mark.skipif(bool(missing()), reason=missing())
 PAIRS = ("FP8 fprop", "FP8 dgrad")
 """Kernels whose first configuration takes steps of K in pairs."""
-MULTIPLIES = ("experts: up", "experts: down", "experts: tokens", "experts: gradients", "blocks", "FP8")
+MULTIPLIES = ("experts: up", "experts: down", "experts: tokens", "experts: gradients", "experts of", "blocks", "FP8")
 
 
 def compiled(capability: int, configs: int, beginning: str | tuple[str, ...], cache: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def compiled(capability: int, configs: int, beginning: str | tuple[str, ...], ca
     ("capability", "configs", "beginning"),
     [
         pytest.param(80, 1, "blocks", marks=[needs_stk, pytest.mark.slow]),
-        (90, 1, ("blocks", "experts", "rows", "router", "AdamW")),
+        (90, 1, ("blocks", "experts", "rows", "router", "order", "AdamW")),
         pytest.param(100, 1, "blocks", marks=[needs_stk, pytest.mark.slow]),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in ((90, 2, ""), (100, 2, ""))),
     ],
@@ -64,6 +64,8 @@ def test_machine_code(
         if name.startswith(MULTIPLIES):
             assert kernel["tensor cores"], f"{name} does not use the tensor cores"
             assert kernel["copies"], f"{name} copies nothing ahead"
+            if name.startswith("experts"):
+                assert kernel.get("copies ahead") != 0, f"{name} waits for what it has just begun to copy"
         if capability == 90 and name in PAIRS:
             overlap = kernel["while multiplying"]
             assert overlap["FFMA"] >= 32, f"{name} promotes no block while it multiplies the next"

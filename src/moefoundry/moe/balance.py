@@ -48,8 +48,13 @@ def statistics(routing: Routing, num_segments: int, segment_of_token_T: Tensor |
         balance = balance_loss_of_means(means.probs_GE, means.counts_GE)
     else:
         balance = balance_loss(scores_TE, expert_ids_TK, num_segments, segment_of_token_T)
-    probs_E, counts_E = means.probs_GE.mean(0), means.counts_GE.sum(0)
-    return Statistics(balance, means.z_loss_G.mean(), probs_E, counts_E, means.entropy_G.mean())
+    of_logits, probs_E, entropy = (_over_segments(x) for x in (means.z_loss_G, means.probs_GE, means.entropy_G))
+    return Statistics(balance, of_logits, probs_E, means.counts_GE.sum(0), entropy)
+
+
+def _over_segments(means: Tensor) -> Tensor:
+    """Average over the segments; of one, launch nothing."""
+    return means.squeeze(0) if len(means) == 1 else means.mean(0)
 
 
 def balance_loss(
@@ -95,7 +100,7 @@ def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
         mean_probs_GE: [G, E] mean normalized scores, differentiable.
         counts_GE: int64 [G, E], slots of each expert; may count more tokens than the means are taken over.
     """
-    return (_relative_load(counts_GE, mean_probs_GE.dtype) * mean_probs_GE).sum(dim=-1).mean()
+    return _over_segments((_relative_load(counts_GE, mean_probs_GE.dtype) * mean_probs_GE).sum(dim=-1))
 
 
 def _relative_load(counts_GE: Tensor, dtype: torch.dtype) -> Tensor:

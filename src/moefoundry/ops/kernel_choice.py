@@ -19,3 +19,17 @@ def use_fused_kernels(on: bool) -> None:
 def fused_kernels() -> bool:
     """Tell which is chosen; operators at first."""
     return _fused
+
+
+def kernels_run(device: torch.device) -> bool:
+    """Tell whether these kernels are chosen, and run on ``device``: NVIDIA GPUs with BF16.
+
+    Compiled code has none of them: the compiler fuses the operators itself.
+    """
+    return _fused and not torch.compiler.is_compiling() and _can_run(device)
+
+
+def _can_run(device: torch.device) -> bool:
+    from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend  # FP8 imports users of this
+
+    return choose_backend(device, QUANTIZER_CAPABILITY) is Backend.TRITON

@@ -19,6 +19,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from moefoundry.ops.kernel_choice import kernels_run
+
+MAX_EXPERTS = 1024
+"""Experts that the kernels of ``order_kernel.py`` take."""
+
 
 @dataclass(frozen=True)
 class RowOrder:
@@ -67,6 +72,12 @@ def order_by_expert(
         num_kept: Number of kept slots; None makes the host wait for the device to count them.
     """
     ids, top_k = topk_expert_ids_TK.flatten(), topk_expert_ids_TK.shape[1]
+    num_rows = len(ids) if kept_TK is None else num_kept
+    if num_rows is not None and len(ids) and num_experts <= MAX_EXPERTS and kernels_run(ids.device):
+        from moefoundry.ops.order_kernel import order_slots
+
+        kept = None if kept_TK is None else kept_TK.flatten()
+        return RowOrder.from_tensors(order_slots(ids, num_experts, top_k, kept, num_rows), top_k)
     if kept_TK is None:
         slot_of_row_N = order_N = _argsort(ids)
         first_of_token = torch.arange(0, len(ids) + 1, top_k, device=ids.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moefoundry.ops.kernel_choice import fused_kernels
+from moefoundry.ops.kernel_choice import kernels_run
 
 
 def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def parts_of(x: Tensor, number: int) -> list[Tensor]:
 
 def stack_parts(x: Tensor, number: int, dim: int) -> Tensor:
     """Concatenate bfloat16 parts of an fp32 matrix: the first ``number``, 3 to 5, of rest, low, high, high, low."""
-    if fused_kernels() and not torch.compiler.is_compiling() and _has_kernel(x.device):
+    if kernels_run(x.device):
         from moefoundry.ops.split_kernel import stack_parts_triton
 
         return stack_parts_triton(x, number, dim)
@@ -73,12 +73,6 @@ def sum_of_thirds(x: Tensor, dim: int) -> Tensor:
     """Add the three equal parts of a dimension, the smallest first, which comes first."""
     rest, low, high = x.chunk(3, dim)
     return rest + low + high
-
-
-def _has_kernel(device: torch.device) -> bool:
-    from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend  # FP8 imports this module
-
-    return choose_backend(device, QUANTIZER_CAPABILITY) is Backend.TRITON
 
 
 def _by_parts(x_TD: Tensor, weight_ED: Tensor) -> bool:

@@ -102,3 +102,25 @@ def check_weighted_sum(device: str, tokens: int, width: int, top_k: int, keep: f
     weights = torch.rand(len(rows), device=device)
     expected = sum_rows_reference(rows.double() * weights.double().unsqueeze(1), order)
     torch.testing.assert_close(launches.sum_rows(rows, order, weights), expected.half(), rtol=2e-3, atol=1e-6)
+
+
+def check_weights_anywhere(device: str) -> None:
+    """Gate and up may lie in any order, and so far apart that no descriptor has both."""
+    torch.manual_seed(4)
+    weights, x = torch.randn(2, 3, 24, 16).to(device, torch.float16), torch.randn(20, 16).to(device, torch.float16)
+    order = order_by_expert(routed(20, 3, 2).to(device), 3)
+    with mock.patch.dict(launches.CONFIGS, SMALL):
+        tiles = launches.place_tiles(order.tokens_per_expert_E, 40, SMALL["up_swiglu"].m)
+        gather = x, order.token_of_row_N.to(torch.int32), torch.ones(40, device=device)
+        first, swapped = (launches.multiply_up(*gather, *pair, tiles)[0] for pair in (weights, weights.flip(0)))
+        lower, higher = weights.unbind()
+        behind, _ = launches.multiply_up(*gather, higher, lower, tiles)
+        with mock.patch.object(launches, "MAX_STRIDE", 0):
+            apart, _ = launches.multiply_up(*gather, lower, higher, tiles)
+    exact = torch.cat([(x[gather[1].long()].double() @ half.double().mT) for half in weights.flatten(1, 2)], 1)
+    assert torch.equal(first, apart)
+    assert torch.equal(swapped, behind)
+    assert torch.equal(first, swapped.roll(24, 1))
+    experts = torch.arange(3, device=device).repeat_interleave(order.tokens_per_expert_E)
+    exact = exact.view(40, 2, 3, 24)[torch.arange(40), :, experts].flatten(1)
+    torch.testing.assert_close(first.double(), exact, rtol=2e-3, atol=2e-3)

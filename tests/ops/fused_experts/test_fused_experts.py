@@ -40,6 +40,10 @@ def test_weighted_sum_interpreted(interpreter: ProcessPoolExecutor) -> None:
     interpreter.submit(checks.check_weighted_sum, "cpu", 37, 40, 3, 0.7).result()
 
 
+def test_weights_anywhere_interpreted(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(checks.check_weights_anywhere, "cpu").result()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -66,3 +70,8 @@ def test_no_rows_on_a_gpu() -> None:
 @pytest.mark.gpu
 def test_weighted_sum_on_a_gpu() -> None:
     checks.check_weighted_sum("cuda", 1000, 1536, 8, 0.9)
+
+
+@pytest.mark.gpu
+def test_weights_anywhere_on_a_gpu() -> None:
+    checks.check_weights_anywhere("cuda")

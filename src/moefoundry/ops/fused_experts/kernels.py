@@ -51,11 +51,16 @@ def find_tile(number, group_of_tile, first_of_tile, end_of_tile, columns, N: tl.
 
 
 @triton.jit
+def in_eights(width):
+    """Give ``width``, a multiple of 8, so that the compiler knows it: it copies 16 bytes at a time then."""
+    return width // 8 * 8
+
+
+@triton.jit
 def up_swiglu(
     tokens,
     token_of_row,
-    gate,
-    up,
+    both,
     gate_bias,
     up_bias,
     row_weights,
@@ -64,10 +69,10 @@ def up_swiglu(
     group_of_tile,
     first_of_tile,
     end_of_tile,
-    num_groups,
+    num_tiles,
     inner,
     columns,
-    EVEN: tl.constexpr,
+    UP_FIRST: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -77,39 +82,53 @@ def up_swiglu(
 ):
     """Gather tokens [T, D], multiply by gate and up [E, F, D]; keep both products and their weighted SwiGLU.
 
-    ``gate_up`` is [N, 2 F], gate first; ``hidden`` [N, F]. Biases are [E, F], or None; the constants are those of
-    :class:`~moefoundry.ops.swiglu.Activation`.
+    ``both`` has gate and up, or up and gate, [2, E, F, D]; ``gate_up`` is [N, 2 F], gate first; ``hidden`` [N, F].
+    Biases are [E, F], or None; the constants are those of :class:`~moefoundry.ops.swiglu.Activation`.
     """
-    group, first, end, across = find_tile(tl.program_id(0), group_of_tile, first_of_tile, end_of_tile, columns, N)
-    if group == num_groups:
-        return
-    row = first + tl.arange(0, M)
-    inside = row < end
-    token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
-    k = tl.arange(0, K)
-    place = tokens + token[:, None] * inner + k[None, :]
-    g = tl.zeros([M, N], tl.float32)
-    u = tl.zeros([M, N], tl.float32)
-    for start in range(0, inner, K):
-        x = tl.load(place) if EVEN else tl.load(place, mask=k[None, :] < inner - start, other=0.0)
-        g = tl.dot(x, gate.load([group, across * N, start]).reshape(N, K).T, g)
-        u = tl.dot(x, up.load([group, across * N, start]).reshape(N, K).T, u)
-        place += K
-    column = across * N + tl.arange(0, N)
-    if gate_bias is not None:
-        g += tl.load(gate_bias + group * columns + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-        u += tl.load(up_bias + group * columns + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    keep = inside[:, None] & (column < columns)[None, :]
-    dtype = hidden.dtype.element_ty
-    place = gate_up + row.to(tl.int64)[:, None] * (2 * columns) + column[None, :]
-    tl.store(place, g.to(dtype), mask=keep)
-    tl.store(place + columns, u.to(dtype), mask=keep)
-    g = g.to(dtype).to(tl.float32)
-    u = u.to(dtype).to(tl.float32)
-    weight = tl.load(row_weights + row, mask=inside, other=0.0)
-    g, u, sigmoid = activated(g, u, ALPHA, LIMIT, OFFSET)
-    out = g * sigmoid * u * weight[:, None]
-    tl.store(hidden + row.to(tl.int64)[:, None] * columns + column[None, :], out.to(dtype), mask=keep)
+    inner, columns = in_eights(inner), in_eights(columns)
+    # one loop through the steps of all tiles, see weight_gradient
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tiles = tl.load(num_tiles) * tl.cdiv(columns, N)
+    number, steps_left = program - programs, 0
+    group, first, end, across, start = 0, 0, 0, 0, 0
+    token = tl.zeros([M], tl.int32)
+    total = tl.zeros([M, 2 * N], tl.float32)
+    for _ in range(tl.cdiv(tl.maximum(tiles - program, 0), programs) * tl.cdiv(inner, K)):
+        if steps_left == 0:
+            number += programs
+            group, first, end, across = find_tile(number, group_of_tile, first_of_tile, end_of_tile, columns, N)
+            row = first + tl.arange(0, M)
+            token = tl.load(token_of_row + row, mask=row < end, other=0)
+            start = 0
+            steps_left = tl.cdiv(inner, K) - 1
+        else:
+            start += K
+            steps_left -= 1
+        k = start + tl.arange(0, K)
+        x = tl.load(tokens + token.to(tl.int64)[:, None] * inner + k[None, :], mask=(k < inner)[None, :], other=0.0)
+        weights = both.load([0, group, across * N, start]).reshape(2 * N, K)
+        total = tl.dot(x, weights.T, total)
+        if steps_left == 0:
+            a, b = halves(total, M, 2 * N)
+            g = b if UP_FIRST else a
+            u = a if UP_FIRST else b
+            row = first + tl.arange(0, M)
+            column = across * N + tl.arange(0, N)
+            inside = row < end
+            real = column < columns
+            if gate_bias is not None:
+                g += tl.load(gate_bias + group * columns + column, mask=real, other=0.0).to(tl.float32)[None, :]
+                u += tl.load(up_bias + group * columns + column, mask=real, other=0.0).to(tl.float32)[None, :]
+            keep = inside[:, None] & real[None, :]
+            dtype = hidden.dtype.element_ty
+            place = gate_up + row.to(tl.int64)[:, None] * (2 * columns) + column[None, :]
+            tl.store(place, g.to(dtype), mask=keep)
+            tl.store(place + columns, u.to(dtype), mask=keep)
+            weight = tl.load(row_weights + row, mask=inside, other=0.0)
+            g, u, sigmoid = activated(g.to(dtype).to(tl.float32), u.to(dtype).to(tl.float32), ALPHA, LIMIT, OFFSET)
+            out = g * sigmoid * u * weight[:, None]
+            tl.store(hidden + row.to(tl.int64)[:, None] * columns + column[None, :], out.to(dtype), mask=keep)
+            total = tl.zeros([M, 2 * N], tl.float32)
 
 
 @triton.jit
@@ -141,6 +160,7 @@ def down(
 ):
     """Multiply rows [N, F] by the transposed down [E, D, F]."""
     # a program takes one tile after the other, and copies the operands of the next while it stores a result
+    columns = in_eights(columns)
     tiles = tl.load(num_tiles) * tl.cdiv(columns, N)
     for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not cuda_capability_geq(10)):
         group, first, end, across = find_tile(number, group_of_tile, first_of_tile, end_of_tile, columns, N)
@@ -168,6 +188,7 @@ def up_backward(
     K: tl.constexpr,
 ):
     """Multiply gradients [N, 2 F] by gate and up [E, F, D] and add: the gradient of each row's token, [N, D]."""
+    columns = in_eights(columns)
     tiles = tl.load(num_tiles) * tl.cdiv(columns, N)
     for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not cuda_capability_geq(10)):
         group, first, end, across = find_tile(number, group_of_tile, first_of_tile, end_of_tile, columns, N)
@@ -220,6 +241,7 @@ def down_backward_swiglu(
 
     Each tile across writes its part of the gradient of the row weights, [tiles across, N].
     """
+    inner, columns = in_eights(inner), in_eights(columns)
     group, first, end, across = find_tile(tl.program_id(0), group_of_tile, first_of_tile, end_of_tile, columns, N)
     if group == num_groups:
         return
@@ -325,11 +347,12 @@ def weight_gradient(
     ends,
     out,
     out_behind,
-    left_stride,
     rows,
     columns,
+    groups,
+    MAX_GROUPS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
     GATHER_LEFT: tl.constexpr,
-    GATHER_RIGHT: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -338,47 +361,60 @@ def weight_gradient(
 
     ``left`` has ``rows`` columns for ``out``; with two outputs, as many follow for ``out_behind``.
     """
+    rows, columns = in_eights(rows), in_eights(columns)
+    # One loop goes through the steps of all tiles of a program, so that the operands of the next tile are copied while
+    # one is stored. The compiler makes such a loop of two itself where all tiles have as many steps; here they do not.
+    program, programs = tl.program_id(0), tl.num_programs(0)
     tiles_down, tiles_across = tl.cdiv(rows, M), tl.cdiv(columns, N)
-    tile = tl.program_id(0)
-    half = tl.program_id(1)  # both halves of an expert run together, and share the gathered operand in the cache
-    group = tl.program_id(2)
-    # 8 tiles down, then the next across: programs that run together share operands in the cache
-    tile_down, across = tl.swizzle2d(tile // tiles_across, tile % tiles_across, tiles_down, tiles_across, 8)
-    first = tl.load(ends + group - 1, mask=group > 0, other=0)
-    end = tl.load(ends + group)
-    m = tile_down * M + tl.arange(0, M)
-    n = across * N + tl.arange(0, N)
-    m_inside = m < rows
-    n_inside = n < columns
-    left += half * rows
-    k = tl.arange(0, K)
+    tiles = tiles_down * tiles_across  # of an output of a group
+    each = tl.arange(0, MAX_GROUPS)
+    real = each < groups
+    sizes = tl.load(ends + each, mask=real, other=0) - tl.load(ends + each - 1, mask=real & (each > 0), other=0)
+    after, before = (each + 1) * tiles * OUTPUTS - program, each * tiles * OUTPUTS - program
+    tiles_here = tl.cdiv(tl.maximum(after, 0), programs) - tl.cdiv(tl.maximum(before, 0), programs)
+    steps = tl.sum(tl.where(real, tiles_here * tl.maximum(tl.cdiv(sizes, K), 1), 0), 0)  # without rows: one, of zeros
+    number, steps_left = program - programs, 0
+    group, half, tile_down, across, start, end = 0, 0, 0, 0, 0, 0
     total = tl.zeros([M, N], tl.float32)
-    for start in range(first, end, K):
-        row = start + k
-        inside = row < end
-        left_row = row
-        right_row = row
+    for _ in range(steps):
+        if steps_left == 0:
+            number += programs
+            group = number // (tiles * OUTPUTS)
+            half = number // tiles % OUTPUTS  # both halves run together, and share the gathered operand in the cache
+            tile = number % tiles
+            # 8 tiles down, then the next across: programs that run together share operands in the cache
+            tile_down, across = tl.swizzle2d(tile // tiles_across, tile % tiles_across, tiles_down, tiles_across, 8)
+            start = tl.load(ends + group - 1, mask=group > 0, other=0)
+            end = tl.load(ends + group)
+            steps_left = tl.maximum(tl.cdiv(end - start, K), 1) - 1
+        else:
+            start += K
+            steps_left -= 1
         if GATHER_LEFT:
-            left_row = tl.load(token_of_row + row, mask=inside, other=0)
-        if GATHER_RIGHT:
-            right_row = tl.load(token_of_row + row, mask=inside, other=0)
-        a = tl.load(
-            left + left_row.to(tl.int64)[:, None] * left_stride + m[None, :],
-            mask=inside[:, None] & m_inside[None, :],
-            other=0.0,
-        )
-        b = tl.load(
-            right + right_row.to(tl.int64)[:, None] * columns + n[None, :],
-            mask=inside[:, None] & n_inside[None, :],
-            other=0.0,
-        )
+            a = gathered(left, token_of_row, start, end, tile_down * M, rows, M, K)
+            b = right.load([start, across * N])
+        else:
+            a = left.load([start, half * rows + tile_down * M])
+            b = gathered(right, token_of_row, start, end, across * N, columns, N, K)
         total = tl.dot(a.T, b, total)
-    place = (group.to(tl.int64) * rows + m.to(tl.int64)[:, None]) * columns + n[None, :]
-    keep = m_inside[:, None] & n_inside[None, :]
-    target = out
-    if half == 1:
-        target = out_behind
-    tl.store(target + place, total.to(out.dtype.element_ty), mask=keep)
+        if steps_left == 0:
+            result = total.to(out.dtype).reshape(1, M, N)
+            if half == 0:
+                out.store([group, tile_down * M, across * N], result)
+            else:
+                out_behind.store([group, tile_down * M, across * N], result)
+            total = tl.zeros([M, N], tl.float32)
+
+
+@triton.jit
+def gathered(tokens, token_of_row, start, end, first, width, N: tl.constexpr, K: tl.constexpr):
+    """Load ``N`` columns from ``first`` on of the tokens of ``K`` rows, [K, N]; zeros from the row ``end`` on."""
+    row = start + tl.arange(0, K)
+    column = first + tl.arange(0, N)
+    inside = row < end
+    token = tl.load(token_of_row + row, mask=inside, other=0).to(tl.int64)
+    keep = inside[:, None] & (column < width)[None, :]
+    return tl.load(tokens + token[:, None] * width + column[None, :], mask=keep, other=0.0)
 
 
 @triton.jit

@@ -37,8 +37,11 @@ CONFIGS = {
     "weight_gradient": Config(128, 256, 64, 8, 5),
 }
 """Chosen from machine code, by ``python -m benchmarks.predict``, not yet from measured times, which
-``python -m benchmarks.tune_experts`` takes. All kernels over tiles of rows share ``m``."""
+``python -m benchmarks.tune_experts`` takes. All kernels over tiles of rows share ``m``; of the gradients of weights it is
+the width of the operand that is gathered."""
 SUM_COLUMNS = 1024
+MAX_STRIDE = 2**40
+"""Bytes; of a tensor descriptor they must be fewer."""
 HOST_PROGRAMS = 3
 """Programs without a GPU: few, so that in the interpreter each takes several tiles."""
 
@@ -94,22 +97,22 @@ def multiply_up(
 
     This is written to ``hidden``, if given.
     """
-    config, rows, (experts, columns, inner) = CONFIGS["up_swiglu"], len(token_of_row_N), gate.shape
+    config, rows, (_, columns, inner) = CONFIGS["up_swiglu"], len(token_of_row_N), gate.shape
     gate_up = tokens_TD.new_empty(rows, 2 * columns)
     hidden = tokens_TD.new_empty(rows, columns) if hidden is None else hidden
-    kernels.up_swiglu[(len(tiles.group) * triton.cdiv(columns, config.n),)](
+    both, up_first = _described_together(gate, up, config.n, config.k)
+    kernels.up_swiglu[(programs_at_a_time(hidden.device),)](
         tokens_TD,
         token_of_row_N,
-        *(_described(weight, 1, config.n, config.k) for weight in (gate, up)),
+        both,
         *parts[1:],
         row_weights_N,
         gate_up,
         hidden,
-        *tiles[:3],
-        experts,
+        *tiles,
         inner,
         columns,
-        EVEN=inner % config.k == 0,
+        UP_FIRST=up_first,
         **_constants(parts.activation),
         **config.launch(),
     )
@@ -194,19 +197,22 @@ def multiply_transposed(
     config, experts = CONFIGS["weight_gradient"], len(ends_E)
     rows, columns = left.shape[1] // outputs, right.shape[1]
     grads = [left.new_empty(experts, rows, columns) for _ in range(outputs)]
-    kernels.weight_gradient[(triton.cdiv(rows, config.m) * triton.cdiv(columns, config.n), outputs, experts)](
-        left,
-        right,
+    down, across = (config.m, config.n) if gather_left else (config.n, config.m)
+    tiles = triton.cdiv(rows, down) * triton.cdiv(columns, across) * outputs * experts
+    kernels.weight_gradient[(min(tiles, programs_at_a_time(left.device)),)](
+        left if gather_left else _described(left, config.k, down),
+        _described(right, config.k, across) if gather_left else right,
         token_of_row_N,
         ends_E,
-        grads[0],
-        grads[-1],
-        left.shape[1],
+        _described(grads[0], 1, down, across),
+        _described(grads[-1], 1, down, across),
         rows,
         columns,
+        experts,
+        MAX_GROUPS=triton.next_power_of_2(experts),
+        OUTPUTS=outputs,
         GATHER_LEFT=gather_left,
-        GATHER_RIGHT=not gather_left,
-        **config.launch(),
+        **config.launch() | {"M": down, "N": across},
     )
     return grads
 
@@ -236,3 +242,16 @@ def _constants(activation: Activation) -> dict[str, float | None]:
 
 def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, list(block))
+
+
+def _described_together(first: Tensor, second: Tensor, *block: int) -> tuple[TensorDescriptor, bool]:
+    """Describe two tensors [E, O, I] as one, [2, E, O, I], and tell whether the second is its first.
+
+    They need not lie side by side: what is between them is the stride of the first dim. A block has both.
+    """
+    distance = second.data_ptr() - first.data_ptr()
+    if abs(distance) >= MAX_STRIDE:
+        return _described(torch.stack([first, second]), 2, 1, *block), False
+    base, elements = second if distance < 0 else first, abs(distance) // first.element_size()
+    strides = [elements, *first.stride()]
+    return TensorDescriptor(base, [2, *first.shape], strides, [2, 1, *block]), distance < 0

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
-from moefoundry.ops.kernel_choice import fused_kernels
+from moefoundry.ops.kernel_choice import kernels_run
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -26,16 +25,13 @@ MAX_EXPERTS = 1024
 
 
 def router_kernels(logits_TE: Tensor) -> ModuleType | None:
-    """Give the module of functions over the kernels if they are chosen and take these logits.
+    """Give the module of functions over the kernels if they take these logits and run.
 
-    They take fp32 of at least one token and at most ``MAX_EXPERTS`` experts, on an NVIDIA GPU. Compiled code gets None:
-    the compiler fuses the operators itself.
+    They take fp32 of at least one token and at most ``MAX_EXPERTS`` experts.
     """
-    if not fused_kernels() or torch.compiler.is_compiling() or logits_TE.dtype != torch.float32:
+    if logits_TE.dtype != torch.float32 or not len(logits_TE) or not 0 < logits_TE.shape[1] <= MAX_EXPERTS:
         return None
-    if not 0 < logits_TE.shape[1] <= MAX_EXPERTS or not len(logits_TE):
-        return None
-    if choose_backend(logits_TE.device, QUANTIZER_CAPABILITY) is not Backend.TRITON:
+    if not kernels_run(logits_TE.device):
         return None
     from moefoundry.ops.router_kernels import function
 

@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from moefoundry.ops.fp8.backend import QUANTIZER_CAPABILITY, Backend, choose_backend
-from moefoundry.ops.kernel_choice import NARROW, fused_kernels
+from moefoundry.ops.kernel_choice import NARROW, kernels_run
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 
 def row_kernels(x: Tensor) -> ModuleType | None:
-    """Give the module of functions over the kernels if they are chosen and take ``x``: narrow, and on an NVIDIA GPU.
-
-    Compiled code gets None: the compiler fuses the operators itself.
-    """
-    if x.dtype not in NARROW or torch.compiler.is_compiling():
-        return None
-    if not fused_kernels() or choose_backend(x.device, QUANTIZER_CAPABILITY) is not Backend.TRITON:
+    """Give the module of functions over the kernels if they take ``x``, which is narrow, and run."""
+    if x.dtype not in NARROW or not kernels_run(x.device):
         return None
     from moefoundry.ops.row_kernels import function
 
