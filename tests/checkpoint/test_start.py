@@ -95,13 +95,25 @@ def test_other_data_are_refused_where_a_run_goes_on_and_free_in_a_new_phase(reci
     other = DIGESTS | {key: "d" * 64}
     said = refusal(recipe("b", f"load_path={checkpoint}"), other)
     place = {"train_loader.dataset": "data/quickstart/train", "tokenizer": "data/quickstart/tokenizer"}[key]
-    assert said.startswith(f"{key}: {place} is not what {checkpoint} was saved with (sha256 dddddddddddd here, ")
+    assert said.startswith(f"{key}: {place} is not what {checkpoint} was saved with (digest dddddddddddd here, ")
     assert said.endswith(f"begin a new phase with the weights: load_path={checkpoint} load_weights_only=true")
     assert not (Path(recipe("b").run_dir) / "config.yaml").exists()
     said = refusal(recipe("a", "autoresume=true"), other)
     assert f"with the weights in another run_dir: load_path={checkpoint} load_weights_only=true" in said
     phase = begun(recipe("b", f"load_path={checkpoint}", "load_weights_only=true"), other)
     assert phase == Start(checkpoint, own=False, weights_only=True)
+
+
+def test_another_reference_is_refused_where_a_run_goes_on(recipe: MakeRecipe) -> None:
+    key = "train_loader.dataset (reference)"
+    checkpoint = save(recipe("a"), data_digests=DIGESTS | {key: "e" * 16})
+    assert begun(recipe("a", "autoresume=true"), DIGESTS | {key: "e" * 16}) == Start(checkpoint)
+    for made in (recipe("a", "autoresume=true"), recipe("b", f"load_path={checkpoint}")):
+        said = refusal(made, DIGESTS | {key: "f" * 16})
+        assert said.startswith(f"{key}: data/quickstart/train has log-probabilities of another model than {checkpoint}")
+    assert begun(recipe("b", f"load_path={checkpoint}", "load_weights_only=true"), DIGESTS | {key: "f" * 16})
+    earlier = save(recipe("c"))
+    assert begun(recipe("c", "autoresume=true"), DIGESTS | {key: "f" * 16}) == Start(earlier), "it says nothing of one"
 
 
 def test_other_held_out_data_are_refused_in_the_same_run_alone(recipe: MakeRecipe, capsys: Any) -> None:
