@@ -25,6 +25,7 @@ from moefoundry.config.versions import without_effect
 from moefoundry.data.fit import directory_of, sources_of
 from moefoundry.data.identity import INDEX_FILE, read_shards, stream_digest
 from moefoundry.data.reference import reference_beside
+from moefoundry.data.tokenizer import declared_token
 
 INDEXER = "model.attention.indexer"
 MOMENTS = "precision.optimizer_moments"
@@ -32,6 +33,7 @@ SHUFFLE_SEED = "train_loader.dataset.shuffle_seed"
 TRAINING_DATA = "train_loader.dataset"
 HELD_OUT_DATA = "eval_loader.dataset"
 TOKENIZER = "tokenizer"
+END = "tokenizer (eos_token)"
 REFERENCE = " (reference)"
 """End of the key of what has scored a stream of pairs, behind that of the stream."""
 
@@ -107,8 +109,14 @@ def _streams(recipe: Recipe) -> Iterator[tuple[str, StreamConfig]]:
 
 
 def _tokenizer_digest(recipe: Recipe) -> dict[str, str]:
-    file = Path(recipe.tokenizer.name, "tokenizer.json")
-    return {TOKENIZER: hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
+    directory = Path(recipe.tokenizer.name)
+    if not (directory / "tokenizer.json").is_file():
+        return {}
+    contents = {TOKENIZER: (directory / "tokenizer.json").read_bytes()}
+    remote = any(source.remote is not None for _, source in _streams(recipe))
+    if remote and recipe.model.document_masking:  # a local corpus says by itself which token ends its documents
+        contents[END] = str(declared_token(directory, "eos_token")).encode()
+    return {key: hashlib.sha256(content).hexdigest() for key, content in contents.items()}
 
 
 def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[str, str]) -> Start:
@@ -247,7 +255,7 @@ def _check_data(
     for key in digests:
         if stored.get(key, digests[key]) == digests[key]:
             continue
-        place = here["tokenizer.name"] if key == TOKENIZER else _place(here, key.removesuffix(REFERENCE))
+        place = here["tokenizer.name"] if key in (TOKENIZER, END) else _place(here, key.removesuffix(REFERENCE))
         what = f"{key}: {place} is not what {checkpoint} was saved with"
         if key.endswith(REFERENCE):
             what = f"{key}: {place} has log-probabilities of another model than {checkpoint} was saved with"
