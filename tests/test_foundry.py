@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from moefoundry.config import ConfigError
-from moefoundry.foundry import FoundryMoECausalLM, LanguageCrossEntropy, count_tokens, with_counts
+from moefoundry.config import ConfigError, load_model
+from moefoundry.foundry import (
+    ComposerMoECausalLM,
+    CountTargets,
+    FoundryMoECausalLM,
+    LanguageCrossEntropy,
+    PreferenceAccuracy,
+    SourceCrossEntropy,
+    count_tokens,
+    with_counts,
+)
+from moefoundry.model.losses import LogitsLoss, NamedLoss
+from moefoundry.model.transformer import meta_model
+from moefoundry.parallel import materialize
 
 TINY = {
     "vocab_size": 64,
@@ -37,6 +51,37 @@ def test_cross_entropy_metric_weighs_batches_by_their_targets() -> None:
     metric.update(torch.tensor(2.0), torch.tensor(30))
     metric.update(torch.tensor(5.0), torch.tensor(10))
     assert metric.compute().item() == pytest.approx((2 * 30 + 5 * 10) / 40)
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+def test_what_has_measured_nothing_says_so() -> None:
+    """Composer's trainer leaves such metrics out, see ``composer_patches.py``; they would be NaN."""
+    for metric in (LanguageCrossEntropy(), SourceCrossEntropy(0), PreferenceAccuracy()):
+        metric.compute()
+        assert not metric.measured
+    metric = LanguageCrossEntropy()
+    metric.update(torch.tensor(2.0), torch.tensor(3))
+    metric.compute()
+    assert metric.measured
+
+
+def test_a_global_batch_without_targets_has_losses_and_gradients_of_zero() -> None:
+    """As where every row holds a prompt alone; prediction modules and losses of logits among them."""
+    cfg = load_model(TINY | {"mtp": {"depth": 1, "loss_weight": 0.3}})
+    cfg.moe.balance.aux_loss_weight = cfg.moe.balance.z_loss_weight = 0.0
+    transformer = meta_model(cfg)
+    materialize(transformer, "cpu", 1)
+    transformer.use_losses([NamedLoss("squares", 0.5, LogitsLoss(lambda logits, targets: logits.square().sum(-1)))])
+    model = ComposerMoECausalLM(transformer)
+    empty = with_counts(batch() | {"labels": torch.full((2, 16), -100)})
+    CountTargets().batch_start(SimpleNamespace(batch=empty, model=model), None)
+    losses = model.loss(model(empty), empty)
+    losses["total"].backward()
+    assert {name: loss.item() for name, loss in losses.items()} == dict.fromkeys(losses, 0.0)
+    assert {"lm", "mtp", "squares"} <= losses.keys()
+    gradients = {name: p.grad for name, p in transformer.named_parameters() if p.grad is not None}
+    assert gradients
+    assert not [name for name, gradient in gradients.items() if gradient.count_nonzero()]
 
 
 def test_tokens_that_are_predicted_leave_out_the_first_and_the_ignored() -> None:

@@ -190,12 +190,14 @@ def build_model(recipe: Recipe, meshes: Meshes | None, device: Device) -> MoETra
 
 
 def check_reference(recipe: Recipe, start: Start | None) -> None:
-    """Check that all pairs have been scored, and by the checkpoint that the run begins with.
+    """Check that all pairs have been scored, and where a run begins with weights alone, by them.
+
+    A run that goes on has been compared with what its checkpoint was saved with: :func:`data_digests`.
 
     Raises:
         UserError: They have not.
     """
-    begins = digest_of_tensors(start.checkpoint) if start is not None and not start.own else None
+    begins = digest_of_tensors(start.checkpoint) if start is not None and start.weights_only else None
     for loader in (recipe.train_loader, recipe.eval_loader):
         for source in () if loader is None else loader.dataset.sources.values():
             place = Path(source.local, str(source.split))

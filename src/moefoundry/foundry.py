@@ -27,10 +27,28 @@ Batch = Mapping[str, Any]
 training and evaluation what :func:`with_counts` adds."""
 
 
-class LanguageCrossEntropy(Metric):
-    """Mean cross entropy over all targets of the split, in nats, whatever the batch size or the number of ranks."""
+class MeanMetric(Metric):
+    """Mean over all that the split has, whatever the batch size or the number of ranks: ``total / count``.
+
+    Attributes:
+        measured: False if no rank had anything to count, by the latest :meth:`compute`; there is no mean then.
+    """
 
     full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.measured = True
+
+    def compute(self) -> Tensor:
+        self.measured = bool(self.count)  # that of all ranks, here alone
+        return self.total / self.count
+
+
+class LanguageCrossEntropy(MeanMetric):
+    """Mean cross entropy over all targets of the split, in nats."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,28 +59,17 @@ class LanguageCrossEntropy(Metric):
         self.total += mean_loss.double() * num_targets
         self.count += num_targets
 
-    def compute(self) -> Tensor:
-        return self.total / self.count
-
 
 class SourceCrossEntropy(LanguageCrossEntropy):
     """The same over the targets of one source.
 
     Args:
         source: Its number in batches.
-
-    Attributes:
-        measured: False if no rank had a target of the source, by the latest :meth:`compute`; there is no loss then.
     """
 
     def __init__(self, source: int) -> None:
         super().__init__()
         self.source = source
-        self.measured = True
-
-    def compute(self) -> Tensor:
-        self.measured = bool(self.count)  # that of all ranks, here alone
-        return super().compute()
 
 
 class ComposerMoECausalLM(ComposerModel):
@@ -73,7 +80,7 @@ class ComposerMoECausalLM(ComposerModel):
         eval_sources: Sources of the evaluation data, in the order of their numbers; each gets a metric of its own.
 
     Attributes:
-        targets_per_sample: Mean number of targets of a sample of the global batch (see :class:`CountTargets`).
+        targets_per_sample: Mean number of targets of a sample of the global batch, above 0 (see :class:`CountTargets`).
             Composer weights micro-batches by samples, and ranks equally; with it, every target counts equally. With
             None, losses are means over their micro-batch.
     """
@@ -119,22 +126,17 @@ class ComposerMoECausalLM(ComposerModel):
             metric.update(outputs.lm, outputs.num_targets)
 
 
-class PreferenceAccuracy(Metric):
+class PreferenceAccuracy(MeanMetric):
     """Share of the pairs of the split whose chosen response has the larger reward."""
-
-    full_state_update = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("right", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, margins_B: Tensor, counted_B: Tensor) -> None:
-        self.right += ((margins_B > 0) & counted_B).sum()
+        self.total += ((margins_B > 0) & counted_B).sum()
         self.count += counted_B.sum()
-
-    def compute(self) -> Tensor:
-        return self.right / self.count
 
 
 class ComposerDPO(ComposerMoECausalLM):
@@ -187,7 +189,7 @@ class CountTargets(Callback):
         if "sequence_id" in state.batch:
             counts = torch.cat([counts, count_at_depths(state.batch["sequence_id"], 1 + len(model.mtp))])
         dist.all_reduce(counts)
-        state.model.targets_per_sample = counts[0] / counts[1]
+        state.model.targets_per_sample = counts[0].clamp(min=1) / counts[1]  # without any, losses are 0, and not 0 / 0
         model.tokens_per_sample = counts[2:].double() / counts[1] if len(counts) > 2 else None
 
 

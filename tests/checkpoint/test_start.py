@@ -10,7 +10,7 @@ import pytest
 
 from moefoundry.checkpoint.manifest import STATE_FILE, WEIGHTS_ONLY, Origin, commit, write_synced
 from moefoundry.checkpoint.run_dir import claim_run_dir, open_run, store_of
-from moefoundry.checkpoint.start import Start, check_start, data_digests
+from moefoundry.checkpoint.start import Start, check_start, data_digests, known_digests
 from moefoundry.config import Recipe, UserError, flatten, load_recipe
 from moefoundry.config.versions import FORMAT_VERSION
 from tests.conftest import QUICKSTART
@@ -95,13 +95,51 @@ def test_other_data_are_refused_where_a_run_goes_on_and_free_in_a_new_phase(reci
     other = DIGESTS | {key: "d" * 64}
     said = refusal(recipe("b", f"load_path={checkpoint}"), other)
     place = {"train_loader.dataset": "data/quickstart/train", "tokenizer": "data/quickstart/tokenizer"}[key]
-    assert said.startswith(f"{key}: {place} is not what {checkpoint} was saved with (sha256 dddddddddddd here, ")
+    assert said.startswith(f"{key}: {place} is not what {checkpoint} was saved with (digest dddddddddddd here, ")
     assert said.endswith(f"begin a new phase with the weights: load_path={checkpoint} load_weights_only=true")
     assert not (Path(recipe("b").run_dir) / "config.yaml").exists()
     said = refusal(recipe("a", "autoresume=true"), other)
     assert f"with the weights in another run_dir: load_path={checkpoint} load_weights_only=true" in said
     phase = begun(recipe("b", f"load_path={checkpoint}", "load_weights_only=true"), other)
     assert phase == Start(checkpoint, own=False, weights_only=True)
+
+
+def test_another_reference_is_refused_where_a_run_goes_on(recipe: MakeRecipe) -> None:
+    key = "train_loader.dataset (reference)"
+    checkpoint = save(recipe("a"), data_digests=DIGESTS | {key: "e" * 16})
+    assert begun(recipe("a", "autoresume=true"), DIGESTS | {key: "e" * 16}) == Start(checkpoint)
+    for made in (recipe("a", "autoresume=true"), recipe("b", f"load_path={checkpoint}")):
+        said = refusal(made, DIGESTS | {key: "f" * 16})
+        assert said.startswith(f"{key}: data/quickstart/train has log-probabilities of another model than {checkpoint}")
+    assert begun(recipe("b", f"load_path={checkpoint}", "load_weights_only=true"), DIGESTS | {key: "f" * 16})
+    earlier = save(recipe("c"))
+    assert begun(recipe("c", "autoresume=true"), DIGESTS | {key: "f" * 16}) == Start(earlier), "it says nothing of one"
+
+
+def test_another_end_of_text_token_counts_where_the_tokenizer_decides_it(recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Of remote data; a local corpus says by itself which token ends its documents. Other settings are free."""
+    remote = "train_loader.dataset={local: cache, remote: 's3://bucket/data', split: train}"
+    keys = [f"tokenizer.name={tmp_path}/tokenizer", "model.document_masking=true", "eval_loader=null"]
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
+
+    def digests(settings: dict[str, Any], *changes: str) -> dict[str, str]:
+        (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(settings))
+        return known_digests(recipe("a", *keys, *changes))
+
+    one, two = {"eos_token": "<end>"}, {"eos_token": {"content": "<stop>"}}
+    assert digests(one) == digests(two), "local data"
+    assert digests(one, remote) == digests(one | {"chat_template": "x"}, remote)
+    before, here = digests(one, remote), digests(two, remote)
+    key = "tokenizer (eos_token)"
+    assert {name for name in here if here[name] != before[name]} == {key}
+    checkpoint = save(recipe("a", *keys, remote), data_digests=before)
+    said = refusal(recipe("a", *keys, remote, "autoresume=true"), here)
+    assert said.startswith(f"{key}: {tmp_path}/tokenizer is not what {checkpoint} was saved with")
+    del before[key]
+    assert begun(recipe("b", *keys, remote, "autoresume=true")) is None
+    save(recipe("b", *keys, remote), data_digests=before)
+    assert begun(recipe("b", *keys, remote, "autoresume=true"), here) is not None, "of an earlier version"
 
 
 def test_other_held_out_data_are_refused_in_the_same_run_alone(recipe: MakeRecipe, capsys: Any) -> None:

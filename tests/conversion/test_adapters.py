@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from moefoundry.adapters import apply_lora, trained_names
 from moefoundry.checkpoint.base import whole_base
 from moefoundry.checkpoint.weights import load_model, read_model_config
 from moefoundry.cli.main import main
-from moefoundry.config import LoraConfig, UserError
+from moefoundry.config import ConfigError, LoraConfig, UserError
 from moefoundry.conversion.convert import consolidate, export_hf, import_hf, merge_adapters
 from moefoundry.conversion.peft import export_peft
 from moefoundry.conversion.peft_import import import_peft, write_adapters
 from moefoundry.conversion.peft_names import ExpertKind
+from moefoundry.conversion.peft_settings import DEFAULTS, INERT, INITIALIZATIONS, PLAIN, read_settings
 from moefoundry.conversion.reference import newer_transformers
 from moefoundry.model.transformer import MoETransformer
 from tests.conversion.families.models import VOCAB
@@ -182,8 +183,11 @@ def test_what_peft_lacks_is_refused(tmp_path: Path, family: str, lora: LoraConfi
     ("change", "words"),
     [
         ({"peft_type": "IA3"}, "peft_type is IA3, and not LORA"),
-        ({"bias": "all"}, "bias is 'all', and only 'none' is supported"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
+        ({"bias": "all"}, 'bias: got "all"; allowed: "none"'),
+        ({"modules_to_save": ["lm_head"]}, 'modules_to_save: got ["lm_head"]; allowed: null'),
+        ({"init_lora_weights": "pissa_niter_4"}, 'init_lora_weights: got "pissa_niter_4"; allowed: true, false, '),
+        ({"use_of_tomorrow": False}, "use_of_tomorrow: got false, and this key is not known here"),
+        ({"use_bdlora": {"nblocks": 2}}, "set it to null"),
     ],
 )
 def test_files_that_are_no_such_adapters(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -255,6 +259,57 @@ def test_dora_of_peft(tmp_path: Path, with_peft: Any) -> None:
     assert_same(model(ids()), with_peft(tmp_path / "hf", tmp_path / "peft")(ids()).logits)
     import_peft(tmp_path / "peft", tmp_path / "base", tmp_path / "again", "qwen2")
     assert_same(load_model(tmp_path / "again")(ids()), model(ids()))
+
+
+def test_every_setting_of_peft_is_known() -> None:
+    """What peft writes by default is imported; no key of it is one that nothing here knows."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    defaults = peft.LoraConfig().to_dict() | {"runtime_config": None}
+    assert {field.name for field in fields(peft.LoraConfig)} == defaults.keys()
+    assert defaults.keys() <= INERT | PLAIN.keys() | DEFAULTS.keys()
+    assert not INERT & (PLAIN | DEFAULTS).keys()
+    assert not PLAIN.keys() & DEFAULTS.keys()
+    for key, value in (PLAIN | DEFAULTS).items():
+        assert (defaults[key] or None) == (value or None), key
+
+
+@pytest.mark.parametrize("key", sorted(PLAIN))
+def test_other_settings_than_the_plain_are_refused(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", key: PLAIN[key]}))
+    read_settings(path)
+    path.write_text(json.dumps({"peft_type": "LORA", key: {"other": 1}}))
+    with pytest.raises(ConfigError) as error:
+        read_settings(path)
+    assert [problem.path for problem in error.value.problems] == [key]
+
+
+@pytest.mark.parametrize("initialization", [*INITIALIZATIONS, "pissa", "pissa_niter_2", "olora"])
+@torch.no_grad()
+def test_initializations_of_peft(tmp_path: Path, with_peft: Any, initialization: bool | str) -> None:
+    """Those that leave the base as it is compute the same here; those that change it are refused."""
+    import peft
+
+    make(tmp_path, "qwen2", "plain", replace(LORA, targets=["attention"]))
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", torch_dtype=torch.float32)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights=initialization)
+    config.eva_config = peft.EvaConfig() if initialization == "eva" else None
+    theirs = peft.get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(6)
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    theirs.save_pretrained(tmp_path / "peft")
+    expected = with_peft(tmp_path / "hf", tmp_path / "peft")(ids()).logits
+    if initialization not in INITIALIZATIONS:
+        with pytest.raises(ConfigError, match="init_lora_weights"):
+            import_peft(tmp_path / "peft", tmp_path / "base", tmp_path / "again", "qwen2")
+        return
+    import_peft(tmp_path / "peft", tmp_path / "base", tmp_path / "again", "qwen2")
+    assert_same(load_model(tmp_path / "again")(ids()), expected)
+    assert (load_model(tmp_path / "base")(ids()) - expected).abs().max() > 0.1, "the adapters do something"
 
 
 @pytest.mark.slow

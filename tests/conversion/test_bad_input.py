@@ -248,11 +248,11 @@ def test_noise_that_is_no_number_is_refused(whole: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("settings", "a", "b", "message"),
     [
-        ({"lora_alpha": "x"}, (2, 32), (32, 2), "lora_alpha is 'x', and not a number above 0"),
-        ({"lora_alpha": float("nan")}, (2, 32), (32, 2), "lora_alpha is 'nan', and not a number above 0"),
-        ({"alpha_pattern": {"(": 1}}, (2, 32), (32, 2), "alpha_pattern is \"{'(': 1}\", and not patterns with numbers"),
-        ({"lora_dropout": 2}, (2, 32), (32, 2), "lora_dropout is '2', and not a number from 0 to less than 1"),
-        ({"target_parameters": 3}, (2, 32), (32, 2), "target_parameters is '3', and not a list of names"),
+        ({"lora_alpha": "x"}, (2, 32), (32, 2), 'lora_alpha: got "x"; allowed: a number above 0'),
+        ({"lora_alpha": float("nan")}, (2, 32), (32, 2), "lora_alpha: got NaN; allowed: a number above 0"),
+        ({"alpha_pattern": {"(": 1}}, (2, 32), (32, 2), 'alpha_pattern: got {"(": 1}; allowed: patterns with numbers'),
+        ({"lora_dropout": 2}, (2, 32), (32, 2), "lora_dropout: got 2; allowed: a number from 0 to less than 1"),
+        ({"target_parameters": 3}, (2, 32), (32, 2), "target_parameters: got 3; allowed: a list of names"),
         ({}, (2,), (32, 2), "layers.0.attention.q_proj.weight: an adapter of the shape (2,) does not fit (2, 32)"),
         ({}, (), (32, 2), "q_proj.lora_A.weight () does not fit model.layers.0.self_attn.q_proj"),
         (

@@ -186,6 +186,25 @@ def test_batches_are_the_same_on_any_ranks_and_workers_and_after_a_stop(mixture:
             assert on(ranks, workers, state, ALL - stop)[0] == whole[stop:], (stop, ranks, workers)
 
 
+def test_a_saved_position_brings_its_seed_whatever_the_recipe_says(mixture: Path, build: Callable) -> None:
+    """Shares of stages that name none are those of an epoch, where the seed decides who gets what rounding leaves."""
+    shares = {"text": 0.75, "code": 0.25}
+    streams = {name: StreamConfig(local=str(mixture / name), proportion=share) for name, share in shares.items()}
+    stages = (replace(STAGES[3], first=0),)
+
+    def rows_from(seed: int, state: dict | None, batches: int) -> tuple[list[Any], dict]:
+        loader = build(data(mixture, streams=streams, shuffle_seed=seed), stages=stages)
+        if state is not None:
+            loader.load_state_dict(state)
+        endless = itertools.chain.from_iterable(itertools.repeat(loader))
+        return [batch["input_ids"].tolist() for batch in itertools.islice(endless, batches)], loader.state_dict()
+
+    whole, _ = rows_from(0, None, 60)
+    _, state = rows_from(0, None, 5)
+    for seed in range(1, 7):
+        assert rows_from(seed, state, 55)[0] == whole[5:], seed
+
+
 def test_a_change_of_the_stages_to_come_changes_no_batch_before(mixture: Path, build: Callable) -> None:
     changed = (*STAGES[:2], replace(STAGES[2], end=14, batch_size=8), replace(STAGES[3], first=14))
     taken = []

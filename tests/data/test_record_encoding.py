@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,35 @@ def test_parts_of_records_are_the_whole(
     ]
     assert all((options.out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes() for file in files)
     assert prepare(options).up_to_date
+
+
+def changed(tokenizer: Path, directory: Path, **settings: Any) -> Path:
+    """The tokenizer with other keys in its tokenizer_config.json."""
+    shutil.copytree(tokenizer, directory)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return directory
+
+
+@pytest.mark.parametrize("kind", [Kind.instructions, Kind.preferences])
+def test_settings_of_the_tokenizer_are_part_of_the_identity(tokenizer: Path, tmp_path: Path, kind: Kind) -> None:
+    """Those of transformers that change tokens, and no others; earlier versions wrote none of them down."""
+    source = write(tmp_path / "in.jsonl", [*PLAIN] if kind is Kind.instructions else PAIRS)
+    options = PrepareOptions(source, tmp_path / "out", tokenizer=tokenizer, kind=kind, val_fraction=0.0)
+    prefixed = replace(options, tokenizer=changed(tokenizer, tmp_path / "prefixed", add_prefix_space=True))
+    shown = replace(options, tokenizer=changed(tokenizer, tmp_path / "shown", padding_side="left"))
+    first = prepare(options)
+    other = prepare(replace(prefixed, out=tmp_path / "other"))
+    assert other.corpus.sha256 != first.corpus.sha256, "the tokens are others"
+    file = tmp_path / "out" / "corpus.json"
+    summary = json.loads(file.read_text())
+    del summary["inputs"]["tokenizer_settings"]
+    for content in (file.read_text(), json.dumps(summary)):
+        file.write_text(content)
+        assert prepare(options).up_to_date
+        assert prepare(shown).up_to_date
+        with pytest.raises(UserError, match=r"holds another corpus; differs in tokenizer_settings \("):
+            prepare(prefixed)
 
 
 @pytest.mark.parametrize("too_long", list(TooLong))

@@ -140,6 +140,30 @@ def test_global_batches_are_the_same_on_any_ranks_and_workers_and_after_a_stop(m
         assert on(ranks, workers, state, an_epoch - 2)[0] == whole[an_epoch + 2 :], (ranks, workers)
 
 
+@pytest.mark.parametrize(("workers", "shuffle"), [(0, True), (2, True), (0, False)])
+def test_a_saved_position_brings_its_seed_whatever_the_recipe_says(
+    mixture: Path, build: Callable, workers: int, shuffle: bool
+) -> None:
+    """The seed also decides which stream gets the row that rounding leaves, and all that follows from it."""
+    tokenizer = mixture / "text" / "tokenizer"
+
+    def of_seed(seed: int) -> Any:
+        config = loader_of(mixture, shuffle=shuffle, shuffle_seed=seed)
+        return build(replace(config, num_workers=workers), tokenizer=tokenizer)
+
+    def rows_of(loader: Any) -> list[list[int]]:
+        return torch.cat([torch.cat([each["input_ids"], each["source"][:, None]], dim=1) for each in loader]).tolist()
+
+    first = of_seed(0)
+    whole, chosen = rows_of(first), [stream.choose for stream in first.dataset.streams]
+    state = first.state_dict() | {"epoch": 0, "sample_in_epoch": 8}
+    others = [of_seed(seed) for seed in range(1, 7)]
+    assert not shuffle or any([stream.choose for stream in other.dataset.streams] != chosen for other in others)
+    for other in others:
+        other.load_state_dict(state)
+        assert rows_of(other) == whole[8:]
+
+
 @pytest.mark.parametrize("split", list(FimSplit))
 def test_fim_reorders_other_documents_in_every_epoch_and_loses_none(
     mixture: Path, build: Callable, split: FimSplit

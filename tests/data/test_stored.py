@@ -1,6 +1,7 @@
 """Corpora that are prepared into a store, and read from there."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,50 @@ def test_an_upload_that_fails_goes_on(options: PrepareOptions, tmp_path: Path, m
         patch.setattr("moefoundry.data.prepare.write_blocks", None)  # the work itself is not done again
         prepare(options)
     assert prepare(options).up_to_date
+
+
+@pytest.mark.parametrize("ended_at", ["train/index.json", "tokenizer/tokenizer.json", "corpus.json"])
+def test_a_corpus_that_is_replaced_counts_no_more_from_the_beginning_on(
+    options: PrepareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_at: str
+) -> None:
+    """Where the upload ends, the corpus that was there is not taken for whole; and nothing of it stays in the end."""
+    prepare(options)
+    upload = Remote.upload
+
+    def ended(self: Remote, file: Path, name: str) -> None:
+        if name == ended_at and file.stat().st_size:
+            raise UserError("the machine is lost")
+        upload(self, file, name)
+
+    other = replace(options, seed=18, val_fraction=0.0, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "upload", ended)
+        with pytest.raises(UserError, match="the machine is lost"):
+            prepare(other)
+    shutil.rmtree(tmp_path / "temporary")
+    (tmp_path / "temporary").mkdir()
+    assert not prepare(options).up_to_date
+    prepare(other)
+    prepare(replace(other, out=tmp_path / "local", overwrite=False))
+    assert stored(str(options.out), tmp_path / "copy") == tree(tmp_path / "local"), "nothing held out stays"
+
+
+def test_an_object_store_keeps_empty_objects_of_a_corpus_that_is_replaced(
+    s3: dict[str, str], options: PrepareOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    first = replace(options, out="s3://bucket/corpora/replaced")
+    prepare(first)
+    second = replace(first, val_fraction=0.0, overwrite=True)
+    assert not prepare(second).up_to_date
+    assert prepare(replace(second, overwrite=False)).up_to_date
+    remote = Remote(str(first.out))
+    left = [name for name in remote.names() if name.startswith("val/")]
+    assert "val/index.json" in left
+    for number, name in enumerate(left):
+        remote.download(name, tmp_path / str(number))
+        assert (tmp_path / str(number)).stat().st_size == 0
 
 
 def test_something_else_at_the_place_stays(options: PrepareOptions) -> None:

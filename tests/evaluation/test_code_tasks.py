@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from itertools import combinations
 from math import comb
 from pathlib import Path
@@ -131,6 +132,14 @@ def test_bad_files_and_arguments(tmp_path: Path) -> None:
         run_samples({"T/1": broken}, [Sample("T/1", "")], allow_code_execution=True)
     with pytest.raises(UserError, match="workers=0"):
         run_samples({"T/0": TASK}, [], allow_code_execution=True, workers=0)
+
+
+def test_two_problems_of_one_name_are_refused(tmp_path: Path) -> None:
+    other = replace(TASK, prompt="def twice(a):\n", entry_point="twice")
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(vars(each)) + "\n" for each in (TASK, replace(TASK, task_id="T/1"), other)))
+    with pytest.raises(UserError, match=r"problems\.jsonl: task_id: 'T/0' names 2 problems; give each a name"):
+        read_problems(path)
 
 
 def test_stop_sequences() -> None:

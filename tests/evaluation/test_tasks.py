@@ -255,6 +255,15 @@ def test_bad_tasks_are_named(evaluate: Callable[..., Results], tmp_path: Path, c
         evaluate({**task, **changes})
 
 
+def test_two_problems_of_one_name_are_refused(evaluate: Callable[..., Results], tmp_path: Path) -> None:
+    """Before anything is completed: one's completions would run against the other's test."""
+    problem = dict.fromkeys(("prompt", "canonical_solution", "test"), "pass\n") | {"task_id": "p/0", "entry_point": "f"}
+    path = write_lines(tmp_path / "examples.jsonl", [problem, problem | {"test": "fail\n"}])
+    task = {"label": "t", "icl_task_type": "code_evaluation", "num_fewshot": [0], "dataset_uri": str(path)}
+    with pytest.raises(UserError, match=r"examples\.jsonl: task_id: 'p/0' names 2 problems; give each a name"):
+        evaluate({**task, "allow_code_execution": True})
+
+
 @pytest.mark.parametrize("text", ["{", "[" * 100_000], ids=["torn", "deep"])
 def test_a_line_that_is_no_json_is_named(evaluate: Callable[..., Results], tmp_path: Path, text: str) -> None:
     path = tmp_path / "examples.jsonl"

@@ -41,6 +41,7 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
     (root / "pairs.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in PAIRS))
     recipe, preferences = (str(CONFIGS / "finetune" / f"{name}-tiny.yaml") for name in ("finetune", "dpo"))
     of_pairs = ["train_loader.dataset.local=data/pairs", "max_duration=8ep", "eval_interval=4ep", "optimizer.lr=3e-3"]
+    on = ["load_path=runs/dpo-tiny", "load_weights_only=false", "max_duration=9ep"]
     commands = {
         "pretrain": ["train", *tiny, "run_name=tiny", "max_duration=4ba", f"train_loader.dataset.local={corpus}"],
         "prepare": ["prepare", "chats.jsonl", "data/chats", "--tokenizer", f"{corpus}/tokenizer", "--instructions"],
@@ -54,6 +55,10 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
         "another": ["reference", "runs/tiny", "data/pairs"],
         "other": ["train", preferences, *tuned, *of_pairs, "run_name=other", "load_path=runs/tiny"],
         "dpo": ["train", preferences, *tuned, *of_pairs],
+        "fork": ["train", preferences, *tuned, *of_pairs, "run_name=fork", *on],
+        "overwritten": ["reference", "runs/tiny", "data/pairs", "--overwrite"],
+        "resumed": ["train", preferences, *tuned, *of_pairs, "max_duration=9ep", "autoresume=true"],
+        "forked": ["train", preferences, *tuned, *of_pairs, "run_name=forked", *on],
         "export": ["convert", "export", "runs/finetune-tiny", "-o", "exported"],
     }
     for name in ("prepare", "pairs"):
@@ -137,3 +142,19 @@ def test_a_reference_that_is_absent_or_another_is_refused(outcomes: tuple[Path, 
     status, _, err = outcomes[1]["other"]
     assert status == 2
     assert "are of another checkpoint than load_path; compute them again: moefoundry reference runs/tiny" in err
+
+
+def test_a_run_goes_on_with_the_reference_that_it_was_saved_with(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    """In another run_dir, too, where it does not begin as the reference; scores of another model are refused."""
+    root, found = outcomes
+    assert found["fork"][0] == 0, found["fork"][2]
+    fork, before = metrics(root, "fork"), metrics(root, "dpo-tiny")
+    assert fork[0]["batch"] == before[-1]["batch"] + 1
+    assert fork[-1]["preference/margin"] > 0
+    assert found["overwritten"][0] == 0
+    named = "train_loader.dataset (reference): data/pairs/train has log-probabilities of another model than "
+    for name in ("resumed", "forked"):
+        status, _, err = found[name]
+        assert status == 2
+        assert named in err
+    assert len(metrics(root, "dpo-tiny")) == len(before)

@@ -24,6 +24,8 @@ from moefoundry.config.spec import is_architecture, is_free_on_resume, show_leaf
 from moefoundry.config.versions import without_effect
 from moefoundry.data.fit import directory_of, sources_of
 from moefoundry.data.identity import INDEX_FILE, read_shards, stream_digest
+from moefoundry.data.reference import reference_beside
+from moefoundry.data.tokenizer import declared_token
 
 INDEXER = "model.attention.indexer"
 MOMENTS = "precision.optimizer_moments"
@@ -31,6 +33,10 @@ SHUFFLE_SEED = "train_loader.dataset.shuffle_seed"
 TRAINING_DATA = "train_loader.dataset"
 HELD_OUT_DATA = "eval_loader.dataset"
 TOKENIZER = "tokenizer"
+END = "tokenizer (eos_token)"
+REFERENCE = " (reference)"
+"""End of the key of what has scored a stream of pairs, behind that of the stream."""
+
 ABSENT = "(absent)"
 COUNTERS = {"ba": "batch", "ep": "epoch", "tok": "token", "sp": "sample"}
 
@@ -64,13 +70,13 @@ class Start:
 def data_digests(recipe: Recipe) -> dict[str, str]:
     """Map each key of a recipe that names data to the digest of their content: streams of samples, and a tokenizer.
 
-    The indices of remote data must have been downloaded, as building a loader does.
+    With ``dpo`` a stream has a second digest, that of the model whose log-probabilities lie beside it. The indices of
+    remote data must have been downloaded, as building a loader does.
 
     Raises:
         UserError: The index of a stream is absent or damaged.
     """
-    places = {key: Path(source.local, str(source.split)) for key, source in _streams(recipe)}
-    return {key: stream_digest(place) for key, place in places.items()} | _tokenizer_digest(recipe)
+    return _digests(recipe, {key: Path(source.local, str(source.split)) for key, source in _streams(recipe)})
 
 
 def known_digests(recipe: Recipe) -> dict[str, str]:
@@ -79,11 +85,18 @@ def known_digests(recipe: Recipe) -> dict[str, str]:
     Raises:
         UserError: The index of a stream is damaged.
     """
-    digests = {}
-    for key, source in _streams(recipe):
-        path = directory_of(source)
-        if path is not None and Path(path, str(source.split), INDEX_FILE).is_file():
-            digests[key] = stream_digest(Path(path, str(source.split)))
+    places = {
+        key: Path(path, str(source.split))
+        for key, source in _streams(recipe)
+        if (path := directory_of(source)) is not None and Path(path, str(source.split), INDEX_FILE).is_file()
+    }
+    return _digests(recipe, places)
+
+
+def _digests(recipe: Recipe, places: Mapping[str, Path]) -> dict[str, str]:
+    digests = {key: stream_digest(place) for key, place in places.items()}
+    scored = {key: reference_beside(place) for key, place in places.items()} if recipe.dpo is not None else {}
+    digests |= {f"{key}{REFERENCE}": reference for key, reference in scored.items() if reference is not None}
     return digests | _tokenizer_digest(recipe)
 
 
@@ -96,8 +109,14 @@ def _streams(recipe: Recipe) -> Iterator[tuple[str, StreamConfig]]:
 
 
 def _tokenizer_digest(recipe: Recipe) -> dict[str, str]:
-    file = Path(recipe.tokenizer.name, "tokenizer.json")
-    return {TOKENIZER: hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
+    directory = Path(recipe.tokenizer.name)
+    if not (directory / "tokenizer.json").is_file():
+        return {}
+    contents = {TOKENIZER: (directory / "tokenizer.json").read_bytes()}
+    remote = any(source.remote is not None for _, source in _streams(recipe))
+    if remote and recipe.model.document_masking:  # a local corpus says by itself which token ends its documents
+        contents[END] = str(declared_token(directory, "eos_token")).encode()
+    return {key: hashlib.sha256(content).hexdigest() for key, content in contents.items()}
 
 
 def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[str, str]) -> Start:
@@ -236,14 +255,16 @@ def _check_data(
     for key in digests:
         if stored.get(key, digests[key]) == digests[key]:
             continue
-        place = here["tokenizer.name"] if key == TOKENIZER else _place(here, key)
+        place = here["tokenizer.name"] if key in (TOKENIZER, END) else _place(here, key.removesuffix(REFERENCE))
         what = f"{key}: {place} is not what {checkpoint} was saved with"
+        if key.endswith(REFERENCE):
+            what = f"{key}: {place} has log-probabilities of another model than {checkpoint} was saved with"
         if key.startswith(HELD_OUT_DATA) and not own:
             _note(f"{what}; held-out losses are not to be compared")
             continue
         where = " in another run_dir" if own else ""
         raise UserError(
-            f"{what} (sha256 {digests[key][:12]} here, {stored[key][:12]} there); bring that back, or begin a new "
+            f"{what} (digest {digests[key][:12]} here, {stored[key][:12]} there); bring that back, or begin a new "
             f"phase with the weights{where}: load_path={checkpoint} load_weights_only=true"
         )
 

@@ -212,6 +212,10 @@ def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, su
     )
     count = len(loader) if subset < 0 else min(subset, len(loader))
     loss = held_out_loss(model, islice(loader, count), count, progress=True)
+    if not loss.targets:
+        places = ", ".join(f"{source.local}/{source.split}" for source in cfg.dataset.sources.values())
+        cut = f"in rows of {cfg.dataset.max_seq_len} tokens"
+        raise UserError(f"{places}: no target {cut}, so there is no loss: read longer rows, or evaluate other data")
     return {"metrics/eval/LanguageCrossEntropy": loss.nats}
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,30 +27,9 @@ from moefoundry.config.versions import VERSION_KEY
 from moefoundry.conversion.convert import Summary, chosen_family
 from moefoundry.conversion.peft import CONFIG_FILE, TENSORS_FILE
 from moefoundry.conversion.peft_names import ExpertKind, Slot, slots, stack_from_peft
-from moefoundry.data.json_files import read_json
+from moefoundry.conversion.peft_settings import PeftSettings, read_settings
 from moefoundry.data.staging import staged
 from moefoundry.model.transformer import meta_model
-
-PLAIN = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "lora_bias": False, "use_qalora": False}
-"""Options of peft with the values that are supported."""
-OF_A_KIND: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lora_alpha": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "lora_dropout": ("a number from 0 to less than 1", lambda value: _is_number(value) and value < 1),
-    "alpha_pattern": ("patterns with numbers", lambda value: _are_patterns(value)),
-    "target_parameters": ("a list of names", lambda value: isinstance(value, list)),
-}
-"""Options of peft that are read, what they may be, and its test."""
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _are_patterns(value: Any) -> bool:
-    try:
-        return isinstance(value, dict) and all(re.compile(key) and _is_number(each) for key, each in value.items())
-    except re.error:
-        return False
 
 
 @dataclass(frozen=True)
@@ -78,7 +55,8 @@ def import_peft(directory: Path, base: Path, output: Path, family_name: str | No
         UserError: The files are no adapters of LoRA, or of something that cannot have one here (named), or ``output``
             exists.
     """
-    settings, tensors = _read(directory)
+    settings = read_settings(directory / CONFIG_FILE)
+    tensors = _read(directory / TENSORS_FILE)
     under = named_checkpoint(base)
     cfg, frozen = read_model_config(under), whole_base(under)
     family = chosen_family(family_name, cfg)
@@ -110,33 +88,23 @@ def write_adapters(staging: Path, cfg: ModelConfig, lora: LoraConfig, values: Ma
     write_shards(staging, specs, shards, {WEIGHTS_ONLY: True, "recipe": recipe, BASE: base.document()})
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    settings = read_json(directory / CONFIG_FILE)
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{directory / CONFIG_FILE}: peft_type is {settings.get('peft_type')}, and not LORA")
-    for key, value in PLAIN.items():
-        if settings.get(key, value) not in (value, None):
-            raise UserError(f"{directory / CONFIG_FILE}: {key} is {settings[key]!r}, and only {value!r} is supported")
-    for key, (allowed, fits) in OF_A_KIND.items():
-        if settings.get(key) is not None and not fits(settings[key]):
-            raise UserError(f"{directory / CONFIG_FILE}: {key} is {str(settings[key])[:80]!r}, and not {allowed}")
-    path = directory / TENSORS_FILE
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return settings, load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: unreadable safetensors: {error}") from error
 
 
-def _fused(adaptable: list[str], settings: Mapping[str, Any]) -> list[str]:
+def _fused(adaptable: list[str], settings: PeftSettings) -> list[str]:
     """List our weights that adapters of fused parameters are on."""
-    names = [str(name).rpartition(".")[2] for name in settings.get("target_parameters") or ()]
+    names = [str(name).rpartition(".")[2] for name in settings.target_parameters]
     parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
     wanted = tuple(f".experts.{part}" for name in names for part in parts.get(name, ()))
     return [weight for weight in adaptable if weight.endswith(wanted)] if wanted else []
 
 
 def _factors(
-    places: list[Slot], tensors: dict[str, Tensor], settings: Mapping[str, Any], cfg: ModelConfig, directory: Path
+    places: list[Slot], tensors: dict[str, Tensor], settings: PeftSettings, cfg: ModelConfig, directory: Path
 ) -> dict[tuple[str, int | None], _Factors]:
     """Map our weights, and experts of theirs, to their adapters."""
     found: dict[tuple[str, int | None], _Factors] = {}
@@ -157,14 +125,14 @@ def _factors(
 
 
 def _of_slot(
-    slot: Slot, a: Tensor, b: Tensor, magnitude: Tensor | None, settings: Mapping[str, Any], cfg: ModelConfig
+    slot: Slot, a: Tensor, b: Tensor, magnitude: Tensor | None, settings: PeftSettings, cfg: ModelConfig
 ) -> dict[tuple[str, int | None], _Factors]:
     a, b = a.float(), b.float()
     if not slot.stacked:
-        scale = _scale(settings, slot.target, len(a))
+        scale = settings.scale(slot.target, len(a))
         return {(slot.weights[0], slot.expert): _Factors(a, b, scale, magnitude)}
     a, b = stack_from_peft(a, b, cfg.moe.num_experts)
-    scale, height = _scale(settings, slot.target, a.shape[1]), b.shape[1] // len(slot.weights)
+    scale, height = settings.scale(slot.target, a.shape[1]), b.shape[1] // len(slot.weights)
     found: dict[tuple[str, int | None], _Factors] = {}
     for index, weight in enumerate(slot.weights):
         rows = b[:, index * height : (index + 1) * height]
@@ -178,29 +146,17 @@ def _of_slot(
     return found
 
 
-def _scale(settings: Mapping[str, Any], target: str, rank: int) -> float:
-    """Compute what peft multiplies the adapter of a target by."""
-
-    def chosen(patterns: Mapping[str, Any] | None, default: Any) -> Any:
-        matches = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", target))
-        return next(matches, default)
-
-    alpha = float(chosen(settings.get("alpha_pattern"), settings.get("lora_alpha", 8)))
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-
-def _config(found: Mapping[tuple[str, int | None], _Factors], settings: Mapping[str, Any]) -> LoraConfig:
+def _config(found: Mapping[tuple[str, int | None], _Factors], settings: PeftSettings) -> LoraConfig:
     """Make the config of the adapters: one rank and one scale; smaller ranks are filled up with zeros."""
     rank = max(len(factors.a) for factors in found.values())
     scale = next(iter(found.values())).scale
-    rslora = bool(settings.get("use_rslora"))
     return LoraConfig(
         rank=rank,
-        alpha=scale * (math.sqrt(rank) if rslora else rank),
+        alpha=scale * (math.sqrt(rank) if settings.use_rslora else rank),
         targets=sorted({_target(weight) for weight, _ in found}),
-        dropout=float(settings.get("lora_dropout") or 0.0),
-        use_rslora=rslora,
-        dora=bool(settings.get("use_dora")),
+        dropout=float(settings.dropout),
+        use_rslora=settings.use_rslora,
+        dora=settings.use_dora,
     )
 
 

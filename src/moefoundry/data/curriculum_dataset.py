@@ -15,7 +15,7 @@ from moefoundry.config.errors import UserError
 from moefoundry.config.schema_parts import DatasetConfig
 from moefoundry.data.curriculum import Lap, Walk
 from moefoundry.data.sources import FimTools, PackedSource, Source
-from moefoundry.data.token_dataset import TokenDataset, rows_of_an_epoch
+from moefoundry.data.token_dataset import TokenDataset
 
 
 class CurriculumDataset(TokenDataset):
@@ -51,16 +51,15 @@ class CurriculumDataset(TokenDataset):
                 raise UserError(f"stage {stage.name}: batches of {stage.batch_size} rows, and {ranks} ranks")
         self.stages = stages
         self.ranks = ranks
-        self._proportions: NDArray[np.float64] | None = None
+        self._made = False
         self._walk: Walk | None = None
         self._lap: tuple[int, Lap] | None = None
         first = stages[0].batch_size // ranks
         super().__init__(config, batch_size=first, drop_last=False, vocab_size=vocab_size, eos_id=eos_id, fim=fim)
         for stage in stages:
             self._check_length(stage)
-        choices = rows_of_an_epoch(list(config.sources.values()), self._rows(), self.shuffle_seed)
-        self._proportions = choices / choices.sum()
-        self._shuffles, self.shuffle = config.shuffle, False
+        self._made = True
+        self.shuffle = False
         self.drop_last = True  # a lap has whole batches alone
         self._begin_epoch(0)
 
@@ -74,11 +73,8 @@ class CurriculumDataset(TokenDataset):
 
     def _begin_epoch(self, epoch: int) -> None:
         """Find the rows of a lap, and the sizes that the library goes by."""
-        if self._proportions is None:  # in the making
-            super()._begin_epoch(epoch)
-            return
         if self._walk is None or self._walk.seed != self.shuffle_seed:
-            self._walk, self._lap = self._new_walk(self._proportions), None
+            self._walk, self._lap = self._new_walk(), None
         if self._lap is None or self._lap[0] != epoch:
             self._lap = (epoch, self._walk.lap(epoch))
         stage = self._lap[1].stage
@@ -88,12 +84,18 @@ class CurriculumDataset(TokenDataset):
         self.epoch_size = self.size
         self.length = self.size // self.ranks
 
-    def _new_walk(self, proportions: NDArray[np.float64]) -> Walk:
+    def _choose(self) -> None:
+        if not self._made:  # laps choose later
+            super()._choose()
+
+    def _new_walk(self) -> Walk:
+        choices = self._choices()
         ends = np.append(self.shard_offset_per_stream, self.num_shards)[1:]
         first_of_shards = [
             self.sample_offset_per_shard[begin:end] - self.sample_offset_per_stream[number]
             for number, (begin, end) in enumerate(zip(self.shard_offset_per_stream, ends, strict=True))
         ]
+        proportions = choices / choices.sum()
         return Walk(self.stages, self.sources, first_of_shards, proportions, self.shuffle_seed, self._shuffles)
 
     @property

@@ -28,7 +28,10 @@ from moefoundry.data.instructions import (
 from moefoundry.data.left_out import Reason
 from moefoundry.data.options import Kind, PrepareOptions
 from moefoundry.data.preferences import encode_preference
-from moefoundry.data.tokenizer import TextTokenizer
+from moefoundry.data.tokenizer import TextTokenizer, settings_digest, settings_files
+
+SETTINGS = "tokenizer_settings"
+"""Key of the inputs of records; corpora of earlier versions lack it."""
 
 
 class Stored(NamedTuple):
@@ -94,6 +97,7 @@ class RecordEncoder:
             "max_tokens": self.max_tokens,
             "too_long": None if self.max_tokens is None else self.too_long.value,
             "chat_template": getattr(_tokenizer_in(self.tokenizer), "chat_template", None),
+            SETTINGS: _settings_of(self.tokenizer),
         }
 
     def encode(self, text: str, name: str) -> list[Stored] | Refused:
@@ -127,6 +131,11 @@ class RecordEncoder:
 def encode_texts(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[Stored]]:
     """Encode texts, a document each."""
     return [[Stored(tokens)] for tokens in tokenizer.encode_batch(texts, ended=True)]
+
+
+@cache
+def _settings_of(directory: Path) -> str:
+    return settings_digest(settings_files(directory))
 
 
 @cache

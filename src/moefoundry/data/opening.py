@@ -12,7 +12,7 @@ from moefoundry.config.errors import UserError
 from moefoundry.data.assembly import OUTPUTS
 from moefoundry.data.blocks import Block, block_size, plan_blocks
 from moefoundry.data.corpus import Corpus, open_corpus
-from moefoundry.data.encoding import RecordEncoder
+from moefoundry.data.encoding import SETTINGS, RecordEncoder
 from moefoundry.data.fim import with_sentinels
 from moefoundry.data.formats import RECORD_FORMATS
 from moefoundry.data.options import PrepareOptions, check_numbers
@@ -27,7 +27,7 @@ from moefoundry.data.summary import (
     read_corpus_summary,
 )
 from moefoundry.data.survey import Survey
-from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer
+from moefoundry.data.tokenizer import TextTokenizer, load_tokenizer, settings_digest, settings_files
 from moefoundry.data.workers import available_cores
 
 
@@ -162,10 +162,13 @@ def existing_corpus(opened: Opened, inputs: dict[str, Any]) -> CorpusSummary | N
     summary = _summary_there(out, stored, opened.options)
     if summary is None:
         return None
+    there = summary.inputs
+    if SETTINGS in inputs and SETTINGS not in there and (stored or _same_settings(opened)):
+        there = there | {SETTINGS: inputs[SETTINGS]}
     differing = [
-        f"{name} ({summary.inputs.get(name)} there, {inputs.get(name)} now)"
-        for name in sorted(inputs.keys() | summary.inputs.keys())
-        if summary.inputs.get(name) != inputs.get(name)
+        f"{name} ({there.get(name)} there, {inputs.get(name)} now)"
+        for name in sorted(inputs.keys() | there.keys())
+        if there.get(name) != inputs.get(name)
     ]
     needed = ["tokenizer/tokenizer.json", *(f"{name}/index.json" for name in summary.splits)]
     if summary.layout is Layout.documents:
@@ -176,6 +179,12 @@ def existing_corpus(opened: Opened, inputs: dict[str, Any]) -> CorpusSummary | N
         named = f"{opened.options.out}: holds another corpus; differs in {', '.join(differing)}"
         raise UserError(f"{named}; or overwrite=True")
     return summary
+
+
+def _same_settings(opened: Opened) -> bool:
+    """Tell if a corpus that says nothing of its tokenizer's settings, of an earlier version, has those of now."""
+    assert opened.given is not None, "records need one"
+    return settings_digest(settings_files(opened.out / "tokenizer")) == opened.given.settings_sha256
 
 
 def finished_before(opened: Opened, inputs: dict[str, Any]) -> CorpusSummary | None:

@@ -23,6 +23,7 @@ from typing import Any
 from moefoundry.config.errors import UserError
 from moefoundry.data import prepare
 from moefoundry.data.assembly import Facts, join, tokens_of
+from moefoundry.data.encoding import SETTINGS
 from moefoundry.data.left_out import Left, LeftOut
 from moefoundry.data.opening import check_out, inputs_of, open_all
 from moefoundry.data.options import Part, PrepareOptions, expanded
@@ -234,8 +235,9 @@ def _read_part(file: Path) -> _PartRecord:
 
 def _differences(one: _PartRecord, other: _PartRecord) -> list[str]:
     pairs: list[tuple[str, Any, Any]] = [("files of the source", one.plan, other.plan)]
-    pairs += [(key, value, other.inputs.get(key)) for key, value in one.inputs.items() if key not in OF_THE_WHOLE]
-    return [f"{name}: {mine} and {theirs}" for name, mine, theirs in pairs if mine != theirs]
+    theirs = {SETTINGS: one.inputs.get(SETTINGS)} | other.inputs  # which a part of an earlier version lacks
+    pairs += [(key, value, theirs.get(key)) for key, value in one.inputs.items() if key not in OF_THE_WHOLE]
+    return [f"{name}: {mine} and {their}" for name, mine, their in pairs if mine != their]
 
 
 def _records(place: LocalPlace, blocks: Sequence[tuple[int, int, int, str, str]], out: Path) -> list[BlockRecord]:

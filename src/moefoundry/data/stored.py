@@ -13,7 +13,8 @@ from moefoundry.data.stores import PROBE, Remote
 from moefoundry.data.summary import CORPUS_FILE, CorpusSummary, read_corpus_summary
 
 TRANSFERS = 4
-OWN = ("train/", "val/", "tokenizer/", PROBE)
+DIRECTORIES = ("train/", "val/", "tokenizer/")
+OWN = (*DIRECTORIES, PROBE)
 
 
 class StoredCorpus:
@@ -47,10 +48,11 @@ class StoredCorpus:
             return None
         with tempfile.TemporaryDirectory() as directory:
             self._remote.download(CORPUS_FILE, Path(directory, CORPUS_FILE))
-            return read_corpus_summary(directory)
+            replaced = not Path(directory, CORPUS_FILE).stat().st_size  # by an upload that was ended
+            return None if replaced else read_corpus_summary(directory)
 
     def upload(self, directory: Path) -> None:
-        """Upload a corpus. No reader takes it for complete before it is.
+        """Upload a corpus. No reader takes it for complete before it is, nor what it replaces from now on.
 
         Raises:
             UserError: The store fails for good.
@@ -58,6 +60,8 @@ class StoredCorpus:
         self._remote.try_writing()
         files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
         last = files.pop(CORPUS_FILE)
+        if CORPUS_FILE in self.names:
+            self._remote.upload_nothing(CORPUS_FILE)
         with Progress("uploading", sum(path.stat().st_size for path in files.values())) as progress:
 
             def one(name: str) -> int:
@@ -67,4 +71,6 @@ class StoredCorpus:
             with ThreadPoolExecutor(TRANSFERS) as pool:
                 for size in pool.map(one, files):
                     progress.update(0, size)
+                stale = {name for name in self.names if name.startswith(DIRECTORIES)} - files.keys()
+                list(pool.map(self._remote.discard, sorted(stale)))
         self._remote.upload(last, CORPUS_FILE)

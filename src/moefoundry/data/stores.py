@@ -118,6 +118,19 @@ class Remote:
         """Store ``file`` as ``name``; what is there is replaced."""
         self._try(name, "upload", lambda: self._store.upload(file, name))
 
+    def upload_nothing(self, name: str) -> None:
+        """Make an object empty, so that nobody takes it for what it was; see :meth:`discard`."""
+        with NamedTemporaryFile() as file:
+            self.upload(Path(file.name), name)
+
+    def discard(self, name: str) -> None:
+        """Remove an object from a file system, or make it empty: a right to write in a store is no right to delete."""
+        store = self._store
+        if isinstance(store, _FsspecStore):
+            self._try(name, "remove", lambda: store.remove(name))
+        else:
+            self.upload_nothing(name)
+
     def download(self, name: str, file: Path) -> None:
         """Write the object to ``file``, which is either absent or whole."""
         numbers = count()

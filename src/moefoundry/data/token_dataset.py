@@ -108,10 +108,10 @@ class TokenDataset(GuardedDataset):
         self.drop_last = drop_last
         self._repeats: NDArray[np.bool_] | None = None
         self._epoch = 0
-        if not config.shuffle:
-            self._begin_epoch(0)
-        choices = rows_of_an_epoch(list(config.sources.values()), self._rows(), self.shuffle_seed)
-        self._choose(choices, batch_size)
+        self._weights = list(config.sources.values())
+        self._shuffles = config.shuffle
+        self._rows_planned = self._rows()
+        self._choose()
 
     def _source(
         self, name: str, stream: CheckedStream, samples: int, config: DatasetConfig, fim: FimTools | None
@@ -141,17 +141,33 @@ class TokenDataset(GuardedDataset):
         """Number of rows of this epoch's plans, of which an epoch reads some, or some twice."""
         return sum(source.rows for source in self.sources)
 
-    def _choose(self, choices: NDArray[np.int64], batch_size: int) -> None:
+    def _choices(self) -> NDArray[np.int64]:
+        """Count the rows that an epoch reads of each stream, as the seed decides; a saved state may have another."""
+        if not self._shuffles:
+            for source in self.sources:
+                source.begin_epoch(0, self.shuffle_seed)
+            self._rows_planned = self._rows()
+        return rows_of_an_epoch(self._weights, self._rows_planned, self.shuffle_seed)
+
+    def _choose(self) -> None:
         """Read so many rows of each stream in an epoch; with ``drop_last`` cut to whole global batches."""
-        ranks = World.detect().num_ranks
+        choices, ranks = self._choices(), World.detect().num_ranks
         if self.drop_last:
-            if message := too_few_samples(self.place, int(choices.sum()), batch_size * ranks):
+            if message := too_few_samples(self.place, int(choices.sum()), self.batch_size * ranks):
                 raise UserError(message)
-            choices = cut(choices, int(choices.sum()) % (batch_size * ranks))
+            choices = cut(choices, int(choices.sum()) % (self.batch_size * ranks))
         for stream, choice in zip(self.streams, choices.tolist(), strict=True):
             stream.choose = choice
         self.epoch_size = int(choices.sum())
         self.length = -(-self.epoch_size // ranks)
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        """Give the epoch and the place in it; those of a saved state come with its seed."""
+        seed = self.shuffle_seed
+        begun: tuple[int, int] = super()._resume(world, epoch)
+        if self.shuffle_seed != seed:
+            self._choose()
+        return begun
 
     def _begin_epoch(self, epoch: int) -> None:
         """Plan an epoch. Without a shuffle every epoch is the same."""

@@ -16,7 +16,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -52,6 +52,18 @@ HF_FILES = (
     "tokenizer.model",
     "vocab.json",
 )
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Keys of them that change no token: about chat templates, which are told apart by themselves, and about showing,
+# cutting and padding text, files and classes of other tools.
+WITHOUT_EFFECT = frozenset(
+    {
+        *("chat_template", "model_max_length", "max_length", "max_len", "stride", "truncation", "truncation_side"),
+        *("truncation_strategy", "padding", "padding_side", "pad_to_multiple_of", "pad_token_type_id"),
+        *("clean_up_tokenization_spaces", "spaces_between_special_tokens", "errors", "verbose"),
+        *("name_or_path", "tokenizer_file", "vocab_file", "special_tokens_map_file", "auto_map", "processor_class"),
+        *("model_input_names", "return_token_type_ids", "transformers_version", "backend", "is_local", "device_map"),
+    }
+)
 INPUTS = ["input_ids", "attention_mask"]  # what a model takes; transformers adds token_type_ids unless told
 
 
@@ -74,8 +86,13 @@ class TextTokenizer:
 
     @property
     def sha256(self) -> str:
-        """Digest of tokenizer.json, which alone decides how text is cut."""
+        """Digest of tokenizer.json, which alone decides how text is cut here."""
         return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
+
+    @property
+    def settings_sha256(self) -> str:
+        """Digest of what else decides the tokens that transformers makes; see :func:`settings_digest`."""
+        return settings_digest(self.files)
 
     @property
     def unknown_id(self) -> int | None:
@@ -111,6 +128,28 @@ class TextTokenizer:
         directory.mkdir(parents=True)
         for name, content in self.files.items():
             (directory / name).write_bytes(content)
+
+
+def settings_files(directory: Path) -> dict[str, bytes]:
+    """Read the files beside tokenizer.json that :func:`settings_digest` is of; those that are there."""
+    return {name: (directory / name).read_bytes() for name in SETTINGS_FILES if (directory / name).is_file()}
+
+
+def settings_digest(files: Mapping[str, bytes]) -> str:
+    """Compute the SHA-256, in hex, of what files beside tokenizer.json say of tokens: special ones, prefixes, classes.
+
+    Raises:
+        UserError: One of the files is no JSON object.
+    """
+    read = {}
+    for name in SETTINGS_FILES:
+        try:
+            read[name] = dict(json.loads(files.get(name, b"{}")))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{name} of the tokenizer: not a JSON object: {error}") from error
+    config, special, added = read.values()
+    settings = {key: value for key, value in {**special, **config}.items() if key not in WITHOUT_EFFECT}
+    return hashlib.sha256(json.dumps([settings, added], sort_keys=True).encode()).hexdigest()
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:

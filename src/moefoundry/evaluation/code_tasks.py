@@ -6,8 +6,8 @@ https://github.com/openai/human-eval gives the problems and the forms of samples
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
@@ -74,11 +74,23 @@ def read_problems(path: Path) -> dict[str, Problem]:
     """Read problems from a JSONL file of HumanEval's form; other keys are left out.
 
     Raises:
-        UserError: A line has not that form, or there is none.
+        UserError: A line has not that form, or there is none; or two problems have one name.
     """
     problems = [_from_line(Problem, path, number, line) for number, line in _lines(path)]
     if not problems:
         raise UserError(f"{path}: holds no problem")
+    return by_task_id(problems, str(path))
+
+
+def by_task_id(problems: Sequence[Problem], source: str) -> dict[str, Problem]:
+    """Map problems by their names; ``source`` is where they were read.
+
+    Raises:
+        UserError: Two have one name, so that completions of one would run against the test of the other.
+    """
+    for name, count in Counter(problem.task_id for problem in problems).items():
+        if count > 1:
+            raise UserError(f"{source}: task_id: {name!r} names {count} problems; give each a name of its own")
     return {problem.task_id: problem for problem in problems}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moefoundry.config import ConfigError, Problem
@@ -50,6 +50,7 @@ class Keys:
         path: Path of the mapping, where it is not the whole file.
         inert: Keys that do not change what is computed.
         problems: List to add problems to.
+        advice: What to do about keys that are refused, for the error.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class Keys:
         path: str = "",
         inert: frozenset[str] = INERT,
         problems: list[Problem] | None = None,
+        advice: str = "",
     ) -> None:
         self._stated = {key for key, value in config.items() if value is not None}
         self._values = {key: value for key, value in {**defaults, **config}.items() if value is not None}
         self._unread = set(self._values) - inert
-        self._source, self._path = source, path
+        self._source, self._path, self._advice = source, path, advice
         self._problems: list[Problem] = [] if problems is None else problems
 
     def has(self, key: str) -> bool:
@@ -79,14 +81,25 @@ class Keys:
         """Tell if the key has this value, without reading it."""
         return self._values.get(key) == value
 
+    def take(self, key: str, allowed: str, sound: Callable[[Any], bool]) -> Any:
+        """Read a value that is ``sound``; ``allowed`` says what that is."""
+        self._unread.discard(key)
+        if key not in self._values:
+            self._problems.append(Problem(f"{self._path}{key}", "missing", allowed))
+            return 1
+        if not sound(self._values[key]):
+            self.refuse(key, allowed)
+            return 1
+        return self._values[key]
+
     def size(self, key: str) -> int:
         """Read an integer of at least 1, up to :data:`MOST_OF` the key."""
         most = MOST_OF.get(key, MOST)
-        return self._take(key, _integer(1, most), lambda v: _is_integer(v, 1, most))
+        return self.take(key, _integer(1, most), lambda v: _is_integer(v, 1, most))
 
     def size_of_each(self, key: str) -> int:
         """Read an integer of at least 1, or a list that has it for each block."""
-        value: Any = self._take(
+        value: Any = self.take(
             key,
             "an integer of at least 1, the same in each block",
             lambda v: _is_integer(v[0]) and v == v[:1] * len(v) if isinstance(v, list) and v else _is_integer(v),
@@ -95,15 +108,15 @@ class Keys:
 
     def count(self, key: str) -> int:
         """Read an integer of at least 0."""
-        return self._take(key, _integer(0), lambda v: _is_integer(v, 0))
+        return self.take(key, _integer(0), lambda v: _is_integer(v, 0))
 
     def number(self, key: str) -> float:
         """Read a number of at least 0."""
-        return float(self._take(key, "a number of at least 0", _is_number))
+        return float(self.take(key, "a number of at least 0", _is_number))
 
     def numbers(self, key: str) -> list[float]:
         """Read a list of numbers above 0."""
-        value = self._take(
+        value = self.take(
             key,
             "a list of numbers above 0",
             lambda v: isinstance(v, list) and all(_is_number(x) and x > 0 for x in v),
@@ -112,23 +125,23 @@ class Keys:
 
     def flag(self, key: str) -> bool:
         """Read a boolean."""
-        return bool(self._take(key, "true or false", lambda v: isinstance(v, bool)))
+        return bool(self.take(key, "true or false", lambda v: isinstance(v, bool)))
 
     def text(self, key: str, *allowed: str) -> str | None:
         """Read one of these strings; return None for any other."""
-        value = self._take(key, ", ".join(allowed), lambda v: v in allowed)
+        value = self.take(key, ", ".join(allowed), lambda v: v in allowed)
         return value if isinstance(value, str) else None
 
     def indices(self, key: str) -> list[int]:
         """Read a list of indices, from 0."""
         allowed = "a list of integers of at least 0"
-        value = self._take(key, allowed, lambda v: isinstance(v, list) and all(_is_integer(i, 0) for i in v))
+        value = self.take(key, allowed, lambda v: isinstance(v, list) and all(_is_integer(i, 0) for i in v))
         return value if isinstance(value, list) else []
 
     def texts(self, key: str, *allowed: str) -> list[str]:
         """Read a list of these strings."""
         text = f"a list of {', '.join(allowed)}"
-        value = self._take(key, text, lambda v: isinstance(v, list) and all(each in allowed for each in v))
+        value = self.take(key, text, lambda v: isinstance(v, list) and all(each in allowed for each in v))
         return value if isinstance(value, list) else []
 
     def nested(self, key: str, defaults: Mapping[str, Any], inert: frozenset[str] = INERT) -> Keys:
@@ -186,17 +199,7 @@ class Keys:
             message = f"got {_text(self._values[key])}, and this key is not known here: it may change what is computed"
             self._problems.append(Problem(f"{self._path}{key}", message))
         if self._problems and not self._path:
-            raise ConfigError(self._problems, self._source)
-
-    def _take(self, key: str, allowed: str, sound: Any) -> Any:
-        self._unread.discard(key)
-        if key not in self._values:
-            self._problems.append(Problem(f"{self._path}{key}", "missing", allowed))
-            return 1
-        if not sound(self._values[key]):
-            self.refuse(key, allowed)
-            return 1
-        return self._values[key]
+            raise ConfigError(self._problems, self._source, self._advice)
 
 
 def _is_integer(value: object, least: int = 1, most: int = MOST) -> bool:

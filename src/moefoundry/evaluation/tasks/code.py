@@ -13,7 +13,7 @@ from moefoundry.checkpoint.ranks import from_every_rank, rank, together
 from moefoundry.config import UserError
 from moefoundry.config.schema_tasks import CodeTaskConfig, Metric
 from moefoundry.evaluation.code_completion import complete_problems
-from moefoundry.evaluation.code_tasks import Problem, Result, check_allowed, pass_at_k, run_samples
+from moefoundry.evaluation.code_tasks import Problem, Result, by_task_id, check_allowed, pass_at_k, run_samples
 from moefoundry.evaluation.code_tasks import Sample as Completion
 from moefoundry.evaluation.generation import Sampling
 from moefoundry.evaluation.sandbox.run import Limits, statement
@@ -56,6 +56,7 @@ class CodeEvaluation:
             return prompts.fitted(prompts.context(preceding, question), new_tokens)
 
         problems = evaluation.made(lambda example, _: "", lambda example, _: _problem(example))
+        named = by_task_id(problems, self.cfg.dataset_uri)
         completions = complete_problems(
             evaluation.model,
             prompts.tokenizer,
@@ -66,7 +67,7 @@ class CodeEvaluation:
             max_new_tokens=new_tokens,
             label=evaluation.label,
         )
-        results = self._run({problem.task_id: problem for problem in problems}, completions)
+        results = self._run(named, completions)
         return [{**asdict(result), "correct": result.passed} for result in results]
 
     def _run(self, problems: Mapping[str, Problem], completions: Sequence[Completion]) -> list[Result]:
