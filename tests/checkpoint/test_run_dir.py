@@ -50,8 +50,8 @@ def save_checkpoint(recipe: Recipe, batch: int = 4, stored: dict[str, Any] | Non
     store = store_of(Path(recipe.run_dir))
     directory = store.begin(batch)
     state = dict.fromkeys(STATE_KEYS) | {"recipe": flatten(recipe) if stored is None else stored}
-    file = write_synced(directory / STATE_FILE, json.dumps(state).encode())
-    commit(directory, Origin(batch), {STATE_FILE: [file]})
+    ranges = write_synced(directory / STATE_FILE, json.dumps(state).encode())
+    commit(directory, Origin(batch), {STATE_FILE: ranges})
     return store.publish(batch)
 
 
