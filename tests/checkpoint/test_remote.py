@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import google.api_core.exceptions
 import oci
 import pytest
@@ -82,8 +83,9 @@ def test_the_manifest_and_then_the_marker_come_last(
 
     monkeypatch.setattr(Remote, "upload", spy)
     upload_checkpoint(directory, memory)
+    assert order[0] == "COMMITTED", "that of an earlier upload is replaced before anything else"
     assert order[-2:] == ["manifest.json", "COMMITTED"]
-    assert sorted(order) == sorted(path.name for path in directory.iterdir()) == [n[4:] for n in names(memory)]
+    assert sorted(order[1:]) == sorted(path.name for path in directory.iterdir()) == [n[4:] for n in names(memory)]
 
 
 class Failing:
@@ -128,6 +130,77 @@ def test_row20_an_upload_that_fails_for_good_is_no_checkpoint(
     found = find_remote(memory, tmp_path / "cache")
     assert found is not None
     assert found.name == "ba2", "the latest that is complete"
+
+
+@pytest.mark.parametrize("uploaded", range(1, 6))
+def test_an_upload_over_an_older_one_is_no_checkpoint_until_it_ends(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uploaded: int
+) -> None:
+    """A batch that is trained once more, after its checkpoint was damaged; whatever its last upload leaves out."""
+    for batch in (2, 4):
+        upload_checkpoint(saved(tmp_path / "first", batch), memory)
+    (again := tmp_path / "again" / "ba4").mkdir(parents=True)
+    write(again, {"model/weight": torch.full((300,), 5.0)}, STATE)
+    upload, order = Remote.upload, list[str]()
+
+    def dying(self: Remote, file: Path, name: str) -> None:
+        if len(order) >= uploaded:
+            raise SystemExit("the machine is lost")
+        upload(self, file, name)
+        order.append(name)
+
+    monkeypatch.setattr(Remote, "upload", dying)
+    with pytest.raises(SystemExit):
+        upload_checkpoint(again, memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert (found.name, read(found)) == ("ba2", 2)
+    said = capsys.readouterr().err
+    assert said == f"warning: {memory}/ba4 is passed over:\n  its upload is under way, or did not end\n"
+    monkeypatch.setattr(Remote, "upload", upload)
+    upload_checkpoint(again, memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert (found.name, read(found)) == ("ba4", 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("COMMITTED", b"", "manifest.json: its hash is not the one in COMMITTED"),
+        ("manifest.json", b"{}", "manifest.json: its hash is not the one in COMMITTED"),
+        ("manifest.json", None, "manifest.json: unreadable checkpoint manifest: No such file"),
+        ("state.json", b"{}", "state.json: damaged: has 2 bytes"),
+        (".metadata", None, ".metadata: not there"),
+        ("__0_0.distcp", None, "__0_0.distcp: not there"),
+    ],
+)
+def test_a_damaged_one_is_passed_over_for_the_one_before_it(
+    tmp_path: Path, memory: str, capsys: pytest.CaptureFixture[str], name: str, damage: bytes | None, reason: str
+) -> None:
+    files, root = fsspec.core.url_to_fs(memory)
+
+    def harm(batch: int) -> None:
+        files.rm(f"{root}/ba{batch}/{name}") if damage is None else files.pipe(f"{root}/ba{batch}/{name}", damage)
+
+    for batch in (9, 10):
+        upload_checkpoint(saved(tmp_path / "local", batch), memory)
+    harm(10)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert (found.name, read(found)) == ("ba9", 9)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ba9"]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"warning: {memory}/ba10 is passed over:"
+    assert second.startswith(f"  {memory}/ba10/{reason}")
+    harm(9)
+    for place in (memory, f"{memory}/ba10"):
+        with pytest.raises(UserError) as raised:
+            find_remote(place, tmp_path / "cache")
+        first, second, *_, last = str(raised.value).splitlines()
+        assert first == f"{place}: every checkpoint there is damaged:"
+        assert second.startswith(f"  {memory}/ba10/{reason}")
+        assert last == "  bring back the files of one of them, or move them away"
 
 
 def test_row20_a_download_that_fails_for_good_is_named(
