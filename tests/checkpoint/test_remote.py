@@ -67,6 +67,24 @@ def test_the_newest_uploaded_checkpoint_is_found_and_read(tmp_path: Path, memory
         assert read(found) == expected
 
 
+def test_of_a_run_directory_its_checkpoints_alone_count(tmp_path: Path, memory: str) -> None:
+    """As of one on this machine: not steps that were not finite, nor what was set aside, nor what lies deeper."""
+    checkpoint = saved(tmp_path / "local", 9)
+    for place in ("nonfinite", "checkpoints/deeper", "other/checkpoints"):
+        upload_checkpoint(saved(tmp_path / place, 20), f"{memory}/{place}")
+    upload_checkpoint(checkpoint.rename(checkpoint.with_name("ba30.quarantine-0")), f"{memory}/checkpoints")
+    assert find_remote(memory, tmp_path / "cache") is None
+    upload_checkpoint(saved(tmp_path / "local", 8), f"{memory}/checkpoints")
+    upload_checkpoint(saved(tmp_path / "local", 9), f"{memory}/checkpoints")
+    upload_checkpoint(saved(tmp_path / "local", 10), memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert (found.name, read(found)) == ("ba9", 9), "directly below, as in a run_dir that is here, comes after these"
+    found = find_remote(f"{memory}/nonfinite", tmp_path / "cache")
+    assert found is not None
+    assert read(found) == 20, "where it is named"
+
+
 def names(url: str) -> list[str]:
     return sorted(Remote(url).names())
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from moefoundry.checkpoint.manifest import COMMIT_FILE, DATA_SUFFIX, MANIFEST_FILE, Manifest
-from moefoundry.checkpoint.store import TOKENIZER
+from moefoundry.checkpoint.store import CHECKPOINTS, TOKENIZER
 from moefoundry.config import UserError
 from moefoundry.config.secrets import redact
 from moefoundry.data.stores import Remote
@@ -33,7 +33,7 @@ UNFINISHED = b"the upload of this checkpoint is under way, or did not end\n"
 """Stands in ``COMMITTED`` until all else is there."""
 
 TRANSFERS = 4
-_BATCH = re.compile(r"(?:.*/)?ba(\d+)/")
+_PLACE = re.compile(rf"({CHECKPOINTS}/)?ba(\d+)/")  # as find_checkpoint looks into a directory
 
 
 def upload_checkpoint(directory: Path, url: str) -> None:
@@ -94,7 +94,10 @@ def find_remote(url: str, cache: Path) -> Path | None:
 def _places(names: Sequence[str]) -> list[str]:
     """List where among these objects there are markers of checkpoints, newest first; the empty place comes alone."""
     markers = [name.removesuffix(COMMIT_FILE) for name in names if name.rsplit("/", 1)[-1] == COMMIT_FILE]
-    return [""] if "" in markers else sorted(markers, key=_batch, reverse=True)
+    if "" in markers:
+        return [""]
+    found = [match for place in markers if (match := _PLACE.fullmatch(place))]
+    return [match[0] for match in sorted(found, key=lambda match: (match[1] or "", int(match[2])), reverse=True)]
 
 
 def _fetch_small(remote: Remote, names: Sequence[str], place: str, cache: Path) -> Path:
@@ -128,11 +131,6 @@ def note_origin(directory: Path, url: str) -> None:
     """Write the place of a directory's other files into it. Only this user may read it: it may have a password."""
     with open(os.open(directory / ORIGIN_FILE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         json.dump({"url": url}, file)
-
-
-def _batch(place: str) -> int:
-    match = _BATCH.fullmatch(place)
-    return int(match[1]) if match else -1
 
 
 def local_file(directory: Path, name: str) -> Path:

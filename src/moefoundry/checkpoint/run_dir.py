@@ -15,14 +15,13 @@ from moefoundry.checkpoint.manifest import damage, read_state, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_downloaded
 from moefoundry.checkpoint.start import Start, check_architecture, check_start
-from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
+from moefoundry.checkpoint.store import CHECKPOINTS, CheckpointStore, find_checkpoint
 from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
 from moefoundry.config.spec import is_free_on_resume, show_leaf
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.config.versions import without_effect
 
 CONFIG_FILE = "config.yaml"
-CHECKPOINTS = "checkpoints"
 DOWNLOADS = "downloads"
 
 

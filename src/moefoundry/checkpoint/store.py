@@ -22,6 +22,7 @@ from pathlib import Path
 from moefoundry.checkpoint.manifest import COMMIT_FILE, STATE_FILE, Manifest, is_committed, sync_directory
 from moefoundry.config import UserError
 
+CHECKPOINTS = "checkpoints"  # directory in run_dir
 STAGING_SUFFIX = ".incomplete"
 QUARANTINE_SUFFIX = ".quarantine-"
 TOKENIZER = "tokenizer"  # directory, beside the tensors of an imported model
@@ -181,7 +182,7 @@ def find_checkpoint(path: str) -> Path:
     given = Path(path)
     if is_committed(given):
         return given
-    for root in (given / "checkpoints", given):
+    for root in (given / CHECKPOINTS, given):
         latest = CheckpointStore(root).latest()
         if latest is not None:
             return latest

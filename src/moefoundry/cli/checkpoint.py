@@ -181,12 +181,12 @@ def _directories(path: Path, name: str) -> list[Path]:
         UserError: There is none; it is called ``name``.
     """
     from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE
-    from moefoundry.checkpoint.store import entries
+    from moefoundry.checkpoint.store import CHECKPOINTS, entries
     from moefoundry.config.errors import UserError
 
     if any((path / file).exists() for file in (COMMIT_FILE, MANIFEST_FILE)):
         return [path]
-    found = [entry for root in (path / "checkpoints", path) for entry in entries(root)]
+    found = [entry for root in (path / CHECKPOINTS, path) for entry in entries(root)]
     if not found:
         raise UserError(f"{name}: no checkpoints there")
     return found
