@@ -14,10 +14,13 @@ import oci
 import pytest
 import torch
 
+from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.checkpoint.load import read_into
 from moefoundry.checkpoint.manifest import STATE_KEYS
 from moefoundry.checkpoint.remote import find_remote, is_downloaded, local_file, upload_checkpoint
 from moefoundry.checkpoint.save import write
+from moefoundry.checkpoint.start import Start
+from moefoundry.checkpoint.store import CheckpointStore
 from moefoundry.config import Recipe, UserError
 from moefoundry.data import stores
 from moefoundry.data.patience import unless_silent
@@ -216,7 +219,7 @@ def test_a_damaged_one_is_passed_over_for_the_one_before_it(
         with pytest.raises(UserError) as raised:
             find_remote(place, tmp_path / "cache")
         first, second, *_, last = str(raised.value).splitlines()
-        assert first == f"{place}: every checkpoint there is damaged:"
+        assert first == f"{place}: every checkpoint that could be taken is damaged:"
         assert second.startswith(f"  {memory}/ba10/{reason}")
         assert last == "  bring back the files of one of them, or move them away"
 
@@ -467,6 +470,20 @@ def test_what_has_come_is_counted_wherever_a_client_puts_it(tmp_path: Path) -> N
     (folder / "part-0").write_bytes(bytes(5))
     assert stores._size_of(partial) == before + folder.stat().st_size + 5
     assert stores._size_of(tmp_path / "file.1-1.partial") == 0
+
+
+def test_a_run_whose_own_upload_cannot_be_loaded_says_what_to_do(tmp_path: Path, memory: str) -> None:
+    (data,) = (directory := saved(tmp_path, 4)).glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    upload_checkpoint(directory, memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    run, saver = SimpleNamespace(load=lambda *args: read(found)), SimpleNamespace(store=CheckpointStore(tmp_path))
+    remedy = f"if moefoundry checkpoint verify {memory}/ba4 finds it damaged, move it away there: the run then goes on"
+    with pytest.raises(UserError, match=rf"__0_0\.distcp: offset \d+, tensor model/weight: damaged: .*; {remedy}"):
+        Checkpointing(run, saver, "1ba", False, Start(found)).after_load(None, None)
+    with pytest.raises(UserError, match=r"damaged: [^;]*$"):
+        Checkpointing(run, saver, "1ba", False, Start(found, own=False)).after_load(None, None)
 
 
 def through_s3(environment: dict[str, str], root: Path, url: str) -> list[str]:

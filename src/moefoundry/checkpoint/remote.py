@@ -55,7 +55,7 @@ def upload_checkpoint(directory: Path, url: str) -> None:
         remote.upload(directory / name, name)
 
 
-def find_remote(url: str, cache: Path) -> Path | None:
+def find_remote(url: str, cache: Path, after: int = -1) -> Path | None:
     """Fetch the checkpoint at a URL, or the newest below it, into a local directory that lacks the data files.
 
     One that is damaged, as far as its small files and the names of the others tell, is passed over with a warning.
@@ -63,6 +63,7 @@ def find_remote(url: str, cache: Path) -> Path | None:
     Args:
         url: URL of a checkpoint, of the directory above it, or of a ``run_dir``.
         cache: Parent of the directory; it is emptied first.
+        after: Batch; of the checkpoints below the URL, only those of later ones are looked at.
 
     Returns:
         The directory; None where there is no complete checkpoint.
@@ -74,7 +75,7 @@ def find_remote(url: str, cache: Path) -> Path | None:
     names = remote.names()
     damaged: list[str] = []
     shutil.rmtree(cache, ignore_errors=True)
-    for place in _places(names):
+    for place in _places(names, after):
         directory = _fetch_small(remote, names, place, cache)
         unfinished = (directory / COMMIT_FILE).read_bytes() == UNFINISHED
         problems = ["its upload is under way, or did not end"] if unfinished else _problems(directory, names, place)
@@ -87,16 +88,16 @@ def find_remote(url: str, cache: Path) -> Path | None:
         shutil.rmtree(directory)
     if damaged:
         remedy = "bring back the files of one of them, or move them away"
-        raise UserError("\n  ".join([f"{url}: every checkpoint there is damaged:", *damaged, remedy]))
+        raise UserError("\n  ".join([f"{url}: every checkpoint that could be taken is damaged:", *damaged, remedy]))
     return None
 
 
-def _places(names: Sequence[str]) -> list[str]:
+def _places(names: Sequence[str], after: int) -> list[str]:
     """List where among these objects there are markers of checkpoints, newest first; the empty place comes alone."""
     markers = [name.removesuffix(COMMIT_FILE) for name in names if name.rsplit("/", 1)[-1] == COMMIT_FILE]
     if "" in markers:
         return [""]
-    found = [match for place in markers if (match := _PLACE.fullmatch(place))]
+    found = [match for place in markers if (match := _PLACE.fullmatch(place)) and int(match[2]) > after]
     return [match[0] for match in sorted(found, key=lambda match: (match[1] or "", int(match[2])), reverse=True)]
 
 
