@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from moefoundry.callbacks import ema
-from moefoundry.callbacks.ema import ParameterAverage
+from moefoundry.callbacks.ema import Ema, ParameterAverage
+from moefoundry.config import EmaConfig
 
 DECAY = 0.999
 
@@ -110,6 +112,23 @@ def test_exchanged_twice_is_as_it_was() -> None:
     assert torch.equal(tensor, before)
     assert torch.equal(average.values[0], value)
     average.close()
+
+
+def test_a_skipped_step_leaves_the_average_alone() -> None:
+    """1 -> 0.5 * 1 + 0.5 * 3 = 2, and once more to 2.5 if it moved."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    callback, state = Ema(EmaConfig(decay=0.5)), SimpleNamespace(model=model)
+    callback.init(state, None)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    model.weight.grad = torch.ones(1, 1)
+    callback.batch_end(state, None)
+    assert callback.tensors()["ema/weight"].item() == 2.0
+    model.weight.grad = None
+    callback.batch_end(state, None)
+    assert callback.tensors()["ema/weight"].item() == 2.0
+    callback.close(state, None)
 
 
 def test_what_ends_the_thread_ends_the_training() -> None:

@@ -44,6 +44,22 @@ def test_checkpoints_behind_a_url_are_listed_and_verified(url: str, capsys: pyte
     assert any("model/weight" in line for line in lines)
 
 
+def test_of_a_run_directory_behind_a_url_its_checkpoints_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"memory://{tmp_path.name}/run"
+    for place, batch in (("checkpoints", 9), ("nonfinite", 9), ("nonfinite", 12)):
+        upload_checkpoint(saved(tmp_path / place, batch), f"{url}/{place}")
+    aside = saved(tmp_path, 8)
+    upload_checkpoint(aside.rename(aside.with_name("ba8.quarantine-0")), f"{url}/checkpoints")
+    status, (_, *lines) = moefoundry(capsys, "checkpoint", "list", url)
+    assert status == 0
+    assert [line.split()[0] for line in lines] == ["ba8.quarantine-0", "ba9"]
+    assert [line.split()[-1] for line in lines] == ["quarantined", "committed"]
+    status, lines = moefoundry(capsys, "checkpoint", "verify", url)
+    assert (status, lines) == (0, [f"{url}/checkpoints/{name}: intact" for name in ("ba8.quarantine-0", "ba9")])
+
+
 def test_damage_behind_a_url_is_named(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     files, root = fsspec.core.url_to_fs(url)
     content = bytearray(files.cat(f"{root}/ba9/__0_0.distcp"))

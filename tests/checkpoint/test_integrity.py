@@ -189,7 +189,15 @@ def test_row10_malice_is_refused_even_where_the_hashes_fit(store: CheckpointStor
 
 
 @pytest.mark.parametrize(
-    "forged", [{"offset": 10**12}, {"length": 10**15}, {"offset": -64}, {"relative_path": "../ba2/x"}], ids=str
+    "forged",
+    [
+        {"offset": 10**12},
+        {"length": 10**15},
+        {"offset": -64},
+        {"relative_path": "../ba2/x"},
+        {"relative_path": "state.json"},
+    ],
+    ids=str,
 )
 def test_row10_places_outside_the_files_are_refused(store: CheckpointStore, forged: dict[str, Any]) -> None:
     """Before anything of that size is allocated, and whatever else lies on the disk."""

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 from moefoundry.checkpoint import manifest, writer
-from moefoundry.checkpoint.format import read_metadata
+from moefoundry.checkpoint.format import METADATA_FILE, read_metadata
+from moefoundry.checkpoint.load import read_index, read_into
 from moefoundry.checkpoint.manifest import (
     COMMIT_FILE,
     MANIFEST_FILE,
+    RANGE_BYTES,
+    STATE_FILE,
     STATE_KEYS,
     Manifest,
     Origin,
     digest,
+    read_state,
 )
-from moefoundry.checkpoint.save import write
+from moefoundry.checkpoint.save import Saver, write
+from moefoundry.checkpoint.store import CheckpointStore, entries
 from moefoundry.config import UserError
 from tests.checkpoint.forge import verify_directory
 
@@ -62,6 +67,67 @@ def test_what_it_says(checkpoint: Path) -> None:
         assert read.size(name) == len(content) == sum(hashed.length for hashed in ranges)
     assert read.nbytes == sum(read.size(name) for name in read.files)
     assert len(read.files[FILE]) > 12, "60 x 50 values are 12,000 bytes"
+
+
+def test_index_and_state_have_hash_ranges_like_any_other_file(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (manifest, writer):
+        monkeypatch.setattr(module, "RANGE_BYTES", 30)
+    (again := checkpoint / "again").mkdir()
+    write(again, tensors(), STATE)
+    files = verify_directory(again).files
+    for name in (METADATA_FILE, STATE_FILE):
+        size = (again / name).stat().st_size
+        assert [hashed.offset for hashed in files[name]] == list(range(0, size, 30))
+        assert files[name][-1].end == size
+    assert read_state(again) == STATE
+    assert read_index(again).tensors.keys() == tensors().keys()
+
+
+def as_earlier_versions_wrote(checkpoint: Path) -> None:
+    """Give index and state one hash range each, whatever their size."""
+    document = json.loads((checkpoint / MANIFEST_FILE).read_text())
+    for name in (METADATA_FILE, STATE_FILE):
+        content = (checkpoint / name).read_bytes()
+        document["files"][name] = [[0, len(content), digest(content)]]
+    recommitted(checkpoint, document)
+
+
+def test_an_index_of_more_than_one_hash_range_can_be_read(tmp_path: Path) -> None:
+    """At its real size, as that of some ten thousand shards; and as earlier versions committed it."""
+    name, values = "model/" + "x" * (RANGE_BYTES + 10), torch.arange(3)
+    state = STATE | {"timestamp": "y" * (RANGE_BYTES + 10)}
+    write(tmp_path, {name: values}, state)
+    for lengths in ([RANGE_BYTES, (tmp_path / METADATA_FILE).stat().st_size - RANGE_BYTES], None):
+        if lengths is None:
+            as_earlier_versions_wrote(tmp_path)
+            lengths = [(tmp_path / METADATA_FILE).stat().st_size]
+        assert [hashed.length for hashed in verify_directory(tmp_path).files[METADATA_FILE]] == lengths
+        assert read_state(tmp_path) == state
+        read_into(tmp_path, {name: (read := torch.zeros_like(values))})
+        assert torch.equal(read, values)
+    path = tmp_path / METADATA_FILE
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"metadata: offset 0: damaged: the {len(content)} bytes from 0 on differ"):
+        verify_directory(tmp_path)
+    path.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=rf"metadata: damaged: has {len(content) - 1} bytes, not {len(content)}"):
+        verify_directory(tmp_path)
+
+
+def test_what_no_reader_would_take_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer whose hash ranges are too large, for one."""
+    monkeypatch.setattr(manifest, "RANGE_BYTES", 1000)
+    with pytest.raises(UserError, match=r"manifest\.json: unreadable checkpoint manifest: __0_0\.distcp: a hash range"):
+        write(tmp_path, tensors(), STATE)
+    assert not (tmp_path / COMMIT_FILE).exists()
+    store = CheckpointStore(tmp_path / "checkpoints")
+    with pytest.raises(UserError, match=r"^checkpoint ba4 was not saved: .*unreadable checkpoint manifest"):
+        Saver(store, lambda path: None).save(4, tensors(), STATE, Origin(4))
+    assert entries(store.root) == [], "nothing of it is left"
 
 
 def test_a_tensor_begins_with_a_hash_range(checkpoint: Path) -> None:
@@ -132,7 +198,8 @@ def test_without_its_marker_or_manifest_it_is_no_checkpoint(checkpoint: Path, na
         ({"files": {"../state.json": []}}, r"'\.\./state\.json' is no name of a file here"),
         ({"files": {"..": []}}, r"'\.\.' is no name of a file here"),
         ({"files": {"a": [[5, 10, "x"]]}}, r"a: a hash range of 10 bytes at 5, where 0 is next"),
-        ({"files": {"a": [[0, 10**15, "x"]]}}, r"a: a hash range of 1000000000000000 bytes at 0"),
+        ({"files": {"a.distcp": [[0, 10**15, "x"]]}}, r"a\.distcp: a hash range of 1000000000000000 bytes at 0"),
+        ({"files": {"a": [[0, 9, "x"], [9, 10**15, "x"]]}}, r"a: a hash range of 1000000000000000 bytes at 9"),
         ({"files": {"a": [[0, -1, "x"]]}}, r"a: a hash range of -1 bytes"),
         ({"files": {"a": [[0, "1", "x"]]}}, r"a: \[0, '1', 'x'\] is no hash range"),
         ({"files": []}, "attribute 'items'"),

@@ -8,15 +8,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import google.api_core.exceptions
 import oci
 import pytest
 import torch
 
+from moefoundry.callbacks.checkpointing import Checkpointing
 from moefoundry.checkpoint.load import read_into
 from moefoundry.checkpoint.manifest import STATE_KEYS
 from moefoundry.checkpoint.remote import find_remote, is_downloaded, local_file, upload_checkpoint
 from moefoundry.checkpoint.save import write
+from moefoundry.checkpoint.start import Start
+from moefoundry.checkpoint.store import CheckpointStore
 from moefoundry.config import Recipe, UserError
 from moefoundry.data import stores
 from moefoundry.data.patience import unless_silent
@@ -66,6 +70,24 @@ def test_the_newest_uploaded_checkpoint_is_found_and_read(tmp_path: Path, memory
         assert read(found) == expected
 
 
+def test_of_a_run_directory_its_checkpoints_alone_count(tmp_path: Path, memory: str) -> None:
+    """As of one on this machine: not steps that were not finite, nor what was set aside, nor what lies deeper."""
+    checkpoint = saved(tmp_path / "local", 9)
+    for place in ("nonfinite", "checkpoints/deeper", "other/checkpoints"):
+        upload_checkpoint(saved(tmp_path / place, 20), f"{memory}/{place}")
+    upload_checkpoint(checkpoint.rename(checkpoint.with_name("ba30.quarantine-0")), f"{memory}/checkpoints")
+    assert find_remote(memory, tmp_path / "cache") is None
+    upload_checkpoint(saved(tmp_path / "local", 8), f"{memory}/checkpoints")
+    upload_checkpoint(saved(tmp_path / "local", 9), f"{memory}/checkpoints")
+    upload_checkpoint(saved(tmp_path / "local", 10), memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert (found.name, read(found)) == ("ba9", 9), "directly below, as in a run_dir that is here, comes after these"
+    found = find_remote(f"{memory}/nonfinite", tmp_path / "cache")
+    assert found is not None
+    assert read(found) == 20, "where it is named"
+
+
 def names(url: str) -> list[str]:
     return sorted(Remote(url).names())
 
@@ -82,8 +104,9 @@ def test_the_manifest_and_then_the_marker_come_last(
 
     monkeypatch.setattr(Remote, "upload", spy)
     upload_checkpoint(directory, memory)
+    assert order[0] == "COMMITTED", "that of an earlier upload is replaced before anything else"
     assert order[-2:] == ["manifest.json", "COMMITTED"]
-    assert sorted(order) == sorted(path.name for path in directory.iterdir()) == [n[4:] for n in names(memory)]
+    assert sorted(order[1:]) == sorted(path.name for path in directory.iterdir()) == [n[4:] for n in names(memory)]
 
 
 class Failing:
@@ -128,6 +151,77 @@ def test_row20_an_upload_that_fails_for_good_is_no_checkpoint(
     found = find_remote(memory, tmp_path / "cache")
     assert found is not None
     assert found.name == "ba2", "the latest that is complete"
+
+
+@pytest.mark.parametrize("uploaded", range(1, 6))
+def test_an_upload_over_an_older_one_is_no_checkpoint_until_it_ends(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], uploaded: int
+) -> None:
+    """A batch that is trained once more, after its checkpoint was damaged; whatever its last upload leaves out."""
+    for batch in (2, 4):
+        upload_checkpoint(saved(tmp_path / "first", batch), memory)
+    (again := tmp_path / "again" / "ba4").mkdir(parents=True)
+    write(again, {"model/weight": torch.full((300,), 5.0)}, STATE)
+    upload, order = Remote.upload, list[str]()
+
+    def dying(self: Remote, file: Path, name: str) -> None:
+        if len(order) >= uploaded:
+            raise SystemExit("the machine is lost")
+        upload(self, file, name)
+        order.append(name)
+
+    monkeypatch.setattr(Remote, "upload", dying)
+    with pytest.raises(SystemExit):
+        upload_checkpoint(again, memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert (found.name, read(found)) == ("ba2", 2)
+    said = capsys.readouterr().err
+    assert said == f"warning: {memory}/ba4 is passed over:\n  its upload is under way, or did not end\n"
+    monkeypatch.setattr(Remote, "upload", upload)
+    upload_checkpoint(again, memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert (found.name, read(found)) == ("ba4", 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("COMMITTED", b"", "manifest.json: its hash is not the one in COMMITTED"),
+        ("manifest.json", b"{}", "manifest.json: its hash is not the one in COMMITTED"),
+        ("manifest.json", None, "manifest.json: unreadable checkpoint manifest: No such file"),
+        ("state.json", b"{}", "state.json: damaged: has 2 bytes"),
+        (".metadata", None, ".metadata: not there"),
+        ("__0_0.distcp", None, "__0_0.distcp: not there"),
+    ],
+)
+def test_a_damaged_one_is_passed_over_for_the_one_before_it(
+    tmp_path: Path, memory: str, capsys: pytest.CaptureFixture[str], name: str, damage: bytes | None, reason: str
+) -> None:
+    files, root = fsspec.core.url_to_fs(memory)
+
+    def harm(batch: int) -> None:
+        files.rm(f"{root}/ba{batch}/{name}") if damage is None else files.pipe(f"{root}/ba{batch}/{name}", damage)
+
+    for batch in (9, 10):
+        upload_checkpoint(saved(tmp_path / "local", batch), memory)
+    harm(10)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    assert (found.name, read(found)) == ("ba9", 9)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ba9"]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"warning: {memory}/ba10 is passed over:"
+    assert second.startswith(f"  {memory}/ba10/{reason}")
+    harm(9)
+    for place in (memory, f"{memory}/ba10"):
+        with pytest.raises(UserError) as raised:
+            find_remote(place, tmp_path / "cache")
+        first, second, *_, last = str(raised.value).splitlines()
+        assert first == f"{place}: every checkpoint that could be taken is damaged:"
+        assert second.startswith(f"  {memory}/ba10/{reason}")
+        assert last == "  bring back the files of one of them, or move them away"
 
 
 def test_row20_a_download_that_fails_for_good_is_named(
@@ -376,6 +470,20 @@ def test_what_has_come_is_counted_wherever_a_client_puts_it(tmp_path: Path) -> N
     (folder / "part-0").write_bytes(bytes(5))
     assert stores._size_of(partial) == before + folder.stat().st_size + 5
     assert stores._size_of(tmp_path / "file.1-1.partial") == 0
+
+
+def test_a_run_whose_own_upload_cannot_be_loaded_says_what_to_do(tmp_path: Path, memory: str) -> None:
+    (data,) = (directory := saved(tmp_path, 4)).glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    upload_checkpoint(directory, memory)
+    found = find_remote(memory, tmp_path / "cache")
+    assert found is not None
+    run, saver = SimpleNamespace(load=lambda *args: read(found)), SimpleNamespace(store=CheckpointStore(tmp_path))
+    remedy = f"if moefoundry checkpoint verify {memory}/ba4 finds it damaged, move it away there: the run then goes on"
+    with pytest.raises(UserError, match=rf"__0_0\.distcp: offset \d+, tensor model/weight: damaged: .*; {remedy}"):
+        Checkpointing(run, saver, "1ba", False, Start(found)).after_load(None, None)
+    with pytest.raises(UserError, match=r"damaged: [^;]*$"):
+        Checkpointing(run, saver, "1ba", False, Start(found, own=False)).after_load(None, None)
 
 
 def through_s3(environment: dict[str, str], root: Path, url: str) -> list[str]:

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from moefoundry.checkpoint.manifest import (
@@ -19,6 +21,7 @@ from moefoundry.checkpoint.manifest import (
     commit,
     write_synced,
 )
+from moefoundry.checkpoint.remote import upload_checkpoint
 from moefoundry.checkpoint.run_dir import (
     CONFIG_FILE,
     check_run_dir,
@@ -50,8 +53,8 @@ def save_checkpoint(recipe: Recipe, batch: int = 4, stored: dict[str, Any] | Non
     store = store_of(Path(recipe.run_dir))
     directory = store.begin(batch)
     state = dict.fromkeys(STATE_KEYS) | {"recipe": flatten(recipe) if stored is None else stored}
-    file = write_synced(directory / STATE_FILE, json.dumps(state).encode())
-    commit(directory, Origin(batch), {STATE_FILE: [file]})
+    ranges = write_synced(directory / STATE_FILE, json.dumps(state).encode())
+    commit(directory, Origin(batch), {STATE_FILE: ranges})
     return store.publish(batch)
 
 
@@ -191,3 +194,64 @@ def test_a_recipe_that_cannot_be_written_leaves_the_old_one(
     with pytest.raises(UserError, match=rf"run_dir: cannot write {path}: No space left"):
         claim_run_dir(recipe())
     assert path.read_text() == written
+
+
+@pytest.fixture
+def shared(recipe: MakeRecipe, tmp_path: Path) -> Recipe:
+    """A run that has batch 4 here, and whose store has batches 2, 4 and 6, from a machine that went on."""
+    shared = recipe(f"save_remote=memory://{tmp_path.name}/run", "autoresume=true")
+    for batch in (2, 4, 6):
+        there = save_checkpoint(replace(shared, run_dir=str(tmp_path / "there")), batch)
+        upload_checkpoint(there, shared.save_remote or "")
+    save_checkpoint(shared, 4)
+    return shared
+
+
+def started_from(recipe: Recipe) -> str:
+    """Parent and name of the checkpoint that a run of its own goes on from."""
+    _, start = open_run(recipe, {})
+    assert start is not None
+    assert start.own
+    return "/".join(start.checkpoint.parts[-2:])
+
+
+def test_the_newer_of_a_checkpoint_here_and_an_uploaded_one_is_taken(
+    shared: Recipe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert started_from(shared) == "downloads/ba6"
+    store = store_of(Path(shared.run_dir))
+    assert capsys.readouterr().err == (
+        f"note: save_remote, {shared.save_remote}, has ba6, newer than {store.path(4)}: the run goes on from it; "
+        "to go on from ba4 instead, name another save_remote, or move the newer ones there away\n"
+    )
+    for batch in (6, 8):  # the same batch is in both, and then a later one is here
+        save_checkpoint(shared, batch)
+        assert started_from(shared) == f"checkpoints/ba{batch}"
+    assert capsys.readouterr().err == ""
+
+
+def test_where_the_newer_upload_cannot_be_taken_the_checkpoint_here_is(
+    shared: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = store_of(Path(shared.run_dir)).path(4)
+    unknown = f"warning: save_remote: whether it has a newer checkpoint than {here} is not known: "
+    files, root = fsspec.core.url_to_fs(shared.save_remote)
+    files.rm(f"{root}/ba6/{STATE_FILE}")
+    assert started_from(shared) == "checkpoints/ba4"
+    assert f"{shared.save_remote}/ba6/{STATE_FILE}: not there\n" in (said := capsys.readouterr().err)
+    assert unknown in said
+
+    def forbidden(*args: object) -> None:
+        raise PermissionError("forbidden")
+
+    monkeypatch.setattr("moefoundry.data.stores._FsspecStore.names", forbidden)
+    assert started_from(shared) == "checkpoints/ba4"
+    said = capsys.readouterr().err
+    assert said == f"{unknown}{shared.save_remote}: cannot list (attempts: 1): forbidden\n"
+
+
+def test_a_newer_upload_of_another_run_is_refused(shared: Recipe, tmp_path: Path) -> None:
+    another = load_recipe(QUICKSTART, [f"run_dir={tmp_path / 'another'}", "seed=3"])
+    upload_checkpoint(save_checkpoint(another, 8), shared.save_remote or "")
+    with pytest.raises(UserError, match=r"holds checkpoints of a run with another recipe; choose another URL\. .*"):
+        open_run(shared, {})

@@ -38,7 +38,7 @@ def save(made: Recipe, **changes: Any) -> Path:
     store = store_of(Path(made.run_dir))
     directory = store.begin(4)
     content = json.dumps({key: value for key, value in state.items() if value is not None}).encode()
-    commit(directory, Origin(4), {STATE_FILE: [write_synced(directory / STATE_FILE, content)]})
+    commit(directory, Origin(4), {STATE_FILE: write_synced(directory / STATE_FILE, content)})
     claim_run_dir(made)
     return store.publish(4)
 

@@ -1,11 +1,15 @@
 """Which checkpoints exist: complete ones only, under names that are never written to again."""
 
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from moefoundry.checkpoint.manifest import COMMIT_FILE, STATE_FILE, Origin, commit
-from moefoundry.checkpoint.store import CheckpointStore, entries, find_checkpoint
+from moefoundry.checkpoint.store import CheckpointStore, Retention, entries, find_checkpoint, remove
+from moefoundry.cli.main import main
 from moefoundry.config import UserError
 
 
@@ -78,6 +82,52 @@ def test_row7_what_is_damaged_gets_out_of_the_way(store: CheckpointStore) -> Non
     save(store, 30)
     assert [path.name for path in entries(store.root)] == ["ba4", "ba4.quarantine-0", "ba4.quarantine-1", "ba30"]
     assert store.batches() == [4, 30]
+
+
+@pytest.mark.parametrize(
+    ("delete", "left"),
+    [
+        (lambda store: store.retain(Retention(1)), "ba2.incomplete"),
+        (lambda store: main(["checkpoint", "delete", str(store.path(2)), "--yes"]), "ba2.incomplete"),
+        (lambda store: remove(store.quarantine(2)), "ba2.quarantine-0.incomplete"),
+    ],
+    ids=["retention", "command", "quarantined"],
+)
+def test_a_deletion_that_is_killed_is_ended_by_the_next_save(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, delete: Callable[[CheckpointStore], object], left: str
+) -> None:
+    for batch in (2, 4):
+        (save(store, batch) / STATE_FILE).write_text("{}")
+
+    def dies(path: Path) -> None:
+        (path / STATE_FILE).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):  # the command gives back a status
+        patch.setattr("shutil.rmtree", dies)
+        delete(store)
+    assert [path.name for path in entries(store.root)] == [left, "ba4"]
+    assert store.claimed() == [4], "what is left is no checkpoint, nor a damaged one"
+    save(store, 2)
+    assert [path.name for path in entries(store.root)] == ["ba2", "ba4"]
+
+
+def test_one_that_another_process_deletes_too_is_gone(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run may begin a save while a person deletes a checkpoint."""
+    save(store, 2)
+    store.begin(4)
+    rmtree, times = shutil.rmtree, []
+
+    def surprised(path: Path) -> None:
+        times.append(path)
+        if len(times) == 1:
+            raise FileNotFoundError(path / "gone meanwhile")
+        rmtree(path)
+
+    monkeypatch.setattr("shutil.rmtree", surprised)
+    remove(store.path(2))
+    assert entries(store.root) == [store.staging_path(4)]
+    assert times == [store.staging_path(2)] * 2
 
 
 def test_find_a_checkpoint_by_its_own_its_stores_or_its_runs_directory(store: CheckpointStore) -> None:

@@ -70,7 +70,7 @@ def test_row20_a_failed_upload_is_no_failed_save(tiny_overrides: Overrides, tmp_
     url = f"file://{tmp_path}/uploads"
     arguments = tiny_overrides(tmp_path / "run", *STEPS, f"save_remote={url}")
     ((status, err),) = run_distributed(train_on_a_full_disk, 1, arguments, None)
-    failure = f"checkpoint ba2 was saved, but not uploaded: {url}/ba2/.metadata: cannot upload (attempts: 6): reset"
+    failure = f"checkpoint ba2 was saved, but not uploaded: {url}/ba2/COMMITTED: cannot upload (attempts: 6): reset"
     assert status == 2
     assert f"warning: {failure}" in err
     assert f"error: {failure}" in err

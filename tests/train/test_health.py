@@ -87,9 +87,10 @@ def infinite_gradient() -> None:
 
 
 def watched(recipe: Recipe, fault: Callable[[], None]) -> dict[str, Any]:
-    """Train with a fault; the error, and whether the third step changed weights, optimizer or expert bias."""
+    """Train with a fault; the error, and whether the third step changed weights, optimizer, expert bias or average."""
     from composer.core import Callback
 
+    from moefoundry.callbacks.ema import Ema
     from moefoundry.checkpoint.state import optimizer_tensors, trained_tensors
     from moefoundry.trainer import train
 
@@ -106,6 +107,8 @@ def watched(recipe: Recipe, fault: Callable[[], None]) -> dict[str, Any]:
         def tensors(self) -> dict[str, Tensor]:
             state = self.state
             tensors = {**trained_tensors(state.model), **optimizer_tensors(state.model, state.optimizers[0])}
+            for average in (callback for callback in state.callbacks if isinstance(callback, Ema)):
+                tensors |= average.tensors()
             return {name: copy.deepcopy(tensor) for name, tensor in tensors.items()}
 
     watch, error = Watch(), None
@@ -167,7 +170,7 @@ def whole(tiny_recipe: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_row18_a_skipped_step_changes_nothing_and_the_run_goes_on(
     tiny_recipe: Tiny, tmp_path: Path, whole: Run, fault: Callable[[], None]
 ) -> None:
-    recipe = tiny_recipe(tmp_path, *STEPS, "nonfinite=skip")
+    recipe = tiny_recipe(tmp_path, *STEPS, "nonfinite=skip", "ema.decay=0.5")
     outcomes = run_distributed(watched, 2, recipe, fault)
     for outcome in outcomes:
         assert outcome["error"] is None

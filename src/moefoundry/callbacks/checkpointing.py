@@ -10,7 +10,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist
 
-from moefoundry.checkpoint.remote import is_downloaded
+from moefoundry.checkpoint.remote import is_downloaded, origin_of
 from moefoundry.checkpoint.run_dir import newest_intact
 from moefoundry.checkpoint.save import Saver
 from moefoundry.checkpoint.start import Start
@@ -56,8 +56,11 @@ class Checkpointing(Callback):
         try:
             self._resume_seconds = self.run.load(state, self.start.checkpoint, self.start.weights_only)
             return
-        except UserError:  # on every rank
+        except UserError as error:  # on every rank
             checkpoint, store = self.start.checkpoint, self.saver.store
+            if self.start.own and (uploaded := origin_of(checkpoint)) is not None:
+                remedy = f"if moefoundry checkpoint verify {uploaded} finds it damaged, move it away there"
+                raise UserError(f"{error}; {remedy}: the run then goes on from the one before it") from error
             intact = newest_intact(store, sizes_only=False) if checkpoint.parent == store.root else checkpoint
             if intact == checkpoint:
                 raise

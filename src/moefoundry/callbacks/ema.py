@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from moefoundry.callbacks.health import step_was_skipped
 from moefoundry.config import EmaConfig
 
 
@@ -142,7 +143,8 @@ class Ema(Callback):
         self._average.release()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        self._average.update(self._shards())
+        if not step_was_skipped(state.model):
+            self._average.update(self._shards())
 
     def eval_before_all(self, state: State, logger: Logger) -> None:
         if self.cfg.evaluate:

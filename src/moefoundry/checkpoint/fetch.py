@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE, Manifest, damage
 from moefoundry.checkpoint.remote import find_remote, is_downloaded, local_file, note_origin
+from moefoundry.checkpoint.store import CHECKPOINTS
 from moefoundry.config import UserError
 from moefoundry.config.urls import is_url, resolved, url_problem
 from moefoundry.data.stores import Remote
@@ -83,14 +84,19 @@ def _scratch(place: str) -> Iterator[tuple[Path, Path | None]]:
 
 
 def _manifests(url: str, scratch: Path) -> Path:
-    """Fetch marker and manifest of every checkpoint at or below a URL, into directories of their names."""
+    """Fetch marker and manifest of every checkpoint at or below a URL, into directories that lie as there.
+
+    Those of a ``run_dir`` lie in its directory of checkpoints; what else of it looks like some is none of them.
+    """
     remote = Remote(url)
     names = [name for name in remote.names() if _is_plain(name)]
     alone = COMMIT_FILE in names or MANIFEST_FILE in names
-    root = scratch / (remote.url.rsplit("/", 1)[-1] if alone else "checkpoints")
+    root = scratch / (remote.url.rsplit("/", 1)[-1] if alone else "run")
     for name in names:
         inside, _, file = name.rpartition("/")
-        directory = root / inside.rsplit("/", 1)[-1]
+        if inside.rpartition("/")[0] not in ("", CHECKPOINTS) or (alone and inside):
+            continue
+        directory = root / inside
         directory.mkdir(parents=True, exist_ok=True)
         if file in (COMMIT_FILE, MANIFEST_FILE):
             remote.download(name, directory / file)

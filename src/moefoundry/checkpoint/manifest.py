@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ STATE_FILE = "state.json"
 DATA_SUFFIX = ".distcp"
 FORMAT = 1
 RANGE_BYTES = 16 * 2**20
+_STEP_BYTES = 2**20  # read at a time, to be hashed
 
 STATE_KEYS = ("timestamp", "data", "world_size", "recipe")
 WEIGHTS_ONLY = "weights_only"
@@ -60,6 +62,11 @@ class HashRange(NamedTuple):
     @property
     def end(self) -> int:
         return self.offset + self.length
+
+    @property
+    def damage(self) -> str:
+        """Text that says of bytes with another hash what is wrong."""
+        return f"damaged: the {self.length} bytes from {self.offset} on differ from what was saved"
 
 
 def _versions() -> dict[str, str]:
@@ -125,10 +132,7 @@ class Manifest:
             raise UserError(f"{path}: unreadable checkpoint manifest: {error.strerror}") from error
         if committed.strip() != digest(content):
             raise UserError(f"{path}: its hash is not the one in {COMMIT_FILE}; one of the two is damaged or replaced")
-        try:
-            return _parse(directory, json.loads(content))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: unreadable checkpoint manifest: {error}") from error
+        return _parsed(directory, content)
 
     def size(self, file: str) -> int:
         """Give the size that a file must have, in bytes.
@@ -172,16 +176,16 @@ class Manifest:
             UserError: They are not what was written, or are not whole hash ranges; names file, offset and tensor.
         """
         view = memoryview(data).cast("B")
-        place = f"{self.directory / file}: offset {offset}" + (f", tensor {tensor}" if tensor else "")
+        place = self._place(file, offset, tensor)
         ranges = self.covering(file, offset, len(view))
         if ranges and (ranges[0].offset, ranges[-1].end) != (offset, offset + len(view)):
             raise UserError(f"{place}: {len(view)} bytes are no whole hash ranges")
-        for start, length, expected in ranges:
-            if digest(view[start - offset :][:length]) != expected:
-                raise UserError(f"{place}: damaged: the {length} bytes from {start} on differ from what was saved")
+        for hashed in ranges:
+            if digest(view[hashed.offset - offset :][: hashed.length]) != hashed.digest:
+                raise UserError(f"{place}: {hashed.damage}")
 
     def check(self, file: str, offset: int, length: int, tensor: str | None = None) -> None:
-        """Read the hash ranges of these bytes, one at a time, and :meth:`verify` them.
+        """Read the hash ranges of these bytes, a few at a time, and compare their hashes; memory is bounded.
 
         Raises:
             UserError: As :meth:`covering` and :meth:`verify`.
@@ -191,10 +195,17 @@ class Manifest:
         with (self.directory / file).open("rb", buffering=0) as stream:
             for hashed in ranges:
                 stream.seek(hashed.offset)
-                data = stream.read(hashed.length)
-                if len(data) < hashed.length:
-                    raise UserError(f"{self.directory / file}: damaged: ends at {hashed.offset + len(data)}")
-                self.verify(file, hashed.offset, data, tensor)
+                hash_of_read, left = xxhash.xxh3_64(), hashed.length
+                while left and (data := stream.read(min(left, _STEP_BYTES))):
+                    hash_of_read.update(data)
+                    left -= len(data)
+                if left:
+                    raise UserError(f"{self.directory / file}: damaged: ends at {hashed.end - left}")
+                if hash_of_read.hexdigest() != hashed.digest:
+                    raise UserError(f"{self._place(file, hashed.offset, tensor)}: {hashed.damage}")
+
+    def _place(self, file: str, offset: int, tensor: str | None) -> str:
+        return f"{self.directory / file}: offset {offset}" + (f", tensor {tensor}" if tensor else "")
 
     def problems(self, file: str, sizes_only: bool = False) -> list[str]:
         """Check one file, by its size alone or by reading it from end to end.
@@ -245,10 +256,12 @@ def commit(directory: Path, origin: Origin, files: Mapping[str, Sequence[HashRan
 
     Raises:
         OSError: The disk is full, or fails.
+        UserError: The manifest that was written is none that a reader would take; there is no marker then.
     """
     document = {"format": FORMAT, **asdict(origin), "files": files}
     content = json.dumps(document, separators=(",", ":")).encode()
     write_synced(directory / MANIFEST_FILE, content)
+    _parsed(directory, (directory / MANIFEST_FILE).read_bytes())
     sync_directory(directory)
     write_synced(directory / COMMIT_FILE, digest(content).encode() + b"\n")
     sync_directory(directory)
@@ -297,13 +310,14 @@ def recipe_digest(recipe: Mapping[str, Any]) -> str:
     return digest(json.dumps(recipe, sort_keys=True, default=str).encode())
 
 
-def write_synced(path: Path, content: bytes) -> HashRange:
-    """Write a small file through to the disk, as one hash range."""
+def write_synced(path: Path, content: bytes) -> list[HashRange]:
+    """Write a file through to the disk. Returns its hash ranges."""
     with path.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    return HashRange(0, len(content), digest(content))
+    parts = ((start, memoryview(content)[start:][:RANGE_BYTES]) for start in range(0, len(content), RANGE_BYTES))
+    return [HashRange(start, len(part), digest(part)) for start, part in parts]
 
 
 def sync_directory(directory: Path) -> None:
@@ -315,6 +329,18 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _parsed(directory: Path, content: bytes) -> Manifest:
+    """Make the manifest of a directory from the bytes of its file.
+
+    Raises:
+        UserError: They are none.
+    """
+    try:
+        return _parse(directory, json.loads(content))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"{directory / MANIFEST_FILE}: unreadable checkpoint manifest: {error}") from error
+
+
 def _parse(directory: Path, document: Any) -> Manifest:
     if document["format"] != FORMAT:
         raise ValueError(f"format {document['format']!r}; this release reads {FORMAT}")
@@ -324,10 +350,12 @@ def _parse(directory: Path, document: Any) -> Manifest:
             raise ValueError(f"{name!r} is no name of a file here")
         ranges = [HashRange(*each) for each in listed]
         position = 0
+        # Earlier versions hashed index and state whole, whatever their size; readers allocate nothing by that.
+        longest = math.inf if len(ranges) == 1 and not name.endswith(DATA_SUFFIX) else RANGE_BYTES
         for hashed in ranges:
             if type(hashed.offset) is not int or type(hashed.length) is not int or not isinstance(hashed.digest, str):
                 raise ValueError(f"{name}: {list(hashed)!r} is no hash range")
-            if hashed.offset != position or not 0 < hashed.length <= RANGE_BYTES:
+            if hashed.offset != position or not 0 < hashed.length <= longest:
                 raise ValueError(
                     f"{name}: a hash range of {hashed.length} bytes at {hashed.offset}, where {position} is next"
                 )

@@ -23,7 +23,7 @@ from torch import Tensor
 from xxhash import xxh3_64
 
 from moefoundry.checkpoint.format import FileRange, RangeReader, layout_in, values_in, values_offset
-from moefoundry.checkpoint.manifest import HashRange, Manifest
+from moefoundry.checkpoint.manifest import DATA_SUFFIX, HashRange, Manifest
 from moefoundry.checkpoint.remote import local_file
 from moefoundry.config import UserError
 
@@ -104,6 +104,10 @@ class ShardReader:
 
     def _read(self, shard: Wanted) -> Read:
         name, place, shape, dtype, into = shard
+        if not place.file.endswith(DATA_SUFFIX):  # memory is allocated by the lengths of its hash ranges
+            raise UserError(
+                f"{self._manifest.directory / place.file}: no file of tensors; tensor {name} cannot be there"
+            )
         ranges = self._manifest.covering(place.file, place.offset, place.length)
         with self._opening:  # else each thread would download it
             stream = self._open(place.file)
@@ -129,18 +133,17 @@ class ShardReader:
         for memory in memories:
             position = 0
             while position < len(memory):
-                start, length, digest = left[0]
-                step = min(STEP_BYTES, len(memory) - position, start + length - offset)
+                current = left[0]
+                step = min(STEP_BYTES, len(memory) - position, current.end - offset)
                 count = os.preadv(stream.fileno(), [memory[position : position + step]], offset)
                 if not count:
                     place = f"{path}: offset {offset}, tensor {name}"
                     raise UserError(f"{place}: the file ends there, not at {ranges[-1].end} or later")
                 hashed.update(memory[position : position + count])
                 position, offset = position + count, offset + count
-                if offset == start + length:
-                    if hashed.hexdigest() != digest:
-                        problem = f"damaged: the {length} bytes from {start} on differ from what was saved"
-                        raise UserError(f"{path}: offset {start}, tensor {name}: {problem}")
+                if offset == current.end:
+                    if hashed.hexdigest() != current.digest:
+                        raise UserError(f"{path}: offset {current.offset}, tensor {name}: {current.damage}")
                     left.popleft()
                     hashed = xxh3_64()
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 from moefoundry.checkpoint.base import find_base
 from moefoundry.checkpoint.lease import make_directory
-from moefoundry.checkpoint.manifest import damage, read_state, write_synced
+from moefoundry.checkpoint.manifest import Manifest, damage, read_state, write_synced
 from moefoundry.checkpoint.ranks import from_every_rank, on_rank_zero, rank
 from moefoundry.checkpoint.remote import find_remote, is_downloaded
 from moefoundry.checkpoint.start import Start, check_architecture, check_start
-from moefoundry.checkpoint.store import CheckpointStore, find_checkpoint
+from moefoundry.checkpoint.store import CHECKPOINTS, CheckpointStore, find_checkpoint
 from moefoundry.config import Recipe, UserError, diff_recipes, dump_recipe, flatten, load_recipe
+from moefoundry.config.secrets import redact
 from moefoundry.config.spec import is_free_on_resume, show_leaf
 from moefoundry.config.urls import is_url, resolved
 from moefoundry.config.versions import without_effect
 
 CONFIG_FILE = "config.yaml"
-CHECKPOINTS = "checkpoints"
 DOWNLOADS = "downloads"
 
 
@@ -135,17 +135,18 @@ def _quarantine(store: CheckpointStore, damaged: Mapping[int, list[str]]) -> Non
     for batch, problems in damaged.items():
         moved = store.quarantine(batch)
         lines = [f"warning: {store.path(batch)} is damaged and now called {moved.name}:", *problems]
-        print("\n  ".join(lines), file=sys.stderr, flush=True)
+        _say("\n  ".join(lines))
 
 
 def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> Start | None:
     """Choose and check the checkpoint to start from; a refused download is removed.
 
-    The run's ``newest``, else that of ``save_remote`` (with ``autoresume``), else ``load_path``; None to begin anew.
+    With ``autoresume`` the newer of the run's ``newest`` and that of ``save_remote``, else ``load_path``; None to begin
+    anew.
     """
     checkpoint, own, cache = newest, True, Path(recipe.run_dir) / DOWNLOADS
-    if checkpoint is None and recipe.autoresume and recipe.save_remote:
-        checkpoint = find_remote(recipe.save_remote, cache)
+    if recipe.autoresume and recipe.save_remote:
+        checkpoint = _uploaded(recipe.save_remote, newest, cache) or newest
     if checkpoint is None and recipe.load_path is not None:
         own, path = False, resolved(recipe.load_path)
         checkpoint = find_remote(recipe.load_path, cache) if is_url(path) else find_checkpoint(path)
@@ -156,7 +157,7 @@ def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> S
     try:
         if checkpoint is None:
             return _with_base(Start(Path(), own=False, weights_only=True), recipe, None, cache)
-        if own and newest is None:
+        if own and checkpoint != newest:
             _check_uploaded(recipe, checkpoint)
         start = check_start(checkpoint, own, recipe, digests)
         return start if recipe.lora is None else _with_base(start, recipe, checkpoint, cache)
@@ -164,6 +165,30 @@ def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> S
         if checkpoint is not None and is_downloaded(checkpoint):
             shutil.rmtree(checkpoint)
         raise
+
+
+def _uploaded(save_remote: str, newest: Path | None, cache: Path) -> Path | None:
+    """Find the newest uploaded checkpoint, if it is newer than the run's ``newest``, and say so.
+
+    Raises:
+        UserError: As :func:`find_remote`, where there is no ``newest`` to go on from.
+    """
+    if newest is None:
+        return find_remote(save_remote, cache)
+    try:
+        found = find_remote(save_remote, cache, after=Manifest.read(newest).origin.batch)
+    except UserError as error:
+        _say(f"warning: save_remote: whether it has a newer checkpoint than {newest} is not known: {error}")
+        return None
+    if found is not None:
+        place = f"save_remote, {redact(save_remote)},"
+        remedy = f"to go on from {newest.name} instead, name another save_remote, or move the newer ones there away"
+        _say(f"note: {place} has {found.name}, newer than {newest}: the run goes on from it; {remedy}")
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _with_base(start: Start, recipe: Recipe, checkpoint: Path | None, cache: Path) -> Start:

@@ -231,14 +231,15 @@ def _allocate_state(optimizer: Optimizer) -> None:
 
 
 def rng_tensors(rank: int) -> dict[str, Tensor]:
-    """Copy the states of this rank's generators."""
+    """Copy the states of this rank's generators, with the second values of pairs of which one was drawn."""
     _, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray), "legacy=True gives a tuple"
-    assert (name, gauss) == ("MT19937", None), "a generator is in an unusual state"
+    assert name == "MT19937", "NumPy's generator is in an unusual state"
     states = {
         "torch": torch.random.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
     }
@@ -265,7 +266,8 @@ def restore_rng(tensors: dict[str, Tensor], rank: int) -> None:
         generator: tensors[f"rng/{rank}/{generator}"] for generator in ("torch", "python", "numpy", "numpy_gauss")
     }
     torch.random.set_rng_state(states["torch"])
-    random.setstate((3, tuple(states["python"].tolist()), None))
+    has_pending, pending = tensors.get(f"rng/{rank}/python_gauss", torch.zeros(2)).tolist()  # earlier ones lack it
+    random.setstate((3, tuple(states["python"].tolist()), pending if has_pending else None))
     *keys, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, states["numpy_gauss"].item()))
     if f"rng/{rank}/cuda" in tensors:

@@ -1,7 +1,7 @@
 """The checkpoints of a run, as directories ``ba{batch}`` under ``run_dir/checkpoints``.
 
     ba{batch}                   committed (``manifest.py``); never written to again
-    ba{batch}.incomplete        being written, or left by a save that did not end
+    ba{batch}.incomplete        being written or deleted, or left by a save or a deletion that did not end
     ba{batch}.quarantine-{k}    was damaged, and is kept for a person to look at
 
 A checkpoint is written under its staging name, committed there and renamed, so nothing that a reader looks for is ever
@@ -15,18 +15,19 @@ import math
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from moefoundry.checkpoint.manifest import COMMIT_FILE, STATE_FILE, Manifest, is_committed, sync_directory
 from moefoundry.config import UserError
 
+CHECKPOINTS = "checkpoints"  # directory in run_dir
 STAGING_SUFFIX = ".incomplete"
 QUARANTINE_SUFFIX = ".quarantine-"
 TOKENIZER = "tokenizer"  # directory, beside the tensors of an imported model
 _NAME = re.compile(r"ba(\d+)")
-_ANY_NAME = re.compile(rf"ba(\d+)({re.escape(STAGING_SUFFIX)}|{re.escape(QUARANTINE_SUFFIX)}\d+)?")
+_ANY_NAME = re.compile(rf"ba(\d+)({re.escape(QUARANTINE_SUFFIX)}\d+)?({re.escape(STAGING_SUFFIX)})?")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class CheckpointStore:
         return self.path(batches[-1]) if batches else None
 
     def begin(self, batch: int) -> Path:
-        """Make an empty staging directory for ``batch``, and remove what interrupted saves left. One save at a time.
+        """Make an empty staging directory for ``batch``, and remove what was interrupted. One save at a time.
 
         Raises:
             UserError: The batch has a committed checkpoint already.
@@ -86,7 +87,7 @@ class CheckpointStore:
             self.quarantine(batch)
         if self.root.is_dir():
             for left in self.root.glob(f"ba*{STAGING_SUFFIX}"):
-                shutil.rmtree(left)
+                remove(left)
         staging = self.staging_path(batch)
         staging.mkdir(parents=True)
         return staging
@@ -133,15 +134,24 @@ class CheckpointStore:
             kept |= {min(finite, key=measured.__getitem__)} if finite else set()
         for batch in batches:
             if batch not in kept and not in_use(self.path(batch)):
-                self.delete(batch)
-
-    def delete(self, batch: int) -> None:
-        """Delete a checkpoint; interrupted, it leaves no directory that counts as one."""
-        (self.path(batch) / COMMIT_FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.path(batch))
+                remove(self.path(batch))
 
     def _metric(self, batch: int, name: str) -> float:
         return Manifest.read(self.path(batch)).origin.metrics.get(name, math.nan)
+
+
+def remove(directory: Path) -> None:
+    """Delete a checkpoint, complete or not. Interrupted, it leaves none, and the next save removes what it leaves."""
+    doomed = directory
+    if not directory.name.endswith(STAGING_SUFFIX):
+        doomed = directory.with_name(directory.name + STAGING_SUFFIX)
+        if doomed.exists():
+            remove(doomed)
+        directory.rename(doomed)
+    (doomed / COMMIT_FILE).unlink(missing_ok=True)
+    while doomed.exists():
+        with suppress(FileNotFoundError):  # another process may remove it, too
+            shutil.rmtree(doomed)
 
 
 @contextmanager
@@ -181,7 +191,7 @@ def find_checkpoint(path: str) -> Path:
     given = Path(path)
     if is_committed(given):
         return given
-    for root in (given / "checkpoints", given):
+    for root in (given / CHECKPOINTS, given):
         latest = CheckpointStore(root).latest()
         if latest is not None:
             return latest

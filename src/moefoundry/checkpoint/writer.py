@@ -188,6 +188,7 @@ def commit_files(
 
     Raises:
         OSError: The disk is full, or fails.
+        UserError: As :func:`~moefoundry.checkpoint.manifest.commit`.
         ValueError: The shards of a tensor do not make it up.
     """
     shards = [shard for of_file in plan for shard in of_file]
@@ -207,8 +208,8 @@ def commit_files(
         storage_meta=StorageMeta(),
     )
     small = {
-        METADATA_FILE: [write_synced(directory / METADATA_FILE, pickle.dumps(metadata))],
-        STATE_FILE: [write_synced(directory / STATE_FILE, json.dumps(state, indent=1).encode())],
+        METADATA_FILE: write_synced(directory / METADATA_FILE, pickle.dumps(metadata)),
+        STATE_FILE: write_synced(directory / STATE_FILE, json.dumps(state, indent=1).encode()),
     }
     commit(directory, origin, {**{file.name: file.hashes for file in files}, **small})
 

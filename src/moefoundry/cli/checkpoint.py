@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -152,7 +151,7 @@ def show(run: str, as_json: bool) -> None:
 def delete(run: str, batch: int | None, yes: bool) -> None:
     """Delete one checkpoint."""
     from moefoundry.checkpoint.manifest import is_committed
-    from moefoundry.checkpoint.store import entries, in_use
+    from moefoundry.checkpoint.store import entries, in_use, remove
     from moefoundry.config.errors import UserError
     from moefoundry.config.urls import is_url
 
@@ -170,7 +169,7 @@ def delete(run: str, batch: int | None, yes: bool) -> None:
         raise UserError(f"this deletes {directory}; say --yes")
     if in_use(directory):
         raise UserError(f"{directory} is in use by another process")
-    shutil.rmtree(directory)
+    remove(directory)
     print(f"deleted {directory}", file=sys.stderr)
 
 
@@ -181,12 +180,12 @@ def _directories(path: Path, name: str) -> list[Path]:
         UserError: There is none; it is called ``name``.
     """
     from moefoundry.checkpoint.manifest import COMMIT_FILE, MANIFEST_FILE
-    from moefoundry.checkpoint.store import entries
+    from moefoundry.checkpoint.store import CHECKPOINTS, entries
     from moefoundry.config.errors import UserError
 
     if any((path / file).exists() for file in (COMMIT_FILE, MANIFEST_FILE)):
         return [path]
-    found = [entry for root in (path / "checkpoints", path) for entry in entries(root)]
+    found = [entry for root in (path / CHECKPOINTS, path) for entry in entries(root)]
     if not found:
         raise UserError(f"{name}: no checkpoints there")
     return found

@@ -144,9 +144,9 @@ def _check_tasks(recipe: Recipe) -> None:
 
 def _goes_on(recipe: Recipe) -> bool:
     """Tell if the run has a checkpoint of its own, which comes before ``load_path``."""
-    from moefoundry.checkpoint.store import CheckpointStore
+    from moefoundry.checkpoint.store import CHECKPOINTS, CheckpointStore
 
-    return recipe.autoresume and CheckpointStore(Path(recipe.run_dir, "checkpoints")).latest() is not None
+    return recipe.autoresume and CheckpointStore(Path(recipe.run_dir, CHECKPOINTS)).latest() is not None
 
 
 def check_names(recipe: Recipe) -> None:

@@ -301,7 +301,7 @@ class Recipe:
         free_on_resume=True,
     )
     autoresume: bool = key(
-        False, "Continue from the newest checkpoint of run_dir, if there is one.", free_on_resume=True
+        False, "Continue from the newest checkpoint of run_dir or save_remote, if there is one.", free_on_resume=True
     )
     dist_timeout: float = key(
         600.0,

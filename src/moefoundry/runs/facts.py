@@ -12,12 +12,11 @@ from typing import Any
 import yaml
 
 from moefoundry.checkpoint.lease import LEASE_FILE, observed
-from moefoundry.checkpoint.store import CheckpointStore
+from moefoundry.checkpoint.store import CHECKPOINTS, CheckpointStore
 from moefoundry.config import UserError, redacted
 from moefoundry.runs import history, metrics
 
 CONFIG_FILE = "config.yaml"
-CHECKPOINTS = "checkpoints"
 SIGNS = (metrics.FILE_NAME, history.FILE_NAME, LEASE_FILE, CHECKPOINTS)  # of a directory that is a run's
 MAX_DEPTH = 4  # of runs below the directory that is searched
 MAX_NESTING = 100  # of a recipe: libyaml's loader ends the process where it is far deeper
