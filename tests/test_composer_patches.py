@@ -96,3 +96,31 @@ def test_another_version_of_streaming_is_warned_of(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(streaming, "__version__", "0.14.0")
     with pytest.warns(UserWarning, match=r"mosaicml-streaming 0\.14\.0 is installed, .*==0\.13\.0"):
         guard.check_version()
+
+
+def test_no_graph_is_left_behind_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from composer import Trainer
+
+    from moefoundry.composer_patches import MeshTrainer
+
+    class State:
+        model = torch.nn.Linear(2, 1)
+        outputs: object = None
+        loss: object = None
+
+    def train(trainer: Trainer, *_: object) -> dict[str, torch.Tensor]:
+        out = trainer.state.model(torch.ones(3, 2))
+        trainer.state.outputs, trainer.state.loss = (out, {"kept": 1.0}), {"total": out.sum()}
+        return {"total": out.detach().sum()}
+
+    monkeypatch.setattr(Trainer, "_train_microbatch", train)
+    trainer = MeshTrainer.__new__(MeshTrainer)
+    trainer.state = State()  # type: ignore[assignment]
+    losses = trainer._train_microbatch(False, 3, True)
+    (out, others), loss = trainer.state.outputs, trainer.state.loss
+    assert others == {"kept": 1.0}
+    assert torch.equal(losses["total"], loss["total"])
+    assert torch.equal(out.sum(), loss["total"])
+    assert not out.requires_grad
+    assert not loss["total"].requires_grad

@@ -3,7 +3,9 @@
 - ``Trainer._wrap_model_for_distributed`` shards a model on a 1-D mesh of its own (composer issue 3916). The model is
   sharded already, on the recipe's mesh: :class:`MeshTrainer` leaves it as it is.
 - ``Trainer._train_microbatch`` is the one place that knows which micro-batch is the last of a batch, and only after the
-  last have gradients to be summed over ``replicate``: :class:`MeshTrainer` says so to FSDP before each.
+  last have gradients to be summed over ``replicate``: :class:`MeshTrainer` says so to FSDP before each. The method
+  leaves outputs and loss in the state, and with them the graph and all that its functions hold, until the next forward
+  pass has ended: :class:`MeshTrainer` detaches both.
 - ``Trainer._train_batch`` trains a batch, and in it ``Trainer._train_microbatches`` all but the optimizer's step:
   :class:`MeshTrainer` lets others repeat the first, and leave the second.
 - ``Trainer._compute_and_log_metrics`` logs NaN for a metric that has measured nothing: :class:`MeshTrainer` leaves such
@@ -31,6 +33,8 @@ from composer import Trainer
 from composer.core import Engine, State
 from composer.loggers import MLFlowLogger
 from composer.utils import collect_env, dist
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from moefoundry.config import Recipe, UserError
@@ -75,7 +79,10 @@ class MeshTrainer(Trainer):
 
     def _train_microbatch(self, use_grad_scaling: bool, current_batch_size: float, is_final_microbatch: bool) -> Any:
         sum_between_copies(self.state.model, is_final_microbatch)
-        return super()._train_microbatch(use_grad_scaling, current_batch_size, is_final_microbatch)
+        losses = super()._train_microbatch(use_grad_scaling, current_batch_size, is_final_microbatch)
+        parts = self.state.outputs, self.state.loss
+        self.state.outputs, self.state.loss = tree_map_only(Tensor, Tensor.detach, parts)
+        return losses
 
     def _compute_and_log_metrics(self, dataloader_label: str, metrics: dict[str, Metric]) -> None:
         for metric in metrics.values():

@@ -7,11 +7,11 @@ The model is built on meta, then transformed, then materialized: each rank alloc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from moefoundry.fp8_gather import gather_in_fp8
 from moefoundry.fp8_weights import Fp8Weights
 from moefoundry.mesh import Meshes
 from moefoundry.model.init import init_weights
-from moefoundry.model.transformer import Block, MoETransformer
+from moefoundry.model.transformer import MoETransformer
 from moefoundry.moe.deep_ep import Buffers, DeepEpDispatcher
 from moefoundry.moe.dispatch import AllToAllDispatcher, TokenDispatcher
 from moefoundry.moe.experts import GroupedExperts
@@ -38,6 +38,7 @@ from moefoundry.ops.all_to_all import EXCHANGE_OPS
 from moefoundry.ops.fp8.gemm import MULTIPLY_OP
 from moefoundry.ops.fused_experts import operators
 from moefoundry.ops.recompute import ATTENTION_OPS, keeping, keeping_nothing
+from moefoundry.ops.sizes import REDUCTIONS
 from moefoundry.precision import apply_precision, codec_of_rows, full_precision_modules, mixed_precision
 
 _aten = torch.ops.aten
@@ -170,6 +171,8 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
         fully_shard(module, mesh=meshes.dense, mp_policy=policy)
     fully_shard(model, mesh=meshes.dense, mp_policy=policy)
     _prefetch(model)
+    if (limit := getattr(model, "set_reduce_scatter_max_input_buffers", None)) is not None:  # from torch 2.14 on
+        cast(Callable[[int], None], limit)(REDUCTIONS)
 
 
 def _placement_of_experts(weight: nn.Parameter, ranks: int) -> Shard:
@@ -184,17 +187,21 @@ def _placement_of_experts(weight: nn.Parameter, ranks: int) -> Shard:
 def _prefetch(model: MoETransformer) -> None:
     """Gather the next block's parameters, and its experts, while a block computes.
 
-    By default FSDP starts to gather the experts only when the block has come to them, after a wait of the host.
+    By default FSDP starts to gather experts only when their block has come to them, after a wait of the host, and the
+    first block of a pass likewise. Modules of multi-token prediction are gathered ahead in the backward pass alone: an
+    evaluation does not have them, and would leave them gathered.
     """
-    units = [_fsdp_units(block) for block in model.layers]  # not mtp: evaluation would leave its blocks gathered
+    units = [_fsdp_units(model)[:1], *(_fsdp_units(block) for block in model.layers)]
+    further = [_fsdp_units(module) for module in model.mtp]
     for this, following in pairwise(units):
         this[0].set_modules_to_forward_prefetch(following)
+    for this, following in pairwise([*units[1:], *further, units[0]]):
         following[0].set_modules_to_backward_prefetch(this)
 
 
-def _fsdp_units(block: Block) -> list[FSDPModule]:
-    """List the FSDP units of a block, outermost first."""
-    return [module for module in block.modules() if isinstance(module, FSDPModule)]
+def _fsdp_units(part: nn.Module) -> list[FSDPModule]:
+    """List the FSDP units of a part of the model, outermost first."""
+    return [module for module in part.modules() if isinstance(module, FSDPModule)]
 
 
 def sum_between_copies(model: nn.Module, wanted: bool) -> None:

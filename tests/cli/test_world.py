@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from moefoundry.cli.train import ALLOCATOR, let_segments_grow
 from moefoundry.cli.world import expand_hosts, join_world
 from moefoundry.config import UserError
 from tests.cli.test_train import Outcome, command_line
@@ -145,6 +146,16 @@ def test_other_launchers(environment: dict[str, str], size: int, values: list[st
 def test_several_processes_without_a_world_are_refused(environment: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         join_world(dict(environment))
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_segments_of_gpu_memory_grow_unless_the_environment_says_otherwise(name: str) -> None:
+    environment = {"PATH": "/bin"}
+    let_segments_grow(environment)
+    assert environment == {"PATH": "/bin", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    chosen = {name: "max_split_size_mb:512"}
+    let_segments_grow(environment := dict(chosen))
+    assert environment == chosen
 
 
 def as_tasks_of_srun(port: int, arguments: list[str]) -> Outcome:

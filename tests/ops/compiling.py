@@ -125,9 +125,7 @@ def inspect(kernel: Any) -> Found:
         "registers": int(registers),
         "stack": int(stack),
         "shared": kernel.metadata.shared,
-        "tensor cores": next(
-            (name for name in PRODUCTS if has(rf"\b{name}")), None
-        ),
+        "tensor cores": next((name for name in PRODUCTS if has(rf"\b{name}")), None),
         "copies": [name for name, seen in (("TMA", has("UTMALDG")), ("128 bits", has(r"LDGSTS\S*\.128"))) if seen],
         **overlap,
         **({} if ahead is None else {"copies ahead": ahead}),
@@ -228,8 +226,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     sizes_E = torch.full((EXPERTS,), rows // EXPERTS, dtype=torch.int64)
     order = order_by_expert(torch.arange(rows).remainder(EXPERTS).view(TOKENS, TOP_K), EXPERTS)
     token_of_row, weights = order.token_of_row_N.to(torch.int32), torch.ones(rows)
-    x, hidden, gate_up = bf16(TOKENS, WIDTH), bf16(rows, HIDDEN), bf16(rows, 2 * HIDDEN)
-    gate, down = bf16(EXPERTS, HIDDEN, WIDTH), bf16(EXPERTS, WIDTH, HIDDEN)
+    x, hidden, gate = bf16(TOKENS, WIDTH), bf16(rows, HIDDEN), bf16(EXPERTS, HIDDEN, WIDTH)
     place = fused.Tiles(*(torch.zeros(rows // 128 + EXPERTS, dtype=torch.int32) for _ in range(4)))
     ends_E = sizes_E.cumsum(0, dtype=torch.int32)
     padded = pad_order(order, TOKENS, 128)

@@ -77,9 +77,10 @@ def test_a_step_takes_as_long_as_its_slowest_pipe(code: Code) -> None:
     pipes = step_pipes(code, STEP_BYTES, chip)
     assert pipes["tensor cores"] == 2 * 2 * 256 / 2  # two warp groups, two products of 64 x 256 x 16
     assert pipes["issue"] == 7 * 8 / 4
-    assert step_latency(code, Work([], STEP_BYTES, 0, 0), chip) == max(*pipes.values(), (chip.latency * chip.clock + pipes["L2"]) / 2)
+    work = Work([], STEP_BYTES, 0, 0)
+    assert step_latency(code, work, chip) == max(*pipes.values(), (chip.latency * chip.clock + pipes["L2"]) / 2)
     slow = chip._replace(latency=1e-5)
-    assert step_latency(code, Work([], STEP_BYTES, 0, 0), slow) > 1e-5 * slow.clock / 2
+    assert step_latency(code, work, slow) > 1e-5 * slow.clock / 2
 
 
 def test_programs_share_registers_and_shared_memory(code: Code) -> None:

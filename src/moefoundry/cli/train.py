@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import MutableMapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 QUIET = ("log_to_console=false", "progress_bar=false")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Variables that torch reads its allocator's options from; the second is an older name."""
 
 
 @click.command("train", context_settings=RECIPE_COMMAND)
@@ -45,6 +48,7 @@ def command(arguments: list[str], allow_code_paths: bool, quiet: bool, wait: flo
     from moefoundry.config.errors import EXIT_USER_ERROR
     from moefoundry.llm_foundry.recipe import read_foundry_recipe
 
+    let_segments_grow(os.environ)
     path, overrides = split_arguments([*arguments, *(QUIET if quiet else ())])
     try:
         world_size = join_world(os.environ)
@@ -88,6 +92,16 @@ def _train_foundry(recipe: FoundryRecipe, world_size: int, allow_code_paths: boo
 
     run(recipe, _rank())
     return 0
+
+
+def let_segments_grow(environment: MutableMapping[str, str]) -> None:
+    """Ask for expandable segments of GPU memory, unless the environment has options of the allocator.
+
+    An expert's rows are as many as come, others in each layer and step; segments of fixed sizes would leave gaps. torch
+    reads the variable when it is imported, or later.
+    """
+    if not any(name in environment for name in ALLOCATOR):
+        environment[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def _rank(name: str = "RANK") -> int:

@@ -276,14 +276,15 @@ class MoETransformer(nn.Module):
             return self.lm_head(hidden_BSD)
         targets_BS = shifted_targets(labels_BS, ids_BS)
         num_targets = count_targets(targets_BS).sum()
-        lm, log_probs_B2, lm_of_rows = self._cross_entropy(hidden_BSD, targets_BS, ids_BS)
-        lm = lm / num_targets.clamp(min=1)
-        of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
-        mtp = torch.zeros_like(lm)
-        if self.training and self.mtp:
+        mtp = None
+        if self.training and self.mtp:  # first, so that its blocks run backward when the head's gradients here are used
             further, further_stats = self._predict_further(hidden_BSD, embedded_BSD, labels_BS, documents, real)
             mtp = further * self.cfg.mtp.loss_weight / (len(self.mtp) * num_targets.clamp(min=1))
             stats += further_stats
+        lm, log_probs_B2, lm_of_rows = self._cross_entropy(hidden_BSD, targets_BS, ids_BS)
+        lm = lm / num_targets.clamp(min=1)
+        of_targets = self._of_targets(hidden_BSD, targets_BS, num_targets)
+        mtp = torch.zeros_like(lm) if mtp is None else mtp
         losses = self._losses(lm, mtp, of_targets, num_targets, self._weighted(stats, real), log_probs_B2)
         return losses._replace(lm_of_rows=lm_of_rows)
 

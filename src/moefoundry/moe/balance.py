@@ -100,7 +100,7 @@ def balance_loss_of_means(mean_probs_GE: Tensor, counts_GE: Tensor) -> Tensor:
         mean_probs_GE: [G, E] mean normalized scores, differentiable.
         counts_GE: int64 [G, E], slots of each expert; may count more tokens than the means are taken over.
     """
-    return _over_segments((_relative_load(counts_GE, mean_probs_GE.dtype) * mean_probs_GE).sum(dim=-1))
+    return (_relative_load(counts_GE, mean_probs_GE.dtype) * mean_probs_GE).sum(dim=-1).mean()
 
 
 def _relative_load(counts_GE: Tensor, dtype: torch.dtype) -> Tensor:

@@ -130,7 +130,8 @@ class _LinearCrossEntropy(Function):
         if grad_hidden_TD is not None:
             grad_hidden_TD = grad_hidden_TD * grad.to(grad_hidden_TD.dtype)
         if grad_weight_VD is not None:
-            grad_weight_VD = (grad_weight_VD * grad).to(ctx.weight_dtype)
+            narrow_VD = torch.empty_like(grad_weight_VD, dtype=ctx.weight_dtype)
+            grad_weight_VD = torch.mul(grad_weight_VD, grad, out=narrow_VD)  # without a second one in fp32
         if grad_bias_V is not None:
             grad_bias_V = (grad_bias_V * grad).to(ctx.weight_dtype)
         return grad_hidden_TD, grad_weight_VD, grad_bias_V, None, None, None

@@ -64,7 +64,7 @@ def count_slots(ids, kept, counts, slots, experts, E: tl.constexpr, BLOCK: tl.co
 @triton.jit
 def sum_blocks(counts, totals, blocks, experts, PART: tl.constexpr):
     """Replace one expert's count in each block by the sum of those before, and write its total."""
-    expert, total = tl.program_id(0), 0
+    expert, total = tl.program_id(0), tl.zeros([], tl.int32)
     for first in range(0, blocks, PART):
         block = first + tl.arange(0, PART)
         place = counts + block.to(tl.int64) * experts + expert

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from moefoundry.ops.kernel_choice import kernels_run
+from moefoundry.ops.kernel_choice import NARROW, kernels_run
 
 MAX_EXPERTS = 1024
 """Experts that the kernels of ``order_kernel.py`` take."""
@@ -223,5 +223,9 @@ def sum_of_rows(rows_ND: Tensor, order: RowOrder) -> Tensor:
     """Compute :func:`sum_rows`, not differentiable."""
     if not len(rows_ND):
         return rows_ND.new_zeros(len(order.first_of_token) - 1, rows_ND.shape[1])
+    if rows_ND.dtype in NARROW and kernels_run(rows_ND.device):
+        from moefoundry.ops.fused_experts import launches  # which imports this module
+
+        return launches.sum_rows(rows_ND.contiguous(), order)
     rows_by_token, first = order.row_of_kept_slot_N, order.first_of_token
     return F.embedding_bag(rows_by_token, rows_ND, first, mode="sum", include_last_offset=True)

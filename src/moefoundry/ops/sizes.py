@@ -23,6 +23,11 @@ TILE = 128
 SENT_ALIGNMENT = 16
 """Bytes that kernels read of a sent FP8 row at a time."""
 
+REDUCTIONS = 2
+"""Reductions of gradients by FSDP that may be under way on a rank. With one, FSDP's default, a block's backward pass
+stands still behind its experts until their gradients are reduced, as its router is the next unit. With two it goes on
+through the attention, and the experts' buffer is free before the next block needs one."""
+
 
 def num_tiles(elements: int) -> int:
     """Count the FP8 tiles along a dimension; the last may be short."""

@@ -17,11 +17,12 @@ The moving average of the parameters is in the memory of the host, and counted s
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from moefoundry.config import Fp8Recipe, IndexerStage, Moments, Recipe
-from moefoundry.ops.sizes import CHUNK_TOKENS, KERNEL_CHUNK_TOKENS
+from moefoundry.ops.sizes import CHUNK_TOKENS, KERNEL_CHUNK_TOKENS, REDUCTIONS
 from moefoundry.planning.activations import Moment, block_activations
 from moefoundry.planning.fp8_weights import kept_bytes
 from moefoundry.planning.outline import ShardedOutline
@@ -130,12 +131,13 @@ def transients(
     saved = [number * each.saved for number, each in zip(tokens, activations, strict=True)]
     head = cfg.vocab_size * cfg.d_model if _head_trains(recipe) else 0  # elements that have a gradient
     backward, before = [], sum(saved)
+    held = _Held(c)
     for i, block in reversed(list(enumerate(blocks))):
         before -= saved[i]
         heads_left, beside = _further(i - cfg.n_layers, cfg.mtp.depth)
-        held = _Held(block, units_of[i], units_of[i + 1] if i + 1 < len(blocks) else [], c)
-        moments = [(round(tokens[i] * alive), gradients) for alive, gradients in held.moments(activations[i].moments)]
-        moments.append((tokens[i] * c * cfg.d_model, _gradients(units_of[i]) + _in_reduction(units_of[i])))
+        found_in = held.moments(block, units_of[i], activations[i].moments)
+        moments = [(round(tokens[i] * alive), gradients) for alive, gradients in found_in]
+        moments.append((tokens[i] * c * cfg.d_model, _gradients(units_of[i]) + held.reduce(units_of[i])))
         alive, gradients = max(moments, key=sum)
         backward.append(
             Transient(
@@ -145,7 +147,7 @@ def transients(
                 activations=before + beside * tokens[i] * c * cfg.d_model + alive,
             )
         )
-    end = Transient("the end of the backward pass", 0, _gradients(root) + _in_reduction(root), 0)
+    end = Transient("the end of the backward pass", 0, _gradients(root) + held.reduce(root), 0)
     choices = [round(number * each.forward) for number, each in zip(tokens, activations, strict=True)]
     found = [
         *_forward(blocks, root, units_of, saved, choices),
@@ -215,7 +217,7 @@ def _losses(
     """List the moments of the loss: its forward pass, a chunk of tokens at a time, and its backward pass.
 
     The forward pass computes gradients of the hidden states and of the head, the latter in fp32; the backward pass
-    multiplies both.
+    multiplies both, the head's into the compute dtype.
     """
     cfg, c = recipe.model, compute_bytes(recipe.precision)
     narrow = c if c < FP32 else 0  # bytes of an fp32 element's copy in the compute dtype
@@ -237,8 +239,8 @@ def _losses(
         ),
         Transient(
             "the loss's backward pass",
-            gathered_parameters=gathered + _gathered(last),
-            unreduced_gradients=head * ((heads + 1) * FP32 + narrow),
+            gathered_parameters=gathered + (_in_flight(units_of[-1]) if units_of else 0),
+            unreduced_gradients=head * (heads * FP32 + c),
             activations=saved + (3 + 5 * cfg.mtp.depth) * of_hidden,
             logits=again * cfg.vocab_size,
         ),
@@ -248,8 +250,9 @@ def _losses(
 def _further(module: int, depth: int) -> tuple[int, int]:
     """Count what multi-token prediction keeps while a block runs backward: heads' gradients, and vectors of D a token.
 
-    The heads run backward last first. Of the main head and of each module before this one there are the output, its
-    input and the gradient; a module also has its two inputs side by side. The embeddings' gradient stays to the end.
+    The main head runs backward first, then those of the modules, last first. Of the main head and of each module before
+    this one there are the output, its input and the gradient; a module also has its two inputs side by side. The
+    embeddings' gradient stays to the end.
 
     Args:
         module: Number of the module that has the block; below 0 for the model's own blocks.
@@ -257,38 +260,48 @@ def _further(module: int, depth: int) -> tuple[int, int]:
     """
     if module < 0:
         return 0, min(1, depth)
-    return 1 + module, 3 + 2 + 4 * module
+    return module, 3 + 2 + 4 * module
 
 
 class _Held:
-    """Gradients of weights while a block runs backward.
+    """Gradients of weights while blocks run backward, the last first.
 
-    Where FSDP reduces them, gradients of a unit add up until its reduction, whose input stays until the next reduction;
-    otherwise each is added to what is there at once.
+    Where FSDP reduces them, gradients of a unit add up until its reduction, whose input stays until ``REDUCTIONS``
+    others have begun; otherwise each is added to what is there at once.
     """
 
-    def __init__(self, block: PlannedBlock, units: list[Unit], later: list[Unit], c: int) -> None:
-        self.block, self.c, self.reduces = block, c, bool(units)
-        self.experts = next((unit for unit in units if unit.name.endswith(EXPERTS)), None)
-        self.wide = any(unit.param_bytes != c for unit in units)
-        self.pending = later[0].reduce_input if later else 0
+    def __init__(self, c: int) -> None:
+        self.c = c
+        self.inputs: deque[int] = deque(maxlen=REDUCTIONS)
 
-    def moments(self, stages: Iterable[Moment]) -> Iterator[tuple[float, int]]:
-        """Yield the bytes a token of activations, and the bytes of gradients of weights, at each stage."""
-        made, pending, experts = 0.0, self.pending, 0.0
+    def moments(
+        self, block: PlannedBlock, units: Sequence[Unit], stages: Iterable[Moment]
+    ) -> Iterator[tuple[float, int]]:
+        """Yield the bytes a token of activations, and the bytes of gradients of weights, at each stage of a block."""
+        experts = [unit for unit in units if unit.name.endswith(EXPERTS)]
+        others = [unit for unit in units if unit.param_bytes != self.c] if block.sparse else []  # the router
+        made = computed = 0.0
         for stage in stages:
-            elements = self.block.weights.get(stage.weights, 0) * stage.share
-            if not self.reduces:
+            elements = block.weights.get(stage.weights, 0) * stage.share
+            if not units:
                 yield stage.alive, round(elements * self.c)
                 continue
-            if self.experts is not None and experts > 0.99:  # all are computed, and reduced before the others
-                yield stage.alive, round(made) + _in_reduction([self.experts])
-                made, pending, experts = 0.0, self.experts.reduce_input, 0.0
-            experts += stage.share if stage.weights == EXPERTS_GROUP else 0
+            if experts and computed > 0.99:  # all of theirs are computed, and reduced before the others
+                yield stage.alive, round(made) + self.reduce(experts)
+                made = computed = 0.0
+            computed += stage.share if stage.weights == EXPERTS_GROUP else 0
             made += elements * self.c
-            if stage.weights == ATTENTION and self.wide and self.block.sparse:
-                pending = 0  # the router's gradients were reduced, which lets the others go
-            yield stage.alive, round(made) + pending
+            if others and stage.weights == ATTENTION:
+                self.reduce(others)
+                others = []
+            yield stage.alive, round(made) + sum(self.inputs)
+
+    def reduce(self, units: Sequence[Unit]) -> int:
+        """Begin to reduce the outermost of these units. Returns the bytes of all inputs then, and of its output."""
+        if not units:
+            return 0
+        self.inputs.append(units[0].reduce_input)
+        return sum(self.inputs) + units[0].trained_shard_numel * units[0].reduce_bytes
 
 
 def _in_flight(units: Iterable[Unit]) -> int:
@@ -302,8 +315,3 @@ def _gathered(units: Iterable[Unit]) -> int:
 
 def _gradients(units: Iterable[Unit]) -> int:
     return sum(unit.gradients for unit in units if not unit.name.endswith(EXPERTS))
-
-
-def _in_reduction(units: Sequence[Unit]) -> int:
-    """Compute the input and output of the reduction of the outermost of these units."""
-    return sum(unit.reduce_input + unit.trained_shard_numel * unit.reduce_bytes for unit in units[:1])

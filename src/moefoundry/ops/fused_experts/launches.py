@@ -37,9 +37,10 @@ CONFIGS = {
     "weight_gradient": Config(128, 256, 64, 8, 5),
 }
 """Chosen from machine code, by ``python -m benchmarks.predict``, not yet from measured times, which
-``python -m benchmarks.tune_experts`` takes. All kernels over tiles of rows share ``m``; of the gradients of weights it is
-the width of the operand that is gathered."""
-SUM_COLUMNS = 1024
+``python -m benchmarks.tune_experts`` takes. All kernels over tiles of rows share ``m``; for the gradients of weights it
+is the width of the operand that is gathered."""
+SUM_COLUMNS, SUM_ELEMENTS = 1024, 8192
+"""Of a program of the sum: columns, and elements of all rows of a token together."""
 MAX_STRIDE = 2**40
 """Bytes; of a tensor descriptor they must be fewer."""
 HOST_PROGRAMS = 3
@@ -221,7 +222,8 @@ def sum_rows(rows_ND: Tensor, order: RowOrder, row_weights_N: Tensor | None = No
     """Sum each token's rows, times their fp32 weights if given, in fp32, [N, D] -> [T, D]."""
     tokens, width = len(order.first_of_token) - 1, rows_ND.shape[1]
     out = rows_ND.new_empty(tokens, width)
-    columns = min(SUM_COLUMNS, triton.next_power_of_2(width))
+    slots = triton.next_power_of_2(order.top_k)
+    columns = min(SUM_COLUMNS, triton.next_power_of_2(width), max(32, SUM_ELEMENTS // slots))
     kernels.gather_sum[(tokens, triton.cdiv(width, columns))](
         rows_ND,
         order.row_of_kept_slot_N,
@@ -229,7 +231,7 @@ def sum_rows(rows_ND: Tensor, order: RowOrder, row_weights_N: Tensor | None = No
         row_weights_N,
         out,
         width,
-        SLOTS=triton.next_power_of_2(order.top_k),
+        SLOTS=slots,
         N=columns,
         num_warps=4,
     )

@@ -1,0 +1,124 @@
+"""When FSDP gathers and reduces in a step of 64 ranks, taken in one process: ahead of the computation, or beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moefoundry.config import load_recipe
+from moefoundry.mesh import build_meshes, resolve_degrees
+from moefoundry.ops.sizes import REDUCTIONS
+from moefoundry.parallel import materialize, parallelize
+from tests.conftest import QUICKSTART
+from tests.distributed import run_distributed
+from tests.model.tiny import meta_model
+from tests.planning.sharded import fake_world
+from tests.symmetric_world import SymmetricWorld
+from tests.test_many_ranks import GPUS_PER_NODE, MODEL, SEQUENCE, WORLD
+
+CHANGES = [
+    *MODEL,
+    "model.n_layers=3",
+    "model.n_dense_layers=0",
+    "model.ffn_hidden_size=null",
+    "model.mtp={depth: 1, loss_weight: 0.1}",
+    "mesh={shard: 64, expert: 8}",
+    "precision.compute=bf16",
+]
+
+Event = tuple[str, str]
+
+
+def events_of_a_step() -> tuple[list[Event], list[tuple[str, list[str]]]]:
+    """Begins of gathers and waits for them, by unit, in forward and backward; and for each unit, those whose gradients
+    are on their way when its own go."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+    events: list[Event] = []
+    under_way: list[tuple[str, list[str]]] = []
+    reducing: list[str] = []
+
+    def recorded(name: str, before: Callable[[Any], None], after: Callable[[Any], None] = lambda group: None) -> None:
+        method = getattr(FSDPParamGroup, name)
+
+        def wrapped(self: Any, *args: Any, **options: Any) -> Any:
+            before(self)
+            result = method(self, *args, **options)
+            after(self)
+            return result
+
+        setattr(FSDPParamGroup, name, wrapped)
+
+    def begins(group: Any) -> None:
+        if group._all_gather_result is None and not group.is_unsharded:
+            events.append(("gather", group._module_fqn))
+
+    def waits(group: Any) -> None:
+        if group._all_gather_result is not None:
+            events.append(("wait", group._module_fqn))
+
+    def reduced(group: Any) -> None:
+        reducing.append(group._module_fqn)
+        count = len(getattr(group.comm_ctx, "reduce_scatter_states", [None]))  # torch before 2.14 has one
+        under_way.append((group._module_fqn, reducing[-count:]))
+
+    recorded("unshard", begins)
+    recorded("wait_for_unshard", waits)
+    recorded("post_backward", lambda group: None, reduced)
+    recipe = load_recipe(QUICKSTART, CHANGES, WORLD)
+    with fake_world(WORLD), SymmetricWorld():
+        meshes = build_meshes(resolve_degrees(recipe.mesh, WORLD, GPUS_PER_NODE), "cpu")
+        model = meta_model(recipe.model)
+        parallelize(model, meshes, recipe.precision)
+        materialize(model, "cpu", 0)
+        ids = torch.arange(SEQUENCE).unsqueeze(0)
+        loss = model(ids, ids).total
+        events.append(("backward", ""))
+        loss.backward()
+    return events, under_way
+
+
+@pytest.fixture(scope="module")
+def step() -> tuple[list[Event], list[tuple[str, list[str]]]]:
+    [found] = run_distributed(events_of_a_step, 1)
+    return found
+
+
+def late(events: list[Event]) -> list[str]:
+    """Units whose gather begins when no other is to be waited for before."""
+    found = []
+    for unit in (unit for event, unit in events if event == "wait"):
+        begun, waited = events.index(("gather", unit)), events.index(("wait", unit))
+        if not any(event == "wait" for event, _ in events[begun:waited]):
+            found.append(unit)
+    return found
+
+
+def test_units_are_gathered_while_others_compute(step: tuple[list[Event], Any]) -> None:
+    events, _ = step
+    turn = events.index(("backward", ""))
+    forward, backward = events[:turn], events[turn + 1 :]
+    gathered = {unit for event, unit in backward if event == "gather"}
+    assert {unit for unit in gathered if unit.startswith("layers.1")} == {
+        *("layers.1", "layers.1.ffn.router", "layers.1.ffn.experts")
+    }, "the model has other units than this test is about"
+    further = [unit for unit in late(forward) if unit.startswith("mtp")]
+    assert further, "in the forward pass those of multi-token prediction are not gathered ahead: an evaluation has none"
+    beside_the_embedding = [unit for unit in late(forward) if unit not in further]
+    assert beside_the_embedding == ["", "layers.0"]
+    assert late(backward) == ["mtp.0"], "it has the losses beside, and its parts have it"
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp.FSDPModule, "set_reduce_scatter_max_input_buffers"),
+    reason="torch before 2.14 has one reduction under way",
+)
+def test_a_block_goes_on_while_its_experts_are_reduced(step: tuple[Any, list[tuple[str, list[str]]]]) -> None:
+    _, under_way = step
+    beside = dict(under_way)
+    assert beside["layers.1.ffn.router"] == ["layers.1.ffn.experts", "layers.1.ffn.router"]
+    assert beside["layers.1"] == ["layers.1.ffn.router", "layers.1"], "the experts' buffer is free again"
+    assert max(len(units) for _, units in under_way) == REDUCTIONS
