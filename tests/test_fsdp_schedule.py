@@ -1,12 +1,14 @@
-"""When FSDP gathers and reduces in a step of 64 ranks, taken in one process: ahead of the computation, or beside it."""
+"""When FSDP gathers and reduces in a step of 64 ranks, taken in one process, and when the host waits for the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from moefoundry.config import load_recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
@@ -28,6 +30,8 @@ CHANGES = [
     "mesh={shard: 64, expert: 8}",
     "precision.compute=bf16",
 ]
+
+TOLIST = Tensor.tolist
 
 Event = tuple[str, str]
 
@@ -122,3 +126,31 @@ def test_a_block_goes_on_while_its_experts_are_reduced(step: tuple[Any, list[tup
     assert beside["layers.1.ffn.router"] == ["layers.1.ffn.experts", "layers.1.ffn.router"]
     assert beside["layers.1"] == ["layers.1.ffn.router", "layers.1"], "the experts' buffer is free again"
     assert max(len(units) for _, units in under_way) == REDUCTIONS
+
+
+def reads_by_the_host(change: str, mode: str) -> tuple[int, int]:
+    """Times that the host reads sizes in the forward and in the backward pass of a step."""
+    reads = []
+
+    def counted(values: Tensor) -> Any:
+        reads.append(values.shape)
+        return TOLIST(values)
+
+    recipe = load_recipe(QUICKSTART, [*CHANGES, change, f"activation_checkpointing={mode}"], WORLD)
+    with fake_world(WORLD), SymmetricWorld():
+        meshes = build_meshes(resolve_degrees(recipe.mesh, WORLD, GPUS_PER_NODE), "cpu")
+        model = meta_model(recipe.model)
+        parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
+        materialize(model, "cpu", 0)
+        ids = torch.arange(SEQUENCE).unsqueeze(0)
+        with mock.patch.object(Tensor, "tolist", counted):
+            loss = model(ids, ids).total
+            forward = len(reads)
+            loss.backward()
+    return forward, len(reads) - forward
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("change", ["mesh.expert=8", "mesh={shard: 64, expert: 32, ranks_per_node: 8}"])
+def test_the_host_waits_once_a_layer_and_not_again_where_it_is_recomputed(change: str, mode: str) -> None:
+    assert run_distributed(reads_by_the_host, 1, change, mode) == [(4, 0)], "three layers, and one of MTP"

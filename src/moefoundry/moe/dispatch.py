@@ -31,7 +31,7 @@ from torch import Tensor
 from moefoundry.moe.hops import Flight, Hop, RowCodec, arrive, collect, depart, pass_back, pass_on, send_back
 from moefoundry.ops.all_to_all import Splits, all_to_all_rows
 from moefoundry.ops.permute import RowOrder, count_by_expert, order_by_expert
-from moefoundry.ops.recompute import last_operand_is_there
+from moefoundry.ops.recompute import last_operand_is_there, on_the_host
 
 Mix = Callable[[Tensor, Tensor, RowOrder], Tensor]
 """``(tokens_PD, weights_PK, order) -> mixed_PD``: the weighted sum of each token's experts on this rank."""
@@ -184,8 +184,9 @@ class ChunkedExchange:
 class AllToAllDispatcher:
     """Dispatcher for experts that are divided among a group: rank r has experts ``r * E / G .. (r + 1) * E / G``.
 
-    The ranks exchange counts of tokens (the one time that a layer waits for the host), then the tokens, sorted by rank,
-    and beside them the experts and weights of each. A rank may receive no tokens, or all.
+    The ranks exchange counts of tokens (the one time that a layer waits for the host, and not where it is recomputed),
+    then the tokens, sorted by rank, and beside them the experts and weights of each. A rank may receive no tokens, or
+    all.
 
     Args:
         num_experts: E, a multiple of G.
@@ -215,11 +216,11 @@ class AllToAllDispatcher:
         chunks: int = 1,
     ) -> Exchange:
         expert_ids_TK = topk_expert_ids_TK if kept_TK is None else topk_expert_ids_TK.where(kept_TK, -1)
-        ids = expert_ids_TK.tensor_split(chunks)
+        ids, slots_T2K = expert_ids_TK.tensor_split(chunks), pack_slots(topk_weights_TK, expert_ids_TK)
         plans = self._plan(ids)
         hops = [next_hop(each, self.num_experts, splits[0]) for each, (splits, _) in zip(ids, plans, strict=True)]
         slots, tokens = ([Flight() for _ in hops] for _ in range(2))
-        slot_links = depart(pack_slots(topk_weights_TK, expert_ids_TK), hops, slots)
+        slot_links = depart(slots_T2K, hops, slots)
         token_links = depart(tokens_TD, hops, tokens, self.codec)
         parts = [
             _RowsInChunk(links, flights, hop, splits[1:], num_rows, self.num_experts, self.codec)
@@ -240,7 +241,7 @@ class AllToAllDispatcher:
         counts_GC2, one_each = torch.stack(counted, dim=1), [1] * ranks
         received_GC2 = all_to_all_rows(counts_GC2, Splits(one_each, one_each, self.group))
         counts_C3G = torch.stack([counts_GC2[..., 0], *received_GC2.unbind(2)]).movedim(2, 0)
-        return [([Splits(send, receive, self.group)], sum(rows)) for send, receive, rows in counts_C3G.tolist()]
+        return [([Splits(send, receive, self.group)], sum(rows)) for send, receive, rows in on_the_host(counts_C3G)]
 
 
 class _RowsInChunk:

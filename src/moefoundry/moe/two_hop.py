@@ -25,6 +25,7 @@ from torch import Tensor
 
 from moefoundry.moe.dispatch import AllToAllDispatcher, pairs_and_slots
 from moefoundry.ops.all_to_all import Splits, all_gather_rows
+from moefoundry.ops.recompute import on_the_host
 
 
 class TwoHopDispatcher(AllToAllDispatcher):
@@ -55,7 +56,7 @@ class TwoHopDispatcher(AllToAllDispatcher):
         counted = torch.stack([self._count(ids_TK) for ids_TK in chunks])
         gathered = all_gather_rows(counted, self.group).view(nodes, ranks, len(chunks), -1)
         sizes = torch.cat([size for counts_AMX in gathered.unbind(2) for size in self._sizes(counts_AMX)])
-        counts = iter(sizes.tolist())  # the one wait for the host
+        counts = iter(on_the_host(sizes))  # the one wait for the host
         plans = []
         for _ in chunks:
             cross, crossed, send, receive = (list(islice(counts, size)) for size in (nodes, nodes, ranks, ranks))

@@ -39,9 +39,13 @@ class _Place(threading.local):
         ends_block: It is in the block's last part, and what follows that saves no tensor for the backward pass.
         past_last_operand: It has all operands that the block saves.
         open: Closed at the end of the last part.
+        noted: What the host has read in the block; None outside of one.
+        known: The same for its recomputation, from where it is now.
     """
 
     again = ends_block = past_last_operand = False
+    noted: list[Any] | None = None
+    known: Iterator[Any] | None = None
 
     def __init__(self) -> None:
         self.open = ExitStack()
@@ -93,29 +97,52 @@ class _Unread(TorchDispatchMode):
         return unread(left, len(left), right.shape[-1])
 
 
+def on_the_host(sizes: Tensor) -> Any:
+    """Give a tensor's values as lists, for which the host waits; a recomputation has them from the forward pass."""
+    if _place.known is not None:
+        return next(_place.known)
+    values = sizes.tolist()
+    if _place.noted is not None:
+        _place.noted.append(values)
+    return values
+
+
 def keeping(ops: frozenset[Any]) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:
     """Make a ``context_fn`` for ``torch.utils.checkpoint.checkpoint`` that keeps the results of ``ops``."""
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         save, reuse = create_selective_checkpoint_contexts(list(ops))
-        return _KeptOpsOnly(save, ops), _recomputing(_KeptOpsOnly(reuse, ops))
+        noted: list[Any] = []
+        return _computing(_KeptOpsOnly(save, ops), noted), _recomputing(_KeptOpsOnly(reuse, ops), noted)
 
     return contexts
 
 
 def keeping_nothing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Serve as a ``context_fn`` that recomputes all that the backward pass reads."""
-    return nullcontext(), _recomputing(nullcontext())
+    noted: list[Any] = []
+    return _computing(nullcontext(), noted), _recomputing(nullcontext(), noted)
 
 
 @contextmanager
-def _recomputing(context: AbstractContextManager[Any]) -> Iterator[None]:
-    before, _place.again = _place.again, True
+def _computing(context: AbstractContextManager[Any], noted: list[Any]) -> Iterator[None]:
+    before, _place.noted = _place.noted, noted
     try:
         with context:
             yield
     finally:
-        _place.again = before
+        _place.noted = before
+
+
+@contextmanager
+def _recomputing(context: AbstractContextManager[Any], noted: list[Any]) -> Iterator[None]:
+    before = _place.again, _place.known
+    _place.again, _place.known = True, iter(noted)
+    try:
+        with context:
+            yield
+    finally:
+        _place.again, _place.known = before
 
 
 class _KeptOpsOnly(TorchDispatchMode):
