@@ -1,4 +1,4 @@
-"""Choice of experts, and means over tokens, from logits: by PyTorch's operators, then by this project's kernel."""
+"""Choice of experts, means over tokens, and order of rows, from logits: by PyTorch's operators, then by our kernels."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moefoundry.config import MoEConfig, RouterConfig
 from moefoundry.moe.balance import statistics
 from moefoundry.moe.router import Router
 from moefoundry.ops.kernel_choice import fused_kernels, use_fused_kernels
+from moefoundry.ops.permute import order_by_expert
 
 
 class Sizes(NamedTuple):
@@ -47,7 +48,7 @@ def run(figures: Figures, options: Options) -> None:
 
 
 def measure(part: Part, sizes: Sizes, fused: bool, options: Options) -> None:
-    """Forward and backward, with balance loss and z-loss; the kernel's ids beside those of operators."""
+    """Forward and backward, with balance loss and z-loss, and the order; ids and order beside those of operators."""
     if fused and options.device != "cuda":
         raise NotRunError("the kernel needs a GPU")
     router = Router(1, config(sizes)).to(options.device)
@@ -66,11 +67,15 @@ def measure(part: Part, sizes: Sizes, fused: bool, options: Options) -> None:
 
     before = fused_kernels()
     plain_ids_TK = forward()[2]
+    plain = order_by_expert(plain_ids_TK, sizes.experts).tensors
     use_fused_kernels(fused)
     try:
         part.put(same_ids=round((forward()[2] == plain_ids_TK).float().mean().item(), 6))
         part.put(forward=timed(forward, options.device), both=timed(both, options.device))
         part.put(syncs=host_syncs(both, options.device))
+        ordered = order_by_expert(plain_ids_TK, sizes.experts).tensors
+        part.put(same_order=all(torch.equal(ours, theirs) for ours, theirs in zip(ordered, plain, strict=True)))
+        part.put(order=timed(lambda: order_by_expert(plain_ids_TK, sizes.experts), options.device))
     finally:
         use_fused_kernels(before)
 
