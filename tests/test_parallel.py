@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from moefoundry.config import (
     BalanceConfig,
     Fp8Config,
     Fp8Recipe,
+    Gather,
     GqaConfig,
     InitConfig,
     LinearAttentionConfig,
@@ -25,9 +26,11 @@ from moefoundry.config import (
     NormPosition,
     PrecisionConfig,
     QkNorm,
+    Reduce,
     RouterConfig,
     SwigluConfig,
 )
+from moefoundry.retry import can_forget
 from tests.distributed import run_distributed
 
 
@@ -68,12 +71,19 @@ class Mode(NamedTuple):
     fp8: Fp8Recipe | None = None
     linear: bool = False
     chunks: int = 1
+    gather: Gather = Gather.each_pass
+    reduce: Reduce = Reduce.each_micro_batch
 
 
 PLAIN = Mode()
 FP32_MODES = [Mode(checkpointing, count) for checkpointing in ActivationCheckpointing for count in (1, 4)]
 FLOAT64 = Mode(ActivationCheckpointing.full, 4, torch.float64)
 LINEAR = Mode(ActivationCheckpointing.selective, 4, torch.float64, linear=True)
+ONCE: list[dict[str, Any]] = [
+    {"gather": Gather.each_step},
+    {"reduce": Reduce.each_step},
+    {"gather": Gather.each_step, "reduce": Reduce.each_step, "chunks": 2},
+]
 FEW_MODES = [
     PLAIN,
     Mode(ActivationCheckpointing.selective, 4, chunks=2),
@@ -81,11 +91,12 @@ FEW_MODES = [
     FLOAT64._replace(chunks=2),
     LINEAR,
     LINEAR._replace(activation_checkpointing=ActivationCheckpointing.full),
+    *(FLOAT64._replace(**change) for change in ONCE),
 ]
 FOUR_RANKS_MODES = [
     mode._replace(micro_batches=2) for mode in (Mode(ActivationCheckpointing.selective, chunks=2), FLOAT64, LINEAR)
 ]
-ALL_MODES = [*FP32_MODES, FLOAT64, LINEAR]
+ALL_MODES = [*FP32_MODES, FLOAT64, LINEAR, *(FP32_MODES[1]._replace(**change) for change in ONCE)]
 EIGHT_RANKS_MODES = [mode._replace(micro_batches=min(mode.micro_batches, 2)) for mode in ALL_MODES]
 
 
@@ -157,7 +168,8 @@ def build(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
 
     mesh = None
     if mesh_sizes is not None:
-        mesh = build_meshes(resolve_degrees(MeshConfig(*mesh_sizes), mesh_sizes[0] * mesh_sizes[1]), "cpu")
+        config = MeshConfig(*mesh_sizes, mode.gather, mode.reduce)
+        mesh = build_meshes(resolve_degrees(config, mesh_sizes[0] * mesh_sizes[1]), "cpu")
     cfg = model_config(num_experts, mode.dtype, mode.chunks)
     with torch.device("meta"):
         model = MoETransformer(with_linear_attention(cfg) if mode.linear else cfg).to(mode.dtype)
@@ -184,7 +196,7 @@ def train(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
 
     from moefoundry.callbacks.health import global_norm
     from moefoundry.optim import build_adamw
-    from moefoundry.parallel import sum_between_copies
+    from moefoundry.parallel import begin_micro_batch
 
     rank, ranks = (0, 1) if mesh_sizes is None else (dist.get_rank(), dist.get_world_size())
     model = build(mesh_sizes, num_experts, mode)
@@ -195,7 +207,7 @@ def train(mesh_sizes: tuple[int, int, int, int | None] | None, num_experts: int,
         tokens = torch.randint(67, (SEQUENCES, LENGTH), generator=generator).chunk(ranks)[rank]
         loss = torch.zeros((), dtype=mode.dtype)
         for index, micro_batch in enumerate(tokens.chunk(mode.micro_batches), start=1):
-            sum_between_copies(model, index == mode.micro_batches)
+            begin_micro_batch(model, index == mode.micro_batches)
             micro_loss = model(micro_batch, micro_batch).total / mode.micro_batches
             micro_loss.backward()
             loss += micro_loss.detach()
@@ -353,3 +365,29 @@ def test_training_changes_every_parameter() -> None:
     assert outcome.losses[-1] != outcome.losses[0]
     for name, weight in start.items():
         assert not torch.equal(weight, outcome.parameters[name]), name
+
+
+def gradients_of_a_step(mode: Mode, leaves_one_before: bool) -> dict[str, Tensor]:
+    """Whole gradients of a step of two micro-batches; before, perhaps, a step is left behind its first."""
+    from moefoundry.parallel import begin_micro_batch
+    from moefoundry.retry import forget_step
+
+    model = build((1, 2, 2, None), 6, mode)
+    tokens = torch.randint(67, (4, LENGTH), generator=torch.Generator().manual_seed(1))
+    if leaves_one_before:
+        begin_micro_batch(model, False)
+        model(tokens, tokens).total.backward()
+        forget_step(model)
+    for last, micro_batch in enumerate(tokens.chunk(2)):
+        begin_micro_batch(model, bool(last))
+        model(micro_batch, micro_batch).total.backward()
+    return {name: full(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.skipif(not can_forget(), reason=f"torch {torch.__version__} cannot bring FSDP back")
+@pytest.mark.parametrize("change", ONCE, ids=str)
+def test_a_step_that_was_left_leaves_nothing(change: dict[str, Any]) -> None:
+    mode = FLOAT64._replace(**change)
+    fresh, again = (run_distributed(gradients_of_a_step, 2, mode, left)[0] for left in (False, True))
+    for name, gradient in fresh.items():
+        assert torch.equal(again[name], gradient), name

@@ -39,7 +39,7 @@ from torchmetrics import Metric
 
 from moefoundry.config import Recipe, UserError
 from moefoundry.mesh import Meshes
-from moefoundry.parallel import sum_between_copies
+from moefoundry.parallel import begin_micro_batch
 
 TESTED = "0.32.1"
 OVERRIDDEN = (
@@ -78,7 +78,7 @@ class MeshTrainer(Trainer):
         pass
 
     def _train_microbatch(self, use_grad_scaling: bool, current_batch_size: float, is_final_microbatch: bool) -> Any:
-        sum_between_copies(self.state.model, is_final_microbatch)
+        begin_micro_batch(self.state.model, is_final_microbatch)
         losses = super()._train_microbatch(use_grad_scaling, current_batch_size, is_final_microbatch)
         parts = self.state.outputs, self.state.loss
         self.state.outputs, self.state.loss = tree_map_only(Tensor, Tensor.detach, parts)

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from moefoundry.config import ConfigError, MeshConfig
+from moefoundry.config import ConfigError, Gather, MeshConfig, Reduce
 from moefoundry.config.mesh_rules import degree_problems, expert_problems, shard_degree
 
 if TYPE_CHECKING:
@@ -40,16 +40,20 @@ EXPERT_PLACE = "expert_place"  # its ranks on one of them
 
 @dataclass(frozen=True)
 class MeshDegrees:
-    """Sizes of the mesh axes, all known.
+    """Sizes of the mesh axes, all known, and how FSDP works on them.
 
     Attributes:
         expert_nodes: Nodes that an expert group spans; 1 also if it does not fill whole nodes.
+        gather: When parameters are gathered.
+        reduce: When gradients are reduced.
     """
 
     replicate: int
     shard: int
     expert: int
     expert_nodes: int = 1
+    gather: Gather = Gather.each_pass
+    reduce: Reduce = Reduce.each_micro_batch
 
     @property
     def world_size(self) -> int:
@@ -72,7 +76,8 @@ def resolve_degrees(cfg: MeshConfig, world_size: int, ranks_per_node: int | None
     shard = shard_degree(cfg, world_size)
     assert shard is not None, "the degrees fit the world size"
     per_node = cfg.ranks_per_node or ranks_per_node or world_size
-    return MeshDegrees(world_size // shard, shard, cfg.expert, 1 if cfg.expert % per_node else cfg.expert // per_node)
+    nodes = 1 if cfg.expert % per_node else cfg.expert // per_node
+    return MeshDegrees(world_size // shard, shard, cfg.expert, nodes, cfg.gather, cfg.reduce)
 
 
 @dataclass(frozen=True)
@@ -84,12 +89,16 @@ class Meshes:
         expert: Ranks among which experts are divided, 1-D.
         expert_fsdp: Mesh on which a rank's experts are sharded: (replicate, shard / expert), or the latter alone.
         expert_hops: Two parts of ``expert``, 1-D each: between nodes, and inside a node; None if it spans one node.
+        gather: When parameters are gathered.
+        reduce: When gradients are reduced.
     """
 
     dense: DeviceMesh
     expert: DeviceMesh
     expert_fsdp: DeviceMesh
     expert_hops: tuple[DeviceMesh, DeviceMesh] | None = None
+    gather: Gather = Gather.each_pass
+    reduce: Reduce = Reduce.each_micro_batch
 
 
 def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
@@ -110,7 +119,8 @@ def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
         sizes = (degrees.expert_nodes, degrees.expert // degrees.expert_nodes)
         parts = whole._unflatten(2, sizes, (EXPERT_NODE, EXPERT_PLACE))
         hops = (parts[EXPERT_NODE], parts[EXPERT_PLACE])
-    return Meshes(mesh[(*copied, SHARD)], whole[EXPERT], whole[(*copied, EXPERT_SHARD)], hops)
+    views = mesh[(*copied, SHARD)], whole[EXPERT], whole[(*copied, EXPERT_SHARD)]
+    return Meshes(*views, hops, degrees.gather, degrees.reduce)
 
 
 def limit_waiting(meshes: Meshes, seconds: float) -> None:

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from moefoundry.adapters import Adapter, init_adapters
-from moefoundry.config import ActivationCheckpointing, Dispatcher, Fp8Recipe, MoEConfig, PrecisionConfig
+from moefoundry.config import ActivationCheckpointing, Dispatcher, Fp8Recipe, Gather, MoEConfig, PrecisionConfig, Reduce
 from moefoundry.fp8_gather import gather_in_fp8
 from moefoundry.fp8_weights import Fp8Weights
 from moefoundry.mesh import Meshes
@@ -155,21 +155,23 @@ def _compile(model: MoETransformer) -> None:
 
 def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) -> None:
     policy = mixed_precision(precision)
+    shard = partial(fully_shard, reshard_after_forward=meshes.gather == Gather.each_pass)
     # with cast inputs, gates would keep wide copies, and the weights of rows would be rounded on some meshes only
     wide = MixedPrecisionPolicy(param_dtype=torch.float32, cast_forward_inputs=False)
     of_experts = replace(policy, cast_forward_inputs=False)
     for module in full_precision_modules(model, precision):
-        fully_shard(module, mesh=meshes.dense, mp_policy=wide)
+        shard(module, mesh=meshes.dense, mp_policy=wide)
     if meshes.expert.size() > 1:
         for layer in moe_layers(model):
             place = partial(_placement_of_experts, ranks=meshes.expert_fsdp.size(-1))
-            fully_shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=of_experts, shard_placement_fn=place)
+            shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=of_experts, shard_placement_fn=place)
             register_fsdp_forward_method(layer.experts, "in_chunks")
     for block in model.blocks:
-        fully_shard(block, mesh=meshes.dense, mp_policy=policy)
+        shard(block, mesh=meshes.dense, mp_policy=policy)
     for module in model.mtp:
-        fully_shard(module, mesh=meshes.dense, mp_policy=policy)
-    fully_shard(model, mesh=meshes.dense, mp_policy=policy)
+        shard(module, mesh=meshes.dense, mp_policy=policy)
+    fully_shard(model, mesh=meshes.dense, mp_policy=policy)  # stays whole: the backward pass begins with it
+    model.gather, model.reduce = meshes.gather, meshes.reduce
     _prefetch(model)
     if (limit := getattr(model, "set_reduce_scatter_max_input_buffers", None)) is not None:  # from torch 2.14 on
         cast(Callable[[int], None], limit)(REDUCTIONS)
@@ -204,14 +206,17 @@ def _fsdp_units(part: nn.Module) -> list[FSDPModule]:
     return [module for module in part.modules() if isinstance(module, FSDPModule)]
 
 
-def sum_between_copies(model: nn.Module, wanted: bool) -> None:
-    """Set if the next backward passes sum gradients over ``replicate``.
+def begin_micro_batch(model: nn.Module, last: bool) -> None:
+    """Tell FSDP if the next micro-batch is the last of its step.
 
-    With several micro-batches only the last has to; before that, each copy adds up its own gradients in its shards.
+    Only then are gradients summed over ``replicate``; before, each copy adds up its own in its shards. Where gradients
+    are reduced once a step, or parameters gathered once, that is then, too.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_requires_all_reduce(wanted, recurse=False)
+    for whole in (module for module in model.modules() if isinstance(module, MoETransformer)):
+        for unit in _fsdp_units(whole):
+            unit.set_requires_gradient_sync(last or whole.reduce == Reduce.each_micro_batch, recurse=False)
+            unit.set_requires_all_reduce(last, recurse=False)  # the one before sets it, too
+            unit.set_reshard_after_backward(last or whole.gather == Gather.each_pass, recurse=False)
 
 
 def moe_layers(model: MoETransformer) -> list[MoELayer]:

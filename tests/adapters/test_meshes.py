@@ -47,7 +47,7 @@ def train(mesh: tuple[int, int, int] | None, lora: LoraConfig, precision: Precis
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import meta_model
     from moefoundry.optim import build_adamw
-    from moefoundry.parallel import materialize, parallelize, sum_between_copies
+    from moefoundry.parallel import begin_micro_batch, materialize, parallelize
 
     rank, ranks = (0, 1) if mesh is None else (dist.get_rank(), dist.get_world_size())
     meshes = None if mesh is None else build_meshes(resolve_degrees(MeshConfig(*mesh), ranks), "cpu")
@@ -63,7 +63,7 @@ def train(mesh: tuple[int, int, int] | None, lora: LoraConfig, precision: Precis
         tokens = torch.randint(67, (SEQUENCES, LENGTH), generator=generator).chunk(ranks)[rank]
         loss = torch.zeros(())
         for index, micro_batch in enumerate(tokens.chunk(2)):
-            sum_between_copies(model, index == 1)
+            begin_micro_batch(model, index == 1)
             micro_loss = model(micro_batch, micro_batch).total / 2
             micro_loss.backward()
             loss += micro_loss.detach()

@@ -206,6 +206,20 @@ def test_loaders_schedules_and_parts_without_an_equal(tmp_path: Path) -> None:
     assert recipe.load_path is None
 
 
+@pytest.mark.parametrize(
+    ("config", "gather"),
+    [
+        ({"sharding_strategy": "SHARD_GRAD_OP"}, "each_step"),
+        ({"reshard_after_forward": False}, "each_step"),
+        ({"sharding_strategy": "FULL_SHARD", "reshard_after_forward": True}, "each_pass"),
+    ],
+)
+def test_parameters_that_stay_whole_do_so_here(tmp_path: Path, config: dict[str, Any], gather: str) -> None:
+    found, path = moved(tmp_path, recipes.recipe(exact_mpt(), fsdp_config=config))
+    assert load_recipe(path).mesh.gather == gather
+    assert not {name for name in whys(found, Fate.dropped) if name.startswith("fsdp_config")}
+
+
 def test_a_recipe_of_axolotl(tmp_path: Path) -> None:
     tree = axolotl(hf_directory(tmp_path / "hf"))
     found, recipe = native(tmp_path, tree, world_size=4)

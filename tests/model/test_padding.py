@@ -216,7 +216,7 @@ def on_mesh(sizes: tuple[int, int, int] | None, micro_batches: int) -> dict[str,
     from moefoundry.config import ActivationCheckpointing, MeshConfig
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import meta_model
-    from moefoundry.parallel import materialize, parallelize, sum_between_copies
+    from moefoundry.parallel import begin_micro_batch, materialize, parallelize
     from tests.test_parallel import full
 
     rank, ranks = (0, 1) if sizes is None else (dist.get_rank(), dist.get_world_size())
@@ -232,7 +232,7 @@ def on_mesh(sizes: tuple[int, int, int] | None, micro_batches: int) -> dict[str,
     plain = composer_model.forward
 
     def forward(part: Batch) -> Any:
-        sum_between_copies(model, part is parts[-1])
+        begin_micro_batch(model, part is parts[-1])
         return plain(part)
 
     composer_model.forward = forward

@@ -60,7 +60,7 @@ def losses_and_gradients(
     from moefoundry.mesh import build_meshes, resolve_degrees
     from moefoundry.model.transformer import MoETransformer
     from moefoundry.ops.block_sparse import function
-    from moefoundry.parallel import materialize, parallelize, sum_between_copies
+    from moefoundry.parallel import begin_micro_batch, materialize, parallelize
 
     os.environ["TRITON_INTERPRET"] = "1"  # which the backend takes for leave to run on a CPU
     function.missing, function.widened = lambda: "", lambda: on_cpu
@@ -74,7 +74,7 @@ def losses_and_gradients(
     tokens = torch.randint(67, (8, 8), generator=torch.Generator().manual_seed(0)).chunk(ranks)[rank]
     found: dict[str, Any] = {"balance": torch.zeros(()), "total": torch.zeros(())}
     for index, micro_batch in enumerate(tokens.chunk(micro_batches), start=1):
-        sum_between_copies(model, index == micro_batches)
+        begin_micro_batch(model, index == micro_batches)
         losses = model(micro_batch, micro_batch)
         (losses.total / micro_batches).backward()
         for name in ("balance", "total"):

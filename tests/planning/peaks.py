@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
 from moefoundry.config import Compute, Recipe
 from moefoundry.mesh import build_meshes, resolve_degrees
@@ -24,7 +25,7 @@ from moefoundry.model import context
 from moefoundry.ops import cpu_attention, cpu_norm
 from moefoundry.ops.fp8 import GatheredBlocks, KeptBlocks, gemm, quantization, weights
 from moefoundry.optim import build_adamw
-from moefoundry.parallel import materialize, parallelize, sum_between_copies
+from moefoundry.parallel import begin_micro_batch, materialize, parallelize
 from tests.memory import PeakMemory, storage_of
 from tests.planning.sharded import built
 
@@ -215,15 +216,16 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     materialize(model, "cpu", 0)
     sequences, length = recipe.device_train_microbatch_size, recipe.max_seq_len
     tokens = torch.arange(sequences * length).view(sequences, length) % recipe.model.vocab_size
-    sum_between_copies(model, False)
+    shards = [*model.parameters()]
+    begin_micro_batch(model, False)
     model(tokens, tokens).total.backward()
-    sum_between_copies(model, True)
-    parameters = [*model.parameters(), *narrow_copies_of(model), *kept_blocks_of(model)]
+    begin_micro_batch(model, True)
+    parameters = [*shards, *narrow_copies_of(model), *kept_blocks_of(model)]
     memory = memory_of([*parameters, *model.buffers(), tokens])
-    memory.note([*gradients_of(model), *sums_of_a_copy(model)])
+    memory.note([*gradients_of(shards), *sums_of_a_copy(model), *whole_between_micro_batches(model)])
     with memory, kernels_of_a_gpu(memory, recipe.precision.compute == Compute.bf16):
         model(tokens, tokens).total.backward()
-    gradients, moments = bytes_of(gradients_of(model)), recipe.precision.optimizer_moments
+    gradients, moments = bytes_of(gradients_of(shards)), recipe.precision.optimizer_moments
     optimizer = build_adamw(model, recipe.optimizer, moments)
     optimizer.step()
     state = [slots[name] for slots in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -242,9 +244,22 @@ def kept_blocks_of(model: nn.Module) -> list[Tensor]:
     return [tensor for blocks in kept for quantized in blocks.found.values() for tensor in quantized.tensors]
 
 
-def gradients_of(model: nn.Module) -> list[Tensor]:
+def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Gradients that there are."""
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def whole_between_micro_batches(model: nn.Module) -> list[Tensor]:
+    """Parameters that FSDP has gathered, and sums of gradients that it has not reduced."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group) is not None]
+    found: list[Tensor | None] = []
+    for parameter in (each for group in groups for each in group.fsdp_params):
+        if parameter.sharded_state == ShardedState.UNSHARDED:
+            found.append(parameter.unsharded_param.data)
+        unsharded = getattr(parameter, "_unsharded_param", None)
+        found += [parameter.unsharded_accumulated_grad, None if unsharded is None else unsharded.grad]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def sums_of_a_copy(model: nn.Module) -> list[Tensor]:
@@ -269,7 +284,7 @@ def both_trackers(recipe: Recipe) -> tuple[int, int]:
     materialize(model, "cpu", 0)
     tokens = torch.arange(recipe.max_seq_len).unsqueeze(0) % recipe.model.vocab_size
     model(tokens, tokens).total.backward()
-    gradients = gradients_of(model)
+    gradients = gradients_of(model.parameters())
     with PeakMemory([*model.parameters(), *model.buffers(), *gradients, tokens]) as ours:
         model(tokens, tokens).total.backward()
     tracker = MemTracker()

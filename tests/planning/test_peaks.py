@@ -78,6 +78,14 @@ def test_a_sample_peaks_as_planned(mesh: str) -> None:
     assert [*check(recipes, replicate * shard)] == []
 
 
+@pytest.mark.parametrize("mesh", ["fsdp", pytest.param("experts", marks=pytest.mark.slow)])
+def test_whole_parameters_and_gradients_take_what_is_planned(mesh: str) -> None:
+    changes = [["mesh.gather=each_step"], ["mesh.reduce=each_step"], ["mesh.gather=each_step", "mesh.reduce=each_step"]]
+    several = ["global_train_batch_size=4"]
+    recipes = [recipe_of("qwen3-30b-a3b", mesh, "full", "bf16", [*change, *several]) for change in changes]
+    assert [*check(recipes, 2)] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("number", range(len(NAMES)), ids=lambda number: NAMES[number])

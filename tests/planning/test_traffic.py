@@ -43,7 +43,7 @@ def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[st
     import torch.distributed as dist
 
     from moefoundry.mesh import build_meshes, resolve_degrees
-    from moefoundry.parallel import materialize, parallelize, sum_between_copies
+    from moefoundry.parallel import begin_micro_batch, materialize, parallelize
 
     counts = []
     for recipe in recipes:
@@ -54,7 +54,7 @@ def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[st
         with SentBytes(meshes) as counted:
             batches = [*micro_batches(recipe, dist.get_world_size()).elements()]
             for index, sequences in enumerate(batches, start=1):
-                sum_between_copies(model, index == len(batches))
+                begin_micro_batch(model, index == len(batches))
                 tokens = torch.randint(0, 61, (sequences, SEQUENCE))
                 model(tokens, tokens).total.backward()
         counts.append({key: (counted.calls[key], sent) for key, sent in counted.sent.items()})
@@ -88,6 +88,15 @@ def test_a_step_sends_what_is_planned(mesh):
 def test_gradients_are_scattered_after_each_micro_batch_and_summed_after_the_last_which_may_be_smaller(mesh):
     micro_batch = "device_train_microbatch_size=2"
     check([recipe_of(mesh, micro_batch, MODES[-1], sequences=sequences) for sequences in (4, 3)])
+
+
+ONCE = ("mesh.gather=each_step", "mesh.reduce=each_step")
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 2), pytest.param((2, 2, 2), marks=pytest.mark.slow)], ids=str)
+def test_parameters_are_gathered_and_gradients_reduced_once_a_step_if_so_wanted(mesh):
+    changes = [(ONCE[0],), (ONCE[1],), (*ONCE, MODES[-1])]
+    check([recipe_of(mesh, "device_train_microbatch_size=2", *change, sequences=6) for change in changes])
 
 
 @pytest.mark.slow

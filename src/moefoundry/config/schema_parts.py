@@ -11,9 +11,23 @@ from moefoundry.config.schema_data import FimConfig, PackingConfig, StreamConfig
 # ------------------------------------------------------------------------------------------------- mesh and precision
 
 
+class Gather(StrEnum):
+    """Passes for which sharded parameters are gathered."""
+
+    each_pass = "each_pass"
+    each_step = "each_step"
+
+
+class Reduce(StrEnum):
+    """Backward passes behind which gradients are reduced to shards."""
+
+    each_micro_batch = "each_micro_batch"
+    each_step = "each_step"
+
+
 @dataclass
 class MeshConfig:
-    """Degrees of the device mesh."""
+    """Degrees of the device mesh, and how FSDP works on it."""
 
     replicate: int = key(
         1,
@@ -35,6 +49,19 @@ class MeshConfig:
     )
     ranks_per_node: int | None = key(
         None, "Ranks of a node, which tokens for experts enter once; null asks the launcher.", ge=1
+    )
+    gather: Gather = key(
+        Gather.each_pass,
+        "When parameters are gathered: each_pass, block by block, forward and again backward; each_step, once for all "
+        "micro-batches of a step, and every rank holds all of them in the compute dtype.",
+        instead_of={
+            "reshard_after_forward": "mesh.gather=each_step keeps parameters whole from pass to pass (false there)",
+        },
+    )
+    reduce: Reduce = key(
+        Reduce.each_micro_batch,
+        "When gradients are reduced: behind each micro-batch; or once, behind the last of a step, and every rank adds "
+        "up all of them in fp32.",
     )
 
 

@@ -40,10 +40,11 @@ FSDP = {
     "save_planner": "every rank writes its own part",
     "activation_cpu_offload": "activations stay on the device; activation_checkpointing saves more",
     "cpu_offload": "parameters stay on the device",
-    "reshard_after_forward": "parameters are gathered for the forward and again for the backward pass",
     "auto_wrap": "each block is a unit of its own",
     "verbose": "`moefoundry plan` tells what each rank holds",
 }
+
+WHOLE = "parameters stay whole from the first forward to the last backward pass of a step"
 
 
 def move_duration(draft: Draft, old: str, new: str = "", why: str = "") -> None:
@@ -178,9 +179,16 @@ def move_sharding(draft: Draft, section: str) -> None:
     elif strategy is not None and "HYBRID" in strategy:
         draft.drop(old, "mesh.shard is the number of ranks that share a copy, mesh.replicate the number of copies")
         draft.to_fill_in["mesh.shard"] = "ranks that share one copy of the model, such as those of a node"
+    elif strategy == "SHARD_GRAD_OP":
+        draft.put("mesh.gather", "each_step", old, WHOLE)
     elif strategy is not None:
         why = "mesh.shard -1, the default, shards parameters, gradients and moments over all ranks"
         draft.same("mesh.shard", old, why) if strategy == "FULL_SHARD" else draft.drop(old, why)
+    if (old := f"{section}.reshard_after_forward") in draft.old:
+        if draft.value(old) is False:
+            draft.put("mesh.gather", "each_step", old, WHOLE)
+        else:
+            draft.same("mesh.gather", old, "parameters are gathered again for the backward pass")
     for path in draft.below(section):
         draft.move(path, FSDP)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Self, cast, overload
 import torch
 from torch import Tensor, nn
 
-from moefoundry.config import AuxLossScope, IndexerStage, ModelConfig, NormPosition
+from moefoundry.config import AuxLossScope, Gather, IndexerStage, ModelConfig, NormPosition, Reduce
 from moefoundry.model.attention import Attention, build_attention
 from moefoundry.model.block_stats import BlockStats
 from moefoundry.model.cache import KVCache, LayerCache
@@ -158,6 +158,7 @@ class MoETransformer(nn.Module):
         pairs: Rows are pairs of documents, and their log-probabilities are wanted, too.
         tells_rows_apart: Give the loss of each row, too.
         logits_losses, router_losses: The recipe's ``losses``; :meth:`use_losses` sets them.
+        gather, reduce: The recipe's ``mesh.gather`` and ``mesh.reduce``, where it is sharded.
     """
 
     def __init__(self, cfg: ModelConfig) -> None:
@@ -170,6 +171,7 @@ class MoETransformer(nn.Module):
         self.step_counts = StepCounts(None) if global_balance else None
         self.tokens_per_sample: Tensor | None = None
         self.pairs = False
+        self.gather, self.reduce = Gather.each_pass, Reduce.each_micro_batch
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.layers: Sequence[Block] = nn.ModuleList(  # type: ignore[assignment]  # typed as what it holds
             Block(cfg, index) for index in range(cfg.n_layers)

@@ -9,8 +9,9 @@ memory is largest at one of these moments of a micro-batch:
                         before it, which is prefetched; gradients in the compute dtype and in their reduction
     the end             gradients of the root unit (embedding and head), in the same two forms
 
-The root unit stays gathered. All gradients are counted at each of these moments, as they exist from the second
-micro-batch on. The CUDA context, communication buffers and fragmentation are not counted.
+The root unit stays gathered, and with ``mesh.gather: each_step`` all do. With ``mesh.reduce: each_step`` and several
+micro-batches there are sums of whole gradients, in fp32. All gradients are counted at each of these moments, as they
+exist from the second micro-batch on. The CUDA context, communication buffers and fragmentation are not counted.
 
 The moving average of the parameters is in the memory of the host, and counted separately.
 """
@@ -21,7 +22,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moefoundry.config import Fp8Recipe, IndexerStage, Moments, Recipe
+from moefoundry.config import Fp8Recipe, Gather, IndexerStage, Moments, Recipe, Reduce
 from moefoundry.ops.sizes import CHUNK_TOKENS, KERNEL_CHUNK_TOKENS, REDUCTIONS
 from moefoundry.planning.activations import Moment, block_activations
 from moefoundry.planning.fp8_weights import kept_bytes
@@ -94,6 +95,12 @@ def memory(outline: ShardedOutline, recipe: Recipe, sequences: int) -> Memory:
     reduced = sum(unit.trained_shard_numel for unit in units) if units else trained
     moment_bytes = FP32 if recipe.precision.optimizer_moments == Moments.fp32 else 2
     moments = transients(outline.planned_blocks(recipe.max_seq_len), units, recipe, sequences)
+    if recipe.mesh.gather == Gather.each_step:
+        moments = [replace(moment, gathered_parameters=_gathered(units)) for moment in moments]
+    several = recipe.global_train_batch_size > outline.degrees.world_size * sequences
+    if several and recipe.mesh.reduce == Reduce.each_step:
+        whole = FP32 * sum(unit.trained_full_numel for unit in units) - FP32 * reduced  # shards take their place later
+        moments = [replace(moment, unreduced_gradients=moment.unreduced_gradients + whole) for moment in moments]
     return Memory(
         parameters=FP32 * stored + _narrow_copies(outline, recipe) + kept_bytes(outline, recipe),
         gradients=FP32 * reduced,

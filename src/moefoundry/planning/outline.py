@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from moefoundry.config import Compute, Fp8Recipe, PrecisionConfig, Recipe
+from moefoundry.config import Compute, Fp8Recipe, Gather, PrecisionConfig, Recipe
 from moefoundry.mesh import MeshDegrees
 from moefoundry.planning import stages
 from moefoundry.planning.describe import ParameterCounts, count_parameters
@@ -141,15 +141,16 @@ def _units(outline: Outline, precision: PrecisionConfig, degrees: MeshDegrees) -
     # The root stays gathered after the forward pass, since the backward pass begins with it.
     yield unit_of("", outline.root, precision, degrees, gathers=1)
     in_fp8 = outline.gathered_in_fp8(precision)
+    gathers = 2 if degrees.gather == Gather.each_pass else 1
     made: dict[tuple[int, frozenset[str]], list[Unit]] = {}
     for name, weights in zip(block_names(outline), outline.blocks, strict=True):
         block = name
         if name.startswith("mtp."):
-            yield unit_of(name, outline.mtp, precision, degrees, in_fp8=_names(name, outline.mtp, in_fp8))
+            yield unit_of(name, outline.mtp, precision, degrees, gathers, _names(name, outline.mtp, in_fp8))
             block = f"{name}.block"
         key = id(weights), _names(block, weights, in_fp8)
         if key not in made:
-            made[key] = list(_block_units(weights, precision, degrees, key[1]))
+            made[key] = list(_block_units(weights, precision, degrees, gathers, key[1]))
         for unit in made[key]:
             yield replace(unit, name=f"{block}.{unit.name}" if unit.name else block)
 
@@ -160,7 +161,7 @@ def _names(module: str, weights: Sequence[Weight], chosen: Collection[str]) -> f
 
 
 def _block_units(
-    weights: Sequence[Weight], precision: PrecisionConfig, degrees: MeshDegrees, in_fp8: Collection[str]
+    weights: Sequence[Weight], precision: PrecisionConfig, degrees: MeshDegrees, gathers: int, in_fp8: Collection[str]
 ) -> Iterator[Unit]:
     """Yield the units of a block, named by their modules in it; the block's own has no name."""
     groups: dict[str, list[Weight]] = {"": []}
@@ -170,7 +171,7 @@ def _block_units(
             module = EXPERTS
         groups.setdefault(module or "", []).append(weight)
     for module, members in groups.items():
-        yield unit_of(module, members, precision, degrees, in_fp8=in_fp8)
+        yield unit_of(module, members, precision, degrees, gathers, in_fp8)
 
 
 def _groups(weights: Sequence[Weight], expert_ranks: int) -> dict[str, int]:

@@ -6,11 +6,11 @@ assigned in turn, from ``router.top_k_groups`` groups a token (``router.assignme
 a rank that has several of its experts. Metrics and the gradient norm, a few kB, are not counted.
 
 FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass, with
-``fsdp_all_gather`` in FP8. Gradients are reduce-scattered after each micro-batch, and all-reduced between copies after
-the last. Rows are sent to the experts and back, forward and backward; if the forward pass is recomputed (``full``), to
-the experts once more, and back where a norm follows or in chunks. ``selective`` keeps received rows. In chunks
-(``model.moe.dispatch_chunks``) the same rows go in more calls, and counts are of each chunk. DeepEP is counted as if it
-were ``all_to_all``.
+``fsdp_all_gather`` in FP8; with ``mesh.gather: each_step`` once a step. Gradients are reduce-scattered after each
+micro-batch, or with ``mesh.reduce: each_step`` after the last, and all-reduced between copies then. Rows are sent to
+the experts and back, forward and backward; if the forward pass is recomputed (``full``), to the experts once more, and
+back where a norm follows or in chunks. ``selective`` keeps received rows. In chunks (``model.moe.dispatch_chunks``) the
+same rows go in more calls, and counts are of each chunk. DeepEP is counted as if it were ``all_to_all``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moefoundry.config import ActivationCheckpointing, AuxLossScope, Fp8Recipe, Recipe
+from moefoundry.config import ActivationCheckpointing, AuxLossScope, Fp8Recipe, Gather, Recipe, Reduce
 from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, REPLICATE, MeshDegrees
 from moefoundry.moe.dealing import dealt_once, tokens_by_place
 from moefoundry.ops.sizes import row_bytes
@@ -83,10 +83,12 @@ class Ledger:
         """Add the collectives of an FSDP unit."""
         if unit.shards > 1:
             others = unit.shards - 1
-            self.add("all_gather", unit.axis, others * unit.gathered_share, unit.gathers * micro_batches)
+            gathers = unit.gathers * (1 if self.degrees.gather == Gather.each_step else micro_batches)
+            self.add("all_gather", unit.axis, others * unit.gathered_share, gathers)
             if unit.trained_shard_numel:
                 reduced = others * unit.trained_shard_numel * unit.reduce_bytes
-                self.add("reduce_scatter", unit.axis, reduced, micro_batches)
+                reductions = 1 if self.degrees.reduce == Reduce.each_step else micro_batches
+                self.add("reduce_scatter", unit.axis, reduced, reductions)
         if unit.copies > 1 and unit.trained_shard_numel:
             self.add_all_reduce(REPLICATE, unit.trained_shard_numel * unit.reduce_bytes)
 

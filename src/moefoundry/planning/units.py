@@ -36,7 +36,7 @@ class Unit:
         trained_shard_numel, trained_full_numel: Of those, the elements of parameters that train.
         param_bytes: Bytes of a gathered element.
         reduce_bytes: Bytes of an element in the reduction.
-        gathers: All-gathers in a micro-batch.
+        gathers: All-gathers in a micro-batch, or in a step where they are done once.
         fp8_numel: Elements of the whole that are gathered in FP8.
         fp8_bytes: Bytes of those, with scales.
     """
@@ -123,7 +123,7 @@ def unit_of(
         weights: Its parameters. They stay in fp32 if all of them do.
         precision: The recipe's ``precision``.
         degrees: Degrees of the mesh.
-        gathers: All-gathers in a micro-batch where several ranks share it: forward and backward.
+        gathers: All-gathers where several ranks share it: forward and backward, or one for both.
         in_fp8: Names of those that are multiplied in FP8, and gathered so where blocks of shards are whole.
     """
     experts = name == EXPERTS

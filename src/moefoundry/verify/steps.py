@@ -24,7 +24,7 @@ from moefoundry.config.making import make_part
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, with_counts
 from moefoundry.model.init import fill_by_row
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
-from moefoundry.parallel import materialize, sum_between_copies
+from moefoundry.parallel import begin_micro_batch, materialize
 from moefoundry.verify.twin import ROWS
 from moefoundry.world import setup_meshes, torch_device
 
@@ -111,7 +111,7 @@ def backward(
     for first in range(0, rows, at_once):
         part = counted({name: values[first : first + at_once] for name, values in own.items()}, recipe, place)
         share = len(part["input_ids"]) / rows
-        sum_between_copies(wrapper, first + at_once >= rows)
+        begin_micro_batch(wrapper, first + at_once >= rows)
         losses = wrapper.loss(wrapper(part), part)
         (losses["total"] * share).backward()
         for name, loss in losses.items():

@@ -40,7 +40,7 @@ CONFIGS = {
 ``python -m benchmarks.tune_experts`` takes. All kernels over tiles of rows share ``m``; for the gradients of weights it
 is the width of the operand that is gathered."""
 SUM_COLUMNS, SUM_ELEMENTS = 1024, 8192
-"""Of a program of the sum: columns, and elements of all rows of a token together."""
+"""Columns that a program of the sum has, and elements of all rows of a token together."""
 MAX_STRIDE = 2**40
 """Bytes; of a tensor descriptor they must be fewer."""
 HOST_PROGRAMS = 3
