@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from moefoundry.config import Compute, Fp8Config, Fp8Recipe, LossConfig, LossesConfig, NormPosition, PrecisionConfig
 from moefoundry.model.losses import build_losses
 from moefoundry.model.transformer import CausalLMLosses, MoETransformer
+from moefoundry.ops.recompute import keeping_nothing, on_the_host
 from tests.model.tiny import batch, gradients, meta_model, tiny_config, tiny_model
 
 MODES = ["none", "selective", "full"]
@@ -231,3 +234,26 @@ def test_parameter_and_module_names_are_unchanged(mode: str) -> None:
 def test_logits_without_grad_are_the_same(mode: str) -> None:
     with torch.no_grad():
         assert torch.equal(model(mode)(batch()), model("none")(batch()))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_the_host_has_read_is_not_read_again(nested: bool) -> None:
+    """Also of a region inside a region, which notes for both."""
+    reads = []
+
+    def block(x: Tensor) -> Tensor:
+        with mock.patch.object(Tensor, "tolist", lambda sizes: reads.append(sizes) or [len(reads)]):
+            [factor] = on_the_host(torch.zeros(1))
+        return (x * factor).sin()
+
+    def blocks(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(block, x, use_reentrant=False, context_fn=keeping_nothing) if nested else block(x)
+        return x.cos()
+
+    x = torch.ones(3, requires_grad=True)
+    checkpoint(blocks, x, use_reentrant=False, context_fn=keeping_nothing).sum().backward()
+    assert len(reads) == 2
+    again = torch.ones(3, requires_grad=True)
+    (2 * (1 * again).sin()).sin().cos().sum().backward()
+    assert torch.equal(x.grad, again.grad)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.gpu.layer import Shape
 from benchmarks.predict.machine_code import Code, read_code
 from benchmarks.predict.model import SMS, TENSOR_OPERATIONS, Chip, Tile, Work, predict
+from moefoundry.ops.fused_experts.launches import SHARES
 from moefoundry.ops.order_kernel import BLOCK
 from moefoundry.ops.router_kernels.function import PROGRAMS
 from tests.ops.compiling import launching_on_meta, only_compiling
@@ -200,12 +201,13 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
 
     def by_rows(columns: int, inner: int, operands: int, hbm_bytes: int, products: int) -> Work:
         tiles = sum(_parts(count, m) for count in rows_E) * _parts(columns, n)
-        return Work([Tile(tiles, _parts(inner, k))], 2 * k * operands, hbm_bytes, products * product)
+        tile = Tile(tiles, _parts(inner, k))
+        return Work([tile], 2 * k * operands, hbm_bytes, products * product, shares=SHARES)
 
     def by_expert(down: int, across: int, outputs: int, hbm_bytes: int) -> Work:
         programs = _parts(down, m) * _parts(across, n) * outputs
         tiles = [Tile(programs, max(1, _parts(count, k))) for count in rows_E]
-        return Work(tiles, 2 * k * (m + n), hbm_bytes, outputs * product, 2 * m * n)
+        return Work(tiles, 2 * k * (m + n), hbm_bytes, outputs * product, 2 * m * n, SHARES)
 
     match launch.kernel:
         case "up_swiglu":
@@ -215,7 +217,7 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
         case "down_backward_swiglu":
             return by_rows(shape.F, shape.D, m + n, wide + weights + 5 * narrow, 1)
         case "up_backward":
-            return by_rows(shape.D, shape.F, 2 * (m + n), 2 * narrow + 2 * weights + wide, 2)
+            return by_rows(shape.D, 2 * _parts(shape.F, k) * k, m + n, 2 * narrow + 2 * weights + wide, 2)
         case "weight_gradient" if options["GATHER_LEFT"]:
             return by_expert(shape.D, shape.F, 1, wide + narrow + weights)
         case "weight_gradient":

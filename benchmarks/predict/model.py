@@ -81,6 +81,7 @@ class Work(NamedTuple):
         hbm_bytes: Read and written in all.
         operations: Multiplications and additions of the products, without padding.
         store_bytes: Of a tile's result that waits in shared memory of its own for a copy by TMA.
+        shares: Programs after each other on a multiprocessor, of a kernel whose programs take many tiles.
     """
 
     tiles: list[Tile]
@@ -88,6 +89,7 @@ class Work(NamedTuple):
     hbm_bytes: int
     operations: int
     store_bytes: int = 0
+    shares: int = 1
 
 
 class Prediction(NamedTuple):
@@ -184,6 +186,9 @@ def predict(code: Code, work: Work, chip: Chip) -> Prediction:
         costs.append((tile.count, max(latency, programs * max(in_tile.values()))))
     limits = {name: cycles / SMS / chip.clock for name, cycles in pipes.items()}
     limits["programs"] = schedule(costs, SMS * programs) / chip.clock
+    if code.between:
+        start = chip.launch + chip.latency + work.step_bytes / chip.ingress + issue(code.before, code) / chip.clock
+        limits["programs"] += (work.shares - 1) * start
     limits["HBM"] = work.hbm_bytes / chip.hbm
     return Prediction(max(limits.values()) + chip.kernel, programs, limits)
 

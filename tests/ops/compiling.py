@@ -129,6 +129,7 @@ def inspect(kernel: Any) -> Found:
         "copies": [name for name, seen in (("TMA", has("UTMALDG")), ("128 bits", has(r"LDGSTS\S*\.128"))) if seen],
         **overlap,
         **({} if ahead is None else {"copies ahead": ahead}),
+        **({"serialized": True} if serialized(operations) else {}),
         "instructions": sum(operation.name != "NOP" for operation in operations),
     }
 
@@ -169,6 +170,22 @@ def copies_ahead(operations: list[Operation]) -> int | None:
     product = next((index for index, each in enumerate(body) if each.name.startswith(PRODUCTS)), 0)
     waits = [int(each.operands.rpartition("0x")[2], 16) for each in body[:product] if each.name == "DEPBAR.LE"]
     return waits[-1] if waits else None
+
+
+def serialized(operations: list[Operation]) -> bool:
+    """Tell if every product of Hopper's tensor cores in the main loop is waited for before the next.
+
+    The compiler does so where it sees the sum used while a product is under way, which Triton should have waited for.
+    """
+    names = ("HGMMA", "WARPGROUP.DEPBAR")
+    body = [each for each in main_loop(operations) if each.name.startswith(names)]
+    following = zip(body, body[1:] + body[:1], strict=True)
+    waited = [
+        next_one.name.startswith(names[1]) and next_one.operands.rstrip().endswith("0x0")
+        for each, next_one in following
+        if each.name.startswith(names[0])
+    ]
+    return len(waited) > 1 and all(waited)
 
 
 def in_flight(operations: list[Operation]) -> dict[str, int]:

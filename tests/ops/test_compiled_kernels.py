@@ -66,6 +66,7 @@ def test_machine_code(
             assert kernel["copies"], f"{name} copies nothing ahead"
             if name.startswith("experts"):
                 assert kernel.get("copies ahead") != 0, f"{name} waits for what it has just begun to copy"
+                assert "serialized" not in kernel, f"{name} waits for each product before the next"
         if capability == 90 and name in PAIRS:
             overlap = kernel["while multiplying"]
             assert overlap["FFMA"] >= 32, f"{name} promotes no block while it multiplies the next"

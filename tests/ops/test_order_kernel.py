@@ -37,6 +37,25 @@ def test_interpreted(interpreter: ProcessPoolExecutor, case: tuple[int, int, int
     interpreter.submit(check_order, "cpu", *case).result()
 
 
+def check_bounds(device: str) -> None:
+    """Where more slots are kept than there are rows, nothing is written behind these."""
+    from moefoundry.ops.order_kernel import count_slots, place_slots, sum_blocks
+
+    ids_S, rows = torch.tensor([2, 0, 1, 1, 0, 2, 1, 0], device=device), 5
+    counts, totals_E = torch.zeros(1, 3, dtype=torch.int32, device=device), torch.zeros(3, dtype=torch.int64)
+    order = [torch.full((9,), -7, device=device) for _ in range(3)]
+    constants = {"E": 4, "BLOCK": 8, "num_warps": 1}
+    count_slots[(1,)](ids_S, None, counts, 8, 3, **constants)
+    sum_blocks[(3,)](counts, totals_E.to(device), 1, 3, PART=16)
+    place_slots[(1,)](ids_S, None, counts, torch.tensor([3, 3, 2], device=device), *order, 8, rows, 3, 1, **constants)
+    assert [each[rows:].tolist() for each in order[:2]] == [[-7] * 4] * 2
+    assert order[0][:rows].tolist() == [1, 4, 7, 2, 3]
+
+
+def test_nothing_is_written_behind_the_rows(interpreter: ProcessPoolExecutor) -> None:
+    interpreter.submit(check_bounds, "cpu").result()
+
+
 def test_the_kernels_are_asked_only_where_they_can_answer() -> None:
     ids_TK = torch.zeros(5, 2, dtype=torch.int64)
     kernels = "moefoundry.ops.order_kernel.order_slots"

@@ -39,7 +39,7 @@ def order_slots(ids_S: Tensor, num_experts: int, top_k: int, kept_S: Tensor | No
     constants = {"E": triton.next_power_of_2(num_experts), "BLOCK": BLOCK, "num_warps": 4}
     count_slots[(blocks,)](ids_S, kept_S, counts, slots, num_experts, **constants)
     sum_blocks[(num_experts,)](counts, totals_E, blocks, num_experts, PART=PART, num_warps=4)
-    place_slots[(blocks,)](ids_S, kept_S, counts, totals_E, *order, slots, num_experts, top_k, **constants)
+    place_slots[(blocks,)](ids_S, kept_S, counts, totals_E, *order, slots, num_rows, num_experts, top_k, **constants)
     return [*order, totals_E]
 
 
@@ -84,12 +84,13 @@ def place_slots(
     row_of_kept_slot,
     first_of_token,
     slots,
+    rows,
     experts,
     top_k,
     E: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write the rows of one block's slots, in both directions, and the first of each token."""
+    """Write the rows of one block's slots, in both directions, and the first of each token; none from ``rows`` on."""
     block, one = tl.program_id(0), tl.arange(0, E)
     real = one < experts
     before = tl.load(counts + block.to(tl.int64) * experts + one, mask=real, other=0)
@@ -104,8 +105,8 @@ def place_slots(
     number = slot
     if kept is not None:
         number = tl.sum(before, 0) + tl.sum((earlier & (others >= 0)).to(tl.int32), 0)
-    tl.store(slot_of_row + row, slot.to(tl.int64), mask=expert >= 0)
-    tl.store(row_of_kept_slot + number, row.to(tl.int64), mask=expert >= 0)
+    tl.store(slot_of_row + row, slot.to(tl.int64), mask=(expert >= 0) & (row < rows))
+    tl.store(row_of_kept_slot + number, row.to(tl.int64), mask=(expert >= 0) & (number < rows))
     tl.store(first_of_token + slot // top_k, number.to(tl.int64), mask=(slot < slots) & (slot % top_k == 0))
     last = (number + (expert >= 0)).to(tl.int64)
     tl.store(first_of_token + slots // top_k + 0 * lane, last, mask=slot == slots - 1)

@@ -39,16 +39,16 @@ class _Place(threading.local):
         ends_block: It is in the block's last part, and what follows that saves no tensor for the backward pass.
         past_last_operand: It has all operands that the block saves.
         open: Closed at the end of the last part.
-        noted: What the host has read in the block; None outside of one.
-        known: The same for its recomputation, from where it is now.
+        noted: What the host has read in each checkpointed region that it is in.
+        known: The same for the one that is recomputed, from where it is now; None outside of one.
     """
 
     again = ends_block = past_last_operand = False
-    noted: list[Any] | None = None
     known: Iterator[Any] | None = None
 
     def __init__(self) -> None:
         self.open = ExitStack()
+        self.noted: tuple[list[Any], ...] = ()
 
 
 _place = _Place()
@@ -99,11 +99,9 @@ class _Unread(TorchDispatchMode):
 
 def on_the_host(sizes: Tensor) -> Any:
     """Give a tensor's values as lists, for which the host waits; a recomputation has them from the forward pass."""
-    if _place.known is not None:
-        return next(_place.known)
-    values = sizes.tolist()
-    if _place.noted is not None:
-        _place.noted.append(values)
+    values = sizes.tolist() if _place.known is None else next(_place.known)
+    for noted in _place.noted:
+        noted.append(values)
     return values
 
 
@@ -126,7 +124,7 @@ def keeping_nothing() -> tuple[AbstractContextManager[Any], AbstractContextManag
 
 @contextmanager
 def _computing(context: AbstractContextManager[Any], noted: list[Any]) -> Iterator[None]:
-    before, _place.noted = _place.noted, noted
+    before, _place.noted = _place.noted, (*_place.noted, noted)
     try:
         with context:
             yield
@@ -136,13 +134,13 @@ def _computing(context: AbstractContextManager[Any], noted: list[Any]) -> Iterat
 
 @contextmanager
 def _recomputing(context: AbstractContextManager[Any], noted: list[Any]) -> Iterator[None]:
-    before = _place.again, _place.known
-    _place.again, _place.known = True, iter(noted)
+    before = _place.again, _place.known, _place.noted
+    _place.again, _place.known, _place.noted = True, iter(noted), ()
     try:
         with context:
             yield
     finally:
-        _place.again, _place.known = before
+        _place.again, _place.known, _place.noted = before
 
 
 class _KeptOpsOnly(TorchDispatchMode):

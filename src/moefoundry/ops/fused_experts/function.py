@@ -27,6 +27,7 @@ from moefoundry.ops.recompute import last_operand_is_there, unread
 from moefoundry.ops.swiglu import Activation
 
 CAPABILITY = (9, 0)  # tensor descriptors
+SHARED_BYTES = 213_560  # of the gradients of weights; not there on GPUs for desks (compute capability 12)
 ALIGNMENT = 8  # elements; a descriptor's strides are multiples of 16 bytes
 
 
@@ -48,7 +49,11 @@ def _obstacle_of(device: torch.device) -> str:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels need an NVIDIA GPU, not {device}"
     capability = torch.cuda.get_device_capability(device)
-    return "" if capability >= CAPABILITY else f"its kernels need compute capability {CAPABILITY}, not {capability}"
+    if capability < CAPABILITY:
+        return f"its kernels need compute capability {CAPABILITY}, not {capability}"
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stub lacks the next one
+    shared = properties.shared_memory_per_block_optin
+    return "" if shared >= SHARED_BYTES else f"its kernels need {SHARED_BYTES} bytes of shared memory, not {shared}"
 
 
 def fused_experts(

@@ -174,8 +174,7 @@ def down(
 @triton.jit
 def up_backward(
     grad_gate_up,
-    gate,
-    up,
+    both,
     out,
     group_of_tile,
     first_of_tile,
@@ -183,22 +182,28 @@ def up_backward(
     num_tiles,
     inner,
     columns,
+    UP_FIRST: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
 ):
-    """Multiply gradients [N, 2 F] by gate and up [E, F, D] and add: the gradient of each row's token, [N, D]."""
+    """Multiply gradients [N, 2 F] by gate and up and add: the gradient of each row's token, [N, D].
+
+    ``both`` has gate and up, or up and gate, [2, E, F, D].
+    """
+    # Gate's half and up's in turn, one product a step. Two in a step, into one sum, are compiled wrongly for compute
+    # capability 10.0 (triton issue 10821), and on 9.0 each waits for the one before.
     columns = in_eights(columns)
     tiles = tl.load(num_tiles) * tl.cdiv(columns, N)
     for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=not cuda_capability_geq(10)):
         group, first, end, across = find_tile(number, group_of_tile, first_of_tile, end_of_tile, columns, N)
         total = tl.zeros([M, N], tl.float32)
-        for start in range(0, inner, K):
+        for step in range(2 * tl.cdiv(inner, K)):
+            half, start = step % 2, step // 2 * K
             # up's half follows gate's: beyond the end of gate's half the weights read zeros
-            g = grad_gate_up.load([first, start])
-            total = tl.dot(g, gate.load([group, start, across * N]).reshape(K, N), total)
-            u = grad_gate_up.load([first, inner + start])
-            total = tl.dot(u, up.load([group, start, across * N]).reshape(K, N), total)
+            grad = grad_gate_up.load([first, half * inner + start])
+            weight = both.load([1 - half if UP_FIRST else half, group, start, across * N]).reshape(K, N)
+            total = tl.dot(grad, weight, total)
         store_tile(out, total, first, end, across, columns, M, N)
 
 

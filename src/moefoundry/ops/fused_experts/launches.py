@@ -33,7 +33,7 @@ CONFIGS = {
     "up_swiglu": Config(128, 128, 64, 8, 3),
     "down": Config(128, 256, 64, 8, 3),
     "down_backward_swiglu": Config(128, 128, 64, 8, 3),
-    "up_backward": Config(128, 256, 32, 8, 3),
+    "up_backward": Config(128, 256, 64, 8, 3),
     "weight_gradient": Config(128, 256, 64, 8, 5),
 }
 """Chosen from machine code, by ``python -m benchmarks.predict``, not yet from measured times, which
@@ -45,6 +45,10 @@ MAX_STRIDE = 2**40
 """Bytes; of a tensor descriptor they must be fewer."""
 HOST_PROGRAMS = 3
 """Programs without a GPU: few, so that in the interpreter each takes several tiles."""
+SHARES = 4
+"""Programs that take tiles after each other, for each multiprocessor. They are as large as that. With one, and another
+kernel on some of them, as FSDP's collectives and exchanges are, its share would begin when all others end: twice the
+time. Of four, the free multiprocessors take what is left."""
 
 
 class Tiles(NamedTuple):
@@ -79,9 +83,11 @@ def place_tiles(tokens_per_expert_E: Tensor, num_rows: int, m: int) -> Tiles:
     return placed
 
 
-def programs_at_a_time(device: torch.device) -> int:
-    """Count the programs of a kernel that takes all tiles: one on each multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else HOST_PROGRAMS
+def programs_of(device: torch.device, tiles: int) -> int:
+    """Count the programs among which a kernel shares at most so many tiles."""
+    if device.type != "cuda":
+        return min(tiles, HOST_PROGRAMS)
+    return min(tiles, SHARES * torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def multiply_up(
@@ -101,8 +107,8 @@ def multiply_up(
     config, rows, (_, columns, inner) = CONFIGS["up_swiglu"], len(token_of_row_N), gate.shape
     gate_up = tokens_TD.new_empty(rows, 2 * columns)
     hidden = tokens_TD.new_empty(rows, columns) if hidden is None else hidden
-    both, up_first = _described_together(gate, up, config.n, config.k)
-    kernels.up_swiglu[(programs_at_a_time(hidden.device),)](
+    both, up_first = _described_together(gate, up, 2, config.n, config.k)
+    kernels.up_swiglu[(programs_of(hidden.device, len(tiles.group) * triton.cdiv(columns, config.n)),)](
         tokens_TD,
         token_of_row_N,
         both,
@@ -124,7 +130,7 @@ def multiply_down(hidden_NF: Tensor, down: Tensor, tiles: Tiles) -> Tensor:
     """Multiply by down, [N, F] -> [N, D]."""
     config, (_, columns, inner) = CONFIGS["down"], down.shape
     out = hidden_NF.new_empty(len(hidden_NF), columns)
-    kernels.down[(programs_at_a_time(out.device),)](
+    kernels.down[(programs_of(out.device, len(tiles.group) * triton.cdiv(columns, config.n)),)](
         _described(hidden_NF, config.m, config.k),
         _described(down, 1, config.n, config.k),
         out,
@@ -140,13 +146,15 @@ def multiply_up_backward(grad_gate_up: Tensor, gate: Tensor, up: Tensor, tiles: 
     """Multiply gradients by gate and up, and add, [N, 2 F] -> [N, D]."""
     config, (_, inner, columns) = CONFIGS["up_backward"], gate.shape
     out = grad_gate_up.new_empty(len(grad_gate_up), columns)
-    kernels.up_backward[(programs_at_a_time(out.device),)](
+    both, up_first = _described_together(gate, up, 1, config.k, config.n)
+    kernels.up_backward[(programs_of(out.device, len(tiles.group) * triton.cdiv(columns, config.n)),)](
         _described(grad_gate_up, config.m, config.k),
-        *(_described(weight, 1, config.k, config.n) for weight in (gate, up)),
+        both,
         out,
         *tiles,
         inner,
         columns,
+        UP_FIRST=up_first,
         **config.launch(),
     )
     return out
@@ -200,7 +208,7 @@ def multiply_transposed(
     grads = [left.new_empty(experts, rows, columns) for _ in range(outputs)]
     down, across = (config.m, config.n) if gather_left else (config.n, config.m)
     tiles = triton.cdiv(rows, down) * triton.cdiv(columns, across) * outputs * experts
-    kernels.weight_gradient[(min(tiles, programs_at_a_time(left.device)),)](
+    kernels.weight_gradient[(programs_of(left.device, tiles),)](
         left if gather_left else _described(left, config.k, down),
         _described(right, config.k, across) if gather_left else right,
         token_of_row_N,
@@ -246,14 +254,15 @@ def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(tensor, list(block))
 
 
-def _described_together(first: Tensor, second: Tensor, *block: int) -> tuple[TensorDescriptor, bool]:
+def _described_together(first: Tensor, second: Tensor, of_both: int, *block: int) -> tuple[TensorDescriptor, bool]:
     """Describe two tensors [E, O, I] as one, [2, E, O, I], and tell whether the second is its first.
 
-    They need not lie side by side: what is between them is the stride of the first dim. A block has both.
+    They need not lie side by side: what is between them is the stride of the first dim. A block has parts of
+    ``of_both`` of them.
     """
     distance = second.data_ptr() - first.data_ptr()
     if abs(distance) >= MAX_STRIDE:
-        return _described(torch.stack([first, second]), 2, 1, *block), False
+        return _described(torch.stack([first, second]), of_both, 1, *block), False
     base, elements = second if distance < 0 else first, abs(distance) // first.element_size()
     strides = [elements, *first.stride()]
-    return TensorDescriptor(base, [2, *first.shape], strides, [2, 1, *block]), distance < 0
+    return TensorDescriptor(base, [2, *first.shape], strides, [of_both, 1, *block]), distance < 0
