@@ -22,10 +22,12 @@ from moefoundry.cli.eval import Request
 from moefoundry.config import DatasetConfig, LoaderConfig, MeshConfig, UserError
 from moefoundry.config.build import Builder
 from moefoundry.config.errors import ConfigError
+from moefoundry.config.schema_data import PackingConfig, PackingMethod
 from moefoundry.config.spec import filled
 from moefoundry.config.tasks import read_gauntlet, read_tasks
 from moefoundry.data.loader import build_loader
-from moefoundry.data.summary import read_corpus_summary
+from moefoundry.data.options import Kind
+from moefoundry.data.summary import CorpusSummary, Layout, read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.evaluation.batched import BatchedModel
 from moefoundry.evaluation.code_completion import complete_problems
@@ -188,9 +190,22 @@ def _length(evaluated: EvaluatedModel, request: Request) -> int:
 
 
 def _loader(evaluated: EvaluatedModel, request: Request, directory: Path) -> LoaderConfig:
-    length = request.max_seq_len or read_corpus_summary(directory).max_seq_len or _length(evaluated, request)
-    data = DatasetConfig(local=str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
-    return LoaderConfig(dataset=data, drop_last=False)
+    """Read data as the checkpoint's recipe reads its own, as far as that fits their kind."""
+    summary, recipe = read_corpus_summary(directory), _recipe_of(evaluated)
+    length = request.max_seq_len or summary.max_seq_len or recipe.get("max_seq_len") or MAX_SEQ_LEN
+    said = (recipe.get(f"{loader}.dataset.packing.method") for loader in ("eval_loader", "train_loader"))
+    packing = PackingConfig(_packing(summary, next((PackingMethod(method) for method in said if method), None)))
+    data = DatasetConfig(str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
+    return LoaderConfig(dataset=replace(data, packing=packing), drop_last=False)
+
+
+def _packing(summary: CorpusSummary, of_recipe: PackingMethod | None) -> PackingMethod:
+    """Choose a way of packing: the recipe's, if it has one that fits the data."""
+    if summary.kind == Kind.preferences:
+        return PackingMethod.pairs
+    if of_recipe not in (None, PackingMethod.pairs) and summary.layout is Layout.documents:
+        return of_recipe
+    return PackingMethod.best_fit if summary.kind == Kind.instructions else PackingMethod.concat
 
 
 def _check_tokenizer(evaluated: EvaluatedModel, data: Path) -> None:
@@ -203,6 +218,8 @@ def _check_tokenizer(evaluated: EvaluatedModel, data: Path) -> None:
 def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, subset: int = -1) -> dict[str, float]:
     """Compute the held-out loss over the first ``subset`` batches of each rank; -1 is all."""
     model = evaluated.model
+    if cfg.dataset.packing.method == PackingMethod.pairs:
+        model.cfg.document_masking = True  # a response does not see the other
     loader = build_loader(
         cfg,
         batch_size=request.batch_size,
