@@ -244,6 +244,20 @@ def local_path(text: str) -> Path:
     return Path(resolved(text))
 
 
+def check_writable(file: Path) -> None:
+    """Try to write a file, before what takes long; its content stays as it is.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if (there := file.exists()) and not file.is_file() and not file.is_dir():
+        return  # a pipe, whose reader would take the trial for its end
+    with file.open("ab"):
+        pass
+    if not there:
+        file.unlink(missing_ok=True)  # several ranks may try
+
+
 @contextmanager
 def options_named(flags: Mapping[str, str]) -> Iterator[None]:
     """Turn ``max_loss=0.5`` into ``--max-loss 0.5`` in errors of the library, which name its own arguments.
