@@ -93,6 +93,7 @@ def test_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> No
     assert main([*command.split(), flag]) == 0
     out, err = capsys.readouterr()
     assert (out.startswith(f"Usage: moefoundry {command} "), err) == (True, "")
+    assert "None" not in out
 
 
 def test_the_help_of_prepare_has_the_defaults_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
