@@ -648,6 +648,10 @@ def test_from_pretrained(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there_is_to_be_downloaded_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"OLMoE: no such directory; .* download ORGANIZATION/OLMoE --local-dir "):
         import_hf(tmp_path / "OLMoE", tmp_path / "imported")
+    file = tmp_path / "my.json"
+    file.write_text("{}")
+    with pytest.raises(UserError, match=rf"^{file}: is a file; name the directory that holds config.json: {tmp_path}$"):
+        import_hf(file, tmp_path / "imported")
 
 
 def test_importing_the_package_is_light() -> None:

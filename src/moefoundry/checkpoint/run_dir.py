@@ -171,7 +171,7 @@ def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> S
         _say(f"note: load_path is not read: the run goes on from {checkpoint}, its own")
     elif recipe.load_path is not None:
         own, path = False, resolved(recipe.load_path)
-        checkpoint = find_remote(recipe.load_path, cache) if is_url(path) else find_checkpoint(path)
+        checkpoint = find_remote(recipe.load_path, cache) if is_url(path) else find_checkpoint(path, "load_path")
         if checkpoint is None:
             raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
     if checkpoint is None and recipe.lora is None:
