@@ -14,7 +14,6 @@ import click
 
 from moefoundry.cli.arguments import (
     Number,
-    device_named,
     device_option,
     ema_option,
     flags_of,
@@ -107,7 +106,7 @@ def command(source: str, ema: bool, device: str | None, mesh: str | None, as_jso
     flags = flags_of(*OF_CODE, "device", "ema", "batch_size", "max_seq_len", "limit", "harness", "data", "mesh")
     flags["gauntlet"] = "--gauntlet"
     flags["seconds"] = "--timeout"
-    world_size = join_world(os.environ)
+    join_world(os.environ)
 
     from moefoundry.cli.evaluations import check, evaluate, print_found, save, shared_world
     from moefoundry.config.errors import EXIT_USER_ERROR, UserError
@@ -117,7 +116,7 @@ def command(source: str, ema: bool, device: str | None, mesh: str | None, as_jso
     try:
         with options_named(flags):
             check(request)
-            meshes, place = shared_world(mesh, device) if world_size > 1 else (None, device_named(device))
+            meshes, place = shared_world(mesh, device)
             with evaluated_at(source, meshes=meshes, device=place, ema=ema) as evaluated:
                 found, samples = evaluate(evaluated, request)
     except UserError:

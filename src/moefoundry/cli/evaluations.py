@@ -84,8 +84,8 @@ def check(request: Request) -> None:
         _draws(request.code)
 
 
-def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes, torch.device]:
-    """Join the ranks, and build the meshes that an option asks for.
+def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes | None, torch.device]:
+    """Join the ranks, and build the meshes that an option asks for; one rank needs none.
 
     Raises:
         ConfigError: The option is no mesh, or does not fit the number of ranks.
@@ -100,10 +100,12 @@ def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes, torch.de
     cfg = builder.build(MeshConfig, filled(MeshConfig(), tree), "mesh")
     if builder.problems:
         raise ConfigError(builder.problems, "--mesh")
+    degrees = resolve_degrees(cfg, dist.get_world_size(), dist.get_local_world_size())
+    if dist.get_world_size() == 1:
+        return None, device_named(device)
     if device is not None:
         device_named(device)
     used = get_device("cpu" if device == "cpu" else None)
-    degrees = resolve_degrees(cfg, dist.get_world_size(), dist.get_local_world_size())
     return join_meshes(degrees, used, TIMEOUT), torch_device(used)
 
 
