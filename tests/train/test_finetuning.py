@@ -49,6 +49,7 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
         "unpacked": ["train", recipe, *tuned, *of_chats, "run_name=unpacked", "max_duration=2ep", "eval_interval=1ep"],
         "generate": ["generate", "runs/finetune-tiny", "--prompt", PROMPT, "--max-new-tokens", "12", "--json"],
         "pairs": ["prepare", "pairs.jsonl", "data/pairs", "--tokenizer", f"{corpus}/tokenizer", "--preferences"],
+        "without_dpo": ["train", recipe, *tuned, "train_loader.dataset.local=data/pairs", "run_name=without_dpo"],
         "early": ["train", preferences, *tuned, *of_pairs, "run_name=early"],
         "reference": ["reference", "runs/finetune-tiny", "data/pairs"],
         "again": ["reference", "runs/finetune-tiny", "data/pairs"],
@@ -115,6 +116,13 @@ def test_the_held_out_loss_falls(outcomes: tuple[Path, dict[str, Any]], run: str
     ]
     assert len(held_out) == 2
     assert held_out[1] < held_out[0] < lines[0]["loss/train/lm"]
+
+
+def test_preferences_are_no_texts(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    status, _, err = outcomes[1]["without_dpo"]
+    assert status == 2
+    for loader in ("train", "eval"):
+        assert f"{loader}_loader.dataset.local: data/pairs: preferences, whose rejected responses would be" in err
 
 
 @pytest.mark.parametrize(
