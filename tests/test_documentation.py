@@ -106,6 +106,26 @@ def test_preparations_in_the_pages_succeed(tmp_path: Path, capsys: pytest.Captur
         assert " 0 samples" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("devices", [8, 512])
+def test_the_mesh_for_some_devices_is_the_one_that_the_command_prints(
+    devices: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the commands after it have its overrides; the same recipes are in docs/hardware.md."""
+    (section,) = re.findall(
+        rf"^## A mesh for {devices} H100\n(.*?)^## ", (ROOT / "docs/howto.md").read_text(), re.DOTALL | re.MULTILINE
+    )
+    search, *others = re.findall(
+        r"^```bash\nmoefoundry (.*?)```", section.replace("\\\n", " "), re.DOTALL | re.MULTILINE
+    )
+    (printed,) = re.findall(r"\n\n```\n(.*?)```", section, re.DOTALL)
+    assert main(search.split()) == 0
+    out = capsys.readouterr().out
+    assert all(part.strip("\n") in out for part in printed.split("...")), out
+    overrides = re.search(r"^1: (.*)$", printed, re.MULTILINE)[1].split()
+    for command in "".join(others).splitlines():
+        assert [word for word in command.split() if "=" in word] == overrides
+
+
 def test_make_targets_in_the_pages_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for _, words in commands():

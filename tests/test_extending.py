@@ -25,7 +25,7 @@ from moefoundry.config.parts import (
     TABLES,
 )
 from tests.conftest import QUICKSTART
-from tests.distributed import run_distributed
+from tests.distributed import captured_output, run_distributed
 
 EXAMPLE = Path(__file__).parents[1] / "docs/examples/steps_and_scores"
 USE = [
@@ -102,7 +102,7 @@ def counting(cfg, recipe):
         def match(self, event, state):
             return event == Event.BATCH_START
         def apply(self, event, state, logger):
-            logger.log_metrics({"counting/batches": state.timestamp.batch.value + 1})
+            logger.log_metrics({"counting/batches": state.timestamp.batch.value + 1, "batch": 7, "lr": 9.0})
     return Counting()
 
 optimizer, scheduler = Part(SgdConfig, sgd), Part(StepsConfig, lambda cfg: lambda state: cfg.share)
@@ -507,7 +507,11 @@ def train_with_parts(site: Path, overrides: list[str]) -> tuple[list[dict[str, A
     for length in ("2ba", "3ba"):
         recipe = load_recipe(QUICKSTART, [*overrides, f"max_duration={length}", "autoresume=true"])
         run_dir = recipe.run_dir
-        moefoundry.train(recipe)
+        with captured_output() as texts:
+            moefoundry.train(recipe)
+        for name in ("batch", "lr"):
+            warning = f"warning: Counting logs {name}, a key that metrics.jsonl has already: it is left out"
+            assert texts[1].count(warning) == 1, texts[1]
     bad = load_recipe(QUICKSTART, [*overrides, "run_dir=bad", "callbacks.runtime_estimator.time_unit=weeks"])
     with pytest.raises(UserError, match=r"^callbacks\.runtime_estimator: cannot be used: .*time_unit"):
         moefoundry.train(bad)

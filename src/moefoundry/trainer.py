@@ -27,10 +27,11 @@ from moefoundry.callbacks.report import unless_it_fails, write_report
 from moefoundry.callbacks.signals import StopOnSignal
 from moefoundry.checkpoint.lease import held
 from moefoundry.checkpoint.ranks import on_rank_zero
-from moefoundry.checkpoint.run_dir import store_of
+from moefoundry.checkpoint.run_dir import check_run_name, store_of
 from moefoundry.composer_patches import MeshTrainer
 from moefoundry.config import LocalError, Recipe, advice, flatten
 from moefoundry.config.curriculum import stage_at, stages_of
+from moefoundry.config.layers import OVERRIDE
 from moefoundry.conversion.families import exports_as
 from moefoundry.data.loader import dead_processes_named
 from moefoundry.evaluation.generation import complete
@@ -73,6 +74,8 @@ def train(recipe: Recipe, command: Sequence[str] = (), origins: Mapping[str, str
         warnings.filterwarnings("ignore", message)
     run_dir = Path(recipe.run_dir)
     with sole_owner(run_dir), named_collectives(recipe.dist_timeout), dead_processes_named():
+        if (origins or {}).get("run_dir") != OVERRIDE:
+            on_rank_zero(lambda: check_run_name(recipe))
         if dist.get_global_rank() == 0:
             forget_hangs(run_dir)
         trainer = build_trainer(recipe)

@@ -1,5 +1,6 @@
 """Damaged, mixed up and malicious checkpoints are refused by name, never run and never half believed."""
 
+import errno
 import os
 import pickle
 import re
@@ -258,6 +259,20 @@ def test_the_command(store: CheckpointStore, capsys: pytest.CaptureFixture) -> N
     assert said("delete", str(imported)) == (2, "", f"error: this deletes {imported}; say --yes\n")
     assert said("delete", str(imported), "--yes")[0] == 0
     assert not imported.exists()
+
+
+def test_what_cannot_be_shown_or_deleted_is_named_by_its_path(
+    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def refuse(path: Path) -> None:  # as rmtree does, which opens directories below one another
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "state.json")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    assert main(["checkpoint", "delete", str(store.path(2)), "--yes"]) == 2
+    assert capsys.readouterr().err == f"error: {store.path(2)}: cannot be deleted: Permission denied\n"
+    (store.root / "none").mkdir()
+    assert main(["checkpoint", "show", str(store.root / "none")]) == 2
+    assert capsys.readouterr().err == f"error: {store.root}/none: no complete checkpoint there\n"
 
 
 @pytest.mark.parametrize("action", ["list", "show", "verify"])

@@ -25,6 +25,7 @@ from moefoundry.checkpoint.remote import upload_checkpoint
 from moefoundry.checkpoint.run_dir import (
     CONFIG_FILE,
     check_run_dir,
+    check_run_name,
     claim_run_dir,
     newest_intact,
     open_run,
@@ -98,10 +99,35 @@ def test_another_recipe_is_told_where_to_go(tmp_path: Path, place: str, saved: b
         check_run_dir(load_recipe(QUICKSTART, [*keys, "seed=3"]))
 
 
+@pytest.mark.parametrize(
+    ("place", "changes", "refused"),
+    [
+        ("orig", ["run_name=fork"], True),
+        ("orig/out", ["run_name=fork"], True),
+        ("orig", [], False),
+        ("elsewhere", ["run_name=fork"], False),
+        ("${run_name}", ["run_name=fork"], False),
+    ],
+)
+def test_a_directory_called_after_another_run_is_refused(
+    tmp_path: Path, place: str, changes: list[str], refused: bool
+) -> None:
+    keys = [f"run_dir={tmp_path}/{place}", "run_name=orig"]
+    begin(load_recipe(QUICKSTART, keys))
+    recipe = load_recipe(QUICKSTART, [*keys, *changes])
+    if not refused:
+        check_run_name(recipe)
+        return
+    fork = f"{tmp_path}/{place}".replace("orig", "fork")
+    with pytest.raises(UserError, match=rf"^run_name: fork, and .* is the run orig; .*: run_dir={fork}; or say"):
+        check_run_name(recipe)
+
+
 def test_checkpoints_are_continued_or_left_alone(recipe: MakeRecipe) -> None:
     run_dir = begin(recipe())
     save_checkpoint(recipe())
-    with pytest.raises(UserError, match=r"holds checkpoints of this recipe; continue it with autoresume=true"):
+    advice = r"continue it with autoresume=true or choose another run_dir$"
+    with pytest.raises(UserError, match=rf"holds checkpoints of this recipe; {advice}"):
         check_run_dir(recipe())
     assert begin(recipe("autoresume=true", "max_duration=400ba")) == run_dir
     assert "max_duration: 400ba" in (run_dir / CONFIG_FILE).read_text()

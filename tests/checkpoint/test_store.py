@@ -136,5 +136,7 @@ def test_find_a_checkpoint_by_its_own_its_stores_or_its_runs_directory(store: Ch
     assert find_checkpoint(str(store.path(4))) == store.path(4)
     assert find_checkpoint(str(store.root)) == newest
     assert find_checkpoint(str(store.root.parent)) == newest
-    with pytest.raises(UserError, match=r"load_path: no complete checkpoint at .*/ba5"):
+    with pytest.raises(UserError, match=r"^load_path: no complete checkpoint at .*/ba5"):
+        find_checkpoint(str(store.path(5)), "load_path")
+    with pytest.raises(UserError, match=r"^/.*/ba5: no complete checkpoint there$"):
         find_checkpoint(str(store.path(5)))

@@ -93,6 +93,7 @@ def test_help(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> No
     assert main([*command.split(), flag]) == 0
     out, err = capsys.readouterr()
     assert (out.startswith(f"Usage: moefoundry {command} "), err) == (True, "")
+    assert "None" not in out
 
 
 def test_the_help_of_prepare_has_the_defaults_of_the_library(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,6 +116,15 @@ def test_errors_of_the_library_name_options(tmp_path: Path, capsys: pytest.Captu
         (["--workers", "0"], "--workers: '0' is not a positive integer"),
         (["--part", "1/2", "--ray", "auto"], "--part 1/2: not with --ray, which prepares all parts"),
         (["--vocab-size=300", "--max-seq-len=9999"], "needs --max-seq-len 9999; add text"),
+        (["--max-tokens", "9"], "--max-tokens 9: of instructions or preferences, and these are text; leave it out"),
+        (["--too-long", "drop"], "--too-long drop: of instructions or preferences, and these are text; leave it out"),
+        (["--target-responses", "last"], "--target-responses last: of instructions, and these are text; leave it out"),
+        (["--target-prompts", "all"], "--target-prompts all: of instructions, and these are text; leave it out"),
+        (["--target-prompts", "none", "--preferences"], "--target-prompts none: of instructions, and these are pref"),
+        (["--text-key", "text", "--instructions"], "--text-key text: of text, and these are instructions; leave it"),
+        (["--vocab-size", "4096", "--tokenizer", "t"], "--vocab-size 4096: not with --tokenizer, whose vocabulary is"),
+        (["--too-long", "drop", "--instructions"], "--too-long drop: needs --max-tokens"),
+        (["--preferences", "--instructions"], "--instructions and --preferences: give one of them"),
     ]:
         assert main(["prepare", *source, *options]) == 2
         assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from moefoundry.cli.arguments import check_writable
 from moefoundry.cli.main import main
 from tests.evaluation.tiny_tasks import Trained, write_lines
 
@@ -70,6 +71,33 @@ def test_limits(trained: Trained, capsys, tmp_path: Path) -> None:
     assert evaluate(capsys, trained.hf, tmp_path / "all.yaml", "--limit", 5) == found
 
 
+def test_metrics_are_printed_before_a_file_that_cannot_be_written(trained: Trained, capsys) -> None:
+    options = ["--limit", "2", "--device", "cpu", "-o", "/dev/full"]
+    assert main(["eval", str(trained.hf), str(trained.tasks), *options]) == 2
+    out, err = capsys.readouterr()
+    assert "metrics/go_on/0-shot/InContextLearningLMAccuracy" in out
+    assert err.splitlines()[-1] == "error: /dev/full: No space left on device"
+
+
+def test_an_output_is_tried_before_the_model_is_loaded(trained: Trained, capsys, monkeypatch, tmp_path: Path) -> None:
+    for name in ("pretrained.evaluated_at", "checkpoint.weights.load_model"):
+        monkeypatch.setattr(f"moefoundry.{name}", lambda *_, **__: pytest.fail("loaded"))
+    kept = write_lines(tmp_path / "kept.jsonl", [{"a": 1}])
+    check_writable(kept)
+    assert kept.read_text() == '{"a": 1}\n'
+    assert main(["eval", str(trained.hf), str(trained.tasks), "-o", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+    pairs = write_lines(
+        tmp_path / "pairs.jsonl", [{"prompt": f"{n}", "chosen": "a", "rejected": "b"} for n in range(9)]
+    )
+    tokenizer = str(Path(trained.corpus) / "tokenizer")
+    data = tmp_path / "pairs"
+    assert main(["prepare", str(pairs), str(data), "--preferences", "--tokenizer", tokenizer, "--workers", "1"]) == 0
+    (data / "train" / ".reference.npy").mkdir()
+    assert main(["reference", str(trained.run.run_dir), str(data), "--overwrite"]) == 2
+    assert capsys.readouterr().err == f"error: {data}/train/.reference.npy: Is a directory\n"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -80,6 +108,10 @@ def test_limits(trained: Trained, capsys, tmp_path: Path) -> None:
         (["none.yaml", "--data", "x"], "error: TASKS and --data: give one of them"),
         ([], "has no recipe that says what to evaluate: give TASKS, --data or --harness"),
         (["--humaneval", "x"], "error: --humaneval needs -o RESULTS"),
+        (["--data", "x", "--mesh", "foo"], "error: --mesh foo: no mapping such as '{expert: 2}'"),
+        (["--data", "x", "--mesh", "{expert: 2}"], "mesh.expert"),
+        (["--data", "x", "--mesh", "{exprt: 1}"], "mesh.exprt: unknown key; did you mean 'mesh.expert'?"),
+        (["--data", "x", "-o", "y"], "error: -o: --data has no samples to write"),
         (
             ["--gauntlet", "none.yaml"],
             "error: --gauntlet none.yaml: averages of TASKS, a file with icl_tasks; give that",

@@ -143,6 +143,27 @@ def test_checkpoints_are_not_trained_over(tiny_overrides: Overrides, trained: Pa
     assert files(trained) == before
 
 
+def test_a_run_s_own_recipe_under_a_new_name_does_not_go_on_in_the_old_directory(
+    tiny_overrides: Overrides, trained: Path, tmp_path: Path
+) -> None:
+    orig = Path(shutil.copytree(trained, tmp_path / "tiny"))
+    config = orig / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained), str(orig)))
+    before = files(orig)
+    changes = [str(config), "run_name=fork", f"load_path={orig}/checkpoints/ba4", "max_duration=5ba", "autoresume=true"]
+    outcome = train(*changes)
+    assert_refused(outcome, rf"run_name: fork, and {orig} is the run tiny; .*: run_dir={tmp_path}/fork;")
+    assert files(orig) == before
+    outcome = train(*changes, f"run_dir={tmp_path}/fork")
+    assert outcome.status == 0, outcome
+    assert "load_path is not read" not in outcome.err
+    assert files(orig) == before
+    assert finished(tmp_path / "fork").checkpoints() == ["ba5"]
+    outcome = train(*changes, f"run_dir={orig}")
+    assert outcome.status == 0, outcome
+    assert f"note: load_path is not read: the run goes on from {orig}/checkpoints/ba4, its own" in outcome.err
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(
     tiny_overrides: Overrides, trained: Path, tmp_path: Path
 ) -> None:

@@ -51,6 +51,10 @@ def test_what_is_no_place_is_refused(place: str, problem: str) -> None:
     assert problem in url_problem(place)
 
 
+def test_a_store_that_is_not_like_what_was_written_is_not_proposed() -> None:
+    assert url_problem("foo://bucket") == "no store has URLs that begin with foo://"
+
+
 def test_what_is_a_path_alone() -> None:
     assert path_problem("runs/odd%20ü#1?x") == ""
     assert path_problem("file:///a%20b") == "a path is written without file://: /a b"

@@ -37,6 +37,7 @@ from moefoundry.conversion.starting_recipe import Size, peak_rate, with_balance
 from moefoundry.conversion.tensor_map import Dtype
 from moefoundry.data.tokenizer_files import special_token_ids
 from moefoundry.model.transformer import MoETransformer
+from moefoundry.verify.round_trip import random_model, save
 from tests.checkpoint.forge import recommit
 from tests.conversion.families.models import VOCAB
 from tests.conversion.hf import (
@@ -166,6 +167,18 @@ def test_transformers_loads_what_is_exported(tmp_path: Path, family: str) -> Non
     assert tokenizer.eos_token_id == 0
     assert theirs.config.to_dict().items() >= special.items()
     assert GenerationConfig.from_pretrained(tmp_path / "back").to_dict().items() >= special.items()
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["whole", "by_block"])
+def test_a_model_that_was_trained_with_document_masking_is_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    monkeypatch.setattr("moefoundry.conversion.convert.fits_twice", lambda _: fits)
+    model = random_model(replace(family_config("mixtral"), document_masking=True))
+    save(model, tmp_path / "checkpoint", 64)
+    summary = export_hf(tmp_path / "checkpoint", tmp_path / "hf", tolerance=1e-4)
+    assert summary.parity is not None
+    assert summary.parity.by_block is not fits
 
 
 def test_a_model_without_compressed_queries_is_verified(tmp_path: Path) -> None:
@@ -635,6 +648,10 @@ def test_from_pretrained(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there_is_to_be_downloaded_first(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"OLMoE: no such directory; .* download ORGANIZATION/OLMoE --local-dir "):
         import_hf(tmp_path / "OLMoE", tmp_path / "imported")
+    file = tmp_path / "my.json"
+    file.write_text("{}")
+    with pytest.raises(UserError, match=rf"^{file}: is a file; name the directory that holds config.json: {tmp_path}$"):
+        import_hf(file, tmp_path / "imported")
 
 
 def test_importing_the_package_is_light() -> None:

@@ -81,7 +81,7 @@ def test_format_is_inferred_only_where_there_is_one(tmp_path: Path) -> None:
 def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such file or directory"):
         open_corpus(str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=r"empty corpus: no file of a known kind \(\.txt \.md \.jsonl"):
+    with pytest.raises(UserError, match=r"empty corpus: no file of a known kind \(\.txt \.md \.jsonl .* \.json\);"):
         open_corpus(str(tmp_path))
     with pytest.raises(UserError, match=r"empty corpus: no file of parquet \(\.parquet\)"):
         open_corpus(str(tmp_path), CorpusFormat.parquet)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from moefoundry.checkpoint.manifest import Origin, commit
+from moefoundry.checkpoint.store import CheckpointStore
+from moefoundry.checkpoint.weights import named_checkpoint
 from moefoundry.config.spec import every_key
 from moefoundry.llm_foundry.fates import FATES, table
 from moefoundry.llm_foundry.keys import TRAIN_KEYS
@@ -23,6 +27,19 @@ def test_every_key_has_a_fate() -> None:
 def test_the_page_has_the_table() -> None:
     """``python -m moefoundry.llm_foundry.fates`` prints it."""
     assert table() in PAGE.read_text()
+
+
+def test_what_the_fates_name_is_there(tmp_path: Path) -> None:
+    """No file that no run writes, and no target that the Makefile lacks."""
+    store, text = CheckpointStore(tmp_path / "checkpoints"), table()
+    directory = store.begin(100)
+    (directory / "state.json").write_text("{}")
+    commit(directory, Origin(100), {})
+    store.publish(100)
+    assert set(re.findall(r"`run_dir/checkpoints/(.+?)`", text)) == {path.name for path in store.root.iterdir()}
+    assert named_checkpoint(tmp_path) == store.path(100)
+    targets = re.findall(r"^([\w-]+):", (PAGE.parents[1] / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([\w-]+)", text)) <= set(targets)
 
 
 @pytest.mark.slow  # imports LLM Foundry

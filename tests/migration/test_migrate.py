@@ -237,6 +237,13 @@ def test_a_recipe_of_axolotl(tmp_path: Path) -> None:
     assert "not on this machine" in whys(found, Fate.dropped)["base_model"]
 
 
+def test_a_lone_rate_is_not_the_name_of_an_optimizer(tmp_path: Path) -> None:
+    parts = {"optimizers": {"lr": 1e-3}, "schedulers": [{"t_warmup": "9ba"}], "algorithms": None}
+    written = yaml.safe_load(moved(tmp_path, composer(**parts))[1].read_text())
+    assert written["optimizer"] == {"lr": 1e-3}
+    assert written["scheduler"] == {"t_warmup": "9ba"}
+
+
 def test_a_plain_recipe_in_composers_words(tmp_path: Path) -> None:
     found, path = moved(tmp_path, composer())
     recipe = load_recipe(path)
@@ -275,7 +282,11 @@ def test_the_command_hides_secrets_and_replaces_nothing(tmp_path: Path, capsys: 
         ("a: [", "not valid YAML"),
         ("- a", "the top level is a list"),
         ("a: 1", r"no recipe of LLM Foundry \(model\.name\), Composer \(max_duration\) or axolotl \(base_model\)"),
-        ("model: {name: moe_causal_lm}", "a recipe of this project already"),
+        ("model: {name: moe_causal_lm}", "is a recipe of moefoundry already; `moefoundry validate` checks it"),
+        ("extends: a.yaml\nrun_dir: ${run_name}\nmax_duration: 1ba", "is a recipe of moefoundry already"),
+        ("format_version: 4\nmax_duration: 1ba", "is a recipe of moefoundry already"),
+        ("model: {moe: {top_k: 2}}\nmax_duration: 1ba", "is a recipe of moefoundry already"),
+        ("model.moe.top_k: 2\nmax_duration: 1ba", "is a recipe of moefoundry already"),
         ("model: {name: mpt_causal_lm, d_model: wide}", r"model\.d_model: got 'wide'; allowed: a number"),
         ("model: {name: mpt_causal_lm}\nseed: ${nope}", "seed: cannot be resolved"),
         ("base_model: x\nmicro_batch_size: two", "micro_batch_size: got 'two'"),

@@ -110,9 +110,17 @@ def test_targets_by_hand() -> None:
     assert shifted_targets(labels, shift=7).tolist() == [[-100] * 6]
 
 
-def test_a_batch_without_documents_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^model.document_masking is on: the model needs sequence_id"):
-        build(KINDS["grouped_query"])(IDS, IDS)
+def test_a_batch_without_documents_is_refused_in_training_and_for_losses() -> None:
+    model = build(KINDS["grouped_query"])
+    for labels, training in ((IDS, True), (None, True), (IDS, False)):
+        with pytest.raises(ValueError, match=r"^model.document_masking is on: the model needs sequence_id"):
+            model.train(training)(IDS, labels)
+
+
+@kinds
+def test_the_logits_of_ids_alone_are_those_of_a_document_a_row(attention: AttentionConfig) -> None:
+    model = build(attention, torch.float64).eval()
+    torch.testing.assert_close(model(IDS), model(IDS, sequence_id=one_document(IDS)), rtol=0, atol=1e-12)
 
 
 def test_documents_do_nothing_where_masking_is_off() -> None:

@@ -1,9 +1,12 @@
 """Plans of recipes that train adapters count what a rank then holds."""
 
+import re
+import shlex
 from typing import NamedTuple
 
 from moefoundry.config import Recipe, load_recipe
 from moefoundry.planning.plan import make_plan
+from moefoundry.planning.table import GIB
 from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
 
@@ -12,6 +15,8 @@ SMALL = (
     *("model.moe.expert_hidden_size=16", "model.moe.num_experts=6", "load_path=base", "precision.compute=bf16"),
     *("lora={rank: 8, targets: [attention, experts.up_proj], train_router: true}", "mesh={shard: 2, expert: 2}"),
 )
+
+ROOT = QUICKSTART.parents[1]
 
 
 class Held(NamedTuple):
@@ -72,3 +77,28 @@ def test_only_gradients_of_adapters_are_reduced() -> None:
     )
     assert 0 < reduced < 0.5 * of_all
     assert planned.memory.peak.total < whole.memory.peak.total
+
+
+def test_the_table_of_the_page_is_what_plan_says() -> None:
+    text = (ROOT / "docs/lora.md").read_text()
+    text = text.replace("| the same |", "| `configs/finetune/olmoe-1b-7b-lora.yaml` |")
+    rows = re.findall(r"^\| `(configs/.*)` \| (\d+) \| (\d+) GiB \| (\d+)M of ([\d.]+)B \|$", text, re.MULTILINE)
+    assert len(rows) == 3
+    for path, devices, gib, millions, billions in rows:
+        plan = make_plan(load_recipe(ROOT / path, [], int(devices)), int(devices))
+        trained = plan.parameters.total - plan.parameters.frozen
+        assert f"{plan.memory.total / GIB:.0f}" == gib
+        assert (f"{trained / 1e6:.0f}", f"{plan.parameters.total / 1e9:.1f}") == (millions, billions)
+
+
+def test_the_commands_of_the_page_make_what_its_recipe_reads() -> None:
+    (block,) = re.findall(
+        r"```bash\n(moefoundry convert import OLMOE.*?)```", (ROOT / "docs/lora.md").read_text(), re.DOTALL
+    )
+    imported, prepared, trained, merged = (shlex.split(line) for line in block.splitlines())
+    recipe = load_recipe(ROOT / trained[-1])
+    assert imported[-1] == recipe.load_path
+    assert prepared[3] == recipe.train_loader.dataset.local
+    assert prepared[prepared.index("--tokenizer") + 1] == f"{imported[-1]}/tokenizer"
+    assert prepared[-1] == str(recipe.max_seq_len)
+    assert merged[3] == recipe.run_dir

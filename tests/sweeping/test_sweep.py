@@ -74,10 +74,16 @@ def silent(trial: Trial, word: str) -> None:
 
 def test_values_ranges_and_keys_that_change_together() -> None:
     axes, same = read_axes(
-        [*AXES, "optimizer.lr=1e-4..1e-2 log 3", "optimizer.betas=[0.9,0.95],[0.9,0.99]", "seed=3", "run_name='a,b'"],
+        [
+            *AXES,
+            "optimizer.lr=1e-4..1e-2 log 3",
+            "optimizer.betas=[0.9,0.95],[0.9,0.99]",
+            "seed=3",
+            "tokenizer.name='a,b'",
+        ],
         [f"{EXPERTS},{TOP_K}"],
     )
-    assert same == ["seed=3", "run_name='a,b'"]
+    assert same == ["seed=3", "tokenizer.name='a,b'"]
     points = list(grid(axes))
     assert len(points) == 3 * 3 * 2
     assert {(point[EXPERTS], point[TOP_K]) for point in points} == {("4", "1"), ("8", "2"), ("16", "8")}
@@ -99,6 +105,8 @@ def test_draws_are_within_their_ranges_and_a_longer_search_begins_with_a_shorter
 @pytest.mark.parametrize(
     ("overrides", "zipped", "message"),
     [
+        (["run_name=a,b"], [], "run_name: every run of a sweep has its own, below --output; allowed: no override"),
+        ([*AXES, "run_dir=a"], [], "run_dir: every run of a sweep has its own, below --output; allowed: no override"),
         (["optimizer.lr=1e-2..1e-4"], [], "the second number must be larger"),
         (["optimizer.lr=0..1 log"], [], "begins above 0"),
         (["optimizer.lr=1e-4..1e-2 log"], [], "a grid needs a number of values: 'optimizer.lr=0.0001..0.01 log 5'"),

@@ -49,6 +49,7 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
         "unpacked": ["train", recipe, *tuned, *of_chats, "run_name=unpacked", "max_duration=2ep", "eval_interval=1ep"],
         "generate": ["generate", "runs/finetune-tiny", "--prompt", PROMPT, "--max-new-tokens", "12", "--json"],
         "pairs": ["prepare", "pairs.jsonl", "data/pairs", "--tokenizer", f"{corpus}/tokenizer", "--preferences"],
+        "without_dpo": ["train", recipe, *tuned, "train_loader.dataset.local=data/pairs", "run_name=without_dpo"],
         "early": ["train", preferences, *tuned, *of_pairs, "run_name=early"],
         "reference": ["reference", "runs/finetune-tiny", "data/pairs"],
         "again": ["reference", "runs/finetune-tiny", "data/pairs"],
@@ -59,6 +60,10 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
         "overwritten": ["reference", "runs/tiny", "data/pairs", "--overwrite"],
         "resumed": ["train", preferences, *tuned, *of_pairs, "max_duration=9ep", "autoresume=true"],
         "forked": ["train", preferences, *tuned, *of_pairs, "run_name=forked", *on],
+        "eval_chats": ["eval", "runs/finetune-tiny", "--data", "data/chats", "--json"],
+        "eval_unpacked": ["eval", "runs/unpacked", "--data", "data/chats", "--json"],
+        "eval_pairs": ["eval", "runs/dpo-tiny", "--data", "data/pairs", "--json"],
+        "eval_pairs_of_texts": ["eval", "runs/tiny", "--data", "data/pairs", "--json"],
         "export": ["convert", "export", "runs/finetune-tiny", "-o", "exported"],
     }
     for name in ("prepare", "pairs"):
@@ -111,6 +116,25 @@ def test_the_held_out_loss_falls(outcomes: tuple[Path, dict[str, Any]], run: str
     ]
     assert len(held_out) == 2
     assert held_out[1] < held_out[0] < lines[0]["loss/train/lm"]
+
+
+def test_preferences_are_no_texts(outcomes: tuple[Path, dict[str, Any]]) -> None:
+    status, _, err = outcomes[1]["without_dpo"]
+    assert status == 2
+    for loader in ("train", "eval"):
+        assert f"{loader}_loader.dataset.local: data/pairs: preferences, whose rejected responses would be" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "run"), [("eval_chats", "finetune-tiny"), ("eval_unpacked", "unpacked"), ("eval_pairs", "dpo-tiny")]
+)
+def test_records_are_evaluated_as_by_the_run_s_own_recipe(
+    outcomes: tuple[Path, dict[str, Any]], command: str, run: str
+) -> None:
+    root, found = outcomes
+    assert found[command][0] == found["eval_pairs_of_texts"][0] == 0, found[command]
+    loss = json.loads(found[command][1])["metrics"]["metrics/eval/LanguageCrossEntropy"]
+    assert loss == pytest.approx(metrics(root, run)[-1]["metrics/eval/LanguageCrossEntropy"], rel=1e-6)
 
 
 def test_only_responses_are_predicted(outcomes: tuple[Path, dict[str, Any]]) -> None:

@@ -21,23 +21,24 @@
     memory/peak_host_gib, memory/peak_device_gib
     skipped_steps                           1 in the batches whose step was skipped (``nonfinite: skip``)
 
-and every other number that a callback logs. A key is absent where it does not apply. A line is appended and flushed as
-its batch ends, so a killed run keeps it. An evaluation after the last batch completes that batch's line. Lines of
-batches that are trained again, or that another run has left here, move to ``metrics.superseded.jsonl`` when training
-begins, so that there is one line a batch. (Of files of earlier releases the later line of a batch counts:
-:func:`moefoundry.runs.metrics.read_metrics`.)
+and every other number that a callback logs, but under these names. A key is absent where it does not apply. A line is
+appended and flushed as its batch ends, so a killed run keeps it. An evaluation after the last batch completes that
+batch's line. Lines of batches that are trained again, or that another run has left here, move to
+``metrics.superseded.jsonl`` when training begins, so that there is one line a batch. (Of files of earlier releases
+the later line of a batch counts: :func:`moefoundry.runs.metrics.read_metrics`.)
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import State
+from composer.core import Callback, Event, State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 from torch import Tensor
@@ -47,6 +48,9 @@ from moefoundry.runs.metrics import FILE_NAME
 SUPERSEDED = "metrics.superseded.jsonl"
 LEFT_OUT_PREFIXES = ("time/", "trainer/")
 """Counters that Composer logs of its own accord, and that follow from the number of the batch."""
+
+OWN_PACKAGES = ("moefoundry", "composer", "llmfoundry")
+"""Packages whose callbacks agree on the names of metrics."""
 
 ESTIMATE = "time/remaining_estimate"  # of Composer's runtime_estimator
 
@@ -61,6 +65,10 @@ class MetricsFile(LoggerDestination):
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE_NAME
         self._pending: dict[str, Any] = {}
+        self._own: set[str] = {"batch"}  # keys that have been written, but for those of packages' parts
+        self._of_packages: dict[str, tuple[Any, str]] = {}  # values, and the classes that log them
+        self._logging = ""  # the class of a package that logs now
+        self._refused: set[str] = set()
         self._written: dict[str, Any] = {}
         self._begin = 0  # of the last line, in bytes
 
@@ -73,7 +81,28 @@ class MetricsFile(LoggerDestination):
         for name, value in metrics.items():
             number = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
             if number and (name == ESTIMATE or not name.startswith(LEFT_OUT_PREFIXES)):
-                self._pending[name] = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+                value = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+                if self._logging:
+                    self._of_packages[name] = value, self._logging
+                else:
+                    self._pending[name] = value
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Note from now on what callbacks and algorithms of packages log."""
+        for part in [*state.callbacks, *state.algorithms]:
+            if type(part).__module__.partition(".")[0] not in OWN_PACKAGES:
+                method = "run_event" if isinstance(part, Callback) else "apply"
+                setattr(part, method, self._noting(type(part).__name__, getattr(part, method)))
+
+    def _noting(self, name: str, run: Callable[[Event, State, Logger], Any]) -> Callable[[Event, State, Logger], Any]:
+        def noted(event: Event, state: State, logger: Logger) -> Any:
+            self._logging = name
+            try:
+                return run(event, state, logger)
+            finally:
+                self._logging = ""
+
+        return noted
 
     def record(self, metrics: dict[str, Tensor]) -> None:
         """Take vectors, which only this file can hold (Composer's other destinations want scalars)."""
@@ -87,12 +116,24 @@ class MetricsFile(LoggerDestination):
         """Write the line of a batch, at its last event: after evaluation and after the save, as loggers run last."""
         if dist.get_global_rank() == 0 and self.path.exists():
             self._begin = self.path.stat().st_size
-        self._write({"batch": state.timestamp.batch.value, **read_together(self._pending)})
+        self._write({"batch": state.timestamp.batch.value, **self._measured()})
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
         """Complete the last batch's line: an evaluation at the end of training comes after it."""
         if self._written.get("batch") == state.timestamp.batch.value:
-            self._write({**self._written, **read_together(self._pending)})
+            self._write({**self._written, **self._measured()})
+
+    def _measured(self) -> dict[str, Any]:
+        """Read what was logged since the last line; of equal keys, those of packages are left out, with a warning."""
+        self._own |= self._pending.keys()
+        taken = self._of_packages.keys() & self._own
+        for name in sorted(taken - self._refused) if dist.get_global_rank() == 0 else ():
+            other = f"{self._of_packages[name][1]} logs {name}, a key that {FILE_NAME} has already"
+            print(f"warning: {other}: it is left out; log it under another name", file=sys.stderr, flush=True)
+        self._refused |= taken
+        further = {name: value for name, (value, _) in self._of_packages.items() if name not in taken}
+        self._of_packages = {}
+        return read_together({**further, **self._pending})
 
     def _write(self, line: dict[str, Any]) -> None:
         self._written, self._pending = line, {}

@@ -41,6 +41,27 @@ def open_run(recipe: Recipe, digests: Mapping[str, str]) -> tuple[Path, Start | 
     return run_dir, on_rank_zero(lambda: _start(recipe, newest, digests))
 
 
+def check_run_name(recipe: Recipe) -> None:
+    """Make sure that ``run_dir`` was not left behind by a change of ``run_name``, as in a run's own ``config.yaml``.
+
+    Call it where ``run_dir`` was not itself chosen with the new name.
+
+    Raises:
+        UserError: A run of another name, after which the directory is called, has it.
+    """
+    run_dir = Path(recipe.run_dir)
+    config = run_dir / CONFIG_FILE
+    if recipe.run_name in run_dir.parts or not config.exists():
+        return
+    name = load_recipe(config, stored=True).run_name
+    if name in run_dir.parts:
+        own = Path(*(recipe.run_name if part == name else part for part in run_dir.parts))
+        raise UserError(
+            f"run_name: {recipe.run_name}, and {run_dir} is the run {name}; give this one a directory of its own: "
+            f"run_dir={own}; or say that it is to go on there: run_dir={run_dir}"
+        )
+
+
 def check_run_dir(recipe: Recipe) -> Path:
     """Make sure that ``run_dir`` is there and free for this run; one rank calls it.
 
@@ -64,8 +85,8 @@ def check_run_dir(recipe: Recipe) -> Path:
             line for key, line in changed.items() if not is_free_on_resume(key) and not key.startswith(tuple(unread))
         ]
         batches = store_of(run_dir).batches()
+        remedy = f"choose another run_{'name' if recipe.run_name in run_dir.parts else 'dir'}"
         if differences:
-            remedy = f"choose another run_{'name' if recipe.run_name in run_dir.parts else 'dir'}"
             remedy += "" if batches else f", or remove {run_dir}, which has no checkpoints"
             raise UserError(
                 f"run_dir: {run_dir} belongs to a run with another recipe; {remedy}. Differing keys:\n  "
@@ -73,8 +94,7 @@ def check_run_dir(recipe: Recipe) -> Path:
             )
         if batches and not recipe.autoresume:
             raise UserError(
-                f"run_dir: {run_dir} holds checkpoints of this recipe; "
-                "continue it with autoresume=true or choose another run_name"
+                f"run_dir: {run_dir} holds checkpoints of this recipe; continue it with autoresume=true or {remedy}"
             )
     return run_dir
 
@@ -147,9 +167,11 @@ def _start(recipe: Recipe, newest: Path | None, digests: Mapping[str, str]) -> S
     checkpoint, own, cache = newest, True, Path(recipe.run_dir) / DOWNLOADS
     if recipe.autoresume and recipe.save_remote:
         checkpoint = _uploaded(recipe.save_remote, newest, cache) or newest
-    if checkpoint is None and recipe.load_path is not None:
+    if checkpoint is not None and recipe.load_path is not None:
+        _say(f"note: load_path is not read: the run goes on from {checkpoint}, its own")
+    elif recipe.load_path is not None:
         own, path = False, resolved(recipe.load_path)
-        checkpoint = find_remote(recipe.load_path, cache) if is_url(path) else find_checkpoint(path)
+        checkpoint = find_remote(recipe.load_path, cache) if is_url(path) else find_checkpoint(path, "load_path")
         if checkpoint is None:
             raise UserError(f"load_path: no complete checkpoint at {recipe.load_path}")
     if checkpoint is None and recipe.lora is None:

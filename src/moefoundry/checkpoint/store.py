@@ -182,8 +182,12 @@ def entries(root: Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir()]
 
 
-def find_checkpoint(path: str) -> Path:
+def find_checkpoint(path: str, key: str = "") -> Path:
     """Find a checkpoint that the user names by its directory, or the newest of a run's directory or ``checkpoints``.
+
+    Args:
+        path: The directory.
+        key: Key of the recipe that names it, for the error; empty if it is an argument.
 
     Raises:
         UserError: There is none.
@@ -197,4 +201,4 @@ def find_checkpoint(path: str) -> Path:
             return latest
     if (given / STATE_FILE).is_file():
         Manifest.read(given)  # says what is wrong with it
-    raise UserError(f"load_path: no complete checkpoint at {path}")
+    raise UserError(f"{key}: no complete checkpoint at {path}" if key else f"{path}: no complete checkpoint there")

@@ -219,6 +219,10 @@ class Number(click.FloatRange):
 
     name = "number"
 
+    def _describe_range(self) -> str:
+        """Describe the bounds for the help; click's own says ``x<=None`` where there are none."""
+        return "" if self.min is self.max is None else super()._describe_range()
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
         if not math.isfinite(number):
@@ -242,6 +246,20 @@ def local_path(text: str) -> Path:
     if problem := path_problem(text):
         raise click.BadParameter(f"{text!r}: {problem}")
     return Path(resolved(text))
+
+
+def check_writable(file: Path) -> None:
+    """Try to write a file, before what takes long; its content stays as it is.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if (there := file.exists()) and not file.is_file() and not file.is_dir():
+        return  # a pipe, whose reader would take the trial for its end
+    with file.open("ab"):
+        pass
+    if not there:
+        file.unlink(missing_ok=True)  # several ranks may try
 
 
 @contextmanager

@@ -169,7 +169,10 @@ def delete(run: str, batch: int | None, yes: bool) -> None:
         raise UserError(f"this deletes {directory}; say --yes")
     if in_use(directory):
         raise UserError(f"{directory} is in use by another process")
-    remove(directory)
+    try:
+        remove(directory)
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be deleted: {error.strerror}") from error
     print(f"deleted {directory}", file=sys.stderr)
 
 

@@ -14,7 +14,6 @@ import click
 
 from moefoundry.cli.arguments import (
     Number,
-    device_named,
     device_option,
     ema_option,
     flags_of,
@@ -102,12 +101,14 @@ def command(source: str, ema: bool, device: str | None, mesh: str | None, as_jso
         raise click.UsageError(f"{' and '.join(given)}: give one of them")
     if request.humaneval is not None and request.output is None:
         raise click.UsageError("--humaneval needs -o RESULTS")
+    if request.data is not None and request.output is not None:
+        raise click.UsageError("-o: --data has no samples to write")
     flags = flags_of(*OF_CODE, "device", "ema", "batch_size", "max_seq_len", "limit", "harness", "data", "mesh")
     flags["gauntlet"] = "--gauntlet"
     flags["seconds"] = "--timeout"
-    world_size = join_world(os.environ)
+    join_world(os.environ)
 
-    from moefoundry.cli.evaluations import check, evaluate, print_found, shared_world
+    from moefoundry.cli.evaluations import check, evaluate, print_found, save, shared_world
     from moefoundry.config.errors import EXIT_USER_ERROR, UserError
     from moefoundry.pretrained import evaluated_at
 
@@ -115,9 +116,9 @@ def command(source: str, ema: bool, device: str | None, mesh: str | None, as_jso
     try:
         with options_named(flags):
             check(request)
-            meshes, place = shared_world(mesh, device) if world_size > 1 else (None, device_named(device))
+            meshes, place = shared_world(mesh, device)
             with evaluated_at(source, meshes=meshes, device=place, ema=ema) as evaluated:
-                found = evaluate(evaluated, request)
+                found, samples = evaluate(evaluated, request)
     except UserError:
         if int(os.environ.get("RANK", 0)) == 0:
             raise
@@ -125,4 +126,6 @@ def command(source: str, ema: bool, device: str | None, mesh: str | None, as_jso
         return EXIT_USER_ERROR
     if int(os.environ.get("RANK", 0)) == 0:
         print_found(found) if not as_json else print(json.dumps(found, indent=2))
+        if request.output is not None and samples is not None:
+            save(samples, request.output)
     return 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from moefoundry.checkpoint.manifest import read_state
 from moefoundry.checkpoint.ranks import rank
 from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.checkpoint.weights import read_section
-from moefoundry.cli.arguments import device_named
+from moefoundry.cli.arguments import check_writable, device_named
 from moefoundry.cli.eval import Request
 from moefoundry.config import DatasetConfig, LoaderConfig, MeshConfig, UserError
 from moefoundry.config.build import Builder
 from moefoundry.config.errors import ConfigError
+from moefoundry.config.schema_data import PackingConfig, PackingMethod
 from moefoundry.config.spec import filled
 from moefoundry.config.tasks import read_gauntlet, read_tasks
 from moefoundry.data.loader import build_loader
-from moefoundry.data.summary import read_corpus_summary
+from moefoundry.data.options import Kind
+from moefoundry.data.summary import CorpusSummary, Layout, read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.evaluation.batched import BatchedModel
 from moefoundry.evaluation.code_completion import complete_problems
@@ -50,6 +53,8 @@ MAX_SEQ_LEN = 2048  # of a model of which no run says it
 HELD_OUT = "val"  # split that --data evaluates
 
 Found = dict[str, Any]
+Samples = Callable[[Path], None]
+"""Writes the samples of an evaluation to a file."""
 
 
 def check(request: Request) -> None:
@@ -57,6 +62,7 @@ def check(request: Request) -> None:
 
     Raises:
         UserError: An option is out of range, a file with tasks or averages is wrong, or a directory is missing.
+        OSError: The file for samples cannot be written.
     """
     for name in ("batch_size", "max_seq_len", "limit"):
         value = getattr(request, name)
@@ -64,6 +70,8 @@ def check(request: Request) -> None:
             raise UserError(f"{name}={value}: must be at least 1")
     if request.output is not None and not request.output.parent.is_dir():
         raise UserError(f"{request.output.parent}: no such directory")
+    if request.output is not None:
+        check_writable(request.output)
     if request.tasks is not None:
         read_tasks(str(request.tasks))
     if request.gauntlet is not None:
@@ -76,8 +84,8 @@ def check(request: Request) -> None:
         _draws(request.code)
 
 
-def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes, torch.device]:
-    """Join the ranks, and build the meshes that an option asks for.
+def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes | None, torch.device]:
+    """Join the ranks, and build the meshes that an option asks for; one rank needs none.
 
     Raises:
         ConfigError: The option is no mesh, or does not fit the number of ranks.
@@ -92,28 +100,46 @@ def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes, torch.de
     cfg = builder.build(MeshConfig, filled(MeshConfig(), tree), "mesh")
     if builder.problems:
         raise ConfigError(builder.problems, "--mesh")
+    degrees = resolve_degrees(cfg, dist.get_world_size(), dist.get_local_world_size())
+    if dist.get_world_size() == 1:
+        return None, device_named(device)
     if device is not None:
         device_named(device)
     used = get_device("cpu" if device == "cpu" else None)
-    degrees = resolve_degrees(cfg, dist.get_world_size(), dist.get_local_world_size())
     return join_meshes(degrees, used, TIMEOUT), torch_device(used)
 
 
-def evaluate(evaluated: EvaluatedModel, request: Request) -> Found:
-    """Evaluate what is asked for; every rank calls it."""
-    found: Found = {"checkpoint": evaluated.name}
+def evaluate(evaluated: EvaluatedModel, request: Request) -> tuple[Found, Samples | None]:
+    """Evaluate what is asked for; every rank calls it. What it found on rank 0 is to be printed, then saved."""
+    found, samples = _evaluate(evaluated, request)
+    return {"checkpoint": evaluated.name} | found, samples
+
+
+def _evaluate(evaluated: EvaluatedModel, request: Request) -> tuple[Found, Samples | None]:
     if request.humaneval is not None:
-        return found | _humaneval(evaluated, request, request.humaneval)
+        return _humaneval(evaluated, request, request.humaneval)
     if request.harness is not None:
-        return found | _harness(evaluated, request, request.harness)
+        return _harness(evaluated, request, request.harness)
     if request.data is not None:
         loader = _loader(evaluated, request, request.data)
         _check_tokenizer(evaluated, request.data)
-        return found | {"metrics": _held_out(evaluated, request, loader)}
+        return {"metrics": _held_out(evaluated, request, loader)}, None
     if request.tasks is not None:
         gauntlet = request.gauntlet
-        return found | _tasks(evaluated, request, str(request.tasks), None if gauntlet is None else str(gauntlet))
-    return found | _of_recipe(evaluated, request)
+        return _tasks(evaluated, request, str(request.tasks), None if gauntlet is None else str(gauntlet))
+    return _of_recipe(evaluated, request)
+
+
+def save(samples: Samples, file: Path) -> None:
+    """Write the samples of an evaluation.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    try:
+        samples(file)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
 
 
 def print_found(found: Found) -> None:
@@ -126,7 +152,7 @@ def print_found(found: Found) -> None:
         print(f"{name} {value:.4f}" if "output" in found else f"{name:{width}}  {value:.4f}")
 
 
-def _tasks(evaluated: EvaluatedModel, request: Request, tasks: Any, gauntlet: Any) -> Found:
+def _tasks(evaluated: EvaluatedModel, request: Request, tasks: Any, gauntlet: Any) -> tuple[Found, Samples]:
     loaded = load_tasks(read_tasks(tasks))
     averages = None if gauntlet is None else read_gauntlet(gauntlet)
     if any(task.cfg.icl_task_type == "code_evaluation" for task in loaded) and rank() == 0:
@@ -142,19 +168,19 @@ def _tasks(evaluated: EvaluatedModel, request: Request, tasks: Any, gauntlet: An
         recipe=_recipe_of(evaluated),
         progress=True,
     )
-    if request.output is not None and rank() == 0:
-        write_samples(request.output, results)
-    return {"samples": {label: len(each) for label, each in results.samples.items()}, "metrics": results.metrics}
+    counts = {label: len(each) for label, each in results.samples.items()}
+    return {"samples": counts, "metrics": results.metrics}, partial(write_samples, results=results)
 
 
-def _of_recipe(evaluated: EvaluatedModel, request: Request) -> Found:
+def _of_recipe(evaluated: EvaluatedModel, request: Request) -> tuple[Found, Samples | None]:
     """Evaluate what the recipe of a checkpoint evaluates."""
     if evaluated.checkpoint is None:
         raise UserError(f"{evaluated.name}: has no recipe that says what to evaluate: give TASKS, --data or --harness")
     recipe = read_state(evaluated.checkpoint)["recipe"]
     found: Found = {"metrics": {}}
+    samples: Samples | None = None
     if recipe.get("icl_tasks") is not None:
-        found = _tasks(evaluated, request, recipe["icl_tasks"], _gauntlet_of(recipe))
+        found, samples = _tasks(evaluated, request, recipe["icl_tasks"], _gauntlet_of(recipe))
     if any(name.startswith("eval_loader.") for name in recipe):
         loader = read_section(evaluated.checkpoint, "eval_loader", LoaderConfig)
         if (subset := recipe.get("eval_subset_num_batches") or -1) > 0:  # batches of the recipe's size
@@ -162,7 +188,7 @@ def _of_recipe(evaluated: EvaluatedModel, request: Request) -> Found:
         found["metrics"] |= _held_out(evaluated, request, loader, subset)
     if not found["metrics"]:
         raise UserError(f"{evaluated.name}: its recipe evaluates nothing: give TASKS, --data or --harness")
-    return found
+    return found, samples
 
 
 def _gauntlet_of(recipe: dict[str, Any]) -> Any:
@@ -188,9 +214,22 @@ def _length(evaluated: EvaluatedModel, request: Request) -> int:
 
 
 def _loader(evaluated: EvaluatedModel, request: Request, directory: Path) -> LoaderConfig:
-    length = request.max_seq_len or read_corpus_summary(directory).max_seq_len or _length(evaluated, request)
-    data = DatasetConfig(local=str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
-    return LoaderConfig(dataset=data, drop_last=False)
+    """Read data as the checkpoint's recipe reads its own, as far as that fits their kind."""
+    summary, recipe = read_corpus_summary(directory), _recipe_of(evaluated)
+    length = request.max_seq_len or summary.max_seq_len or recipe.get("max_seq_len") or MAX_SEQ_LEN
+    said = (recipe.get(f"{loader}.dataset.packing.method") for loader in ("eval_loader", "train_loader"))
+    packing = PackingConfig(_packing(summary, next((PackingMethod(method) for method in said if method), None)))
+    data = DatasetConfig(str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
+    return LoaderConfig(dataset=replace(data, packing=packing), drop_last=False)
+
+
+def _packing(summary: CorpusSummary, of_recipe: PackingMethod | None) -> PackingMethod:
+    """Choose a way of packing: the recipe's, if it has one that fits the data."""
+    if summary.kind == Kind.preferences:
+        return PackingMethod.pairs
+    if of_recipe not in (None, PackingMethod.pairs) and summary.layout is Layout.documents:
+        return of_recipe
+    return PackingMethod.best_fit if summary.kind == Kind.instructions else PackingMethod.concat
 
 
 def _check_tokenizer(evaluated: EvaluatedModel, data: Path) -> None:
@@ -203,6 +242,8 @@ def _check_tokenizer(evaluated: EvaluatedModel, data: Path) -> None:
 def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, subset: int = -1) -> dict[str, float]:
     """Compute the held-out loss over the first ``subset`` batches of each rank; -1 is all."""
     model = evaluated.model
+    if cfg.dataset.packing.method == PackingMethod.pairs:
+        model.cfg.document_masking = True  # a response does not see the other
     loader = build_loader(
         cfg,
         batch_size=request.batch_size,
@@ -219,9 +260,9 @@ def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, su
     return {"metrics/eval/LanguageCrossEntropy": loss.nats}
 
 
-def _harness(evaluated: EvaluatedModel, request: Request, names: str) -> Found:
+def _harness(evaluated: EvaluatedModel, request: Request, names: str) -> tuple[Found, Samples]:
     try:
-        from moefoundry.evaluation.harness import HarnessModel, rows_of, run_harness
+        from moefoundry.evaluation.harness import HarnessModel, rows_of, run_harness, write_harness_samples
     except ModuleNotFoundError as error:
         raise UserError(f"harness={names}: {error.name} is not installed; the extra eval has it") from error
     batched = BatchedModel(evaluated.model, request.batch_size, progress=True)
@@ -229,14 +270,11 @@ def _harness(evaluated: EvaluatedModel, request: Request, names: str) -> Found:
     model = HarnessModel(batched, evaluated.tokenizer, evaluated.tokenizer_dir, length)
     tasks = names.split(",")
     results = run_harness(model, tasks, request.harness_include, num_fewshot=request.num_fewshot, limit=request.limit)
-    if request.output is not None and rank() == 0:
-        with request.output.open("w", encoding="utf-8") as file:
-            for task, samples in results.get("samples", {}).items():
-                file.writelines(json.dumps({"task": task, **sample}, default=str) + "\n" for sample in samples)
-    return {"metrics": {f"{task}/{name}": value for task, name, value in rows_of(results)}}
+    metrics = {f"{task}/{name}": value for task, name, value in rows_of(results)}
+    return {"metrics": metrics}, partial(write_harness_samples, results=results)
 
 
-def _humaneval(evaluated: EvaluatedModel, request: Request, path: Path) -> Found:
+def _humaneval(evaluated: EvaluatedModel, request: Request, path: Path) -> tuple[Found, Samples | None]:
     code, sampling = request.code, _draws(request.code)
     problems = read_problems(path)
     if rank() == 0:
@@ -252,17 +290,16 @@ def _humaneval(evaluated: EvaluatedModel, request: Request, path: Path) -> Found
         max_new_tokens=code["max_new_tokens"],
     )
     found: Found = {"problems": len(chosen), "samples": len(completions), "output": str(request.output)}
-    if rank() == 0 and request.output is not None:
-        results = run_samples(
-            problems,
-            tqdm(completions, "programs", leave=False, disable=None),
-            allow_code_execution=code["allow_code_execution"],
-            limits=Limits(seconds=code["timeout"]),
-            workers=code["workers"],
-        )
-        write_results(request.output, results)
-        found |= pass_at_k(results)
-    return found
+    if rank() != 0:
+        return found, None
+    results = run_samples(
+        problems,
+        tqdm(completions, "programs", leave=False, disable=None),
+        allow_code_execution=code["allow_code_execution"],
+        limits=Limits(seconds=code["timeout"]),
+        workers=code["workers"],
+    )
+    return found | pass_at_k(results), partial(write_results, results=results)
 
 
 def _draws(code: dict[str, Any]) -> Sampling:

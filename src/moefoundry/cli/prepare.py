@@ -43,10 +43,8 @@ MERGE = "merge"
     type=click.Choice(["packed", "documents"]),
     help="Documents, which are packed when they are read, or samples packed to one length (default documents).",
 )
-@click.option("--instructions", "kind", flag_value="instructions", help="SOURCE has records of prompts and responses.")
-@click.option(
-    "--preferences", "kind", flag_value="preferences", help="SOURCE has records of a prompt, chosen and rejected."
-)
+@click.option("--instructions", is_flag=True, help="SOURCE has records of prompts and responses.")
+@click.option("--preferences", is_flag=True, help="SOURCE has records of a prompt, chosen and rejected.")
 @click.option(
     "--target-responses",
     type=click.Choice(["last", "all"]),
@@ -90,6 +88,8 @@ def command(
     format: str | None,
     bad_bytes: str | None,
     layout: str | None,
+    instructions: bool,
+    preferences: bool,
     part: str | None,
     ray: str | None,
     as_json: bool,
@@ -117,10 +117,16 @@ def command(
 
     options |= {"format": CorpusFormat(format) if format else None, "bad_bytes": bad_bytes and BadBytes(bad_bytes)}
     options |= {"layout": layout and Layout(layout)}
-    for name, choice in (("kind", Kind), ("target_responses", TargetResponses), ("too_long", TooLong)):
+    if instructions and preferences:
+        raise click.UsageError("--instructions and --preferences: give one of them")
+    options["kind"] = Kind.instructions if instructions else Kind.preferences if preferences else None
+    for name, choice in (("target_responses", TargetResponses), ("too_long", TooLong)):
         options[name] = options[name] and choice(options[name])
     given = {name: value for name, value in options.items() if value is not None}
-    flags = flags_of(*PrepareOptions.__dataclass_fields__, "part", "ray") | {"globs": "--glob"}
+    flags = flags_of(*PrepareOptions.__dataclass_fields__, "part", "ray") | {
+        "globs": "--glob",
+        "kind": f"--{options['kind']}",
+    }
     try:
         with _stop_signals(), options_named(flags):
             result, text = _run(given, part, ray)
@@ -135,7 +141,7 @@ def command(
 def _run(given: dict[str, Any], part: str | None, ray: str | None) -> tuple[PreparedSummary | PartSummary, str]:
     """Do what the options ask for; return the result, and the same for a person."""
     from moefoundry.config.errors import UserError
-    from moefoundry.data.options import Part, PrepareOptions
+    from moefoundry.data.options import Part, PrepareOptions, check_applicable
     from moefoundry.data.parts import merge_parts, prepare_part
     from moefoundry.data.prepare import prepare
     from moefoundry.data.ray_tasks import prepare_with_ray
@@ -154,11 +160,12 @@ def _run(given: dict[str, Any], part: str | None, ray: str | None) -> tuple[Prep
             )
         merged = merge_parts(given["out"], given["overwrite"])
         return merged, describe(merged)
+    options = PrepareOptions(**given)
+    check_applicable(options, given)
     if part is None:
-        options = PrepareOptions(**given)
         prepared = prepare_with_ray(options, ray) if ray else prepare(options)
         return prepared, describe(prepared)
-    done = prepare_part(PrepareOptions(**given), Part.named(part))
+    done = prepare_part(options, Part.named(part))
     text = f"{given['out']}: part {part} is finished ({done.blocks:,} blocks, {done.documents:,} documents, "
     return done, text + f"{done.tokens:,} tokens); when all are: moefoundry prepare {MERGE} {given['out']}"
 

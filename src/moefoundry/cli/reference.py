@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from moefoundry.cli.arguments import flags_of, input_argument, local_path, options_named
+from moefoundry.cli.arguments import check_writable, flags_of, input_argument, local_path, options_named
 
 
 @click.command("reference")
@@ -25,7 +25,7 @@ def command(source: str, data: Path, device: str | None, overwrite: bool) -> Non
     from moefoundry.checkpoint.weights import load_model, named_checkpoint
     from moefoundry.cli.arguments import device_named
     from moefoundry.config.errors import UserError
-    from moefoundry.data.reference import reference_beside, write_reference
+    from moefoundry.data.reference import VALUES, reference_beside, write_reference
     from moefoundry.data.summary import read_corpus_summary
     from moefoundry.evaluation.reference import score_pairs
 
@@ -37,9 +37,12 @@ def command(source: str, data: Path, device: str | None, overwrite: bool) -> Non
         for split, other in there.items():
             if other not in (None, digest) and not overwrite:
                 raise UserError(f"{data / split}: has scores of another reference; overwrite=True replaces them")
+        unscored = [split for split, other in there.items() if other != digest or overwrite]
+        for split in unscored:
+            check_writable(data / split / f".{VALUES}")
         model = None
-        for split, other in there.items():
-            if other == digest and not overwrite:
+        for split in there:
+            if split not in unscored:
                 print(f"{data / split}: up to date, scored by {checkpoint}")
                 continue
             model = model or load_model(checkpoint).to(place)

@@ -128,7 +128,7 @@ def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
     from moefoundry.checkpoint.start import check_start, known_digests
     from moefoundry.checkpoint.store import find_checkpoint
 
-    check_start(find_checkpoint(path), False, recipe, known_digests(recipe))
+    check_start(find_checkpoint(path, "load_path"), False, recipe, known_digests(recipe))
     return absent
 
 

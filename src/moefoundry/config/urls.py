@@ -80,7 +80,8 @@ def url_problem(place: str, for_data: bool = False) -> str:
     scheme, _, rest = place.partition("://")
     known = {*OBJECT_STORES, *_fsspec_schemes(), *(DATA_ALONE if for_data else ())}
     if scheme not in known:
-        near = "".join(difflib.get_close_matches(scheme, sorted(known), 1, 0.5))
+        alike = sorted(name for name in known if name[0] == scheme[:1])  # or half of the letters are chance
+        near = "".join(difflib.get_close_matches(scheme, alike, 1, 0.5))
         return f"no store has URLs that begin with {scheme}://" + (f"; did you mean {near}://?" if near else "")
     if re.search(r"\s", rest) and scheme in OBJECT_STORES:
         return "a URL has no blanks"

@@ -121,8 +121,10 @@ def read_hf_config(path: Path) -> dict[str, Any]:
     """Read ``config.json`` of a directory.
 
     Raises:
-        UserError: The directory or the file is missing, or it is no JSON object.
+        UserError: The directory or the file is missing, or it is no JSON object; or ``path`` is a file.
     """
+    if path.is_file():
+        raise UserError(f"{path}: is a file; name the directory that holds {CONFIG}: {path.parent}")
     if not path.is_dir():
         download = f"huggingface-cli download ORGANIZATION/{path.name} --local-dir {path}"
         raise UserError(f"{path}: no such directory; a model is downloaded first: {download}")

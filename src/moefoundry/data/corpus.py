@@ -250,7 +250,7 @@ def _only_format(place: Path, entries: list[Entry], unusable: list[tuple[str, Re
     if not found and JSON_SUFFIX in suffixes:
         return CorpusFormat.jsonl
     if not found:
-        known = " ".join(suffix for own in SUFFIXES.values() for suffix in own)
+        known = " ".join([*(suffix for own in SUFFIXES.values() for suffix in own), JSON_SUFFIX])
         unread = "".join(f"; {reason}: {name}" for name, reason, _ in unusable[:1])
         raise UserError(f"{place}: empty corpus: no file of a known kind ({known}); other files need globs=...{unread}")
     return one_format(place, found)

@@ -40,7 +40,7 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
         found += loader_problems(loader, key, recipe.model.vocab_size, batches[key], remote=True)
         found += fim_problems(loader, key, Path(recipe.tokenizer.name))
     if not found:
-        found += [*tokenizer_problems(recipe), *stage_problems(recipe)]
+        found += [*tokenizer_problems(recipe), *stage_problems(recipe), *preference_problems(recipe)]
     found += report_problems(recipe)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))  # both loaders may have the same problem
@@ -287,6 +287,16 @@ def tokenizer_problems(recipe: Recipe) -> Iterator[Problem]:
     for (key, where), digest in known.items():
         if key == "eval_loader" and trained and digest != trained[0]:
             yield Problem(f"{where}.local", "has another tokenizer than train_loader.dataset; one model reads one")
+
+
+def preference_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Find preferences that a recipe would train on, or evaluate, as texts, the rejected responses like the chosen."""
+    for key, loader in _loaders(recipe).items() if recipe.dpo is None else ():
+        for where, source in sources_of(loader, key):
+            path = directory_of(source)
+            if path and Path(path, CORPUS_FILE).is_file() and read_corpus_summary(path).kind == "preferences":
+                message = f"{path}: preferences, whose rejected responses would be learnt, too; dpo tells them apart"
+                yield Problem(f"{where}.local", message, "data of another kind, or dpo: docs/finetuning.md")
 
 
 def report_problems(recipe: Recipe) -> Iterator[Problem]:

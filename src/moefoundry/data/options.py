@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
@@ -162,12 +162,43 @@ def expanded(options: PrepareOptions) -> PrepareOptions:
     )
 
 
-def check_numbers(options: PrepareOptions) -> None:
-    """Check that every number is in range.
+OF_KINDS = {
+    "target_responses": (Kind.instructions,),
+    "target_prompts": (Kind.instructions,),
+    "max_tokens": (Kind.instructions, Kind.preferences),
+    "too_long": (Kind.instructions, Kind.preferences),
+    "text_key": (Kind.text,),
+}
+"""Options that say something of some kinds of documents alone."""
+
+
+def check_applicable(options: PrepareOptions, given: Collection[str]) -> None:
+    """Check that every option says something of what is prepared.
+
+    Args:
+        options: The options.
+        given: Names of those that were given.
 
     Raises:
-        UserError: Names the first that is out of range.
+        UserError: Names the first that does not.
     """
+    for name in (name for name, kinds in OF_KINDS.items() if name in given and options.kind not in kinds):
+        kinds = " or ".join(f"{kind}" for kind in OF_KINDS[name])
+        raise UserError(f"{name}={getattr(options, name)}: of {kinds}, and these are {options.kind}; leave it out")
+    if "vocab_size" in given and options.tokenizer is not None:
+        raise UserError(f"vocab_size={options.vocab_size}: not with tokenizer=..., whose vocabulary is what it is")
+    if "too_long" in given and options.max_tokens is None:
+        raise UserError(f"too_long={options.too_long}: needs max_tokens=...")
+
+
+def check_numbers(options: PrepareOptions) -> None:
+    """Check that every number is in range, and that every option says something.
+
+    Raises:
+        UserError: Names the first that is out of range, or has no meaning here.
+    """
+    changed = {each.name for each in fields(options) if getattr(options, each.name) != each.default}
+    check_applicable(options, changed - {"vocab_size"})  # which replaced options may have kept
     if options.max_seq_len is not None and options.stored_as is Layout.documents:
         what = "layout=documents" if options.kind is Kind.text else options.kind
         raise UserError(f"max_seq_len={options.max_seq_len}: not with {what}, which are packed when read")

@@ -102,6 +102,11 @@ class CorpusSummary:
     division: dict[str, Any] = field(default_factory=dict)
     layout: Layout = Layout.packed
 
+    @property
+    def kind(self) -> str:
+        """Kind of its documents, a value of :class:`moefoundry.data.options.Kind`."""
+        return str(self.inputs.get("kind", "text"))
+
     def write(self, directory: Path) -> None:
         """Write corpus.json into ``directory``. That of packed samples is the same as in the first release."""
         record = asdict(self)

@@ -6,6 +6,7 @@ and stops follow the harness's own model for ``transformers``, so that both give
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,13 @@ def rows_of(results: dict[str, Any]) -> Iterable[tuple[str, str, float]]:
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and "stderr" not in name and name not in ("alias", "sample_len"):
                 yield task, name, float(value)
+
+
+def write_harness_samples(file: Path, results: dict[str, Any]) -> None:
+    """Write the samples of all tasks as JSON Lines, with the name of their task."""
+    with file.open("w", encoding="utf-8") as out:
+        for task, samples in results.get("samples", {}).items():
+            out.writelines(json.dumps({"task": task, **sample}, default=str) + "\n" for sample in samples)
 
 
 def _id_of(directory: Path, tokenizer: PromptTokenizer, key: str) -> int | None:

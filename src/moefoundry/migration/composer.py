@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moefoundry.migration.draft import Draft, check_kinds, model_name
+from moefoundry.migration.draft import Draft, check_kinds
 from moefoundry.migration.finish import finish
 from moefoundry.migration.loaders import LOADER
 from moefoundry.migration.report import Migration
@@ -42,8 +42,8 @@ REASONS = {
 
 
 def is_composers(tree: dict[str, Any]) -> bool:
-    """Tell a recipe in Composer's words by ``max_duration``, without a model of LLM Foundry or of this project."""
-    return "max_duration" in tree and model_name(tree) != "moe_causal_lm"
+    """Tell a recipe in Composer's words by ``max_duration``; LLM Foundry's and this project's have it, too."""
+    return "max_duration" in tree
 
 
 def migrate(path: Path, tree: dict[str, Any]) -> Migration:
@@ -90,7 +90,8 @@ def _named(section: Any) -> Any:
         return {"name": section}
     if isinstance(section, dict) and "name" not in section and len(section) == 1:
         name, keys = next(iter(section.items()))
-        return {"name": name, **(keys if isinstance(keys, dict) else {})}
+        if keys is None or isinstance(keys, dict):  # else a key of the part, such as lr
+            return {"name": name, **(keys or {})}
     return section
 
 

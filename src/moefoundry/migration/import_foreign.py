@@ -74,7 +74,7 @@ def _model(
 def _keys(path: Path, config: dict[str, Any] | None, recipe: Path | None) -> tuple[Path, dict[str, Any]]:
     """Return the file that tells the model, and the keys of ``model`` in a recipe of LLM Foundry."""
     if recipe is not None:
-        model = read_tree(recipe)[1].get("model")
+        model = read_tree(recipe).get("model")
         return recipe, model if isinstance(model, dict) else {}
     if config is None:
         raise UserError(f"{path}: it does not tell its model; give the recipe that trained it: --recipe FILE")

@@ -10,6 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moefoundry.config.errors import ConfigError, Problem, UserError
+from moefoundry.config.layers import EXTENDS
+from moefoundry.config.versions import VERSION_KEY
 from moefoundry.llm_foundry.recipe import resolved
 from moefoundry.migration import axolotl, composer, llm_foundry
 from moefoundry.migration.report import Migration
@@ -25,25 +27,37 @@ def migrate_recipe(path: Path, world_size: int = 1) -> Migration:
     Raises:
         UserError: It cannot be read, or is none of these.
     """
-    written, tree = read_tree(path)
+    config = _load(path)
+    written: Any = OmegaConf.to_container(config, resolve=False)
+    if is_own(written):  # whose interpolations may refer to defaults
+        raise UserError(f"{path}: is a recipe of moefoundry already; `moefoundry validate` checks it")
+    tree = resolved(config, str(path))
     if llm_foundry.is_llm_foundrys(tree):
         return llm_foundry.migrate(path, written, tree)
     if axolotl.is_axolotls(tree):
         return axolotl.migrate(path, tree, world_size)
     if composer.is_composers(tree):
         return composer.migrate(path, tree)
-    model = tree.get("model")
-    if isinstance(model, dict) and model.get("name") == "moe_causal_lm":
-        raise UserError(f"{path}: a recipe of this project already; `moefoundry validate` checks it")
     raise UserError(f"{path}: no recipe of LLM Foundry (model.name), Composer (max_duration) or axolotl (base_model)")
 
 
-def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a file as OmegaConf does: as it is written, and with interpolations resolved.
+def is_own(tree: dict[str, Any]) -> bool:
+    """Tell a recipe of this project by keys that no other has."""
+    model = tree.get("model")
+    own = isinstance(model, dict) and ("moe" in model or model.get("name") == "moe_causal_lm")
+    return own or EXTENDS in tree or VERSION_KEY in tree or any(key.startswith("model.moe.") for key in tree)
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """Read a file as OmegaConf does, with interpolations resolved.
 
     Raises:
         UserError: It cannot be read, is no mapping, or an interpolation cannot be resolved.
     """
+    return resolved(_load(path), str(path))
+
+
+def _load(path: Path) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
@@ -55,5 +69,4 @@ def read_tree(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(config, DictConfig):
         raise ConfigError([Problem(str(path), "the top level is a list", allowed="a mapping of keys to values")])
-    written: Any = OmegaConf.to_container(config, resolve=False)
-    return written, resolved(config, str(path))
+    return config

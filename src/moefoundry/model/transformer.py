@@ -247,8 +247,9 @@ class MoETransformer(nn.Module):
             labels_BS: int64 [B, S], usually ``input_ids_BS`` itself; shifted here, so that position s predicts label
                 s + 1. ``IGNORE_INDEX`` is no target.
             sequence_id: int64 [B, S]; the tokens of a document have the same number, ascending in a row, and padding at
-                its end has -1 and ``IGNORE_INDEX`` as label. Required with ``document_masking``, which computes each
-                document as if it were alone; otherwise it tells padding only, which is never routed or counted.
+                its end has -1 and ``IGNORE_INDEX`` as label. ``document_masking`` computes each document as if it were
+                alone, and requires it in training and with labels; without it each row is one document. Otherwise it
+                tells padding only, which is never routed or counted.
             tokens_of_rows: Tokens of each row that are no padding; None counts them, for which the host waits.
             document_lengths: Tokens of each document of each row, padding included; None likewise, where they matter.
             cache: Cache of the tokens before these, to which these are added; each row is one document then.
@@ -257,9 +258,11 @@ class MoETransformer(nn.Module):
             Logits [B, S, V] in the compute dtype without labels, else :class:`CausalLMLosses`.
 
         Raises:
-            ValueError: ``document_masking`` without ``sequence_id`` or a cache.
+            ValueError: ``document_masking`` without ``sequence_id``, in training or with labels.
         """
-        documents = None if cache is not None else self._documents(sequence_id, document_lengths)
+        documents = None
+        if self.cfg.document_masking and cache is None:
+            documents = self._documents(sequence_id, document_lengths, required=self.training or labels_BS is not None)
         ids_BS = None if documents is None else documents.ids_BS
         real = None if sequence_id is None or cache is not None else RealTokens.of(sequence_id, tokens_of_rows)
         real_T = None if real is None else real.places()
@@ -290,13 +293,15 @@ class MoETransformer(nn.Module):
         losses = self._losses(lm, mtp, of_targets, num_targets, self._weighted(stats, real), log_probs_B2)
         return losses._replace(lm_of_rows=lm_of_rows)
 
-    def _documents(self, sequence_id: Tensor | None, lengths: Sequence[Sequence[int]] | None) -> Documents | None:
+    def _documents(
+        self, sequence_id: Tensor | None, lengths: Sequence[Sequence[int]] | None, required: bool
+    ) -> Documents | None:
         """Make the documents that do not see each other; None if a row is one."""
-        if not self.cfg.document_masking:
-            return None
-        if sequence_id is None:
+        if sequence_id is not None:
+            return Documents(sequence_id, lengths)
+        if required:
             raise ValueError("model.document_masking is on: the model needs sequence_id, int64 [B, S], too")
-        return Documents(sequence_id, lengths)
+        return None
 
     def _cross_entropy(
         self, hidden_BSD: Tensor, targets_BS: Tensor, documents: Tensor | None

@@ -19,6 +19,9 @@ Point = dict[str, str]
 MAX_POINTS = 10_000
 """Combinations of a sweep at most: each is a run."""
 
+OWN_KEYS = ("run_name", "run_dir")
+"""Keys that a sweep gives each of its runs."""
+
 _NUMBER = r"[-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(\s+log)?(?:\s+(\d+))?")
 
@@ -74,12 +77,15 @@ def read_axes(overrides: Sequence[str], zipped: Sequence[str] = ()) -> tuple[lis
         zipped: Lists of keys, ``a,b``, that change together, as many values each.
 
     Raises:
-        ConfigError: A range is no range, or keys that change together have different numbers of values.
+        ConfigError: A key is one that the sweep sets, a range is no range, or keys that change together have different
+            numbers of values.
     """
     found: dict[str, Axis] = {}
     same = []
     for override in overrides:
         key, _, text = override.partition("=")
+        if key in OWN_KEYS:
+            raise ConfigError([Problem(key, "every run of a sweep has its own, below --output", allowed="no override")])
         values = _divided(text)
         if _RANGE.fullmatch(text.strip()):
             found[key] = _range(key, text.strip())
