@@ -32,7 +32,8 @@ def test_json_has_bytes_and_adds_up(capsys):
     assert main(["plan", *SMALL, "--world-size", "8", "--json", "--memory-gb", "1"]) == 0
     plan = json.loads(capsys.readouterr().out)
     memory = plan["memory"]
-    assert plan["mesh"] == {"replicate": 2, "shard": 4, "expert": 2, "expert_nodes": 1, "world_size": 8}
+    sizes = {"replicate": 2, "shard": 4, "expert": 2, "expert_nodes": 1, "world_size": 8}
+    assert plan["mesh"] == {**sizes, "gather": "each_pass", "reduce": "each_micro_batch"}
     held = sum(memory[name] for name in ("parameters", "gradients", "optimizer"))
     assert memory["total"] == held + memory["peak"]["total"]
     assert memory["limit"] == 10**9
