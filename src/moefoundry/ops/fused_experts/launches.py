@@ -46,9 +46,9 @@ MAX_STRIDE = 2**40
 HOST_PROGRAMS = 3
 """Programs without a GPU: few, so that in the interpreter each takes several tiles."""
 SHARES = 4
-"""Programs that take tiles after each other, for each multiprocessor. They are as large as that. With one, and another
-kernel on some of them, as FSDP's collectives and exchanges are, its share would begin when all others end: twice the
-time. Of four, the free multiprocessors take what is left."""
+"""Programs for each multiprocessor, which one of them fills: so they run after each other. With one each, those of
+multiprocessors that a collective of FSDP or an exchange holds would begin when all others end, and double the time. Of
+four, free multiprocessors take what is left."""
 
 
 class Tiles(NamedTuple):
