@@ -364,8 +364,8 @@ def weight_gradient(
 ):
     """Sum left^T right over the rows of each expert, [E, rows, columns].
 
-    ``left`` has ``rows`` columns for ``out``; with two outputs, as many follow for ``out_behind``. In the last step of an
-    expert, rows of the next one are multiplied by the gathered operand's zeros.
+    ``left`` has ``rows`` columns for ``out``; with two outputs, as many follow for ``out_behind``. In the last step of
+    an expert, rows of the next one are multiplied by the gathered operand's zeros.
     """
     rows, columns = in_eights(rows), in_eights(columns)
     # One loop goes through the steps of all tiles of a program, so that the operands of the next tile are copied while
