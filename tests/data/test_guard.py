@@ -78,7 +78,7 @@ def test_row11_a_bad_remote_shard_ends_every_rank(remote: Path, tmp_path: Path, 
             os.truncate(shard, 100)
         config = config_of(tmp_path / f"cache of {fault}", remote=str(there))
         configs.append(replace(config, num_workers=workers))
-    for outcomes in run_distributed(read_epochs, 2, configs, timeout=30):
+    for outcomes in run_distributed(read_epochs, 2, configs, timeout=60):
         corrupt, missing, *others = outcomes
         assert corrupt == f"DataError: {tmp_path}/corrupt/train/{BAD}: {CORRUPT}"
         assert str(missing).startswith(f"DataError: {tmp_path}/missing/train/{BAD}: [Errno 2] No such file")
