@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 from moefoundry.config import load_recipe
-from moefoundry.mesh import build_meshes, resolve_degrees
 from moefoundry.ops.sizes import REDUCTIONS
-from moefoundry.parallel import materialize, parallelize
 from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
-from tests.model.tiny import meta_model
-from tests.planning.sharded import fake_world
-from tests.symmetric_world import SymmetricWorld
-from tests.test_many_ranks import GPUS_PER_NODE, MODEL, SEQUENCE, WORLD
+from tests.test_many_ranks import MODEL, SEQUENCE, WORLD, sharded
 
 CHANGES = [
     *MODEL,
@@ -73,11 +68,7 @@ def events_of_a_step() -> tuple[list[Event], list[tuple[str, list[str]]]]:
     recorded("wait_for_unshard", waits)
     recorded("post_backward", lambda group: None, reduced)
     recipe = load_recipe(QUICKSTART, CHANGES, WORLD)
-    with fake_world(WORLD), SymmetricWorld():
-        meshes = build_meshes(resolve_degrees(recipe.mesh, WORLD, GPUS_PER_NODE), "cpu")
-        model = meta_model(recipe.model)
-        parallelize(model, meshes, recipe.precision)
-        materialize(model, "cpu", 0)
+    with sharded(recipe) as (model, _):
         ids = torch.arange(SEQUENCE).unsqueeze(0)
         loss = model(ids, ids).total
         events.append(("backward", ""))
@@ -137,11 +128,7 @@ def reads_by_the_host(change: str, mode: str) -> tuple[int, int]:
         return TOLIST(values)
 
     recipe = load_recipe(QUICKSTART, [*CHANGES, change, f"activation_checkpointing={mode}"], WORLD)
-    with fake_world(WORLD), SymmetricWorld():
-        meshes = build_meshes(resolve_degrees(recipe.mesh, WORLD, GPUS_PER_NODE), "cpu")
-        model = meta_model(recipe.model)
-        parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
-        materialize(model, "cpu", 0)
+    with sharded(recipe) as (model, _):
         ids = torch.arange(SEQUENCE).unsqueeze(0)
         with mock.patch.object(Tensor, "tolist", counted):
             loss = model(ids, ids).total

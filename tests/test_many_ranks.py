@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from moefoundry.config import AdamWConfig, Recipe, load_recipe
-from moefoundry.mesh import build_meshes, resolve_degrees
+from moefoundry.mesh import Meshes, build_meshes, resolve_degrees
+from moefoundry.model.transformer import MoETransformer
 from moefoundry.optim import build_adamw
 from moefoundry.parallel import materialize, parallelize
 from moefoundry.planning.plan import make_plan
@@ -34,15 +38,22 @@ CASES = {
 Sent = dict[tuple[str, str], tuple[int, int]]
 
 
-def step(recipe: Recipe) -> tuple[Sent, int, list[str]]:
-    """Calls and bytes of a step; all-reduces of the gradient norm; parameters that the step did not change."""
-    from moefoundry.callbacks.health import global_norm
-
+@contextmanager
+def sharded(recipe: Recipe) -> Iterator[tuple[MoETransformer, Meshes]]:
+    """The model of a recipe on the first of all ranks, whose others do as it does."""
     with fake_world(WORLD), SymmetricWorld():
         meshes = build_meshes(resolve_degrees(recipe.mesh, WORLD, GPUS_PER_NODE), "cpu")
         model = meta_model(recipe.model)
         parallelize(model, meshes, recipe.precision, recipe.activation_checkpointing)
         materialize(model, "cpu", 0)
+        yield model, meshes
+
+
+def step(recipe: Recipe) -> tuple[Sent, int, list[str]]:
+    """Calls and bytes of a step; all-reduces of the gradient norm; parameters that the step did not change."""
+    from moefoundry.callbacks.health import global_norm
+
+    with sharded(recipe) as (model, meshes):
         optimizer = build_adamw(model, AdamWConfig(lr=1e-2))
         ids = torch.arange(SEQUENCE).unsqueeze(0)  # rank 0 has the first rows of the embedding
         with SentBytes(meshes) as counted:

@@ -7,7 +7,7 @@ subclass: optimizers, checkpoints and averages see the tensor that they always s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def gather_in_fp8(model: nn.Module) -> Iterator[ShardedWeight]:
     """
     if has_adapter(model):
         return
-    held = {(id(each._module_info.module), each._module_info.param_name): each for each in _held_by_fsdp(model)}
+    held = {(id(each._module_info.module), each._module_info.param_name): each for each in held_by_fsdp(model)}
     for module in model.modules():
         if not isinstance(module, Fp8Module):
             continue
@@ -99,7 +99,8 @@ def gather_in_fp8(model: nn.Module) -> Iterator[ShardedWeight]:
             module.keep_blocks(blocks)
 
 
-def _held_by_fsdp(model: nn.Module) -> Iterable[Any]:
+def held_by_fsdp(model: nn.Module) -> Iterator[Any]:
+    """Yield FSDP's own records of the parameters that it shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule) and (group := module._get_fsdp_state()._fsdp_param_group) is not None:
             yield from group.fsdp_params

@@ -24,6 +24,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moefoundry.fp8_gather import held_by_fsdp
+
 NAMESPACES = ("c10d", "_c10d_functional")
 
 
@@ -114,22 +116,16 @@ def forget_step(model: nn.Module, release: bool = True) -> None:
     for _ in range(2):  # a unit shows its whole parameters before FSDP is reset, and its shards after that
         for parameter in model.parameters():
             parameter.grad = None
-        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        if units and can_forget():
-            units[0].reset_iter_state()
-        for parameter in (each for unit in units for each in _parameters_of(unit)):
+        root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+        if root is not None and can_forget():
+            root.reset_iter_state()
+        for parameter in held_by_fsdp(model):
             parameter.unsharded_accumulated_grad = None  # of micro-batches that reduce nothing
             if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
                 unsharded.grad = None
     gc.collect()
     if release and torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _parameters_of(unit: FSDPModule) -> list[Any]:
-    """List FSDP's own records of the parameters of a unit."""
-    group = unit._get_fsdp_state()._fsdp_param_group
-    return [] if group is None else group.fsdp_params
 
 
 def generator_states() -> list[Tensor]:

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
 from moefoundry.config import Compute, Recipe
+from moefoundry.fp8_gather import held_by_fsdp
 from moefoundry.mesh import build_meshes, resolve_degrees
 from moefoundry.model import context
 from moefoundry.ops import cpu_attention, cpu_norm
@@ -251,10 +252,8 @@ def gradients_of(parameters: Iterable[Tensor]) -> list[Tensor]:
 
 def whole_between_micro_batches(model: nn.Module) -> list[Tensor]:
     """Parameters that FSDP has gathered, and sums of gradients that it has not reduced."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for unit in units if (group := unit._get_fsdp_state()._fsdp_param_group) is not None]
     found: list[Tensor | None] = []
-    for parameter in (each for group in groups for each in group.fsdp_params):
+    for parameter in held_by_fsdp(model):
         if parameter.sharded_state == ShardedState.UNSHARDED:
             found.append(parameter.unsharded_param.data)
         unsharded = getattr(parameter, "_unsharded_param", None)

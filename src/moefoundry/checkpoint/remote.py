@@ -20,7 +20,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 from moefoundry.checkpoint.manifest import COMMIT_FILE, DATA_SUFFIX, MANIFEST_FILE, Manifest
 from moefoundry.checkpoint.store import CHECKPOINTS, TOKENIZER
@@ -43,10 +42,7 @@ def upload_checkpoint(directory: Path, url: str) -> None:
         UserError: The store fails for good. No reader sees the checkpoint then.
     """
     remote = Remote(f"{url.rstrip('/')}/{directory.name}")
-    with NamedTemporaryFile() as file:
-        file.write(UNFINISHED)
-        file.flush()
-        remote.upload(Path(file.name), COMMIT_FILE)
+    remote.upload_bytes(UNFINISHED, COMMIT_FILE)
     last = (MANIFEST_FILE, COMMIT_FILE)
     data = [str(path.relative_to(directory)) for path in sorted(directory.rglob("*")) if path.is_file()]
     with ThreadPoolExecutor(TRANSFERS) as pool:

@@ -61,7 +61,7 @@ class StoredCorpus:
         files = {str(path.relative_to(directory)): path for path in sorted(directory.rglob("*")) if path.is_file()}
         last = files.pop(CORPUS_FILE)
         if CORPUS_FILE in self.names:
-            self._remote.upload_nothing(CORPUS_FILE)
+            self._remote.upload_bytes(b"", CORPUS_FILE)
         with Progress("uploading", sum(path.stat().st_size for path in files.values())) as progress:
 
             def one(name: str) -> int:

@@ -118,9 +118,11 @@ class Remote:
         """Store ``file`` as ``name``; what is there is replaced."""
         self._try(name, "upload", lambda: self._store.upload(file, name))
 
-    def upload_nothing(self, name: str) -> None:
-        """Make an object empty, so that nobody takes it for what it was; see :meth:`discard`."""
+    def upload_bytes(self, content: bytes, name: str) -> None:
+        """Store a small object, such as an empty one in place of what counts no more; see :meth:`discard`."""
         with NamedTemporaryFile() as file:
+            file.write(content)
+            file.flush()
             self.upload(Path(file.name), name)
 
     def discard(self, name: str) -> None:
@@ -129,7 +131,7 @@ class Remote:
         if isinstance(store, _FsspecStore):
             self._try(name, "remove", lambda: store.remove(name))
         else:
-            self.upload_nothing(name)
+            self.upload_bytes(b"", name)
 
     def download(self, name: str, file: Path) -> None:
         """Write the object to ``file``, which is either absent or whole."""
