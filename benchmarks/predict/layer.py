@@ -42,6 +42,7 @@ class Launch(NamedTuple):
     options: dict[str, Any]
     code: Code
     size: int = 0
+    grid: tuple[int, ...] = ()
 
 
 class Operator(NamedTuple):
@@ -111,7 +112,7 @@ def recording(found: Recorded) -> Iterator[None]:
             if id(kernel) not in _CODES:
                 _CODES[id(kernel)] = read_code(kernel, any_loop=self.__name__ in LOOPS)
             size = args[0].numel() if isinstance(args[0], Tensor) else 0
-            found.append(Launch(self.__name__, options, _CODES[id(kernel)], size))
+            found.append(Launch(self.__name__, options, _CODES[id(kernel)], size, grid))
             return kernel
 
         def multiply_parts(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -190,7 +191,7 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
     rows: the cache holds too few of them to matter.
 
     Args:
-        launch: Of a kernel of ``ops/fused_experts`` or ``ops/router_kernels``.
+        launch: Of a kernel of ``ops/fused_experts``, or of the router.
         shape: Of the layer.
         rows_E: Rows of each expert.
     """
@@ -233,6 +234,15 @@ def work_of(launch: Launch, shape: Shape, rows_E: list[int]) -> Work:
         case "split":
             size, number = launch.size, options["NUMBER"]
             return Work([Tile(_parts(size, options["SIZE"]), 1)], 0, (4 + 2 * number) * size, 0)
+        case "gate_logits":
+            across, down, shares = launch.grid
+            tile = Tile(across * down * shares, _parts(_parts(shape.D, k), shares))
+            hbm_bytes = 2 * (shape.T + 3 * shape.E) * shape.D + 4 * shares * shape.T * shape.E
+            return Work([tile], 2 * k * (m + 3 * n), hbm_bytes, 6 * shape.T * shape.D * shape.E)
+        case "gate_gradient":
+            tile = Tile(_parts(shape.T, m) * _parts(shape.D, n), _parts(3 * shape.E, k))
+            hbm_bytes = 2 * (3 * shape.E * (shape.T + shape.D) + 2 * shape.T * shape.D)
+            return Work([tile], 2 * k * (m + n), hbm_bytes, 6 * shape.T * shape.D * shape.E)
         case "count_slots":
             return Work([Tile(_parts(rows, options["BLOCK"]), 1)], 0, 8 * rows, 0)
         case "sum_blocks":

@@ -213,6 +213,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     from moefoundry.ops.fp8 import triton_swiglu as swiglu
     from moefoundry.ops.fp8.formats import QuantizedTensor
     from moefoundry.ops.fused_experts import launches as fused
+    from moefoundry.ops.gate_kernels import multiply_and_add, multiply_gate
     from moefoundry.ops.order_kernel import order_slots
     from moefoundry.ops.permute import order_by_expert, pad_order
     from moefoundry.ops.router_kernels import function as router
@@ -279,6 +280,14 @@ def launches() -> dict[str, Callable[[], Any]]:
         "router: groups of 20": lambda: route(160, router.Choice(6, True, False, 16.0, 1, 8, 3, 1)),
         "router: parts of the weight": lambda: stack_parts_triton(torch.zeros(EXPERTS, WIDTH), 5, dim=0),
         "router: parts of gradients": lambda: stack_parts_triton(torch.zeros(TOKENS, EXPERTS), 4, dim=1),
+        "router: logits": lambda: multiply_gate(x, bf16(3 * EXPERTS, WIDTH)),
+        "router: logits of 40 experts": lambda: multiply_gate(bf16(TOKENS, 1000), bf16(3 * 40, 1000)),
+        "router: tokens' gradients": lambda: multiply_and_add(
+            bf16(TOKENS, 4 * EXPERTS)[:, EXPERTS:], bf16(3 * EXPERTS, WIDTH), x
+        ),
+        "router: tokens' gradients of odd widths": lambda: multiply_and_add(
+            bf16(TOKENS, 4 * 40)[:, 40:], bf16(3 * 40, 1000), bf16(TOKENS, 1000)
+        ),
         "router: 500 experts": lambda: route(500, router.Choice(22, False, True, 2.5, 1), torch.zeros(500)),
         "router: 1000 experts": lambda: route(1000, router.Choice(8, True, False, 1.0, 1)),
     }

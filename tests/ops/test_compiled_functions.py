@@ -32,9 +32,9 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
         lambda gate, up: swiglu(gate, up, None, Activation(1.702, 0.5, 1.0)),
         ((ROWS, WIDTH), (ROWS, WIDTH)),
     ),
-    "wide linear": (wide_linear, SQUARE),
+    "wide linear": (lambda *operands: wide_linear(*operands)[0], SQUARE),
     "FP8 linear": (lambda *operands: fp8_linear(*operands), SQUARE),
-    "FP8 linear that keeps FP8": (lambda *operands: fp8_kept_linear(*operands), SQUARE),
+    "FP8 linear that keeps FP8": (lambda *operands: fp8_kept_linear(*operands)[0], SQUARE),
     "FP8 network": (
         lambda *operands: fp8_feed_forward(*operands),
         ((ROWS, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH)),

@@ -28,7 +28,10 @@ SHARED_LIMIT_8_0 = 163 * 1024
 needs_stk = pytest.mark.skipif(bool(missing()), reason=missing())
 PAIRS = ("FP8 fprop", "FP8 dgrad")
 """Kernels whose first configuration takes steps of K in pairs."""
-MULTIPLIES = ("experts: up", "experts: down", "experts: tokens", "experts: gradients", "experts of", "blocks", "FP8")
+MULTIPLIES = (
+    *("experts: up", "experts: down", "experts: tokens", "experts: gradients", "experts of"),
+    *("router: logits", "router: tokens", "blocks", "FP8"),
+)
 
 
 def compiled(capability: int, configs: int, beginning: str | tuple[str, ...], cache: Path) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def test_machine_code(
         if name.startswith(MULTIPLIES):
             assert kernel["tensor cores"], f"{name} does not use the tensor cores"
             assert kernel["copies"], f"{name} copies nothing ahead"
-            if name.startswith("experts"):
+            if name.startswith(("experts", "router")):
                 assert kernel.get("copies ahead") != 0, f"{name} waits for what it has just begun to copy"
                 assert "serialized" not in kernel, f"{name} waits for each product before the next"
         if capability == 90 and name in PAIRS:

@@ -18,7 +18,8 @@ def case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 def test_product_and_gradients_are_those_of_a_wide_copy(dtype: torch.dtype) -> None:
     x, weight, grad = case(dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    out, expected = wide_linear(x, weight), F.linear(x.to(wide), weight.to(wide))
+    (out, again), expected = wide_linear(x, weight), F.linear(x.to(wide), weight.to(wide))
+    assert again is x
     assert torch.equal(out, expected)
     assert out.dtype == wide
     got = torch.autograd.grad(out, (x, weight), grad.to(wide))
@@ -30,7 +31,7 @@ def test_parts_keep_24_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU multiplies; the input's gradient is exact to bfloat16's rounding."""
     monkeypatch.setattr("moefoundry.ops.wide_linear._by_parts", lambda x_TD, weight_ED: True)
     x, weight, grad = case(torch.bfloat16)
-    out = wide_linear(x, weight)
+    out, _ = wide_linear(x, weight)
     exact = x.double() @ weight.double().T
     got, expected = torch.autograd.grad(out, (x, weight), grad), torch.autograd.grad(exact, (x, weight), grad.double())
     for ours, theirs, bits in ((out, exact, 21), (got[0], expected[0], 8), (got[1], expected[1], 21)):
@@ -49,7 +50,8 @@ def test_a_narrow_input_is_kept_as_it_came() -> None:
 
 def test_with_fp8_rows_only_the_weights_gradient_sees_the_rounding() -> None:
     x, weight, grad = case(torch.bfloat16)
-    out, exact = fp8_kept_linear(x, weight), wide_linear(x, weight)
+    (out, again), (exact, _) = fp8_kept_linear(x, weight), wide_linear(x, weight)
+    assert again is x
     assert torch.equal(out, exact)
     got, expected = (torch.autograd.grad(y, (x, weight), grad) for y in (out, exact))
     assert torch.equal(got[0], expected[0])

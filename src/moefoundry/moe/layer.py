@@ -90,6 +90,7 @@ class MoELayer(nn.Module):
             tokens_TD = tokens_TD.index_select(0, real_T)
         by_sequence = self.aux_loss_scope == AuxLossScope.sequence
         routing: Routing = self.router(tokens_TD, x_BSD.shape[0] if by_sequence and real_T is None else 1)
+        tokens_TD = tokens_TD if routing.tokens is None else routing.tokens
         kept_TK = None
         if self.capacity_factor is not None and self.training:
             kept_TK = within_capacity(routing.scores.detach(), routing.topk_expert_ids, self.capacity_factor)

@@ -78,6 +78,8 @@ class Routing(NamedTuple):
         topk_expert_ids: int64 [T, K], distinct within a token, in descending order of score plus bias, or as picked. Of
             equal ones PyTorch's operators take any, and the fused kernel the first.
         means: For the statistics; None where they are left to be computed from the rest.
+        tokens: [T, D], the tokens again, for all that comes behind the router, where the gate's product adds the
+            gradient that they have from there to its own; None is the tokens as they came.
     """
 
     router_logits: Tensor
@@ -85,6 +87,7 @@ class Routing(NamedTuple):
     topk_weights: Tensor
     topk_expert_ids: Tensor
     means: RoutingMeans | None = None
+    tokens: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -92,8 +95,9 @@ class Router(nn.Module):
 
     Attributes:
         score: Score function, router logits -> scores.
-        product: Product of the gate, [T, D] x [E, D] -> [T, E]; a precision policy may set one that keeps less for
-            the backward pass.
+        product: Product of the gate, [T, D] x [E, D] -> [T, E] and the tokens again, see
+            :func:`~moefoundry.ops.wide_linear.wide_linear`; a precision policy may set one that keeps less for the
+            backward pass.
         picks: The score function picks the experts itself.
         expert_bias: fp32 [E], a buffer without gradient, added to the scores for the choice of experts only; None if
             scores are softmax and ``bias_update_rate`` is 0.
@@ -122,14 +126,16 @@ class Router(nn.Module):
         Raises:
             UserError: The score function does not give a score of the logits' dtype for each of them.
         """
+        seen_TD = tokens_TD
         if self.training and self.cfg.input_jitter:
-            jitter, tokens_TD = self.cfg.input_jitter, widened(tokens_TD)
-            tokens_TD = tokens_TD * torch.empty_like(tokens_TD).uniform_(1 - jitter, 1 + jitter)
-        logits_TE = self.product(tokens_TD, self.gate.weight)
+            jitter, seen_TD = self.cfg.input_jitter, widened(tokens_TD)
+            seen_TD = seen_TD * torch.empty_like(seen_TD).uniform_(1 - jitter, 1 + jitter)
+        logits_TE, again_TD = self.product(seen_TD, self.gate.weight)
+        behind_TD = again_TD if seen_TD is tokens_TD and again_TD is not tokens_TD else None
         if self.gate.bias is not None:
             logits_TE = logits_TE + self.gate.bias.to(logits_TE.dtype)
         if (routed := self._routed_by_kernel(logits_TE, num_segments)) is not None:
-            return routed
+            return routed._replace(tokens=behind_TD)
         scores_TE = self.score(logits_TE)
         if scores_TE.shape != logits_TE.shape or scores_TE.dtype != logits_TE.dtype:
             given, wanted = (f"{list(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in (scores_TE, logits_TE))
@@ -141,7 +147,7 @@ class Router(nn.Module):
             weights_TK = scores_TE.gather(1, expert_ids_TK)
         if self.cfg.normalize_topk:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + TINY)
-        return Routing(logits_TE, scores_TE, weights_TK * self.cfg.scale, expert_ids_TK)
+        return Routing(logits_TE, scores_TE, weights_TK * self.cfg.scale, expert_ids_TK, None, behind_TD)
 
     def _routed_by_kernel(self, logits_TE: Tensor, num_segments: int) -> Routing | None:
         """Route by the fused kernel, if it is chosen and can."""

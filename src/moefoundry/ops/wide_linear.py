@@ -19,9 +19,14 @@ from torch.autograd.function import once_differentiable
 from moefoundry.ops.kernel_choice import kernels_run
 
 
-def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Compute ``x @ weight.T``, [T, E], in fp32 or wider; ``x`` is kept for backward in its own dtype."""
-    return _WideLinear.apply(x_TD, weight_ED)
+def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute ``x @ weight.T``, [T, E], in fp32 or wider, and give ``x`` for what comes behind.
+
+    ``x`` is kept for backward in its own dtype. Where kernels run, the second result is a view of ``x``: the gradient
+    that it has from all that comes behind is added by the product of this function's, and needs no pass of its own.
+    """
+    logits_TE, *again = _WideLinear.apply(x_TD, weight_ED)
+    return logits_TE, again[0] if again else x_TD
 
 
 def widened(x: Tensor) -> Tensor:
@@ -53,20 +58,54 @@ def multiply_parts(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> 
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a.float(), b.float()).to(dtype)
 
 
-def linear_by_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """Compute ``x @ weight.T`` in fp32 from bfloat16 ``x`` and fp32 ``weight``."""
-    return sum_of_thirds(multiply_parts(x_TD, stack_parts(weight_ED, 3, dim=0).T), dim=1)
+def multiply(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Compute ``x @ weight.T`` in fp32 or wider."""
+    if not _by_parts(x_TD, weight_ED):
+        wide_TD = widened(x_TD)
+        return F.linear(wide_TD, weight_ED.to(wide_TD.dtype))
+    parts = stack_parts(weight_ED, 3, dim=0)
+    if adds(x_TD, weight_ED):
+        from moefoundry.ops.gate_kernels import multiply_gate
+
+        return multiply_gate(x_TD, parts)
+    return sum_of_thirds(multiply_parts(x_TD, parts.T), dim=1)
 
 
-def gradients_by_parts(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of ``x``, bfloat16 from 16 bits, and of ``weight``, fp32 from 24 bits."""
+def gradients(
+    grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor, other_TD: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of ``x`` and of ``weight`` in their dtypes.
+
+    Bfloat16 ``x`` on a GPU has its own from 16 bits, and that of fp32 ``weight`` from 24 bits.
+
+    Args:
+        grad_TE: Gradient of the product.
+        x_TD: Its first operand.
+        weight_ED: Its second.
+        other_TD: Another gradient of ``x`` to add, where :func:`adds`.
+    """
+    if not _by_parts(x_TD, weight_ED):
+        grad_x_TD, grad_weight_ED = grad_TE @ weight_ED.to(grad_TE.dtype), grad_TE.T @ widened(x_TD)
+        return grad_x_TD.to(x_TD.dtype), grad_weight_ED.to(weight_ED.dtype)
     num_experts = len(weight_ED)
     grads = stack_parts(grad_TE, 4, dim=1)
-    weights = stack_parts(weight_ED, 5, dim=0)[
-        2 * num_experts :
-    ]  # high, high, low; to be multiplied by low, high, high
-    grad_x_TD = multiply_parts(grads[:, num_experts:], weights, torch.bfloat16)
-    return grad_x_TD, sum_of_thirds(multiply_parts(grads[:, : 3 * num_experts].T, x_TD), dim=0)
+    weights = stack_parts(weight_ED, 5, dim=0)[2 * num_experts :]  # high, high, low; to be multiplied by
+    low_high_high = grads[:, num_experts:]
+    grad_weight_ED = sum_of_thirds(multiply_parts(grads[:, : 3 * num_experts].T, x_TD), dim=0)
+    if other_TD is None:
+        return multiply_parts(low_high_high, weights, torch.bfloat16), grad_weight_ED
+    from moefoundry.ops.gate_kernels import multiply_and_add
+
+    return multiply_and_add(low_high_high, weights, other_TD.contiguous()), grad_weight_ED
+
+
+def adds(x_TD: Tensor, weight_ED: Tensor) -> bool:
+    """Tell whether a kernel computes the product, and its gradient, and adds another gradient of ``x`` to that."""
+    if not (_by_parts(x_TD, weight_ED) and kernels_run(x_TD.device)):
+        return False
+    from moefoundry.ops.gate_kernels import fits
+
+    return fits(x_TD, weight_ED)
 
 
 def sum_of_thirds(x: Tensor, dim: int) -> Tensor:
@@ -81,19 +120,15 @@ def _by_parts(x_TD: Tensor, weight_ED: Tensor) -> bool:
 
 class _WideLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_TD, weight_ED)
-        if _by_parts(x_TD, weight_ED):
-            return linear_by_parts(x_TD, weight_ED)
-        wide_TD = widened(x_TD)
-        return F.linear(wide_TD, weight_ED.to(wide_TD.dtype))
+        logits_TE = multiply(x_TD, weight_ED)
+        if ctx.needs_input_grad[0] and adds(x_TD, weight_ED):
+            return logits_TE, x_TD.view_as(x_TD)
+        return (logits_TE,)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_TE: Tensor, other_TD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
-        if _by_parts(x_TD, weight_ED):
-            grad_x_TD, grad_weight_ED = gradients_by_parts(grad_TE, x_TD, weight_ED)
-        else:
-            grad_x_TD, grad_weight_ED = grad_TE @ weight_ED.to(grad_TE.dtype), grad_TE.T @ widened(x_TD)
-        return grad_x_TD.to(x_TD.dtype), grad_weight_ED.to(weight_ED.dtype)
+        return gradients(grad_TE, x_TD, weight_ED, other_TD)

@@ -150,7 +150,7 @@ def router(case: Case) -> Router:
         balance=BalanceConfig(bias_update_rate=0.1 if case.bias else 0.0),
     )
     module = Router(1, cfg)
-    module.product = lambda logits_TE, weight: logits_TE
+    module.product = lambda logits_TE, weight: (logits_TE, logits_TE)
     if module.expert_bias is not None and case.bias:
         module.expert_bias.copy_(0.1 * random("cpu", case.experts))
     elif case.score_function == "softmax":

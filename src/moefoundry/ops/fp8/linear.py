@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -18,7 +17,7 @@ from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Tile
 from moefoundry.ops.fp8.gemm import fprop, wgrad
 from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
 from moefoundry.ops.fp8.weights import KeptBlocks, blocks_for_dgrad, blocks_for_fprop
-from moefoundry.ops.wide_linear import widened
+from moefoundry.ops.wide_linear import adds, gradients, multiply
 
 
 @torch.compiler.disable
@@ -45,12 +44,13 @@ def fp8_linear(
 
 
 @torch.compiler.disable
-def fp8_kept_linear(x: Tensor, weight_OI: Tensor, backend: Backend | None = None) -> Tensor:
+def fp8_kept_linear(x_RI: Tensor, weight_OI: Tensor, backend: Backend | None = None) -> tuple[Tensor, Tensor]:
     """Compute :func:`~moefoundry.ops.wide_linear.wide_linear`, and keep its input as E4M3 rows for backward.
 
     Layers with the same input share the rows. Only the weight's gradient is computed from rounded values.
     """
-    return _KeptLinear.apply(x, weight_OI, quantize_rows_once(x, backend), backend)
+    out_RO, *again = _KeptLinear.apply(x_RI, weight_OI, quantize_rows_once(x_RI, backend), backend)
+    return out_RO, again[0] if again else x_RI
 
 
 @torch.compiler.disable
@@ -118,19 +118,22 @@ class _Linear(Function):
 
 class _KeptLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x_RI: Tensor, weight_OI: Tensor, rows_RI: QuantizedTensor, backend: Backend | None) -> Tensor:
+    def forward(
+        ctx: Any, x_RI: Tensor, weight_OI: Tensor, rows_RI: QuantizedTensor, backend: Backend | None
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight_OI, *rows_RI.tensors)
         ctx.shape, ctx.dtype, ctx.backend = rows_RI.shape, x_RI.dtype, backend
-        wide_RI = widened(x_RI)
-        return F.linear(wide_RI, weight_OI.to(wide_RI.dtype))
+        out_RO = multiply(x_RI, weight_OI)
+        if ctx.needs_input_grad[0] and adds(x_RI, weight_OI):
+            return out_RO, x_RI.view_as(x_RI)
+        return (out_RO,)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_RO: Tensor, other_RI: Tensor | None = None) -> tuple[Tensor, Tensor, None, None]:
         weight_OI, values, scales = ctx.saved_tensors
-        x_RI = dequantize(QuantizedTensor(values, scales, Tile.ROW, ctx.shape), grad_RO.dtype, ctx.backend)
-        grad_x_RI = (grad_RO @ weight_OI.to(grad_RO.dtype)).to(ctx.dtype)
-        return grad_x_RI, (grad_RO.T @ x_RI).to(weight_OI.dtype), None, None
+        x_RI = dequantize(QuantizedTensor(values, scales, Tile.ROW, ctx.shape), ctx.dtype, ctx.backend)
+        return *gradients(grad_RO, x_RI, weight_OI, other_RI), None, None
 
 
 class _FrozenGroups(Function):
