@@ -3,8 +3,8 @@
     python docs/hardware.py            the tables, from the files that are there
     python docs/hardware.py --search [RECIPE...]   first the files of these, or of all (seconds each)
 
-Mesh, micro-batch and checkpointing are those that ``moefoundry recommend`` finds, in BF16 and in FP8, for the recipe's
-own number of chunks of an exchange.
+Mesh, when it gathers and reduces, micro-batch and checkpointing are those that ``moefoundry recommend`` finds, in BF16
+and in FP8, for the recipe's own number of chunks of an exchange.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moefoundry.config import Recipe, load_recipe
+from moefoundry.config import Gather, Recipe, Reduce, load_recipe
 from moefoundry.planning.choose import HEADROOM, Candidate, choose
 from moefoundry.planning.devices import accelerator
 from moefoundry.planning.estimate import Estimate, estimate
@@ -75,12 +75,14 @@ def text_of(case: Case, found: Candidate) -> str:
     mesh, recipe = found.estimate.plan.mesh, case.recipe
     fp8 = "{recipe: deepseek_v3}" if case.precision == "fp8" else "{recipe: null}"
     plan = found.estimate.plan
+    once = {"gather": mesh.gather == Gather.each_step, "reduce": mesh.reduce == Reduce.each_step}
+    times = "".join(f", {key}: each_step" for key, chosen in once.items() if chosen)
     return (
         f"# {recipe} on {case.devices} H100 in {case.precision.upper()}, as `moefoundry recommend` found it: "
         "docs/hardware.md\n"
         f"extends: ../pretrain/{recipe}.yaml\n"
         f"run_name: {case.file.stem}\n"
-        f"mesh: {{replicate: {mesh.replicate}, shard: {mesh.shard}, expert: {mesh.expert}}}\n"
+        f"mesh: {{replicate: {mesh.replicate}, shard: {mesh.shard}, expert: {mesh.expert}{times}}}\n"
         f"precision: {{compute: bf16, fp8: {fp8}}}\n"
         f"activation_checkpointing: {found.changes.get('activation_checkpointing', own_checkpointing(recipe))}\n"
         f"device_train_microbatch_size: {plan.tokens_per_micro_batch // load(recipe).max_seq_len}\n"
@@ -100,6 +102,8 @@ def row(case: Case) -> str:
     found: Estimate = estimate(load_recipe(str(case.file), [], case.devices), case.devices, H100)
     plan = found.plan
     mesh = f"{plan.mesh.replicate} x {plan.mesh.shard}, {plan.mesh.expert}"
+    mesh += ", gathered once" if plan.mesh.gather == Gather.each_step else ""
+    mesh += ", reduced once" if plan.mesh.reduce == Reduce.each_step else ""
     days = "" if found.days is None else f"{found.days:,.1f}"
     link = f"[{case.recipe}](../configs/hardware/{case.file.name})"
     speed = f"{found.tokens_per_second:,.0f} | {found.mfu:.0%} | {plan.memory.total / GIB:.0f} | {days}"

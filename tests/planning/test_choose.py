@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,25 @@ def test_exchanges_in_chunks_are_tried_where_experts_are_divided() -> None:
     assert fastest.estimate.plan.mesh.expert > 1
     words = [word for word in overrides(fastest).split() if "dispatch_chunks" not in word]
     assert estimate(load_recipe(QUICKSTART, [*given, *words], WORLD), WORLD, H100).step.total > fastest.seconds
+
+
+def test_gathers_of_once_a_step_are_tried_where_those_of_each_micro_batch_do_not_hide() -> None:
+    slow = replace(H100, link_gb_per_s=20.0)
+    given = [*WIDE, "precision.compute=bf16"]
+    fastest = choose(load_recipe(QUICKSTART, given), WORLD, slow).best[0]
+    assert "mesh.gather=each_step" in overrides(fastest)
+    words = [word for word in overrides(fastest).split() if not word.startswith(("mesh.gather", "mesh.reduce"))]
+    assert estimate(load_recipe(QUICKSTART, [*given, *words], WORLD), WORLD, slow).step.total > fastest.seconds
+
+
+def test_a_recipe_that_gathers_once_is_told_of_a_plan_without_it_that_fits() -> None:
+    least = ["precision.compute=bf16", "activation_checkpointing=full", "device_train_microbatch_size=1"]
+    given = recipe(*least, "mesh={replicate: 1, shard: 8, expert: 8, gather: each_step, reduce: each_step}")
+    device = small(estimate(given, WORLD, H100).plan.memory.total * 0.9 / 1e9 / (1 - HEADROOM))
+    choice = choose(given, WORLD, device, keep_precision=True)
+    assert not choice.fits
+    assert choice.smallest is not None
+    assert {"mesh.gather", "mesh.reduce"} & choice.smallest.changes.keys()
 
 
 def test_a_curriculum_has_no_single_answer(capsys: pytest.CaptureFixture[str]) -> None:

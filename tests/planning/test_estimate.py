@@ -16,7 +16,7 @@ from moefoundry.config import load_recipe
 from moefoundry.model.transformer import meta_model
 from moefoundry.parallel import materialize
 from moefoundry.planning.devices import ACCELERATORS
-from moefoundry.planning.estimate import CALL_SECONDS, Estimate, estimate
+from moefoundry.planning.estimate import CALL_SECONDS, HIDDEN_SHARE, LINK_SHARE, Estimate, estimate
 from moefoundry.planning.outline import Outline
 from moefoundry.planning.work import block_work, head_work
 from tests.conftest import QUICKSTART
@@ -86,6 +86,37 @@ def test_times_follow_the_device() -> None:
     faster = estimated(device=replace(H100, bf16_tflops=2 * H100.bf16_tflops))
     assert faster.step.products == pytest.approx(base.step.products / 2)
     assert faster.mfu < base.mfu
+
+
+def test_what_is_done_once_a_step_hides_behind_one_pass() -> None:
+    """Gathers behind the first forward pass, reductions behind the last backward pass."""
+    slow = replace(H100, link_gb_per_s=0.5)
+    sizes = ["global_train_batch_size=64", "device_train_microbatch_size=1"]  # 8 micro-batches
+
+    def seconds(*keys: str) -> tuple[float, dict[str, float]]:
+        found = estimated(*sizes, "mesh={replicate: 1, shard: 8, expert: 1}", *keys, device=slow)
+        traffic: dict[str, float] = {}
+        for entry in found.plan.traffic:
+            key = "all_reduce" if entry.axis == "world" else entry.collective
+            spent = max(entry.sent / (LINK_SHARE * 0.5e9), 0.0) + entry.calls * CALL_SECONDS
+            traffic[key] = traffic.get(key, 0.0) + spent
+        step = found.step
+        computed = step.products + step.experts + step.other
+        return step.sharding, traffic | {"hiding": HIDDEN_SHARE * computed}
+
+    often, both = seconds()
+    assert often == pytest.approx(sum(both.values()) - 2 * both["hiding"], rel=1e-6)
+    gathered, once = seconds("mesh.gather=each_step")
+    assert once["all_gather"] < both["all_gather"] / 10
+    assert once["reduce_scatter"] == both["reduce_scatter"]
+    first_pass = once["hiding"] / 8 / 3
+    assert once["all_gather"] > first_pass
+    rest = once["reduce_scatter"] - (once["hiding"] - first_pass)
+    assert gathered == pytest.approx(once["all_gather"] - first_pass + rest, rel=1e-6)
+    reduced, once = seconds("mesh.gather=each_step", "mesh.reduce=each_step")
+    assert once["reduce_scatter"] > 2 * first_pass
+    assert reduced == pytest.approx(once["all_gather"] + once["reduce_scatter"] - 3 * first_pass, rel=1e-6)
+    assert reduced < gathered < often
 
 
 def test_shared_experts_hide_a_part_of_the_exchange_and_few_rows_an_expert_cost_more() -> None:

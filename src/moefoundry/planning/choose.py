@@ -1,11 +1,14 @@
 """Search for the mesh, micro-batch, checkpointing, chunks and precision with which an estimate is fastest.
 
+Parameters gathered, or gradients reduced, once a step are tried where the collectives of each micro-batch do not hide.
+
 Every candidate is a recipe that validates and fits. Its learning is that of the given recipe: only a change of
 ``precision`` may alter a loss by more than rounding, and such a candidate says so.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +18,11 @@ from moefoundry.config import (
     Auto,
     Compute,
     ConfigError,
+    Gather,
     Moments,
     Problem,
     Recipe,
+    Reduce,
     check_recipe,
     flatten,
 )
@@ -34,6 +39,9 @@ from moefoundry.planning.plan import plan_of
 
 PERMANENT_BYTES = {Moments.fp32: 16, Moments.bf16: 12, Moments.bf16_stochastic: 12}
 """Bytes of an element's parameter, gradient and two moments."""
+
+TIMES = [(gather, reduce) for gather in Gather for reduce in Reduce]
+"""When parameters are gathered and gradients reduced; first, in each micro-batch."""
 
 CHUNKS = (1, 2, 4, 8)
 """Chunks of an exchange of tokens that are tried."""
@@ -174,23 +182,40 @@ class _Search:
             tried=len(self.found),
         )
 
-    def _fitting(self) -> list[Candidate]:
-        return [each for each in self.found if each.estimate.plan.memory.total <= self.limit]
+    def _fitting(self, first: int = 0) -> list[Candidate]:
+        return [each for each in self.found[first:] if each.estimate.plan.memory.total <= self.limit]
 
     def _try(self, precisions: list[PrecisionConfig]) -> None:
         """Estimate recipes that validate; micro-batches grow until one does not fit."""
         for mesh in _meshes(self.recipe, self.world_size):
             degrees = resolve_degrees(mesh, self.world_size, self.device.linked_devices)
-            sharded: dict[tuple[Compute, Fp8Recipe | None], ShardedOutline] = {}
+            sharded: dict[tuple[Any, ...], ShardedOutline] = {}
             for precision in precisions:
                 on_mesh = replace(self.recipe, mesh=mesh, precision=precision, device_train_microbatch_size=1)
                 if check_recipe(on_mesh, self.world_size) or not self._may_fit(on_mesh, degrees):
                     continue
-                if (kind := (precision.compute, precision.fp8.recipe)) not in sharded:
-                    sharded[kind] = self.outline.shard(on_mesh, degrees)
+                first = len(self.found)
                 for checkpointing in ActivationCheckpointing:
-                    recipe = replace(on_mesh, activation_checkpointing=checkpointing)
-                    self._try_micro_batches(recipe, degrees, sharded[kind])
+                    self._try_times(replace(on_mesh, activation_checkpointing=checkpointing), sharded, first)
+
+    def _try_times(self, recipe: Recipe, sharded: dict[tuple[Any, ...], ShardedOutline], first: int) -> None:
+        """Gather and reduce in each micro-batch and as the recipe does; if less waiting could be fastest, in every way.
+
+        ``first`` is the first candidate with this mesh and precision.
+        """
+        own, may_gain = (recipe.mesh.gather, recipe.mesh.reduce), False
+        for times in TIMES:
+            if times not in (TIMES[0], own) and not may_gain:
+                continue
+            timed = replace(recipe, mesh=replace(recipe.mesh, gather=times[0], reduce=times[1]))
+            degrees = resolve_degrees(timed.mesh, self.world_size, self.device.linked_devices)
+            if (kind := (recipe.precision.compute, recipe.precision.fp8.recipe, *times)) not in sharded:
+                sharded[kind] = self.outline.shard(timed, degrees)
+            known = len(self.found)
+            self._try_micro_batches(timed, degrees, sharded[kind])
+            fastest = min((each.seconds for each in self._fitting(first)), default=math.inf)
+            steps = [each.estimate.step for each in self.found[known:] if each.estimate.plan.micro_batches > 1]
+            may_gain = may_gain or any(step.sharding > 0 and step.total - step.sharding < fastest for step in steps)
 
     def _try_micro_batches(self, recipe: Recipe, degrees: MeshDegrees, sharded: ShardedOutline) -> None:
         keys = flatten(recipe)
@@ -269,5 +294,6 @@ def _fastest_of_each_mesh(candidates: list[Candidate]) -> list[Candidate]:
     """Sort by speed; of candidates with one mesh only the fastest stays."""
     best: dict[object, Candidate] = {}
     for each in sorted(candidates, key=lambda each: (each.seconds, len(each.changes))):
-        best.setdefault(each.estimate.plan.mesh, each)
+        mesh = each.estimate.plan.mesh
+        best.setdefault((mesh.replicate, mesh.shard, mesh.expert), each)
     return [*best.values()]

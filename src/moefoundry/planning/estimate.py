@@ -3,7 +3,7 @@
 A roofline: products take their FLOPs over a share of the peak, other operations their bytes over a share of the
 memory's bandwidth, collectives their bytes over a share of the slower of link and network, and a call's latency. A
 block that launches its kernels more slowly than they run takes the time of the launches. FSDP's collectives are hidden
-behind the rest of the step up to a share. Experts are used evenly.
+behind the rest of the step up to a share; those of once a step behind one micro-batch's pass. Experts are used evenly.
 
 Exchanges of tokens are hidden behind the shared experts, and where the tokens go in N chunks also behind the others.
 Then in each pass the first chunk on its way to the experts, and the last on its way back, are waited for: 1/N of the
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moefoundry.config import ActivationCheckpointing, Compute, Recipe
+from moefoundry.config import ActivationCheckpointing, Compute, Gather, Recipe, Reduce
 from moefoundry.config.curriculum import batches_until, of_stage, stages_of
 from moefoundry.mesh import resolve_degrees
 from moefoundry.planning.devices import Accelerator
@@ -197,7 +197,6 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
     exchange = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective == "all_to_all")
     exposed = _exposed(exchange, max(tokens * experts, reads), chunks, passes)
     shared = tokens * sum(work.shared for work in works) / (peak * SHARE_OF_PEAK["linear"] * narrow)
-    sharding = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective != "all_to_all")
     moments = plan.memory.optimizer
     optimizer = (OPTIMIZER_BYTES * plan.memory.parameters // 4 + 2 * moments) / bandwidth
     return StepTime(
@@ -206,9 +205,33 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
         other=tokens * moved,
         launches=max(0.0, launched - computed),
         exchange=exposed - _behind_shared_experts(exposed, shared, passes - 2),
-        sharding=max(0.0, sharding - HIDDEN_SHARE * computed),
+        sharding=_sharding(recipe, device, plan, HIDDEN_SHARE * computed, passes),
         optimizer=optimizer,
     )
+
+
+def _sharding(recipe: Recipe, device: Accelerator, plan: Plan, hiding: float, passes: int) -> float:
+    """Seconds of FSDP's collectives that nothing hides.
+
+    Those of each micro-batch hide behind ``hiding`` seconds of the step. What is gathered once a step hides behind the
+    first forward pass; what is reduced once, and between copies, behind the last backward pass.
+    """
+    gathers_once, reduces_once = recipe.mesh.gather == Gather.each_step, recipe.mesh.reduce == Reduce.each_step
+    once_forward, once_backward, often = 0.0, 0.0, 0.0
+    for entry in plan.traffic:
+        seconds = _seconds(entry, device)
+        match entry.collective:
+            case "all_gather" if gathers_once:
+                once_forward += seconds
+            case "reduce_scatter" if reduces_once:
+                once_backward += seconds
+            case "all_reduce":
+                once_backward += seconds
+            case "all_gather" | "reduce_scatter":
+                often += seconds
+    forward = hiding / plan.micro_batches / passes
+    hidden = min(once_forward, forward) + min(once_backward, 2 * forward)
+    return once_forward + once_backward - hidden + max(0.0, often - (hiding - hidden))
 
 
 def _exposed(exchange: float, experts: float, chunks: int, passes: int) -> float:
