@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
@@ -166,6 +166,7 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
             place = partial(_placement_of_experts, ranks=meshes.expert_fsdp.size(-1))
             shard(layer.experts, mesh=meshes.expert_fsdp, mp_policy=of_experts, shard_placement_fn=place)
             register_fsdp_forward_method(layer.experts, "in_chunks")
+            cast(FSDPModule, layer.experts).set_all_reduce_hook(partial(_divide, number=meshes.expert.size()))
     for block in model.blocks:
         shard(block, mesh=meshes.dense, mp_policy=policy)
     for module in model.mtp:
@@ -175,6 +176,14 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
     _prefetch(model)
     if (limit := getattr(model, "set_reduce_scatter_max_input_buffers", None)) is not None:  # from torch 2.14 on
         cast(Callable[[int], None], limit)(REDUCTIONS)
+
+
+def _divide(gradients: Tensor, number: int) -> None:
+    """Divide what FSDP has reduced of experts that ``number`` ranks share.
+
+    They see the tokens of all these ranks, so their gradient is a sum where every other gradient is a mean over ranks.
+    """
+    gradients.div_(number)
 
 
 def _placement_of_experts(weight: nn.Parameter, ranks: int) -> Shard:

@@ -17,7 +17,6 @@ from moefoundry.ops.expert_bias import add_bias
 from moefoundry.ops.fp8.coarse import Granularity, coarse_linear
 from moefoundry.ops.fp8.feed_forward import fp8_feed_forward
 from moefoundry.ops.fp8.linear import fp8_kept_linear, fp8_linear
-from moefoundry.ops.gradient_scale import scale_gradient
 from moefoundry.ops.rounding import round_gradient, round_operand
 from moefoundry.ops.swiglu import Activation, swiglu
 from moefoundry.ops.wide_linear import wide_linear
@@ -43,7 +42,6 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "rowwise linear": (lambda x, weight: coarse_linear(x, weight, Granularity.ROW), SQUARE),
     "rounded operand": (lambda x: round_operand(x, torch.bfloat16), ((ROWS, WIDTH),)),
     "rounded gradient": (lambda x: round_gradient(x, torch.bfloat16), ((ROWS, WIDTH),)),
-    "scaled gradient": (lambda x: scale_gradient(x, 0.5), ((ROWS, WIDTH),)),
     "biases of experts": (lambda x, bias: add_bias(x, bias, torch.tensor([3, 5])), ((ROWS, WIDTH), (2, WIDTH))),
     "attention with sinks": (
         lambda *operands: attend_with_sinks(*operands, is_causal=True),

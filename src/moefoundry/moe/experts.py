@@ -13,7 +13,6 @@ from moefoundry.config import MoEConfig
 from moefoundry.moe.dispatch import Mix
 from moefoundry.moe.mixture import Mixture, RowMixture, build_mixture
 from moefoundry.ops.expert_bias import HiddenLayer, weighted_biases
-from moefoundry.ops.gradient_scale import scale_gradient
 from moefoundry.ops.grouped_linear import GroupedLinear, grouped_linear
 from moefoundry.ops.permute import RowOrder
 from moefoundry.ops.swiglu import PLAIN, Activation, swiglu
@@ -110,11 +109,5 @@ class GroupedExperts(nn.Module):
 
 
 def local_experts(weight: Tensor) -> Tensor:
-    """Take this rank's experts of a stacked weight or bias.
-
-    If G ranks share the experts, these see the tokens of all G ranks: their gradient is a sum where every other
-    gradient is a mean over ranks, so it is divided by G.
-    """
-    if not isinstance(weight, DTensor):
-        return weight
-    return scale_gradient(weight.to_local(), 1 / weight.device_mesh.size())
+    """Take this rank's experts of a stacked weight or bias."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
