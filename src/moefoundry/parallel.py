@@ -39,10 +39,13 @@ from moefoundry.ops.fp8.gemm import MULTIPLY_OP
 from moefoundry.ops.fused_experts import operators
 from moefoundry.ops.recompute import ATTENTION_OPS, keeping, keeping_nothing
 from moefoundry.ops.sizes import REDUCTIONS
+from moefoundry.ops.wide_linear import PRODUCT_OP
 from moefoundry.precision import apply_precision, codec_of_rows, full_precision_modules, mixed_precision
 
 _aten = torch.ops.aten
-PRODUCT_OPS = frozenset({_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default, MULTIPLY_OP})
+PRODUCT_OPS = frozenset(
+    {_aten.mm.default, _aten.addmm.default, _aten._grouped_mm.default, MULTIPLY_OP, PRODUCT_OP},
+)
 KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS | operators.MIXTURE_OPS | quack_experts.MIXTURE_OPS
 """Operators whose results ``selective`` keeps: products, attention and exchanges. Norms, activations and reorders are
 recomputed."""

@@ -90,14 +90,16 @@ def only_compiling(capability: int, configs: int) -> Iterator[list[tuple[str, An
 
 @contextmanager
 def launching_on_meta() -> Iterator[None]:
-    """Let the fused experts call the functions that launch kernels, and not operators of torch.
+    """Let the fused experts and the gate call the functions that launch kernels, and not operators of torch.
 
     On meta tensors an operator would do nothing.
     """
+    from moefoundry.ops import wide_linear
     from moefoundry.ops.fused_experts import function, operators
 
+    gate = mock.patch.object(wide_linear, "PRODUCT", wide_linear.product_by_parts)
     functions = {"UP_SWIGLU": operators.up_swiglu, "DOWN_SUM": operators.down_sum, "BACKWARD": operators.backward}
-    with mock.patch.multiple(function, **functions):
+    with gate, mock.patch.multiple(function, **functions):
         yield
 
 

@@ -1,12 +1,17 @@
 """The gate's product: fp32 whatever comes, and nothing kept that is wider than what came."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moefoundry.ops.fp8 import Tile, dequantize, fp8_kept_linear, quantize
-from moefoundry.ops.wide_linear import wide_linear
+from moefoundry.ops.recompute import keeping
+from moefoundry.ops.wide_linear import multiply_parts, wide_linear
+from moefoundry.parallel import KEPT_OPS
 
 
 def case(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,6 +51,28 @@ def test_a_narrow_input_is_kept_as_it_came() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         wide_linear(x, weight)
     assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), weight.data_ptr()}
+
+
+@pytest.mark.parametrize("product", [wide_linear, fp8_kept_linear])
+def test_selective_checkpointing_keeps_the_product_by_parts(
+    product: Callable[..., tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moefoundry.ops.wide_linear._by_parts", lambda x_TD, weight_ED: True)
+    calls = []
+
+    def counting(*operands: Tensor) -> Tensor:
+        calls.append(operands)
+        return multiply_parts(*operands)
+
+    monkeypatch.setattr("moefoundry.ops.wide_linear.multiply_parts", counting)
+    x, weight, grad = case(torch.bfloat16)
+    expected = torch.autograd.grad(product(x, weight)[0].softmax(1), (x, weight), grad)
+    plain, calls[:] = len(calls), []
+    out = checkpoint(lambda x: product(x, weight)[0].softmax(1), x, use_reentrant=False, context_fn=keeping(KEPT_OPS))
+    got = torch.autograd.grad(out, (x, weight), grad)
+    assert len(calls) == plain == 3
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_with_fp8_rows_only_the_weights_gradient_sees_the_rounding() -> None:

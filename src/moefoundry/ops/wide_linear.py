@@ -60,15 +60,30 @@ def multiply_parts(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> 
 
 def multiply(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Compute ``x @ weight.T`` in fp32 or wider."""
-    if not _by_parts(x_TD, weight_ED):
-        wide_TD = widened(x_TD)
-        return F.linear(wide_TD, weight_ED.to(wide_TD.dtype))
+    if _by_parts(x_TD, weight_ED):
+        return PRODUCT(x_TD, weight_ED)
+    wide_TD = widened(x_TD)
+    return F.linear(wide_TD, weight_ED.to(wide_TD.dtype))
+
+
+def product_by_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """Compute ``x @ weight.T`` in fp32 from bfloat16 ``x`` and fp32 ``weight``."""
     parts = stack_parts(weight_ED, 3, dim=0)
     if adds(x_TD, weight_ED):
         from moefoundry.ops.gate_kernels import multiply_gate
 
         return multiply_gate(x_TD, parts)
     return sum_of_thirds(multiply_parts(x_TD, parts.T), dim=1)
+
+
+PRODUCT = torch.library.custom_op("moefoundry::product_by_parts", product_by_parts, mutates_args=())
+PRODUCT_OP = torch.ops.moefoundry.product_by_parts.default
+"""The product as one operator of torch, whose result selective activation checkpointing keeps."""
+
+
+@PRODUCT.register_fake
+def _(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    return x_TD.new_empty(len(x_TD), len(weight_ED), dtype=torch.float32)
 
 
 def gradients(
