@@ -41,7 +41,7 @@ PERMANENT_BYTES = {Moments.fp32: 16, Moments.bf16: 12, Moments.bf16_stochastic: 
 """Bytes of an element's parameter, gradient and two moments."""
 
 TIMES = [(gather, reduce) for gather in Gather for reduce in Reduce]
-"""When parameters are gathered and gradients reduced; first, in each micro-batch."""
+"""Times of gathering parameters and of reducing gradients; the first pair is in each micro-batch."""
 
 CHUNKS = (1, 2, 4, 8)
 """Chunks of an exchange of tokens that are tried."""
