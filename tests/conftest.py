@@ -1,5 +1,6 @@
 """What several test packages share: a tiny corpus, recipes for it, and the ranks' server started in time."""
 
+import faulthandler
 import gc
 import os
 import random
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: more threads than free cores wait for each other, busily
 
+GPU_SECONDS = 75.0
+"""A test on a GPU takes no longer, and most of that to compile its kernels."""
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 QUICK = (
     "run_name=quickstart",
@@ -72,6 +75,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def sound_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End this worker of pytest-xdist, which starts another, where a test hangs on a GPU or leaves it unusable."""
+    if request.node.get_closest_marker("gpu") is None or "PYTEST_XDIST_WORKER" not in os.environ:
+        yield
+        return
+    import torch
+
+    faulthandler.dump_traceback_later(GPU_SECONDS, exit=True)
+    yield
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:  # every later test of this process would fail with the same error
+        os._exit(1)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

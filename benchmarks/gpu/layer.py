@@ -24,6 +24,7 @@ from benchmarks.gpu.timing import host_syncs, largest_kernels, peak_bytes, tflop
 from moefoundry.config import Fp8Backend, Fp8Config, Fp8Recipe, MoEConfig, PrecisionConfig
 from moefoundry.config.parts import TABLES
 from moefoundry.moe.layer import MoELayer
+from moefoundry.ops.kernel_choice import fused_kernels, use_fused_kernels
 from moefoundry.precision import apply_precision
 
 SEQUENCE = 4096
@@ -70,26 +71,31 @@ class Case(NamedTuple):
         backend: Of ``model.moe.backend``.
         router: Of :data:`~benchmarks.gpu.routers.ROUTERS`.
         precision: One of :data:`TOLERANCE`; ``fp32`` on a CPU.
+        fused: With ``fused_kernels: true``.
     """
 
     shape: Shape
     backend: str
     router: str
     precision: str
+    fused: bool = False
 
     def __str__(self) -> str:
-        return f"{self.shape}, {self.router} router, {self.backend}, {self.precision}"
+        kernels = ", fused kernels" if self.fused else ""
+        return f"{self.shape}, {self.router} router, {self.backend}, {self.precision}{kernels}"
 
 
 def run(figures: Figures, options: Options) -> None:
     """Every shape, router and backend; the oracle at one shape only."""
     shapes, precision = (TINY, "fp32") if options.device == "cpu" else (SHAPES, "bf16")
     backends = available_backends()
-    for router in ROUTERS:
-        for shape in shapes:
+    for shape in shapes:
+        for router in ROUTERS:
             for backend in backends:
                 case = Case(shape, backend, router, precision)
                 figures.run(str(case), measure, case, options)
+        fused = Case(shape, "triton", "real", precision, fused=True)
+        figures.run(str(fused), measure, fused, options)
     oracle = Case(shapes[0], "loop", ROUTERS[0], precision)
     figures.run(str(oracle), measure, oracle, options)
 
@@ -102,6 +108,16 @@ def available_backends() -> list[str]:
 
 
 def measure(part: Part, case: Case, options: Options) -> None:
+    """Check a layer against float64, then time it, with the kernels that the case has."""
+    before = fused_kernels()
+    use_fused_kernels(case.fused)
+    try:
+        measure_layer(part, case, options)
+    finally:
+        use_fused_kernels(before)
+
+
+def measure_layer(part: Part, case: Case, options: Options) -> None:
     """Check a layer against float64, then time it."""
     layer, x_BSD, grad_BSD = build(case, options)
     ids_TK = None if case.router == "real" else expert_ids(case.router, case.shape, options.device)

@@ -1,4 +1,7 @@
-"""Choice of experts, means over tokens, and order of rows, from logits: by PyTorch's operators, then by our kernels."""
+"""The gate's product, then from logits choice of experts, means over tokens, and order of rows.
+
+Each by PyTorch's operators and by our kernels.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.figures import Figures, NotRunError, Part
+from benchmarks.gpu.layer import error
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import host_syncs, timed
 from moefoundry.config import MoEConfig, RouterConfig
@@ -15,6 +19,7 @@ from moefoundry.moe.balance import statistics
 from moefoundry.moe.router import Router
 from moefoundry.ops.kernel_choice import fused_kernels, use_fused_kernels
 from moefoundry.ops.permute import order_by_expert
+from moefoundry.ops.wide_linear import wide_linear
 
 
 class Sizes(NamedTuple):
@@ -35,6 +40,9 @@ SIZES = (
     Sizes(16384, 512, 10, "softmax"),
     Sizes(16384, 256, 8, "sigmoid", 8, 4),  # DeepSeek-V3's
 )
+GATES = ((24576, 1536, 128), (32768, 4096, 128), (16384, 7168, 256), (4096, 7168, 256))
+"""Tokens, width and experts."""
+TINY_GATES = ((64, 32, 8),)
 TINY = (Sizes(64, 8, 2, "softmax"), Sizes(64, 8, 2, "sigmoid", 4, 2))
 
 
@@ -46,13 +54,43 @@ def run(figures: Figures, options: Options) -> None:
         figures.run(f"{name}, operators", measure, sizes, False, options)
         figures.run(f"{name}, kernel", measure, sizes, True, options)
 
+    for tokens, width, experts in TINY_GATES if options.tiny else GATES:
+        for fused in (False, True):
+            name = f"gate T{tokens} D{width} E{experts}, {'kernel' if fused else 'operators'}"
+            figures.run(name, measure_gate, (tokens, width, experts), fused, options)
+
+
+def measure_gate(part: Part, sizes: tuple[int, int, int], fused: bool, options: Options) -> None:
+    """Logits; both passes, with a gradient that the tokens have from experts; both errors beside float64."""
+    if fused and options.device != "cuda":
+        raise NotRunError("the kernel needs a GPU")
+    tokens, width, experts = sizes
+    with torch.device(options.device):
+        x_TD = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+        weight_ED = torch.randn(experts, width).mul_(width**-0.5).requires_grad_()
+        grads = torch.randn(tokens, experts), torch.randn(tokens, width, dtype=torch.bfloat16)
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(wide_linear(x_TD, weight_ED), (x_TD, weight_ED), grads)
+
+    before = fused_kernels()
+    use_fused_kernels(fused)
+    try:
+        exact_TE = x_TD.detach().double() @ weight_ED.detach().double().T
+        part.put(logits_error=error(wide_linear(x_TD, weight_ED)[0].detach(), exact_TE))
+        exact_TD = grads[0].double() @ weight_ED.detach().double() + grads[1].double()
+        part.put(tokens_gradient_error=error(both()[0], exact_TD))
+        part.put(forward=timed(lambda: wide_linear(x_TD, weight_ED), options.device), both=timed(both, options.device))
+    finally:
+        use_fused_kernels(before)
+
 
 def measure(part: Part, sizes: Sizes, fused: bool, options: Options) -> None:
     """Forward and backward, with balance loss and z-loss, and the order; ids and order beside those of operators."""
     if fused and options.device != "cuda":
         raise NotRunError("the kernel needs a GPU")
     router = Router(1, config(sizes)).to(options.device)
-    router.product = lambda logits_TE, weight: logits_TE
+    router.product = lambda logits_TE, weight: (logits_TE, logits_TE)
     logits_TE = torch.randn(sizes.tokens, sizes.experts, device=options.device).requires_grad_()
     grad_TK = torch.randn(sizes.tokens, sizes.top_k, device=options.device)
 

@@ -194,6 +194,36 @@ def test_gpu_tests_that_take_too_long_are_interrupted_and_reported(tmp_path: Pat
     assert gpu_tests.summary(report)["tests"] >= 1
 
 
+def test_outcomes_are_read_where_pytest_is_killed() -> None:
+    output = """
+tests/ops/test_a.py::test_one[90-1] PASSED [ 10%]
+[gw3] [ 12%] PASSED tests/ops/test_a.py::test_two
+[gw1] [ 14%] FAILED tests/ops/test_b.py::test_three[(5, 8)]
+tests/ops/test_c.py::test_four SKIPPED (needs a CUDA device)
+"""
+    found = gpu_tests.outcomes(output)
+    assert (found["tests"], found["failures"]) == (4, 1)
+    assert [*found["failed"].values()] == ["FAILED"]
+
+
+def test_the_routers_step_runs_on_a_cpu(options: Options) -> None:
+    (step,) = (step for step in STEPS if step.name == "router")
+    parts = run_in_turn(options, [step])["router"]
+    by_operators = {name: figures for name, figures in parts.items() if name.endswith("operators")}
+    assert len(by_operators) == 3
+    assert {figures["state"] for figures in by_operators.values()} == {"done"}
+    (gate,) = (figures for name, figures in by_operators.items() if name.startswith("gate"))
+    assert gate["logits_error"] < 1e-6
+    assert gate["tokens_gradient_error"] < 4e-3
+
+
+def test_steps_run_in_the_order_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr("benchmarks.gpu.__main__.start", lambda steps, *_: asked.append([s.name for s in steps]) or 0)
+    assert main(["--out", str(tmp_path), "--steps", "train,machine,router,train"]) == 0
+    assert asked == [["train", "machine", "router"]]
+
+
 def test_failures_are_listed_with_their_assertions(tmp_path: Path) -> None:
     module = tmp_path / "test_sample.py"
     module.write_text("def test_a():\n    assert 1 == 2\n\n\ndef test_b():\n    pass\n")

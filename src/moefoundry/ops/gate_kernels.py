@@ -17,8 +17,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moefoundry.ops.fused_experts.kernels import halves
 
-LOGITS = {"M": 256, "K": 64, "num_warps": 8, "num_stages": 3}
-"""Tiling of the logits, whose columns are the experts, at most ``MAX_COLUMNS`` of them."""
+LOGITS = {"M": 128, "K": 64, "PROMOTED": 4, "num_warps": 8, "num_stages": 4}
+"""Tiling of the logits, whose columns are at most ``MAX_COLUMNS`` experts, and steps between promotions."""
 GRADIENT = {"M": 128, "N": 128, "K": 64, "num_warps": 8, "num_stages": 3}
 MAX_COLUMNS, MIN_COLUMNS = 64, 16
 MIN_STEPS = 8
@@ -30,7 +30,8 @@ MULTIPROCESSORS = 132
 def fits(x_TD: Tensor, weight_ED: Tensor) -> bool:
     """Tell whether the kernels can take these: T > 0, E and D divisible by 8, the tokens' memory by 16 bytes."""
     experts, width = weight_ED.shape
-    return len(x_TD) > 0 and experts % 8 == width % 8 == 0 and x_TD.is_contiguous() and x_TD.data_ptr() % 16 == 0
+    one_after_the_other = x_TD.stride() == (width, 1)  # is_contiguous() allows any stride of a single row
+    return len(x_TD) > 0 and experts % 8 == width % 8 == 0 and one_after_the_other and x_TD.data_ptr() % 16 == 0
 
 
 def multiply_gate(x_TD: Tensor, parts: Tensor) -> Tensor:
@@ -84,7 +85,18 @@ def _described(tensor: Tensor, *block: int) -> TensorDescriptor:
 
 @triton.jit
 def gate_logits(
-    tokens, two_parts, part, out, num_tokens, experts, width, steps, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr
+    tokens,
+    two_parts,
+    part,
+    out,
+    num_tokens,
+    experts,
+    width,
+    steps,
+    PROMOTED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
 ):
     """Sum ``steps`` steps of D of the logits of a tile; ``out`` is [shares, T, E].
 
@@ -94,14 +106,22 @@ def gate_logits(
     # a sum of each part: products into one sum would wait for each other
     rest_and_low = tl.zeros([M, 2 * N], tl.float32)
     high = tl.zeros([M, N], tl.float32)
-    for start in range(share * steps * K, tl.minimum((share + 1) * steps * K, width), K):
+    # Tensor cores cut off what does not fit into a sum (Fasi et al. 2021, PeerJ Computer Science 7:e330), so that many
+    # additions make it smaller. The large part's are therefore few; FADD adds their sums.
+    promoted = tl.zeros([M, N], tl.float32)
+    first = share * steps
+    for step in range(first, tl.minimum(first + steps, tl.cdiv(width, K))):
+        start = step * K
         x = tokens.load([down * M, start])
         rest_and_low = tl.dot(x, two_parts.load([0, across * N, start]).reshape(2 * N, K).T, rest_and_low)
         high = tl.dot(x, part.load([2, across * N, start]).reshape(N, K).T, high)
+        if step % PROMOTED == PROMOTED - 1:
+            promoted += high
+            high = tl.zeros([M, N], tl.float32)
     rest, low = halves(rest_and_low, M, 2 * N)
     row, column, keep = place_of(down, across, num_tokens, experts, M, N)
     place = out + (share.to(tl.int64) * num_tokens + row) * experts + column
-    tl.store(place, rest + low + high, mask=keep)
+    tl.store(place, rest + low + high + promoted, mask=keep)
 
 
 @triton.jit

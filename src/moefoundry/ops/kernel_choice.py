@@ -24,7 +24,7 @@ def fused_kernels() -> bool:
 def kernels_run(device: torch.device) -> bool:
     """Tell whether these kernels are chosen, and run on ``device``: NVIDIA GPUs with BF16.
 
-    Compiled code has none of them: the compiler fuses the operators itself.
+    Code that is being compiled has none of them, but for those in operators of its own: the compiler fuses the rest.
     """
     return _fused and not torch.compiler.is_compiling() and _can_run(device)
 

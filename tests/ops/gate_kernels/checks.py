@@ -38,7 +38,7 @@ def check_products(device: str, tokens: int, width: int, experts: int) -> None:
     exact = other_TD.double() + grads[:, experts:].double() @ parts.double()
     assert got.dtype == torch.bfloat16
     rounding = HALF if got.is_cuda else 2 * HALF  # the interpreter cuts bits off
-    torch.testing.assert_close(got.double(), exact, rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(got.double(), exact, rtol=rounding, atol=1e-5 * (3 * experts) ** 0.5)
 
 
 def check_gradients(device: str, kept_in_fp8: bool) -> None:

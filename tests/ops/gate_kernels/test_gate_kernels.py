@@ -42,11 +42,23 @@ def test_layer_interpreted(interpreter: ProcessPoolExecutor, jitter: float) -> N
 
 
 @pytest.mark.gpu
-def test_on_a_gpu() -> None:
-    for size in [*SIZES, *LARGE]:
-        checks.check_products("cuda", *size)
-    for kept_in_fp8 in (False, True):
-        checks.check_gradients("cuda", kept_in_fp8)
+@pytest.mark.parametrize("size", [*SIZES, *LARGE], ids=str)
+def test_products_on_a_gpu(size: tuple[int, int, int]) -> None:
+    checks.check_products("cuda", *size)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept_in_fp8", [False, True])
+def test_gradients_on_a_gpu(kept_in_fp8: bool) -> None:
+    checks.check_gradients("cuda", kept_in_fp8)
+
+
+@pytest.mark.gpu
+def test_other_tokens_come_back_on_a_gpu() -> None:
     checks.check_where_it_cannot("cuda")
-    for jitter in (0.0, 0.1):
-        checks.check_layer("cuda", jitter)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("jitter", [0.0, 0.1])
+def test_layer_on_a_gpu(jitter: float) -> None:
+    checks.check_layer("cuda", jitter)

@@ -62,15 +62,31 @@ def test_split_interpreted(interpreter: ProcessPoolExecutor) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu() -> None:
-    for case in [*CASES, *LARGE]:
-        checks.check_routing("cuda", case)
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_routing_on_a_gpu(case: Case) -> None:
+    checks.check_routing("cuda", case)
+
+
+@pytest.mark.gpu
+def test_split_on_a_gpu() -> None:
     checks.check_split("cuda")
-    for softmax in (True, False):
-        for bias in (False, True):
-            checks.check_ties("cuda", softmax, bias)
-    for bias in (False, True):
-        checks.check_groups("cuda", bias)
-    for scope in ("sequence", "micro_batch"):
-        for padded in (False, True):
-            checks.check_layer("cuda", scope, padded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("softmax", [True, False])
+def test_ties_on_a_gpu(softmax: bool, bias: bool) -> None:
+    checks.check_ties("cuda", softmax, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [False, True])
+def test_groups_on_a_gpu(bias: bool) -> None:
+    checks.check_groups("cuda", bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("scope", ["sequence", "micro_batch"])
+def test_layer_on_a_gpu(scope: str, padded: bool) -> None:
+    checks.check_layer("cuda", scope, padded)

@@ -72,8 +72,8 @@ def multiply_triton(
         weights, weight_scales = weights.unsqueeze(0), weight_scales.unsqueeze(0)
     described = _can_describe(values) and _can_describe(weights)
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(columns, meta["N"]), (rows + groups * (meta["M"] - 1)) // meta["M"]
+    def grid(meta: dict[str, Any]) -> tuple[int]:  # CUDA's other dims end at 65,535
+        return (triton.cdiv(columns, meta["N"]) * ((rows + groups * (meta["M"] - 1)) // meta["M"]),)
 
     _multiply[grid](
         _descriptor(values) if described else values,
@@ -203,11 +203,13 @@ def _multiply(
     PAIRS: tl.constexpr,
 ):
     """Multiply with the strides, in elements, of ``weights`` [E, N, K] and scales: a transposed weight is a view."""
-    group, first, end = codec.rows_of_tile(group_sizes, tl.program_id(1), num_groups, MAX_GROUPS, M)
+    tiles_across = tl.cdiv(columns, N)
+    tile = tl.program_id(0) // tiles_across
+    group, first, end = codec.rows_of_tile(group_sizes, tile, num_groups, MAX_GROUPS, M)
     if first >= end:
         return
     row = first + tl.arange(0, M)
-    first_column = tl.program_id(0) * N
+    first_column = tl.program_id(0) % tiles_across * N
     column = first_column + tl.arange(0, N)
     row_inside, column_inside = row < end, column < columns
     x_scale = x_scales + row.to(tl.int64) * tl.cdiv(inner, codec.TILE)
