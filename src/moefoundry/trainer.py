@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed
 from composer import Trainer
+from composer.core import Time
 from composer.utils import dist
 
 from moefoundry.build import build_trainer
@@ -121,7 +122,7 @@ def view_ended(trainer: Trainer) -> Iterator[None]:
 
 
 @contextmanager
-def noted(trainer: Trainer, recipe: Recipe, command: Sequence[str], origins: Mapping[str, str]) -> Iterator[None]:
+def noted(trainer: MeshTrainer, recipe: Recipe, command: Sequence[str], origins: Mapping[str, str]) -> Iterator[None]:
     """Note in the run's history, on rank 0, that training begins, and how it ends."""
     if dist.get_global_rank() != 0:
         yield
@@ -141,7 +142,9 @@ def noted(trainer: Trainer, recipe: Recipe, command: Sequence[str], origins: Map
     try:
         yield
         signum = stopped_by(trainer)
-        state, reason = ("finished", "") if signum is None else ("stopped", f"by {signum.name}")
+        state, reason = ("finished", ended_early(trainer)) if signum is None else ("stopped", f"by {signum.name}")
+        if signum is None and reason:
+            print(f"note: {reason}", file=sys.stderr, flush=True)
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:MAX_REASON]
         raise
@@ -211,6 +214,15 @@ def sole_owner(run_dir: Path) -> Iterator[None]:
         if torch.distributed.is_initialized() or dist.get_global_rank() == 0:
             on_rank_zero(lambda: stack.enter_context(held(run_dir)))
         yield
+
+
+def ended_early(trainer: MeshTrainer) -> str:
+    """Say that a callback ended training before ``max_duration``; empty if none did."""
+    state, wanted = trainer.state, Time.from_timestring(trainer.recipe.max_duration)
+    if state.timestamp.get(wanted.unit) >= wanted:
+        return ""
+    batch = state.timestamp.batch.value
+    return f"a callback ended training after batch {batch}, before max_duration, {trainer.recipe.max_duration}"
 
 
 def stopped_by(trainer: Trainer) -> signal.Signals | None:

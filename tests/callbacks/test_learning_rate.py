@@ -63,6 +63,32 @@ def test_rates_by_hand() -> None:
     run_distributed(check_rates, 1)
 
 
+def check_a_schedule_of_the_state() -> None:
+    """A schedule from outside asks the state for more than a position, and gets it for the batch that follows."""
+    from composer.core import State, Time, Timestamp
+    from composer.optim import ComposerScheduler
+
+    from moefoundry.callbacks.learning_rate import LearningRate
+
+    class Outside(ComposerScheduler):
+        def __call__(self, state: State, ssr: float = 1.0) -> float:
+            elapsed = state.get_elapsed_duration()
+            assert elapsed is not None
+            return float(elapsed) + state.run_number
+
+    rate = LearningRate(load_recipe(QUICKSTART, WARMUP_4_OF_20))
+    rate.schedule = Outside()
+    state = SimpleNamespace(timestamp=Timestamp(batch=4), max_duration=Time(20, "ba"), dataloader_len=5, run_number=2)
+    assert rate.rate(state) == pytest.approx(2 + 5 / 20)
+    state.max_duration = Time(4, "ep")
+    state.timestamp = Timestamp(batch=14, epoch=2, batch_in_epoch=4)
+    assert rate.rate(state) == pytest.approx(2 + 2 / 4), "in epochs, as Composer counts: those that have ended"
+
+
+def test_a_schedule_from_outside_gets_the_state() -> None:
+    run_distributed(check_a_schedule_of_the_state, 1)
+
+
 def check_composers() -> None:
     """What ``timing: composer`` gives is what Composer's own trainer gives."""
     import torch

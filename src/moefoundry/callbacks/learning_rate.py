@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
-from composer.core import Callback, State
+from composer.core import Callback, State, Timestamp
 from composer.loggers import Logger
 from composer.optim import (
     ComposerScheduler,
@@ -77,8 +76,19 @@ class LearningRate(Callback):
                 sample=max(0, now.sample.value - stage.batch_size),
                 token=max(0, now.token.value - stage.tokens_per_batch),
             )
-        seen = SimpleNamespace(timestamp=position, max_duration=state.max_duration, dataloader_len=state.dataloader_len)
-        return self.peak * self.schedule(cast(State, seen))
+        return self.peak * self.schedule(cast(State, _StateAt(state, position)))
+
+
+class _StateAt:
+    """Composer's ``State``, at another position of the run."""
+
+    def __init__(self, state: State, timestamp: Timestamp) -> None:
+        self._state, self.timestamp = state, timestamp
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._state, name)
+
+    get_elapsed_duration = State.get_elapsed_duration
 
 
 def build_schedule(cfg: SchedulerConfig) -> Callable[[State], float]:

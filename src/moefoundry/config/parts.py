@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
+from moefoundry.config.errors import UserError
 from moefoundry.config.schema_attention import AttentionConfig, GqaConfig, MlaConfig
 from moefoundry.config.schema_model import RouterConfig
 from moefoundry.config.schema_monitors import (
@@ -103,6 +106,53 @@ def _composers(module: str, names: Mapping[str, str], base: type = object) -> di
     return {name: partial(part_of_class, f"composer.{module}:{cls}", base) for name, cls in names.items()}
 
 
+STOPPERS = ("early_stopper", "threshold_stopper")
+"""Callbacks that end training by a metric. Composer takes more for better unless the metric's name says loss, error or
+perplexity."""
+
+
+def _algorithm(name: str) -> Part:
+    """Make the part of an algorithm; where it cannot work on the model, a line says so."""
+    part = part_of_class(f"composer.algorithms:{COMPOSER_ALGORITHMS[name]}")
+    build = cast(Callable[..., Any], part.build)
+
+    def built(cfg: Any, *others: Any) -> Any:
+        algorithm = build(cfg, *others)
+        apply = algorithm.apply
+
+        def applied(*args: Any) -> Any:
+            try:
+                return apply(*args)
+            except (AttributeError, LookupError, TypeError, ValueError, NotImplementedError) as error:
+                raise _unsuited(name, error) from error
+            except RuntimeError as error:
+                if type(error) is not RuntimeError:  # memory has ended, say
+                    raise
+                raise _unsuited(name, error) from error
+
+        algorithm.apply = applied
+        return algorithm
+
+    return Part(part.config, built)
+
+
+def _unsuited(name: str, error: Exception) -> UserError:
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return UserError(f"algorithms.{name}: Composer's algorithm cannot work on this model: {said}; leave it out")
+
+
+def _stopper(name: str) -> Part:
+    """Make the part of one of :data:`STOPPERS`, for which less is better of an entropy, too."""
+    part = part_of_class(f"composer.callbacks:{COMPOSER_CALLBACKS[name]}")
+    build = cast(Callable[..., Any], part.build)
+
+    def built(cfg: Any, *others: Any) -> Any:
+        less = cfg.comp is None and "entropy" in cfg.monitor.lower()
+        return build(replace(cfg, comp="less") if less else cfg, *others)
+
+    return Part(part.config, built)
+
+
 _TABLES = (
     Table(
         "callbacks",
@@ -112,9 +162,10 @@ _TABLES = (
             "memory_monitor": Part(MemoryMonitorConfig, "moefoundry.callbacks.speed:MemoryMonitor"),
             "system_monitor": Part(SystemMonitorConfig, "moefoundry.callbacks.system:SystemMonitor"),
             **_composers("callbacks", COMPOSER_CALLBACKS),
+            **{name: partial(_stopper, name) for name in STOPPERS},
         },
     ),
-    Table("algorithms", _composers("algorithms", COMPOSER_ALGORITHMS)),
+    Table("algorithms", {name: partial(_algorithm, name) for name in COMPOSER_ALGORITHMS}),
     Table(
         "loggers",
         {

@@ -14,7 +14,6 @@ SCALARS = (bool, int, float, str)
 SKIPPED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-@cache
 def part_of_class(place: str, base: type = object) -> Part:
     """Make a part whose keys are the arguments of a class; they are checked where YAML has their type.
 
@@ -22,6 +21,11 @@ def part_of_class(place: str, base: type = object) -> Part:
         place: The class, as ``package.module:Class``.
         base: Dataclass with the keys that all parts of the table have; they are not arguments of the class.
     """
+    return _made(place, base)
+
+
+@cache
+def _made(place: str, base: type) -> Part:
     cls = load(place)
     arguments = {name: each for name, each in _signature(cls).parameters.items() if each.kind not in SKIPPED}
     reduce = {"__reduce__": lambda self: (_restored, (place, base, vars(self)))}
