@@ -51,6 +51,7 @@ def run_all(root: Path, corpus: Path) -> dict[str, Any]:
         "pairs": ["prepare", "pairs.jsonl", "data/pairs", "--tokenizer", f"{corpus}/tokenizer", "--preferences"],
         "without_dpo": ["train", recipe, *tuned, "train_loader.dataset.local=data/pairs", "run_name=without_dpo"],
         "early": ["train", preferences, *tuned, *of_pairs, "run_name=early"],
+        "early_validate": ["validate", preferences, *tuned, *of_pairs, "run_name=early"],
         "reference": ["reference", "runs/finetune-tiny", "data/pairs"],
         "again": ["reference", "runs/finetune-tiny", "data/pairs"],
         "another": ["reference", "runs/tiny", "data/pairs"],
@@ -157,7 +158,10 @@ def test_preferences_are_learned_from_the_reference_on(outcomes: tuple[Path, dic
 def test_a_reference_that_is_absent_or_another_is_refused(outcomes: tuple[Path, dict[str, Any]]) -> None:
     status, _, err = outcomes[1]["early"]
     assert status == 2
-    assert "reference.json: no such file; dpo needs those of a reference: moefoundry reference CHECKPOINT DATA" in err
+    absent = "reference.json: no such file; dpo needs those of a reference: moefoundry reference CHECKPOINT DATA"
+    assert absent in err
+    status, out, err = outcomes[1]["early_validate"]
+    assert (status, absent in out + err) == (2, True)
     status, out, _ = outcomes[1]["again"]
     assert (status, out.count("up to date, scored by")) == (0, 2)
     status, _, err = outcomes[1]["another"]

@@ -41,6 +41,7 @@ def check_data(recipe: Recipe, world_size: int = 1) -> None:
         found += fim_problems(loader, key, Path(recipe.tokenizer.name))
     if not found:
         found += [*tokenizer_problems(recipe), *stage_problems(recipe), *preference_problems(recipe)]
+        found += [] if found else reference_problems(recipe)
     found += report_problems(recipe)
     if found:
         raise ConfigError(list(dict.fromkeys(found)))  # both loaders may have the same problem
@@ -297,6 +298,24 @@ def preference_problems(recipe: Recipe) -> Iterator[Problem]:
             if path and Path(path, CORPUS_FILE).is_file() and read_corpus_summary(path).kind == "preferences":
                 message = f"{path}: preferences, whose rejected responses would be learnt, too; dpo tells them apart"
                 yield Problem(f"{where}.local", message, "data of another kind, or dpo: docs/finetuning.md")
+
+
+def reference_problems(recipe: Recipe) -> Iterator[Problem]:
+    """Find pairs that are there without the log-probabilities of a reference, which ``dpo`` needs."""
+    if recipe.dpo is None:
+        return
+
+    from moefoundry.data.reference import read_reference
+    from moefoundry.data.sources import read_lengths
+
+    for key, loader in _loaders(recipe).items():
+        for where, source in sources_of(loader, key):
+            place = Path(source.local, str(source.split))
+            if (place / INDEX_FILE).is_file():
+                try:
+                    read_reference(place, len(read_lengths(place)) // 2)
+                except UserError as error:
+                    yield Problem(f"{where}.local", str(error))
 
 
 def report_problems(recipe: Recipe) -> Iterator[Problem]:
