@@ -11,7 +11,7 @@ import pytest
 
 from moefoundry.cli.arguments import check_writable
 from moefoundry.cli.main import main
-from tests.evaluation.tiny_tasks import Trained, write_lines
+from tests.evaluation.tiny_tasks import Trained, problems, write_lines
 
 LOSS = "metrics/eval/LanguageCrossEntropy"
 TASKS_OF_RUN = ("metrics/", "icl/")
@@ -96,6 +96,25 @@ def test_an_output_is_tried_before_the_model_is_loaded(trained: Trained, capsys,
     (data / "train" / ".reference.npy").mkdir()
     assert main(["reference", str(trained.run.run_dir), str(data), "--overwrite"]) == 2
     assert capsys.readouterr().err == f"error: {data}/train/.reference.npy: Is a directory\n"
+
+
+def test_functions_of_a_bare_signature_and_broken_ones(trained: Trained, capsys, monkeypatch, tmp_path: Path) -> None:
+    bare = {"task_id": "T/9", "prompt": "def f(x):\n", "entry_point": "f", "canonical_solution": "    return x + 1\n"}
+    bare["test"] = problems()[0]["test"]
+    missing = bare | {"task_id": "T/8", "prompt": "import nowhere\n" + bare["prompt"]}
+    file, results = tmp_path / "problems.jsonl", tmp_path / "results.jsonl"
+    options = ["--humaneval", str(file), "--allow-code-execution", "--max-new-tokens", "2", "--timeout", "30"]
+    command = ["eval", str(trained.hf), *options, "-o", str(results), "--device", "cpu"]
+    write_lines(file, [problems()[0], bare, missing])
+    assert main(command) == 0
+    first, second, third = (json.loads(text)["result"] for text in results.open())
+    assert (first, second.split(":")[0]) == ("passed", "failed")
+    assert third == "broken: the test is broken: ModuleNotFoundError: No module named 'nowhere'"
+    assert f"warning: T/8: {third}; none of its samples can pass" in capsys.readouterr().err
+    write_lines(file, [problems()[0], bare | {"test": "def check(candidate)\n"}])
+    monkeypatch.setattr("moefoundry.cli.evaluations.complete_problems", lambda *_, **__: pytest.fail("completed"))
+    assert main(command) == 2
+    assert f"error: {file}: T/9: the test is broken: SyntaxError" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

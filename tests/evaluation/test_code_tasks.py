@@ -168,3 +168,53 @@ def test_pass_at_k_is_averaged_over_problems() -> None:
     results = [Result(name, "", each, "") for name, values in passed.items() for each in values]
     assert pass_at_k(results, (1, 2, 4)) == {"pass@1": pytest.approx(1 / 6), "pass@2": pytest.approx(1 / 3)}
     assert pass_at_k([]) == {}
+
+
+BARE = [
+    "from typing import List\ndef f(xs: List[int]) -> List[int]:\n",
+    "def f(\n    xs,\n):",
+    "def f(xs):\n    # Negates.\n",
+    "def helper(xs):\n    return xs\n\n@staticmethod\ndef f(xs):  # as in MBPP\n\n",
+]
+
+
+@pytest.mark.parametrize("prompt", BARE)
+def test_a_prompt_may_be_a_bare_signature(prompt: str) -> None:
+    right = "\n    return [-x for x in xs]\n"
+    problem = Problem("T/1", prompt, "f", right, "def check(candidate):\n    assert candidate([1]) == [-1]\n")
+    samples = [Sample("T/1", right), Sample("T/1", "\n    return xs\n")]
+    results = run_samples({"T/1": problem}, samples, allow_code_execution=True, limits=PATIENT)
+    assert [result.result for result in results] == ["passed", "failed: AssertionError"]
+
+
+def test_helpers_of_a_prompt_are_there_for_the_test() -> None:
+    prompt = "import math\n\ndef negated(x):\n    return -x\n\ndef f(x):\n"
+    test = "def check(candidate):\n    assert candidate(1) == negated(1) == -math.floor(1.5)\n"
+    samples = [Sample("T/1", "    return -x\n"), Sample("T/1", "    return x\n")]
+    problems = {"T/1": Problem("T/1", prompt, "f", "", test)}
+    results = run_samples(problems, samples, allow_code_execution=True, limits=PATIENT)
+    assert [result.passed for result in results] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"test": "def check(candidate)\n    pass\n"}, {"prompt": "def f(:"}, {"test": "\0"}], ids=str
+)
+def test_a_broken_test_is_named_before_anything_runs(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str]) -> None:
+    monkeypatch.setattr(code_tasks, "run", lambda *args, **kwargs: pytest.fail("a program was run"))
+    problems = {"T/0": TASK, "T/1": replace(TASK, task_id="T/1", **changes)}
+    with pytest.raises(SandboxError, match=r"T/1: the test is broken: (SyntaxError|ValueError): "):
+        run_samples(problems, [Sample("T/0", ""), Sample("T/1", "")], allow_code_execution=True)
+
+
+def test_no_prompt_of_human_eval_is_changed_for_its_test(human_eval: dict[str, Problem]) -> None:
+    code_tasks.check_tests(human_eval.values())
+    assert all(code_tasks.prelude_of(problem) == problem.prompt for problem in human_eval.values())
+
+
+def test_a_prompt_that_fails_loses_no_other_sample() -> None:
+    """As one that imports what the sandbox has not; every program of it fails, too."""
+    problems = {"T/0": TASK, "T/1": replace(TASK, task_id="T/1", prompt="import nowhere\n" + TASK.prompt)}
+    samples = [Sample(name, TASK.canonical_solution) for name in ("T/1", "T/0")]
+    results = run_samples(problems, samples, allow_code_execution=True, limits=PATIENT)
+    error = "the test is broken: ModuleNotFoundError: No module named 'nowhere'"
+    assert [result.result for result in results] == [f"broken: {error}", "passed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ from composer.utils import dist, get_device
 from tqdm import tqdm
 
 from moefoundry.checkpoint.manifest import read_state
-from moefoundry.checkpoint.ranks import rank
+from moefoundry.checkpoint.ranks import rank, saying
 from moefoundry.checkpoint.store import TOKENIZER
 from moefoundry.checkpoint.weights import read_section
 from moefoundry.cli.arguments import check_writable, device_named
@@ -32,7 +33,15 @@ from moefoundry.data.summary import CorpusSummary, Layout, read_corpus_summary
 from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.evaluation.batched import BatchedModel
 from moefoundry.evaluation.code_completion import complete_problems
-from moefoundry.evaluation.code_tasks import check_allowed, pass_at_k, read_problems, run_samples, write_results
+from moefoundry.evaluation.code_tasks import (
+    BROKEN,
+    check_allowed,
+    check_tests,
+    pass_at_k,
+    read_problems,
+    run_samples,
+    write_results,
+)
 from moefoundry.evaluation.generation import Sampling
 from moefoundry.evaluation.held_out import held_out_loss
 from moefoundry.evaluation.sandbox.run import Limits
@@ -280,6 +289,8 @@ def _humaneval(evaluated: EvaluatedModel, request: Request, path: Path) -> tuple
     if rank() == 0:
         say_what_is_open()
     chosen = [*problems.values()][: request.limit]
+    with saying(str(path)):
+        check_tests(chosen)
     completions = complete_problems(
         BatchedModel(evaluated.model, request.batch_size, progress=True),
         evaluated.tokenizer,
@@ -299,6 +310,9 @@ def _humaneval(evaluated: EvaluatedModel, request: Request, path: Path) -> tuple
         limits=Limits(seconds=code["timeout"]),
         workers=code["workers"],
     )
+    broken = {result.task_id: result.result for result in results if result.result.startswith(BROKEN)}
+    for name, result in broken.items():
+        print(f"warning: {name}: {result}; none of its samples can pass", file=sys.stderr)
     return found | pass_at_k(results), partial(write_results, results=results)
 
 

@@ -6,19 +6,24 @@ https://github.com/openai/human-eval gives the problems and the forms of samples
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from moefoundry.config.errors import UserError
-from moefoundry.evaluation.sandbox.run import Limits, Outcome, SandboxError, run
+from moefoundry.evaluation.sandbox.run import BrokenTestError, Limits, Outcome, SandboxError, run
 
 STOP_SEQUENCES = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Beginnings of what follows the function (Chen et al. 2021, arXiv 2107.03374, section 2.1)."""
+
+BROKEN = "broken"
+"""Beginning of the result of a sample whose test could not run."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Problem:
 
     Attributes:
         task_id: Name of the problem, such as ``HumanEval/0``.
-        prompt: Beginning of the program: imports, helpers, and the function's signature and docstring.
+        prompt: Beginning of the program: imports, helpers, and the function's signature, maybe with a docstring.
         entry_point: Name of the function.
         canonical_solution: A right completion.
         test: Source that defines ``check(candidate)``.
@@ -61,7 +66,7 @@ class Result:
         task_id: Name of the problem.
         completion: Text that was run, cut at the first stop sequence.
         passed: True if the whole test ran.
-        result: ``passed``, or the outcome and the error's last line.
+        result: ``passed``, or the outcome and the error's last line; the outcome is ``broken`` where the prompt fails.
     """
 
     task_id: str
@@ -132,7 +137,8 @@ def run_samples(
         workers: Programs that run at the same time; more than there are cores costs them their time.
 
     Raises:
-        UserError: It is not allowed, a sample names no problem, or the sandbox does not work here.
+        UserError: It is not allowed, a sample names no problem, a problem's test is broken, or the sandbox does not
+            work here.
     """
     check_allowed(allow_code_execution)
     if workers < 1:
@@ -140,6 +146,7 @@ def run_samples(
     samples = list(samples)
     if unknown := {sample.task_id for sample in samples} - problems.keys():
         raise UserError(f"task_id={min(unknown)}: no such problem")
+    check_tests(problems[sample.task_id] for sample in samples)
     pool = ThreadPoolExecutor(workers)
     try:
         return list(pool.map(lambda sample: run_sample(problems[sample.task_id], sample.completion, limits), samples))
@@ -159,17 +166,61 @@ def check_allowed(allow_code_execution: bool) -> None:
 def run_sample(problem: Problem, completion: str, limits: Limits | None = None) -> Result:
     """Run one completion, cut at the first stop sequence, against the test of its problem.
 
+    Where the prompt itself fails, such as by an import, each completion of it does.
+
     Raises:
-        SandboxError: The sandbox does not work here, or the problem's prompt or test is no valid Python.
+        SandboxError: The sandbox does not work here.
     """
     completion = cut(completion)
-    test = f"{problem.test}\ncheck({problem.entry_point})\n"
+    program, prelude = problem.prompt + completion, prelude_of(problem)
     try:
-        ending = run(problem.prompt + completion, test, problem.entry_point, prelude=problem.prompt, limits=limits)
+        ending = run(program, _whole_test(problem), problem.entry_point, prelude=prelude, limits=limits)
+    except BrokenTestError as error:
+        return Result(problem.task_id, completion, False, f"{BROKEN}: {error}")
     except SandboxError as error:
         raise SandboxError(f"{problem.task_id}: {error}") from error
     passed = ending.outcome is Outcome.PASSED
     return Result(problem.task_id, completion, passed, "passed" if passed else f"{ending.outcome}: {ending.error}")
+
+
+@cache
+def prelude_of(problem: Problem) -> str:
+    """Give what a problem's test may use: the prompt's imports and helpers.
+
+    A function of which the prompt has the signature alone gets an empty body: the test calls the program's instead.
+    """
+    if not _fault(problem.prompt):
+        return problem.prompt
+    last = next((line for line in reversed(problem.prompt.splitlines()) if line.strip()), "")
+    indent = last[: len(last) - len(last.lstrip())]
+    completed = f"{problem.prompt}\n{indent}    pass\n"
+    return problem.prompt if _fault(completed) else completed
+
+
+def check_tests(problems: Iterable[Problem]) -> None:
+    """Check, without running anything, that tests and what they may use are valid Python.
+
+    Raises:
+        SandboxError: Those of a problem are not; it is named.
+    """
+    for problem in problems:
+        if fault := _fault(prelude_of(problem)) or _fault(_whole_test(problem)):
+            raise SandboxError(f"{problem.task_id}: the test is broken: {fault}")
+
+
+def _whole_test(problem: Problem) -> str:
+    return f"{problem.test}\ncheck({problem.entry_point})\n"
+
+
+@cache
+def _fault(source: str) -> str:
+    """Describe why a text is no Python; empty if it is."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            compile(source, "<test>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def estimate_pass_at_k(n: int, c: int, k: int) -> float:

@@ -27,6 +27,10 @@ class SandboxError(UserError):
     """The sandbox could not start, or the test itself is broken: nothing is known of the program."""
 
 
+class BrokenTestError(SandboxError):
+    """The test, or what it may use, is broken."""
+
+
 class Outcome(StrEnum):
     """Ways in which a program ends."""
 
@@ -102,7 +106,8 @@ def run(
         namespaces: False leaves namespaces out, as a kernel does that refuses them.
 
     Raises:
-        SandboxError: The sandbox did not start, or ``prelude`` or ``test`` is no valid Python.
+        SandboxError: The sandbox did not start.
+        BrokenTestError: ``prelude`` or ``test`` is no valid Python, or ``prelude`` fails.
     """
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="moefoundry-sandbox-", ignore_cleanup_errors=True) as place:
@@ -196,7 +201,7 @@ def _verdict(line: bytes, seconds: float, layers: frozenset[str]) -> Ending:
         return Ending(Outcome.FAILED, "the judge ended before its verdict", seconds, layers)
     outcome, error = json.loads(line)
     if outcome == "test":
-        raise SandboxError(f"the test is broken: {error}")
+        raise BrokenTestError(f"the test is broken: {error}")
     return Ending(Outcome(outcome), error, seconds, layers)
 
 
