@@ -17,6 +17,8 @@ from moefoundry.checkpoint.weights import Weights, load_model, named_checkpoint,
 from moefoundry.config import UserError
 from moefoundry.config.urls import is_url, resolved, url_problem
 from moefoundry.conversion.convert import load_hf
+from moefoundry.conversion.families import family_of
+from moefoundry.conversion.hf_directory import read_hf_config
 from moefoundry.data.stores import Remote
 from moefoundry.data.tokenizer_files import CONFIG
 from moefoundry.evaluation.generation import Choice, generate, most_likely
@@ -130,6 +132,7 @@ class EvaluatedModel:
         tokenizer: Its tokenizer.
         tokenizer_dir: Directory of the tokenizer.
         checkpoint: Checkpoint that holds it; None for a Hugging Face directory.
+        max_positions: Tokens of a sequence at most, as a Hugging Face directory says; None where nothing does.
     """
 
     name: str
@@ -137,6 +140,7 @@ class EvaluatedModel:
     tokenizer: PromptTokenizer
     tokenizer_dir: Path
     checkpoint: Path | None
+    max_positions: int | None = None
 
 
 @contextmanager
@@ -157,7 +161,9 @@ def evaluated_at(
     if _is_hf(place):
         with directory_at(place) as path:
             model = from_pretrained(path, device=device, ema=ema)
-            yield EvaluatedModel(place, model, PromptTokenizer.open(path, model.cfg.vocab_size), path, None)
+            hf = read_hf_config(path)
+            longest = family_of(hf).max_seq_len(hf)
+            yield EvaluatedModel(place, model, PromptTokenizer.open(path, model.cfg.vocab_size), path, None, longest)
         return
     with checkpoint_at(place) as path:
         checkpoint = named_checkpoint(path)

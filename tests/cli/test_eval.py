@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.nn import functional
 
 from moefoundry.cli.arguments import check_writable
 from moefoundry.cli.main import main
@@ -44,6 +46,45 @@ def test_tasks_and_losses_of_what_is_exported(trained: Trained, capsys) -> None:
     assert evaluate(capsys, trained.hf, "--data", corpus) == {LOSS: pytest.approx(line[LOSS], abs=1e-6)}
     assert main(["eval", str(trained.hf), "--data", str(corpus), "--device", "cpu"]) == 0
     assert capsys.readouterr().out == f"{LOSS}  {line[LOSS]:.4f}\n"
+
+
+def test_conversations_do_not_see_each_other_in_what_is_exported(trained: Trained, capsys, tmp_path: Path) -> None:
+    """As transformers computes each alone; sequences are as long as config.json allows, unless an option says more."""
+    from streaming import StreamingDataset
+    from transformers import AutoModelForCausalLM
+
+    records = [{"prompt": f"value {n} means ", "response": f"{n} or more"} for n in range(40)]
+    file, data = write_lines(tmp_path / "chats.jsonl", records), tmp_path / "chats"
+    options = [
+        "--instructions",
+        "--tokenizer",
+        f"{trained.corpus}/tokenizer",
+        "--val-fraction",
+        "0.5",
+        "--workers",
+        "1",
+    ]
+    assert main(["prepare", str(file), str(data), *options]) == 0
+    model = AutoModelForCausalLM.from_pretrained(trained.hf).eval()
+    losses = []
+    for sample in StreamingDataset(local=str(data / "val"), shuffle=False, batch_size=1):
+        tokens, learnt = (torch.from_numpy(sample[name].astype("int64")) for name in ("tokens", "targets"))
+        with torch.no_grad():
+            logits = model(tokens[None]).logits[0, :-1]
+        losses.append(functional.cross_entropy(logits, tokens[1:], reduction="none")[learnt[1:] > 0])
+    expected = torch.cat(losses).mean().item()
+    longest = json.loads((trained.hf / "config.json").read_text())["max_position_embeddings"]
+    capsys.readouterr()
+    for length, further in ((longest, []), (2 * longest, ["--max-seq-len", str(2 * longest)])):
+        assert main(["eval", str(trained.hf), "--data", str(data), *further, "--device", "cpu", "--json"]) == 0
+        out, err = capsys.readouterr()
+        found = json.loads(out)
+        assert found["metrics"] == {LOSS: pytest.approx(expected, abs=1e-5)}
+        assert found["held_out"] == {"max_seq_len": length, "packing": "best_fit", "document_masking": True}
+        line = f"held-out data: rows of {length} tokens, packing best_fit, a token sees its own document alone\n"
+        assert err.startswith(line)
+        warned = f"config.json says sequences of {longest} tokens at most, and these have up to {length}" in err
+        assert warned == bool(further)
 
 
 def test_data_of_another_tokenizer_are_refused(trained: Trained, capsys, tmp_path: Path) -> None:

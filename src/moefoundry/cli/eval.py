@@ -33,7 +33,7 @@ class Request:
 
     Attributes:
         batch_size: Sequences of one forward pass of one rank.
-        max_seq_len: Tokens of a sequence at most; None is the recipe's.
+        max_seq_len: Tokens of a sequence at most; None is the recipe's, or what ``config.json`` allows.
         limit: Examples of each task at most.
         output: File for samples.
         code: Options of HumanEval.
@@ -67,7 +67,10 @@ class Request:
 @click.option("--humaneval", type=local_path, metavar="FILE", help="HumanEval's problems, as JSONL.")
 @click.option("--batch-size", type=int, default=8, metavar="N", help="Sequences of a forward pass (default 8).")
 @click.option(
-    "--max-seq-len", type=int, metavar="N", help="Tokens of a sequence at most (default: the run's, or 2048)."
+    "--max-seq-len",
+    type=int,
+    metavar="N",
+    help="Tokens of a sequence at most (default: the run's; or 2048, or fewer if config.json says fewer).",
 )
 @click.option("--limit", type=int, metavar="N", help="Examples of each task at most.")
 @click.option("--mesh", metavar="MAPPING", help="With several ranks, such as '{expert: 2}' (default: all shard).")

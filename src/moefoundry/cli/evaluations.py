@@ -130,9 +130,9 @@ def _evaluate(evaluated: EvaluatedModel, request: Request) -> tuple[Found, Sampl
     if request.harness is not None:
         return _harness(evaluated, request, request.harness)
     if request.data is not None:
-        loader = _loader(evaluated, request, request.data)
+        loader, alone = _loader(evaluated, request, request.data)
         _check_tokenizer(evaluated, request.data)
-        return {"metrics": _held_out(evaluated, request, loader)}, None
+        return _held_out(evaluated, request, loader, alone=alone), None
     if request.tasks is not None:
         gauntlet = request.gauntlet
         return _tasks(evaluated, request, str(request.tasks), None if gauntlet is None else str(gauntlet))
@@ -194,7 +194,8 @@ def _of_recipe(evaluated: EvaluatedModel, request: Request) -> tuple[Found, Samp
         loader = read_section(evaluated.checkpoint, "eval_loader", LoaderConfig)
         if (subset := recipe.get("eval_subset_num_batches") or -1) > 0:  # batches of the recipe's size
             request = replace(request, batch_size=recipe["device_eval_batch_size"])
-        found["metrics"] |= _held_out(evaluated, request, loader, subset)
+        held_out = _held_out(evaluated, request, loader, subset)
+        found |= held_out | {"metrics": found["metrics"] | held_out["metrics"]}
     if not found["metrics"]:
         raise UserError(f"{evaluated.name}: its recipe evaluates nothing: give TASKS, --data or --harness")
     return found, samples
@@ -217,19 +218,39 @@ def _recipe_of(evaluated: EvaluatedModel) -> dict[str, Any]:
 
 def _length(evaluated: EvaluatedModel, request: Request) -> int:
     if request.max_seq_len is not None:
+        _warn_of_length(evaluated, request.max_seq_len)
         return request.max_seq_len
     recipe = _recipe_of(evaluated)
-    return int(recipe.get("icl_seq_len") or recipe.get("max_seq_len") or MAX_SEQ_LEN)
+    return int(recipe.get("icl_seq_len") or recipe.get("max_seq_len") or _usual_length(evaluated))
 
 
-def _loader(evaluated: EvaluatedModel, request: Request, directory: Path) -> LoaderConfig:
-    """Read data as the checkpoint's recipe reads its own, as far as that fits their kind."""
+def _usual_length(evaluated: EvaluatedModel) -> int:
+    """Give the length of sequences of a model of which no run says it."""
+    return min(evaluated.max_positions or MAX_SEQ_LEN, MAX_SEQ_LEN)
+
+
+def _warn_of_length(evaluated: EvaluatedModel, length: int) -> None:
+    """Warn of sequences that are longer than a Hugging Face directory says that they may be."""
+    if evaluated.max_positions is not None and length > evaluated.max_positions and rank() == 0:
+        longest = f"{evaluated.name}: its config.json says sequences of {evaluated.max_positions} tokens at most"
+        print(f"warning: {longest}, and these have up to {length}", file=sys.stderr, flush=True)
+
+
+def _loader(evaluated: EvaluatedModel, request: Request, directory: Path) -> tuple[LoaderConfig, bool]:
+    """Read data as the checkpoint's recipe reads its own, as far as that fits their kind.
+
+    Returns:
+        How to read them; and True where no conversation may see another, though the model has no ``document_masking``:
+        no recipe says how they are packed.
+    """
     summary, recipe = read_corpus_summary(directory), _recipe_of(evaluated)
-    length = request.max_seq_len or summary.max_seq_len or recipe.get("max_seq_len") or MAX_SEQ_LEN
+    length = request.max_seq_len or summary.max_seq_len or recipe.get("max_seq_len") or _usual_length(evaluated)
     said = (recipe.get(f"{loader}.dataset.packing.method") for loader in ("eval_loader", "train_loader"))
-    packing = PackingConfig(_packing(summary, next((PackingMethod(method) for method in said if method), None)))
+    of_recipe = next((PackingMethod(method) for method in said if method), None)
+    packing = _packing(summary, of_recipe)
     data = DatasetConfig(str(directory), split=HELD_OUT, shuffle=False, shuffle_seed=0, max_seq_len=length)
-    return LoaderConfig(dataset=replace(data, packing=packing), drop_last=False)
+    cfg = LoaderConfig(dataset=replace(data, packing=PackingConfig(packing)), drop_last=False)
+    return cfg, summary.kind == Kind.instructions and packing != of_recipe
 
 
 def _packing(summary: CorpusSummary, of_recipe: PackingMethod | None) -> PackingMethod:
@@ -248,11 +269,21 @@ def _check_tokenizer(evaluated: EvaluatedModel, data: Path) -> None:
         raise UserError(f"{data}: another tokenizer than the model's made these data: a loss of them means nothing")
 
 
-def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, subset: int = -1) -> dict[str, float]:
-    """Compute the held-out loss over the first ``subset`` batches of each rank; -1 is all."""
-    model = evaluated.model
-    if cfg.dataset.packing.method == PackingMethod.pairs:
-        model.cfg.document_masking = True  # a response does not see the other
+def _held_out(
+    evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, subset: int = -1, alone: bool = False
+) -> Found:
+    """Compute the held-out loss over the first ``subset`` batches of each rank; -1 is all.
+
+    With ``alone``, and of pairs, no document sees another.
+    """
+    model, length, packing = evaluated.model, cfg.dataset.max_seq_len, cfg.dataset.packing.method
+    if alone or packing == PackingMethod.pairs:
+        model.cfg.document_masking = True
+    if rank() == 0:
+        seen = "its own document alone" if model.cfg.document_masking else "all before it in its row"
+        line = f"held-out data: rows of {length} tokens, packing {packing}, a token sees {seen}"
+        print(line, file=sys.stderr, flush=True)
+    _warn_of_length(evaluated, length)
     loader = build_loader(
         cfg,
         batch_size=request.batch_size,
@@ -264,9 +295,10 @@ def _held_out(evaluated: EvaluatedModel, request: Request, cfg: LoaderConfig, su
     loss = held_out_loss(model, islice(loader, count), count, progress=True)
     if not loss.targets:
         places = ", ".join(f"{source.local}/{source.split}" for source in cfg.dataset.sources.values())
-        cut = f"in rows of {cfg.dataset.max_seq_len} tokens"
+        cut = f"in rows of {length} tokens"
         raise UserError(f"{places}: no target {cut}, so there is no loss: read longer rows, or evaluate other data")
-    return {"metrics/eval/LanguageCrossEntropy": loss.nats}
+    read = {"max_seq_len": length, "packing": str(packing), "document_masking": model.cfg.document_masking}
+    return {"held_out": read, "metrics": {"metrics/eval/LanguageCrossEntropy": loss.nats}}
 
 
 def _harness(evaluated: EvaluatedModel, request: Request, names: str) -> tuple[Found, Samples]:
