@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext as does_not_raise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from moefoundry.config import ConfigError, UserError
+from moefoundry.config import ConfigError, Recipe, UserError
 from moefoundry.config.tasks import read_gauntlet, read_tasks
 from moefoundry.evaluation.prompts import PromptTokenizer
 from moefoundry.evaluation.tasks.gauntlet import gauntlet_scores, left_out
-from moefoundry.evaluation.tasks.run import Results, Sizes, evaluate_tasks, load_tasks, say_what_is_left_out
+from moefoundry.evaluation.tasks.run import (
+    Results,
+    Sizes,
+    check_tasks,
+    evaluate_tasks,
+    load_tasks,
+    say_what_is_left_out,
+)
 from moefoundry.pretrained import from_pretrained
 from tests.distributed import run_distributed
-from tests.evaluation.tiny_tasks import Trained, definitions, eval_data, write_lines
+from tests.evaluation.tiny_tasks import Trained, definitions, eval_data, gaps, problems, write_lines
 
 LENGTH = 256
 MC, ECE = "InContextLearningMultipleChoiceAccuracy", "InContextLearningMCExpectedCalibrationError"
@@ -253,6 +262,120 @@ def test_bad_tasks_are_named(evaluate: Callable[..., Results], tmp_path: Path, c
         changes = {**changes, "continuation_delimiter": ""}
     with pytest.raises(UserError, match=message):
         evaluate({**task, **changes})
+
+
+def problem_named(name: str, **changes: str) -> dict[str, str]:
+    return {**problems()[0], "task_id": name, **changes}
+
+
+MANY = "word " * 300
+BAD: list[tuple[str, list[dict[str, Any]], Task, str]] = [
+    (
+        "multiple_choice",
+        [{"query": "a", "choices": ["x", "y"], "gold": gold} for gold in (1, 2)],
+        {},
+        "gold: got 2, not a number from 0 to 1",
+    ),
+    (
+        "schema",
+        [{"context_options": ["a", "b"], "continuation": "c", "gold": gold} for gold in (0, -1)],
+        {},
+        "gold: got -1, not a number from 0 to 1",
+    ),
+    (
+        "language_modeling",
+        [{"context": "a", "continuation": text} for text in ("b", MANY)],
+        {},
+        rf"an answer of \d+ tokens does not fit in max_seq_len, {LENGTH}; allowed at continuation: at most 255",
+    ),
+    (
+        "language_modeling",
+        [{"context": text, "continuation": "b"} for text in ("a", "")],
+        {"continuation_delimiter": ""},
+        "there is no token before the answer: context is empty, and neither prompt_string nor prelimiter gives one",
+    ),
+    (
+        "generation_task_with_answers",
+        [{"context": "a", "answer": "b", "aliases": each} for each in ([], 3)],
+        {},
+        "aliases: got 3, not a list of texts",
+    ),
+    (
+        "infilling",
+        [{"prefix": "a", "suffix": "c", "middle": text} for text in ("b", MANY)],
+        {},
+        rf"middle: \d+ tokens in max_seq_len, {LENGTH}, leave no room for the special tokens .*; allowed: at most 252",
+    ),
+    (
+        "code_evaluation",
+        [problem_named("a"), problem_named("b", test="def check(candidate)\n")],
+        {"allow_code_execution": True},
+        "b: the test is broken: SyntaxError",
+    ),
+]
+"""Two examples of each type of task, of which the second is bad, and what is said of it."""
+
+
+@pytest.mark.parametrize("shots", [[0], [5, 3]], ids=["zero-shot", "few-shot"])
+@pytest.mark.parametrize(("kind", "examples", "changes", "message"), BAD, ids=lambda each: str(each)[:20])
+def test_a_bad_example_is_named_without_a_model(
+    trained: Trained, tmp_path: Path, kind: str, examples: list[Task], changes: Task, message: str, shots: list[int]
+) -> None:
+    """Even where the limit leaves it out: it may be drawn as a solved one. Lines are counted as an editor counts."""
+    first, bad = (json.dumps(each) for each in examples)
+    path = tmp_path / "examples.jsonl"
+    path.write_text(f"\n{first}\n\n{bad}\n")
+    task = {"label": "t", "icl_task_type": kind, "dataset_uri": str(path), "num_fewshot": shots, **changes}
+    loaded = load_tasks(read_tasks([task]))
+    empty = "no token before" in message and shots != [0]  # a solved example stands before it
+    expected = does_not_raise() if empty else pytest.raises(UserError, match=message)
+    with expected as found:
+        check_tasks(PromptTokenizer.of_checkpoint(trained.checkpoint), loaded, Sizes(4, LENGTH, 1))
+    if found is not None:
+        assert str(found.value).startswith(f"icl_tasks: t: {path}: line 4: t/{min(shots)}-shot: example 2: ")
+
+
+@pytest.mark.parametrize("kind", ["generation_task_with_answers", "infilling", "code_evaluation"])
+def test_more_new_tokens_than_fit_are_named_without_a_model(trained: Trained, tmp_path: Path, kind: str) -> None:
+    examples = {
+        "generation_task_with_answers": definitions(2),
+        "infilling": gaps(),
+        "code_evaluation": [*map(problem_named, "ab")],
+    }
+    uri = str(write_lines(tmp_path / "examples.jsonl", examples[kind]))
+    task: Task = {"label": "t", "icl_task_type": kind, "dataset_uri": uri, "num_fewshot": [0]}
+    task |= {"allow_code_execution": True} if kind == "code_evaluation" else {}
+    most, tokenizer = LENGTH - (3 if kind == "infilling" else 1), PromptTokenizer.of_checkpoint(trained.checkpoint)
+
+    def check(new_tokens: int) -> None:
+        keys = {"generation_kwargs": {"max_new_tokens": new_tokens}}
+        check_tasks(tokenizer, load_tasks(read_tasks([task | keys])), Sizes(4, LENGTH))
+
+    check(most)
+    message = f"generation_kwargs.max_new_tokens: {most + 1}, and {most + 1} new tokens do not fit in max_seq_len, "
+    with pytest.raises(UserError, match=f"^icl_tasks: t: {re.escape(message)}{LENGTH}; allowed: at most {most}$"):
+        check(most + 1)
+
+
+def test_training_and_validation_refuse_a_bad_example_before_they_begin(
+    tiny_recipe: Callable[..., Recipe], tiny_overrides: Callable[..., list[str]], tmp_path: Path, capsys
+) -> None:
+    from moefoundry.cli.main import main
+    from moefoundry.evaluation.tasks.callback import IclTasks
+
+    path = write_lines(tmp_path / "examples.jsonl", [{**each, "gold": 2} for each in definitions(1)])
+    tasks = f"icl_tasks=[{{label: t, icl_task_type: multiple_choice, num_fewshot: [0], dataset_uri: {path}}}]"
+    message = f"icl_tasks: t: {path}: line 1: t/0-shot: example 1: gold: got 2, not a number from 0 to 1"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        IclTasks(tiny_recipe(tmp_path / "run", tasks))
+    assert main(["validate", *tiny_overrides(tmp_path / "run", tasks)]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    write_lines(path, definitions(1))
+    assert main(["validate", *tiny_overrides(tmp_path / "run", tasks)]) == 0
+    assert main(["validate", *tiny_overrides(tmp_path / "run", tasks.replace(str(path), "s3://bucket/x.jsonl"))]) == 0
+    path.unlink()
+    assert main(["validate", *tiny_overrides(tmp_path / "run", tasks)]) == 2
+    assert f"icl_tasks: t: dataset_uri: {path}: cannot be read" in capsys.readouterr().err
 
 
 def test_two_problems_of_one_name_are_refused(evaluate: Callable[..., Results], tmp_path: Path) -> None:

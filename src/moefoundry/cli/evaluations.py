@@ -48,6 +48,7 @@ from moefoundry.evaluation.sandbox.run import Limits
 from moefoundry.evaluation.tasks.code import say_what_is_open
 from moefoundry.evaluation.tasks.run import (
     Sizes,
+    check_tasks,
     evaluate_tasks,
     load_tasks,
     say_what_is_left_out,
@@ -168,6 +169,7 @@ def _tasks(evaluated: EvaluatedModel, request: Request, tasks: Any, gauntlet: An
         say_what_is_open()
     say_what_is_left_out(averages, loaded)
     sizes = Sizes(request.batch_size, _length(evaluated, request), request.limit)
+    check_tasks(evaluated.tokenizer, loaded, sizes, _recipe_of(evaluated))
     results = evaluate_tasks(
         evaluated.model,
         evaluated.tokenizer,

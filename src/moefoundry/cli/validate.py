@@ -1,6 +1,7 @@
 """``moefoundry validate``: find what can be wrong with a recipe, on any machine, in under a second.
 
-Nothing heavy is imported, save torch for an attention kind of another package, whose modules must be built to be known.
+Nothing heavy is imported, save torch for an attention kind of another package, whose modules must be built to be known,
+and for ``icl_tasks``, whose examples are tokenized.
 
 The rules are those by which training refuses a recipe: ``config/`` for the recipe, ``data/fit.py`` for its data.
 """
@@ -107,7 +108,7 @@ def describe(recipe: Recipe) -> str:
 
 
 def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
-    """Refuse data, files of tasks, and a local ``load_path``, that do not fit, as training does.
+    """Refuse data, tasks, and a local ``load_path``, that do not fit, as training does.
 
     Returns:
         A problem for each part of the data that is not on this machine, where none of them is.
@@ -133,13 +134,23 @@ def check_files(recipe: Recipe, world_size: int) -> list[Problem]:
 
 
 def _check_tasks(recipe: Recipe) -> None:
-    """Read what the recipe's tasks and averages are, where files say so; their examples are read in training."""
+    """Check the recipe's tasks with their examples, those behind URLs aside, and its averages."""
+    from moefoundry.config.dump import flatten
     from moefoundry.config.tasks import read_gauntlet, read_tasks
 
-    if recipe.icl_tasks is not None:
-        read_tasks(recipe.icl_tasks)
     if recipe.eval_gauntlet is not None:
         read_gauntlet(recipe.eval_gauntlet)
+    if recipe.icl_tasks is None:
+        return
+    configs = read_tasks(recipe.icl_tasks)
+
+    from moefoundry.evaluation.prompts import PromptTokenizer
+    from moefoundry.evaluation.tasks.run import Sizes, check_tasks, load_tasks
+
+    tasks, directory = load_tasks(configs, remote=False), Path(recipe.tokenizer.name)
+    if directory.is_dir():  # that of remote data may come with them
+        tokenizer = PromptTokenizer.open(directory, recipe.model.vocab_size)
+        check_tasks(tokenizer, tasks, Sizes.of(recipe), flatten(recipe))
 
 
 def _goes_on(recipe: Recipe) -> bool:

@@ -14,6 +14,7 @@ from moefoundry.evaluation.prompts import PromptTokenizer
 from moefoundry.evaluation.tasks.code import say_what_is_open
 from moefoundry.evaluation.tasks.run import (
     Sizes,
+    check_tasks,
     evaluate_tasks,
     load_tasks,
     say_what_is_left_out,
@@ -27,12 +28,11 @@ class IclTasks(Callback):
     """Evaluates the recipe's ``icl_tasks``; samples go to ``run_dir/evaluation/baN.jsonl``.
 
     Raises:
-        UserError: A task, its examples, or the tokenizer cannot be used.
+        UserError: A task, one of its examples, or the tokenizer cannot be used.
     """
 
     def __init__(self, recipe: Recipe) -> None:
-        batch_size, limit = recipe.device_eval_batch_size, recipe.icl_subset_num_batches
-        self.sizes = Sizes(batch_size, recipe.icl_seq_len or recipe.max_seq_len, limit and limit * batch_size)
+        self.sizes = Sizes.of(recipe)
         self.gauntlet = None if recipe.eval_gauntlet is None else read_gauntlet(recipe.eval_gauntlet)
         self.tasks = load_tasks(read_tasks(recipe.icl_tasks))
         if any(task.cfg.icl_task_type == "code_evaluation" for task in self.tasks) and rank() == 0:
@@ -41,6 +41,7 @@ class IclTasks(Callback):
         self.tokenizer = PromptTokenizer.open(Path(recipe.tokenizer.name), recipe.model.vocab_size)
         self.directory = Path(recipe.run_dir, DIRECTORY)
         self.recipe = flatten(recipe)
+        check_tasks(self.tokenizer, self.tasks, self.sizes, self.recipe)
         self.progress = recipe.progress_bar
 
     def eval_after_all(self, state: State, logger: Logger) -> None:

@@ -6,7 +6,7 @@ That choice is made whose answer has the highest mean log-probability, the first
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from math import exp
 
@@ -14,9 +14,12 @@ from moefoundry.config.schema_tasks import Metric, MultipleChoiceConfig, SchemaC
 from moefoundry.evaluation.batched import Continuation, Score
 from moefoundry.evaluation.tasks.examples import Example, gold_of, text_at, texts_at
 from moefoundry.evaluation.tasks.prompts import Prompts
-from moefoundry.evaluation.tasks.task import Evaluation, Measure, Sample, accuracy, calibration_error
+from moefoundry.evaluation.tasks.task import Evaluation, Measure, Questions, Sample, accuracy, calibration_error
 
 CHOICE_METRICS: Mapping[str, Measure] = {Metric.choice_accuracy: accuracy, Metric.choice_calibration: calibration_error}
+
+CONTINUATION = "continuation"
+"""Key of the answer of a schema."""
 
 
 class _Choice(ABC):
@@ -27,11 +30,26 @@ class _Choice(ABC):
 
     def evaluate(self, evaluation: Evaluation) -> list[Sample]:
         """Choose for each example."""
-        return choose(
-            evaluation,
-            partial(self._solved, evaluation.prompts),
-            partial(self._continuations, evaluation.prompts),
-        )
+        rows = self._rows(evaluation)
+        scores = iter(evaluation.model.score([each for row in rows for each in row], evaluation.label))
+        return [
+            _sample(evaluation.prompts, example, row, [next(scores) for _ in row])
+            for example, row in zip(evaluation.examples, rows, strict=True)
+        ]
+
+    def check(self, questions: Questions) -> None:
+        """Make what may be chosen for each example."""
+        self._rows(questions)
+
+    def _rows(self, questions: Questions) -> list[list[Continuation]]:
+        prompts = questions.prompts
+
+        def row(example: Example, preceding: str) -> list[Continuation]:
+            continuations = self._continuations(prompts, example, preceding)
+            gold_of(example, len(continuations))
+            return continuations
+
+        return questions.made(partial(self._solved, prompts), row)
 
     @abstractmethod
     def _solved(self, prompts: Prompts, example: Example, preceding: str) -> str:
@@ -56,7 +74,8 @@ class MultipleChoice(_Choice):
     def _continuations(self, prompts: Prompts, example: Example, preceding: str) -> list[Continuation]:
         context = prompts.context(preceding, prompts.question(text_at(example, self.cfg.context_key), preceding))
         answers = texts_at(example, self.cfg.choices_key)
-        return [prompts.continuation(context, prompts.with_blank(answer)) for answer in answers]
+        keys = self.cfg.context_key, self.cfg.choices_key
+        return [prompts.continuation(context, keys[0], prompts.with_blank(answer), keys[1]) for answer in answers]
 
 
 class Schema(_Choice):
@@ -69,7 +88,7 @@ class Schema(_Choice):
         questions = texts_at(example, self.cfg.choices_key)
         delimiter = self.cfg.example_delimiter if preceding else ""
         text = f"{delimiter}{questions[gold_of(example, len(questions))]}{self.cfg.continuation_delimiter}"
-        return f"{self.cfg.prelimiter}{text}{text_at(example, 'continuation')}"
+        return f"{self.cfg.prelimiter}{text}{text_at(example, CONTINUATION)}"
 
     def _continuations(self, prompts: Prompts, example: Example, preceding: str) -> list[Continuation]:
         """Without a text before it, LLM Foundry puts no delimiter behind a question."""
@@ -77,24 +96,12 @@ class Schema(_Choice):
         if preceding:
             begin, end = begin + self.cfg.example_delimiter, self.cfg.continuation_delimiter
         end = end.rstrip() if self.cfg.strip_dataset else end
-        answer = prompts.with_blank(text_at(example, "continuation"))
+        answer = prompts.with_blank(text_at(example, CONTINUATION))
         contexts = [
             prompts.context(preceding, f"{begin}{question}{end}", strip=False)
             for question in texts_at(example, self.cfg.choices_key)
         ]
-        return [prompts.continuation(context, answer) for context in contexts]
-
-
-def choose(
-    evaluation: Evaluation, solved: Callable[[Example, str], str], make: Callable[[Example, str], list[Continuation]]
-) -> list[Sample]:
-    """Score the continuations of each example, and choose among them; arguments of :meth:`Evaluation.made`."""
-    rows = evaluation.made(solved, make)
-    scores = iter(evaluation.model.score([each for row in rows for each in row], evaluation.label))
-    return [
-        _sample(evaluation.prompts, example, row, [next(scores) for _ in row])
-        for example, row in zip(evaluation.examples, rows, strict=True)
-    ]
+        return [prompts.continuation(context, self.cfg.choices_key, answer, CONTINUATION) for context in contexts]
 
 
 def _sample(prompts: Prompts, example: Example, row: Sequence[Continuation], scores: Sequence[Score]) -> Sample:

@@ -13,12 +13,20 @@ from moefoundry.checkpoint.ranks import from_every_rank, rank, together
 from moefoundry.config import UserError
 from moefoundry.config.schema_tasks import CodeTaskConfig, Metric
 from moefoundry.evaluation.code_completion import complete_problems
-from moefoundry.evaluation.code_tasks import Problem, Result, by_task_id, check_allowed, pass_at_k, run_samples
+from moefoundry.evaluation.code_tasks import (
+    Problem,
+    Result,
+    by_task_id,
+    check_allowed,
+    check_tests,
+    pass_at_k,
+    run_samples,
+)
 from moefoundry.evaluation.code_tasks import Sample as Completion
 from moefoundry.evaluation.generation import Sampling
 from moefoundry.evaluation.sandbox.run import Limits, statement
 from moefoundry.evaluation.tasks.examples import Example, text_at
-from moefoundry.evaluation.tasks.task import Evaluation, Measure, Sample
+from moefoundry.evaluation.tasks.task import Evaluation, Measure, Questions, Sample
 
 MAX_NEW_TOKENS = 512
 
@@ -45,30 +53,41 @@ class CodeEvaluation:
 
     def evaluate(self, evaluation: Evaluation) -> list[Sample]:
         """Complete each problem, and run its test."""
-        prompts, given = evaluation.prompts, self.cfg.generation_kwargs
-        new_tokens = given.max_new_tokens or MAX_NEW_TOKENS
+        given = self.cfg.generation_kwargs
+        problems, contexts = self._asked(evaluation)
+        completions = complete_problems(
+            evaluation.model,
+            evaluation.prompts.tokenizer,
+            [*problems.values()],
+            contexts,
+            samples=self.cfg.generations_per_sample,
+            sampling=Sampling(given.temperature if given.do_sample else 0, given.top_k, given.top_p, given.seed),
+            max_new_tokens=given.max_new_tokens or MAX_NEW_TOKENS,
+            label=evaluation.label,
+        )
+        results = self._run(problems, completions)
+        return [{**asdict(result), "correct": result.passed} for result in results]
+
+    def check(self, questions: Questions) -> None:
+        """Make each prompt, and read each test."""
+        self._asked(questions)
+
+    def _asked(self, questions: Questions) -> tuple[Mapping[str, Problem], list[list[int]]]:
+        """Make the problems, by their names, and the prompt of each."""
+        prompts, given = questions.prompts, self.cfg.generation_kwargs.max_new_tokens
+        new_tokens = given or MAX_NEW_TOKENS
 
         def solved(example: Example, preceding: str) -> str:
             return prompts.question(text_at(example, "prompt"), preceding) + text_at(example, "canonical_solution")
 
         def context(example: Example, preceding: str) -> list[int]:
             question = prompts.question(text_at(example, "prompt"), preceding)
-            return prompts.fitted(prompts.context(preceding, question), new_tokens)
+            return prompts.fitted(prompts.context(preceding, question), "prompt", new_tokens)
 
-        problems = evaluation.made(lambda example, _: "", lambda example, _: _problem(example))
+        problems = questions.made(lambda example, _: "", lambda example, _: _problem(example))
         named = by_task_id(problems, self.cfg.dataset_uri)
-        completions = complete_problems(
-            evaluation.model,
-            prompts.tokenizer,
-            problems,
-            evaluation.made(solved, context),
-            samples=self.cfg.generations_per_sample,
-            sampling=Sampling(given.temperature if given.do_sample else 0, given.top_k, given.top_p, given.seed),
-            max_new_tokens=new_tokens,
-            label=evaluation.label,
-        )
-        results = self._run(named, completions)
-        return [{**asdict(result), "correct": result.passed} for result in results]
+        prompts.check_new_tokens(given, new_tokens)
+        return named, questions.made(solved, context)
 
     def _run(self, problems: Mapping[str, Problem], completions: Sequence[Completion]) -> list[Result]:
         world = dist.get_world_size() if dist.is_initialized() else 1
@@ -85,7 +104,9 @@ class CodeEvaluation:
 
 
 def _problem(example: Example) -> Problem:
-    return Problem(**{name: text_at(example, name) for name in Problem.__dataclass_fields__})
+    problem = Problem(**{name: text_at(example, name) for name in Problem.__dataclass_fields__})
+    check_tests([problem])
+    return problem
 
 
 def _estimate(k: int, samples: Sequence[Sample]) -> float:

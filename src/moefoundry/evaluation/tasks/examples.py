@@ -14,15 +14,21 @@ from moefoundry.data.stores import Remote
 
 Example = Mapping[str, Any]
 CATEGORY = "category"
+HF = "hf://"
 
 
-def read_examples(uri: str) -> list[Example]:
-    """Read the examples of a task.
+def is_remote(uri: str) -> bool:
+    """Tell if examples have to be fetched, from where they can be."""
+    return not uri.startswith(HF) and not url_problem(uri) and is_url(resolved(uri))
+
+
+def read_examples(uri: str) -> dict[int, Example]:
+    """Read the examples of a task, by the numbers of their lines.
 
     Raises:
         UserError: The file is absent or cannot be fetched, a line is no JSON object, or there is none.
     """
-    if uri.startswith("hf://"):
+    if uri.startswith(HF):
         raise UserError(f"{uri}: examples are read from JSON Lines; write the data set as such a file first")
     if problem := url_problem(uri):
         raise UserError(f"{uri}: {problem}")
@@ -35,13 +41,13 @@ def read_examples(uri: str) -> list[Example]:
         return _read(file, uri)
 
 
-def _read(file: Path, shown: str) -> list[Example]:
+def _read(file: Path, shown: str) -> dict[int, Example]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{shown}: cannot be read: {reason}") from None
-    examples: list[Example] = []
+    examples: dict[int, Example] = {}
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: texts may hold other ends of lines
         if not line.strip():
             continue
@@ -51,7 +57,7 @@ def _read(file: Path, shown: str) -> list[Example]:
             raise UserError(f"{shown}: line {number}: not JSON: {error}") from None
         if not isinstance(example, dict):
             raise UserError(f"{shown}: line {number}: not a JSON object")
-        examples.append(example)
+        examples[number] = example
     if not examples:
         raise UserError(f"{shown}: holds no example")
     return examples
@@ -65,7 +71,7 @@ def text_at(example: Example, key: str) -> str:
     """
     value = example.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{key}: {_wrong(example, key)}, not a text")
+        raise UserError(f"{key}: {wrong(example, key)}, not a text")
     return value
 
 
@@ -77,7 +83,7 @@ def texts_at(example: Example, key: str) -> Sequence[str]:
     """
     value = example.get(key)
     if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
-        raise UserError(f"{key}: {_wrong(example, key)}, not a list of texts")
+        raise UserError(f"{key}: {wrong(example, key)}, not a list of texts")
     return value
 
 
@@ -89,9 +95,10 @@ def gold_of(example: Example, choices: int) -> int:
     """
     gold = example.get("gold")
     if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < choices:
-        raise UserError(f"gold: {_wrong(example, 'gold')}, not a number from 0 to {choices - 1}")
+        raise UserError(f"gold: {wrong(example, 'gold')}, not a number from 0 to {choices - 1}")
     return gold
 
 
-def _wrong(example: Example, key: str) -> str:
+def wrong(example: Example, key: str) -> str:
+    """Say what stands at a key, or that nothing does."""
     return f"got {json.dumps(example[key])[:60]}" if key in example else f"absent among {', '.join(example)}"

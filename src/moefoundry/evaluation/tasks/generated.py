@@ -7,12 +7,13 @@ import string
 import zlib
 from collections.abc import Mapping, Sequence
 
+from moefoundry.config import UserError
 from moefoundry.config.schema_tasks import GenerationConfig, GenerationTaskConfig, Metric
 from moefoundry.evaluation.batched import Prompt
 from moefoundry.evaluation.generation import Choice, Sampling, most_likely
-from moefoundry.evaluation.tasks.examples import Example, text_at
+from moefoundry.evaluation.tasks.examples import Example, text_at, wrong
 from moefoundry.evaluation.tasks.prompts import Prompts
-from moefoundry.evaluation.tasks.task import Evaluation, Measure, Sample, accuracy
+from moefoundry.evaluation.tasks.task import Evaluation, Measure, Questions, Sample, accuracy
 
 CHAIN = "chain_of_thought"
 ALIASES = "aliases"
@@ -35,19 +36,7 @@ class GenerationWithAnswers:
     def evaluate(self, evaluation: Evaluation) -> list[Sample]:
         """Complete each example, and compare."""
         prompts, cfg = evaluation.prompts, self.cfg
-        answers = evaluation.made(lambda example, _: "", lambda example, _: self._answers(example))
-        thinks = any(CHAIN in example for example in evaluation.drawn_from)
-        longest = self._longest(prompts, evaluation.drawn_from, thinks)
-        new_tokens = cfg.generation_kwargs.max_new_tokens or longest
-
-        def question(example: Example, preceding: str) -> str:
-            return prompts.question(text_at(example, cfg.context_key), preceding)
-
-        def solved(example: Example, preceding: str) -> str:
-            return question(example, preceding) + self._response(example, text_at(example, cfg.answer_key), thinks)
-
-        def context(example: Example, preceding: str) -> list[int]:
-            return prompts.fitted(prompts.context(preceding, question(example, preceding)), new_tokens)
+        answers, contexts, new_tokens = self._asked(evaluation)
 
         def prompt(ids: list[int], number: int) -> Prompt:
             def ended(new: list[int]) -> bool:
@@ -55,7 +44,6 @@ class GenerationWithAnswers:
 
             return Prompt(ids, new_tokens, ended, drawn(cfg.generation_kwargs, f"{cfg.label} {number}"))
 
-        contexts = evaluation.made(solved, context)
         rows = [prompt(ids, number) for number, ids in enumerate(contexts)]
         texts = [
             prompts.tokenizer.text_after(ids, new)
@@ -66,8 +54,35 @@ class GenerationWithAnswers:
             for ids, text, right in zip(contexts, texts, answers, strict=True)
         ]
 
+    def check(self, questions: Questions) -> None:
+        """Make each prompt."""
+        self._asked(questions)
+
+    def _asked(self, questions: Questions) -> tuple[list[list[str]], list[list[int]], int]:
+        """Make the answers and the prompt of each example, and count the tokens that a completion may have."""
+        prompts, cfg = questions.prompts, self.cfg
+        answers = questions.made(lambda example, _: "", lambda example, _: self._answers(example))
+        thinks = any(CHAIN in example for example in questions.drawn_from)
+        longest = self._longest(prompts, questions.drawn_from, thinks)
+        new_tokens = cfg.generation_kwargs.max_new_tokens or longest
+        prompts.check_new_tokens(cfg.generation_kwargs.max_new_tokens, new_tokens)
+
+        def question(example: Example, preceding: str) -> str:
+            return prompts.question(text_at(example, cfg.context_key), preceding)
+
+        def solved(example: Example, preceding: str) -> str:
+            return question(example, preceding) + self._response(example, text_at(example, cfg.answer_key), thinks)
+
+        def context(example: Example, preceding: str) -> list[int]:
+            tokens = prompts.context(preceding, question(example, preceding))
+            return prompts.fitted(tokens, cfg.context_key, new_tokens)
+
+        return answers, questions.made(solved, context), new_tokens
+
     def _answers(self, example: Example) -> list[str]:
         aliases = example.get(ALIASES) or []
+        if not isinstance(aliases, list):
+            raise UserError(f"{ALIASES}: {wrong(example, ALIASES)}, not a list of texts")
         return [text_at(example, self.cfg.answer_key), *(str(alias) for alias in aliases)]
 
     def _response(self, example: Example, answer: str, thinks: bool) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from moefoundry.config import UserError
 from moefoundry.config.schema_tasks import InfillingConfig, Metric
+from moefoundry.data.fim import SENTINELS
 from moefoundry.evaluation.batched import Continuation, Prompt
 from moefoundry.evaluation.infilling import (
     FIM,
@@ -22,7 +23,7 @@ from moefoundry.evaluation.infilling import (
 )
 from moefoundry.evaluation.tasks.examples import Example, text_at
 from moefoundry.evaluation.tasks.generated import drawn
-from moefoundry.evaluation.tasks.task import Evaluation, Measure, Sample, accuracy
+from moefoundry.evaluation.tasks.task import Evaluation, Measure, Questions, Sample, accuracy
 
 
 class Infilling:
@@ -42,10 +43,42 @@ class Infilling:
 
     def evaluate(self, evaluation: Evaluation) -> list[Sample]:
         """Fill each gap, and score the text that was there."""
-        infiller, prompts = self._infiller(evaluation), evaluation.prompts
-        middles = evaluation.made(lambda example, _: "", lambda example, _: self._middle(infiller, example))
-        longest = max(len(self._middle(infiller, example)) for example in evaluation.drawn_from)
-        new_tokens = self.cfg.generation_kwargs.max_new_tokens or longest + 1  # and the end
+        gaps, rows, new_tokens = self._asked(evaluation)
+        contexts = [row.context for row in rows]
+        scores = evaluation.model.score(rows, evaluation.label)
+        texts = self._filled(evaluation, gaps, contexts, new_tokens)
+        return [
+            {
+                "context": evaluation.prompts.decode(context),
+                "middle": gap.middle,
+                "generated": text,
+                **_judged(text, gap.middle),
+                "logprob": sum(score.logprobs),
+                "tokens": len(score.logprobs),
+            }
+            for context, gap, text, score in zip(contexts, gaps, texts, scores, strict=True)
+        ]
+
+    def check(self, questions: Questions) -> None:
+        """Make each prompt."""
+        self._asked(questions)
+
+    def _asked(self, questions: Questions) -> tuple[list[Gap], list[Continuation], int]:
+        """Make the gap of each example, its prompt with what was there, and count the tokens that may fill it."""
+        infiller, prompts = self._infiller(questions), questions.prompts
+        given = self.cfg.generation_kwargs.max_new_tokens
+        most = prompts.max_seq_len - SENTINELS - (given is None)  # and the end
+
+        def middle(example: Example, _: str) -> list[int]:
+            if len(ids := self._middle(infiller, example)) > most:
+                left = f"{len(ids)} tokens in max_seq_len, {prompts.max_seq_len}, leave no room for the special tokens"
+                raise UserError(f"{self.cfg.answer_key}: {left} of a prompt; allowed: at most {most}")
+            return ids
+
+        middles = questions.made(lambda example, _: "", middle)
+        longest = max(len(self._middle(infiller, example)) for example in questions.drawn_from)
+        new_tokens = given or longest + 1
+        prompts.check_new_tokens(given, new_tokens, SENTINELS)
         room = prompts.max_seq_len - max(longest, new_tokens)
 
         def solved(example: Example, preceding: str) -> str:
@@ -56,29 +89,16 @@ class Infilling:
             gap = self._gap(example)
             return Gap(preceding + prompts.question(gap.prefix, preceding), gap.middle, gap.suffix)
 
-        gaps = evaluation.made(solved, gap_behind)
-        contexts = evaluation.made(
+        gaps = questions.made(solved, gap_behind)
+        contexts = questions.made(
             solved, lambda example, preceding: _context(infiller, gap_behind(example, preceding), room)
         )
-        rows = [Continuation(*each) for each in zip(contexts, middles, strict=True)]
-        scores = evaluation.model.score(rows, evaluation.label)
-        texts = self._filled(evaluation, gaps, contexts, new_tokens)
-        return [
-            {
-                "context": prompts.decode(context),
-                "middle": gap.middle,
-                "generated": text,
-                **_judged(text, gap.middle),
-                "logprob": sum(score.logprobs),
-                "tokens": len(score.logprobs),
-            }
-            for context, gap, text, score in zip(contexts, gaps, texts, scores, strict=True)
-        ]
+        return gaps, [Continuation(*each) for each in zip(contexts, middles, strict=True)], new_tokens
 
-    def _infiller(self, evaluation: Evaluation) -> Infiller:
+    def _infiller(self, questions: Questions) -> Infiller:
         asked = {f"{FIM}.format": self.cfg.fim_format, f"{FIM}.sentinels": self.cfg.fim_sentinels}
         given = {name: value for name, value in asked.items() if value is not None}
-        return Infiller(evaluation.prompts.tokenizer, "the model", {**evaluation.recipe, **given})
+        return Infiller(questions.prompts.tokenizer, "the model", {**questions.recipe, **given})
 
     def _gap(self, example: Example) -> Gap:
         cfg = self.cfg

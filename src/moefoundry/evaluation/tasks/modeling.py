@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from moefoundry.config.schema_tasks import LanguageModelingConfig, Metric
 from moefoundry.evaluation.batched import Continuation
 from moefoundry.evaluation.tasks.examples import Example, text_at
-from moefoundry.evaluation.tasks.task import Evaluation, Measure, Sample, accuracy, calibration_error
+from moefoundry.evaluation.tasks.task import Evaluation, Measure, Questions, Sample, accuracy, calibration_error
 
 
 class LanguageModeling:
@@ -19,21 +19,13 @@ class LanguageModeling:
     def __init__(self, cfg: LanguageModelingConfig) -> None:
         self.cfg = cfg
 
+    def check(self, questions: Questions) -> None:
+        """Make each continuation."""
+        self._rows(questions)
+
     def evaluate(self, evaluation: Evaluation) -> list[Sample]:
         """Compare each continuation with the likeliest tokens."""
-        prompts = evaluation.prompts
-
-        def question(example: Example, preceding: str) -> str:
-            return prompts.question(text_at(example, self.cfg.context_key), preceding)
-
-        def solved(example: Example, preceding: str) -> str:
-            return question(example, preceding) + text_at(example, self.cfg.answer_key)
-
-        def continuation(example: Example, preceding: str) -> Continuation:
-            answer = prompts.with_blank(text_at(example, self.cfg.answer_key))
-            return prompts.continuation(prompts.context(preceding, question(example, preceding)), answer)
-
-        rows = evaluation.made(solved, continuation)
+        prompts, rows = evaluation.prompts, self._rows(evaluation)
         scores = evaluation.model.score(rows, evaluation.label)
         return [
             {
@@ -48,3 +40,19 @@ class LanguageModeling:
             }
             for row, score in zip(rows, scores, strict=True)
         ]
+
+    def _rows(self, questions: Questions) -> list[Continuation]:
+        prompts = questions.prompts
+
+        def question(example: Example, preceding: str) -> str:
+            return prompts.question(text_at(example, self.cfg.context_key), preceding)
+
+        def solved(example: Example, preceding: str) -> str:
+            return question(example, preceding) + text_at(example, self.cfg.answer_key)
+
+        def continuation(example: Example, preceding: str) -> Continuation:
+            answer = prompts.with_blank(text_at(example, self.cfg.answer_key))
+            context = prompts.context(preceding, question(example, preceding))
+            return prompts.continuation(context, self.cfg.context_key, answer, self.cfg.answer_key)
+
+        return questions.made(solved, continuation)

@@ -8,7 +8,7 @@ tokenized by itself, with the tokens that the tokenizer adds to a text (such as 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,47 +74,63 @@ class Prompts:
             ids = ids[:-1]
         return ids + self.encode(question.rstrip() if strip and self.cfg.strip_dataset else question)
 
-    def continuation(self, context: list[int], answer: str) -> Continuation:
-        """Join a context, cut to what fits, and an answer.
+    def continuation(self, context: list[int], context_key: str, answer: str, key: str) -> Continuation:
+        """Join a context, cut to what fits, and an answer, which stands at ``key``.
 
         Raises:
             UserError: The answer has no token, or leaves no room for a token before it.
         """
         tokens = self.encode(answer)
         if not tokens:
-            raise UserError(f"the answer {answer!r} has no token")
-        return Continuation(self.fitted(context, len(tokens)), tokens)
+            raise UserError(f"{key}: the answer {answer!r} has no token")
+        if len(tokens) >= self.max_seq_len:
+            message = f"an answer of {len(tokens)} tokens does not fit in max_seq_len, {self.max_seq_len}"
+            raise UserError(f"{message}; allowed at {key}: at most {self.max_seq_len - 1}")
+        return Continuation(self.fitted(context, context_key, len(tokens)), tokens)
 
-    def fitted(self, context: list[int], room: int) -> list[int]:
-        """Cut the beginning of a context so that ``room`` more tokens fit.
+    def check_new_tokens(self, given: int | None, new_tokens: int, others: int = 1) -> None:
+        """Check that new tokens fit behind the ``others`` that a prompt has at least.
+
+        Args:
+            given: ``max_new_tokens`` of the task.
+            new_tokens: Tokens that it stands for.
+            others: Tokens before them.
 
         Raises:
-            UserError: No token is left of it.
+            UserError: They do not.
         """
-        if room >= self.max_seq_len:
-            raise UserError(f"an answer of {room} tokens does not fit in max_seq_len, {self.max_seq_len}")
+        if new_tokens + others > self.max_seq_len:
+            said = "null" if given is None else given
+            message = f"generation_kwargs.max_new_tokens: {said}, and {new_tokens} new tokens do not fit in max_seq_len"
+            raise UserError(f"{message}, {self.max_seq_len}; allowed: at most {self.max_seq_len - others}")
+
+    def fitted(self, context: list[int], key: str, room: int) -> list[int]:
+        """Cut the beginning of a context, whose question stands at ``key``, so that ``room`` more tokens fit.
+
+        Raises:
+            UserError: It has no token.
+        """
         if not context:
-            raise UserError("there is no token before the answer: a prompt_string, or a prelimiter, gives one")
+            empty = f"there is no token before the answer: {key} is empty"
+            raise UserError(f"{empty}, and neither prompt_string nor prelimiter gives one")
         return context[-(self.max_seq_len - room) :]
 
 
-def preceding_texts(
-    examples: Sequence[Example], cfg: TaskConfig, num_fewshot: int, solved: Callable[[Example, str], str]
-) -> Iterator[str]:
+def preceding_texts(count: int, cfg: TaskConfig, num_fewshot: int, solved: Callable[[int, str], str]) -> Iterator[str]:
     """Yield what comes before the question of each example.
 
     Args:
-        examples: All examples of the task.
+        count: Number of all examples of the task.
         cfg: Has the first text, and the seed of the draws.
         num_fewshot: Solved examples before each.
-        solved: Writes an example with its answer, behind a text.
+        solved: Writes the example of a number with its answer, behind a text.
     """
     draws = random.Random(cfg.fewshot_random_seed)
-    for index in range(len(examples)):
+    for index in range(count):
         text = cfg.prompt_string
         if num_fewshot:
-            for other in _drawn(len(examples), num_fewshot, index, draws):
-                text += solved(examples[other], text)
+            for other in _drawn(count, num_fewshot, index, draws):
+                text += solved(other, text)
         yield text
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moefoundry.checkpoint.ranks import on_rank_zero, rank
-from moefoundry.config import UserError
+from moefoundry.config import Recipe, UserError
 from moefoundry.config.making import make_part
 from moefoundry.config.schema_tasks import TaskConfig
 from moefoundry.config.tasks import Gauntlet
 from moefoundry.evaluation.batched import BatchedModel
 from moefoundry.evaluation.prompts import PromptTokenizer
-from moefoundry.evaluation.tasks.examples import CATEGORY, Example, read_examples
+from moefoundry.evaluation.tasks.examples import CATEGORY, Example, is_remote, read_examples
 from moefoundry.evaluation.tasks.gauntlet import gauntlet_scores, left_out
 from moefoundry.evaluation.tasks.prompts import Prompts, stripped
-from moefoundry.evaluation.tasks.task import Evaluation, Sample, Task
+from moefoundry.evaluation.tasks.task import Checked, Evaluation, Questions, Sample, Task
 from moefoundry.model.transformer import MoETransformer
 
 
@@ -31,12 +32,12 @@ class LoadedTask:
     Attributes:
         cfg: Its keys.
         task: Its type.
-        examples: Its examples by category; one category ``""`` where there are none.
+        examples: Its examples by category, by the numbers of their lines; one category ``""`` where there are none.
     """
 
     cfg: TaskConfig
     task: Task
-    examples: Mapping[str, Sequence[Example]]
+    examples: Mapping[str, Mapping[int, Example]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,12 @@ class Sizes:
     max_seq_len: int
     limit: int | None = None
 
+    @classmethod
+    def of(cls, recipe: Recipe) -> Sizes:
+        """Give those of a recipe."""
+        batch_size, limit = recipe.device_eval_batch_size, recipe.icl_subset_num_batches
+        return cls(batch_size, recipe.icl_seq_len or recipe.max_seq_len, limit and limit * batch_size)
+
 
 @dataclass(frozen=True)
 class Results:
@@ -67,8 +74,12 @@ class Results:
     samples: dict[str, list[Sample]]
 
 
-def load_tasks(configs: Sequence[TaskConfig]) -> list[LoadedTask]:
+def load_tasks(configs: Sequence[TaskConfig], remote: bool = True) -> list[LoadedTask]:
     """Read the examples of tasks, on rank 0 for all; every rank calls it.
+
+    Args:
+        configs: Keys of the tasks.
+        remote: False leaves out the examples behind URLs.
 
     Raises:
         UserError: A file cannot be used, a metric is not of its task's type, or a task may not run.
@@ -83,11 +94,12 @@ def load_tasks(configs: Sequence[TaskConfig]) -> list[LoadedTask]:
             known = ", ".join(task.metrics)
             message = f"{unknown[0]}: no metric of {cfg.icl_task_type}; allowed: {known}"
             raise UserError(f"icl_tasks: {cfg.label}: metric_names: {message}")
-        loaded.append(LoadedTask(cfg, task, on_rank_zero(partial(_by_category, cfg))))
+        absent = not remote and is_remote(cfg.dataset_uri)
+        loaded.append(LoadedTask(cfg, task, {} if absent else on_rank_zero(partial(_by_category, cfg))))
     return loaded
 
 
-def _by_category(cfg: TaskConfig) -> dict[str, list[Example]]:
+def _by_category(cfg: TaskConfig) -> dict[str, dict[int, Example]]:
     """Read the examples, in the order of their categories."""
     try:
         examples = read_examples(cfg.dataset_uri)
@@ -95,14 +107,53 @@ def _by_category(cfg: TaskConfig) -> dict[str, list[Example]]:
         raise UserError(f"icl_tasks: {cfg.label}: dataset_uri: {error}") from error
     if not cfg.has_categories:
         return {"": examples}
-    found: dict[str, list[Example]] = {}
-    for number, example in enumerate(examples, 1):
+    found: dict[str, dict[int, Example]] = {}
+    for number, example in examples.items():
         category = example.get(CATEGORY)
         if not isinstance(category, str) or not category:
-            message = f"example {number} of {cfg.dataset_uri} has no text at the key {CATEGORY}"
+            message = f"{cfg.dataset_uri}: line {number}: no text at the key {CATEGORY}"
             raise UserError(f"icl_tasks: {cfg.label}: has_categories: {message}")
-        found.setdefault(category, []).append(example)
+        found.setdefault(category, {})[number] = example
     return dict(sorted(found.items()))
+
+
+def check_tasks(
+    tokenizer: PromptTokenizer, tasks: Sequence[LoadedTask], sizes: Sizes, recipe: Mapping[str, Any] | None = None
+) -> None:
+    """Check all examples of tasks, on rank 0 for all, so that none ends a run later; every rank calls it.
+
+    Solved examples are text before a question, the beginning of which is cut off: one stands for any number of them.
+
+    Args:
+        tokenizer: The model's own.
+        tasks: The tasks; of those of other packages, the ones that can be checked are.
+        sizes: Limits that they share; all examples are checked.
+        recipe: As for :func:`evaluate_tasks`.
+
+    Raises:
+        UserError: An example is not of its task's form, or does not fit; its line is named.
+    """
+    on_rank_zero(partial(_check_tasks, tokenizer, tasks, replace(sizes, limit=None), recipe or {}))
+
+
+def _check_tasks(
+    tokenizer: PromptTokenizer, tasks: Sequence[LoadedTask], sizes: Sizes, recipe: Mapping[str, Any]
+) -> None:
+    for loaded in tasks:
+        if isinstance(loaded.task, Checked):
+            fewest = min(loaded.cfg.num_fewshot)
+            for questions in _questions(tokenizer, loaded, sizes, recipe, fewest):
+                with _named(loaded):
+                    loaded.task.check(replace(questions, num_fewshot=min(fewest, 1)))
+
+
+@contextmanager
+def _named(loaded: LoadedTask) -> Iterator[None]:
+    """Begin an error of the block with the task's name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"icl_tasks: {loaded.cfg.label}: {error}") from error
 
 
 def say_what_is_left_out(gauntlet: Gauntlet | None, tasks: Sequence[LoadedTask]) -> None:
@@ -152,28 +203,35 @@ def evaluate_tasks(
     samples: dict[str, list[Sample]] = {}
     for loaded in tasks:
         batched = BatchedModel(model, loaded.cfg.batch_size or sizes.batch_size, progress)
-        for evaluation in _evaluations(batched, tokenizer, loaded, sizes, recipe or {}):
-            try:
-                found = samples[evaluation.label] = loaded.task.evaluate(evaluation)
-            except UserError as error:
-                raise UserError(f"icl_tasks: {loaded.cfg.label}: {error}") from error
-            for name in loaded.cfg.metric_names or loaded.task.usual:
-                metrics[f"metrics/{evaluation.label}/{name}"] = loaded.task.metrics[name](found)
+        for num_fewshot in loaded.cfg.num_fewshot:
+            for questions in _questions(tokenizer, loaded, sizes, recipe or {}, num_fewshot):
+                with _named(loaded):
+                    found = loaded.task.evaluate(Evaluation(**vars(questions), model=batched))
+                samples[questions.label] = found
+                for name in loaded.cfg.metric_names or loaded.task.usual:
+                    metrics[f"metrics/{questions.label}/{name}"] = loaded.task.metrics[name](found)
     if gauntlet is not None:
         metrics |= gauntlet_scores(gauntlet, metrics, {label: len(found) for label, found in samples.items()})
     return Results(metrics, samples)
 
 
-def _evaluations(
-    model: BatchedModel, tokenizer: PromptTokenizer, loaded: LoadedTask, sizes: Sizes, recipe: Mapping[str, Any]
-) -> Iterator[Evaluation]:
+def _questions(
+    tokenizer: PromptTokenizer, loaded: LoadedTask, sizes: Sizes, recipe: Mapping[str, Any], num_fewshot: int
+) -> Iterator[Questions]:
+    """Yield the questions of each category."""
     cfg = loaded.cfg
     prompts = Prompts(cfg, tokenizer, cfg.max_seq_len or sizes.max_seq_len)
-    for num_fewshot in cfg.num_fewshot:
-        for category, examples in loaded.examples.items():
-            label = f"{cfg.label}/{num_fewshot}-shot" + (f"/{category}" if category else "")
-            usable = [stripped(each) for each in examples] if cfg.strip_dataset else examples
-            yield Evaluation(label, usable[: sizes.limit], usable, num_fewshot, model, prompts, recipe)
+    for category, examples in loaded.examples.items():
+        usable = [stripped(each) if cfg.strip_dataset else each for each in examples.values()]
+        yield Questions(
+            label=f"{cfg.label}/{num_fewshot}-shot" + (f"/{category}" if category else ""),
+            examples=usable[: sizes.limit],
+            drawn_from=usable,
+            num_fewshot=num_fewshot,
+            prompts=prompts,
+            recipe=recipe,
+            lines=[*examples],
+        )
 
 
 def write_samples(file: Path, results: Results) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from moefoundry.config import UserError
 from moefoundry.evaluation.batched import BatchedModel
@@ -19,27 +19,27 @@ BUCKETS = 10
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Input of one evaluation of a task.
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Questions of a task, without the model that answers them.
 
     Attributes:
         label: Name in metrics: ``LABEL/N-shot``, or ``LABEL/N-shot/CATEGORY``.
         examples: Examples to evaluate.
-        drawn_from: Those, and maybe more: solved examples are drawn from these.
+        drawn_from: Those first, and maybe more: solved examples are drawn from these.
         num_fewshot: Solved examples before each question.
-        model: Scores and completes.
         prompts: Makes prompts and tokens.
         recipe: Flat recipe of the model; empty where there is none.
+        lines: Number of the line of each of ``drawn_from`` in its file.
     """
 
     label: str
     examples: Sequence[Example]
     drawn_from: Sequence[Example]
     num_fewshot: int
-    model: BatchedModel
     prompts: Prompts
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    lines: Sequence[int]
 
     def made(self, solved: Callable[[Example, str], str], make: Callable[[Example, str], _T]) -> list[_T]:
         """Make something of each example.
@@ -49,16 +49,32 @@ class Evaluation:
             make: Called with the example and the text before its question.
 
         Raises:
-            UserError: From either; the example is named.
+            UserError: From either; the example is named, with its file and line.
         """
-        made = []
-        texts = preceding_texts(self.drawn_from, self.prompts.cfg, self.num_fewshot, solved)
-        for number, example in enumerate(self.examples, 1):
+
+        def of(index: int, function: Callable[[Example, str], Any], preceding: str) -> Any:
             try:
-                made.append(make(example, next(texts)))
+                return function(self.drawn_from[index], preceding)
             except UserError as error:
-                raise UserError(f"{self.label}: example {number}: {error}") from error
-        return made
+                where = f"{self.prompts.cfg.dataset_uri}: line {self.lines[index]}"
+                raise UserError(f"{where}: {self.label}: example {index + 1}: {error}") from error
+
+        count = len(self.drawn_from)
+        texts = preceding_texts(
+            count, self.prompts.cfg, self.num_fewshot, lambda index, text: str(of(index, solved, text))
+        )
+        return [of(index, make, next(texts)) for index in range(len(self.examples))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Questions):
+    """Input of one evaluation of a task.
+
+    Attributes:
+        model: Scores and completes.
+    """
+
+    model: BatchedModel
 
 
 class Task(Protocol):
@@ -72,6 +88,19 @@ class Task(Protocol):
 
     def evaluate(self, evaluation: Evaluation) -> list[Sample]:
         """Evaluate each example, in order; every rank gets all samples."""
+        ...
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """Type of task that can check its examples, as all of this package can."""
+
+    def check(self, questions: Questions) -> None:
+        """Make all that a model is asked, as it is done before training begins; called on rank 0.
+
+        Raises:
+            UserError: An example is not of the task's form, or does not fit.
+        """
         ...
 
 
