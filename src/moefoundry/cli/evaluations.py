@@ -34,7 +34,6 @@ from moefoundry.data.tokenizer import load_tokenizer
 from moefoundry.evaluation.batched import BatchedModel
 from moefoundry.evaluation.code_completion import complete_problems
 from moefoundry.evaluation.code_tasks import (
-    BROKEN,
     check_allowed,
     check_tests,
     pass_at_k,
@@ -45,7 +44,7 @@ from moefoundry.evaluation.code_tasks import (
 from moefoundry.evaluation.generation import Sampling
 from moefoundry.evaluation.held_out import held_out_loss
 from moefoundry.evaluation.sandbox.run import Limits
-from moefoundry.evaluation.tasks.code import say_what_is_open
+from moefoundry.evaluation.tasks.code import say_what_is_broken, say_what_is_open
 from moefoundry.evaluation.tasks.run import (
     Sizes,
     check_tasks,
@@ -344,9 +343,7 @@ def _humaneval(evaluated: EvaluatedModel, request: Request, path: Path) -> tuple
         limits=Limits(seconds=code["timeout"]),
         workers=code["workers"],
     )
-    broken = {result.task_id: result.result for result in results if result.result.startswith(BROKEN)}
-    for name, result in broken.items():
-        print(f"warning: {name}: {result}; none of its samples can pass", file=sys.stderr)
+    say_what_is_broken(results)
     return found | pass_at_k(results), partial(write_results, results=results)
 
 

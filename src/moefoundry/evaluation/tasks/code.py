@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -14,6 +14,7 @@ from moefoundry.config import UserError
 from moefoundry.config.schema_tasks import CodeTaskConfig, Metric
 from moefoundry.evaluation.code_completion import complete_problems
 from moefoundry.evaluation.code_tasks import (
+    BROKEN,
     Problem,
     Result,
     by_task_id,
@@ -66,6 +67,8 @@ class CodeEvaluation:
             label=evaluation.label,
         )
         results = self._run(problems, completions)
+        if rank() == 0:
+            say_what_is_broken(results)
         return [{**asdict(result), "correct": result.passed} for result in results]
 
     def check(self, questions: Questions) -> None:
@@ -117,3 +120,10 @@ def _estimate(k: int, samples: Sequence[Sample]) -> float:
 def say_what_is_open() -> None:
     """Name on standard error what the sandbox does not stop on this machine."""
     print(*(line for line in statement().splitlines() if not line.startswith("stopped")), sep="\n", file=sys.stderr)
+
+
+def say_what_is_broken(results: Iterable[Result]) -> None:
+    """Name on standard error the problems whose prompts fail, so that no sample of them can pass."""
+    broken = {result.task_id: result.result for result in results if result.result.startswith(BROKEN)}
+    for name, result in broken.items():
+        print(f"warning: {name}: {result}; none of its samples can pass", file=sys.stderr, flush=True)
