@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import pickle
 import re
 import shutil
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from moefoundry.config import ConfigError, dump_recipe, load_recipe
+from moefoundry.config import ConfigError, dump_recipe, load_layers, load_recipe
 from moefoundry.config.parts import (
     COMPOSER_ALGORITHMS,
     COMPOSER_CALLBACKS,
@@ -355,6 +357,44 @@ def test_kinds_of_attention_and_backends_of_others_are_as_strict(site: Path) -> 
     assert unknown.startswith("model.attention.n_kv_heads: unknown key of kind 'running_mean'")
 
 
+@pytest.mark.parametrize(
+    ("stated", "other", "key"),
+    [
+        ("optimizer: {name: plain_sgd, momentum: 0.5, lr: 0.25}", "optimizer.name=adamw", "momentum"),
+        ("scheduler: {name: half, share: 0.25}", "scheduler.name=cosine_with_warmup", "share"),
+        ("scheduler: {name: half, share: 0.25}", "scheduler.name=quarter", "share"),
+        ("model: {attention: {kind: running_mean, gain: 2.0}}", "model.attention.kind=mla", "gain"),
+        (
+            "model: {moe: {router: {score_function: tempered_softmax, temperature: 2.0}}}",
+            "model.moe.router.score_function=softmax",
+            "temperature",
+        ),
+    ],
+)
+def test_keys_of_a_part_go_with_its_name(site: Path, tmp_path: Path, stated: str, other: str, key: str) -> None:
+    install_example(site)
+    source = OTHERS.replace("logger, algorithm", "quarter = Part(WarmupConfig, None)\nlogger, algorithm")
+    points = {**OTHERS_POINTS, "moefoundry.schedulers": {"half": "others:scheduler", "quarter": "others:quarter"}}
+    install(site, "others", points, {"others.py": source})
+    parent, child = tmp_path / "parent.yaml", tmp_path / "child.yaml"
+    parent.write_text(f"extends: {QUICKSTART}\n{stated}\n")
+    path, _, value = other.partition("=")
+    *above, tag = path.split(".")
+    chosen: Any = {tag: value}
+    for name in reversed(above):
+        chosen = {name: chosen}
+    child.write_text(json.dumps({"extends": "parent.yaml"} | chosen))
+    for recipe, overrides in ((parent, [other]), (child, [])):
+        tree: Any = load_layers(recipe, overrides).tree
+        for name in above:
+            tree = tree[name]
+        assert key not in tree
+        assert tree[tag] == value
+        load_recipe(recipe, overrides)
+    with pytest.raises(ConfigError, match=f"{key}: unknown key"):
+        load_recipe(parent, [other, f"{'.'.join([*above, key])}=1"])
+
+
 def test_a_backend_of_others_mixes_as_the_plain_one_and_says_where_it_cannot_run(site: Path) -> None:
     import torch
 
@@ -451,6 +491,15 @@ def composer_parts() -> list[list[str]]:
     steps: Any = load_recipe(QUICKSTART, [scheduler]).scheduler
     assert (steps.name, steps.step_size, steps.gamma, steps.timing) == ("step_scheduler", "10ba", 0.1, "composer")
     assert not hasattr(steps, "t_warmup")
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "steps.yaml"
+        path.write_text(f"extends: {QUICKSTART}\n{scheduler.replace('=', ': ')}\n")
+        poly: Any = load_recipe(path, ["scheduler.name=polynomial_scheduler", "scheduler.power=2"]).scheduler
+        assert (poly.name, poly.power, poly.timing) == ("polynomial_scheduler", 2, "composer")
+        assert (
+            load_recipe(path, ["scheduler.name=cosine_with_warmup", "scheduler.t_warmup=2ba"]).scheduler.timing
+            == "composer"
+        )
     assert pickle.loads(pickle.dumps(steps)) == steps
     recipe: Any = load_recipe(QUICKSTART, ["callbacks.early_stopper={monitor: '1', dataloader_label: eval}"])
     assert recipe.callbacks.early_stopper.patience == 1

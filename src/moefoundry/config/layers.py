@@ -3,7 +3,8 @@
 A file lies over the one that it extends, and overrides over the file.
 
 A mapping is merged into the one below, key by key; anything else, lists and null included, replaces what is there.
-Choosing another variant (``scheduler.name``) drops those keys below that only other variants have.
+Choosing another variant (``scheduler.name``) drops those keys below that only other variants have: those of
+the schema, and the one chosen below, which may be a part of Composer or of a package.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Layers:
 
     def add(self, leaves: Mapping[KeyPath, Any], origin: str) -> None:
         """Merge keys, as :func:`leaves_of` has them, into the tree."""
+        before = {leaf: _at(self.tree, leaf) for leaf in leaves}
         for leaf, value in leaves.items():
             if problem := _assign(self.tree, leaf, value, origin):
                 self.problems.append(problem)
@@ -48,7 +50,7 @@ class Layers:
                 self._forget(leaf)
                 self.origins[".".join(leaf)] = origin
         for leaf, value in leaves.items():
-            for key in _keys_of_other_variants(leaf, value, leaves):
+            for key in _keys_of_other_variants(leaf, before[leaf], value, leaves):
                 if isinstance(mapping := _at(self.tree, key[:-1]), dict):
                     mapping.pop(key[-1], None)
                     self._forget(key)
@@ -105,13 +107,17 @@ def _assign(tree: Any, path: KeyPath, value: Any, origin: str) -> Problem | None
     return None
 
 
-def _keys_of_other_variants(path: KeyPath, value: Any, said: Collection[KeyPath]) -> list[KeyPath]:
-    """Find the keys beside ``path``, the choice of a variant, that only others have; those ``said`` with it stay."""
+def _keys_of_other_variants(path: KeyPath, before: Any, value: Any, said: Collection[KeyPath]) -> list[KeyPath]:
+    """Find the keys beside ``path``, the choice of a variant, that only others have; those ``said`` with it stay.
+
+    Others are those of the schema, and the one chosen ``before``.
+    """
     spec = every_key().get(".".join(path[:-1]))
-    if spec is None or spec.variants is None or path[-1] != spec.tag:
+    if spec is None or not spec.tag or path[-1] != spec.tag:
         return []
     if (chosen := chosen_class(spec, {spec.tag: value})) is None:
         return []
-    others = {key for variant in spec.variants.values() for key in specs(variant)} - specs(chosen).keys()
-    keys = [(*path[:-1], key) for key in sorted(others)]
+    others = [*(spec.variants or {}).values(), chosen_class(spec, {spec.tag: before}) or chosen]
+    dropped = {key for variant in others for key in specs(variant)} - specs(chosen).keys()
+    keys = [(*path[:-1], key) for key in sorted(dropped)]
     return [key for key in keys if not any(leaf[: len(key)] == key for leaf in said)]
