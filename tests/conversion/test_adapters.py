@@ -18,19 +18,23 @@ from torch import Tensor
 
 from moefoundry.adapters import apply_lora, trained_names
 from moefoundry.checkpoint.base import whole_base
-from moefoundry.checkpoint.weights import load_model, read_model_config
+from moefoundry.checkpoint.weights import Weights, load_model, read_model_config
 from moefoundry.cli.main import main
-from moefoundry.config import ConfigError, LoraConfig, UserError
+from moefoundry.config import ConfigError, LoraConfig, RouterConfig, UserError
+from moefoundry.conversion.adapted import Adapters
 from moefoundry.conversion.convert import consolidate, export_hf, import_hf, merge_adapters
+from moefoundry.conversion.families import exports_as
 from moefoundry.conversion.peft import export_peft
 from moefoundry.conversion.peft_import import import_peft, write_adapters
 from moefoundry.conversion.peft_names import ExpertKind
 from moefoundry.conversion.peft_settings import DEFAULTS, INERT, INITIALIZATIONS, PLAIN, read_settings
-from moefoundry.conversion.reference import newer_transformers
-from moefoundry.model.transformer import MoETransformer
-from tests.conversion.families.models import VOCAB
+from moefoundry.conversion.reference import NEWER, newer_transformers
+from moefoundry.model.transformer import MoETransformer, meta_model
+from tests.conversion.families.models import GQA, VOCAB, sparse
 from tests.conversion.hf import family_config, write_hf
 from tests.conversion.oracle import SCRIPT, needs_oracle
+from tests.conversion.test_equivalents import CASES as EQUIVALENT
+from tests.conversion.test_equivalents import write_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 CASES = [("mixtral", "plain"), ("olmoe", "clipped"), ("qwen3_moe", "dense_between"), ("deepseek_v3", "plain")]
@@ -62,6 +66,11 @@ def make(tmp_path: Path, family: str, variant: str, lora: LoraConfig = LORA) -> 
     """tmp_path/hf, a model; tmp_path/base, its checkpoint; tmp_path/adapters on top of it, whose model is returned."""
     write_hf(tmp_path / "hf", family, family_config(family, variant))
     import_hf(tmp_path / "hf", tmp_path / "base")
+    return on_base(tmp_path, lora)
+
+
+def on_base(tmp_path: Path, lora: LoraConfig = LORA) -> MoETransformer:
+    """tmp_path/adapters on top of tmp_path/base, whose model is returned."""
     model = adapted(tmp_path / "base", lora)
     (tmp_path / "adapters").mkdir()
     values = {name: tensor for name, tensor in model.state_dict().items() if name in trained_names(model)}
@@ -119,6 +128,85 @@ def test_what_is_exported_is_imported(tmp_path: Path, family: str, variant: str,
     export_peft(tmp_path / "adapters", tmp_path / "peft", kind=kind, family_name=family)
     import_peft(tmp_path / "peft", tmp_path / "base", tmp_path / "again", family)
     assert_same(load_model(tmp_path / "again")(ids()), model(ids()))
+
+
+@pytest.mark.parametrize("kind", ExpertKind)
+@pytest.mark.parametrize("case", ["quickstart", "scale", "all"])
+@torch.no_grad()
+def test_adapters_are_scaled_as_their_weights_are(tmp_path: Path, case: str, kind: ExpertKind) -> None:
+    """Of a base that is exported as a model which computes the same; an import undoes it to the last bit."""
+    cfg, family = EQUIVALENT[case]
+    write_model(tmp_path / "base", cfg)
+    model = on_base(tmp_path)
+    export_peft(tmp_path / "adapters", tmp_path / "peft", kind=kind)
+    assert exports_as(cfg).startswith(f"{family}, which computes the same")
+    import_peft(tmp_path / "peft", tmp_path / "base", tmp_path / "again")
+    assert_same(load_model(tmp_path / "again")(ids()), model(ids()))
+    stored, found = (
+        Adapters(tmp_path / name, LORA, meta_model(cfg), Weights.trained).stored for name in ("adapters", "again")
+    )
+    for name in (name for name in stored.specs if ".lora." in name):
+        assert torch.equal(stored.read(name), found.read(name)), name
+    ours, theirs = stored.read, load_file(tmp_path / "peft/adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.1"
+    if cfg.moe.num_shared_experts:
+        key = f"{prefix}.mlp.shared_expert.down_proj.lora_B.weight"
+        assert torch.equal(theirs[key], 2 * ours("layers.1.ffn.shared_experts.down_proj.lora.b"))
+    if kind == ExpertKind.separate:
+        name = "block_sparse_moe.experts.3.w2" if family == "mixtral" else "mlp.experts.3.down_proj"
+        expert = ours("layers.1.ffn.experts.lora.down_proj.b", (3, 4))[0]
+        assert torch.equal(theirs[f"{prefix}.{name}.lora_B.weight"], cfg.moe.router.scale * expert)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mixtral", "model.moe.num_shared_experts: 1, and mixtral has 0"),
+        ("deepseek_v3", "model.attention.kind: gqa, and deepseek_v3 has mla"),
+        ("unknown", "no model family 'unknown'"),
+    ],
+)
+def test_a_family_that_lacks_the_model_is_refused(
+    tmp_path: Path, name: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "base", EQUIVALENT["quickstart"][0])
+    on_base(tmp_path)
+    where = ["convert", "export", str(tmp_path / "adapters"), "-o", str(tmp_path / "peft"), "--family", name]
+    assert main(where) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "peft").exists()
+
+
+def test_without_any_family_adapters_can_be_merged(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", sparse(GQA, RouterConfig(scale=3.0)))
+    on_base(tmp_path)
+    with pytest.raises(UserError, match=r"stay here; moefoundry convert merge merges them$") as error:
+        export_peft(tmp_path / "adapters", tmp_path / "peft")
+    assert "no Hugging Face family computes what this model does" in str(error.value)
+
+
+def test_buffers_that_have_moved_are_refused(tmp_path: Path) -> None:
+    """Expert biases that the run has gone on to balance with; peft's files hold none, and the base has others."""
+    make(tmp_path, "deepseek_v3", "plain")
+    export_peft(tmp_path / "adapters", tmp_path / "same")
+    cfg = read_model_config(tmp_path / "base")
+    stored = Adapters(tmp_path / "adapters", LORA, meta_model(cfg), Weights.trained).stored
+    values = {name: stored.read(name) + ("expert_bias" in name) for name in stored.specs}
+    (tmp_path / "moved").mkdir()
+    write_adapters(tmp_path / "moved", cfg, LORA, values, whole_base(tmp_path / "base"))
+    with pytest.raises(UserError, match=r"router\.expert_bias have moved, which peft's files do not hold"):
+        export_peft(tmp_path / "moved", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("option", ["--dtype=bf16", "--max-shard-size=1MB", "--tokenizer=there"])
+def test_options_of_whole_models_are_refused(tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path, "olmoe", "plain")
+    assert main(["convert", "export", str(tmp_path / "adapters"), "-o", str(tmp_path / "peft"), option]) == 2
+    assert (
+        f"{option.partition('=')[0]}: of a whole model, and adapters are exported; --merge" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "peft").exists()
 
 
 @pytest.mark.parametrize("targets", [["experts.up_proj"], ["experts.gate_proj", "experts.down_proj"]], ids=str)
@@ -252,6 +340,50 @@ def test_peft_computes_the_same(tmp_path: Path, with_peft: Any, family: str, var
         assert (gradient - found).norm() <= 1e-4 * found.norm() + 1e-9, name
 
 
+@pytest.mark.parametrize("case", ["quickstart", "scale", "all"])
+@pytest.mark.usefixtures("with_peft")
+def test_adapters_on_an_equivalent_base_are_verified(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(tmp_path / "base", EQUIVALENT[case][0])
+    on_base(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    command = ["convert", "export", str(tmp_path / "adapters"), "--experts", "separate", "--verify"]
+    where = ["--base", str(tmp_path / "moved"), "-o", str(tmp_path / "peft")]
+    assert main([*command, *where, "--tolerance", "1e-12"]) == 2
+    assert "more than 1.0e-12, from those of transformers" in capsys.readouterr().err
+    assert not (tmp_path / "peft").exists()
+    assert main([*command, *where, "--tolerance", str(ABSOLUTE)]) == 0
+    shown = capsys.readouterr()
+    assert f"note: as {exports_as(EQUIVALENT[case][0])}\n" in shown.err
+    assert "verified, logits differ by at most" in shown.out
+    assert sorted(path.name for path in (tmp_path / "peft").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_dora_on_an_equivalent_base(tmp_path: Path) -> None:
+    write_model(tmp_path / "base", EQUIVALENT["quickstart"][0])
+    model = on_base(tmp_path, replace(LORA, dora=True, targets=["attention", "shared_experts", "dense"]))
+    export_peft(tmp_path / "adapters", tmp_path / "peft", kind=ExpertKind.separate, tolerance=ABSOLUTE)
+    import_peft(tmp_path / "peft", tmp_path / "base", tmp_path / "again")
+    assert_same(load_model(tmp_path / "again")(ids()), model(ids()))
+
+
+@pytest.mark.usefixtures("with_peft")
+def test_what_cannot_be_verified_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "olmoe", "plain")
+    monkeypatch.setenv(NEWER, str(tmp_path))
+    with pytest.raises(UserError, match="has no fused experts, which these adapters are for; `make oracle` installs"):
+        export_peft(tmp_path / "adapters", tmp_path / "peft", tolerance=ABSOLUTE)
+    monkeypatch.setattr("moefoundry.conversion.peft.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="peft, which is to load the adapters, is not installed"):
+        export_peft(tmp_path / "adapters", tmp_path / "peft", kind=ExpertKind.separate, tolerance=ABSOLUTE)
+    assert not (tmp_path / "peft").exists()
+
+
 @torch.no_grad()
 def test_dora_of_peft(tmp_path: Path, with_peft: Any) -> None:
     model = make(tmp_path, "qwen2", "plain", replace(LORA, dora=True, targets=["attention", "dense"]))
@@ -330,6 +462,18 @@ def test_peft_in_transformers_5_computes_the_same(tmp_path: Path) -> None:
     results = torch.load(tmp_path / "results.pt")
     for family, logits in expected.items():
         assert_same(results[family]["logits"], logits)
+
+
+@pytest.mark.slow
+@needs_oracle
+@pytest.mark.parametrize("case", ["quickstart", "all"])
+def test_fused_adapters_on_an_equivalent_base(tmp_path: Path, case: str) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    write_model(tmp_path / "base", EQUIVALENT[case][0])
+    on_base(tmp_path)
+    summary = export_peft(tmp_path / "adapters", tmp_path / "peft", tolerance=ABSOLUTE)
+    assert summary.parity is not None
+    assert summary.parity.transformers.startswith("5.")
 
 
 def make_below(directory: Path, family: str, variant: str) -> MoETransformer:

@@ -17,7 +17,7 @@ from moefoundry.conversion.families.equivalents import equivalents
 from moefoundry.model.transformer import MoETransformer
 from tests.conftest import QUICKSTART
 from tests.conversion.families.models import GQA, MLA, QWEN3, experts, sparse
-from tests.conversion.hf import contents
+from tests.conversion.hf import contents, family_config
 from tests.conversion.transformers5 import randomize, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -70,6 +70,15 @@ def test_what_is_added_is_zero_and_what_is_scaled_is_exact(tmp_path: Path) -> No
     shared, expert = (tensors[f"model.layers.1.mlp.{name}.down_proj.weight"] for name in ("shared_expert", "experts.3"))
     assert torch.equal(shared, 2 * layer.shared_experts.down_proj.weight)  # type: ignore[union-attr]
     assert torch.equal(expert, 4 * layer.experts.down_proj[3])  # type: ignore[union-attr]
+
+
+@torch.no_grad()
+def test_biases_of_scaled_experts_are_scaled(tmp_path: Path) -> None:
+    cfg = family_config("gpt_oss")
+    cfg = replace(cfg, moe=replace(cfg.moe, router=replace(cfg.moe.router, scale=4.0)))
+    model = write_model(tmp_path / "checkpoint", cfg)
+    export_hf(tmp_path / "checkpoint", tmp_path / "hf")
+    assert torch.equal(load_hf(tmp_path / "hf")(sample()), model(sample()))
 
 
 def test_the_plainest_model_comes_first() -> None:

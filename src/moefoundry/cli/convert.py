@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moefoundry.cli.arguments import (
     Group,
@@ -77,7 +78,7 @@ def _verification(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add ``--verify`` and its ``--tolerance``."""
     text = f"Largest difference that --verify accepts (default {TOLERANCE:g})."
     tolerance = click.option("--tolerance", type=Number(), default=TOLERANCE, metavar="X", help=text)
-    text = "Compare logits with transformers', and checksums of what went in and came out."
+    text = "Compare logits with transformers' (adapters: peft's), and checksums of what went in and came out."
     return click.option("--verify", is_flag=True, help=text)(tolerance(function))
 
 
@@ -175,7 +176,9 @@ def export(
 
     with checkpoint_at(source) as checkpoint, options_named(flags_of("tokenizer", "family")):
         if not merge and read_lora_config(named_checkpoint(checkpoint)) is not None:
-            _tell(export_peft(checkpoint, output, family, ExpertKind(experts), _weights(ema)), as_json)
+            _refuse_of_whole_models()
+            kind, accepted = ExpertKind(experts), tolerance if verify else None
+            _tell(export_peft(checkpoint, output, family, kind, _weights(ema), accepted, base), as_json)
             return
         summary = export_hf(
             checkpoint,
@@ -189,6 +192,19 @@ def export(
             base=base,
         )
     _tell(summary, as_json)
+
+
+def _refuse_of_whole_models() -> None:
+    """Refuse options that say nothing of adapters, which are written as they are stored."""
+    context = click.get_current_context()
+    given = [name for name in ("tokenizer", "dtype", "max_shard_size") if _is_given(context, name)]
+    if given:
+        flags = ", ".join(flags_of(*given).values())
+        raise click.UsageError(f"{flags}: of a whole model, and adapters are exported; --merge exports their model")
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) == ParameterSource.COMMANDLINE
 
 
 @command.command(short_help="Adapters -> weights-only checkpoint, with their base.")

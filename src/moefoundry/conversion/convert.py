@@ -39,7 +39,8 @@ from moefoundry.config.versions import VERSION_KEY
 from moefoundry.conversion.adapted import Tensors, weights_of
 from moefoundry.conversion.checksums import Checksums, checksums_of_export, checksums_of_import
 from moefoundry.conversion.equivalent_tensors import EquivalentTensors
-from moefoundry.conversion.families import FAMILIES, Family, family_for, holder_of
+from moefoundry.conversion.families import FAMILIES, Family, holder_of
+from moefoundry.conversion.families.equivalents import Equivalent
 from moefoundry.conversion.hf_directory import HfDirectory, open_hf
 from moefoundry.conversion.parity import Parity, fits_twice, verify_by_block, verify_outputs
 from moefoundry.conversion.reference import Reading
@@ -161,13 +162,12 @@ def export_hf(
     """
     directory = named_checkpoint(checkpoint)
     recipe, cfg = read_state(directory)["recipe"], read_model_config(directory)
-    family, same = holder_of(cfg, chosen_family(family_name, cfg).name if family_name else None)
+    family, same = exported_as(family_name, cfg)
     names = TensorMap(family, same.cfg)
     tokenizer = tokenizer or tokenizer_of(directory, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise UserError(f"no tokenizer at {tokenizer}; name its directory: tokenizer=...")
-    if same.changes:
-        say(f"as {family.name}, which computes the same with {' and '.join(same.changes)}")
+    say_changes(family, same)
     with weights_of(directory, weights, base) as stored:
         ours = EquivalentTensors(stored, same)
         specs = names.their_specs(ours.specs, dtype)
@@ -319,17 +319,23 @@ def write_recipe(staging: Path, cfg: ModelConfig, source: HfDirectory, output: P
     (staging / RECIPE).write_text(starting_recipe(cfg, output.name, title, source.max_seq_len, weights))
 
 
-def chosen_family(name: str | None, cfg: ModelConfig) -> Family:
-    """Find the family of this name, or the first that has such a model.
+def exported_as(name: str | None, cfg: ModelConfig) -> tuple[Family, Equivalent]:
+    """Find the family of this name, or the first that computes what a model does, and the model that it has.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none; or the family does not compute it, with the reasons.
     """
-    if name is None:
-        return family_for(cfg)
-    if name not in FAMILIES:
+    if name is not None and name not in FAMILIES:
         raise UserError(f"no model family {name!r}; there are {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name]
+    family, same = holder_of(cfg, name)
+    family.check(same.cfg)
+    return family, same
+
+
+def say_changes(family: Family, same: Equivalent) -> None:
+    """Tell the user in what terms a family has a model."""
+    if same.changes:
+        say(f"as {family.name}, which computes the same with {' and '.join(same.changes)}")
 
 
 def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:

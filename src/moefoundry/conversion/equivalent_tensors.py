@@ -23,7 +23,7 @@ class EquivalentTensors:
 
     def __init__(self, tensors: Source, same: Equivalent) -> None:
         self._tensors = tensors
-        self._factors = same.factors
+        self._factor = same.factor
         dtype = tensors.specs["embed_tokens.weight"].dtype
         self.specs = {
             name: tensors.specs.get(name, TensorSpec(tuple(tensor.shape), dtype))
@@ -36,5 +36,5 @@ class EquivalentTensors:
             limits = [*ranges, *((0, size) for size in self.specs[name].shape[len(ranges) :])]
             return zeros([stop - start for start, stop in limits], dtype=self.specs[name].dtype)
         values = self._tensors.read(name, *ranges)
-        factor = next((factor for end, factor in self._factors.items() if name.endswith(end)), None)
-        return values if factor is None else values * factor
+        factor = self._factor(name)
+        return values if factor == 1.0 else values * factor

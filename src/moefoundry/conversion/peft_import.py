@@ -24,7 +24,7 @@ from moefoundry.config import LoraConfig, ModelConfig, Recipe, UserError, flatte
 from moefoundry.config.errors import first_few
 from moefoundry.config.schema_lora import LORA_GROUPS
 from moefoundry.config.versions import VERSION_KEY
-from moefoundry.conversion.convert import Summary, chosen_family
+from moefoundry.conversion.convert import Summary, exported_as
 from moefoundry.conversion.peft import CONFIG_FILE, TENSORS_FILE
 from moefoundry.conversion.peft_names import ExpertKind, Slot, slots, stack_from_peft
 from moefoundry.conversion.peft_settings import PeftSettings, read_settings
@@ -41,6 +41,11 @@ class _Factors:
     scale: float
     magnitude: Tensor | None = None
 
+    def over(self, factor: float) -> _Factors:
+        """Give the adapter of the weight divided by a factor."""
+        magnitude = None if self.magnitude is None else self.magnitude / factor
+        return _Factors(self.a, self.b / factor, self.scale, magnitude)
+
 
 def import_peft(directory: Path, base: Path, output: Path, family_name: str | None = None) -> Summary:
     """Write a weights-only checkpoint of the adapters in a directory of peft's.
@@ -49,7 +54,8 @@ def import_peft(directory: Path, base: Path, output: Path, family_name: str | No
         directory: Directory with adapter_config.json and adapter_model.safetensors.
         base: Checkpoint of the weights that they were trained on, or the run that holds it.
         output: Checkpoint directory to make.
-        family_name: ``model_type`` of the model that they were trained in; None is the first that fits the base.
+        family_name: ``model_type`` of the model that they were trained in; None is that which the base is
+            exported as.
 
     Raises:
         UserError: The files are no adapters of LoRA, or of something that cannot have one here (named), or ``output``
@@ -59,16 +65,17 @@ def import_peft(directory: Path, base: Path, output: Path, family_name: str | No
     tensors = _read(directory / TENSORS_FILE)
     under = named_checkpoint(base)
     cfg, frozen = read_model_config(under), whole_base(under)
-    family = chosen_family(family_name, cfg)
+    family, same = exported_as(family_name, cfg)
     model = meta_model(cfg)
     apply_lora(model, LoraConfig())
     weights = {id(weight): name for name, weight in model.named_parameters()}
     adaptable = [weights[id(weight)] for weight, _ in adapted_weights(model)]
     places = [
-        *slots(family, cfg, ExpertKind.separate, adaptable),
-        *(slot for slot in slots(family, cfg, ExpertKind.fused, _fused(adaptable, settings)) if slot.stacked),
+        *slots(family, same.cfg, ExpertKind.separate, adaptable),
+        *(slot for slot in slots(family, same.cfg, ExpertKind.fused, _fused(adaptable, settings)) if slot.stacked),
     ]
-    found = _factors(places, tensors, settings, cfg, directory)
+    read = _factors(places, tensors, settings, cfg, directory)
+    found = {(weight, expert): each.over(same.factor(weight)) for (weight, expert), each in read.items()}
     lora = _config(found, settings)
     values = dict(_values(found, lora, cfg))
     specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in values.items()}

@@ -25,6 +25,7 @@ from moefoundry.conversion.families.family import Family, Piece
 from moefoundry.conversion.fused_experts import EXPERT, ROW_PART
 
 PREFIX = "base_model.model."
+MERGE = "merge the adapters instead: --merge, or moefoundry convert merge"
 
 
 class ExpertKind(StrEnum):
@@ -113,8 +114,7 @@ def _check(piece: Piece, family: Family) -> None:
     in_part = piece.rows is not None or piece.our_rows is not None or piece.transposed
     if in_part or (piece.expert is not None and not EXPERT.fullmatch(piece.hf_name)):
         raise UserError(
-            f"{family.name} has {piece.name} as a part of {piece.hf_name}, which peft cannot adapt alone; "
-            "merge the adapters instead"
+            f"{family.name} has {piece.name} as a part of {piece.hf_name}, which peft cannot adapt alone; " + MERGE
         )
 
 

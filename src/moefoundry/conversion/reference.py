@@ -19,7 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from moefoundry.config import ModelConfig, UserError
 from moefoundry.conversion.hf_directory import read_hf_config
-from moefoundry.conversion.their_model import Outputs, block_outputs, family_there, no_warnings, outputs_of_the_whole
+from moefoundry.conversion.their_model import (
+    Outputs,
+    block_outputs,
+    family_there,
+    is_older,
+    no_warnings,
+    outputs_of_the_whole,
+)
 
 NEWER = "MOEFOUNDRY_TRANSFORMERS5"
 CHECKOUT = Path(__file__).parents[3]
@@ -34,28 +41,35 @@ class Reading:
         stored_as: dtype to which parameters are rounded; None rounds nothing.
         quantized_as: dtype in which FP8 and INT4 weights are read. Transformers computes with them on GPUs only.
         by_block: Have one block in memory at a time.
+        adapters: Directory of adapters that peft loads on top of the whole model; None is the model alone.
+        major: Version of transformers that the adapters are for, 4 or 5; None is either.
     """
 
     stored_as: torch.dtype | None = None
     quantized_as: torch.dtype = torch.bfloat16
     by_block: bool = False
+    adapters: Path | None = None
+    major: int | None = None
 
     @classmethod
     def of(cls, words: list[str]) -> Reading:
         """Read :attr:`words`."""
-        stored_as, quantized_as, by_block = words
+        stored_as, quantized_as, by_block, adapters = words
         return cls(
-            None if stored_as == NONE else getattr(torch, stored_as), getattr(torch, quantized_as), bool(by_block)
+            None if stored_as == NONE else getattr(torch, stored_as),
+            getattr(torch, quantized_as),
+            bool(by_block),
+            Path(adapters) if adapters else None,
         )
 
     @property
     def words(self) -> list[str]:
-        """The same on a command line."""
+        """The same on a command line; the version has been chosen."""
         dtypes = [
             NONE if dtype is None else str(dtype).removeprefix("torch.")
             for dtype in (self.stored_as, self.quantized_as)
         ]
-        return [*dtypes, "by_block" if self.by_block else ""]
+        return [*dtypes, "by_block" if self.by_block else "", str(self.adapters or "")]
 
 
 def newer_transformers() -> Path | None:
@@ -78,14 +92,17 @@ def reference_outputs(hf: Path, cfg: ModelConfig, reading: Reading) -> Outputs:
     import transformers
 
     kind = family_there(read_hf_config(hf)).name
-    if kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
+    known = kind in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    if known and reading.major in (None, 4 if is_older() else 5):
         return _run_here(hf, cfg, reading)
+    here = f"{hf} cannot be verified: transformers {transformers.__version__}"
+    if reading.major == 4:
+        lack = "has no separate experts, which these adapters are for" if known else f"has no {kind}"
+        raise UserError(f"{here} {lack}; verify the merged model: --merge --verify")
     place = newer_transformers()
     if place is None:
-        raise UserError(
-            f"{hf} cannot be verified: transformers {transformers.__version__} has no {kind}; `make oracle` installs "
-            f"one that has, or {NEWER} names the directory of one"
-        )
+        lack = "has no fused experts, which these adapters are for" if known else f"has no {kind}"
+        raise UserError(f"{here} {lack}; `make oracle` installs one that has, or {NEWER} names the directory of one")
     return _run_there(place, hf, reading)
 
 
@@ -109,10 +126,11 @@ def _run_there(place: Path, hf: Path, reading: Reading) -> Outputs:
 def _run_here(hf: Path, cfg: ModelConfig, reading: Reading) -> Outputs:
     import transformers
 
-    compute = block_outputs if reading.by_block else outputs_of_the_whole
     try:
         with no_warnings():
-            return compute(hf, cfg, reading.stored_as, reading.quantized_as)
+            if reading.by_block:
+                return block_outputs(hf, cfg, reading.stored_as, reading.quantized_as)
+            return outputs_of_the_whole(hf, cfg, reading.stored_as, reading.quantized_as, reading.adapters)
     except Exception as error:  # whatever its classes may raise
         text = " ".join(str(error).split())
         version = transformers.__version__

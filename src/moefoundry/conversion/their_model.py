@@ -74,7 +74,9 @@ def no_warnings() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def outputs_of_the_whole(hf: Path, cfg: ModelConfig, stored_as: torch.dtype | None, fp8_as: torch.dtype) -> Outputs:
+def outputs_of_the_whole(
+    hf: Path, cfg: ModelConfig, stored_as: torch.dtype | None, fp8_as: torch.dtype, adapters: Path | None = None
+) -> Outputs:
     """Run the model of a directory, whole in memory.
 
     Args:
@@ -82,11 +84,17 @@ def outputs_of_the_whole(hf: Path, cfg: ModelConfig, stored_as: torch.dtype | No
         cfg: The model that its config declares.
         stored_as: dtype to which parameters are rounded; None rounds nothing.
         fp8_as: dtype in which FP8 and INT4 weights are read.
+        adapters: Directory of adapters that peft loads on top; None is the model alone.
     """
     import transformers
 
     model = _rounded(whole_model(hf, cfg, fp8_as), stored_as)
-    with outputs_of(_blocks(model)) as hidden:
+    blocks = _blocks(model)
+    if adapters is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapters).eval()
+    with outputs_of(blocks) as hidden:
         logits = model(batch_of(cfg.vocab_size)).logits
     return Outputs(transformers.__version__, logits, hidden)
 
@@ -94,7 +102,7 @@ def outputs_of_the_whole(hf: Path, cfg: ModelConfig, stored_as: torch.dtype | No
 def block_outputs(hf: Path, cfg: ModelConfig, stored_as: torch.dtype | None, fp8_as: torch.dtype) -> Outputs:
     """Run the model of a directory with one block in memory at a time, each in a model of one block.
 
-    Arguments are those of :func:`outputs_of_the_whole`.
+    Arguments are those of :func:`outputs_of_the_whole`; there are no adapters.
     """
     import transformers
     from transformers import AutoConfig

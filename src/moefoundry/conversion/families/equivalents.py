@@ -37,6 +37,10 @@ class Equivalent:
         """Add a change."""
         return Equivalent(cfg, {**self.factors, **(factors or {})}, (*self.changes, change))
 
+    def factor(self, name: str) -> float:
+        """Give what the values of a tensor are multiplied by, 1 for most."""
+        return next((factor for end, factor in self.factors.items() if name.endswith(end)), 1.0)
+
 
 def equivalents(cfg: ModelConfig) -> Iterator[Equivalent]:
     """Yield the model itself, then others that compute the same, those with the fewest changes first."""
@@ -73,7 +77,8 @@ def _scale_in_the_experts(same: Equivalent) -> Iterator[Equivalent]:
     scale = moe.router.scale
     if scale != 1.0 and math.frexp(scale)[0] == 0.5:
         cfg = replace(same.cfg, moe=replace(moe, router=replace(moe.router, scale=1.0)))
-        yield same.changed(cfg, f"moe.router.scale {scale:g} in the experts", {".ffn.experts.down_proj": scale})
+        ends = (".ffn.experts.down_proj", ".ffn.experts.down_proj_bias")
+        yield same.changed(cfg, f"moe.router.scale {scale:g} in the experts", dict.fromkeys(ends, scale))
 
 
 Fits = Callable[[ModelConfig], list[str]]

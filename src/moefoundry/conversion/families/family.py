@@ -155,8 +155,7 @@ class Family(ABC):
         Raises:
             ConfigError: The family does not have such a model.
         """
-        if problems := self.fits(cfg):
-            raise ConfigError([Problem(*text.split(": ", 1)) for text in problems], f"model as {self.name}")
+        self.check(cfg)
         yarn = cfg.attention.yarn
         return {
             "architectures": [self.architecture],
@@ -167,6 +166,15 @@ class Family(ABC):
             "pad_token_id": None,
             self.length_key: round(yarn.factor * yarn.original_max_seq_len) if yarn else max_seq_len,
         } | self._write(cfg)
+
+    def check(self, cfg: ModelConfig) -> None:
+        """Check that the family has such a model.
+
+        Raises:
+            ConfigError: It has not; the problems are those of :meth:`fits`.
+        """
+        if problems := self.fits(cfg):
+            raise ConfigError([Problem(*text.split(": ", 1)) for text in problems], f"model as {self.name}")
 
     def fits(self, cfg: ModelConfig) -> list[str]:
         """List the reasons why a model cannot be one of this family; empty where it can.
