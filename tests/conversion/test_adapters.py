@@ -121,7 +121,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("kind", ExpertKind)
-@cases
+@pytest.mark.parametrize(("family", "variant"), [*CASES, ("hy_v3", "plain")])
 @torch.no_grad()
 def test_what_is_exported_is_imported(tmp_path: Path, family: str, variant: str, kind: ExpertKind) -> None:
     model = make(tmp_path, family, variant, replace(LORA, use_rslora=True))
@@ -462,6 +462,16 @@ def test_peft_in_transformers_5_computes_the_same(tmp_path: Path) -> None:
     results = torch.load(tmp_path / "results.pt")
     for family, logits in expected.items():
         assert_same(results[family]["logits"], logits)
+
+
+@pytest.mark.slow
+@needs_oracle
+@pytest.mark.parametrize("family", ["hy_v3", "minimax_m2", "phimoe"])
+def test_modules_have_the_names_of_transformers_5(tmp_path: Path, family: str) -> None:
+    """Which are not those of the files."""
+    pytest.importorskip("peft", reason="peft is not installed")
+    make(tmp_path, family, "plain")
+    export_peft(tmp_path / "adapters", tmp_path / "peft", family, tolerance=ABSOLUTE)
 
 
 @pytest.mark.slow

@@ -70,9 +70,10 @@ def import_peft(directory: Path, base: Path, output: Path, family_name: str | No
     apply_lora(model, LoraConfig())
     weights = {id(weight): name for name, weight in model.named_parameters()}
     adaptable = [weights[id(weight)] for weight, _ in adapted_weights(model)]
+    fused = [weight for weight in adaptable if ".experts." not in weight] + _fused(adaptable, settings)
     places = [
         *slots(family, same.cfg, ExpertKind.separate, adaptable),
-        *(slot for slot in slots(family, same.cfg, ExpertKind.fused, _fused(adaptable, settings)) if slot.stacked),
+        *slots(family, same.cfg, ExpertKind.fused, fused),
     ]
     read = _factors(places, tensors, settings, cfg, directory)
     found = {(weight, expert): each.over(same.factor(weight)) for (weight, expert), each in read.items()}

@@ -81,13 +81,13 @@ def slots(family: Family, cfg: ModelConfig, kind: ExpertKind, weights: Iterable[
         for piece in parts:
             _check(piece, family)
             if piece.expert is None:
-                module = piece.hf_name.removesuffix(".weight")
+                module = _loaded_name(piece, family, kind).removesuffix(".weight")
                 found.append(Slot(module, module, (name,)))
             elif kind == ExpertKind.separate:
                 module = piece.hf_name.removesuffix(".weight")
                 found.append(Slot(module, module, (name,), piece.expert))
         if kind == ExpertKind.fused and parts[0].expert is not None:
-            fused.setdefault(_fused_target(parts[0]), []).append(name)
+            fused.setdefault(_fused_target(parts[0], family), []).append(name)
     return found + list(_stacked(fused))
 
 
@@ -103,11 +103,19 @@ def _stacked(fused: dict[str, list[str]]) -> Iterator[Slot]:
             yield Slot(f"{module}{wrapped}", target, tuple(fused[target]), stacked=True)
 
 
-def _fused_target(piece: Piece) -> str:
-    match = EXPERT.fullmatch(piece.hf_name)
+def _loaded_name(piece: Piece, family: Family, kind: ExpertKind) -> str:
+    """Name a tensor as a model has it that has loaded the published one: peft's names are those of its modules."""
+    name = piece.hf_name
+    for part, other in family.names_in_memory.items():
+        if kind == ExpertKind.fused and part.startswith("."):  # a module of a block, in transformers 5
+            name = name.replace(part, other)
+    return name
+
+
+def _fused_target(piece: Piece, family: Family) -> str:
+    match = EXPERT.fullmatch(_loaded_name(piece, family, ExpertKind.fused))
     assert match is not None, "checked"
-    module = match[1].replace("block_sparse_moe", "mlp")
-    return f"{module}.experts.{ROW_PART[piece.name.rpartition('.')[2]][0]}"
+    return f"{match[1]}.experts.{ROW_PART[piece.name.rpartition('.')[2]][0]}"
 
 
 def _check(piece: Piece, family: Family) -> None:
