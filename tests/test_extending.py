@@ -373,9 +373,9 @@ def test_kinds_of_attention_and_backends_of_others_are_as_strict(site: Path) -> 
 )
 def test_keys_of_a_part_go_with_its_name(site: Path, tmp_path: Path, stated: str, other: str, key: str) -> None:
     install_example(site)
-    source = OTHERS.replace("logger, algorithm", "quarter = Part(WarmupConfig, None)\nlogger, algorithm")
-    points = {**OTHERS_POINTS, "moefoundry.schedulers": {"half": "others:scheduler", "quarter": "others:quarter"}}
-    install(site, "others", points, {"others.py": source})
+    install(site, "others", OTHERS_POINTS, {"others.py": OTHERS})
+    quarter = f"from moefoundry.config import WarmupConfig\n{PART}part = Part(WarmupConfig, None)\n"
+    install(site, "quarters", {"moefoundry.schedulers": {"quarter": "quarters:part"}}, {"quarters.py": quarter})
     parent, child = tmp_path / "parent.yaml", tmp_path / "child.yaml"
     parent.write_text(f"extends: {QUICKSTART}\n{stated}\n")
     path, _, value = other.partition("=")
