@@ -89,8 +89,8 @@ def distributions(module: str) -> set[str]:
 @pytest.mark.parametrize(
     ("folders", "groups"),
     [
-        (("src", "scripts"), ("main", "gpu", "mlflow", "sweep", "wandb")),
-        (("tests", "benchmarks", "docs"), ("main", "gpu", "mlflow", "sweep", "tensorboard", "wandb", "dev")),
+        (("src", "scripts"), ("main", "gpu", "mlflow", "peft", "sweep", "wandb")),
+        (("tests", "benchmarks", "docs"), ("main", "gpu", "mlflow", "peft", "sweep", "tensorboard", "wandb", "dev")),
     ],
 )
 def test_what_is_imported_is_declared(folders: tuple[str, ...], groups: tuple[str, ...]) -> None:

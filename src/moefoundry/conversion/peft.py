@@ -86,7 +86,10 @@ def export_peft(
     if lora.train_router:
         raise UserError(f"{directory}: its routers have been trained, which peft's files do not hold; {MERGE}")
     if tolerance is not None and find_spec("peft") is None:
-        raise UserError("peft, which is to load the adapters, is not installed; or verify the merged model: --merge")
+        raise UserError(
+            "peft, which is to load the adapters, is not installed: pip install 'moefoundry[peft]'; "
+            "or verify the merged model: --merge"
+        )
     family, same = _family(family_name, cfg)
     adapters = Adapters(directory, lora, meta_model(cfg), weights)
     _check_buffers(directory, adapters, base)
