@@ -9,7 +9,8 @@ A check that fails leaves ``wrong`` in the part's figures; the times are there a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -109,10 +110,17 @@ def available_backends() -> list[str]:
 
 def measure(part: Part, case: Case, options: Options) -> None:
     """Check a layer against float64, then time it, with the kernels that the case has."""
-    before = fused_kernels()
-    use_fused_kernels(case.fused)
-    try:
+    with kernels_chosen(case.fused):
         measure_layer(part, case, options)
+
+
+@contextmanager
+def kernels_chosen(fused: bool) -> Iterator[None]:
+    """Choose ``fused_kernels`` in here."""
+    before = fused_kernels()
+    use_fused_kernels(fused)
+    try:
+        yield
     finally:
         use_fused_kernels(before)
 

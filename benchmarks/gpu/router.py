@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.figures import Figures, NotRunError, Part
-from benchmarks.gpu.layer import error
+from benchmarks.gpu.layer import error, kernels_chosen
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import host_syncs, timed
 from moefoundry.config import MoEConfig, RouterConfig
 from moefoundry.moe.balance import statistics
 from moefoundry.moe.router import Router
-from moefoundry.ops.kernel_choice import fused_kernels, use_fused_kernels
 from moefoundry.ops.permute import order_by_expert
 from moefoundry.ops.wide_linear import wide_linear
 
@@ -73,16 +72,12 @@ def measure_gate(part: Part, sizes: tuple[int, int, int], fused: bool, options: 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(wide_linear(x_TD, weight_ED), (x_TD, weight_ED), grads)
 
-    before = fused_kernels()
-    use_fused_kernels(fused)
-    try:
+    with kernels_chosen(fused):
         exact_TE = x_TD.detach().double() @ weight_ED.detach().double().T
         part.put(logits_error=error(wide_linear(x_TD, weight_ED)[0].detach(), exact_TE))
         exact_TD = grads[0].double() @ weight_ED.detach().double() + grads[1].double()
         part.put(tokens_gradient_error=error(both()[0], exact_TD))
         part.put(forward=timed(lambda: wide_linear(x_TD, weight_ED), options.device), both=timed(both, options.device))
-    finally:
-        use_fused_kernels(before)
 
 
 def measure(part: Part, sizes: Sizes, fused: bool, options: Options) -> None:
@@ -103,19 +98,15 @@ def measure(part: Part, sizes: Sizes, fused: bool, options: Options) -> None:
         weights_TK, loss, _ = forward()
         return torch.autograd.grad([weights_TK, loss], logits_TE, [grad_TK, torch.ones_like(loss)])
 
-    before = fused_kernels()
     plain_ids_TK = forward()[2]
     plain = order_by_expert(plain_ids_TK, sizes.experts).tensors
-    use_fused_kernels(fused)
-    try:
+    with kernels_chosen(fused):
         part.put(same_ids=round((forward()[2] == plain_ids_TK).float().mean().item(), 6))
         part.put(forward=timed(forward, options.device), both=timed(both, options.device))
         part.put(syncs=host_syncs(both, options.device))
         ordered = order_by_expert(plain_ids_TK, sizes.experts).tensors
         part.put(same_order=all(torch.equal(ours, theirs) for ours, theirs in zip(ordered, plain, strict=True)))
         part.put(order=timed(lambda: order_by_expert(plain_ids_TK, sizes.experts), options.device))
-    finally:
-        use_fused_kernels(before)
 
 
 def config(sizes: Sizes) -> MoEConfig:

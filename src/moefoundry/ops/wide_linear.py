@@ -25,7 +25,12 @@ def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
     ``x`` is kept for backward in its own dtype. Where kernels run, the second result is a view of ``x``: the gradient
     that it has from all that comes behind is added by the product of this function's, and needs no pass of its own.
     """
-    logits_TE, *again = _WideLinear.apply(x_TD, weight_ED)
+    return or_as_it_came(_WideLinear.apply(x_TD, weight_ED), x_TD)
+
+
+def or_as_it_came(results: tuple[Tensor, ...], x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Complete the results of a function that ends with :func:`multiply_and_return`."""
+    logits_TE, *again = results
     return logits_TE, again[0] if again else x_TD
 
 
@@ -64,6 +69,14 @@ def multiply(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         return PRODUCT(x_TD, weight_ED)
     wide_TD = widened(x_TD)
     return F.linear(wide_TD, weight_ED.to(wide_TD.dtype))
+
+
+def multiply_and_return(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, ...]:
+    """Multiply in a function's forward pass, and give ``x`` as a second result, where :func:`adds` and it trains."""
+    logits_TE = multiply(x_TD, weight_ED)
+    if ctx.needs_input_grad[0] and adds(x_TD, weight_ED):
+        return logits_TE, x_TD.view_as(x_TD)
+    return (logits_TE,)
 
 
 def product_by_parts(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
@@ -137,10 +150,7 @@ class _WideLinear(Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x_TD, weight_ED)
-        logits_TE = multiply(x_TD, weight_ED)
-        if ctx.needs_input_grad[0] and adds(x_TD, weight_ED):
-            return logits_TE, x_TD.view_as(x_TD)
-        return (logits_TE,)
+        return multiply_and_return(ctx, x_TD, weight_ED)
 
     @staticmethod
     @once_differentiable

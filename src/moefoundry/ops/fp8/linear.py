@@ -17,7 +17,7 @@ from moefoundry.ops.fp8.formats import Format, QuantizedTensor, Tile
 from moefoundry.ops.fp8.gemm import fprop, wgrad
 from moefoundry.ops.fp8.quantization import dequantize, quantize, quantize_columns, quantize_rows_once, retile
 from moefoundry.ops.fp8.weights import KeptBlocks, blocks_for_dgrad, blocks_for_fprop
-from moefoundry.ops.wide_linear import adds, gradients, multiply
+from moefoundry.ops.wide_linear import gradients, multiply_and_return, or_as_it_came
 
 
 @torch.compiler.disable
@@ -49,8 +49,7 @@ def fp8_kept_linear(x_RI: Tensor, weight_OI: Tensor, backend: Backend | None = N
 
     Layers with the same input share the rows. Only the weight's gradient is computed from rounded values.
     """
-    out_RO, *again = _KeptLinear.apply(x_RI, weight_OI, quantize_rows_once(x_RI, backend), backend)
-    return out_RO, again[0] if again else x_RI
+    return or_as_it_came(_KeptLinear.apply(x_RI, weight_OI, quantize_rows_once(x_RI, backend), backend), x_RI)
 
 
 @torch.compiler.disable
@@ -123,10 +122,7 @@ class _KeptLinear(Function):
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(weight_OI, *rows_RI.tensors)
         ctx.shape, ctx.dtype, ctx.backend = rows_RI.shape, x_RI.dtype, backend
-        out_RO = multiply(x_RI, weight_OI)
-        if ctx.needs_input_grad[0] and adds(x_RI, weight_OI):
-            return out_RO, x_RI.view_as(x_RI)
-        return (out_RO,)
+        return multiply_and_return(ctx, x_RI, weight_OI)
 
     @staticmethod
     @once_differentiable
