@@ -185,8 +185,12 @@ def _divide(gradients: Tensor, number: int) -> None:
     """Divide what FSDP has reduced of experts that ``number`` ranks share.
 
     They see the tokens of all these ranks, so their gradient is a sum where every other gradient is a mean over ranks.
+    FSDP calls this in a stream in which it then adds them up. It may free them while that stream still does so, and
+    they are of another stream's memory, which would be given to the next gradients (pytorch 180900).
     """
     gradients.div_(number)
+    if gradients.is_cuda:
+        gradients.record_stream(torch.cuda.current_stream())
 
 
 def _placement_of_experts(weight: nn.Parameter, ranks: int) -> Shard:
