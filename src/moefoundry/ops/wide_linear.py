@@ -49,13 +49,30 @@ def parts_of(x: Tensor, number: int) -> list[Tensor]:
 
 
 def stack_parts(x: Tensor, number: int, dim: int) -> Tensor:
-    """Concatenate bfloat16 parts of an fp32 matrix: the first ``number``, 3 to 5, of rest, low, high, high, low."""
+    """Concatenate bfloat16 parts of an fp32 matrix: the first ``number``, 3 to 5, of rest, low, high, high, low.
+
+    Compiled code has an operator for it: a compiler that left out the rounding would find all but the first to be zero.
+    """
+    return PARTS(x, number, dim) if torch.compiler.is_compiling() else _stack_parts(x, number, dim)
+
+
+def _stack_parts(x: Tensor, number: int, dim: int) -> Tensor:
     if kernels_run(x.device):
         from moefoundry.ops.split_kernel import stack_parts_triton
 
         return stack_parts_triton(x, number, dim)
     high, low, rest = parts_of(x, 3)
     return torch.cat([rest, low, high, high, low][:number], dim)
+
+
+PARTS = torch.library.custom_op("moefoundry::stack_parts", _stack_parts, mutates_args=())
+
+
+@PARTS.register_fake
+def _(x: Tensor, number: int, dim: int) -> Tensor:
+    shape = list(x.shape)
+    shape[dim] *= number
+    return x.new_empty(shape, dtype=torch.bfloat16)
 
 
 def multiply_parts(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
