@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig
 from moefoundry.ops import cpu_attention as ops
-from moefoundry.ops.cpu_attention import GROUPED, QUERIES, SHORTEST, cpu_attention, cpu_attention_reference
+from moefoundry.ops.cpu_attention import EQUAL, LONG, QUERIES, SHORTEST, cpu_attention, cpu_attention_reference
 from tests.model.tiny import gradients, tiny_config, tiny_model, use_attention
 from tests.test_activation_checkpointing import Operations
 
@@ -19,6 +19,7 @@ CASES = {  # heads, heads of keys, length, width of queries, width of values
     "a token more": (6, 2, QUERIES + 1, 8, 8),
     "narrow values": (4, 4, 150, 12, 8),
     "wide values": (4, 1, 150, 4, 8),
+    "long": (2, 1, LONG + 1, 4, 2),
 }
 MLA = MlaConfig(n_heads=2, q_lora_rank=None, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
 KINDS: dict[str, AttentionConfig] = {"gqa": GqaConfig(n_heads=4, n_kv_heads=2), "mla": MLA}
@@ -89,14 +90,14 @@ def test_what_is_not_finite_reaches_no_query_before_it() -> None:
 @pytest.mark.parametrize(
     ("length", "heads", "value_width", "taken"),
     [
-        (GROUPED.start - 1, 2, 8, False),
-        (GROUPED.start, 2, 8, True),
-        (GROUPED.start, 1, 8, False),
-        (GROUPED.stop - 1, 2, 8, True),
-        (GROUPED.stop, 2, 8, False),
+        (EQUAL.start - 1, 2, 8, False),
+        (EQUAL.start, 2, 8, True),
+        (EQUAL.start, 1, 8, True),
+        (EQUAL.stop - 1, 2, 8, True),
+        (EQUAL.stop, 2, 8, False),
         (SHORTEST - 1, 1, 4, False),
         (SHORTEST, 1, 4, True),
-        (GROUPED.stop, 1, 12, True),
+        (EQUAL.stop, 1, 12, True),
     ],
 )
 def test_takes_what_is_faster_so(length: int, heads: int, value_width: int, taken: bool) -> None:
@@ -115,7 +116,7 @@ def test_takes_what_is_faster_so(length: int, heads: int, value_width: int, take
 def test_a_model_trains_as_with_torchs_attention(kind: str, mode: str) -> None:
     cfg = tiny_config()
     use_attention(cfg, KINDS[kind])
-    ids = torch.randint(0, cfg.vocab_size, (2, GROUPED.start), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, cfg.vocab_size, (2, EQUAL.start), generator=torch.Generator().manual_seed(0))
     found = []
     for taken in (True, False):
         model = tiny_model(cfg, activation_checkpointing=mode)

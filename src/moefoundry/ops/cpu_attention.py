@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
-QUERIES = 64
+QUERIES, LONG_QUERIES, LONG = 64, 128, 1024
+"""Queries of a block, of a sequence shorter than ``LONG`` and of others."""
 SHORTEST = 256
 """Length from which this is faster than operators, where values have another width than keys."""
-GROUPED = range(384, 513)
-"""Lengths for which this is faster than the flash kernel, where queries share keys."""
+EQUAL = range(384, 513)
+"""Lengths for which this is faster than the flash kernel, where values are as wide as keys."""
 
 
 def takes(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLw: Tensor) -> bool:
@@ -37,9 +38,9 @@ def takes(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLw: Tensor) -> bool:
         return False
     if not (q_BHSd.numel() and v_BGLw.numel()):
         return False
-    length, shared = q_BHSd.shape[2], q_BHSd.shape[1] > k_BGLd.shape[1]
+    length = q_BHSd.shape[2]
     if q_BHSd.shape[-1] == v_BGLw.shape[-1]:
-        return shared and length in GROUPED
+        return length in EQUAL
     return length >= SHORTEST
 
 
@@ -85,16 +86,17 @@ def backward(
     grad_q_BGRSd = heads.grouped(grad_q_BSHd.transpose(1, 2))
     grad_k, grad_v = (x.new_zeros(x.shape) for x in (heads.k, heads.v))
     buffer = torch.empty_like(heads.buffer)
+    sums = grad_k.new_empty(max(grad_k.numel(), grad_v.numel()))
     for rows in heads.blocks():
         keys = slice(rows.stop)
         queries, grads = (heads.matrices(x[:, :, :, rows]) for x in (heads.q_BGRSd, grad_BGRSw))
         probabilities = heads.probabilities(queries, rows)
-        grad_v[:, keys].baddbmm_(probabilities.mT, grads)
+        _add_product(grad_v[:, keys], probabilities.mT, grads, sums)
         slopes = torch.bmm(grads, heads.v[:, keys].mT, out=_part(buffer, probabilities.shape))
         aten._softmax_backward_data.out(slopes, probabilities, -1, slopes.dtype, grad_input=slopes)
         found = torch.bmm(slopes, heads.k[:, keys])
         grad_q_BGRSd[:, :, :, rows] = found.view(grad_q_BGRSd[:, :, :, rows].shape)
-        grad_k[:, keys].baddbmm_(slopes.mT, queries)
+        _add_product(grad_k[:, keys], slopes.mT, queries, sums)
     return grad_q_BSHd.transpose(1, 2), grad_k.mul_(scale).view(k_BGSd.shape), grad_v.view(v_BGSw.shape)
 
 
@@ -144,7 +146,7 @@ class _Heads:
         self.q_BGRSd = self.grouped(q_BHSd)
         batch, heads, self.length, _ = q_BHSd.shape
         self.batch_and_length = batch, self.length
-        queries = min(QUERIES, self.length)
+        self.queries = queries = min(LONG_QUERIES if self.length >= LONG else QUERIES, self.length)
         self.buffer = q_BHSd.new_empty(batch * heads * queries * self.length)
         self.future = torch.ones(queries, queries, dtype=torch.bool).triu_(1)
 
@@ -154,8 +156,8 @@ class _Heads:
 
     def blocks(self) -> Iterator[slice]:
         """Yield the blocks of queries."""
-        for start in range(0, self.length, QUERIES):
-            yield slice(start, min(start + QUERIES, self.length))
+        for start in range(0, self.length, self.queries):
+            yield slice(start, min(start + self.queries, self.length))
 
     def matrices(self, x_BGRnd: Tensor) -> Tensor:
         """Copy [B, G, R, n, d] to [B * G, R * n, d]."""
@@ -168,6 +170,15 @@ class _Heads:
         torch.bmm(queries, self.k[:, :num_keys].mT, out=products)
         products.view(-1, n, num_keys)[:, :, rows].masked_fill_(self.future[:n, :n], -torch.inf)
         return torch.softmax(products, -1, out=products)
+
+
+def _add_product(sums: Tensor, left: Tensor, right: Tensor, buffer: Tensor) -> None:
+    """Add batched products to sums that are not contiguous, by way of a buffer.
+
+    ``baddbmm_`` would make a call for each product of the batch, with all threads at each. Where they do not share a
+    cache, that takes half as long again.
+    """
+    sums += torch.bmm(left, right, out=_part(buffer, sums.shape))
 
 
 def _part(buffer: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
