@@ -174,6 +174,9 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
         shard(block, mesh=meshes.dense, mp_policy=policy)
     for module in model.mtp:
         shard(module, mesh=meshes.dense, mp_policy=policy)
+    if not model.cfg.tie_embeddings:
+        embedding = shard(model.embed_tokens, mesh=meshes.dense, mp_policy=policy)
+        embedding.set_unshard_in_backward(False)  # its gradient does not need it
     fully_shard(model, mesh=meshes.dense, mp_policy=policy)  # stays whole: the backward pass begins with it
     model.gather, model.reduce = meshes.gather, meshes.reduce
     _prefetch(model)
@@ -209,11 +212,12 @@ def _prefetch(model: MoETransformer) -> None:
     first block of a pass likewise. Modules of multi-token prediction are gathered ahead in the backward pass alone: an
     evaluation does not have them, and would leave them gathered.
     """
-    units = [_fsdp_units(model)[:1], *(_fsdp_units(block) for block in model.layers)]
+    root, layers = _fsdp_units(model)[:1], [_fsdp_units(block) for block in model.layers]
     further = [_fsdp_units(module) for module in model.mtp]
-    for this, following in pairwise(units):
-        this[0].set_modules_to_forward_prefetch(following)
-    for this, following in pairwise([*units[1:], *further, units[0]]):
+    for this, following in pairwise([root, *layers]):
+        beside = _fsdp_units(model.embed_tokens) if this is root else []
+        this[0].set_modules_to_forward_prefetch([*beside, *following])
+    for this, following in pairwise([*layers, *further, root]):
         following[0].set_modules_to_backward_prefetch(this)
 
 
