@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import SOURCE
 from benchmarks.gpu.fastest import fastest
 from benchmarks.gpu.figures import write_json
 from benchmarks.gpu.gpu_tests import ROOT
@@ -113,7 +114,7 @@ class Run:
             return
         command = [sys.executable, "-m", "benchmarks.gpu", "--step", step.name, "--out", str(self.options.out)]
         command += ["--device", self.options.device] + ["--tiny"] * self.options.tiny
-        paths = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        paths = os.pathsep.join([SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])])  # for processes of the tests
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
         self._waiting[step.name] = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, start_new_session=True

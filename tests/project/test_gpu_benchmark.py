@@ -1,6 +1,7 @@
 """``python -m benchmarks.gpu`` runs to its end whatever its steps do, and its samples and tables are right."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -243,6 +244,22 @@ def test_the_table_lists_what_is_missing() -> None:
     page = render([{"device": "cuda", "started": "2026-01-02T", "tiny": False, "steps": {"layer": step}}])
     assert "| layer | x | wrong: over 1 |" in page
     assert "| layer | y | not run: z |" in page
+
+
+def test_the_command_finds_the_package_where_it_is_not_installed() -> None:
+    """``-S`` leaves out what an editable installation adds to the path."""
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    code = "import benchmarks.gpu.runner, moefoundry; print(moefoundry.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=gpu_tests.ROOT,
+        env=os.environ | {"PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert Path(found.stdout.strip()).is_relative_to(gpu_tests.ROOT / "src")
 
 
 def test_a_machine_without_a_gpu_is_refused(
