@@ -3,6 +3,8 @@
 While a step runs, the next one's process imports what it needs and waits for a line on its standard input: a minute of
 imports, all steps together, that does not count. A step that is stopped or dies keeps its figures; one that died in a
 part is started again for the parts that are left.
+
+A step's figures are in a file of its own until it has ended, and then in the JSON of everything alone.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from benchmarks import SOURCE
 from benchmarks.gpu.fastest import fastest
-from benchmarks.gpu.figures import write_json
+from benchmarks.gpu.figures import file_of_stacks, write_json
 from benchmarks.gpu.gpu_tests import ROOT
 from benchmarks.gpu.steps import Options, Step
 from benchmarks.gpu.table import render
@@ -29,12 +32,13 @@ SHORTEST = 8.0
 """Seconds; with less left, no step is begun."""
 LAST = 4.0
 """Seconds kept for writing the table."""
-ATTEMPTS = 4
 POLL_SECONDS = 2.0
+STACK_LINES = 40
+"""Kept of the stacks of a part that hung."""
 
 
 class Run:
-    """All steps of one command.
+    """All steps of one command, beside what an earlier command for the same device left of others in the directory.
 
     Args:
         options: Passed on to the steps.
@@ -49,13 +53,16 @@ class Run:
             "limit_seconds": limit,
             "device": options.device,
             "tiny": options.tiny,
-            "steps": {step.name: {"state": "not run", "reason": "the run ended before it"} for step in steps},
         }
+        asked = {step.name: {"state": "not run", "reason": "the run ended before it"} for step in steps}
+        self.record["steps"] = self._earlier() | asked
         self._waiting: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self) -> None:
         """Run every step for which there is time; whatever happens, write the JSON and the table."""
         signal.signal(signal.SIGTERM, _exit)
+        for step in self.steps:
+            self._remove_files(step)
         try:
             self._prepare(self.steps[0])
             for step, following in zip(self.steps, [*self.steps[1:], None], strict=True):
@@ -69,9 +76,8 @@ class Run:
     def write(self) -> None:
         """``gpu.json`` with all figures so far, ``fastest.json`` for the package, and ``table.md``."""
         for step in self.steps:
-            path = self.options.out / f"{step.name}.json"
-            if path.exists():
-                self.record["steps"][step.name]["parts"] = json.loads(path.read_text())
+            if parts := self._parts(step):
+                self.record["steps"][step.name]["parts"] = parts
         versions = self.record["steps"].get("machine", {}).get("parts", {}).get("versions")
         if versions:
             self.record["versions"] = versions
@@ -85,11 +91,10 @@ class Run:
         if left < SHORTEST:
             entry["reason"] = f"no time: {max(left, 0):.0f} of {self.record['limit_seconds']:.0f} s left"
             return
-        (self.options.out / f"{step.name}.json").unlink(missing_ok=True)
         start = time.monotonic()
         limit = min(step.seconds, left)
         entry.pop("reason", None)
-        for attempt in range(ATTEMPTS):
+        for attempt in count():
             self._prepare(step)
             process = self._waiting.pop(step.name)
             if attempt == 0 and following is not None:
@@ -107,6 +112,7 @@ class Run:
                 break
         print(f"== {step.name}: {entry['state']}, {entry['seconds']} s", flush=True)
         self.write()
+        self._remove_files(step)
 
     def _prepare(self, step: Step) -> None:
         """Start a step's process; it waits for its line."""
@@ -136,20 +142,38 @@ class Run:
         finally:
             _stop(process)
 
+    def _earlier(self) -> dict[str, Any]:
+        """Steps of an earlier command."""
+        path = self.options.out / "gpu.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        same = all(found.get(key) == self.record[key] for key in ("device", "tiny"))
+        return found["steps"] if same else {}
+
+    def _path(self, step: Step) -> Path:
+        return self.options.out / f"{step.name}.json"
+
+    def _parts(self, step: Step) -> dict[str, dict[str, Any]]:
+        path = self._path(step)
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def _remove_files(self, step: Step) -> None:
+        for path in (self._path(step), file_of_stacks(self._path(step))):
+            path.unlink(missing_ok=True)
+
     def _parts_ended(self, step: Step) -> int:
-        path = self.options.out / f"{step.name}.json"
-        parts = json.loads(path.read_text()) if path.exists() else {}
-        return sum(part["state"] != "running" for part in parts.values())
+        return sum(part["state"] != "running" for part in self._parts(step).values())
 
     def _end_running_part(self, step: Step, why: str) -> None:
         """Say of the part that was running that the step ended in it; it is not tried again."""
-        path = self.options.out / f"{step.name}.json"
-        parts = json.loads(path.read_text()) if path.exists() else {}
+        parts, stacks = self._parts(step), file_of_stacks(self._path(step))
+        lines = stacks.read_text().splitlines() if stacks.exists() else []
         for part in parts.values():
             if part["state"] == "running":
-                part.update(state="failed", error=f"the step {why}" if why.startswith("ended") else why)
+                part.update(state="failed", error=f"the step {why}" if why.startswith("ended") else why, lost=True)
+                if lines:  # "Timeout (0:00:30)!", then the threads
+                    part.update(error=f"it hung: {lines[0]}", where=lines[1:STACK_LINES])
         if parts:
-            write_json(path, parts)
+            write_json(self._path(step), parts)
 
 
 def _exit(signum: int, frame: Any) -> None:
@@ -157,10 +181,11 @@ def _exit(signum: int, frame: Any) -> None:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process with everything that it started."""
+    """End a process with everything that it started; one that waits for a device's driver may take its time."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(LAST / 2)
 
 
 def child(step: Step, options: Options) -> None:
@@ -169,4 +194,4 @@ def child(step: Step, options: Options) -> None:
 
     function = step.load()
     sys.stdin.readline()
-    function(Figures(Path(options.out, f"{step.name}.json")), options)
+    function(Figures(Path(options.out, f"{step.name}.json"), step.part_seconds), options)

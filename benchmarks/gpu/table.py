@@ -7,6 +7,9 @@ from typing import Any
 
 Json = dict[str, Any]
 
+NO_FIGURES = {"state", "reason", "error", "where", "kind", "lost"}
+"""Keys of a part that say how it went."""
+
 
 def render(records: Sequence[Json]) -> str:
     """The page of one or more runs."""
@@ -41,7 +44,7 @@ def _run(record: Json) -> Iterator[str]:
 
 
 def _has_figures(figures: Json) -> bool:
-    return bool(set(figures) - {"state", "reason", "error", "where"})
+    return bool(set(figures) - NO_FIGURES)
 
 
 def _not_run(record: Json) -> Iterator[str]:
@@ -138,7 +141,7 @@ def _plain(parts: dict[str, Json]) -> Iterator[str]:
     rows = []
     for name, figures in parts.items():
         for key, value in figures.items():
-            if key in ("state", "runs_ms", "kernels_us", "where", "wrong"):
+            if key in (*NO_FIGURES, "runs_ms", "kernels_us", "wrong"):
                 continue
             if isinstance(value, dict):
                 value = "; ".join(f"{k}: {v}" for k, v in value.items() if k != "runs_ms")

@@ -116,6 +116,49 @@ def test_a_step_that_hangs_or_dies_keeps_its_figures(
     assert "| late | the step | not run: no time" in table
 
 
+def test_a_part_that_hangs_is_ended_and_the_step_goes_on(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the interpreter's lock, as a call into a driver may."""
+    body = """
+import re, torch
+from benchmarks.gpu.figures import Figures
+figures = Figures(out / "step.json", 1.0)
+figures.run("a", lambda part: part.put(x=1), kind="sound")
+figures.run("b", lambda part: re.match("(a+)+b", "a" * 60), kind="bad")
+figures.run("c", lambda part: part.put(x=2), kind="bad")
+figures.run("d", lambda part: part.put(x=3), kind="sound")
+"""
+    popen = subprocess.Popen
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda _, **kwargs: popen(fake_step(tmp_path, body), **kwargs))
+    runner.Run([Step("step", 60, "")], options, 120).run()
+    entry = json.loads((tmp_path / "gpu.json").read_text())["steps"]["step"]
+    assert (entry["state"], entry["attempts"]) == ("done", 2)
+    parts = entry["parts"]
+    assert parts["b"]["state"] == "failed"
+    assert parts["b"]["error"].startswith("it hung: Timeout (0:00:01")
+    assert any("in match" in line for line in parts["b"]["where"])
+    assert parts["c"] == {"kind": "bad", "state": "not run", "reason": "another part with bad ended its process"}
+    assert [parts[name]["x"] for name in "ad"] == [1, 3]
+
+
+def test_an_earlier_command_keeps_its_steps(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "(out / f'{sys.argv[2]}.json').write_text(json.dumps({'a': {'state': 'done', 'x': 1}}))"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        runner.subprocess,
+        "Popen",
+        lambda command, **kwargs: popen([*fake_step(tmp_path, body), command[command.index("--step") + 1]], **kwargs),
+    )
+    for name in ("one", "two"):
+        runner.Run([Step(name, 20, "")], options, 30).run()
+    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert {name: entry["parts"]["a"]["x"] for name, entry in steps.items()} == {"one": 1, "two": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fastest.json", "gpu.json", "table.md"]
+    runner.Run([Step("two", 20, "")], Options(tmp_path, "cuda", True), 30).run()
+    assert [*json.loads((tmp_path / "gpu.json").read_text())["steps"]] == ["two"], "of another device"
+
+
 def test_parts_that_are_there_are_not_run_again(tmp_path: Path) -> None:
     def fails(part: Part) -> None:
         part.put(figure=1)
