@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import gpu_tests, runner
+from benchmarks.gpu import gpu_tests, runner, training
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.figures import Figures, NotRunError, Part
 from benchmarks.gpu.layer import TINY, Case, Shape, both_passes, build, check
@@ -18,6 +18,7 @@ from benchmarks.gpu.routers import by_shares, expert_ids, zipf_shares
 from benchmarks.gpu.steps import STEPS, Options, Step
 from benchmarks.gpu.table import render
 from moefoundry.ops.fp8 import quantization
+from moefoundry.planning.plan import make_plan
 
 LIGHT = [step.name for step in STEPS if step.light]
 HEAVY = [step.name for step in STEPS if not step.light]
@@ -157,6 +158,32 @@ def test_an_earlier_command_keeps_its_steps(options: Options, tmp_path: Path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fastest.json", "gpu.json", "table.md"]
     runner.Run([Step("two", 20, "")], Options(tmp_path, "cuda", True), 30).run()
     assert [*json.loads((tmp_path / "gpu.json").read_text())["steps"]] == ["two"], "of another device"
+
+
+@pytest.mark.parametrize(("memory", "cut"), [(79.1 * 2**30, True), (139 * 2**30, False)])
+def test_models_are_as_deep_as_the_memory_allows(
+    memory: float, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "free_bytes", lambda options: memory - training.CONTEXT_BYTES)
+    monkeypatch.setattr(training, "measure", lambda part, model, changes, options: part.put(layers=model.layers))
+    for run, variants in ((training.run_bf16, training.BF16), (training.run_fp8, training.FP8)):
+        figures = Figures(tmp_path / f"{run.__name__}.json")
+        run(figures, Options(tmp_path, "cuda", False))
+        assert any("cut to" in name for name in figures.parts) == (cut and variants is training.BF16)
+        for name, *changes in variants:
+            (layers,) = {part["layers"] for label, part in figures.parts.items() if label.startswith(f"{name}, ")}
+            model = training.MODELS[name]
+            batch = f"global_train_batch_size={model.sequences}", f"device_train_microbatch_size={model.sequences}"
+            recipe = training.recipe_of(model._replace(layers=layers), changes, *batch)
+            assert make_plan(recipe, 1).memory.total < 0.92 * memory
+            assert layers == model.layers or (name, cut) in {("3B-A0.6B", True), ("deep OLMoE", True)}
+
+
+def test_the_training_step_names_what_it_measures(options: Options) -> None:
+    training.run_bf16(Figures(options.out / "train.json"), options)
+    parts = json.loads((options.out / "train.json").read_text())
+    assert [*parts] == ["tiny, 2 layers, grouped_mm", "tiny, 2 layers, grouped_mm, fused kernels"]
+    assert all(part["state"] == "done" and part["tokens_per_second"] > 0 for part in parts.values())
 
 
 def test_parts_that_are_there_are_not_run_again(tmp_path: Path) -> None:
