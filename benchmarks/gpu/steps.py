@@ -63,7 +63,7 @@ STEPS = (
     Step("train", 100, "training:run_bf16", part_seconds=60),
     Step("fp8", 60, "fp8:run", part_seconds=40, light=True),
     Step("train_fp8", 45, "training:run_fp8"),
-    Step("router", 15, "router:run", part_seconds=10, light=True),
+    Step("router", 30, "router:run", part_seconds=10, light=True),
     Step("attention", 25, "attention:run", part_seconds=15, light=True),
     Step("checkpoint", 30, "checkpoint:run", light=True),
     Step("composer", 90, "composer_run:run"),

@@ -136,6 +136,27 @@ def _attention(parts: dict[str, Json]) -> Iterator[str]:
     yield from _table(head, [(name, *(figures.get(key) for key in keys)) for name, figures in parts.items()])
 
 
+def _router(parts: dict[str, Json]) -> Iterator[str]:
+    yield "Device: microseconds of all kernels. Events: milliseconds between two, where the host may be what is slow."
+    yield ""
+    calls = ("forward", "both", "order")
+    head = [f"{call}, {unit}" for unit in ("device", "events") for call in calls]
+    rows = [
+        (
+            name,
+            *(figures.get(call, {}).get(key) for key in ("device_us", "ms") for call in calls),
+            figures.get("same_ids"),
+            figures.get("same_order"),
+            figures.get("logits_error"),
+            figures.get("tokens_gradient_error"),
+            _syncs(figures),
+        )
+        for name, figures in parts.items()
+    ]
+    checks = ("same ids", "same order", "error of logits", "of dX", "host syncs")
+    yield from _table(("part", *head, *checks), rows)
+
+
 def _plain(parts: dict[str, Json]) -> Iterator[str]:
     """Any figures: name and value, without lists of times."""
     rows = []
@@ -144,7 +165,7 @@ def _plain(parts: dict[str, Json]) -> Iterator[str]:
             if key in (*NO_FIGURES, "runs_ms", "kernels_us", "wrong"):
                 continue
             if isinstance(value, dict):
-                value = "; ".join(f"{k}: {v}" for k, v in value.items() if k != "runs_ms")
+                value = "; ".join(f"{k}: {v}" for k, v in value.items() if k not in ("runs_ms", "kernels_us"))
             rows.append((name, key, value))
     yield from _table(("part", "figure", "value"), rows)
 
@@ -165,6 +186,7 @@ TABLES = {
     "peers": _layers,
     "train": _training,
     "train_fp8": _training,
+    "router": _router,
     "attention": _attention,
     "fp8": _mixed,
 }

@@ -332,6 +332,14 @@ def test_the_command_finds_the_package_where_it_is_not_installed() -> None:
     assert Path(found.stdout.strip()).is_relative_to(gpu_tests.ROOT / "src")
 
 
+def test_the_table_has_the_time_on_the_device_of_what_the_host_issues_slowly() -> None:
+    figures = {"state": "done", "forward": {"ms": 0.1, "device_us": 16.5}, "both": {"ms": 0.3, "device_us": 40.25}}
+    step = {"state": "done", "parts": {"a": figures | {"same_ids": 1.0}}}
+    page = render([{"device": "cuda", "started": "2026-01-02T", "tiny": False, "steps": {"router": step}}])
+    assert "| part | forward, device | both, device | order, device | forward, events |" in page
+    assert "| a | 16.5 | 40.25 |  | 0.1 | 0.3 |  | 1.0 |" in page
+
+
 def test_a_machine_without_a_gpu_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
