@@ -111,6 +111,14 @@ def _layers(parts: dict[str, Json]) -> Iterator[str]:
     yield from _table((*head, "error of the output", "of dX", "busiest expert over mean", "host syncs"), rows)
 
 
+def _peers(parts: dict[str, Json]) -> Iterator[str]:
+    """Those with a router, then those that are given experts."""
+    for router, title in ((True, "With a router:"), (False, "Without one, given experts and their weights:")):
+        yield from (title, "")
+        yield from _layers({name: figures for name, figures in parts.items() if figures.get("router") == router})
+        yield ""
+
+
 def _training(parts: dict[str, Json]) -> Iterator[str]:
     head = ("model", "tokens/s", "TFLOP/s", "MFU", "MFU of 989", "ms a step", "forward / backward / optimizer, ms")
     rows = [
@@ -183,7 +191,7 @@ def _mixed(parts: dict[str, Json]) -> Iterator[str]:
 
 TABLES = {
     "layer": _layers,
-    "peers": _layers,
+    "peers": _peers,
     "train": _training,
     "train_fp8": _training,
     "router": _router,

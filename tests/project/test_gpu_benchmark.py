@@ -13,7 +13,8 @@ import torch
 from benchmarks.gpu import gpu_tests, runner, training
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.figures import Figures, NotRunError, Part
-from benchmarks.gpu.layer import TINY, Case, Shape, both_passes, build, check
+from benchmarks.gpu.layer import TINY, Case, Shape, both_passes, build, check, mixture
+from benchmarks.gpu.peers import experts_alone, grouped_mm_mixture
 from benchmarks.gpu.routers import by_shares, expert_ids, zipf_shares
 from benchmarks.gpu.steps import STEPS, Options, Step
 from benchmarks.gpu.table import render
@@ -330,6 +331,46 @@ def test_the_command_finds_the_package_where_it_is_not_installed() -> None:
     )
     assert found.returncode == 0, found.stderr
     assert Path(found.stdout.strip()).is_relative_to(gpu_tests.ROOT / "src")
+
+
+def test_peers_say_whether_they_have_a_router(options: Options) -> None:
+    (step,) = (step for step in STEPS if step.name == "peers")
+    parts = run_in_turn(options, [step])["peers"]
+    done = {name.split(", ", 1)[1]: figures for name, figures in parts.items() if figures["state"] == "done"}
+    assert {name: figures["router"] for name, figures in done.items() if not name.startswith("transformers")} == {
+        "moefoundry grouped_mm": True,
+        "moefoundry grouped_mm, fused kernels": True,
+        "torch, grouped_mm between gathers": False,
+    }
+    record = {"device": "cuda", "started": "2026-01-02T", "tiny": False}
+    page = render([record | {"steps": {"peers": {"state": "done", "parts": parts}}}])
+    with_router, without = page.split("Without one, given experts and their weights:")
+    assert "moefoundry grouped_mm, fused kernels |" in with_router
+    assert "torch, grouped_mm between gathers |" in without
+
+
+def test_experts_alone_are_the_layer_without_its_router(options: Options) -> None:
+    layer, x, _ = build(Case(TINY[0], "grouped_mm", "real", "fp32"), options)
+    out, loss = experts_alone(layer, x)(x)
+    assert loss is None
+    assert torch.allclose(out, layer(x)[0], atol=1e-5)
+
+
+def test_gathers_of_the_plain_peer_have_the_gradients_of_autograd() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tokens, experts, width, hidden = 32, 4, 16, 8
+    shapes = ((tokens, width), (experts, 2 * hidden, width), (experts, width, hidden), (tokens, 2))
+    inputs = [torch.randn(*shape, generator=draw, requires_grad=True) for shape in shapes]
+    ids = expert_ids("uniform", Shape(tokens, width, hidden, experts, 2), "cpu")
+    x, gate_up, down, topk = inputs
+    found = grouped_mm_mixture(x, gate_up, down, ids, topk)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    expected = mixture(x.double(), [gate, up, down.double()], ids, topk.double())
+    grad = torch.randn(tokens, width, generator=draw)
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    theirs = torch.autograd.grad(expected, inputs, grad.double())
+    for ours, exact in zip(torch.autograd.grad(found, inputs, grad), theirs, strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_the_table_has_the_time_on_the_device_of_what_the_host_issues_slowly() -> None:
