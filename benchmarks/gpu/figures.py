@@ -24,6 +24,10 @@ DEVICE_LOST = 3
 """Exit code of a step whose device takes no more work; a new process may have better luck with the parts left."""
 
 
+STACK_LINES = 40
+"""Kept of the stacks of a part that hung."""
+
+
 class NotRunError(Exception):
     """A part cannot be measured here; the message says why."""
 
@@ -39,7 +43,7 @@ class Figures:
 
     def __init__(self, path: Path, part_seconds: float | None = None) -> None:
         self.path, self.part_seconds = path, part_seconds
-        self.parts: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        self.parts = parts_of(path)
         self.lost = {part.get("kind") for part in self.parts.values() if part.get("lost")} - {None}
 
     def run(self, name: str, function: Callable[..., Any], *args: Any, kind: str | None = None) -> None:
@@ -79,6 +83,29 @@ class Figures:
 
     def write(self) -> None:
         write_json(self.path, self.parts)
+
+
+def parts_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Read a step's file; nothing where there is none."""
+    parts: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    return parts
+
+
+def parts_ended(path: Path) -> int:
+    return sum(part["state"] != "running" for part in parts_of(path).values())
+
+
+def end_running_part(path: Path, why: str) -> None:
+    """Say of the part that was running that its process ended in it; it is not tried again."""
+    parts, stacks = parts_of(path), file_of_stacks(path)
+    lines = stacks.read_text().splitlines() if stacks.exists() else []
+    for part in parts.values():
+        if part["state"] == "running":
+            part.update(state="failed", error=why, lost=True)
+            if lines:  # "Timeout (0:00:30)!", then the threads
+                part.update(error=f"it hung: {lines[0]}", where=lines[1:STACK_LINES])
+    if parts:
+        write_json(path, parts)
 
 
 def file_of_stacks(path: Path) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import SOURCE
 from benchmarks.gpu.fastest import fastest
-from benchmarks.gpu.figures import file_of_stacks, write_json
+from benchmarks.gpu.figures import end_running_part, file_of_stacks, parts_ended, parts_of, write_json
 from benchmarks.gpu.gpu_tests import ROOT
 from benchmarks.gpu.steps import Options, Step
 from benchmarks.gpu.table import render
@@ -33,8 +33,6 @@ SHORTEST = 8.0
 LAST = 4.0
 """Seconds kept for writing the table."""
 POLL_SECONDS = 2.0
-STACK_LINES = 40
-"""Kept of the stacks of a part that hung."""
 
 
 class Run:
@@ -69,14 +67,14 @@ class Run:
                 self._run_step(step, following)
         finally:
             for process in self._waiting.values():
-                _stop(process)
+                stop(process)
             self.write()
             print((self.options.out / "table.md").read_text(), flush=True)
 
     def write(self) -> None:
         """``gpu.json`` with all figures so far, ``fastest.json`` for the package, and ``table.md``."""
         for step in self.steps:
-            if parts := self._parts(step):
+            if parts := parts_of(self._path(step)):
                 self.record["steps"][step.name]["parts"] = parts
         versions = self.record["steps"].get("machine", {}).get("parts", {}).get("versions")
         if versions:
@@ -100,15 +98,15 @@ class Run:
             if attempt == 0 and following is not None:
                 self._prepare(following)
             entry.update(state="running", limit_seconds=round(limit, 1), attempts=attempt + 1)
-            before = self._parts_ended(step)
+            before = parts_ended(self._path(step))
             code = self._wait(process, start + limit)
             entry["seconds"] = round(time.monotonic() - start, 1)
             if code == 0:
                 entry["state"] = "done"
                 break
             entry["state"] = "stopped at its limit" if code is None else f"ended with exit code {code}"
-            self._end_running_part(step, entry["state"])
-            if code is None or self._parts_ended(step) == before:
+            end_running_part(self._path(step), entry["state"] if code is None else f"the step {entry['state']}")
+            if code is None or parts_ended(self._path(step)) == before:
                 break
         print(f"== {step.name}: {entry['state']}, {entry['seconds']} s", flush=True)
         self.write()
@@ -140,7 +138,7 @@ class Run:
                     self.write()
             return None
         finally:
-            _stop(process)
+            stop(process)
 
     def _earlier(self) -> dict[str, Any]:
         """Steps of an earlier command."""
@@ -152,35 +150,16 @@ class Run:
     def _path(self, step: Step) -> Path:
         return self.options.out / f"{step.name}.json"
 
-    def _parts(self, step: Step) -> dict[str, dict[str, Any]]:
-        path = self._path(step)
-        return json.loads(path.read_text()) if path.exists() else {}
-
     def _remove_files(self, step: Step) -> None:
         for path in (self._path(step), file_of_stacks(self._path(step))):
             path.unlink(missing_ok=True)
-
-    def _parts_ended(self, step: Step) -> int:
-        return sum(part["state"] != "running" for part in self._parts(step).values())
-
-    def _end_running_part(self, step: Step, why: str) -> None:
-        """Say of the part that was running that the step ended in it; it is not tried again."""
-        parts, stacks = self._parts(step), file_of_stacks(self._path(step))
-        lines = stacks.read_text().splitlines() if stacks.exists() else []
-        for part in parts.values():
-            if part["state"] == "running":
-                part.update(state="failed", error=f"the step {why}" if why.startswith("ended") else why, lost=True)
-                if lines:  # "Timeout (0:00:30)!", then the threads
-                    part.update(error=f"it hung: {lines[0]}", where=lines[1:STACK_LINES])
-        if parts:
-            write_json(self._path(step), parts)
 
 
 def _exit(signum: int, frame: Any) -> None:
     sys.exit(128 + signum)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process with everything that it started; one that waits for a device's driver may take its time."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
