@@ -113,10 +113,11 @@ def _layers(parts: dict[str, Json]) -> Iterator[str]:
 
 def _peers(parts: dict[str, Json]) -> Iterator[str]:
     """Those with a router, then those that are given experts."""
-    for router, title in ((True, "With a router:"), (False, "Without one, given experts and their weights:")):
+    for router, title in ((True, "With a router:"), (False, "Given experts and their weights, without a router:")):
+        if not router:
+            yield ""
         yield from (title, "")
         yield from _layers({name: figures for name, figures in parts.items() if figures.get("router") == router})
-        yield ""
 
 
 def _training(parts: dict[str, Json]) -> Iterator[str]:

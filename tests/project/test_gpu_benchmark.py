@@ -344,7 +344,7 @@ def test_peers_say_whether_they_have_a_router(options: Options) -> None:
     }
     record = {"device": "cuda", "started": "2026-01-02T", "tiny": False}
     page = render([record | {"steps": {"peers": {"state": "done", "parts": parts}}}])
-    with_router, without = page.split("Without one, given experts and their weights:")
+    with_router, without = page.split("Given experts and their weights, without a router:")
     assert "moefoundry grouped_mm, fused kernels |" in with_router
     assert "torch, grouped_mm between gathers |" in without
 
