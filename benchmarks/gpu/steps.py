@@ -59,7 +59,7 @@ STEPS = (
     Step("machine", 40, "machine:run", part_seconds=20, light=True),
     Step("tests", 130, "gpu_tests:run"),
     Step("layer", 140, "layer:run", part_seconds=40, light=True),
-    Step("peers", 90, "peers:run", part_seconds=30, light=True),
+    Step("peers", 90, "peers:run", part_seconds=40, light=True),
     Step("train", 100, "training:run_bf16", part_seconds=60),
     Step("fp8", 60, "fp8:run", part_seconds=40, light=True),
     Step("train_fp8", 45, "training:run_fp8"),
