@@ -48,7 +48,10 @@ PRODUCT_OPS = frozenset(
 )
 KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS | operators.MIXTURE_OPS | quack_experts.MIXTURE_OPS
 """Operators whose results ``selective`` keeps: products, attention and exchanges. Norms, activations and reorders are
-recomputed."""
+recomputed. Compiled code has its products in buffers of its own, which are not kept."""
+
+COMPILED_VARIANTS = 64
+"""Variants that a part may be compiled in: layers share them, with their windows, lengths, training and generation."""
 
 
 def parallelize(
@@ -77,7 +80,7 @@ def parallelize(
     elif precision.fp8.recipe == Fp8Recipe.deepseek_v3:
         _recompute_up_projections(model)
     if compile:
-        _compile(model)
+        _compile(model, activation_checkpointing)
     if meshes is not None:
         _shard(model, meshes, precision)
     elif (dtype := mixed_precision(precision).param_dtype) is not None:
@@ -143,17 +146,23 @@ def _recompute_up_projections(model: MoETransformer) -> None:
         block.attention.recompute_up_projections = True
 
 
-def _compile(model: MoETransformer) -> None:
+def _compile(model: MoETransformer, mode: ActivationCheckpointing) -> None:
     """Compile the parts of each block that are between exchanges.
 
     A whole block has no single graph: the host reads the sizes of exchanges, and checkpointing wraps the block.
+    ``selective`` keeps results of operators inside compiled code, which knows nothing of it: it must not write other
+    values into their memory.
     """
+    keeps = mode == ActivationCheckpointing.selective
+    options = {"inplace_buffers": False, "allow_buffer_reuse": False} if keeps else None
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_VARIANTS)
     for block in model.blocks:
         ffn = block.ffn
         parts = [ffn.router, ffn.shared_experts] if isinstance(ffn, MoELayer) else [ffn]
         for module in (block.attention, *parts):
             if module is not None:
-                module.compile()
+                module.compile(options=options)
 
 
 def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) -> None:
