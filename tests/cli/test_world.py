@@ -7,8 +7,10 @@ import socket
 from typing import Any
 
 import pytest
+import torch
 
-from moefoundry.cli.train import ALLOCATOR, let_segments_grow
+from moefoundry.cli import train
+from moefoundry.cli.train import ALLOCATOR, choose_allocator
 from moefoundry.cli.world import expand_hosts, join_world
 from moefoundry.config import UserError
 from tests.cli.test_train import Outcome, command_line
@@ -149,13 +151,31 @@ def test_several_processes_without_a_world_are_refused(environment: dict[str, st
 
 
 @pytest.mark.parametrize("name", ALLOCATOR)
-def test_segments_of_gpu_memory_grow_unless_the_environment_says_otherwise(name: str) -> None:
+def test_an_environment_may_have_other_options_of_the_allocator(name: str) -> None:
+    environment = {name: "max_split_size_mb:512"}
+    choose_allocator(environment)
+    assert environment == {name: "max_split_size_mb:512"}
+
+
+@pytest.mark.parametrize(
+    ("release", "options"),
+    [
+        ("2.11.0+cu130", "expandable_segments:True"),
+        ("2.14.1", "expandable_segments:True,pinned_max_round_threshold_mb:16"),
+    ],
+)
+def test_segments_of_gpu_memory_grow_and_page_locked_memory_is_not_rounded(
+    release: str, options: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "version", lambda package: release)
     environment = {"PATH": "/bin"}
-    let_segments_grow(environment)
-    assert environment == {"PATH": "/bin", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    chosen = {name: "max_split_size_mb:512"}
-    let_segments_grow(environment := dict(chosen))
-    assert environment == chosen
+    choose_allocator(environment)
+    assert environment == {"PATH": "/bin", "PYTORCH_ALLOC_CONF": options}
+
+
+def test_this_torch_knows_the_options_of_the_allocator() -> None:
+    choose_allocator(environment := {})
+    assert torch._C._accelerator_setAllocatorSettings(environment["PYTORCH_ALLOC_CONF"]) is None
 
 
 def as_tasks_of_srun(port: int, arguments: list[str]) -> Outcome:

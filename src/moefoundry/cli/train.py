@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import MutableMapping
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 QUIET = ("log_to_console=false", "progress_bar=false")
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Variables that torch reads its allocator's options from; the second is an older name."""
+"""Variables that torch reads its allocators' options from; the second is an older name."""
+
+ROUNDED_MB = 16
+"""Size up to which page-locked tensors are rounded up, to be used again for others."""
 
 
 @click.command("train", context_settings=RECIPE_COMMAND)
@@ -48,7 +52,7 @@ def command(arguments: list[str], allow_code_paths: bool, quiet: bool, wait: flo
     from moefoundry.config.errors import EXIT_USER_ERROR
     from moefoundry.llm_foundry.recipe import read_foundry_recipe
 
-    let_segments_grow(os.environ)
+    choose_allocator(os.environ)
     path, overrides = split_arguments([*arguments, *(QUIET if quiet else ())])
     try:
         world_size = join_world(os.environ)
@@ -94,14 +98,18 @@ def _train_foundry(recipe: FoundryRecipe, world_size: int, allow_code_paths: boo
     return 0
 
 
-def let_segments_grow(environment: MutableMapping[str, str]) -> None:
-    """Ask for expandable segments of GPU memory, unless the environment has options of the allocator.
+def choose_allocator(environment: MutableMapping[str, str]) -> None:
+    """Set options of torch's allocators, unless the environment has some.
 
-    An expert's rows are as many as come, others in each layer and step; segments of fixed sizes would leave gaps. torch
-    reads the variable when it is imported, or later.
+    Segments of GPU memory can grow: an expert's rows are as many as come, others in each layer and step; segments of
+    fixed sizes would leave gaps. Large tensors in page-locked memory of the host, which saves and averages copy to, have
+    their own size; torch would round it up to a power of two. torch reads the variable when it is imported, or later.
     """
-    if not any(name in environment for name in ALLOCATOR):
-        environment[ALLOCATOR[0]] = "expandable_segments:True"
+    if any(name in environment for name in ALLOCATOR):
+        return
+    torch = tuple(map(int, version("torch").split(".")[:2]))
+    rounding = f",pinned_max_round_threshold_mb:{ROUNDED_MB}" if torch >= (2, 14) else ""
+    environment[ALLOCATOR[0]] = f"expandable_segments:True{rounding}"
 
 
 def _rank(name: str = "RANK") -> int:
