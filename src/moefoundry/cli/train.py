@@ -102,8 +102,8 @@ def choose_allocator(environment: MutableMapping[str, str]) -> None:
     """Set options of torch's allocators, unless the environment has some.
 
     Segments of GPU memory can grow: an expert's rows are as many as come, others in each layer and step; segments of
-    fixed sizes would leave gaps. Large tensors in page-locked memory of the host, which saves and averages copy to, have
-    their own size; torch would round it up to a power of two. torch reads the variable when it is imported, or later.
+    fixed sizes would leave gaps. Large tensors in page-locked memory, which saves and averages copy to, keep their own
+    size; torch would round it up to a power of two. torch reads the variable when it is imported, or later.
     """
     if any(name in environment for name in ALLOCATOR):
         return
