@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moefoundry.config import Recipe, load_recipe
+from moefoundry.config.making import make_part
 from moefoundry.planning.plan import make_plan, micro_batches
 from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
@@ -57,7 +58,11 @@ def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[st
                 begin_micro_batch(model, index == len(batches))
                 tokens = torch.randint(0, 61, (sequences, SEQUENCE))
                 model(tokens, tokens).total.backward()
-        counts.append({key: (counted.calls[key], sent) for key, sent in counted.sent.items()})
+        optimizer = make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe)
+        with SentBytes(meshes, of_optimizer=True) as of_update:
+            optimizer.step()
+        calls, sent = counted.calls + of_update.calls, counted.sent + of_update.sent
+        counts.append({key: (number, sent[key]) for key, number in calls.items()})
     return counts
 
 
@@ -164,6 +169,26 @@ def test_weights_of_fp8_products_are_gathered_in_half_of_the_bytes():
     scales = 2 * 2 * 3 * 2  # both gathers of two layers, three weights of two experts each with one block
     assert narrow["all_gather", "expert_shard"] == wide["all_gather", "expert_shard"] // 2 + scales
     assert narrow["all_gather", "shard"] < wide["all_gather", "shard"]
+
+
+MUON, FEW_EXPERTS = "optimizer.name=muon", "model.moe={num_experts: 2, top_k: 2}"
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [(1, 4, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((1, 4, 1), (2, 2, 2), (1, 4, 4)))],
+    ids=str,
+)
+def test_muon_exchanges_rows_of_matrices_once_a_step(mesh):
+    """Of dense weights, and of experts that are fewer than the ranks that share them; the batch has two parts."""
+    few = [recipe_of(mesh, MUON, FEW_EXPERTS)] if mesh[2] <= 2 else []
+    recipes = [recipe_of(mesh, MUON, "model.mtp.depth=1", sequences=2), *few]
+    check(recipes)
+    axes = [
+        {entry.axis for entry in make_plan(recipe, 4).traffic if entry.collective == "all_to_all"} for recipe in recipes
+    ]
+    assert ["shard" in found for found in axes] == [mesh[1] > 1] * len(axes)
+    assert ["expert_shard" in found for found in axes] == [False, mesh == (1, 4, 2)][: len(axes)]
 
 
 def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]:
