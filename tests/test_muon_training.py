@@ -97,7 +97,7 @@ def test_training_changes_every_parameter() -> None:
 
 
 def test_in_fp32_meshes_differ_by_what_rounding_to_bf16_does() -> None:
-    """A sum in another order is rounded to another BF16 number now and then. Measured: 8e-6 of losses, 0.8% of weights."""
+    """Sums in another order are at times rounded to other BF16 numbers; measured 8e-6 of losses, 0.8% of weights."""
     (outcome,) = run_distributed(train_all, 2, [((1, 2, 2, None), 6, PLAIN)])[0]
     expected = single_process(6, PLAIN)
     torch.testing.assert_close(outcome.losses, expected.losses, rtol=1e-4, atol=0)
