@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefoundry import muon
 from moefoundry.config import MuonConfig
 from moefoundry.model.transformer import MoETransformer
 from moefoundry.muon import Muon, build_muon
+from moefoundry.ops import newton_schulz
 from moefoundry.ops.matrices import orthogonalization_flops
 from moefoundry.ops.newton_schulz import orthogonalize
 from moefoundry.optim import ShardAdamW
@@ -87,6 +89,55 @@ def test_a_matrix_has_the_same_bits_in_stacks_of_any_size(shape: tuple[int, int,
     stack = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     for size in (1, 2, 5):
         assert torch.equal(torch.cat([orthogonalize(part) for part in stack.split(size)]), orthogonalize(stack)), size
+
+
+@pytest.mark.parametrize("shape", [(6, 16, 32), (5, 33, 7)], ids=str)
+def test_products_of_stacks_are_those_of_matrices(shape: tuple[int, int, int]) -> None:
+    """They are taken on GPUs."""
+    stack = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    torch.testing.assert_close(newton_schulz._iterate(stack, torch.baddbmm), orthogonalize(stack), rtol=0, atol=0.01)
+
+
+@pytest.mark.gpu
+def test_a_gpu_computes_what_a_cpu_does_and_its_host_does_not_wait() -> None:
+    there, here = (
+        {n: nn.Parameter(p.detach().to(device)) for n, p in weights(MATRICES | OTHERS).items()}
+        for device in ("cuda", "cpu")
+    )
+    optimizers = muon_of(there), muon_of(here)
+    for _ in train(optimizers[1], here):
+        for name, parameter in here.items():
+            there[name].grad = None if parameter.grad is None else parameter.grad.cuda()
+        for mine, theirs in zip(optimizers[0].param_groups, optimizers[1].param_groups, strict=True):
+            mine["lr"] = theirs["lr"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizers[0].step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for name, parameter in here.items():
+        torch.testing.assert_close(there[name].cpu(), parameter, rtol=0, atol=1e-3)
+
+
+class _ReadByHost(TorchDispatchMode):
+    """Counts values of tensors that the host reads."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_reads_no_value() -> None:
+    parameters = weights(MATRICES)
+    optimizer = muon_of(parameters)
+    with _ReadByHost() as read:
+        for _ in train(optimizer, parameters, steps=2):
+            pass
+        assert read.count == 0
+        torch.ones(()).item()
+    assert read.count == 1
 
 
 def test_flops_are_those_of_its_products() -> None:
