@@ -52,7 +52,7 @@ def build_muon(model: nn.Module, cfg: MuonConfig) -> Muon:
     matrices = {name: parameter for name, parameter in decayed.items() if is_matrix(name, parameter.shape)}
     others = [parameter for name, parameter in decayed.items() if name not in matrices]
     groups = [
-        *groups_of(matrices.values(), cfg.weight_decay, **{MOMENTUM: cfg.momentum}),
+        *groups_of(matrices.values(), cfg.weight_decay, momentum=cfg.momentum),
         *groups_of(others, cfg.weight_decay),
         *groups_of(plain.values(), 0.0),
     ]
