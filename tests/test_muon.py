@@ -298,6 +298,28 @@ def test_every_mesh_computes_the_same_bits(shape: tuple[int, ...], placements: d
             assert all(map(torch.equal, found[name], tensors)), name
 
 
+def peak_of_a_step(shape: tuple[int, int]) -> float:
+    """The most bytes that a step has beside state and gradients, for each element of one of its equal matrices."""
+    mesh = init_device_mesh("cpu", (2,))
+    drawn = torch.ones(shape).normal_()
+    parameters = {f"{i}": nn.Parameter(distribute_tensor(drawn, mesh, [Shard(0)])) for i in range(10)}
+    group = {"params": list(parameters.values()), "weight_decay": 0.1, "momentum": 0.95}
+    optimizer = Muon([group], 0.1, BETAS, EPS)
+    for parameter in parameters.values():
+        parameter.grad = distribute_tensor(drawn, mesh, [Shard(0)])
+    optimizer.step()  # allocates the state
+    held = [t for p in parameters.values() for t in (p, p.grad, optimizer.state[p]["momentum_buffer"]) if t is not None]
+    with PeakMemory([tensor.to_local() for tensor in held]) as memory:
+        optimizer.step()
+    return memory.peak / torch.Size(shape).numel()
+
+
+@pytest.mark.parametrize("shape", [(128, 128), (64, 256)], ids=str)
+def test_a_step_has_few_matrices_at_a_time(shape: tuple[int, int]) -> None:
+    """Five exchanges, of which three are under way."""
+    assert max(run_distributed(peak_of_a_step, 2, shape)) <= 16
+
+
 def order_of_work() -> list[str]:
     """What this rank starts, waits for and computes in a step."""
     work: list[str] = []

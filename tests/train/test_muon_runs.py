@@ -73,6 +73,7 @@ def whole_state(recipe: Recipe) -> dict[str, torch.Tensor]:
     return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
 
 
+@pytest.mark.slow
 def test_state_goes_to_a_mesh_that_has_parts_of_experts(tiny_recipe: Tiny, tmp_path: Path, shared: Run) -> None:
     """And the same to one rank."""
     few = ("model.moe.num_experts=2", "mesh={replicate: 1, shard: 4, expert: 2}", "device_train_microbatch_size=1")
@@ -85,12 +86,17 @@ def test_state_goes_to_a_mesh_that_has_parts_of_experts(tiny_recipe: Tiny, tmp_p
     assert all(torch.equal(of_four[name], tensor) for name, tensor in of_one.items())
 
 
-def test_it_goes_with_clipping_fp8_and_narrow_copies(tiny_recipe: Tiny, tmp_path: Path) -> None:
-    fp8 = "precision={compute: bf16, fp8: {recipe: deepseek_v3, fsdp_all_gather: true}}"
-    clipped = "algorithms.gradient_clipping.clipping_threshold=0.1"
-    for name, ranks, keys in (("fp8", 2, (EXPERTS, fp8, clipped)), ("copies", 1, ("precision.compute=bf16",))):
-        losses = run_recipe(tiny_recipe(tmp_path / name, *STEPS, *keys), ranks).column(LOSS)
-        assert losses[6] < 0.98 * losses[1], name
+FP8 = ("precision={compute: bf16, fp8: {recipe: deepseek_v3, fsdp_all_gather: true}}", EXPERTS)
+CLIPPED = "algorithms.gradient_clipping.clipping_threshold=0.1"
+NARROW_COPIES = pytest.param(1, ("precision.compute=bf16",), marks=pytest.mark.slow, id="narrow-copies")
+
+
+@pytest.mark.parametrize(("ranks", "keys"), [pytest.param(2, (*FP8, CLIPPED), id="fp8-clipped"), NARROW_COPIES])
+def test_it_changes_weights_of_which_there_are_copies(
+    tiny_recipe: Tiny, tmp_path: Path, ranks: int, keys: tuple[str, ...]
+) -> None:
+    losses = run_recipe(tiny_recipe(tmp_path, *STEPS, *keys), ranks).column(LOSS)
+    assert losses[6] < 0.98 * losses[1]
 
 
 def test_it_trains_adapters(tiny_recipe: Tiny, tmp_path: Path, shared: Run) -> None:
