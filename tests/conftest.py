@@ -60,9 +60,13 @@ TINY = (
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The server's imports run beside the tests that need no ranks; what is imported here is no garbage."""
+    """The server's imports run beside the tests that need no ranks; what is imported here is no garbage.
+
+    Tests of a GPU have no ranks, so that where they run alone there is no server.
+    """
     gc.freeze()
-    if session.items and not session.config.option.collectonly and "tests.distributed" in sys.modules:
+    for_cpu = any(item.get_closest_marker("gpu") is None for item in session.items)
+    if for_cpu and not session.config.option.collectonly and "tests.distributed" in sys.modules:
         sys.modules["tests.distributed"].start_server()
 
 

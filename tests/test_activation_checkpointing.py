@@ -236,6 +236,20 @@ def test_logits_without_grad_are_the_same(mode: str) -> None:
         assert torch.equal(model(mode)(batch()), model("none")(batch()))
 
 
+def test_a_recomputation_that_comes_to_other_sizes_fails() -> None:
+    """Rows would go to wrong experts, without an error."""
+    sizes = iter([torch.tensor([3, 5]), torch.tensor([4, 4])])
+
+    def block(x: Tensor) -> Tensor:
+        first, _ = on_the_host(next(sizes))
+        return (x * first).sin()
+
+    x = torch.ones(3, requires_grad=True)
+    out = checkpoint(block, x, use_reentrant=False, context_fn=keeping_nothing)
+    with pytest.raises(RuntimeError, match="a recomputed block routes its tokens otherwise than before"):
+        out.sum().backward()
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_the_host_has_read_is_not_read_again(nested: bool) -> None:
     """Also of a region inside a region, which notes for both."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ MODES = ["none", "selective", "full"]
 
 
 def step(
-    mode: str, backend: str | None, sharded: bool = False, lora: LoraConfig | None = None
+    mode: str, backend: str | None, sharded: bool = False, lora: LoraConfig | None = None, sinks: bool = False
 ) -> tuple[Tensor, dict[str, Tensor], int]:
     """The loss and gradients of a step, and how many modules have been compiled by ``backend``."""
     from torch.distributed.tensor import DTensor
@@ -26,7 +27,9 @@ def step(
     from moefoundry.parallel import materialize, parallelize
 
     meshes = build_meshes(resolve_degrees(MeshConfig(1, 2, 2), 2), "cpu") if sharded else None
-    model = meta_model(tiny_config())
+    cfg = tiny_config()
+    cfg.attention = replace(cfg.attention, sinks=sinks)
+    model = meta_model(cfg)
     if lora is not None:
         apply_lora(model, lora)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,8 +63,10 @@ def assert_same(step: tuple[Tensor, dict[str, Tensor], int], eager: tuple[Tensor
         assert error <= 1e-5, f"{name}: {error:.1e}"
 
 
-def compare(mode: str, backend: str, sharded: bool = False, lora: LoraConfig | None = None) -> None:
-    assert_same(step(mode, backend, sharded, lora), step(mode, None, sharded, lora))
+def compare(
+    mode: str, backend: str, sharded: bool = False, lora: LoraConfig | None = None, sinks: bool = False
+) -> None:
+    assert_same(step(mode, backend, sharded, lora, sinks), step(mode, None, sharded, lora, sinks))
 
 
 @pytest.mark.parametrize(
@@ -85,19 +90,27 @@ def test_compiled_parts_with_adapters_compute_the_same(sharded: bool) -> None:
 
 def graphs_of_parts() -> dict[str, list[tuple[int, int]]]:
     """Graphs of each compiled part, and breaks between them."""
-    from moefoundry.config import MlaConfig
+    from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig, QkNorm
     from moefoundry.model.context import Documents, attention_contexts
     from tests.model.tiny import tiny_model, use_attention
 
     found: dict[str, list[tuple[int, int]]] = {}
-    for attention in (None, MlaConfig(n_heads=4, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)):
+    mla = MlaConfig(n_heads=4, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
+    gqa = GqaConfig(n_heads=4, n_kv_heads=2, qk_norm=QkNorm.head)
+    kinds: list[tuple[AttentionConfig, torch.dtype]] = [
+        (gqa, torch.float32),
+        (gqa, torch.bfloat16),
+        (mla, torch.float32),
+        (mla, torch.bfloat16),
+    ]
+    for attention, dtype in kinds:
         cfg, ids = tiny_config(n_layers=2), batch()
-        if attention is not None:
-            use_attention(cfg, attention)
-        model = tiny_model(cfg)
+        use_attention(cfg, attention)
+        model = tiny_model(cfg).to(dtype)
         dense, sparse = model.layers
         x_BSD = model.embed_tokens(ids)
-        context = attention_contexts(cfg, [dense.kind], ids, Documents(torch.zeros_like(ids)))[dense.kind]
+        documents = Documents(torch.zeros_like(ids))
+        context = attention_contexts(cfg, [dense.kind], ids, documents, dtype=dtype)[dense.kind]
         parts = {"attention": (dense.attention, context), "dense": (dense.ffn,), "router": (sparse.ffn.router,)}
         for name, (part, *inputs) in parts.items():
             torch._dynamo.reset()
@@ -108,7 +121,7 @@ def graphs_of_parts() -> dict[str, list[tuple[int, int]]]:
 
 def test_each_compiled_part_is_one_graph() -> None:
     [found] = run_distributed(graphs_of_parts, 1)
-    assert found == dict.fromkeys(["attention", "dense", "router"], [(1, 0)] * 2)
+    assert found == dict.fromkeys(["attention", "dense", "router"], [(1, 0)] * 4)
 
 
 def whole_layer() -> None:
@@ -144,3 +157,8 @@ def test_a_layer_of_experts_is_one_graph() -> None:
 @pytest.mark.slow
 def test_kernels_of_the_default_compiler_compute_the_same() -> None:
     run_distributed(compare, 1, "none", "inductor", timeout=280.0)
+
+
+def test_the_default_compiler_leaves_what_is_kept_as_it_is() -> None:
+    """With sinks, attention's result is scaled in place, if nothing else in the compiled code reads it."""
+    run_distributed(compare, 1, "selective", "inductor", False, None, True, timeout=280.0)

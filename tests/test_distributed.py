@@ -5,11 +5,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.conftest import pytest_collection_finish
 from tests.distributed import RankError, captured_output, run_distributed
 
 
@@ -88,3 +91,14 @@ def speak() -> list[str]:
 
 def test_output_is_captured_below_python() -> None:
     assert run_distributed(speak, 1) == [["to a person\n", "from a library\nand again\n"]]
+
+
+@pytest.mark.parametrize(("marks", "starts"), [(["gpu", "gpu"], 0), (["gpu", None], 1), ([], 0)])
+def test_tests_of_a_gpu_alone_start_no_server(
+    marks: list[str | None], starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = mock.Mock()
+    monkeypatch.setitem(sys.modules, "tests.distributed", module)
+    items = [SimpleNamespace(get_closest_marker={mark: mark}.get) for mark in marks]
+    pytest_collection_finish(mock.Mock(items=items, **{"config.option.collectonly": False}))
+    assert module.start_server.call_count == starts

@@ -84,6 +84,14 @@ def test_a_global_batch_without_targets_has_losses_and_gradients_of_zero() -> No
     assert not [name for name, gradient in gradients.items() if gradient.count_nonzero()]
 
 
+def test_what_a_batch_on_the_host_has_is_counted_for_the_models_device() -> None:
+    """Composer moves micro-batches to a GPU, not the batch that a step begins with; NCCL takes no tensor of a CPU."""
+    model = ComposerMoECausalLM(meta_model(load_model(TINY)))
+    whole = with_counts(batch() | {"sequence_id": torch.zeros(2, 16, dtype=torch.int64)})
+    CountTargets().batch_start(SimpleNamespace(batch=whole, model=model), None)
+    assert model.targets_per_sample.device.type == model.model.tokens_per_sample.device.type == "meta"
+
+
 def test_tokens_that_are_predicted_leave_out_the_first_and_the_ignored() -> None:
     labels = torch.tensor([[1, 2, -100, 4], [5, -100, -100, 8]])
     counts = count_tokens(with_counts({"input_ids": torch.zeros(2, 4, dtype=torch.int64), "labels": labels}))

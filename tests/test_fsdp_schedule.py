@@ -39,6 +39,7 @@ def events_of_a_step() -> tuple[list[Event], list[tuple[str, list[str]]]]:
     events: list[Event] = []
     under_way: list[tuple[str, list[str]]] = []
     reducing: list[str] = []
+    called: list[Any] = []
 
     def recorded(name: str, before: Callable[[Any], None], after: Callable[[Any], None] = lambda group: None) -> None:
         method = getattr(FSDPParamGroup, name)
@@ -52,7 +53,10 @@ def events_of_a_step() -> tuple[list[Event], list[tuple[str, list[str]]]]:
         setattr(FSDPParamGroup, name, wrapped)
 
     def begins(group: Any) -> None:
-        if group._all_gather_result is None and not group.is_unsharded:
+        called.append(group._all_gather_result)
+
+    def has_begun(group: Any) -> None:
+        if called.pop() is None and group._all_gather_result is not None:
             events.append(("gather", group._module_fqn))
 
     def waits(group: Any) -> None:
@@ -64,7 +68,7 @@ def events_of_a_step() -> tuple[list[Event], list[tuple[str, list[str]]]]:
         count = len(getattr(group.comm_ctx, "reduce_scatter_states", [None]))  # torch before 2.14 has one
         under_way.append((group._module_fqn, reducing[-count:]))
 
-    recorded("unshard", begins)
+    recorded("unshard", begins, has_begun)
     recorded("wait_for_unshard", waits)
     recorded("post_backward", lambda group: None, reduced)
     recipe = load_recipe(QUICKSTART, CHANGES, WORLD)
@@ -102,8 +106,8 @@ def test_units_are_gathered_while_others_compute(step: tuple[list[Event], Any]) 
     }, "the model has other units than this test is about"
     further = [unit for unit in late(forward) if unit.startswith("mtp")]
     assert further, "in the forward pass those of multi-token prediction are not gathered ahead: an evaluation has none"
-    beside_the_embedding = [unit for unit in late(forward) if unit not in further]
-    assert beside_the_embedding == ["", "layers.0"]
+    assert [unit for unit in late(forward) if unit not in further] == ["", "embed_tokens"]
+    assert "embed_tokens" not in gathered, "its gradient does not need it"
     assert late(backward) == ["mtp.0"], "it has the losses beside, and its parts have it"
 
 

@@ -19,13 +19,13 @@ def run(figures: Figures, options: Options) -> None:
         return
     figures.run("quantizers", quantizers)
     for shape in fp8.SHAPES:
-        figures.run(f"experts {shape}", experts, shape)
+        figures.run(f"experts {shape}", experts, shape, kind="experts")
     for layer_shape in SHAPES:
         for precision in ("fp8", "fp8 by DeepGEMM"):
             case = Case(layer_shape, "grouped_mm", ROUTERS[0], precision)
-            figures.run(f"layer {case}", measure, case, options)
+            figures.run(f"layer {case}", measure, case, options, kind=f"layers in {precision}")
     for shape in fp8.SHAPES:
-        figures.run(f"products {shape}", products, shape)
+        figures.run(f"products {shape}", products, shape, kind="products")
 
 
 def quantizers(part: Part) -> None:

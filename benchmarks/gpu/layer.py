@@ -82,30 +82,33 @@ class Case(NamedTuple):
     fused: bool = False
 
     def __str__(self) -> str:
-        kernels = ", fused kernels" if self.fused else ""
-        return f"{self.shape}, {self.router} router, {self.backend}, {self.precision}{kernels}"
+        return f"{self.shape}, {self.router} router, {self.backend}, {self.precision}{self._with_fused}"
+
+    @property
+    def kind(self) -> str:
+        """Whose kernels run."""
+        return self.backend + self._with_fused
+
+    @property
+    def _with_fused(self) -> str:
+        return ", fused kernels" if self.fused else ""
 
 
 def run(figures: Figures, options: Options) -> None:
     """Every shape, router and backend; the oracle at one shape only."""
     shapes, precision = (TINY, "fp32") if options.device == "cpu" else (SHAPES, "bf16")
-    backends = available_backends()
+    cases = []
     for shape in shapes:
-        for router in ROUTERS:
-            for backend in backends:
-                case = Case(shape, backend, router, precision)
-                figures.run(str(case), measure, case, options)
-        fused = Case(shape, "triton", "real", precision, fused=True)
-        figures.run(str(fused), measure, fused, options)
-    oracle = Case(shapes[0], "loop", ROUTERS[0], precision)
-    figures.run(str(oracle), measure, oracle, options)
+        cases += [Case(shape, backend, router, precision) for router in ROUTERS for backend in available_backends()]
+        cases.append(Case(shape, "triton", "real", precision, fused=True))
+    for case in (*cases, Case(shapes[0], "loop", ROUTERS[0], precision)):
+        figures.run(str(case), measure, case, options, kind=case.kind)
 
 
 def available_backends() -> list[str]:
-    """Backends that a recipe may name, without the oracle."""
-    return [
-        backend for backend in TABLES["mixture_backends"].names() if backend not in ("loop", "auto")
-    ]  # auto is one of the others
+    """Backends that a recipe may name, torch's own first; not the oracle, nor ``auto``, which is one of the others."""
+    names = [name for name in TABLES["mixture_backends"].names() if name not in ("loop", "auto")]
+    return sorted(names, key=lambda name: name != "grouped_mm")
 
 
 def measure(part: Part, case: Case, options: Options) -> None:

@@ -75,7 +75,7 @@ def gate_product(part: Part, options: Options) -> None:
 
 def measured_peak(options: Options) -> float | None:
     """TFLOP/s of the BF16 product of this run; None if it was not measured."""
-    path = options.out / "machine.json"
-    parts = json.loads(path.read_text()) if path.exists() else {}
-    peak: float | None = parts.get(PEAK_PART, {}).get("tflops")
+    path = options.out / "gpu.json"
+    steps = json.loads(path.read_text())["steps"] if path.exists() else {}
+    peak: float | None = steps.get("machine", {}).get("parts", {}).get(PEAK_PART, {}).get("tflops")
     return peak

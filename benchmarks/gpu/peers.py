@@ -1,7 +1,11 @@
 """The same MoE layer by others, with the same weights and tokens, and a router with random weights.
 
-``transformers`` and moefoundry route by themselves; ``grouped_mm``, Liger and QuACK are given experts and weights, so
-that their times are without a router.
+Two kinds are compared, each among themselves; ``router`` says which a part is, in the table too.
+
+- with a router: moefoundry's layer, which also computes and back-propagates its balance loss and z-loss, and the blocks
+  of transformers, which have no such losses here;
+- without one, given experts and their weights: moefoundry's experts, plain torch, Liger and QuACK. Sorting by expert
+  counts.
 """
 
 from __future__ import annotations
@@ -30,11 +34,14 @@ from benchmarks.gpu.layer import (
     build,
     error,
     forward,
+    kernels_chosen,
     mixture,
     speed,
 )
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import peak_bytes
+from moefoundry.moe.layer import MoELayer
+from moefoundry.ops.permute import order_by_expert, permute, permute_slots, sum_rows
 
 
 class Weights(NamedTuple):
@@ -63,11 +70,35 @@ class Peer(NamedTuple):
         layer: Holds the parameters.
         call: Input [B, S, D] to output of the same shape.
         routed: Experts and weights that it uses.
+        router: It chooses them by itself.
     """
 
     layer: nn.Module
     call: Callable[[Tensor], Tensor]
     routed: tuple[Tensor, Tensor]
+    router: bool = False
+
+
+class Ours(NamedTuple):
+    """A contender of moefoundry.
+
+    Attributes:
+        backend: Of ``model.moe.backend``.
+        fused: With ``fused_kernels: true``.
+        router: The whole layer; otherwise its experts, which are given.
+    """
+
+    backend: str
+    fused: bool = False
+    router: bool = True
+
+    def __str__(self) -> str:
+        return f"moefoundry {self.kind}{'' if self.router else ', experts given'}"
+
+    @property
+    def kind(self) -> str:
+        """Whose kernels run."""
+        return f"{self.backend}{', fused kernels' if self.fused else ''}"
 
 
 def preload() -> None:
@@ -78,31 +109,51 @@ def preload() -> None:
 
 
 def run(figures: Figures, options: Options) -> None:
-    """Every peer at every shape; of moefoundry the backends that the layer step has, for the same minutes."""
+    """Every peer at every shape, between moefoundry's backends, for the same minutes."""
     shapes = TINY if options.device == "cpu" else (*SHAPES[:1], DEEPSEEK_V3, *SHAPES[1:3])
-    backends = available_backends()
     for shape in shapes:
-        for backend in backends:
-            figures.run(f"{shape}, moefoundry {backend}", ours, shape, backend, options)
+        for own in OURS:
+            figures.run(f"{shape}, {own}", ours, shape, own, options, kind=own.kind)
         for name, peer in PEERS.items():
-            figures.run(f"{shape}, {name}", measure, peer, shape, options)
+            figures.run(f"{shape}, {name}", measure, peer, shape, options, kind=name)
+        for backend in available_backends():
+            own = Ours(backend)
+            figures.run(f"{shape}, {own}", ours, shape, own, options, kind=own.kind)
+    for shape in shapes:
+        figures.run(f"{shape}, {TUNED}", measure, quack, shape, options, kind=TUNED)
 
 
 def precision_of(options: Options) -> str:
     return "fp32" if options.device == "cpu" else "bf16"
 
 
-def ours(part: Part, shape: Shape, backend: str, options: Options) -> None:
-    """moefoundry's layer, losses of the router included."""
-    layer, x_BSD, grad_BSD = build(Case(shape, backend, "real", precision_of(options)), options)
-    part.put(**speed(partial(forward, layer), copies_of(x_BSD), grad_BSD, layer, shape, options))
+def ours(part: Part, shape: Shape, own: Ours, options: Options) -> None:
+    """moefoundry's layer, losses of the router included, or its experts alone."""
+    with kernels_chosen(own.fused):
+        layer, x_BSD, grad_BSD = build(Case(shape, own.backend, "real", precision_of(options)), options)
+        call = partial(forward, layer) if own.router else experts_alone(layer, x_BSD)
+        part.put(router=own.router)
+        part.put(**speed(call, copies_of(x_BSD), grad_BSD, layer, shape, options))
+
+
+def experts_alone(layer: MoELayer, x_BSD: Tensor) -> Callable[[Tensor], tuple[Tensor, None]]:
+    """The layer without its router: what the peers compute that are given experts and weights."""
+    with torch.no_grad():
+        routing = layer.router(x_BSD.flatten(0, 1))
+    layer.topk = nn.Parameter(routing.topk_weights)
+
+    def call(x_BSD: Tensor) -> tuple[Tensor, None]:
+        order = order_by_expert(routing.topk_expert_ids, len(layer.experts.down_proj))
+        return layer.experts(x_BSD.flatten(0, 1), layer.topk, order).view_as(x_BSD), None
+
+    return call
 
 
 def measure(part: Part, make: Callable[[Weights], Peer], shape: Shape, options: Options) -> None:
     """Check a peer's output at some tokens, then time it."""
     weights = weights_of(shape, options)
     peer = make(weights)
-    part.put(**check(peer, weights, options))
+    part.put(router=peer.router, **check(peer, weights, options))
     inputs = copies_of(weights.x_BSD)
     part.put(**speed(lambda x: (peer.call(x), None), inputs, weights.grad_BSD, peer.layer, shape, options))
     if options.device == "cuda":
@@ -162,22 +213,22 @@ def bare(weights: Weights, function: Callable[..., Tensor], ids_TK: Tensor) -> P
 
 
 def plain_grouped_mm(weights: Weights) -> Peer:
-    """Sort, gather, two grouped products, gather back, sum: nothing but torch's own functions."""
+    """The best that users of torch alone write: see :func:`grouped_mm_mixture`."""
     return bare(weights, grouped_mm_mixture, weights.ids_TK)
 
 
 def grouped_mm_mixture(x_TD: Tensor, gate_up: Tensor, down: Tensor, ids_TK: Tensor, topk_TK: Tensor) -> Tensor:
-    """[T, D] -> [T, D]."""
-    tokens, top_k = ids_TK.shape
-    sorted_N, order_N = ids_TK.flatten().sort(stable=True)
-    place_N = torch.empty_like(order_N)
-    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    ends_E = torch.searchsorted(sorted_N, torch.arange(len(down), device=order_N.device), right=True).int()
-    rows_ND = x_TD.index_select(0, order_N // top_k)
-    gate_NF, up_NF = F.grouped_mm(rows_ND, gate_up.mT, offs=ends_E).chunk(2, dim=1)
-    hidden_NF = F.silu(gate_NF) * up_NF * topk_TK.flatten().index_select(0, order_N).unsqueeze(1)
-    out_ND = F.grouped_mm(hidden_NF, down.mT, offs=ends_E)
-    return out_ND.index_select(0, place_N).view(tokens, top_k, -1).sum(1)
+    """Sort, gather, two grouped products with gate and up in one, sum: [T, D] -> [T, D].
+
+    All by torch's operators, one after the other, not compiled. Rows are gathered and summed by the functions of
+    ``moefoundry.ops.permute``: ``index_select`` and ``embedding_bag``, each the other's backward pass. Autograd's own
+    for ``index_select`` would be atomic additions in BF16. Transformers' blocks leave it to autograd.
+    """
+    order = order_by_expert(ids_TK, len(down))
+    ends_E = order.tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+    gate_NF, up_NF = F.grouped_mm(permute(x_TD, order), gate_up.mT, offs=ends_E).chunk(2, dim=1)
+    hidden_NF = F.silu(gate_NF) * up_NF * permute_slots(topk_TK, order).unsqueeze(1)
+    return sum_rows(F.grouped_mm(hidden_NF, down.mT, offs=ends_E), order)
 
 
 def liger(weights: Weights) -> Peer:
@@ -254,7 +305,7 @@ def transformers_block(weights: Weights, config: Any, block: Any, hidden_size: s
         parameter.requires_grad_()
     with torch.no_grad():
         _, topk_TK, ids_TK = layer.gate(weights.x_BSD.flatten(0, 1))
-    return Peer(layer, layer, (ids_TK, topk_TK))
+    return Peer(layer, layer, (ids_TK, topk_TK), router=True)
 
 
 def require(package: str, module: str) -> None:
@@ -265,10 +316,18 @@ def require(package: str, module: str) -> None:
         raise NotRunError(f"{package} cannot be imported: {type(error).__name__}: {error}"[:300]) from None
 
 
+OURS = (
+    Ours("grouped_mm"),
+    Ours("grouped_mm", fused=True),
+    Ours("triton", fused=True),
+    Ours("triton", fused=True, router=False),
+)
+"""Before the peers; every backend without fused kernels comes after them."""
 PEERS: dict[str, Callable[[Weights], Peer]] = {
-    "torch grouped_mm": plain_grouped_mm,
+    "torch, grouped_mm between gathers": plain_grouped_mm,
     "transformers OLMoE": olmoe,
     "transformers Qwen3-MoE": qwen3_moe,
     "Liger": liger,
-    "QuACK, forward": quack,
 }
+TUNED = "QuACK, forward"
+"""Comes last: it compiles and times many kernels before its first product."""

@@ -3,6 +3,8 @@
 While a step runs, the next one's process imports what it needs and waits for a line on its standard input: a minute of
 imports, all steps together, that does not count. A step that is stopped or dies keeps its figures; one that died in a
 part is started again for the parts that are left.
+
+A step's figures are in a file of its own until it has ended, and then in the JSON of everything alone.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+from benchmarks import SOURCE
 from benchmarks.gpu.fastest import fastest
-from benchmarks.gpu.figures import write_json
+from benchmarks.gpu.figures import end_running_part, file_of_stacks, parts_ended, parts_of, write_json
 from benchmarks.gpu.gpu_tests import ROOT
 from benchmarks.gpu.steps import Options, Step
 from benchmarks.gpu.table import render
@@ -28,12 +32,11 @@ SHORTEST = 8.0
 """Seconds; with less left, no step is begun."""
 LAST = 4.0
 """Seconds kept for writing the table."""
-ATTEMPTS = 4
 POLL_SECONDS = 2.0
 
 
 class Run:
-    """All steps of one command.
+    """All steps of one command, beside what an earlier command for the same device left of others in the directory.
 
     Args:
         options: Passed on to the steps.
@@ -48,29 +51,31 @@ class Run:
             "limit_seconds": limit,
             "device": options.device,
             "tiny": options.tiny,
-            "steps": {step.name: {"state": "not run", "reason": "the run ended before it"} for step in steps},
         }
+        asked = {step.name: {"state": "not run", "reason": "the run ended before it"} for step in steps}
+        self.record["steps"] = self._earlier() | asked
         self._waiting: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self) -> None:
         """Run every step for which there is time; whatever happens, write the JSON and the table."""
         signal.signal(signal.SIGTERM, _exit)
+        for step in self.steps:
+            self._remove_files(step)
         try:
             self._prepare(self.steps[0])
             for step, following in zip(self.steps, [*self.steps[1:], None], strict=True):
                 self._run_step(step, following)
         finally:
             for process in self._waiting.values():
-                _stop(process)
+                stop(process)
             self.write()
             print((self.options.out / "table.md").read_text(), flush=True)
 
     def write(self) -> None:
         """``gpu.json`` with all figures so far, ``fastest.json`` for the package, and ``table.md``."""
         for step in self.steps:
-            path = self.options.out / f"{step.name}.json"
-            if path.exists():
-                self.record["steps"][step.name]["parts"] = json.loads(path.read_text())
+            if parts := parts_of(self._path(step)):
+                self.record["steps"][step.name]["parts"] = parts
         versions = self.record["steps"].get("machine", {}).get("parts", {}).get("versions")
         if versions:
             self.record["versions"] = versions
@@ -84,28 +89,28 @@ class Run:
         if left < SHORTEST:
             entry["reason"] = f"no time: {max(left, 0):.0f} of {self.record['limit_seconds']:.0f} s left"
             return
-        (self.options.out / f"{step.name}.json").unlink(missing_ok=True)
         start = time.monotonic()
         limit = min(step.seconds, left)
         entry.pop("reason", None)
-        for attempt in range(ATTEMPTS):
+        for attempt in count():
             self._prepare(step)
             process = self._waiting.pop(step.name)
             if attempt == 0 and following is not None:
                 self._prepare(following)
             entry.update(state="running", limit_seconds=round(limit, 1), attempts=attempt + 1)
-            before = self._parts_ended(step)
+            before = parts_ended(self._path(step))
             code = self._wait(process, start + limit)
             entry["seconds"] = round(time.monotonic() - start, 1)
             if code == 0:
                 entry["state"] = "done"
                 break
             entry["state"] = "stopped at its limit" if code is None else f"ended with exit code {code}"
-            self._end_running_part(step, entry["state"])
-            if code is None or self._parts_ended(step) == before:
+            end_running_part(self._path(step), entry["state"] if code is None else f"the step {entry['state']}")
+            if code is None or parts_ended(self._path(step)) == before:
                 break
         print(f"== {step.name}: {entry['state']}, {entry['seconds']} s", flush=True)
         self.write()
+        self._remove_files(step)
 
     def _prepare(self, step: Step) -> None:
         """Start a step's process; it waits for its line."""
@@ -113,7 +118,7 @@ class Run:
             return
         command = [sys.executable, "-m", "benchmarks.gpu", "--step", step.name, "--out", str(self.options.out)]
         command += ["--device", self.options.device] + ["--tiny"] * self.options.tiny
-        paths = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        paths = os.pathsep.join([SOURCE, *filter(None, [os.environ.get("PYTHONPATH")])])  # for processes of the tests
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
         self._waiting[step.name] = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, start_new_session=True
@@ -133,33 +138,33 @@ class Run:
                     self.write()
             return None
         finally:
-            _stop(process)
+            stop(process)
 
-    def _parts_ended(self, step: Step) -> int:
-        path = self.options.out / f"{step.name}.json"
-        parts = json.loads(path.read_text()) if path.exists() else {}
-        return sum(part["state"] != "running" for part in parts.values())
+    def _earlier(self) -> dict[str, Any]:
+        """Steps of an earlier command."""
+        path = self.options.out / "gpu.json"
+        found = json.loads(path.read_text()) if path.exists() else {}
+        same = all(found.get(key) == self.record[key] for key in ("device", "tiny"))
+        return found["steps"] if same else {}
 
-    def _end_running_part(self, step: Step, why: str) -> None:
-        """Say of the part that was running that the step ended in it; it is not tried again."""
-        path = self.options.out / f"{step.name}.json"
-        parts = json.loads(path.read_text()) if path.exists() else {}
-        for part in parts.values():
-            if part["state"] == "running":
-                part.update(state="failed", error=f"the step {why}" if why.startswith("ended") else why)
-        if parts:
-            write_json(path, parts)
+    def _path(self, step: Step) -> Path:
+        return self.options.out / f"{step.name}.json"
+
+    def _remove_files(self, step: Step) -> None:
+        for path in (self._path(step), file_of_stacks(self._path(step))):
+            path.unlink(missing_ok=True)
 
 
 def _exit(signum: int, frame: Any) -> None:
     sys.exit(128 + signum)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process with everything that it started."""
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process with everything that it started; one that waits for a device's driver may take its time."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(LAST / 2)
 
 
 def child(step: Step, options: Options) -> None:
@@ -168,4 +173,4 @@ def child(step: Step, options: Options) -> None:
 
     function = step.load()
     sys.stdin.readline()
-    function(Figures(Path(options.out, f"{step.name}.json")), options)
+    function(Figures(Path(options.out, f"{step.name}.json"), step.part_seconds), options)

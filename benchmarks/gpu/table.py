@@ -7,6 +7,9 @@ from typing import Any
 
 Json = dict[str, Any]
 
+NO_FIGURES = {"state", "reason", "error", "where", "kind", "lost"}
+"""Keys of a part that say how it went."""
+
 
 def render(records: Sequence[Json]) -> str:
     """The page of one or more runs."""
@@ -41,7 +44,7 @@ def _run(record: Json) -> Iterator[str]:
 
 
 def _has_figures(figures: Json) -> bool:
-    return bool(set(figures) - {"state", "reason", "error", "where"})
+    return bool(set(figures) - NO_FIGURES)
 
 
 def _not_run(record: Json) -> Iterator[str]:
@@ -108,6 +111,15 @@ def _layers(parts: dict[str, Json]) -> Iterator[str]:
     yield from _table((*head, "error of the output", "of dX", "busiest expert over mean", "host syncs"), rows)
 
 
+def _peers(parts: dict[str, Json]) -> Iterator[str]:
+    """Those with a router, then those that are given experts."""
+    for router, title in ((True, "With a router:"), (False, "Given experts and their weights, without a router:")):
+        if not router:
+            yield ""
+        yield from (title, "")
+        yield from _layers({name: figures for name, figures in parts.items() if figures.get("router") == router})
+
+
 def _training(parts: dict[str, Json]) -> Iterator[str]:
     head = ("model", "tokens/s", "TFLOP/s", "MFU", "MFU of 989", "ms a step", "forward / backward / optimizer, ms")
     rows = [
@@ -133,15 +145,36 @@ def _attention(parts: dict[str, Json]) -> Iterator[str]:
     yield from _table(head, [(name, *(figures.get(key) for key in keys)) for name, figures in parts.items()])
 
 
+def _router(parts: dict[str, Json]) -> Iterator[str]:
+    yield "Device: microseconds of all kernels. Events: milliseconds between two, where the host may be what is slow."
+    yield ""
+    calls = ("forward", "both", "order")
+    head = [f"{call}, {unit}" for unit in ("device", "events") for call in calls]
+    rows = [
+        (
+            name,
+            *(figures.get(call, {}).get(key) for key in ("device_us", "ms") for call in calls),
+            figures.get("same_ids"),
+            figures.get("same_order"),
+            figures.get("logits_error"),
+            figures.get("tokens_gradient_error"),
+            _syncs(figures),
+        )
+        for name, figures in parts.items()
+    ]
+    checks = ("same ids", "same order", "error of logits", "of dX", "host syncs")
+    yield from _table(("part", *head, *checks), rows)
+
+
 def _plain(parts: dict[str, Json]) -> Iterator[str]:
     """Any figures: name and value, without lists of times."""
     rows = []
     for name, figures in parts.items():
         for key, value in figures.items():
-            if key in ("state", "runs_ms", "kernels_us", "where", "wrong"):
+            if key in (*NO_FIGURES, "runs_ms", "kernels_us", "wrong"):
                 continue
             if isinstance(value, dict):
-                value = "; ".join(f"{k}: {v}" for k, v in value.items() if k != "runs_ms")
+                value = "; ".join(f"{k}: {v}" for k, v in value.items() if k not in ("runs_ms", "kernels_us"))
             rows.append((name, key, value))
     yield from _table(("part", "figure", "value"), rows)
 
@@ -159,9 +192,10 @@ def _mixed(parts: dict[str, Json]) -> Iterator[str]:
 
 TABLES = {
     "layer": _layers,
-    "peers": _layers,
+    "peers": _peers,
     "train": _training,
     "train_fp8": _training,
+    "router": _router,
     "attention": _attention,
     "fp8": _mixed,
 }

@@ -93,19 +93,30 @@ def host_syncs(call: Callable[[], Any], device: str) -> dict[str, int] | None:
     return places
 
 
-def largest_kernels(call: Callable[[], Any], device: str, number: int) -> dict[str, list[float]] | None:
-    """Microseconds and count of the kernels that took longest, by name; ``all`` is their sum over all kernels."""
+def largest_kernels(call: Callable[[], Any], device: str, number: int, calls: int = 1) -> dict[str, list[float]] | None:
+    """Microseconds and count of the kernels that took longest, by name; ``all`` is their sum over all kernels.
+
+    They are means over ``calls`` calls.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     if device != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        call()
+        for _ in range(calls):
+            call()
         torch.cuda.synchronize()
     rows = sorted(profiled.key_averages(), key=lambda row: -row.self_device_time_total)
-    total = [round(sum(row.self_device_time_total for row in rows), 1), sum(row.count for row in rows)]
-    largest = {row.key[:120]: [round(row.self_device_time_total, 1), row.count] for row in islice(rows, number)}
-    return {"all": total, **largest}
+    times = {row.key[:120]: (row.self_device_time_total, row.count) for row in islice(rows, number)}
+    total = sum(row.self_device_time_total for row in rows), sum(row.count for row in rows)
+    return {name: [round(time / calls, 1), count / calls] for name, (time, count) in {"all": total, **times}.items()}
+
+
+def timed_with_kernels(call: Callable[[], Any], device: str) -> dict[str, Any]:
+    """:func:`timed`, and the device's own time, ``device_us``: for calls that the host may take longer to issue."""
+    kernels = largest_kernels(call, device, 25, calls=10)
+    own = {} if kernels is None else {"device_us": kernels["all"][0], "kernels_us": kernels}
+    return timed(call, device) | own
 
 
 def tflops(operations: float, milliseconds: float) -> float:

@@ -3,10 +3,15 @@
 MFU counts 6 operations a token and active parameter (without the embedding, which is a look-up), and causal attention's
 6 L D S a token; recomputation counts nothing. ``mfu`` is of the BF16 product that this run measured, ``mfu_of_989`` of
 an H100's data sheet. The router is a real one with random weights on random tokens.
+
+A part is named by what is trained and by what a recipe changes for it; ``auto`` is no backend here, as what it takes
+depends on what was measured. A model that the device has no memory for loses layers, and its name says how many it has.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,15 +20,19 @@ from torch.optim import AdamW
 from benchmarks.gpu import machine
 from benchmarks.gpu.figures import Figures, Part
 from benchmarks.gpu.gpu_tests import QUICKSTART
+from benchmarks.gpu.layer import kernels_chosen
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import host_syncs, largest_kernels, peak_bytes, timed
 from moefoundry.config import ModelConfig, Recipe, load_recipe
 from moefoundry.mesh import by_mesh
 from moefoundry.model.transformer import MoETransformer, meta_model
-from moefoundry.ops.kernel_choice import use_fused_kernels
 from moefoundry.parallel import moe_layers, parallelize
+from moefoundry.planning.micro_batch import HEADROOM
+from moefoundry.planning.plan import make_plan
 
 DATA_SHEET_TFLOPS = 989
+CONTEXT_BYTES = 1.5e9
+"""CUDA's context and the workspaces of its libraries, about."""
 
 
 class Model(NamedTuple):
@@ -66,36 +75,88 @@ TINY = (
     "model.moe={num_experts: 8, top_k: 2, expert_hidden_size: 32, num_shared_experts: 0}",
 )
 MODELS = {
-    "OLMoE, 4 layers": Model(OLMOE, 4, 4),
+    "OLMoE": Model(OLMOE, 4, 4),
     "3B-A0.6B": Model(SMALL, 18, 4),
-    "OLMoE, 16 layers": Model(OLMOE, 16, 2),
+    "deep OLMoE": Model(OLMOE, 16, 2),
+    "tiny": Model(TINY, 2, 2),
 }
+CHANGES = {
+    "grouped_mm": "model.moe.backend=grouped_mm",
+    "triton": "model.moe.backend=triton",
+    "fused kernels": "fused_kernels=true",
+    "compiled": "compile=true",
+    "fp8": "precision.fp8.recipe=deepseek_v3",
+}
+BF16 = (
+    ("OLMoE", "grouped_mm"),
+    ("OLMoE", "triton", "fused kernels"),
+    ("3B-A0.6B", "grouped_mm"),
+    ("3B-A0.6B", "triton", "fused kernels"),
+    ("OLMoE", "triton"),
+    ("OLMoE", "grouped_mm", "fused kernels"),
+    ("deep OLMoE", "triton", "fused kernels"),
+    ("OLMoE", "grouped_mm", "compiled"),
+    ("OLMoE", "triton", "compiled"),
+)
+"""A model and what is changed: what would be missed most comes first, what compiles for longest last."""
+FP8 = (("OLMoE", "fp8", "fused kernels"), ("3B-A0.6B", "fp8", "fused kernels"))
+"""FP8 has products of its own, whatever the backend."""
 
 
 def run_bf16(figures: Figures, options: Options) -> None:
-    """BF16; compiled at the depth that compiles in time."""
-    if options.tiny:
-        figures.run("tiny", measure, Model(TINY, 2, 2), [], options)
-        return
-    figures.run("OLMoE, 4 layers", measure, MODELS["OLMoE, 4 layers"], [], options)
-    figures.run("3B-A0.6B", measure, MODELS["3B-A0.6B"], [], options)
-    figures.run("OLMoE, 4 layers, compiled", measure, MODELS["OLMoE, 4 layers"], ["compile=true"], options)
-    grouped_mm = ["model.moe.backend=grouped_mm"]
-    figures.run("OLMoE, 4 layers, grouped_mm", measure, MODELS["OLMoE, 4 layers"], grouped_mm, options)
-    figures.run("OLMoE, 16 layers", measure, MODELS["OLMoE, 16 layers"], [], options)
+    """Each backend with PyTorch's operators, as the recipes have them, and with fused kernels; some compiled."""
+    run(figures, (("tiny", "grouped_mm"), ("tiny", "grouped_mm", "fused kernels")) if options.tiny else BF16, options)
 
 
 def run_fp8(figures: Figures, options: Options) -> None:
     """FP8 in tiles and blocks; beside it what ``run_bf16`` measured."""
-    fp8 = ["precision.fp8.recipe=deepseek_v3"]
-    models = {"tiny": Model(TINY, 2, 2)} if options.tiny else dict(list(MODELS.items())[:2])
-    for name, model in models.items():
-        figures.run(f"{name}, fp8", measure, model, fp8, options)
+    run(figures, (("tiny", "fp8"),) if options.tiny else FP8, options)
 
 
-def measure(part: Part, model: Model, changes: list[str], options: Options) -> None:
-    """Time, throughput and memory of steps; then their phases, host syncs and kernels."""
+def run(figures: Figures, variants: Sequence[tuple[str, ...]], options: Options) -> None:
+    """Train models, each as deep in all its variants as the device has memory for."""
+    free = free_bytes(options)
+    deepest = {
+        name: min(layers_that_fit(MODELS[name], changes, free) for other, *changes in variants if other == name)
+        for name, *_ in variants
+    }
+    for name, *changes in variants:
+        model = MODELS[name]._replace(layers=deepest[name])
+        kind = ", ".join(changes)
+        figures.run(f"{name}, {depth(MODELS[name], model)}, {kind}", measure, model, changes, options, kind=kind)
+
+
+def depth(whole: Model, model: Model) -> str:
+    """Say how many layers are trained."""
+    return (
+        f"{model.layers} layers" if model.layers == whole.layers else f"cut to {model.layers} of {whole.layers} layers"
+    )
+
+
+def free_bytes(options: Options) -> float:
+    """What models may have of the device; the same whenever it is asked."""
+    return torch.cuda.get_device_properties(0).total_memory - CONTEXT_BYTES if options.device == "cuda" else math.inf
+
+
+def layers_that_fit(model: Model, changes: Sequence[str], free: float) -> int:
+    """Plan the memory of a step with fewer and fewer layers, until it fits."""
+    batch = [f"{key}={model.sequences}" for key in ("global_train_batch_size", "device_train_microbatch_size")]
+    for layers in range(model.layers, 1, -1):
+        recipe = recipe_of(model._replace(layers=layers), changes, *batch)
+        if make_plan(recipe, 1).memory.total <= free * (1 - HEADROOM):
+            return layers
+    return 1
+
+
+def measure(part: Part, model: Model, changes: Sequence[str], options: Options) -> None:
+    """Train with the kernels that the recipe has."""
     recipe = recipe_of(model, changes)
+    with kernels_chosen(recipe.fused_kernels):
+        measure_steps(part, model, recipe, options)
+
+
+def measure_steps(part: Part, model: Model, recipe: Recipe, options: Options) -> None:
+    """Time, throughput and memory of steps; then their phases, host syncs and kernels."""
     network = build(recipe, options)
     groups = [{"params": group} for group in by_mesh(network.parameters())]
     optimizer = AdamW(groups, lr=1e-4, fused=True)
@@ -117,18 +178,16 @@ def measure(part: Part, model: Model, changes: list[str], options: Options) -> N
     part.put(kernels_us=largest_kernels(lambda: step(batches[0]), options.device, 40))
 
 
-def recipe_of(model: Model, changes: list[str]) -> Recipe:
-    """The quickstart's recipe with the model's changes and BF16."""
-    return load_recipe(
-        QUICKSTART,
-        [*model.overrides, f"model.n_layers={model.layers}", "precision.compute=bf16", "fused_kernels=true", *changes],
-    )
+def recipe_of(model: Model, changes: Sequence[str], *overrides: str) -> Recipe:
+    """The quickstart's recipe with the model's changes, those of :data:`CHANGES`, and BF16."""
+    changed = [CHANGES[change] for change in changes]
+    layers = f"model.n_layers={model.layers}"
+    return load_recipe(QUICKSTART, [*model.overrides, layers, "precision.compute=bf16", *changed, *overrides])
 
 
 def build(recipe: Recipe, options: Options) -> MoETransformer:
     """The model as a run on one device builds it; but that draws weights on the host, for minutes."""
     network = meta_model(recipe.model)
-    use_fused_kernels(recipe.fused_kernels)
     parallelize(network, None, recipe.precision, recipe.activation_checkpointing, recipe.compile)
     network.to_empty(device=options.device)
     torch.manual_seed(recipe.seed)

@@ -14,7 +14,7 @@ from composer import DataSpec, Evaluator
 from composer.core import Algorithm, Callback
 from composer.devices import Device
 from composer.loggers import LoggerDestination
-from composer.utils import dist, get_device
+from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, ParallelismConfig
 
 from moefoundry import composer_patches
@@ -70,7 +70,7 @@ from moefoundry.planning.micro_batch import with_sizes
 from moefoundry.planning.this_device import sizes_here
 from moefoundry.planning.work import flops_per_token
 from moefoundry.precision import describe_fp8
-from moefoundry.world import degrees_of, setup_meshes, torch_device
+from moefoundry.world import degrees_of, device_of_rank, setup_meshes, torch_device
 
 
 class Phase(Enum):
@@ -103,7 +103,7 @@ def assemble(recipe: Recipe) -> MeshTrainer:
     """Build all parts, and claim ``run_dir`` when nothing is left that can fail."""
     composer_patches.apply()
     use_fused_kernels(recipe.fused_kernels)
-    device = get_device(None)
+    device = device_of_rank()
     meshes = setup_meshes(recipe, device)
     recipe, micro_batches = build_micro_batches(recipe, device)
     on_rank_zero(lambda: try_services(recipe))

@@ -181,13 +181,17 @@ class ComposerDPO(ComposerMoECausalLM):
 
 
 class CountTargets(Callback):
-    """Tells the model, before each step, how many targets the global batch has, and how many tokens that are real."""
+    """Tells the model, before each step, how many targets the global batch has, and how many tokens that are real.
+
+    The batch is still on the host then; what is counted goes to the model's device.
+    """
 
     def batch_start(self, state: State, logger: Logger) -> None:
         num_targets_B, model = state.batch["num_targets"], state.model.model
         counts = torch.stack([num_targets_B.sum(), num_targets_B.new_tensor(len(num_targets_B))])
         if "sequence_id" in state.batch:
             counts = torch.cat([counts, count_at_depths(state.batch["sequence_id"], 1 + len(model.mtp))])
+        counts = counts.to(next(model.parameters()).device)
         dist.all_reduce(counts)
         state.model.targets_per_sample = counts[0].clamp(min=1) / counts[1]  # without any, losses are 0, and not 0 / 0
         model.tokens_per_sample = counts[2:].double() / counts[1] if len(counts) > 2 else None

@@ -108,16 +108,19 @@ def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
         degrees: From :func:`resolve_degrees`.
         device_type: ``cpu`` or ``cuda``.
     """
+    from torch.distributed import get_backend
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(device_type, (degrees.replicate, degrees.shard), mesh_dim_names=(REPLICATE, SHARD))
-    # by number: torch 2.11 takes no name here
-    whole = mesh._unflatten(1, (degrees.shard // degrees.expert, degrees.expert), (EXPERT_SHARD, EXPERT))
+    # By number: torch 2.11 takes no name here. With a backend, a group of all ranks is no second name of the world's:
+    # NCCL would let exchanges wait for FSDP's collectives.
+    sizes, names = (degrees.shard // degrees.expert, degrees.expert), (EXPERT_SHARD, EXPERT)
+    whole = mesh._unflatten(1, sizes, names, {EXPERT: get_backend()})
     copied = (REPLICATE,) if degrees.replicate > 1 else ()
     hops = None
     if degrees.expert_nodes > 1:
-        sizes = (degrees.expert_nodes, degrees.expert // degrees.expert_nodes)
-        parts = whole._unflatten(2, sizes, (EXPERT_NODE, EXPERT_PLACE))
+        nodes_and_places = (degrees.expert_nodes, degrees.expert // degrees.expert_nodes)
+        parts = whole._unflatten(2, nodes_and_places, (EXPERT_NODE, EXPERT_PLACE))
         hops = (parts[EXPERT_NODE], parts[EXPERT_PLACE])
     views = mesh[(*copied, SHARD)], whole[EXPERT], whole[(*copied, EXPERT_SHARD)]
     return Meshes(*views, hops, degrees.gather, degrees.reduce)

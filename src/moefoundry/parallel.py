@@ -48,7 +48,10 @@ PRODUCT_OPS = frozenset(
 )
 KEPT_OPS = EXCHANGE_OPS | ATTENTION_OPS | PRODUCT_OPS | operators.MIXTURE_OPS | quack_experts.MIXTURE_OPS
 """Operators whose results ``selective`` keeps: products, attention and exchanges. Norms, activations and reorders are
-recomputed."""
+recomputed. Compiled code has its products in buffers of its own, which are not kept."""
+
+COMPILED_VARIANTS = 64
+"""Variants that a part may be compiled in: layers share them, with their windows, lengths, training and generation."""
 
 
 def parallelize(
@@ -77,7 +80,7 @@ def parallelize(
     elif precision.fp8.recipe == Fp8Recipe.deepseek_v3:
         _recompute_up_projections(model)
     if compile:
-        _compile(model)
+        _compile(model, activation_checkpointing)
     if meshes is not None:
         _shard(model, meshes, precision)
     elif (dtype := mixed_precision(precision).param_dtype) is not None:
@@ -143,17 +146,23 @@ def _recompute_up_projections(model: MoETransformer) -> None:
         block.attention.recompute_up_projections = True
 
 
-def _compile(model: MoETransformer) -> None:
+def _compile(model: MoETransformer, mode: ActivationCheckpointing) -> None:
     """Compile the parts of each block that are between exchanges.
 
     A whole block has no single graph: the host reads the sizes of exchanges, and checkpointing wraps the block.
+    ``selective`` keeps results of operators inside compiled code, which knows nothing of it: it must not write other
+    values into their memory.
     """
+    keeps = mode == ActivationCheckpointing.selective
+    options = {"inplace_buffers": False, "allow_buffer_reuse": False} if keeps else None
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_VARIANTS)
     for block in model.blocks:
         ffn = block.ffn
         parts = [ffn.router, ffn.shared_experts] if isinstance(ffn, MoELayer) else [ffn]
         for module in (block.attention, *parts):
             if module is not None:
-                module.compile()
+                module.compile(options=options)
 
 
 def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) -> None:
@@ -174,6 +183,9 @@ def _shard(model: MoETransformer, meshes: Meshes, precision: PrecisionConfig) ->
         shard(block, mesh=meshes.dense, mp_policy=policy)
     for module in model.mtp:
         shard(module, mesh=meshes.dense, mp_policy=policy)
+    if not model.cfg.tie_embeddings:
+        embedding = shard(model.embed_tokens, mesh=meshes.dense, mp_policy=policy)
+        embedding.set_unshard_in_backward(False)  # its gradient does not need it
     fully_shard(model, mesh=meshes.dense, mp_policy=policy)  # stays whole: the backward pass begins with it
     model.gather, model.reduce = meshes.gather, meshes.reduce
     _prefetch(model)
@@ -209,11 +221,12 @@ def _prefetch(model: MoETransformer) -> None:
     first block of a pass likewise. Modules of multi-token prediction are gathered ahead in the backward pass alone: an
     evaluation does not have them, and would leave them gathered.
     """
-    units = [_fsdp_units(model)[:1], *(_fsdp_units(block) for block in model.layers)]
+    root, layers = _fsdp_units(model)[:1], [_fsdp_units(block) for block in model.layers]
     further = [_fsdp_units(module) for module in model.mtp]
-    for this, following in pairwise(units):
-        this[0].set_modules_to_forward_prefetch(following)
-    for this, following in pairwise([*units[1:], *further, units[0]]):
+    for this, following in pairwise([root, *layers]):
+        beside = _fsdp_units(model.embed_tokens) if this is root else []
+        this[0].set_modules_to_forward_prefetch([*beside, *following])
+    for this, following in pairwise([*layers, *further, root]):
         following[0].set_modules_to_backward_prefetch(this)
 
 

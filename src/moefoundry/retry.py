@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefoundry.fp8_gather import held_by_fsdp
+from moefoundry.ops.all_to_all import wait_for_all
 
 NAMESPACES = ("c10d", "_c10d_functional")
 
@@ -123,8 +124,11 @@ def forget_step(model: nn.Module, release: bool = True) -> None:
             parameter.unsharded_accumulated_grad = None  # of micro-batches that reduce nothing
             if (unsharded := getattr(parameter, "_unsharded_param", None)) is not None:
                 unsharded.grad = None
+    if release:
+        wait_for_all()
     gc.collect()
     if release and torch.cuda.is_available():
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 

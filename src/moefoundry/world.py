@@ -7,11 +7,28 @@ from datetime import timedelta
 
 import torch
 import torch.distributed
-from composer.devices import Device
+from composer.devices import Device, DeviceCPU, DeviceGPU
 from composer.utils import dist
 
-from moefoundry.config import Recipe
+from moefoundry.config import Recipe, UserError
 from moefoundry.mesh import MeshDegrees, Meshes, build_meshes, limit_waiting, resolve_degrees
+
+
+def device_of_rank() -> Device:
+    """Give the device that this rank computes on: its GPU, where there are any.
+
+    Products in fp32 are exact: Composer's default would round their operands to TF32. A launcher may show each rank its
+    own GPU alone.
+
+    Raises:
+        UserError: The ranks of this node are more than its GPUs.
+    """
+    if not torch.cuda.is_available():
+        return DeviceCPU()
+    visible, ranks = torch.cuda.device_count(), dist.get_local_world_size()
+    if 1 < visible < ranks:
+        raise UserError(f"{ranks} ranks were started on a node with {visible} GPUs: start one for each, or fewer")
+    return DeviceGPU(0 if visible == 1 else None, allow_tf32=False)
 
 
 def setup_meshes(recipe: Recipe, device: Device) -> Meshes | None:
@@ -31,7 +48,22 @@ def join_meshes(degrees: MeshDegrees, device: Device, timeout_seconds: float) ->
     dist.initialize_dist(device, timeout_seconds)
     meshes = build_meshes(degrees, torch_device(device).type)
     limit_waiting(meshes, timeout_seconds)
+    connect(meshes, torch_device(device))
     return meshes
+
+
+def connect(meshes: Meshes, device: torch.device) -> None:
+    """Let the ranks of each group meet once, in an order that all have. A collective.
+
+    NCCL makes a group's communicator, with memory of its own, at the first collective. For gradients between copies
+    that would be at the end of a backward pass, when memory may be short: one rank would fail, and the others wait.
+    """
+    for mesh in (meshes.dense, meshes.expert, meshes.expert_fsdp, *(meshes.expert_hops or ())):
+        for group in mesh.get_all_groups():
+            torch.distributed.all_reduce(torch.zeros(1, device=device), group=group)
+    for mesh in (meshes.expert, *(meshes.expert_hops or ())):
+        rows = torch.zeros(mesh.size(), device=device)
+        torch.distributed.all_to_all_single(torch.empty_like(rows), rows, group=mesh.get_group())
 
 
 def degrees_of(recipe: Recipe) -> MeshDegrees:

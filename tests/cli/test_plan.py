@@ -24,7 +24,7 @@ def test_table(capsys):
     assert "fits 80 GB (74.506 GiB)" in out
     rows = [line.split() for line in out.splitlines()]
     assert ["parameters", "(fp32)", "0.019", "exact"] in rows
-    assert ["all-reduce", "replicate", "2", "12", "0.019", "0.019"] in rows
+    assert ["all-reduce", "replicate", "2", "13", "0.019", "0.019"] in rows
     assert ["all-to-all", "expert", "2", "35", "0.015", "-"] in rows
 
 

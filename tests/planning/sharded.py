@@ -55,7 +55,7 @@ def units_of(recipe: Recipe, world_size: int, gpus_per_node: int = 8) -> list[Un
 def _unit(name: str, group: Any) -> Unit:
     mesh, policy, parameters = group.mesh_info, group.mp_policy, group.fsdp_params
     param_dtype = policy.param_dtype or torch.float32
-    reshards = name != "" and group.post_forward_mesh_info is not None
+    again = name != "" and group.post_forward_mesh_info is not None and group.unshard_in_backward
     trained = [parameter for parameter in parameters if parameter.sharded_param.requires_grad]
     return Unit(
         name=name,
@@ -68,7 +68,7 @@ def _unit(name: str, group: Any) -> Unit:
         trained_full_numel=sum(parameter._orig_size.numel() for parameter in trained),
         param_bytes=param_dtype.itemsize,
         reduce_bytes=(policy.reduce_dtype or param_dtype).itemsize,
-        gathers=0 if mesh.shard_mesh_size == 1 else 1 + reshards,
+        gathers=0 if mesh.shard_mesh_size == 1 else 1 + again,
     )
 
 

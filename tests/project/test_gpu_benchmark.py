@@ -1,6 +1,7 @@
 """``python -m benchmarks.gpu`` runs to its end whatever its steps do, and its samples and tables are right."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -9,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import gpu_tests, runner
+from benchmarks.gpu import gpu_tests, runner, training
 from benchmarks.gpu.__main__ import main
 from benchmarks.gpu.figures import Figures, NotRunError, Part
-from benchmarks.gpu.layer import TINY, Case, Shape, both_passes, build, check
+from benchmarks.gpu.layer import TINY, Case, Shape, both_passes, build, check, mixture
+from benchmarks.gpu.peers import experts_alone, grouped_mm_mixture
 from benchmarks.gpu.routers import by_shares, expert_ids, zipf_shares
 from benchmarks.gpu.steps import STEPS, Options, Step
 from benchmarks.gpu.table import render
 from moefoundry.ops.fp8 import quantization
+from moefoundry.planning.plan import make_plan
 
 LIGHT = [step.name for step in STEPS if step.light]
 HEAVY = [step.name for step in STEPS if not step.light]
@@ -113,6 +116,75 @@ def test_a_step_that_hangs_or_dies_keeps_its_figures(
     table = (tmp_path / "table.md").read_text()
     assert "| a | x | 1 |" in table
     assert "| late | the step | not run: no time" in table
+
+
+def test_a_part_that_hangs_is_ended_and_the_step_goes_on(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the interpreter's lock, as a call into a driver may."""
+    body = """
+import re, torch
+from benchmarks.gpu.figures import Figures
+figures = Figures(out / "step.json", 1.0)
+figures.run("a", lambda part: part.put(x=1), kind="sound")
+figures.run("b", lambda part: re.match("(a+)+b", "a" * 60), kind="bad")
+figures.run("c", lambda part: part.put(x=2), kind="bad")
+figures.run("d", lambda part: part.put(x=3), kind="sound")
+"""
+    popen = subprocess.Popen
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda _, **kwargs: popen(fake_step(tmp_path, body), **kwargs))
+    runner.Run([Step("step", 60, "")], options, 120).run()
+    entry = json.loads((tmp_path / "gpu.json").read_text())["steps"]["step"]
+    assert (entry["state"], entry["attempts"]) == ("done", 2)
+    parts = entry["parts"]
+    assert parts["b"]["state"] == "failed"
+    assert parts["b"]["error"].startswith("it hung: Timeout (0:00:01")
+    assert any("in match" in line for line in parts["b"]["where"])
+    assert parts["c"] == {"kind": "bad", "state": "not run", "reason": "another part with bad ended its process"}
+    assert [parts[name]["x"] for name in "ad"] == [1, 3]
+
+
+def test_an_earlier_command_keeps_its_steps(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "(out / f'{sys.argv[2]}.json').write_text(json.dumps({'a': {'state': 'done', 'x': 1}}))"
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        runner.subprocess,
+        "Popen",
+        lambda command, **kwargs: popen([*fake_step(tmp_path, body), command[command.index("--step") + 1]], **kwargs),
+    )
+    for name in ("one", "two"):
+        runner.Run([Step(name, 20, "")], options, 30).run()
+    steps = json.loads((tmp_path / "gpu.json").read_text())["steps"]
+    assert {name: entry["parts"]["a"]["x"] for name, entry in steps.items()} == {"one": 1, "two": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fastest.json", "gpu.json", "table.md"]
+    runner.Run([Step("two", 20, "")], Options(tmp_path, "cuda", True), 30).run()
+    assert [*json.loads((tmp_path / "gpu.json").read_text())["steps"]] == ["two"], "of another device"
+
+
+@pytest.mark.parametrize(("memory", "cut"), [(79.1 * 2**30, True), (139 * 2**30, False)])
+def test_models_are_as_deep_as_the_memory_allows(
+    memory: float, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "free_bytes", lambda options: memory - training.CONTEXT_BYTES)
+    monkeypatch.setattr(training, "measure", lambda part, model, changes, options: part.put(layers=model.layers))
+    for run, variants in ((training.run_bf16, training.BF16), (training.run_fp8, training.FP8)):
+        figures = Figures(tmp_path / f"{run.__name__}.json")
+        run(figures, Options(tmp_path, "cuda", False))
+        assert any("cut to" in name for name in figures.parts) == (cut and variants is training.BF16)
+        for name, *changes in variants:
+            (layers,) = {part["layers"] for label, part in figures.parts.items() if label.startswith(f"{name}, ")}
+            model = training.MODELS[name]
+            batch = f"global_train_batch_size={model.sequences}", f"device_train_microbatch_size={model.sequences}"
+            recipe = training.recipe_of(model._replace(layers=layers), changes, *batch)
+            assert make_plan(recipe, 1).memory.total < 0.92 * memory
+            assert layers == model.layers or (name, cut) in {("3B-A0.6B", True), ("deep OLMoE", True)}
+
+
+def test_the_training_step_names_what_it_measures(options: Options) -> None:
+    training.run_bf16(Figures(options.out / "train.json"), options)
+    parts = json.loads((options.out / "train.json").read_text())
+    assert [*parts] == ["tiny, 2 layers, grouped_mm", "tiny, 2 layers, grouped_mm, fused kernels"]
+    assert all(part["state"] == "done" and part["tokens_per_second"] > 0 for part in parts.values())
 
 
 def test_parts_that_are_there_are_not_run_again(tmp_path: Path) -> None:
@@ -243,6 +315,70 @@ def test_the_table_lists_what_is_missing() -> None:
     page = render([{"device": "cuda", "started": "2026-01-02T", "tiny": False, "steps": {"layer": step}}])
     assert "| layer | x | wrong: over 1 |" in page
     assert "| layer | y | not run: z |" in page
+
+
+def test_the_command_finds_the_package_where_it_is_not_installed() -> None:
+    """``-S`` leaves out what an editable installation adds to the path."""
+    packages = os.pathsep.join(path for path in sys.path if path.endswith("site-packages"))
+    code = "import benchmarks.gpu.runner, moefoundry; print(moefoundry.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=gpu_tests.ROOT,
+        env=os.environ | {"PYTHONPATH": packages},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert Path(found.stdout.strip()).is_relative_to(gpu_tests.ROOT / "src")
+
+
+def test_peers_say_whether_they_have_a_router(options: Options) -> None:
+    (step,) = (step for step in STEPS if step.name == "peers")
+    parts = run_in_turn(options, [step])["peers"]
+    done = {name.split(", ", 1)[1]: figures for name, figures in parts.items() if figures["state"] == "done"}
+    assert {name: figures["router"] for name, figures in done.items() if not name.startswith("transformers")} == {
+        "moefoundry grouped_mm": True,
+        "moefoundry grouped_mm, fused kernels": True,
+        "torch, grouped_mm between gathers": False,
+    }
+    record = {"device": "cuda", "started": "2026-01-02T", "tiny": False}
+    page = render([record | {"steps": {"peers": {"state": "done", "parts": parts}}}])
+    with_router, without = page.split("Given experts and their weights, without a router:")
+    assert "moefoundry grouped_mm, fused kernels |" in with_router
+    assert "torch, grouped_mm between gathers |" in without
+
+
+def test_experts_alone_are_the_layer_without_its_router(options: Options) -> None:
+    layer, x, _ = build(Case(TINY[0], "grouped_mm", "real", "fp32"), options)
+    out, loss = experts_alone(layer, x)(x)
+    assert loss is None
+    assert torch.allclose(out, layer(x)[0], atol=1e-5)
+
+
+def test_gathers_of_the_plain_peer_have_the_gradients_of_autograd() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tokens, experts, width, hidden = 32, 4, 16, 8
+    shapes = ((tokens, width), (experts, 2 * hidden, width), (experts, width, hidden), (tokens, 2))
+    inputs = [torch.randn(*shape, generator=draw, requires_grad=True) for shape in shapes]
+    ids = expert_ids("uniform", Shape(tokens, width, hidden, experts, 2), "cpu")
+    x, gate_up, down, topk = inputs
+    found = grouped_mm_mixture(x, gate_up, down, ids, topk)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    expected = mixture(x.double(), [gate, up, down.double()], ids, topk.double())
+    grad = torch.randn(tokens, width, generator=draw)
+    assert torch.allclose(found.double(), expected, atol=1e-4)
+    theirs = torch.autograd.grad(expected, inputs, grad.double())
+    for ours, exact in zip(torch.autograd.grad(found, inputs, grad), theirs, strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_the_table_has_the_time_on_the_device_of_what_the_host_issues_slowly() -> None:
+    figures = {"state": "done", "forward": {"ms": 0.1, "device_us": 16.5}, "both": {"ms": 0.3, "device_us": 40.25}}
+    step = {"state": "done", "parts": {"a": figures | {"same_ids": 1.0}}}
+    page = render([{"device": "cuda", "started": "2026-01-02T", "tiny": False, "steps": {"router": step}}])
+    assert "| part | forward, device | both, device | order, device | forward, events |" in page
+    assert "| a | 16.5 | 40.25 |  | 0.1 | 0.3 |  | 1.0 |" in page
 
 
 def test_a_machine_without_a_gpu_is_refused(

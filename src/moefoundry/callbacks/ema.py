@@ -89,7 +89,7 @@ class ParameterAverage:
 
     def _move(self, tensors: list[Tensor]) -> None:
         if self._staging is not None:
-            self._staging.copied.synchronize()
+            self._staging.wait()
             tensors = self._staging.copies
         # One pass over memory, and one call: the interpreter is free for the training meanwhile.
         torch._foreach_lerp_(self.values, tensors, self._weight)
@@ -112,6 +112,7 @@ class _Staging:
     def __init__(self, tensors: list[Tensor]) -> None:
         self.copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
         self.copied = torch.cuda.Event(blocking=True)
+        self._device = tensors[0].device
         self._stream = torch.cuda.Stream()
 
     def copy(self, tensors: list[Tensor]) -> None:
@@ -121,6 +122,11 @@ class _Staging:
             for copy, tensor in zip(self.copies, tensors, strict=True):
                 copy.copy_(tensor, non_blocking=True)
             self.copied.record()
+
+    def wait(self) -> None:
+        """Wait for the copies, in any thread: a new one has the first GPU, and would take memory of it."""
+        with torch.cuda.device(self._device):
+            self.copied.synchronize()
 
 
 class Ema(Callback):

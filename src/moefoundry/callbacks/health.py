@@ -186,7 +186,9 @@ def last_collective(only_unfinished: bool = False) -> str:
 
     Empty where there is none, or, with ``only_unfinished``, where it is not one of NCCL that goes on.
     """
-    trace = json.loads(torch._C._distributed_c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
+    with_nccl = torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
+    recorder = "_dump_nccl_trace_json" if with_nccl else "_dump_fr_trace_json"
+    trace = json.loads(getattr(torch._C._distributed_c10d, recorder)(True, False))
     if not trace.get("entries"):
         return ""
     last = trace["entries"][-1]

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import yaml
-from composer.utils import dist, get_device
+from composer.devices import DeviceCPU
+from composer.utils import dist
 from tqdm import tqdm
 
 from moefoundry.checkpoint.manifest import read_state
@@ -55,7 +56,7 @@ from moefoundry.evaluation.tasks.run import (
 )
 from moefoundry.mesh import Meshes, resolve_degrees
 from moefoundry.pretrained import EvaluatedModel
-from moefoundry.world import join_meshes, torch_device
+from moefoundry.world import device_of_rank, join_meshes, torch_device
 
 TIMEOUT = 600.0  # of collectives, seconds
 MAX_SEQ_LEN = 2048  # of a model of which no run says it
@@ -114,7 +115,7 @@ def shared_world(mesh: str | None, device: str | None) -> tuple[Meshes | None, t
         return None, device_named(device)
     if device is not None:
         device_named(device)
-    used = get_device("cpu" if device == "cpu" else None)
+    used = DeviceCPU() if device == "cpu" else device_of_rank()
     return join_meshes(degrees, used, TIMEOUT), torch_device(used)
 
 

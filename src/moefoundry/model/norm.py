@@ -43,8 +43,10 @@ class Norm(nn.Module):
         return 1.0 - self.offset
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.promote_types(x.dtype, torch.float32) == x.dtype:
-            return self._scaled(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if wide == x.dtype or torch.compiler.is_compiling():  # the compiler chooses what it keeps
+            bias = None if self.bias is None else self.bias.to(wide)
+            return self._scaled(x.to(wide), self.weight.to(wide), bias).to(x.dtype)
         return _InFloat32.apply(x, self.weight, self.bias, self._scaled)
 
     def _scaled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

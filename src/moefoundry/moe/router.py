@@ -197,7 +197,7 @@ def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, cfg: RouterConfi
     fixed shuffle, so that a token's experts are on about as many nodes and ranks as a router's would be. Without
     groups, slot ``n = t * K + k`` goes to expert number ``n % E`` of the shuffle.
     """
-    dealt_PK = _dealt_once(top_k, num_experts, cfg.num_groups, cfg.top_k_groups, device)
+    dealt_PK = _constant(top_k, num_experts, cfg.num_groups, cfg.top_k_groups, device)
     return dealt_PK[torch.arange(num_tokens, device=device) % len(dealt_PK)]
 
 
@@ -205,6 +205,12 @@ def deal_in_turn(num_tokens: int, top_k: int, num_experts: int, cfg: RouterConfi
 def _dealt_once(top_k: int, num_experts: int, num_groups: int, top_k_groups: int, device: torch.device) -> Tensor:
     """Give :func:`~moefoundry.moe.dealing.dealt_once` on a device, int64 [P, K]."""
     return torch.tensor(dealt_once(top_k, num_experts, num_groups, top_k_groups), device=device)
+
+
+@torch.compiler.assume_constant_result
+def _constant(*sizes_and_device: Any) -> Tensor:
+    """Call :func:`_dealt_once`, which shuffles; the compiler cannot trace that."""
+    return _dealt_once(*sizes_and_device)
 
 
 def within_capacity(scores_TE: Tensor, topk_expert_ids_TK: Tensor, capacity_factor: float) -> Tensor:

@@ -18,6 +18,9 @@ _functional = torch.ops._c10d_functional
 EXCHANGE_OPS = frozenset({_functional.all_to_all_single.default, _functional.all_gather_into_tensor.default})
 """The collectives of this file as operators, for activation checkpointing."""
 
+_under_way: dict[int, Tensor] = {}
+"""Rows of exchanges that nobody has waited for, by ``id``."""
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -54,12 +57,21 @@ def all_to_all_rows(rows: Tensor, splits: Splits) -> Tensor:
 def start_all_to_all(rows: Tensor, splits: Splits) -> Tensor:
     """Start :func:`all_to_all_rows` without waiting; only :func:`wait_for` may read the result."""
     group = splits.group.group_name
-    return _functional.all_to_all_single(rows.contiguous(), list(splits.receive), list(splits.send), group)
+    pending = _functional.all_to_all_single(rows.contiguous(), list(splits.receive), list(splits.send), group)
+    _under_way[id(pending)] = pending
+    return pending
 
 
 def wait_for(pending: Tensor) -> Tensor:
     """Wait for the rows of an exchange that was started."""
+    _under_way.pop(id(pending), None)
     return _functional.wait_tensor(pending)
+
+
+def wait_for_all() -> None:
+    """Wait for the exchanges of a step that was left: torch keeps their rows until then."""
+    for pending in list(_under_way.values()):
+        wait_for(pending)
 
 
 def all_gather_rows(row: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -98,11 +98,18 @@ class _Unread(TorchDispatchMode):
 
 
 def on_the_host(sizes: Tensor) -> Any:
-    """Give a tensor's values as lists, for which the host waits; a recomputation has them from the forward pass."""
-    values = sizes.tolist() if _place.known is None else next(_place.known)
+    """Give a tensor's values as lists, for which the host waits; a recomputation has them from the forward pass.
+
+    A recomputation that comes to other values fails, without a wait: tensors of the old sizes would have wrong rows.
+    """
+    if _place.known is None:
+        found = sizes, sizes.tolist()
+    else:
+        found = next(_place.known)
+        torch._assert_async((sizes == found[0]).all(), "a recomputed block routes its tokens otherwise than before")
     for noted in _place.noted:
-        noted.append(values)
-    return values
+        noted.append(found)
+    return found[1]
 
 
 def keeping(ops: frozenset[Any]) -> Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]:

@@ -295,10 +295,10 @@ def _bf16(device: Accelerator) -> float:
 
 
 def _peak(recipe: Recipe, device: Accelerator) -> float:
-    """Give the peak of the products' format; fp32 runs as TF32, at half the rate of BF16."""
+    """Give the peak of the products' format; fp32 is exact, without tensor cores."""
     if recipe.precision.fp8.recipe:
         return device.fp8_tflops * 1e12
-    return _bf16(device) * (0.5 if recipe.precision.compute == Compute.fp32 else 1.0)
+    return _bf16(device) * (1 / 16 if recipe.precision.compute == Compute.fp32 else 1.0)
 
 
 def _expert_bytes(recipe: Recipe, plan: Plan, works: Sequence[Work]) -> float:

@@ -7,11 +7,12 @@ memory is largest at one of these moments of a micro-batch:
     the loss            all saved activations, the logits of a chunk, the output head's gradient in fp32
     block i backward    saved activations of blocks before i, and those of a stage of i; block i gathered, and the one
                         before it, which is prefetched; gradients in the compute dtype and in their reduction
-    the end             gradients of the root unit (embedding and head), in the same two forms
+    the end             gradients of the root unit (output head) and of the embedding, in the same two forms
 
-The root unit stays gathered, and with ``mesh.gather: each_step`` all do. With ``mesh.reduce: each_step`` and several
-micro-batches there are sums of whole gradients, in fp32. All gradients are counted at each of these moments, as they
-exist from the second micro-batch on. The CUDA context, communication buffers and fragmentation are not counted.
+The root unit stays gathered, with an embedding that is tied; any other embedding does not. With ``mesh.gather:
+each_step`` all units do. With ``mesh.reduce: each_step`` and several micro-batches there are sums of whole gradients,
+in fp32. All gradients are counted at each of these moments, as they exist from the second micro-batch on. The CUDA
+context, communication buffers and fragmentation are not counted.
 
 The moving average of the parameters is in the memory of the host, and counted separately.
 """
@@ -30,7 +31,7 @@ from moefoundry.planning.outline import ShardedOutline
 from moefoundry.planning.stages import ATTENTION
 from moefoundry.planning.stages import EXPERTS as EXPERTS_GROUP
 from moefoundry.planning.units import FP32, PlannedBlock, Unit, compute_bytes
-from moefoundry.planning.weights import EXPERTS
+from moefoundry.planning.weights import EMBEDDING, EXPERTS
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def transients(
     """List every moment that may be the largest, in order of time."""
     cfg, c = recipe.model, compute_bytes(recipe.precision)
     masks = _masks(recipe, blocks, sequences)
-    root, units_of = _by_block(blocks, units)
+    root, embedding, units_of = _by_block(blocks, units)
     mode, fp8 = recipe.activation_checkpointing, recipe.precision.fp8.recipe == Fp8Recipe.deepseek_v3
     kinds = {(block.sparse, block.linear, block.masked) for block in blocks}
     ranks, rows = recipe.mesh.expert, sequences * recipe.max_seq_len * cfg.moe.top_k / cfg.moe.num_experts
@@ -160,7 +161,8 @@ def transients(
                 activations=before + beside * tokens[i] * c * cfg.d_model + alive,
             )
         )
-    end = Transient("the end of the backward pass", 0, _gradients(root) + held.reduce(root), 0)
+    of_root = _gradients([*root, *embedding]) + held.reduce(root)
+    end = Transient("the end of the backward pass", 0, max(of_root, _gradients(embedding) + held.reduce(embedding)), 0)
     choices = [round(number * each.forward) for number, each in zip(tokens, activations, strict=True)]
     found = [
         *_forward(blocks, root, units_of, saved, choices),
@@ -214,14 +216,13 @@ def _head_trains(recipe: Recipe) -> bool:
     return recipe.lora is None and (indexer is None or indexer.stage != IndexerStage.warm_up)
 
 
-def _by_block(blocks: Sequence[PlannedBlock], units: Sequence[Unit]) -> tuple[list[Unit], list[list[Unit]]]:
-    """Divide units into the root's and those of each block."""
-    found: dict[str, list[Unit]] = {block.name: [] for block in blocks}
-    root = [unit for unit in units if unit.name == ""]
+def _by_block(blocks: Sequence[PlannedBlock], units: Sequence[Unit]) -> tuple[list[Unit], list[Unit], list[list[Unit]]]:
+    """Divide units into the root's, the embedding's, and those of each block."""
+    found: dict[str, list[Unit]] = {name: [] for name in ("", EMBEDDING, *(block.name for block in blocks))}
     for unit in units:
-        if unit.name:
-            found[".".join(unit.name.split(".")[:2])].append(unit)
-    return root, list(found.values())
+        found[".".join(unit.name.split(".")[:2])].append(unit)
+    root, embedding, *units_of = found.values()
+    return root, embedding, units_of
 
 
 def _losses(

@@ -15,6 +15,7 @@ from moefoundry.planning.fp8_weights import bytes_in_fp8, names_in_fp8
 from moefoundry.planning.matrices import Matrices, matrices_of
 from moefoundry.planning.units import PlannedBlock, Unit, unit_of
 from moefoundry.planning.weights import (
+    EMBEDDING,
     EXPERTS,
     Weight,
     all_blocks,
@@ -154,7 +155,10 @@ def block_names(outline: Outline) -> list[str]:
 
 def _units(outline: Outline, precision: PrecisionConfig, degrees: MeshDegrees) -> Iterator[Unit]:
     # The root stays gathered after the forward pass, since the backward pass begins with it.
-    yield unit_of("", outline.root, precision, degrees, gathers=1)
+    apart = [] if outline.cfg.tie_embeddings else [weight for weight in outline.root if weight.of_embedding]
+    yield unit_of("", [weight for weight in outline.root if weight not in apart], precision, degrees, gathers=1)
+    if apart:
+        yield unit_of(EMBEDDING, apart, precision, degrees, gathers=1)  # the backward pass does not read it
     in_fp8 = outline.gathered_in_fp8(precision)
     gathers = 2 if degrees.gather == Gather.each_pass else 1
     made: dict[tuple[int, frozenset[str]], list[Unit]] = {}

@@ -5,7 +5,7 @@ in a reduce-scatter, both of these for one n-th of the buffer in an all-reduce, 
 assigned in turn, from ``router.top_k_groups`` groups a token (``router.assignment: uniform``); a token is sent once to
 a rank that has several of its experts. Metrics and the gradient norm, a few kB, are not counted.
 
-FSDP gathers a unit for the forward pass and, unless it is the root, again for the backward pass, with
+FSDP gathers a unit for the forward pass and, unless it is the root or the embedding, again for the backward pass, with
 ``fsdp_all_gather`` in FP8; with ``mesh.gather: each_step`` once a step. Gradients are reduce-scattered after each
 micro-batch, or with ``mesh.reduce: each_step`` after the last, and all-reduced between copies then. Rows are sent to
 the experts and back, forward and backward; if the forward pass is recomputed (``full``), to the experts once more, and

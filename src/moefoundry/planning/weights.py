@@ -25,7 +25,7 @@ from moefoundry.config import (
 )
 from moefoundry.config.lora_rules import target_problems
 
-EXPERTS, ROUTER, MAGNITUDE = "ffn.experts", "ffn.router", "magnitude"
+EXPERTS, ROUTER, MAGNITUDE, EMBEDDING = "ffn.experts", "ffn.router", "magnitude", "embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Weight:
     def of_experts(self) -> bool:
         """Tell if it is stacked, one slice for each routed expert."""
         return self.name.startswith(f"{EXPERTS}.")
+
+    @property
+    def of_embedding(self) -> bool:
+        """Tell if it embeds the tokens."""
+        return self.name.startswith(EMBEDDING)
 
     @property
     def of_indexer(self) -> bool:
@@ -105,7 +110,7 @@ def mtp_weights(cfg: ModelConfig) -> list[Weight]:
 
 def root_weights(cfg: ModelConfig) -> list[Weight]:
     """List the parameters outside of blocks; a tied embedding is there once."""
-    embedding = Weight("embed_tokens.weight", (cfg.vocab_size, cfg.d_model))
+    embedding = Weight(f"{EMBEDDING}.weight", (cfg.vocab_size, cfg.d_model))
     head = [] if cfg.tie_embeddings else [Weight("lm_head.weight", embedding.shape, linear=True)]
     if cfg.head_bias:
         head.append(Weight("lm_head.bias", (cfg.vocab_size,)))

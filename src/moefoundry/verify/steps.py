@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from composer.utils import get_device
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -26,7 +25,7 @@ from moefoundry.model.init import fill_by_row
 from moefoundry.ops.cross_entropy import IGNORE_INDEX
 from moefoundry.parallel import begin_micro_batch, materialize
 from moefoundry.verify.twin import ROWS
-from moefoundry.world import setup_meshes, torch_device
+from moefoundry.world import device_of_rank, setup_meshes, torch_device
 
 STEPS = 2
 BIAS = 0.1
@@ -74,7 +73,7 @@ def train(recipe: Recipe, steps: int = STEPS) -> list[Step]:
 
 def build(recipe: Recipe) -> ComposerMoECausalLM:
     """Build the model on the recipe's mesh, with its initial weights and experts' biases that decide something."""
-    device = get_device(None)
+    device = device_of_rank()
     meshes = setup_meshes(recipe, device)
     model = build_model(recipe, meshes, device)
     materialize(model, torch_device(device), recipe.seed)

@@ -40,6 +40,7 @@ class _Decays(NamedTuple):
     whole: Tensor
 
 
+@torch.compiler.disable  # one graph for each number of chunks would take minutes to compile
 def chunked_delta_rule(
     q_BSGK: Tensor,
     k_BSGK: Tensor,
