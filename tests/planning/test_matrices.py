@@ -113,6 +113,13 @@ def test_an_estimate_has_the_time_of_products_and_rows_but_not_among_tokens() ->
     assert muon.step.optimizer > flops / (H100.bf16_tflops * 1e12)
 
 
+def test_the_page_has_the_time_of_an_estimate() -> None:
+    recipe = load_recipe(QUICKSTART.parent / "pretrain/moonlight-16b-a3b.yaml", [], 128)
+    step = estimate(recipe, 128, H100).step
+    words = f"for Moonlight on 128 H100, {step.optimizer:.2f} of {step.total:.1f} seconds"
+    assert words in (QUICKSTART.parents[1] / "docs/training.md").read_text()
+
+
 def test_recommend_finds_a_mesh_for_muon_and_tries_no_narrow_moments() -> None:
     recipe = load_recipe(str(QUICKSTART.parent / "pretrain/olmoe-1b-7b.yaml"), [MUON])
     choice = choose(recipe, 8, H100, 1, chunks=())
