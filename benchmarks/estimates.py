@@ -27,6 +27,7 @@ UNITS: dict[str, Callable[[Estimate], float]] = {
     "MFU": lambda found: found.mfu,
 }
 BF16 = ("precision={compute: bf16, fp8: {recipe: null}}", "activation_checkpointing=none")
+ADAMW = "optimizer.name=adamw"
 MIXTRAL_8X22B = (
     *("model.d_model=6144", "model.n_layers=56", "model.attention.n_heads=48", "model.attention.n_kv_heads=8"),
     *("model.moe.expert_hidden_size=16384", "model.vocab_size=32768", "activation_checkpointing=full"),
@@ -79,7 +80,7 @@ RUNS = (
     Run(
         "Kimi K2, 256 H100",
         KIMI,
-        FULL,
+        (*FULL, ADAMW),
         (1, 256, 64),
         (2048, 2),
         H100,
@@ -93,7 +94,7 @@ RUNS = (
     Run(
         "DeepSeek-V3-16B, 8 H100",
         MOONLIGHT,
-        ("precision={compute: bf16, fp8: {recipe: null}}", "activation_checkpointing=full"),
+        ("precision={compute: bf16, fp8: {recipe: null}}", "activation_checkpointing=full", ADAMW),
         (1, 8, 8),
         (32, 4),
         H100,

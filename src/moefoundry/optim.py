@@ -64,20 +64,26 @@ def build_adamw(model: nn.Module, cfg: AdamWConfig, moments: Moments = Moments.f
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the parameters that train by mesh and weight decay.
+    """Group the parameters that train by mesh and weight decay."""
+    decayed, plain = by_decay(model)
+    return [*groups_of(decayed.values(), weight_decay), *groups_of(plain.values(), 0.0)]
 
-    Weight matrices decay; norms, biases and embeddings do not.
-    """
+
+def by_decay(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, nn.Parameter]]:
+    """Divide the parameters that train into weight matrices, which decay, and norms, biases and embeddings."""
     embeddings = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decayed: dict[str, nn.Parameter] = {}
+    plain: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.dim() > 1 and id(parameter) not in embeddings and not name.endswith("bias")
+            (decayed if decays else plain)[name] = parameter
+    return decayed, plain
 
-    def decays(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.dim() > 1 and id(parameter) not in embeddings and not name.endswith("bias")
 
-    decayed = [p for name, p in trained.items() if decays(name, p)]
-    plain = [p for name, p in trained.items() if not decays(name, p)]
-    groups: list[dict[str, Any]] = [{"params": params, "weight_decay": weight_decay} for params in by_mesh(decayed)]
-    return groups + [{"params": params, "weight_decay": 0.0} for params in by_mesh(plain)]
+def groups_of(parameters: Iterable[nn.Parameter], weight_decay: float, **options: Any) -> list[dict[str, Any]]:
+    """Make an optimizer's groups of parameters, one for each mesh."""
+    return [{"params": params, "weight_decay": weight_decay, **options} for params in by_mesh(parameters)]
 
 
 class ShardAdamW(AdamW):
@@ -90,7 +96,7 @@ class ShardAdamW(AdamW):
     def _init_group(self, group: dict[str, Any], *tensors: list[Tensor]) -> bool:
         has_complex: bool = super()._init_group(group, *tensors)
         for same_kind in tensors:
-            same_kind[:] = map(_shard, same_kind)
+            same_kind[:] = map(shard_of, same_kind)
         return has_complex
 
 
@@ -165,8 +171,8 @@ class Bf16MomentsAdamW(AdamW):
             state["step"] += 1
             digest = hashlib.sha256(f"moments/{self.seed}/{name}/{steps_before}".encode()).digest()
             first_counter = int.from_bytes(digest[:4], "little")
-            stored = [_shard(tensor).view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
-            tensors = [_shard(parameter.grad).reshape(-1), *stored]
+            stored = [shard_of(tensor).view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"])]
+            tensors = [shard_of(parameter.grad).reshape(-1), *stored]
             start, most = 0, sys.maxsize if kernels_run(tensors[0].device) else WIDE_ELEMENTS
             for run in _runs_of(parameter):
                 for done in range(0, run.size, most):
@@ -203,7 +209,8 @@ class _Run(NamedTuple):
     first: int
 
 
-def _shard(tensor: Tensor) -> Tensor:
+def shard_of(tensor: Tensor) -> Tensor:
+    """Give this rank's part of a tensor, all of a plain one."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

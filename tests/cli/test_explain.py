@@ -28,6 +28,8 @@ def test_every_key_and_every_name_elsewhere_is_explained() -> None:
         ("model.moe.router", "    score_function: "),
         ("train_loader.dataset.streams", "    NAME.proportion: Share of an epoch's rows"),
         ("optimizer.weight_decay", "default "),
+        ("optimizer.momentum", "optimizer.momentum: number, default 0.95"),
+        ("muon_momentum", "a name of other projects for optimizer.momentum"),
         ("seed", "on resume: another value is another run"),
     ],
 )

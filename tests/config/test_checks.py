@@ -83,6 +83,8 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
         (["precision.optimizer_moments=bf16", "optimizer.betas=[0.997, 0.95]"], None, ["optimizer.betas[0]"]),
         (["precision.optimizer_moments=bf16_stochastic", "optimizer.betas=[0.9, 0.999]"], None, []),
         (["optimizer.betas=[0.9, 0.999]"], None, []),
+        (["optimizer={name: muon, betas: [0.9, 0.999]}"], None, []),
+        (["precision.optimizer_moments=bf16", "optimizer.name=muon"], None, ["precision.optimizer_moments"]),
         # a head's width that is given, or that of its part with position
         (["model.d_model=260", "model.attention.head_dim=32"], None, []),
         (["model.attention.head_dim=33"], None, ["model.attention.head_dim"]),

@@ -73,6 +73,14 @@ def test_a_name_from_elsewhere_leads_to_the_key_here(override, key):
     assert problem == f"unknown key; did you mean {key!r}?"
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_name_from_elsewhere_leads_to_the_key_of_a_variant(optimizer):
+    problems = problems_of(f"optimizer={{name: {optimizer}, muon_momentum: 0.9}}")
+    assert problems == {
+        "optimizer.muon_momentum": f"unknown key of name {optimizer!r}; did you mean 'optimizer.momentum'?"
+    }
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -119,6 +127,8 @@ def test_where_nothing_is_the_same_it_says_what_to_write(override, words):
         ("activation_checkpointing=true", "full"),
         ("optimizer=AdamW", "optimizer.name=adamw"),
         ("optimizer.name=decoupled_adamw", "adamw"),
+        ("optimizer=Muon", "optimizer.name=muon"),
+        ("optimizer.name=dist_muon", "muon"),
         ("tokenizer=data/tokenizer", "tokenizer.name=data/tokenizer"),
         ("model.attention.kind=grouped_query_attention", "gqa"),
         ("scheduler.name=linear", "linear_decay_with_warmup"),

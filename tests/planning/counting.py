@@ -25,18 +25,20 @@ class SentBytes(TorchDispatchMode):
     Args:
         meshes: Whose groups give the axes their names.
         strict: Refuse collectives that this class does not count.
+        of_optimizer: Count a step of the optimizer, whose all-to-alls go along the axes of shards.
 
     Attributes:
         calls, sent: By ``(collective, axis)``.
     """
 
-    def __init__(self, meshes: Meshes, strict: bool = True) -> None:
+    def __init__(self, meshes: Meshes, strict: bool = True, of_optimizer: bool = False) -> None:
         super().__init__()
         self.strict = strict
         self.fsdp_axes = _axes(meshes.expert_fsdp) | _axes(meshes.dense)
         self.dispatch_axes = _axes(meshes.expert)
         for hop in meshes.expert_hops or ():
             self.dispatch_axes |= _axes(hop)
+        self.exchange_axes = self.fsdp_axes if of_optimizer else self.dispatch_axes
         self.calls: Counter[tuple[str, str]] = Counter()
         self.sent: Counter[tuple[str, str]] = Counter()
 
@@ -52,7 +54,7 @@ class SentBytes(TorchDispatchMode):
             rows, _, send, name = args
             row_bytes = rows.nbytes // max(len(rows), 1)
             own = _resolve_process_group(name).rank()
-            self._add("all_to_all", self.dispatch_axes[name], (sum(send) - send[own]) * row_bytes)
+            self._add("all_to_all", self.exchange_axes[name], (sum(send) - send[own]) * row_bytes)
         elif packet is functional.all_gather_into_tensor:
             shard, size, name = args
             self._add("all_gather", self.dispatch_axes[name], (size - 1) * shard.nbytes)

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
 from moefoundry.config import Compute, Recipe
+from moefoundry.config.making import make_part
 from moefoundry.fp8_gather import held_by_fsdp
 from moefoundry.mesh import build_meshes, resolve_degrees
 from moefoundry.model import context
 from moefoundry.ops import cpu_attention, cpu_norm
 from moefoundry.ops.fp8 import GatheredBlocks, KeptBlocks, gemm, quantization, weights
-from moefoundry.optim import build_adamw
 from moefoundry.parallel import begin_micro_batch, materialize, parallelize
 from tests.memory import PeakMemory, storage_of
 from tests.planning.sharded import built
@@ -226,10 +226,10 @@ def _measure(recipe: Recipe, memory_of: Callable[..., GpuLike]) -> Measured:
     memory.note([*gradients_of(shards), *sums_of_a_copy(model), *whole_between_micro_batches(model)])
     with memory, kernels_of_a_gpu(memory, recipe.precision.compute == Compute.bf16):
         model(tokens, tokens).total.backward()
-    gradients, moments = bytes_of(gradients_of(shards)), recipe.precision.optimizer_moments
-    optimizer = build_adamw(model, recipe.optimizer, moments)
+    gradients = bytes_of(gradients_of(shards))
+    optimizer = make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe)
     optimizer.step()
-    state = [slots[name] for slots in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    state = [value for slots in optimizer.state.values() for name, value in slots.items() if name != "step"]
     return Measured(bytes_of(parameters), gradients, bytes_of(state), memory.peak - gradients)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moefoundry.config import Recipe, load_recipe
+from moefoundry.config.making import make_part
 from moefoundry.planning.plan import make_plan, micro_batches
 from tests.conftest import QUICKSTART
 from tests.distributed import run_distributed
@@ -57,7 +58,11 @@ def count_steps(recipes: list[Recipe], gpus_per_node: int) -> list[dict[tuple[st
                 begin_micro_batch(model, index == len(batches))
                 tokens = torch.randint(0, 61, (sequences, SEQUENCE))
                 model(tokens, tokens).total.backward()
-        counts.append({key: (counted.calls[key], sent) for key, sent in counted.sent.items()})
+        optimizer = make_part("optimizers", recipe.optimizer.name, "optimizer", recipe.optimizer, model, recipe)
+        with SentBytes(meshes, of_optimizer=True) as of_update:
+            optimizer.step()
+        calls, sent = counted.calls + of_update.calls, counted.sent + of_update.sent
+        counts.append({key: (number, sent[key]) for key, number in calls.items()})
     return counts
 
 
@@ -164,6 +169,28 @@ def test_weights_of_fp8_products_are_gathered_in_half_of_the_bytes():
     scales = 2 * 2 * 3 * 2  # both gathers of two layers, three weights of two experts each with one block
     assert narrow["all_gather", "expert_shard"] == wide["all_gather", "expert_shard"] // 2 + scales
     assert narrow["all_gather", "shard"] < wide["all_gather", "shard"]
+
+
+MUON, FEW_EXPERTS = "optimizer.name=muon", "model.moe={num_experts: 2, top_k: 2}"
+SLOW_OF_MUON = [((1, 4, 1), "shard"), ((2, 2, 2), "shard"), ((1, 4, 4), "shard"), ((4, 1, 1), "")]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axis"),
+    [((1, 4, 2), "shard"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_OF_MUON)],
+    ids=str,
+)
+def test_muon_exchanges_rows_of_matrices_once_a_step(mesh, axis):
+    recipe = recipe_of(mesh, MUON, "model.mtp.depth=1", sequences=2)
+    check([recipe])
+    traffic = make_plan(recipe, 4).traffic
+    assert {entry.axis for entry in traffic if entry.collective == "all_to_all"} - {"expert"} == {axis} - {""}
+
+
+def test_muon_exchanges_parts_of_experts_that_are_fewer_than_the_ranks_that_share_them():
+    recipe = recipe_of((1, 4, 2), MUON, FEW_EXPERTS)
+    check([recipe])
+    assert ("all_to_all", "expert_shard") in {(entry.collective, entry.axis) for entry in make_plan(recipe, 4).traffic}
 
 
 def count_trainer_step(recipe: Recipe) -> dict[tuple[str, str], tuple[int, int]]:

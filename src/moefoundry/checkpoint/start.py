@@ -29,6 +29,7 @@ from moefoundry.data.tokenizer import declared_token
 
 INDEXER = "model.attention.indexer"
 MOMENTS = "precision.optimizer_moments"
+OPTIMIZER, MUON = "optimizer.name", "muon"
 SHUFFLE_SEED = "train_loader.dataset.shuffle_seed"
 TRAINING_DATA = "train_loader.dataset"
 HELD_OUT_DATA = "eval_loader.dataset"
@@ -126,7 +127,7 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
 
     Raises:
         UserError: The checkpoint is unreadable, or of another architecture; or the run would go on with other data, in
-            another order, or has nothing left to train.
+            another order, with another optimizer's state, or has nothing left to train.
     """
     document = read_state(checkpoint)
     saved, here = document["recipe"], flatten(recipe)
@@ -148,6 +149,7 @@ def check_start(checkpoint: Path, own: bool, recipe: Recipe, digests: Mapping[st
         _check_data_without_digests(checkpoint, document, here)
     else:
         _check_data(checkpoint, own, stored, here, digests)
+    _check_optimizer(checkpoint, saved, here)
     moments = saved.get(MOMENTS, Moments.fp32), here[MOMENTS]
     if (moments[0] == Moments.fp32) != (moments[1] == Moments.fp32):
         _note(f"{MOMENTS}: {moments[1]}; those of {checkpoint}, {moments[0]}, are converted")
@@ -224,6 +226,16 @@ def _check_order(checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, 
                 "of its epoch would be other samples; begin a new phase with its weights instead: "
                 "load_weights_only=true"
             )
+
+
+def _check_optimizer(checkpoint: Path, saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Check that Muon goes on with a state of Muon, and no other optimizer does."""
+    there = saved.get(OPTIMIZER, here[OPTIMIZER])
+    if there != here[OPTIMIZER] and MUON in (there, here[OPTIMIZER]):
+        raise UserError(
+            f"{OPTIMIZER}: {here[OPTIMIZER]}, and {checkpoint} has the state of {there}; begin a new phase with its "
+            "weights: load_weights_only=true"
+        )
 
 
 def _check_stages(

@@ -65,7 +65,10 @@ def _first_sentence(spec: Spec) -> str:
 def _default(path: str) -> Any:
     """Find the default of a key: that of a recipe without it, or of the first variant that has it."""
     value: Any = Recipe()
+    spec: Spec | None = None
     for name in path.split("."):
+        if spec is not None and spec.variants and name not in specs(type(value)):
+            value = next((cls() for cls in spec.variants.values() if name in specs(cls)), None)
         if value is None or name not in specs(type(value)):
             return None
         spec, value = specs(type(value))[name], getattr(value, name)

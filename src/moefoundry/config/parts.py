@@ -27,6 +27,7 @@ from moefoundry.config.schema_parts import (
     CosineWithWarmupConfig,
     LinearDecayWithWarmupConfig,
     LossConfig,
+    MuonConfig,
     OptimizerConfig,
     SchedulerConfig,
 )
@@ -187,7 +188,14 @@ _TABLES = (
         },
         SchedulerConfig,
     ),
-    Table("optimizers", {"adamw": Part(AdamWConfig, "moefoundry.optim:adamw_of_recipe")}, OptimizerConfig),
+    Table(
+        "optimizers",
+        {
+            "adamw": Part(AdamWConfig, "moefoundry.optim:adamw_of_recipe"),
+            "muon": Part(MuonConfig, "moefoundry.muon:muon_of_recipe"),
+        },
+        OptimizerConfig,
+    ),
     Table(
         "losses",
         {

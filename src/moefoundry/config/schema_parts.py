@@ -255,7 +255,10 @@ class OptimizerConfig:
         "Optimizer; it decides the other keys of this mapping.",
         table="optimizers",
         renamed_from=("optimizer",),
-        other_values={"decoupled_adamw": "adamw", "AdamW": "adamw", "adamw_torch": "adamw"},
+        other_values={
+            **dict.fromkeys(("decoupled_adamw", "AdamW", "adamw_torch"), "adamw"),
+            **dict.fromkeys(("Muon", "dist_muon"), "muon"),
+        },
     )
     lr: float = key(
         REQUIRED,
@@ -285,6 +288,22 @@ class AdamWConfig(OptimizerConfig):
     )
     eps: float = key(1.0e-8, "Added to the root of the second moment.", gt=0, renamed_from=("adam_epsilon", "adam_eps"))
     weight_decay: float = key(0.1, "Decoupled decay of weight matrices (not norms, biases, embeddings).", ge=0)
+
+
+@dataclass
+class MuonConfig(OptimizerConfig):
+    """Muon (arXiv 2502.16982) for weight matrices, AdamW for embeddings, the output head, norms and biases.
+
+    Updates have AdamW's usual size, so rate and decay are those of AdamW.
+    """
+
+    name: str = key("muon", "Optimizer; it decides the other keys of this mapping.", table="optimizers")
+    momentum: float = key(
+        0.95, "Decay of the momentum of matrices, which is Nesterov's.", ge=0, lt=1, renamed_from=("muon_momentum",)
+    )
+    weight_decay: float = key(0.1, "Decoupled decay of weight matrices (not norms, biases, embeddings).", ge=0)
+    betas: list[float] = key(lambda: [0.9, 0.95], "AdamW's decay of the first and second moment.", ge=0, lt=1, length=2)
+    eps: float = key(1.0e-8, "Added to the root of AdamW's second moment.", gt=0)
 
 
 class ScheduleTiming(StrEnum):

@@ -20,6 +20,7 @@ from moefoundry.config import (
     ConfigError,
     Gather,
     Moments,
+    MuonConfig,
     Problem,
     Recipe,
     Reduce,
@@ -39,6 +40,9 @@ from moefoundry.planning.plan import plan_of
 
 PERMANENT_BYTES = {Moments.fp32: 16, Moments.bf16: 12, Moments.bf16_stochastic: 12}
 """Bytes of an element's parameter, gradient and two moments."""
+
+PERMANENT_BYTES_OF_MUON = 12
+"""Bytes of an element's parameter, gradient and momentum."""
 
 TIMES = [(gather, reduce) for gather in Gather for reduce in Reduce]
 """Times of gathering parameters and of reducing gradients; the first pair is in each micro-batch."""
@@ -246,8 +250,9 @@ class _Search:
         """Tell if what is always in memory can fit. The largest degree of sharding is tried in any case."""
         if recipe.lora is not None or degrees.replicate == 1:
             return True
-        permanent = self.outline.counts.total * PERMANENT_BYTES[recipe.precision.optimizer_moments]
-        return permanent / degrees.shard <= self.limit
+        muon = isinstance(recipe.optimizer, MuonConfig)
+        bytes_of_element = PERMANENT_BYTES_OF_MUON if muon else PERMANENT_BYTES[recipe.precision.optimizer_moments]
+        return self.outline.counts.total * bytes_of_element / degrees.shard <= self.limit
 
 
 def _meshes(recipe: Recipe, world_size: int) -> Iterator[MeshConfig]:

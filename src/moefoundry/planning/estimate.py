@@ -16,22 +16,23 @@ published runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moefoundry.config import ActivationCheckpointing, Compute, Gather, Recipe, Reduce
+from moefoundry.config import ActivationCheckpointing, Compute, Gather, MuonConfig, Recipe, Reduce
 from moefoundry.config.curriculum import batches_until, of_stage, stages_of
-from moefoundry.mesh import resolve_degrees
+from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, resolve_degrees
 from moefoundry.planning.devices import Accelerator
 from moefoundry.planning.ffn_stages import block_ends_with_experts
+from moefoundry.planning.matrices import Matrices
 from moefoundry.planning.outline import Outline, ShardedOutline
 from moefoundry.planning.plan import Plan, plan_of
 from moefoundry.planning.traffic import Traffic
 from moefoundry.planning.units import compute_bytes
 from moefoundry.planning.work import Work, head_work, model_flops
 
-SHARE_OF_PEAK = {"linear": 0.5, "experts": 0.57, "attention": 0.42, "masked": 0.21}
+SHARE_OF_PEAK = {"linear": 0.5, "experts": 0.57, "attention": 0.42, "masked": 0.21, "orthogonalization": 0.5}
 """Shares of the peak that products reach. Attention by a kernel that takes a mask runs at half the rate of the causal
 one (arXiv 2307.08691, figures 4 to 6: xFormers' beside FlashAttention-2)."""
 
@@ -58,6 +59,9 @@ CHUNK_LAUNCHES = 55
 
 OPTIMIZER_BYTES = 16
 """Bytes of fp32 parameters and gradients that AdamW reads and writes for an element, beside its moments."""
+
+TOKEN_AXES = (EXPERT, EXPERT_NODE, EXPERT_PLACE)
+"""Axes on which all-to-alls exchange tokens; on others they exchange rows of Muon's updates."""
 
 PASSES = {ActivationCheckpointing.none: 3, ActivationCheckpointing.selective: 3, ActivationCheckpointing.full: 4}
 """Forward passes that the products of a block cost: a backward pass counts as two. ``full`` computes the last of an
@@ -171,6 +175,8 @@ def estimate_of(recipe: Recipe, device: Accelerator, plan: Plan, sharded: Sharde
     works = sharded.outline.works(seq_len, c)
     head, peak = head_work(recipe.model), _peak(recipe, device)
     step = _step(recipe, device, plan, works, head, peak)
+    if isinstance(recipe.optimizer, MuonConfig):
+        step = replace(step, optimizer=step.optimizer + _orthogonalization(device, plan, sharded.matrices))
     flops = model_flops(works, head)
     mfu = flops * plan.tokens_per_step / (step.total * peak)
     return Estimate(plan, device, step, flops, mfu, _run_tokens(recipe))
@@ -194,7 +200,7 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
     computed = tokens * (linear + head_seconds + attention + moved) + max(tokens * experts, reads)
     launches = len(works) * LAUNCHES + _sparse(works) * (chunks - 1) * CHUNK_LAUNCHES
     launched = plan.micro_batches * passes * launches * LAUNCH_SECONDS * 2 / 3
-    exchange = sum(_seconds(entry, device) for entry in plan.traffic if entry.collective == "all_to_all")
+    exchange = sum(_seconds(entry, device) for entry in _all_to_alls(plan, TOKEN_AXES))
     exposed = _exposed(exchange, max(tokens * experts, reads), chunks, passes)
     shared = tokens * sum(work.shared for work in works) / (peak * SHARE_OF_PEAK["linear"] * narrow)
     moments = plan.memory.optimizer
@@ -208,6 +214,24 @@ def _step(recipe: Recipe, device: Accelerator, plan: Plan, works: Sequence[Work]
         sharding=_sharding(recipe, device, plan, HIDDEN_SHARE * computed, passes),
         optimizer=optimizer,
     )
+
+
+def _orthogonalization(device: Accelerator, plan: Plan, matrices: Matrices) -> float:
+    """Seconds in which Muon orthogonalizes matrices and exchanges rows.
+
+    The exchanges of an axis hide behind its products, but the first rows on their way there and the last on their way
+    back are waited for.
+    """
+    speed = _bf16(device) * SHARE_OF_PEAK["orthogonalization"]
+    seconds = matrices.flops / speed
+    for each in matrices.exchanges:
+        exchange = sum(_seconds(entry, device) for entry in _all_to_alls(plan, (each.axis,)))
+        seconds += exchange / each.number + max(each.flops / speed, exchange * (1 - 1 / each.number))
+    return seconds
+
+
+def _all_to_alls(plan: Plan, axes: Collection[str]) -> Iterator[Traffic]:
+    return (entry for entry in plan.traffic if entry.collective == "all_to_all" and entry.axis in axes)
 
 
 def _sharding(recipe: Recipe, device: Accelerator, plan: Plan, hiding: float, passes: int) -> float:

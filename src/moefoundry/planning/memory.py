@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from moefoundry.config import Fp8Recipe, Gather, IndexerStage, Moments, Recipe, Reduce
+from moefoundry.config import Fp8Recipe, Gather, IndexerStage, Moments, MuonConfig, Recipe, Reduce
 from moefoundry.ops.sizes import CHUNK_TOKENS, KERNEL_CHUNK_TOKENS, REDUCTIONS
 from moefoundry.planning.activations import Moment, block_activations
 from moefoundry.planning.fp8_weights import kept_bytes
@@ -66,7 +66,7 @@ class Memory:
         parameters: fp32 shards, with FSDP's padding; on one rank all, and their narrow copies; weights that are kept in
             FP8. Exact.
         gradients: Reduced gradients, as the parameters that train; exact.
-        optimizer: AdamW's two moments of these, without padding; exact.
+        optimizer: AdamW's two moments of these, or of matrices Muon's momentum, without padding; exact.
         peak: Transient memory at its largest moment; an estimate.
         host: Memory of the CPU: the moving average, and page-locked copies of the parameters; exact.
     """
@@ -94,7 +94,6 @@ def memory(outline: ShardedOutline, recipe: Recipe, sequences: int) -> Memory:
     units, owned, trained = outline.units, outline.owned, outline.trained
     stored = sum(unit.shard_numel for unit in units) if units else owned
     reduced = sum(unit.trained_shard_numel for unit in units) if units else trained
-    moment_bytes = FP32 if recipe.precision.optimizer_moments == Moments.fp32 else 2
     moments = transients(outline.planned_blocks(recipe.max_seq_len), units, recipe, sequences)
     if recipe.mesh.gather == Gather.each_step:
         moments = [replace(moment, gathered_parameters=_gathered(units)) for moment in moments]
@@ -105,10 +104,17 @@ def memory(outline: ShardedOutline, recipe: Recipe, sequences: int) -> Memory:
     return Memory(
         parameters=FP32 * stored + _narrow_copies(outline, recipe) + kept_bytes(outline, recipe),
         gradients=FP32 * reduced,
-        optimizer=2 * moment_bytes * trained,
+        optimizer=_optimizer(outline, recipe),
         peak=max(moments, key=lambda moment: moment.total),
         host=2 * FP32 * trained if recipe.ema else 0,
     )
+
+
+def _optimizer(sharded: ShardedOutline, recipe: Recipe) -> int:
+    """Compute the bytes of the optimizer's state."""
+    if isinstance(recipe.optimizer, MuonConfig):
+        return 2 * FP32 * sharded.trained - FP32 * sharded.matrices.owned
+    return 2 * (FP32 if recipe.precision.optimizer_moments == Moments.fp32 else 2) * sharded.trained
 
 
 def _narrow_copies(sharded: ShardedOutline, recipe: Recipe) -> int:

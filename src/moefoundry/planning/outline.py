@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 from moefoundry.config import Compute, Fp8Recipe, Gather, PrecisionConfig, Recipe
 from moefoundry.mesh import MeshDegrees
 from moefoundry.planning import stages
 from moefoundry.planning.describe import ParameterCounts, count_parameters
 from moefoundry.planning.fp8_weights import bytes_in_fp8, names_in_fp8
+from moefoundry.planning.matrices import Matrices, matrices_of
 from moefoundry.planning.units import PlannedBlock, Unit, unit_of
 from moefoundry.planning.weights import (
     EMBEDDING,
@@ -54,6 +57,13 @@ class Outline:
         full = recipe.lora is None
         self.mtp = [replace(weight, trained=weight.trained and full) for weight in mtp_weights(cfg)]
         self.root = [replace(weight, trained=weight.trained and full) for weight in root_weights(cfg)]
+
+    def weights(self) -> Iterator[tuple[Weight, int]]:
+        """Yield the parameters with the number of their equals, which other blocks and modules have."""
+        yield from ((weight, 1) for weight in self.root)
+        yield from ((weight, self.cfg.mtp.depth) for weight in self.mtp)
+        times, lists = Counter(map(id, self.blocks)), {id(weights): weights for weights in self.blocks}
+        yield from ((weight, times[key]) for key, weights in lists.items() for weight in weights)
 
     def works(self, seq_len: int, c: int) -> list[Work]:
         """Count the work of every block, a token of a sequence; arguments as of :func:`~.work.block_work`."""
@@ -109,6 +119,11 @@ class ShardedOutline:
             counts = outline.counts
             self.owned = counts.total + counts.mtp
             self.trained = self.owned - counts.frozen
+
+    @cached_property
+    def matrices(self) -> Matrices:
+        """The matrices that Muon updates."""
+        return matrices_of(self.outline.weights(), self.degrees)
 
     def planned_blocks(self, seq_len: int) -> list[PlannedBlock]:
         """List the blocks in order; those of multi-token prediction are last, each with one position less."""

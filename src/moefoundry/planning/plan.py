@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moefoundry.config import Auto, Recipe
+from moefoundry.config import Auto, MuonConfig, Recipe
 from moefoundry.config.curriculum import of_stage, stages_of
 from moefoundry.mesh import MeshDegrees, resolve_degrees
 from moefoundry.planning.describe import ParameterCounts
@@ -97,6 +97,7 @@ def plan_of(
     batches = micro_batches(recipe, degrees.world_size)
     tokens, moe = max(batches) * recipe.max_seq_len, recipe.model.moe
     blocks = sharded.planned_blocks(recipe.max_seq_len)
+    exchanges = sharded.matrices.exchanges if isinstance(recipe.optimizer, MuonConfig) else ()
     return Plan(
         run_name=recipe.run_name,
         gpus_per_node=gpus_per_node,
@@ -107,7 +108,7 @@ def plan_of(
         tokens_per_step=recipe.global_train_batch_size // degrees.world_size * recipe.max_seq_len,
         rows_per_expert=tokens * moe.top_k * degrees.expert / moe.num_experts,
         memory=known or memory(sharded, recipe, max(batches)),
-        traffic=step_traffic(recipe, degrees, blocks, sharded.units, batches, gpus_per_node),
+        traffic=step_traffic(recipe, degrees, blocks, sharded.units, batches, gpus_per_node, exchanges),
     )
 
 

@@ -11,6 +11,9 @@ micro-batch, or with ``mesh.reduce: each_step`` after the last, and all-reduced 
 the experts and back, forward and backward; if the forward pass is recomputed (``full``), to the experts once more, and
 back where a norm follows or in chunks. ``selective`` keeps received rows. In chunks (``model.moe.dispatch_chunks``) the
 same rows go in more calls, and counts are of each chunk. DeepEP is counted as if it were ``all_to_all``.
+
+Muon exchanges rows of updates once a step, by all-to-alls along ``shard`` and, where ranks have parts of each expert,
+``expert_shard``.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from moefoundry.mesh import EXPERT, EXPERT_NODE, EXPERT_PLACE, REPLICATE, MeshDe
 from moefoundry.moe.dealing import dealt_once, tokens_by_place
 from moefoundry.ops.sizes import row_bytes
 from moefoundry.planning.ffn_stages import block_ends_with_experts
+from moefoundry.planning.matrices import Exchanges
 from moefoundry.planning.units import FP32, PlannedBlock, Unit, compute_bytes
 from moefoundry.planning.world import WORLD, groups_by_axis, peers_on_other_nodes
 
@@ -91,6 +95,10 @@ class Ledger:
                 self.add("reduce_scatter", unit.axis, reduced, reductions)
         if unit.copies > 1 and unit.trained_shard_numel:
             self.add_all_reduce(REPLICATE, unit.trained_shard_numel * unit.reduce_bytes)
+
+    def add_matrices(self, exchanges: Exchanges) -> None:
+        """Add the exchanges of the rows of updates."""
+        self.add("all_to_all", exchanges.axis, exchanges.sent, parts=2 * exchanges.number)
 
     def add_exchange(self, routed: Routed, layers: int, runs: int) -> None:
         """Add the exchanges of ``layers`` MoE layers, with ``runs`` forward passes each before the backward pass."""
@@ -179,6 +187,7 @@ def step_traffic(
     units: Sequence[Unit],
     micro_batches: Counter[int],
     gpus_per_node: int,
+    exchanges: Sequence[Exchanges] = (),
 ) -> list[Traffic]:
     """Compute the traffic of an optimizer step.
 
@@ -189,6 +198,7 @@ def step_traffic(
         units: FSDP units of the sharded model.
         micro_batches: Micro-batches of a rank, by their sequences.
         gpus_per_node: Ranks of a node.
+        exchanges: Exchanges of rows of updates.
     """
     ledger = Ledger(degrees)
     for unit in units:
@@ -204,4 +214,6 @@ def step_traffic(
     if moe.balance.aux_loss_scope == AuxLossScope.global_batch and degrees.world_size > 1:
         size = sum(block.sparse for block in blocks) * moe.num_experts * COUNT_BYTES
         ledger.add_all_reduce(WORLD, size, micro_batches.total())
+    for each in exchanges:
+        ledger.add_matrices(each)
     return ledger.entries(gpus_per_node)

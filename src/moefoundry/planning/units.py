@@ -154,7 +154,12 @@ def unit_of(
     )
 
 
+def divided_dim(shape: Sequence[int], ranks: int, experts: bool) -> int:
+    """Give the dim along which FSDP divides a parameter; ``experts`` says that it divides a rank's experts."""
+    return 1 if experts and ranks > shape[0] and shape[1] % ranks == 0 else 0
+
+
 def _share(shape: Sequence[int], ranks: int, experts: bool) -> int:
     """Count the elements of a rank's share, padded."""
-    dim = 1 if experts and ranks > shape[0] and shape[1] % ranks == 0 else 0
+    dim = divided_dim(shape, ranks, experts)
     return -(-shape[dim] // ranks) * (prod(shape) // shape[dim])
