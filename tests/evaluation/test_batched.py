@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moefoundry.config import AttentionConfig, GqaConfig, MlaConfig
+from moefoundry.config import AttentionConfig, GqaConfig, LongRopeConfig, MlaConfig
 from moefoundry.evaluation.batched import BatchedModel, Continuation, Prompt
 from moefoundry.evaluation.generation import Sampling, generate, greedy
 from moefoundry.model.transformer import MoETransformer
@@ -18,6 +18,7 @@ KINDS = {
     "gqa": GqaConfig(n_heads=4, n_kv_heads=2),
     "window": GqaConfig(n_heads=4, n_kv_heads=2, sliding_window=4),
     "mla": MLA,
+    "longrope": GqaConfig(n_heads=4, n_kv_heads=2, longrope=LongRopeConfig(8, [1.0] * 4, [1.0, 3.0, 9.0, 40.0])),
 }
 LENGTHS = (3, 9, 1, 6, 6)
 kinds = pytest.mark.parametrize("attention", KINDS.values(), ids=KINDS.keys())

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from moefoundry.config import Compute, Fp8Config, Fp8Recipe, LossConfig, LossesConfig, MtpConfig, PrecisionConfig
+from moefoundry.config import (
+    Compute,
+    Fp8Config,
+    Fp8Recipe,
+    GqaConfig,
+    LongRopeConfig,
+    LossConfig,
+    LossesConfig,
+    MtpConfig,
+    PrecisionConfig,
+)
 from moefoundry.foundry import ComposerMoECausalLM, CountTargets, FoundryMoECausalLM, count_tokens, with_counts
 from moefoundry.model.losses import build_losses
 from moefoundry.model.padding import RealTokens, count_at_depths
@@ -107,6 +117,16 @@ def test_a_padded_batch_is_its_sequences_by_themselves(
     assert_same(outcome, step(model, padded, [without_padding(row, masking) for row in range(len(ROWS))]), tolerance)
     model.zero_grad()
     assert_same(outcome, step(model, padded, [rows_of(padded, slice(r, r + 4)) for r in (0, 4)]), tolerance)
+
+
+@pytest.mark.parametrize("masking", [False, True], ids=["plain", "documents"])
+def test_longrope_goes_by_lengths_without_padding(masking: bool) -> None:
+    cfg = config(masking=masking, mtp=2)
+    cfg.attention = GqaConfig(n_heads=4, n_kv_heads=2, longrope=LongRopeConfig(8, [1.0] * 4, [1.0, 3.0, 9.0, 40.0]))
+    model, padded = wrapped(tiny_model(cfg, dtype=torch.float64)), with_counts(PADDED, masking)
+    outcome = step(model, padded, [padded])
+    model.zero_grad()
+    assert_same(outcome, step(model, padded, [without_padding(row, masking) for row in range(len(ROWS))]), 1e-7)
 
 
 def test_balance_over_the_global_batch_counts_real_tokens() -> None:

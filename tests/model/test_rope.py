@@ -86,6 +86,16 @@ def test_longrope_when_a_text_grows_beyond_the_short_factors() -> None:
         model(batch(1, 3), cache=cache)
 
 
+def test_longrope_turns_nothing_of_blocks_without_a_rotation() -> None:
+    attention = GqaConfig(n_heads=4, n_kv_heads=2, head_dim=8, unrotated_layers=[0, 1, 2])
+    ids, documents = batch(2, 15), torch.tensor([[0] * 5 + [1] * 10, [0] * 15])
+    for told in (None, documents):
+        cfg = replace(tiny_config(), attention=attention, document_masking=told is not None)
+        extended = replace(cfg, attention=replace(attention, longrope=LONGROPE))
+        expected = tiny_model(cfg)(ids, ids, sequence_id=told).total
+        assert torch.equal(tiny_model(extended)(ids, ids, sequence_id=told).total, expected)
+
+
 def test_blocks_have_the_rotation_that_is_theirs() -> None:
     """Each block's queries and keys by the block alone: with a base of its own, without, or with that of all."""
     attention = GqaConfig(

@@ -115,6 +115,7 @@ def attention_contexts(
     documents: Documents | None = None,
     num_cached: int = 0,
     dtype: torch.dtype = torch.float32,
+    lengths: Tensor | None = None,
 ) -> dict[AttentionKind, AttentionContext]:
     """Compute the contexts of a forward pass over ``input_ids_BS``, by kind.
 
@@ -126,6 +127,7 @@ def attention_contexts(
             row.
         num_cached: P.
         dtype: Of queries, keys and values.
+        lengths: From :func:`lengths_for_longrope`, where they are not those of documents and rows here.
 
     Raises:
         ValueError: The cache has keys of LongRoPE's short factors, and with these tokens the long ones are due.
@@ -137,7 +139,6 @@ def attention_contexts(
     segments = None
     if num_cached == 0 and _takes_segments(cfg, input_ids_BS.device, dtype):
         segments = _segments(documents, rows, seq_len, input_ids_BS.device)
-    lengths: Tensor | None = None  # of what each token is in; few need it
     rotations: dict[tuple[bool, int], Rotation] = {}
     contexts = {}
     for kind in dict.fromkeys(kinds):
@@ -147,8 +148,10 @@ def attention_contexts(
         if turned not in rotations:
             if rope.longrope is not None:
                 _check_cached(rope.longrope, num_cached, seq_len)
-                lengths = _lengths(indices_L, sequence_id_BS)
-            rotations[turned] = rotation(positions, width, rope, lengths)
+                if lengths is None:
+                    lengths = lengths_for_longrope(input_ids_BS, documents, num_cached=num_cached)
+            placed = positions if lengths is None or lengths.dim() == 0 else positions.expand_as(lengths)
+            rotations[turned] = rotation(placed, width, rope, lengths)
         plain = documents is None and (window is None or window >= seq_len) and not attention.sinks
         if segments is not None and not plain:
             contexts[kind] = AttentionContext(rotations[turned], None, True, window, sequence_id_BS, segments)
@@ -178,8 +181,25 @@ def _segments(documents: Documents | None, rows: int, length: int, device: torch
     return segments_of_lengths([tokens for row in lengths for tokens in row], device)
 
 
-def _lengths(indices_L: Tensor, sequence_id_BS: Tensor | None) -> Tensor:
-    return indices_L.new_tensor(len(indices_L)) if sequence_id_BS is None else tokens_of_documents(sequence_id_BS)
+def lengths_for_longrope(
+    input_ids_BS: Tensor,
+    documents: Documents | None = None,
+    padding_BS: Tensor | None = None,
+    num_cached: int = 0,
+) -> Tensor:
+    """Count the tokens of the sequence that each token is in: int64 [B, S], or a scalar if it is the same for all.
+
+    Args:
+        input_ids_BS: Gives shape and device.
+        documents: Documents that do not see each other; None is one a row.
+        padding_BS: int64 [B, S], -1 on padding at the end of such rows, which does not count; None is no padding.
+        num_cached: Tokens before these.
+    """
+    if documents is not None:
+        return tokens_of_documents(documents.ids_BS)
+    if padding_BS is not None:
+        return (padding_BS >= 0).sum(dim=1, keepdim=True).expand_as(padding_BS)
+    return torch.full((), num_cached + input_ids_BS.shape[1], device=input_ids_BS.device)
 
 
 def _check_cached(longrope: LongRopeConfig, num_cached: int, num_new: int) -> None:

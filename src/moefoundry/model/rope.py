@@ -52,7 +52,7 @@ def rotation(positions: Tensor, width: int, cfg: AttentionConfig, lengths: Tenso
         frequencies, magnitude = _extended(frequencies, cfg.rope_theta, cfg.yarn), _magnitude(cfg.yarn)
     if cfg.llama3_rope is not None:
         frequencies = _divided_where_slow(frequencies, cfg.llama3_rope)
-    if cfg.longrope is not None:
+    if cfg.longrope is not None and width:
         assert lengths is not None, "the caller knows them"
         frequencies, magnitude = _of_length(wavelengths, cfg.longrope, lengths.unsqueeze(-1))
     angles = positions.unsqueeze(-1).float() * frequencies

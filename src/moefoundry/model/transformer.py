@@ -20,7 +20,13 @@ from moefoundry.config import AuxLossScope, Gather, IndexerStage, ModelConfig, N
 from moefoundry.model.attention import Attention, build_attention
 from moefoundry.model.block_stats import BlockStats
 from moefoundry.model.cache import KVCache, LayerCache
-from moefoundry.model.context import AttentionContext, AttentionKind, Documents, attention_contexts
+from moefoundry.model.context import (
+    AttentionContext,
+    AttentionKind,
+    Documents,
+    attention_contexts,
+    lengths_for_longrope,
+)
 from moefoundry.model.indexer import train_indexers_alone
 from moefoundry.model.linear_attention import GatedDeltaNet
 from moefoundry.model.losses import LogitsLoss, NamedLoss, RouterLoss, values_of, weighted
@@ -268,7 +274,8 @@ class MoETransformer(nn.Module):
         real_T = None if real is None else real.places()
         x_BSD = embedded_BSD = multiplied(self.embed_tokens(input_ids_BS), self.cfg.multipliers.embedding)
         kinds, num_cached = [layer.kind for layer in self.layers], 0 if cache is None else cache.length
-        contexts = attention_contexts(self.cfg, kinds, input_ids_BS, documents, num_cached, x_BSD.dtype)
+        lengths = self._lengths(input_ids_BS, documents, real, num_cached)
+        contexts = attention_contexts(self.cfg, kinds, input_ids_BS, documents, num_cached, x_BSD.dtype, lengths)
         layer_caches: Sequence[LayerCache | None] = [None] * len(self.layers) if cache is None else cache.layers
         stats: list[BlockStats] = []
         for layer, layer_cache in zip(self.layers, layer_caches, strict=True):
@@ -303,6 +310,15 @@ class MoETransformer(nn.Module):
             raise ValueError("model.document_masking is on: the model needs sequence_id, int64 [B, S], too")
         return None
 
+    def _lengths(
+        self, input_ids_BS: Tensor, documents: Documents | None, real: RealTokens | None, num_cached: int = 0
+    ) -> Tensor | None:
+        """Count the tokens of sequences, where rotary embeddings go by them."""
+        if self.cfg.attention.longrope is None:
+            return None
+        padding_BS = None if real is None else real.sequence_id_BS
+        return lengths_for_longrope(input_ids_BS, documents, padding_BS, num_cached)
+
     def _cross_entropy(
         self, hidden_BSD: Tensor, targets_BS: Tensor, documents: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -335,12 +351,16 @@ class MoETransformer(nn.Module):
         if labels_BS.shape[1] <= len(self.mtp):
             raise ValueError(f"sequences of {labels_BS.shape[1]} tokens leave none to model.mtp.depth {len(self.mtp)}")
         sums, stats, ids_BS = [], [], None if documents is None else documents.ids_BS
+        lengths = self._lengths(labels_BS, documents, real)  # of whole sequences, as the main model's
         for depth, module in enumerate(self.mtp, start=1):
             rest = None if documents is None else documents.without_last(depth)
             kind, dtype = cast(Block, module.block).kind, hidden_BSD.dtype
-            context = attention_contexts(self.cfg, [kind], labels_BS[:, :-depth], rest, dtype=dtype)[kind]
+            of_rest = lengths[:, :-depth] if lengths is not None and lengths.dim() else lengths
+            contexts = attention_contexts(self.cfg, [kind], labels_BS[:, :-depth], rest, 0, dtype, of_rest)
             real_T = None if real is None else real.places(depth)
-            hidden_BSD, normed_BSD, module_stats = module(hidden_BSD[:, :-1], embedded_BSD[:, depth:], context, real_T)
+            hidden_BSD, normed_BSD, module_stats = module(
+                hidden_BSD[:, :-1], embedded_BSD[:, depth:], contexts[kind], real_T
+            )
             targets_BS = shifted_targets(labels_BS, ids_BS, shift=depth + 1)[:, :-depth]
             sums.append(self.lm_head(normed_BSD, targets_BS))
             stats.append(module_stats)
