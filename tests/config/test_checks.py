@@ -57,6 +57,8 @@ WINDOWED = "model.attention.sliding_window_layers"
 WINDOW_ROPE = "model.attention.sliding_window_rope_theta"
 YARN, BANDS = "yarn: {factor: 4, original_max_seq_len: 64}", "llama3_rope: {factor: 4}"
 LONGROPE = f"original_max_seq_len: 8, short_factors: {[1.0] * 16}, long_factors: {[2.0] * 16}"
+INDEXER = "model.attention={kind: mla, n_heads: 4, q_lora_rank: 24, indexer: {stage: warm_up}}"
+LINEAR = "model.linear_attention={{n_key_heads: 2, n_value_heads: 2, layers: {}}}"
 NARROW = ["model.moe.expert_hidden_size=36", "precision.compute=bf16"]
 DEEPGEMM = ["precision.fp8.recipe=deepseek_v3", "precision.fp8.backend=deepgemm"]
 BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
@@ -115,6 +117,11 @@ BLOCKS = ["model.moe.backend=megablocks", "model.moe.expert_hidden_size=128"]
             None,
             ["model.attention.longrope.long_factors", "model.attention.longrope.short_factors"],
         ),
+        # indexers that train
+        ([INDEXER], None, []),
+        ([INDEXER, LINEAR.format("[0,1,2,3,4]")], None, []),
+        ([INDEXER, LINEAR.format("[0,1,2,3,4,5]")], None, ["model.attention.indexer.stage"]),
+        ([INDEXER, LINEAR.format("[0,1,2,3,4,5]"), "model.mtp.depth=1"], None, []),
         # routing by groups
         (["model.moe.router={num_groups: 3}"], None, ["model.moe.router.num_groups"]),
         (["model.moe.router={num_groups: 4, top_k_groups: 5}"], None, ["model.moe.router.top_k_groups"]),

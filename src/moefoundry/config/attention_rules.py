@@ -44,7 +44,9 @@ def indexer_problems(recipe: Recipe) -> Iterator[Problem]:
     trained = recipe.model.attention.trained_indexer
     if trained is None:
         return
-    path = f"{PATH}.indexer.stage"
+    path, model = f"{PATH}.indexer.stage", recipe.model
+    if not model.mtp.depth and all(model.is_linear(index) for index in range(model.n_layers)):
+        yield Problem(path, f"{trained.stage}, and every block has linear attention", allowed="frozen")
     if recipe.lora is not None:
         yield Problem(path, f"{trained.stage}, and lora leaves all but adapters as it is", allowed="frozen")
     if recipe.ema is not None and trained.stage == IndexerStage.warm_up:

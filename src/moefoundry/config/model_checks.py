@@ -125,7 +125,7 @@ def _windows(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     yield from window_problems(recipe.model)
 
 
-@rule("model.attention", "lora", "ema")
+@rule("model.attention", "model.linear_attention", "model.n_layers", "model.mtp.depth", "lora", "ema")
 def _indexers(recipe: Recipe, _: int | None) -> Iterator[Problem]:
     yield from indexer_problems(recipe)
 
