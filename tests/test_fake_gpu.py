@@ -86,6 +86,27 @@ MORE_RUNS = {
     "a step that is not finite": ["nonfinite=skip", "optimizer.lr=1e30", "max_duration=3ba"],
 }
 
+TWO_RANKS = {
+    "FP8, gradients reduced once": [
+        *(BF16, "precision.fp8.recipe=deepseek_v3", "mesh={expert: 2, reduce: each_step}"),
+        "activation_checkpointing=full",
+    ],
+    "FP8 shards": [BF16, "precision.fp8.recipe=deepseek_v3"],
+    "chunks": [
+        *(BF16, "mesh.expert=2", "model.moe.dispatch_chunks=2", "model.mtp={depth: 1}"),
+        "precision.optimizer_moments=bf16_stochastic",
+    ],
+    "copies": [
+        *("mesh={replicate: 2, shard: 1}", "model.document_masking=true", "ema={decay: 0.5, evaluate: true}"),
+        "model.moe.balance.aux_loss_scope=global_batch",
+    ],
+    "gathered once": [
+        *(BF16, "mesh={gather: each_step, expert: 2}", "model.moe.capacity_factor=1.0", "model.tie_embeddings=true"),
+        "activation_checkpointing=selective",
+    ],
+    "an indexer": [LATENT % "sparse", BF16, "mesh.expert=2"],
+}
+
 
 def trained(overrides: Overrides, run_dir: Path, *changes: str, world_size: int = 1) -> Run:
     """Train on pretended GPUs; attention and data take the place of the tiny recipe's."""
@@ -164,6 +185,16 @@ def test_ranks_share_experts_and_go_on_from_a_checkpoint(tiny_overrides: Overrid
     assert run.metrics[0]["system/gpu_percent"] == 50
     resumed = trained(tiny_overrides, tmp_path / "on", *changes, f"load_path={run.run_dir}/checkpoints/ba1")
     assert resumed.metrics[-1]["loss/train/total"] == pytest.approx(run.metrics[-1]["loss/train/total"], rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", TWO_RANKS.values(), ids=TWO_RANKS)
+def test_two_ranks(tiny_overrides: Overrides, tmp_path: Path, changes: list[str]) -> None:
+    changes = [*changes, "device_train_microbatch_size=1", "save_interval=1ba"]
+    run = trained(tiny_overrides, tmp_path / "run", *changes, world_size=2)
+    start = f"load_path={run.run_dir}/checkpoints/ba1"
+    resumed = trained(tiny_overrides, tmp_path / "on", *changes, start, world_size=2)
+    assert resumed.metrics[-1]["batch"] == 2
 
 
 @pytest.mark.slow
