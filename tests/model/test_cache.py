@@ -98,7 +98,7 @@ def test_compiled_attention_is_one_graph(kind: str) -> None:
     model, cache = tiny_model(cfg).eval(), KVCache(cfg.n_layers)
     expected = model(ids)
     for block in model.layers:
-        block.attention.compile(backend="eager", fullgraph=kind != "linear")  # the delta rule is not compiled
+        block.attention.compile(backend="eager", fullgraph=True)
     logits = torch.cat([model(part, cache=cache) for part in ids.split([4, 1, 1, 1, 1], dim=1)], dim=1)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from moefoundry.ops.gated_delta_rule.chunked import chunked_delta_rule
+from moefoundry.ops.gated_delta_rule import chunked
 from moefoundry.ops.gated_delta_rule.fused import FUSED_DTYPES, fused_delta_rule, has_fused
+from moefoundry.ops.sizes import DELTA_CHUNK
 
 __all__ = ["gated_delta_rule", "has_fused"]
 
@@ -49,5 +50,7 @@ def gated_delta_rule(
         Outputs [B, S, H, V] in the dtype of ``v``, and the state after the last token, fp32 or wider, [B, H, K, V].
         With documents the state is not defined.
     """
-    run = fused_delta_rule if fused and v_BSHV.is_cuda and v_BSHV.dtype in FUSED_DTYPES else chunked_delta_rule
+    run = chunked.chunked_delta_rule if v_BSHV.shape[1] <= DELTA_CHUNK else chunked.uncompiled
+    if fused and v_BSHV.is_cuda and v_BSHV.dtype in FUSED_DTYPES:
+        run = fused_delta_rule
     return run(q_BSGK, k_BSGK, v_BSHV, log_decay_BSH, beta_BSH, documents_BS, state_BHKV)

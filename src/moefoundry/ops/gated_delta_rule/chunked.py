@@ -40,7 +40,6 @@ class _Decays(NamedTuple):
     whole: Tensor
 
 
-@torch.compiler.disable  # one graph for each number of chunks would take minutes to compile
 def chunked_delta_rule(
     q_BSGK: Tensor,
     k_BSGK: Tensor,
@@ -78,6 +77,10 @@ def chunked_delta_rule(
     out = torch.stack(read, dim=3) + (q @ k.mT) * decays.between @ torch.stack(added, dim=3)
     out_BSHV = out.permute(0, 3, 4, 1, 2, 5).flatten(1, 2).flatten(2, 3)[:, :seq_len]
     return out_BSHV.to(v_BSHV.dtype), state.flatten(1, 2)
+
+
+uncompiled = torch.compiler.disable(chunked_delta_rule)
+"""For several chunks: a graph for each number of them would take minutes to compile."""
 
 
 def _chunks(x: Tensor, chunk: int, groups: tuple[int, int]) -> Tensor:
