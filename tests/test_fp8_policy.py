@@ -205,7 +205,7 @@ def test_up_projections_of_latent_attention_are_recomputed_with_the_same_bits() 
 
 def test_recomputed_up_projections_run_beside_compiled_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: whole(module, backend="eager"))  # the tracing, no kernels
+    monkeypatch.setattr(nn.Module, "compile", lambda module, options: whole(module, backend="eager"))  # no kernels
     cfg = mla_config()
     cfg.n_layers = 1  # dense
     plain, compiled = tiny_model(cfg, precision=fp8()), meta_model(cfg)
