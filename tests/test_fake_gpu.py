@@ -18,6 +18,11 @@ from tests.fake_gpu import pretend_a_gpu
 from tests.train.runs import Run, run_recipe
 from tests.train.test_finetuning import run_all
 
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.distributed.fsdp.FSDPModule, "set_reduce_scatter_max_input_buffers"),
+    reason="torch before 2.14 asks the driver, which is not there, for what these tests pretend",
+)
+
 Overrides = Callable[..., list[str]]
 BF16 = "precision.compute=bf16"
 ONE_STEP = ("max_duration=2ba", "global_train_batch_size=4", "eval_subset_num_batches=1", "eval_interval=2ba")
