@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from moefoundry.callbacks import health
-from moefoundry.config import UserError
+from moefoundry.config import MeshConfig, UserError
 from moefoundry.mesh import Meshes, build_meshes, resolve_degrees
 from moefoundry.ops.all_to_all import Splits, start_all_to_all
 from moefoundry.retry import forget_step
@@ -55,10 +55,7 @@ def made(visible: int, ranks: int) -> Any:
 
 
 def meshes_of(ranks: int, **degrees: int) -> Meshes:
-    return build_meshes(resolve_degrees(SimpleNamespace(ranks_per_node=2, **MESH | degrees), ranks), "cpu")
-
-
-MESH: dict[str, Any] = {"replicate": 1, "shard": -1, "expert": 1, "gather": "each_pass", "reduce": "each_micro_batch"}
+    return build_meshes(resolve_degrees(MeshConfig(ranks_per_node=2, **degrees), ranks), "cpu")
 
 
 def test_experts_that_all_ranks_divide_have_a_group_of_their_own() -> None:

@@ -27,6 +27,7 @@ from moefoundry.config.mesh_rules import degree_problems, expert_problems, shard
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T", bound="Tensor")
@@ -100,6 +101,12 @@ class Meshes:
     gather: Gather = Gather.each_pass
     reduce: Reduce = Reduce.each_micro_batch
 
+    @property
+    def groups(self) -> list[ProcessGroup]:
+        """This rank's group along each axis of each view, in an order that all ranks have."""
+        views = (self.dense, self.expert, self.expert_fsdp, *(self.expert_hops or ()))
+        return list(dict.fromkeys(group for view in views for group in view.get_all_groups()))
+
 
 def build_meshes(degrees: MeshDegrees, device_type: str) -> Meshes:
     """Build the meshes; needs an initialized process group.
@@ -133,8 +140,7 @@ def limit_waiting(meshes: Meshes, seconds: float) -> None:
     import torch.distributed as dist
 
     set_timeout = getattr(dist, "set_timeout", dist.distributed_c10d._set_pg_timeout)  # public since torch 2.14
-    views = (meshes.dense, meshes.expert, meshes.expert_fsdp, *(meshes.expert_hops or ()))
-    for group in {dist.group.WORLD, *(group for view in views for group in view.get_all_groups())}:
+    for group in {dist.group.WORLD, *meshes.groups}:
         set_timeout(timedelta(seconds=seconds), group)
 
 

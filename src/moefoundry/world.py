@@ -58,9 +58,8 @@ def connect(meshes: Meshes, device: torch.device) -> None:
     NCCL makes a group's communicator, with memory of its own, at the first collective. For gradients between copies
     that would be at the end of a backward pass, when memory may be short: one rank would fail, and the others wait.
     """
-    for mesh in (meshes.dense, meshes.expert, meshes.expert_fsdp, *(meshes.expert_hops or ())):
-        for group in mesh.get_all_groups():
-            torch.distributed.all_reduce(torch.zeros(1, device=device), group=group)
+    for group in meshes.groups:
+        torch.distributed.all_reduce(torch.zeros(1, device=device), group=group)
     for mesh in (meshes.expert, *(meshes.expert_hops or ())):
         rows = torch.zeros(mesh.size(), device=device)
         torch.distributed.all_to_all_single(torch.empty_like(rows), rows, group=mesh.get_group())

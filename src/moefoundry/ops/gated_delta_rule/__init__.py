@@ -50,7 +50,8 @@ def gated_delta_rule(
         Outputs [B, S, H, V] in the dtype of ``v``, and the state after the last token, fp32 or wider, [B, H, K, V].
         With documents the state is not defined.
     """
-    run = chunked.chunked_delta_rule if v_BSHV.shape[1] <= DELTA_CHUNK else chunked.uncompiled
     if fused and v_BSHV.is_cuda and v_BSHV.dtype in FUSED_DTYPES:
         run = fused_delta_rule
+    else:
+        run = chunked.chunked_delta_rule if v_BSHV.shape[1] <= DELTA_CHUNK else chunked.uncompiled
     return run(q_BSGK, k_BSGK, v_BSHV, log_decay_BSH, beta_BSH, documents_BS, state_BHKV)
