@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from moefoundry.optim import ShardAdamW
 from tests.distributed import run_distributed
 from tests.memory import PeakMemory
 from tests.model.tiny import tiny_config
+from tests.resumed_optimizer import go_on_together
 
 Placements = Sequence[Shard | Replicate]
 MATRICES = {"wide": (7, 32), "tall": (33, 16), "few": (3, 16), "square": (24, 24), "experts": (4, 6, 16), "b": (16, 5)}
@@ -228,15 +228,7 @@ def test_state_dict_restores_every_bit() -> None:
     steps = train(ours, mine)
     for _ in range(2):
         next(steps)
-    restored.load_state_dict(deepcopy(ours.state_dict()))
-    for name, parameter in mine.items():
-        copy[name].data.copy_(parameter.detach())
-    for _ in steps:
-        for name, parameter in mine.items():
-            copy[name].grad = parameter.grad
-        for group, trained in zip(restored.param_groups, ours.param_groups, strict=True):
-            group["lr"] = trained["lr"]
-        restored.step()
+    go_on_together(steps, ours, mine, restored, copy)
     assert all(torch.equal(copy[name], parameter) for name, parameter in mine.items())
 
 

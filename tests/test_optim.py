@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from moefoundry.ops.stochastic_rounding import hash_bits, lower_half, round_stoc
 from moefoundry.optim import Bf16MomentsAdamW, ShardAdamW
 from tests.distributed import run_distributed
 from tests.memory import PeakMemory
+from tests.resumed_optimizer import go_on_together
 
 Placements = Sequence[Shard | Replicate]
 SHAPES = {"norm": (48,), "wide": (7, 32), "experts": (4, 6, 16), "head": (33, 16)}
@@ -232,15 +232,7 @@ def test_state_dict_restores_every_bit(seed: int | None) -> None:
     for _ in range(3):
         next(steps)
     restored = Bf16MomentsAdamW(groups(copy), 1.0, BETAS, EPS, seed)
-    restored.load_state_dict(deepcopy(ours.state_dict()))
-    for name, parameter in mine.items():
-        copy[name].data.copy_(parameter.detach())
-    for _ in steps:
-        for name, parameter in mine.items():
-            copy[name].grad = parameter.grad
-        for group, trained in zip(restored.param_groups, ours.param_groups, strict=True):
-            group["lr"] = trained["lr"]
-        restored.step()
+    go_on_together(steps, ours, mine, restored, copy)
     for name, parameter in mine.items():
         assert torch.equal(copy[name], parameter)
         assert all(torch.equal(restored.state[copy[name]][s], ours.state[parameter][s]) for s in SLOTS)

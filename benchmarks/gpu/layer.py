@@ -82,16 +82,17 @@ class Case(NamedTuple):
     fused: bool = False
 
     def __str__(self) -> str:
-        return f"{self.shape}, {self.router} router, {self.backend}, {self.precision}{self._with_fused}"
+        return f"{self.shape}, {self.router} router, {self.backend}, {self.precision}{with_fused(self.fused)}"
 
     @property
     def kind(self) -> str:
         """Whose kernels run."""
-        return self.backend + self._with_fused
+        return self.backend + with_fused(self.fused)
 
-    @property
-    def _with_fused(self) -> str:
-        return ", fused kernels" if self.fused else ""
+
+def with_fused(fused: bool) -> str:
+    """Complete the name of what is measured."""
+    return ", fused kernels" if fused else ""
 
 
 def run(figures: Figures, options: Options) -> None:

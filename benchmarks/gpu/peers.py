@@ -37,6 +37,7 @@ from benchmarks.gpu.layer import (
     kernels_chosen,
     mixture,
     speed,
+    with_fused,
 )
 from benchmarks.gpu.steps import Options
 from benchmarks.gpu.timing import peak_bytes
@@ -98,7 +99,7 @@ class Ours(NamedTuple):
     @property
     def kind(self) -> str:
         """Whose kernels run."""
-        return f"{self.backend}{', fused kernels' if self.fused else ''}"
+        return self.backend + with_fused(self.fused)
 
 
 def preload() -> None:
